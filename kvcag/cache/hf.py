@@ -1,0 +1,211 @@
+"""The one module that touches transformers' cache classes.
+
+Everything else in kvcag sees a cache as a list with one `(keys, values)` a layer, each
+`(batch, kv_heads, seq_len, head_dim)`, the keys already rotated to their positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
+
+from kvcag.errors import UnsupportedModelError
+from kvcag.fingerprint import ModelFingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+LayerKV: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+
+_STATEFUL = {"linear_attention", "mamba", "mamba2", "conv", "recurrent", "ssm", "hybrid"}
+"""Layer types that fold the past into a state of fixed size: no prefix can be cut from it, none put beside another."""
+
+
+class ContextCache(DynamicCache):
+    """A `DynamicCache` that knows which tokens are in it and which model made it.
+
+    Attributes:
+        token_ids: 1-D int64, every token in the cache when it was made.
+        fingerprint: the model that made it.
+        messages: the chat messages it holds, where their turns are closed. None where it ends within the turn that
+            carries the documents, so that a continuation has to close that turn first.
+    """
+
+    token_ids: torch.Tensor
+    fingerprint: ModelFingerprint
+    messages: list[dict[str, Any]] | None
+
+    @classmethod
+    def of(
+        cls,
+        layers: Iterable[LayerKV],
+        token_ids: torch.Tensor,
+        fingerprint: ModelFingerprint,
+        messages: list[dict[str, Any]] | None = None,
+    ) -> ContextCache:
+        """A cache over `layers`, which it takes as they are."""
+        cache = cls()
+        cache.layers.extend(cache_of(layers).layers)
+        cache.token_ids, cache.fingerprint, cache.messages = token_ids, fingerprint, messages
+        return cache
+
+
+def layers_of(cache: Cache) -> list[LayerKV]:
+    """The keys and values of each layer, not copied. Empty for a cache that holds nothing.
+
+    Raises:
+        UnsupportedModelError: a layer is quantised, static, windowed or recurrent: what it holds is not one key and
+            one value for each token.
+    """
+    for layer in cache.layers:
+        if type(layer) is not DynamicLayer and not isinstance(layer, _AppendLayer):
+            raise UnsupportedModelError(
+                f"the cache has a {type(layer).__name__}, which does not hold one key and one value for each token. "
+                "Use a plain DynamicCache(), made without a config."
+            )
+    if cache.get_seq_length() == 0:
+        return []
+    return [(layer.keys, layer.values) for layer in cache.layers]
+
+
+def cache_of(layers: Iterable[LayerKV]) -> DynamicCache:
+    """A `DynamicCache` over the given tensors, which it takes as they are.
+
+    It copies nothing: `DynamicCache.update` concatenates, so whoever generates with it never writes into them. Where
+    the result is handed to a caller, who may write into it, give it tensors of its own (`clone`).
+    """
+    cache = DynamicCache()
+    for keys, values in layers:
+        layer = DynamicLayer()
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        cache.layers.append(layer)
+    return cache
+
+
+def clone(cache: Cache) -> DynamicCache:
+    """A copy that shares no memory with `cache`."""
+    return cache_of((keys.clone(), values.clone()) for keys, values in layers_of(cache))
+
+
+def cut(layers: Sequence[LayerKV], start: int, end: int | None = None) -> list[LayerKV]:
+    """Views of the tokens `start:end` of each layer."""
+    return [(keys[..., start:end, :], values[..., start:end, :]) for keys, values in layers]
+
+
+def owned(layers: Iterable[LayerKV]) -> list[LayerKV]:
+    """The same values in contiguous memory of their own: keeping a slice must not keep what it was cut from."""
+    packed = torch.contiguous_format
+    return [(keys.clone(memory_format=packed), values.clone(memory_format=packed)) for keys, values in layers]
+
+
+def concat(parts: Sequence[Sequence[LayerKV]]) -> list[LayerKV]:
+    """The parts one after another, layer by layer, in fresh memory."""
+    return [
+        (torch.cat([layer[0] for layer in layers], dim=-2), torch.cat([layer[1] for layer in layers], dim=-2))
+        for layers in zip(*parts, strict=True)
+    ]
+
+
+def nbytes(layers: Iterable[LayerKV]) -> int:
+    """Bytes of the keys and values."""
+    return sum(t.numel() * t.element_size() for kv in layers for t in kv)
+
+
+def generation_cache(parts: Sequence[Sequence[LayerKV]], room: int) -> DynamicCache:
+    """The cache of one generation: a copy of `parts`, one after another, with room for `room` more tokens.
+
+    New tokens are written in place instead of concatenating the whole context once a token, so a decode step costs
+    the same after 10,000 tokens of context as after ten. It grows by doubling where the room does not suffice, shares
+    nothing with `parts`, and is released with its last reference.
+    """
+    cache = DynamicCache()
+    for layers in zip(*parts, strict=True):
+        layer = _AppendLayer(room)
+        layer.fill(layers)
+        cache.layers.append(layer)
+    if not cache.layers:
+        cache.layer_class_to_replicate = lambda: _AppendLayer(room)
+    return cache
+
+
+class _AppendLayer(DynamicLayer):
+    """A `DynamicLayer` that writes into a buffer with spare room. `keys` and `values` are views of what is filled."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+
+    def fill(self, parts: Sequence[LayerKV]) -> None:
+        self.lazy_initialization(*parts[0])
+        self._reserve(parts[0], sum(keys.shape[-2] for keys, _ in parts) + self.room)
+        for keys, values in parts:
+            self.update(keys, values)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append `(batch, kv_heads, new_tokens, head_dim)` and return all that is held."""
+        new = key_states.shape[-2]
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._reserve((key_states, value_states), new + self.room)
+        end = self.length + new
+        if end > self._keys.shape[-2]:
+            self._reserve((key_states, value_states), 2 * end)
+        self._keys[..., self.length : end, :] = key_states
+        self._values[..., self.length : end, :] = value_states
+        self.length = end
+        self.keys, self.values = self._keys[..., :end, :], self._values[..., :end, :]
+        return self.keys, self.values
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.length = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens (a negative number, as in transformers 5)."""
+        self.length += tokens_to_remove
+        self.keys, self.values = self._keys[..., : self.length, :], self._values[..., : self.length, :]
+
+    def _reserve(self, like: LayerKV, capacity: int) -> None:
+        old = (self.keys, self.values)
+        self._keys, self._values = (t.new_empty((*t.shape[:-2], capacity, t.shape[-1])) for t in like)
+        if self.length:
+            self._keys[..., : self.length, :], self._values[..., : self.length, :] = old
+
+
+def crop(cache: Cache, length: int) -> None:
+    """Keep the first `length` tokens of a generation's cache."""
+    for layer in cache.layers:
+        excess = layer.get_seq_length() - length
+        if excess > 0:
+            layer.crop(-excess)
+
+
+def check_cacheable(model: PreTrainedModel) -> None:
+    """Refuse a model whose past cannot be kept as one key and one value for each token.
+
+    Raises:
+        UnsupportedModelError: an encoder-decoder, or a model with recurrent or linear-attention layers.
+    """
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is an encoder-decoder: its decoder's cache depends on the encoder's input. "
+            "Use a decoder-only model (AutoModelForCausalLM)."
+        )
+    text = config.get_text_config(decoder=True)
+    types = set(getattr(text, "layer_types", None) or ()) | set(
+        getattr(text, "layers_block_type", None) or ()
+    )
+    states = sorted(t for t in types if any(word in t for word in _STATEFUL))
+    if states or getattr(model, "_is_stateful", False):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} keeps a recurrent state ({', '.join(states) or 'stateful'} layers): its past cannot "
+            "be cut at a token or put beside another. Use a model whose layers are all attention."
+        )

@@ -1,0 +1,52 @@
+"""A context ready to be continued: the cache, the tokens in it, and an account of how it was made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from transformers import DynamicCache
+
+from kvcag.fingerprint import ModelFingerprint
+
+Mode = Literal["exact", "merged", "encoded"]
+"""`exact`: an encoded prefix was found, in this order. `merged`: documents encoded one by one were put together.
+`encoded`: nothing could be reused."""
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What was reused and what was paid for. All counts are tokens of the context (head and documents, not the tail).
+
+    `reused_tokens + recomputed_tokens + encoded_tokens == context_tokens`.
+    """
+
+    mode: Mode
+    strategy: str
+    context_tokens: int
+    reused_tokens: int
+    recomputed_tokens: int
+    encoded_tokens: int
+    reason: str = ""
+    """Why this strategy was taken, where it was not simply asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class MergedContext:
+    """Head and documents as one cache, and what remains to be prefilled.
+
+    Attributes:
+        cache: keys and values of head + documents; the caller's own, it shares no memory with what is stored.
+        token_ids: 1-D int64, every token in `cache`, in order.
+        tail_ids: 1-D int64, the rest of the template: it closes the documents' turn and holds the question and the
+            generation prompt.
+        report: how it was made.
+        fingerprint: the model it belongs to.
+    """
+
+    cache: DynamicCache
+    token_ids: torch.Tensor
+    tail_ids: torch.Tensor
+    report: MergeReport
+    fingerprint: ModelFingerprint

@@ -1,0 +1,176 @@
+"""Every error that kvcag raises on purpose, in one tree.
+
+```
+KVCAGError
+├── InvalidInputError (ValueError)          an argument that cannot work
+│   ├── EmptyPromptError                    nothing to encode
+│   ├── ContextLengthError                  prompt + max_new_tokens exceed the model's context
+│   ├── ChatTemplateError                   the chat template cannot render these messages
+│   ├── UnsupportedContentError             images, audio, … in a message
+│   └── ConstraintError                     a schema, regex or grammar that cannot be used
+│       └── ConstraintBudgetError           its shortest completion does not fit max_new_tokens
+├── CacheMismatchError (ValueError)         a cache met something it was not made for
+│   ├── FingerprintMismatchError            … another model, dtype, adapter or template
+│   └── TokenMismatchError                  … other token ids
+├── UnsupportedModelError                   this model's cache cannot be reused or merged
+├── UnknownItemError (LookupError)          no item with these ids
+├── StoreError                              where items live
+│   ├── CorruptItemError                    cut, flipped or half written
+│   ├── FormatError                         not a file of ours, or of a newer version
+│   └── StoreUnavailableError (OSError)     disk full, permission denied, remote gone
+├── EngineError                             the model, or the server that runs it, failed
+├── ModelFetchError                         the embedded model could not be fetched or converted
+└── MissingExtraError (ImportError)         an optional dependency is not installed
+```
+
+Each message says what was wrong and what to do about it. Where a built-in exception fits, the class is one too, so
+that `except ValueError` goes on working.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from os import PathLike
+
+
+class KVCAGError(Exception):
+    """The root: `except KVCAGError` catches everything that kvcag raises on purpose."""
+
+
+class InvalidInputError(KVCAGError, ValueError):
+    """An argument that cannot work. Raised before any work is done."""
+
+
+class EmptyPromptError(InvalidInputError):
+    """There is nothing to encode."""
+
+
+class ContextLengthError(InvalidInputError):
+    """The prompt and the tokens to generate do not fit into the model's context.
+
+    Attributes:
+        prompt_tokens: tokens of the whole prompt, cached ones included.
+        max_new_tokens: tokens that were asked for.
+        limit: tokens that the model can attend to.
+        excess: by how many tokens the two exceed the limit.
+    """
+
+    def __init__(self, prompt_tokens: int, max_new_tokens: int, limit: int) -> None:
+        self.prompt_tokens = prompt_tokens
+        self.max_new_tokens = max_new_tokens
+        self.limit = limit
+        self.excess = prompt_tokens + max_new_tokens - limit
+        super().__init__(
+            f"the prompt has {prompt_tokens} tokens; with max_new_tokens={max_new_tokens} that is {self.excess} more "
+            f"than the model's context of {limit}. Pass fewer documents, or lower max_new_tokens."
+        )
+
+
+class ChatTemplateError(InvalidInputError):
+    """The tokenizer's chat template cannot render these messages."""
+
+
+class UnsupportedContentError(InvalidInputError):
+    """A message holds content that a text model cannot read."""
+
+
+class ConstraintError(InvalidInputError):
+    """A schema, regex, list of choices or grammar that cannot constrain a generation."""
+
+
+class ConstraintBudgetError(ConstraintError):
+    """No output that satisfies the constraint fits into the token budget.
+
+    Attributes:
+        needed_tokens: tokens of the shortest valid completion.
+        max_new_tokens: the budget it did not fit.
+    """
+
+    def __init__(self, needed_tokens: int, max_new_tokens: int) -> None:
+        self.needed_tokens = needed_tokens
+        self.max_new_tokens = max_new_tokens
+        super().__init__(
+            f"the shortest output that satisfies the constraint needs {needed_tokens} tokens, and max_new_tokens is "
+            f"{max_new_tokens}. Raise max_new_tokens to at least {needed_tokens}."
+        )
+
+
+class CacheMismatchError(KVCAGError, ValueError):
+    """A cache was used with something it was not made for."""
+
+
+class FingerprintMismatchError(CacheMismatchError):
+    """A cache made by one model met another: its keys and values mean nothing there.
+
+    Attributes:
+        differences: one line for each part of the fingerprint that differs.
+    """
+
+    def __init__(self, what: str, differences: Iterable[str]) -> None:
+        self.differences = list(differences)
+        super().__init__(
+            f"{what} was made by another model: {'; '.join(self.differences)}. "
+            "Load the model that made it, or encode the text again with this one."
+        )
+
+
+class TokenMismatchError(CacheMismatchError):
+    """A cache holds other tokens than it says, or than the prompt begins with."""
+
+
+class UnsupportedModelError(KVCAGError):
+    """The model keeps a state that cannot be reused, cut or merged as keys and values can."""
+
+
+class UnknownItemError(KVCAGError, LookupError):
+    """No item with these ids is in the memory.
+
+    Attributes:
+        ids: the ids that were not found.
+    """
+
+    def __init__(self, ids: Iterable[str]) -> None:
+        self.ids = list(ids)
+        super().__init__(
+            f"no item with id {', '.join(map(repr, self.ids))} is in the memory. Add it first, "
+            "or pass skip_missing=True to leave it out."
+        )
+
+
+class StoreError(KVCAGError):
+    """The place where items live failed."""
+
+
+class CorruptItemError(StoreError):
+    """A stored item was cut, changed or only half written.
+
+    Attributes:
+        path: the file, or the store's key, that is damaged.
+    """
+
+    def __init__(self, path: str | PathLike[str], reason: str) -> None:
+        self.path = str(path)
+        super().__init__(f"{self.path} is damaged: {reason}. Delete it and encode its text again.")
+
+
+class FormatError(StoreError):
+    """Something that is not a file of ours, or of a version that this release cannot read."""
+
+
+class StoreUnavailableError(StoreError, OSError):
+    """The disk is full, permission was denied, or a remote did not answer. Nothing that was kept is lost."""
+
+
+class EngineError(KVCAGError):
+    """The model, or the server that runs it, failed while it encoded or generated."""
+
+
+class ModelFetchError(KVCAGError):
+    """The embedded model could not be fetched, checked or converted."""
+
+
+class MissingExtraError(KVCAGError, ImportError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, feature: str, extra: str) -> None:
+        super().__init__(f"{feature} needs an optional dependency: pip install 'kvcag[{extra}]'")

@@ -1,0 +1,107 @@
+"""What is kept: a text's keys and values, with everything needed to use them safely and to account for them."""
+
+from __future__ import annotations
+
+import hashlib
+import uuid
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from transformers import DynamicCache
+
+from kvcag.fingerprint import ModelFingerprint
+
+_Memory = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
+
+
+def _new_id() -> str:
+    return str(uuid.uuid4())
+
+
+def ids_digest(token_ids: Iterable[int]) -> str:
+    """SHA-256, in hex, of a sequence of token ids."""
+    return hashlib.sha256(b"".join(int(i).to_bytes(4, "little") for i in token_ids)).hexdigest()
+
+
+class KVCacheRecords(BaseModel):
+    """Which texts a cache was made from, and how they were put together."""
+
+    text_memories: list[str] = Field(default_factory=list)
+    composed_text_memory: str = ""
+    timestamp: datetime = Field(default_factory=lambda: datetime.now(timezone.utc))
+
+
+class ActivationMemoryItem(BaseModel):
+    """A memory in the form in which a model uses it."""
+
+    model_config = _Memory
+
+    id: str = Field(default_factory=_new_id)
+    memory: Any = None
+    metadata: dict[str, Any] = Field(default_factory=dict)
+
+
+class KVCacheItem(ActivationMemoryItem):
+    """One text, encoded.
+
+    Attributes:
+        memory: its keys and values alone, `(1, kv_heads, seq_len, head_dim)` a layer, in the model's dtype. What
+            stood before it while it was encoded is not in it.
+        records: the texts it was made from.
+        token_ids: 1-D int64, the tokens in `memory`, in order.
+        fingerprint: the model that made it; None for an empty item.
+        base_position: the position of its first token: how many tokens stood before it.
+        prefix_digest: `ids_digest` of those tokens. Under the same prefix, the first document of a context is exact.
+    """
+
+    memory: DynamicCache = Field(default_factory=DynamicCache)
+    records: KVCacheRecords = Field(default_factory=KVCacheRecords)
+    token_ids: torch.Tensor = Field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    fingerprint: ModelFingerprint | None = None
+    base_position: int = 0
+    prefix_digest: str = Field(default_factory=lambda: ids_digest(()))
+
+    @model_validator(mode="after")
+    def _one_id_per_position(self) -> KVCacheItem:
+        if self.token_ids.ndim != 1 or self.token_ids.dtype != torch.long:
+            raise ValueError("token_ids must be a 1-D int64 tensor")
+        length = self.memory.get_seq_length()
+        if length != len(self.token_ids):
+            raise ValueError(
+                f"memory holds {length} tokens and token_ids {len(self.token_ids)}: they must agree"
+            )
+        return self
+
+    @property
+    def content_key(self) -> str:
+        """The same for the same tokens after the same prefix by the same model, and for nothing else."""
+        model = self.fingerprint.digest if self.fingerprint else ""
+        return content_key(model, self.prefix_digest, self.token_ids.tolist())
+
+
+class VLLMKVCacheItem(ActivationMemoryItem):
+    """A prompt whose keys and values a vLLM server keeps itself."""
+
+    memory: str = ""
+    records: KVCacheRecords = Field(default_factory=KVCacheRecords)
+
+
+class TextualMemoryItem(BaseModel):
+    """A memory as plain text: what caches are made from, and what they go back to."""
+
+    model_config = _Memory
+
+    id: str = Field(default_factory=_new_id)
+    memory: str
+    metadata: BaseModel | dict[str, Any] = Field(default_factory=dict)
+
+
+def content_key(model_digest: str, prefix_digest: str, token_ids: Iterable[int]) -> str:
+    """`kv:sha256:…` for tokens encoded after a prefix by a model."""
+    return (
+        "kv:sha256:"
+        + hashlib.sha256(f"{model_digest}{prefix_digest}{ids_digest(token_ids)}".encode()).hexdigest()
+    )
