@@ -6,7 +6,8 @@ Everything else in kvcag sees a cache as a list with one `(keys, values)` a laye
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -61,15 +62,16 @@ def layers_of(cache: Cache) -> list[LayerKV]:
         UnsupportedModelError: a layer is quantised, static, windowed or recurrent: what it holds is not one key and
             one value for each token.
     """
+    held: list[LayerKV] = []
     for layer in cache.layers:
-        if type(layer) is not DynamicLayer and not isinstance(layer, _AppendLayer):
+        if type(layer) is not DynamicLayer and not isinstance(layer, (_AppendLayer, LazyLayer)):
             raise UnsupportedModelError(
                 f"the cache has a {type(layer).__name__}, which does not hold one key and one value for each token. "
                 "Use a plain DynamicCache(), made without a config."
             )
-    if cache.get_seq_length() == 0:
-        return []
-    return [(layer.keys, layer.values) for layer in cache.layers]
+        if layer.keys is not None and layer.values is not None and layer.get_seq_length():
+            held.append((layer.keys, layer.values))
+    return held
 
 
 def cache_of(layers: Iterable[LayerKV]) -> DynamicCache:
@@ -128,17 +130,21 @@ def generation_cache(parts: Sequence[Sequence[LayerKV]], room: int) -> DynamicCa
         layer = _AppendLayer(room)
         layer.fill(layers)
         cache.layers.append(layer)
-    if not cache.layers:
-        cache.layer_class_to_replicate = lambda: _AppendLayer(room)
+    if not cache.layers:  # transformers makes a layer when the model first writes to it
+        cache.layer_class_to_replicate = functools.partial(_AppendLayer, room)
     return cache
 
 
 class _AppendLayer(DynamicLayer):
     """A `DynamicLayer` that writes into a buffer with spare room. `keys` and `values` are views of what is filled."""
 
+    _keys: torch.Tensor
+    _values: torch.Tensor
+
     def __init__(self, room: int) -> None:
         super().__init__()
         self.room = room
+        self.length = 0
 
     def fill(self, parts: Sequence[LayerKV]) -> None:
         self.lazy_initialization(*parts[0])
@@ -163,28 +169,54 @@ class _AppendLayer(DynamicLayer):
         self.keys, self.values = self._keys[..., :end, :], self._values[..., :end, :]
         return self.keys, self.values
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        self.length = 0
-
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens (a negative number, as in transformers 5)."""
         self.length += tokens_to_remove
         self.keys, self.values = self._keys[..., : self.length, :], self._values[..., : self.length, :]
 
     def _reserve(self, like: LayerKV, capacity: int) -> None:
-        old = (self.keys, self.values)
-        self._keys, self._values = (t.new_empty((*t.shape[:-2], capacity, t.shape[-1])) for t in like)
+        keys, values = (t.new_empty((*t.shape[:-2], capacity, t.shape[-1])) for t in like)
         if self.length:
-            self._keys[..., : self.length, :], self._values[..., : self.length, :] = old
+            keys[..., : self.length, :] = self._keys[..., : self.length, :]
+            values[..., : self.length, :] = self._values[..., : self.length, :]
+        self._keys, self._values = keys, values
+
+
+class LazyLayer(DynamicLayer):
+    """A layer that fetches its keys and values when they are first looked at; from then on a `DynamicLayer`.
+
+    Args:
+        length: how many tokens it holds.
+        load: gives the keys and values of a layer, by its index. What it raises reaches whoever looked.
+        index: which layer this is.
+    """
+
+    def __init__(self, length: int, load: Callable[[int], LayerKV], index: int) -> None:
+        super().__init__()
+        del self.keys, self.values  # so that looking at them reaches __getattr__, once
+        self.length, self.load, self.index = length, load, index
+        self.is_initialized = True
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("keys", "values", "dtype", "device"):
+            raise AttributeError(name)
+        keys, values = self.load(self.index)
+        self.lazy_initialization(keys, values)
+        self.keys, self.values = keys, values
+        return getattr(self, name)
+
+    def get_seq_length(self) -> int:
+        """How many tokens it holds. Fetches nothing."""
+        keys: torch.Tensor | None = self.__dict__.get("keys")
+        return self.length if keys is None else keys.shape[-2]
 
 
 def crop(cache: Cache, length: int) -> None:
     """Keep the first `length` tokens of a generation's cache."""
-    for layer in cache.layers:
-        excess = layer.get_seq_length() - length
-        if excess > 0:
-            layer.crop(-excess)
+    excess = cache.get_seq_length() - length
+    if excess > 0:
+        for layer in cache.layers:
+            layer.crop(-excess)  # type: ignore[union-attr]
 
 
 def check_cacheable(model: PreTrainedModel) -> None:
@@ -200,12 +232,67 @@ def check_cacheable(model: PreTrainedModel) -> None:
             "Use a decoder-only model (AutoModelForCausalLM)."
         )
     text = config.get_text_config(decoder=True)
-    types = set(getattr(text, "layer_types", None) or ()) | set(
-        getattr(text, "layers_block_type", None) or ()
-    )
+    types = set(getattr(text, "layer_types", None) or ()) | set(getattr(text, "layers_block_type", None) or ())
     states = sorted(t for t in types if any(word in t for word in _STATEFUL))
     if states or getattr(model, "_is_stateful", False):
         raise UnsupportedModelError(
-            f"{type(model).__name__} keeps a recurrent state ({', '.join(states) or 'stateful'} layers): its past cannot "
-            "be cut at a token or put beside another. Use a model whose layers are all attention."
+            f"{type(model).__name__} keeps a recurrent state ({', '.join(states) or 'stateful'} layers): its past "
+            "cannot be cut at a token or put beside another. Use a model whose layers are all attention."
         )
+
+
+Watch: TypeAlias = Callable[[int, LayerKV, LayerKV], None]
+"""Called as `watch(layer_idx, held, new)` before a layer takes new keys and values in."""
+
+
+def scatter_cache(layers: Sequence[LayerKV], positions: torch.Tensor, watch: Watch | None = None) -> DynamicCache:
+    """A cache over `layers` that writes the tokens it is given in place, at `positions`, instead of at the end.
+
+    A forward pass over it recomputes those tokens' keys and values for every layer. `layers` is written to.
+    """
+    return _cache(_ScatterLayer(index, kv, positions, watch) for index, kv in enumerate(layers))
+
+
+def peek_cache(layers: Sequence[LayerKV]) -> DynamicCache:
+    """A cache that shows new tokens after `layers` and keeps none of them: a pass over it leaves no trace."""
+    return _cache(_PeekLayer(kv) for kv in layers)
+
+
+def _cache(layers: Iterable[DynamicLayer]) -> DynamicCache:
+    cache = DynamicCache()
+    cache.layers.extend(layers)
+    return cache
+
+
+class _HeldLayer(DynamicLayer):
+    """A layer over given tensors, not copied."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def __init__(self, kv: LayerKV) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.lazy_initialization(*kv)
+        self.keys, self.values = kv
+
+
+class _PeekLayer(_HeldLayer):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+
+
+class _ScatterLayer(_HeldLayer):
+    def __init__(self, index: int, kv: LayerKV, positions: torch.Tensor, watch: Watch | None) -> None:
+        super().__init__(kv)
+        self.index, self.positions, self.watch = index, positions.to(kv[0].device), watch
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.watch is not None:
+            self.watch(self.index, (self.keys, self.values), (key_states, value_states))
+        self.keys.index_copy_(-2, self.positions, key_states)
+        self.values.index_copy_(-2, self.positions, value_states)
+        return self.keys, self.values

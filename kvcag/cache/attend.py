@@ -1,0 +1,164 @@
+"""A forward pass of scattered tokens: each attends to the cache by its true position, wherever it stands in the batch.
+
+transformers' masks are made from indices, and `sdpa` with a 4-D mask copies the keys once for each query head. So the
+pass runs under an attention function of ours, registered with transformers (`AttentionInterface`): it masks by
+position, block of queries by block, so that neither the mask nor the weights of a whole context are ever held.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_NAME = "kvcag"
+
+_BLOCK = 256
+"""Queries that attend at a time. Their mask is one byte a key and query: 2 MiB over 8,192 keys."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """How one layer attends.
+
+    Attributes:
+        positions: 1-D int64, where the queries stand, ascending; key `i` stands at position `i`.
+        scaling: what scores are multiplied with.
+        window: how many tokens, itself included, a query sees; None for all.
+        softcap: bound of the scores, as in Gemma 2; None for none.
+    """
+
+    positions: torch.Tensor
+    scaling: float
+    window: int | None
+    softcap: float | None
+
+    def mask(self, queries: slice, keys: int) -> torch.Tensor:
+        """Which of the first `keys` keys each query of the slice sees. `(queries, keys)`, bool."""
+        at = self.positions[queries, None]
+        key = torch.arange(keys, device=at.device)
+        seen = key <= at
+        return seen if self.window is None else seen & (key > at - self.window)
+
+
+Reader: TypeAlias = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, Call], None]
+"""Called as `reader(layer_idx, query, key, value, call)` before a layer attends: `query` is `(1, heads, queries,
+head_dim)`; `key` and `value` hold all keys that the layer sees."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    positions: torch.Tensor
+    reader: Reader | None
+    implementation: str
+
+
+_running: ContextVar[_Pass] = ContextVar("kvcag_pass")
+
+
+def decoder_of(model: PreTrainedModel) -> Any:
+    """The module that holds the layers: without the language modelling head, whose logits nobody reads here."""
+    return model.get_decoder()
+
+
+def attend(
+    model: PreTrainedModel,
+    token_ids: torch.Tensor,
+    positions: torch.Tensor,
+    cache: Cache,
+    reader: Reader | None = None,
+) -> None:
+    """Run `token_ids` at `positions` (1-D int64 each, positions ascending) through every layer, over `cache`.
+
+    The keys that the cache hands out must stand at positions 0, 1, 2, …. The model's attention implementation is
+    ours for the time of the pass only, and is put back when it raises, too.
+    """
+    decoder = decoder_of(model)
+    with _implementation(decoder.config, positions, reader):
+        decoder(
+            input_ids=token_ids[None].to(model.device),
+            position_ids=positions[None].to(model.device),
+            past_key_values=cache,
+            use_cache=True,
+        )
+
+
+@contextmanager
+def _implementation(config: Any, positions: torch.Tensor, reader: Reader | None) -> Iterator[None]:
+    before = config._attn_implementation
+    token = _running.set(_Pass(positions, reader, before))
+    config._attn_implementation = _NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+        _running.reset(token)
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls. Returns `(1, queries, heads, head_dim)`; `attention_mask` is never made for it."""
+    running = _running.get()
+    call = Call(
+        running.positions.to(key.device),
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        kwargs.get("sliding_window"),
+        kwargs.get("softcap"),
+    )
+    if running.reader is not None:
+        running.reader(int(module.layer_idx), query, key, value, call)  # type: ignore[arg-type]
+    # Only a model's own eager function knows its attention sinks and soft caps, which sdpa cannot do.
+    own = running.implementation == "eager" or bool({"softcap", "s_aux"} & {k for k in kwargs if kwargs[k] is not None})
+    outputs = []
+    for start in range(0, query.shape[2], _BLOCK):
+        block = slice(start, min(start + _BLOCK, query.shape[2]))
+        keys = int(call.positions[block.stop - 1]) + 1
+        q, k, v, mask = query[:, :, block], key[:, :, :keys], value[:, :, :keys], call.mask(block, keys)
+        outputs.append(_eager(module, q, k, v, mask, scaling, kwargs) if own else _sdpa(q, k, v, mask, call.scaling))
+    return torch.cat(outputs, dim=1), None
+
+
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scaling: float) -> torch.Tensor:
+    """KV heads are the batch, so that the keys are broadcast over the query heads that share them, not copied."""
+    kv_heads, queries = k.shape[1], q.shape[2]
+    grouped = q.reshape(kv_heads, -1, queries, q.shape[-1])
+    k, v = (t[0, :, None].expand(-1, grouped.shape[1], -1, -1) for t in (k, v))
+    out = scaled_dot_product_attention(grouped, k, v, attn_mask=mask[None, None], scale=scaling)
+    return out.reshape(1, -1, queries, v.shape[-1]).transpose(1, 2)
+
+
+def _eager(
+    module: torch.nn.Module,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
+    additive = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, torch.finfo(q.dtype).min)
+    given = kwargs if scaling is None else {"scaling": scaling, **kwargs}
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    out: torch.Tensor = eager(module, q, k, v, additive[None, None], **given)[0]
+    return out
+
+
+AttentionInterface.register(_NAME, _attention)

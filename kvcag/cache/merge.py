@@ -1,0 +1,122 @@
+"""Put caches that were made one by one beside each other, as if their tokens had been read in this order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvcag.cache.hf import LayerKV, cut
+from kvcag.cache.recompute import recompute
+from kvcag.cache.rope import check_mergeable, rerotate
+from kvcag.cache.select import STRATEGIES, Layout, Strategy, select
+from kvcag.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Merged", "Part", "Strategy", "check_mergeable", "merge"]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One cached piece of the context.
+
+    Attributes:
+        token_ids: 1-D int64.
+        layers: keys, rotated to `base_position`, `base_position + 1`, …, and values. Never written to.
+        base_position: the position of its first key as stored.
+        exact: its keys and values are right where it stands now: the head, and the first document if it was encoded
+            after that head. Nothing is spent on it.
+    """
+
+    token_ids: torch.Tensor
+    layers: Sequence[LayerKV]
+    base_position: int
+    exact: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """The merged cache.
+
+    Attributes:
+        layers: fresh memory, `(1, kv_heads, sum of lengths, head_dim)` each.
+        recomputed: 1-D int64, the positions whose keys and values were recomputed, ascending.
+    """
+
+    layers: list[LayerKV]
+    recomputed: torch.Tensor
+
+
+@torch.no_grad()
+def merge(
+    model: PreTrainedModel,
+    parts: Sequence[Part],
+    tail_ids: torch.Tensor,
+    *,
+    strategy: Strategy = "query",
+    ratio: float = 0.2,
+) -> Merged:
+    """Move each part to its place, and recompute the tokens that the strategy picks.
+
+    The caller keeps everyone else from the model for the time of the call.
+
+    Args:
+        model: the model that made every part.
+        parts: in the order in which they are to be read; the first is the head.
+        tail_ids: 1-D int64, what is read after the parts: the question. Strategy `query` looks at it; where it is
+            empty there is no question to choose by, and `query` chooses as `deviation` does.
+        strategy: which tokens are recomputed (`kvcag.cache.select`).
+        ratio: how many of them, as a share of all tokens of the parts, rounded down: 0 recomputes nothing, 1
+            everything that is not exact. `rotate` and `full` do not look at it.
+
+    Raises:
+        InvalidInputError: an unknown strategy, a ratio outside [0, 1], or a part whose tokens and keys disagree.
+        UnsupportedModelError: the model's caches cannot be merged (`check_mergeable`).
+    """
+    _check(parts, strategy, ratio)
+    check_mergeable(model)
+    layers = _place(model, parts)
+    layout = Layout(
+        token_ids=torch.cat([part.token_ids for part in parts]),
+        part_of=torch.cat([torch.full((len(part.token_ids),), i) for i, part in enumerate(parts)]),
+        open=torch.cat([torch.full((len(part.token_ids),), not part.exact) for part in parts]),
+    )
+    chosen = select(model, layers, layout, tail_ids, strategy=strategy, ratio=ratio)
+    if len(chosen):
+        recompute(model, layers, layout, chosen)
+    return Merged(layers, chosen)
+
+
+def _check(parts: Sequence[Part], strategy: str, ratio: float) -> None:
+    if strategy not in STRATEGIES:
+        raise InvalidInputError(f"unknown strategy {strategy!r}. Use one of {', '.join(STRATEGIES)}.")
+    if not 0 <= ratio <= 1:
+        raise InvalidInputError(f"ratio is {ratio}; it is the share of tokens to recompute, from 0 to 1.")
+    if not any(len(part.token_ids) for part in parts):
+        raise InvalidInputError("there are no tokens to merge. Pass at least one part that has some.")
+    for index, part in enumerate(parts):
+        lengths = {kv[0].shape[-2] for kv in part.layers}
+        if len(part.token_ids) and lengths != {len(part.token_ids)}:
+            raise InvalidInputError(
+                f"part {index} has {len(part.token_ids)} token ids and keys for {sorted(lengths)}: they must agree"
+            )
+
+
+def _place(model: PreTrainedModel, parts: Sequence[Part]) -> list[LayerKV]:
+    """All parts, each re-rotated to where it stands now."""
+    parts = [part for part in parts if len(part.token_ids)]
+    ends = list(accumulate(len(part.token_ids) for part in parts))
+    layers = [(_empty(keys, ends[-1]), _empty(values, ends[-1])) for keys, values in parts[0].layers]
+    for part, end in zip(parts, ends, strict=True):
+        start = end - len(part.token_ids)
+        rerotate(model, part.layers, part.base_position, start, cut(layers, start, end))
+    return layers
+
+
+def _empty(like: torch.Tensor, length: int) -> torch.Tensor:
+    return like.new_empty((*like.shape[:-2], length, like.shape[-1]))

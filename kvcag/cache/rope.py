@@ -1,0 +1,288 @@
+"""Re-rotation: moving cached keys to other positions.
+
+RoPE turns each pair of a key's components by `position * frequency`, so a key moves from one position to another by
+turning it by the difference. How a model does it (which components, paired how, with which frequencies, in which
+layers) is not read from its configuration but measured once on the model itself: the same tokens are encoded at two
+offsets, and what moves the one's keys onto the other's is how this layer rotates. A model for which nothing does is
+refused, so an architecture that nobody has tried is right or refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import DynamicCache
+
+from kvcag.cache.attend import Call, attend, decoder_of
+from kvcag.cache.hf import LayerKV, check_cacheable, layers_of, owned, scatter_cache
+from kvcag.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_INSTEAD = "Merge nothing with it: encode each combination of documents in its order (an exact prefix)."
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """How one layer rotates its keys.
+
+    Attributes:
+        module: the rotary module, whose live frequencies are read at each use; None where the layer rotates nothing.
+        name: the attribute of `module` with the frequencies, `(rotary_dim / 2,)`.
+        interleaved: components are paired (0, 1), (2, 3), …, as in GLM and Cohere; else (0, d/2), (1, d/2 + 1), ….
+    """
+
+    module: torch.nn.Module | None = None
+    name: str = ""
+    interleaved: bool = False
+
+    @property
+    def frequencies(self) -> torch.Tensor:
+        """`(rotary_dim / 2,)`, fp32, as they are now: `model.to(bfloat16)` changes them."""
+        frequencies: torch.Tensor = getattr(self.module, self.name)
+        return frequencies.float()
+
+    def angles(self, start: torch.Tensor, end: torch.Tensor) -> Turn:
+        """What turns keys at the positions `start` (1-D) to the positions `end`.
+
+        The difference is taken between the angles, each rounded to fp32 as the model rounds it: at position 100,000
+        rounding the difference of the positions instead would be off by 1e-3.
+        """
+        f = self.frequencies
+        angle = (end[:, None].to(f) * f).double() - (start[:, None].to(f) * f).double()
+        return angle.cos().float(), angle.sin().float()
+
+    def turn(self, keys: torch.Tensor, by: Turn, out: torch.Tensor) -> None:
+        """Write `keys`, `(…, seq_len, head_dim)`, turned in fp32, to `out`, which may be `keys`."""
+        cos, sin = by
+        if out is not keys and 2 * cos.shape[-1] < keys.shape[-1]:
+            out.copy_(keys)
+        (a, b), (to_a, to_b) = self._pairs(keys, cos), self._pairs(out, cos)
+        a, b = a.float(), b.float()
+        turned_a, turned_b = a * cos - b * sin, b * cos + a * sin
+        to_a.copy_(turned_a)
+        to_b.copy_(turned_b)
+
+    def _pairs(self, keys: torch.Tensor, cos: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        half = cos.shape[-1]
+        rotary = keys[..., : 2 * half]
+        if self.interleaved:
+            return rotary[..., 0::2], rotary[..., 1::2]
+        return rotary[..., :half], rotary[..., half:]
+
+
+Turn = tuple[torch.Tensor, torch.Tensor]
+"""Cosine and sine of the angles, `(seq_len, rotary_dim / 2)` each, fp32."""
+
+UNROTATED = Rotation()
+
+_measured: WeakKeyDictionary[Any, list[Rotation]] = WeakKeyDictionary()
+
+
+def rotations(model: PreTrainedModel) -> list[Rotation]:
+    """How each layer rotates, measured once a model.
+
+    Raises:
+        UnsupportedModelError: see `check_mergeable`.
+    """
+    found = _measured.get(model)
+    if found is None:
+        check_cacheable(model)
+        _check_configuration(model)
+        found = _measured[model] = _measure(model)
+    return found
+
+
+def check_mergeable(model: PreTrainedModel) -> None:
+    """Refuse a model whose caches cannot be moved to other positions and put beside each other.
+
+    The first call runs three forward passes of a dozen tokens, later ones nothing.
+
+    Raises:
+        UnsupportedModelError: positions are learned, ALiBi, or of a RoPE whose frequencies change with the length;
+            layers share keys, keep a state or attend in chunks; or nothing that we know moves its keys.
+    """
+    rotations(model)
+
+
+def rerotate(model: PreTrainedModel, layers: Sequence[LayerKV], start: int, end: int, out: Sequence[LayerKV]) -> None:
+    """Write `layers`, whose first key stands at position `start`, to `out` as if it stood at `end`. Values: a copy.
+
+    Keys are turned in fp32, from what is given, once. Where `start == end`, they are copied bit by bit.
+    """
+    turns = Turns(rotations(model))
+    for index, ((keys, values), (to_keys, to_values)) in enumerate(zip(layers, out, strict=True)):
+        to_values.copy_(values)
+        if start == end or turns.rotations[index].module is None:
+            to_keys.copy_(keys)
+            continue
+        at = torch.arange(keys.shape[-2], device=keys.device)
+        turns.rotations[index].turn(keys, turns.between(index, start + at, end + at), to_keys)
+
+
+class Turns:
+    """The angles of one move, computed once for all layers that share their frequencies."""
+
+    def __init__(self, rotations: list[Rotation]) -> None:
+        self.rotations = rotations
+        self._known: dict[Any, Turn] = {}
+
+    def between(self, layer_idx: int, start: torch.Tensor, end: torch.Tensor) -> Turn:
+        """The turn of layer `layer_idx`; every call must give the same positions."""
+        rotation = self.rotations[layer_idx]
+        key = (id(rotation.module), rotation.name, start.device)
+        if key not in self._known:
+            cos, sin = rotation.angles(start, end)
+            self._known[key] = cos.to(start.device), sin.to(start.device)
+        return self._known[key]
+
+
+def _check_configuration(model: PreTrainedModel) -> None:
+    config = decoder_of(model).config
+    kinds, name = " ".join(_rope_kinds(model, config)), type(model).__name__
+    if "dynamic" in kinds or "longrope" in kinds:
+        raise UnsupportedModelError(
+            f"{name} uses {'dynamic-NTK' if 'dynamic' in kinds else 'LongRoPE'} scaling: its frequencies change with "
+            f"the length of the context, so a cached key cannot be moved. {_INSTEAD} "
+            "Or load it with another rope_type (yarn and llama3 are fine)."
+        )
+    if "mrope" in kinds:
+        raise UnsupportedModelError(
+            f"{name} uses multimodal RoPE, whose positions depend on the images before them. {_INSTEAD} "
+            "Or use a text model of its family."
+        )
+    if getattr(config, "kv_lora_rank", None):
+        raise UnsupportedModelError(
+            f"{name} uses multi-head latent attention (MLA) and caches latents instead of keys and values. {_INSTEAD}"
+        )
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise UnsupportedModelError(
+            f"{name} shares keys and values between layers, so one layer's cannot be recomputed alone. {_INSTEAD}"
+        )
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        raise UnsupportedModelError(
+            f"{name} attends in chunks: which tokens see each other depends on where a chunk starts. {_INSTEAD}"
+        )
+
+
+def _rope_kinds(model: PreTrainedModel, config: Any) -> Iterator[str]:
+    for module in model.modules():
+        yield str(getattr(module, "rope_type", ""))
+    for described in (getattr(config, "rope_parameters", None), getattr(config, "rope_scaling", None)):
+        yield str(described or "").lower()
+
+
+_TOKENS = 12
+_OFFSET = 57
+"""Far enough that the slowest frequencies of two layer types (θ 10,000 and 1,000,000) still tell."""
+
+
+@torch.no_grad()
+def _measure(model: PreTrainedModel) -> list[Rotation]:
+    config = decoder_of(model).config
+    ids = (torch.arange(_TOKENS) * 7919 + 11) % config.vocab_size
+    here, there = _encode(model, ids, 0), _encode(model, ids, _OFFSET)
+    if len(here) != config.num_hidden_layers or any(kv[0].shape[-2] != _TOKENS for kv in here):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not keep one key and one value a token in each layer. {_INSTEAD}"
+        )
+    # Half precision rounds cosines and sines by 1e-2; a wrong rotation is off by about 1.
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
+    if any(_error(old[1], new[1]) > tolerance for old, new in zip(here, there, strict=True)):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}'s cached values change with their position: they are not plain values, or its "
+            f"positions are learned. {_INSTEAD}"
+        )
+    found = [_rotation(model, old[0], new[0], tolerance) for old, new in zip(here, there, strict=True)]
+    if all(rotation is UNROTATED for rotation in found):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not rotate its keys: its positions are ALiBi biases, or none, and a token "
+            f"cannot be recomputed at a position of its own. {_INSTEAD}"
+        )
+    _check_scatter(model, ids, here, tolerance)
+    return found
+
+
+def _encode(model: PreTrainedModel, ids: torch.Tensor, offset: int) -> list[LayerKV]:
+    cache = DynamicCache()
+    positions = torch.arange(offset, offset + len(ids))
+    decoder_of(model)(
+        input_ids=ids[None].to(model.device),
+        position_ids=positions[None].to(model.device),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return layers_of(cache)
+
+
+def _rotation(model: PreTrainedModel, old: torch.Tensor, new: torch.Tensor, tolerance: float) -> Rotation:
+    at = torch.arange(_TOKENS, device=old.device)
+    best, least = UNROTATED, _error(old, new)
+    for rotation in _candidates(model, old.shape[-1]):
+        cos, sin = rotation.angles(at, at + _OFFSET)
+        turned = torch.empty_like(old)
+        rotation.turn(old, (cos.to(old.device), sin.to(old.device)), turned)
+        if (error := _error(turned, new)) < least:
+            best, least = rotation, error
+    if least > tolerance:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}'s keys cannot be moved to another position: re-rotated keys differ from keys "
+            f"encoded there by {least:.0%}. Its positions are learned, or rotate in a way we do not know. {_INSTEAD}"
+        )
+    return best
+
+
+def _candidates(model: PreTrainedModel, head_dim: int) -> Iterator[Rotation]:
+    seen: list[torch.Tensor] = []
+    for module in model.modules():
+        for name, table in vars(module).get("_buffers", {}).items():
+            if not name.endswith("inv_freq") or "original" in name or table is None:
+                continue
+            if 2 * len(table) > head_dim or any(torch.equal(table.cpu(), other) for other in seen):
+                continue
+            seen.append(table.cpu())
+            yield Rotation(module, name)
+            yield Rotation(module, name, interleaved=True)
+
+
+def _error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Relative error of the median token: in half precision, a router's near tie may send one token elsewhere."""
+    difference, size = ((t.float().square().sum(dim=(0, 1, 3))) for t in (a - b, b))
+    return float((difference / size).sqrt().median())
+
+
+def _check_scatter(model: PreTrainedModel, ids: torch.Tensor, right: list[LayerKV], tolerance: float) -> None:
+    """Recompute every other token over a cache where it is missing: unknown attention arguments would show here."""
+    config = decoder_of(model).config
+    types = getattr(config, "layer_types", None)
+    odd = torch.arange(1, _TOKENS, 2)
+    layers, windows = owned(right), {}
+
+    def note(layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> None:
+        windows[layer_idx] = call.window
+
+    for kv in layers:
+        for t in kv:
+            t[..., odd, :] = 0
+    attend(model, ids[odd], odd, scatter_cache(layers, odd), note)
+    errors = [
+        _error(a[..., odd, :], b[..., odd, :])
+        for x, y in zip(layers, right, strict=True)
+        for a, b in zip(x, y, strict=True)
+    ]
+    if len(windows) != len(layers) or max(errors) > tolerance:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not attend through transformers' AttentionInterface alone, so single tokens "
+            f"cannot be recomputed. {_INSTEAD}"
+        )
+    for index, window in windows.items():
+        if types and (types[index] == "sliding_attention") != (window is not None):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} calls layer {index} {types[index]} and attends with a window of {window}: "
+                f"which tokens it sees is unclear. {_INSTEAD}"
+            )
