@@ -17,6 +17,7 @@ KVCAGError
 ├── StoreError                              where items live
 │   ├── CorruptItemError                    cut, flipped or half written
 │   ├── FormatError                         not a file of ours, or of a newer version
+│   ├── StoreFullError                      larger than the store's budget
 │   └── StoreUnavailableError (OSError)     disk full, permission denied, remote gone
 ├── EngineError                             the model, or the server that runs it, failed
 ├── ModelFetchError                         the embedded model could not be fetched or converted
@@ -155,6 +156,22 @@ class CorruptItemError(StoreError):
 
 class FormatError(StoreError):
     """Something that is not a file of ours, or of a version that this release cannot read."""
+
+
+class StoreFullError(StoreError):
+    """An item does not fit into a store's budget, however much else leaves.
+
+    Attributes:
+        item_id: which item.
+        needed, max_bytes, pinned: bytes of the item, of the budget, and of what may not leave.
+    """
+
+    def __init__(self, item_id: str, needed: int, max_bytes: int, pinned: int = 0) -> None:
+        self.item_id, self.needed, self.max_bytes, self.pinned = item_id, needed, max_bytes, pinned
+        super().__init__(
+            f"item {item_id!r} takes {needed} bytes, and the store has max_bytes={max_bytes} with {pinned} of them "
+            "pinned. Raise max_bytes, unpin something, or split the text."
+        )
 
 
 class StoreUnavailableError(StoreError, OSError):

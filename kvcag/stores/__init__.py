@@ -1,0 +1,1 @@
+"""Where items live: in memory, on disk, elsewhere, and in tiers of these."""

@@ -1,0 +1,118 @@
+"""Files that appear whole or not at all, for this user alone, and errors that say what to do."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from kvcag.errors import StoreUnavailableError
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock tells a writer that lives from one that died, so its age must
+    _HAS_FLOCK = False
+else:
+    _HAS_FLOCK = True
+
+TEMPORARY = ".tmp"
+_STALE_SECONDS = 3600.0
+
+_ADVICE = {
+    errno.ENOSPC: "the disk is full: free some space, or give the store a smaller max_bytes",
+    errno.EDQUOT: "the disk quota is used up: free some space, or give the store a smaller max_bytes",
+    errno.EACCES: "permission denied: make it readable and writable for this user, or choose another path",
+    errno.EPERM: "permission denied: make it readable and writable for this user, or choose another path",
+    errno.EROFS: "the file system is read-only: mount it writable, or choose another path",
+    errno.ENOENT: "it does not exist",
+}
+
+
+@contextlib.contextmanager
+def unavailable(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn an `OSError` into a `StoreUnavailableError` that keeps its errno and says what to do."""
+    try:
+        yield
+    except StoreUnavailableError:
+        raise
+    except OSError as error:
+        advice = _ADVICE.get(error.errno or 0, error.strerror or str(error))
+        raise StoreUnavailableError(error.errno, advice, os.fspath(path)) from error
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give a temporary path; when the block ends well, what was written there becomes `path`.
+
+    The content is on the disk before the name is, and the name before this returns: a reader sees the old file or the
+    new one, whole, also after a crash at any point. The file is mode 0600. When the block fails, nothing remains.
+
+    Raises:
+        StoreUnavailableError: the disk is full, permission was denied, …
+    """
+    target = Path(path)
+    with unavailable(target):
+        temporary, descriptor = _create_beside(target)
+        try:
+            yield temporary
+            os.fsync(descriptor)
+            os.replace(temporary, target)
+            sync_directory(target.parent)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        finally:
+            os.close(descriptor)
+
+
+def _create_beside(target: Path) -> tuple[Path, int]:
+    """A new file in the same directory, locked for as long as its descriptor is open."""
+    while True:
+        temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}{TEMPORARY}")
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        if not _HAS_FLOCK:
+            return temporary, descriptor
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            return temporary, descriptor
+        os.close(descriptor)  # cleared away as abandoned, between its creation and the lock
+
+
+def sync_directory(directory: Path) -> None:
+    """Put a directory's entries on the disk: a rename, or a deletion, that was reported survives a power cut."""
+    if os.name == "nt":  # a directory cannot be opened there
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_if_abandoned(temporary: Path) -> bool:
+    """Delete a temporary file whose writer died. Says whether it was abandoned."""
+    return _if_abandoned(temporary, remove=True)
+
+
+def is_abandoned(temporary: Path) -> bool:
+    """Whether the writer of a temporary file died before it was done."""
+    return _if_abandoned(temporary, remove=False)
+
+
+def _if_abandoned(temporary: Path, *, remove: bool) -> bool:
+    try:
+        with open(temporary, "rb") as file:
+            if not _HAS_FLOCK:
+                if time.time() - os.fstat(file.fileno()).st_mtime < _STALE_SECONDS:
+                    return False
+            else:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if remove:
+                temporary.unlink(missing_ok=True)
+            return True
+    except (BlockingIOError, FileNotFoundError):
+        return False

@@ -1,0 +1,156 @@
+"""Items in memory: the accelerator's, or the host's."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from kvcag.cache.hf import cache_of, layers_of, nbytes
+from kvcag.errors import InvalidInputError, StoreFullError
+from kvcag.items import KVCacheItem
+from kvcag.stores.base import KVStore, StoreStats
+from kvcag.stores.format import Manifest, manifest_of
+
+
+@dataclass(slots=True)
+class _Entry:
+    item: KVCacheItem
+    bytes: int
+    expires: float
+
+
+class MemoryStore(KVStore):
+    """Items in memory, the least recently used leaving first.
+
+    Args:
+        max_bytes: the most that keys and values may take together; None for no limit.
+        ttl: seconds after which an item is forgotten, from when it was put; None for never.
+        device: where to keep them. None keeps each item as it was given, not copied.
+        pin_memory: keep them in page-locked host memory, from where an accelerator reads several times faster.
+    """
+
+    def __init__(
+        self,
+        max_bytes: int | None = None,
+        *,
+        ttl: float | None = None,
+        device: torch.device | str | None = None,
+        pin_memory: bool = False,
+    ) -> None:
+        if pin_memory and (not torch.cuda.is_available() or torch.device(device or "cpu").type != "cpu"):
+            raise InvalidInputError("pin_memory is for host memory beside a CUDA device; leave it out here.")
+        self.max_bytes, self.ttl, self.device, self.pin_memory = max_bytes, ttl, device, pin_memory
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # the least recently used first
+        self._pinned: set[str] = set()
+        self._bytes = self._hits = self._misses = self._evictions = 0
+        self._lock = threading.RLock()
+
+    def get(self, key: str) -> KVCacheItem | None:
+        """The item that was put, or its copy on `device`."""
+        with self._lock:
+            entry = self._live(key)
+            if entry is None:
+                self._misses += 1
+                return None
+            self._hits += 1
+            self._entries.move_to_end(key)
+            return entry.item
+
+    def put(self, item: KVCacheItem) -> None:
+        """Keep an item, evicting others if need be."""
+        size = nbytes(layers_of(item.memory))
+        self._check_room(item, size)
+        kept = self._placed(item)
+        expires = time.monotonic() + self.ttl if self.ttl is not None else float("inf")
+        with self._lock:
+            self._drop(item.id)
+            self._make_room(item, size)
+            self._entries[item.id] = _Entry(kept, size, expires)
+            self._bytes += size
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Forget items and their pins."""
+        with self._lock:
+            for key in keys:
+                self._drop(key)
+                self._pinned.discard(key)
+
+    def contains(self, key: str) -> bool:
+        """Whether the item is here; this is no use of it."""
+        with self._lock:
+            return self._live(key) is not None
+
+    def keys(self) -> Iterator[str]:
+        """The ids of what is here now, the least recently used first."""
+        with self._lock:
+            return iter([key for key in list(self._entries) if self._live(key)])
+
+    def manifest(self, key: str) -> Manifest | None:
+        """Made from the item; its `checksums` are empty."""
+        with self._lock:
+            entry = self._live(key)
+        return None if entry is None else manifest_of(entry.item)
+
+    def stats(self) -> StoreStats:
+        """Bytes are those of keys and values."""
+        with self._lock:
+            held = len(list(self.keys()))
+            return StoreStats(held, self._bytes, self.max_bytes, self._hits, self._misses, self._evictions)
+
+    def pin(self, key: str) -> None:
+        """Never evict this item, nor let it expire, until `unpin` or `delete`. It need not be here yet."""
+        with self._lock:
+            self._pinned.add(key)
+
+    def unpin(self, key: str) -> None:
+        """Let it be evicted again."""
+        with self._lock:
+            self._pinned.discard(key)
+
+    def _live(self, key: str) -> _Entry | None:
+        entry = self._entries.get(key)
+        if entry is not None and entry.expires <= time.monotonic() and key not in self._pinned:
+            self._drop(key)
+            return None
+        return entry
+
+    def _drop(self, key: str) -> None:
+        entry = self._entries.pop(key, None)
+        if entry is not None:
+            self._bytes -= entry.bytes
+
+    def _check_room(self, item: KVCacheItem, size: int) -> None:
+        """Refuse what cannot fit, before anything is copied or evicted for it."""
+        if self.max_bytes is None:
+            return
+        with self._lock:
+            fixed = sum(e.bytes for key, e in self._entries.items() if key in self._pinned and key != item.id)
+        if size + fixed > self.max_bytes:
+            raise StoreFullError(item.id, size, self.max_bytes, fixed)
+
+    def _make_room(self, item: KVCacheItem, size: int) -> None:
+        if self.max_bytes is None:
+            return
+        for key in [k for k in self._entries if k not in self._pinned]:
+            if self._bytes + size <= self.max_bytes:
+                return
+            self._drop(key)
+            self._evictions += 1
+        if self._bytes + size > self.max_bytes:  # pinned since it was checked
+            raise StoreFullError(item.id, size, self.max_bytes, self._bytes)
+
+    def _placed(self, item: KVCacheItem) -> KVCacheItem:
+        """The item with keys and values of its own where they belong; itself where nobody said."""
+        if self.device is None and not self.pin_memory:
+            return item
+        layers = ((self._place(keys), self._place(values)) for keys, values in layers_of(item.memory))
+        return item.model_copy(update={"memory": cache_of(layers)})
+
+    def _place(self, states: torch.Tensor) -> torch.Tensor:
+        placed = states.to(self.device or "cpu", copy=True, memory_format=torch.contiguous_format)
+        return placed.pin_memory() if self.pin_memory else placed
