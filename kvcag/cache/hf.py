@@ -211,35 +211,6 @@ class LazyLayer(DynamicLayer):
         return self.length if keys is None else keys.shape[-2]
 
 
-class LazyLayer(DynamicLayer):
-    """A layer that fetches its keys and values when they are first looked at; from then on a `DynamicLayer`.
-
-    Args:
-        length: how many tokens it holds.
-        load: gives the keys and values of a layer, by its index. What it raises reaches whoever looked.
-        index: which layer this is.
-    """
-
-    def __init__(self, length: int, load: Callable[[int], LayerKV], index: int) -> None:
-        super().__init__()
-        del self.keys, self.values  # so that looking at them reaches __getattr__, once
-        self.length, self.load, self.index = length, load, index
-        self.is_initialized = True
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in ("keys", "values", "dtype", "device"):
-            raise AttributeError(name)
-        keys, values = self.load(self.index)
-        self.lazy_initialization(keys, values)
-        self.keys, self.values = keys, values
-        return getattr(self, name)
-
-    def get_seq_length(self) -> int:
-        """How many tokens it holds. Fetches nothing."""
-        keys: torch.Tensor | None = self.__dict__.get("keys")
-        return self.length if keys is None else keys.shape[-2]
-
-
 def crop(cache: Cache, length: int) -> None:
     """Keep the first `length` tokens of a generation's cache."""
     excess = cache.get_seq_length() - length
