@@ -13,26 +13,27 @@ SUFFIXES = (".jsonl", ".md", ".txt")
 DEFAULT_TOPICS = (
     "break",
     "pass",
-    "assert",
-    "nonlocal",
-    "del",
+    "continue",
+    "while",
+    "return",
+    "yield",
+    "lists",
     "imaginary",
-    "integers",
-    "booleans",
-    "context-managers",
-    "exceptions",
+    "numbers",
+    "del",
+    "nonlocal",
     "power",
-    "slicings",
 )
-"""A dozen topics that every CPython since 3.10 carries: some 3,500 tokens, short enough to encode on two cores."""
+"""A dozen topics that every CPython since 3.10 carries, some 2,100 tokens; what is asked about stands near the end,
+where a small model still finds it."""
 
 DEFAULT_QUESTIONS = (
-    "What is raised when 0.0 is raised to a negative power?",
-    "Which literal yields a complex number with a real part of 0.0?",
-    "What does the pass statement do when it is executed?",
-    "Which statement terminates the nearest enclosing loop?",
+    "What happens when 0.0 is raised to a negative power?",
+    "What exception is raised if the name is unbound?",
+    "What does an imaginary literal yield?",
+    'What is the "while" statement used for?',
 )
-"""Short questions whose answers stand literally in the default topics."""
+"""Questions that the default topics answer, and that a model of 135M parameters answers from them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,7 @@ def _read(file: Path) -> Iterator[CorpusDocument]:
     if not text.strip():
         raise InvalidInputError(f"{file}: the file is empty. Fill it or leave it out.")
     if file.suffix.lower() == ".jsonl":
-        yield from _read_jsonl(file, text)
+        yield from parse_jsonl(text, str(file))
     else:
         yield CorpusDocument(str(file), text.strip())
 
@@ -124,11 +125,16 @@ def _decode(file: Path) -> str:
         ) from error
 
 
-def _read_jsonl(file: Path, content: str) -> Iterator[CorpusDocument]:
+def parse_jsonl(content: str, name: str) -> Iterator[CorpusDocument]:
+    """Yield one document for each line that is not blank; `name` is what errors and default titles call the file.
+
+    Raises:
+        InvalidInputError: A line is not an object with a string ``text`` and, optionally, a string ``title``.
+    """
     # Split at line feeds only: str.splitlines() would also cut inside strings, at U+2028 and the like.
     for number, line in enumerate(content.split("\n"), start=1):
         if line.strip():
-            yield _parse_line(line, f"{file}, line {number}", default_title=f"{file}:{number}")
+            yield _parse_line(line, f"{name}, line {number}", default_title=f"{name}:{number}")
 
 
 def _parse_line(line: str, place: str, default_title: str) -> CorpusDocument:

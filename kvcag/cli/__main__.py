@@ -1,0 +1,5 @@
+"""`python -m kvcag.cli`."""
+
+from kvcag.cli import main
+
+main()
