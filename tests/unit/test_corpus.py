@@ -99,7 +99,7 @@ def test_what_cannot_be_read_is_refused_by_name(tmp_path, name, content, complai
 def test_missing_paths_and_folders_without_documents_are_refused(tmp_path):
     with pytest.raises(InvalidInputError, match="nowhere: no such file or folder"):
         load_corpus([tmp_path / "nowhere"])
-    with pytest.raises(InvalidInputError, match="no .* file in this folder"):
+    with pytest.raises(InvalidInputError, match=r"no .* file in this folder"):
         load_corpus([tmp_path])
     with pytest.raises(InvalidInputError, match="no path to read"):
         load_corpus([])
