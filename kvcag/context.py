@@ -31,6 +31,11 @@ class MergeReport:
     reason: str = ""
     """Why this strategy was taken, where it was not simply asked for."""
 
+    @property
+    def paid_tokens(self) -> int:
+        """Tokens that went through the model."""
+        return self.recomputed_tokens + self.encoded_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class MergedContext:

@@ -1,0 +1,1 @@
+"""Tensors only: caches cut, merged, recomputed and kept. Knows no prompts, stores or frameworks."""

@@ -6,6 +6,7 @@ Everything else in kvcag sees a cache as a list with one `(keys, values)` a laye
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -34,11 +35,14 @@ class ContextCache(DynamicCache):
         fingerprint: the model that made it.
         messages: the chat messages it holds, where their turns are closed. None where it ends within the turn that
             carries the documents, so that a continuation has to close that turn first.
+        exact: it is what the model computes for these tokens; False where documents were merged without being
+            recomputed.
     """
 
     token_ids: torch.Tensor
     fingerprint: ModelFingerprint
     messages: list[dict[str, Any]] | None
+    exact: bool
 
     @classmethod
     def of(
@@ -47,11 +51,14 @@ class ContextCache(DynamicCache):
         token_ids: torch.Tensor,
         fingerprint: ModelFingerprint,
         messages: list[dict[str, Any]] | None = None,
+        *,
+        exact: bool = True,
     ) -> ContextCache:
         """A cache over `layers`, which it takes as they are."""
         cache = cls()
         cache.layers.extend(cache_of(layers).layers)
-        cache.token_ids, cache.fingerprint, cache.messages = token_ids, fingerprint, messages
+        cache.token_ids, cache.fingerprint = token_ids, fingerprint
+        cache.messages, cache.exact = messages, exact
         return cache
 
 
@@ -92,6 +99,13 @@ def cache_of(layers: Iterable[LayerKV]) -> DynamicCache:
 def clone(cache: Cache) -> DynamicCache:
     """A copy that shares no memory with `cache`."""
     return cache_of((keys.clone(), values.clone()) for keys, values in layers_of(cache))
+
+
+def share(cache: DynamicCache) -> DynamicCache:
+    """Another cache over the same tensors: generating with it, which concatenates, leaves `cache` as it is."""
+    shared = DynamicCache()
+    shared.layers.extend(copy.copy(layer) for layer in cache.layers)
+    return shared
 
 
 def cut(layers: Sequence[LayerKV], start: int, end: int | None = None) -> list[LayerKV]:

@@ -1,0 +1,33 @@
+"""A blocking stream for asynchronous callers: the event loop keeps ticking while the model works."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from typing import TypeVar
+
+T = TypeVar("T")
+
+_END = object()
+
+
+async def iterate(open_stream: Callable[[], Iterator[T]]) -> AsyncIterator[T]:
+    """Open a stream and read it, each step in a worker thread.
+
+    Closing or cancelling stops the stream after the step that is running; no thread outlives it.
+    """
+    stream = await asyncio.to_thread(open_stream)
+    step: asyncio.Task[object] | None = None
+    try:
+        while True:
+            step = asyncio.create_task(asyncio.to_thread(next, stream, _END))
+            piece = await asyncio.shield(step)
+            if piece is _END:
+                return
+            yield piece  # type: ignore[misc]
+    finally:
+        if isinstance(stream, Generator):
+            if step is None or step.done():
+                stream.close()
+            else:  # cancelled while the model was working: close it once the step has ended
+                step.add_done_callback(lambda done: (done.exception(), stream.close()))

@@ -1,0 +1,126 @@
+"""Recent contexts, kept so that the next one that begins alike is not encoded again.
+
+A radix tree over token ids whose edges hold keys and values, so that contexts which share a beginning share its
+tensors (the idea is SGLang's RadixAttention, Zheng et al. 2024). A match may end anywhere, down to the token.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kvcag.cache.hf import LayerKV, cut, nbytes, owned
+
+
+@dataclass(slots=True, eq=False)
+class _Node:
+    """The tokens from its parent to where contexts part, and their keys and values."""
+
+    token_ids: np.ndarray
+    layers: list[LayerKV]
+    parent: _Node | None
+    children: dict[int, _Node] = field(default_factory=dict)
+    used: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        return nbytes(self.layers)
+
+
+class PrefixCache:
+    """Finds the longest encoded prefix of a prompt.
+
+    What is inserted is copied, and what is found is only ever read: no generation sees another's cache. The least
+    recently used ends of contexts go first when the budget is full. Safe to use from several threads.
+
+    Args:
+        max_bytes: the most to keep; 0 keeps nothing.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.nbytes = 0
+        self._roots: dict[str, _Node] = {}
+        self._clock = 0
+        self._lock = threading.Lock()
+
+    def match(self, token_ids: Sequence[int], tenant: str = "") -> tuple[int, list[list[LayerKV]]]:
+        """How many of `token_ids` are encoded, and their keys and values: pieces to be read, not written."""
+        wanted = np.asarray(token_ids, dtype=np.int64)
+        with self._lock:
+            matched, pieces = 0, []
+            for node, shared in self._walk(wanted, tenant):
+                pieces.append(node.layers if shared == len(node.token_ids) else cut(node.layers, 0, shared))
+                matched += shared
+            return matched, pieces
+
+    def insert(self, token_ids: Sequence[int], layers: Sequence[LayerKV], tenant: str = "") -> None:
+        """Keep a context: `layers` hold one key and one value for each of `token_ids`. Only what is new is copied."""
+        wanted = np.asarray(token_ids, dtype=np.int64)
+        if not len(wanted) or nbytes(layers) > self.max_bytes:
+            return
+        with self._lock:
+            node = self._roots.setdefault(tenant, _Node(wanted[:0], [], None))
+            matched = 0
+            for reached, shared in self._walk(wanted, tenant):
+                matched += shared
+                node = reached if shared == len(reached.token_ids) else self._split(reached, shared)
+            if matched < len(wanted):
+                leaf = _Node(wanted[matched:].copy(), owned(cut(layers, matched)), node, used=self._clock)
+                node.children[int(wanted[matched])] = leaf
+                self.nbytes += leaf.nbytes
+            self._evict()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._roots.clear()
+            self.nbytes = 0
+
+    def _walk(self, wanted: np.ndarray, tenant: str) -> Iterator[tuple[_Node, int]]:
+        """The nodes along `wanted`, each with how many of its tokens agree; all but the last agree in full."""
+        self._clock += 1
+        node, at = self._roots.get(tenant), 0
+        while node is not None and at < len(wanted):
+            node = node.children.get(int(wanted[at]))
+            if node is None:
+                return
+            node.used = self._clock
+            length = min(len(node.token_ids), len(wanted) - at)
+            differs = np.flatnonzero(node.token_ids[:length] != wanted[at : at + length])
+            shared = int(differs[0]) if len(differs) else length
+            yield node, shared
+            if shared < len(node.token_ids):
+                return
+            at += shared
+
+    def _split(self, node: _Node, at: int) -> _Node:
+        """Put a node between `node` and its parent that holds its first `at` tokens, and return it.
+
+        Both halves are copied: as views, either would keep the memory of both after the other was evicted.
+        """
+        assert node.parent is not None
+        upper = _Node(node.token_ids[:at].copy(), owned(cut(node.layers, 0, at)), node.parent, used=node.used)
+        node.parent.children[int(upper.token_ids[0])] = upper
+        node.token_ids, node.layers = node.token_ids[at:].copy(), owned(cut(node.layers, at))
+        node.parent = upper
+        upper.children[int(node.token_ids[0])] = node
+        return upper
+
+    def _evict(self) -> None:
+        while self.nbytes > self.max_bytes:
+            oldest = min(self._leaves(), key=lambda leaf: leaf.used)
+            assert oldest.parent is not None
+            del oldest.parent.children[int(oldest.token_ids[0])]
+            self.nbytes -= oldest.nbytes
+
+    def _leaves(self) -> Iterator[_Node]:
+        stack = list(self._roots.values())
+        while stack:
+            node = stack.pop()
+            if not node.children and node.parent is not None:
+                yield node
+            stack.extend(node.children.values())

@@ -1,0 +1,84 @@
+"""MemOS-shaped configuration: the same names, so that a configuration written for it reads the same here."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, Literal
+from weakref import WeakValueDictionary
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from kvcag.engines.hf import HFEngine
+
+
+class HFLLMConfig(BaseModel):
+    """A Hugging Face model and how it generates. `do_sample=False` is greedy.
+
+    `add_generation_prompt` exists because MemOS's configurations carry it; an answer cannot begin without one.
+    """
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    model_name_or_path: str
+    temperature: float = 0.7
+    max_tokens: int = Field(default=512, ge=1)
+    top_p: float = 0.95
+    top_k: int = 20
+    do_sample: bool = False
+    add_generation_prompt: Literal[True] = True
+    remove_think_prefix: bool = False
+    model_schema: str | None = None
+    """MemOS writes its own class's name here; it is accepted and not used."""
+
+    def engine(self) -> HFEngine:
+        """Load the model, with these settings as the engine's defaults."""
+        return HFEngine.from_pretrained(
+            self.model_name_or_path,
+            defaults={
+                "temperature": self.temperature,
+                "max_new_tokens": self.max_tokens,
+                "top_p": self.top_p,
+                "top_k": self.top_k,
+                "do_sample": self.do_sample,
+                "strip_thinking": self.remove_think_prefix,
+            },
+        )
+
+
+class ExtractorLLM(BaseModel):
+    """Which engine encodes. `huggingface_singleton` shares one engine among equal configurations."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    backend: Literal["huggingface", "huggingface_singleton"]
+    config: HFLLMConfig
+
+    def engine(self) -> HFEngine:
+        """Load the model, or take the engine that an equal configuration loaded."""
+        if self.backend == "huggingface":
+            return self.config.engine()
+        key = self.config.model_dump_json()
+        with _shared_lock:
+            engine = _shared.get(key)
+            if engine is None:
+                engine = _shared[key] = self.config.engine()
+        return engine
+
+
+class KVCacheMemoryConfig(BaseModel):
+    """MemOS's configuration of a `KVCacheMemory`, and what it lacks: `head`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    extractor_llm: ExtractorLLM
+    memory_filename: str = Field(default="kv_cache_memories.json", pattern=r"^[^/\\]+$")
+    head: str | None = None
+
+
+_shared: WeakValueDictionary[str, HFEngine] = WeakValueDictionary()
+_shared_lock = threading.Lock()
+
+
+def parse(config: KVCacheMemoryConfig | dict[str, Any]) -> KVCacheMemoryConfig:
+    """A configuration from a dict, or as it is."""
+    return config if isinstance(config, KVCacheMemoryConfig) else KVCacheMemoryConfig.model_validate(config)

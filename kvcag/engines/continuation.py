@@ -1,0 +1,90 @@
+"""What a generation may take from the context it is given: checked against the model and the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers.cache_utils import Cache
+
+from kvcag.cache.hf import ContextCache, LayerKV, cut, layers_of
+from kvcag.context import MergedContext, MergeReport
+from kvcag.errors import FingerprintMismatchError, TokenMismatchError
+from kvcag.fingerprint import ModelFingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """The part of a context that a prompt begins with.
+
+    Attributes:
+        layers: its keys and values, to be read.
+        exact: they are what the model computes for these tokens, so what is generated after them may be kept.
+        report: how the context was made, if it says so.
+    """
+
+    layers: list[LayerKV]
+    exact: bool = True
+    report: MergeReport | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens in it."""
+        return self.layers[0][0].shape[-2] if self.layers else 0
+
+
+def read_context(
+    past_key_values: Cache | MergedContext | None, token_ids: Sequence[int], fingerprint: ModelFingerprint
+) -> Given:
+    """A context, cut to what the prompt begins with and to what leaves a token to run.
+
+    Raises:
+        FingerprintMismatchError: another model made it.
+        TokenMismatchError: it does not say which tokens it holds, it holds others than it says, or the prompt begins
+            differently.
+    """
+    if past_key_values is None:
+        return Given([])
+    report, exact = None, True
+    if isinstance(past_key_values, MergedContext):
+        report, cache, held = past_key_values.report, past_key_values.cache, past_key_values.token_ids
+        made_by, exact = past_key_values.fingerprint, report.mode != "merged"
+    elif past_key_values.get_seq_length() == 0:
+        return Given([])
+    else:
+        own = known(past_key_values)
+        cache, held, made_by, exact = own, own.token_ids, own.fingerprint, own.exact
+    if not fingerprint.matches(made_by):
+        raise FingerprintMismatchError("the cache", fingerprint.differences(made_by))
+    if cache.get_seq_length() != len(held):
+        raise TokenMismatchError(
+            f"the cache holds {cache.get_seq_length()} tokens and its token_ids {len(held)}: something was "
+            "generated into it, or it was cut. Pass it as it was made; generate() never writes into it."
+        )
+    agreeing = _common_prefix(held.tolist(), token_ids)
+    if agreeing == 0 or (agreeing < len(held) and not exact):
+        raise TokenMismatchError(
+            f"the prompt agrees with the context's token_ids only in its first {agreeing} of {len(held)} tokens. "
+            "Begin the prompt with context.token_ids."
+        )
+    return Given(cut(layers_of(cache), 0, min(agreeing, len(token_ids) - 1)), exact, report)
+
+
+def known(cache: Cache) -> ContextCache:
+    """The cache, if it says which tokens it holds.
+
+    Raises:
+        TokenMismatchError: it does not.
+    """
+    if isinstance(cache, ContextCache):
+        return cache
+    raise TokenMismatchError(
+        f"a {type(cache).__name__} does not say which tokens it holds, so its answer could be wrong and nobody would "
+        "know. Pass a cache from build_kv_cache or get_cache, a MergedContext, or wrap it: "
+        "ContextCache.of(layers, token_ids, engine.fingerprint)."
+    )
+
+
+def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    pairs = zip(left, right, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))

@@ -1,0 +1,388 @@
+"""The engine over a Hugging Face causal language model."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from os import PathLike
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
+
+from kvcag.cache.hf import (
+    ContextCache,
+    LayerKV,
+    check_cacheable,
+    cut,
+    generation_cache,
+    layers_of,
+    owned,
+)
+from kvcag.cache.prefix import PrefixCache
+from kvcag.context import MergedContext
+from kvcag.engines.base import Chunk
+from kvcag.engines.continuation import known, read_context
+from kvcag.engines.decode import Account, Decoding
+from kvcag.engines.sampling import DEFAULT_MAX_NEW_TOKENS, Sampler, Sampling
+from kvcag.engines.text import Detokenizer, StopStrings, ThinkingFilter
+from kvcag.errors import (
+    ContextLengthError,
+    EmptyPromptError,
+)
+from kvcag.fingerprint import ModelFingerprint
+from kvcag.prompt import ChatTemplate, Message, Prompt, as_messages
+
+_PREFILL_CHUNK = 2048
+"""Tokens of one forward pass while encoding: bounds the activations, and how long a closed stream still computes."""
+
+_PREFIX_CACHE_BYTES = 2 << 30
+
+
+class HFEngine:
+    """Encodes text into KV caches, and answers from them.
+
+    Every generation has a cache of its own, made on demand in the model's dtype and released at its end; what is
+    shared between generations is only ever read. Safe to use from several threads: they take turns at the model, a
+    step at a time.
+
+    Args:
+        model: a decoder-only model whose layers are all attention. It is put into evaluation mode.
+        tokenizer: its tokenizer.
+        prefix_cache_bytes: how much of recent contexts to keep, so that a prompt which begins like an earlier one is
+            prefilled only from where it differs. 0 switches that off.
+        template_variables: passed to the chat template; see `ChatTemplate`.
+        defaults: settings of `Sampling` for calls that do not give them.
+
+    Raises:
+        UnsupportedModelError: the model keeps a recurrent state, or is an encoder-decoder.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        prefix_cache_bytes: int = _PREFIX_CACHE_BYTES,
+        template_variables: Mapping[str, Any] | None = None,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> None:
+        check_cacheable(model)
+        Sampling.of(**(defaults or {}))
+        self.defaults = dict(defaults or {})
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.template = ChatTemplate(tokenizer, template_variables)
+        self.prefixes = PrefixCache(prefix_cache_bytes)
+        self._turn = threading.RLock()
+        self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model_name_or_path: str | PathLike[str],
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        *,
+        prefix_cache_bytes: int = _PREFIX_CACHE_BYTES,
+        template_variables: Mapping[str, Any] | None = None,
+        defaults: Mapping[str, Any] | None = None,
+        **from_pretrained_kwargs: Any,
+    ) -> HFEngine:
+        """Load a model and its tokenizer from a hub id or a folder.
+
+        Args:
+            model_name_or_path: as transformers takes it.
+            dtype: `"auto"` is the checkpoint's own.
+            device: `"auto"` is CUDA, then MPS, then the CPU. With a `device_map` among the rest it is not used.
+            prefix_cache_bytes: see the class.
+            template_variables: see the class.
+            defaults: see the class.
+            **from_pretrained_kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
+        """
+        name = str(model_name_or_path)
+        hub = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, **{key: value for key, value in from_pretrained_kwargs.items() if key in hub}
+        )
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **from_pretrained_kwargs)
+        if "device_map" not in from_pretrained_kwargs:
+            torch.nn.Module.to(model, _best_device() if device == "auto" else torch.device(device))
+        return cls(
+            model,
+            tokenizer,
+            prefix_cache_bytes=prefix_cache_bytes,
+            template_variables=template_variables,
+            defaults=defaults,
+        )
+
+    # --- what it is --------------------------------------------------------------------------------------------
+
+    @cached_property
+    def fingerprint(self) -> ModelFingerprint:
+        """Which model this is; every cache carries it."""
+        return ModelFingerprint.of(self.model, self.tokenizer)
+
+    @property
+    def model_name(self) -> str:
+        """The hub id or folder the model came from."""
+        return self.fingerprint.model_name
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's inputs go."""
+        return torch.device(self.model.device)
+
+    @cached_property
+    def context_length(self) -> int:
+        """The most tokens that the model attends to, prompt and answer together."""
+        config = self.model.config.get_text_config(decoder=True)
+        return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
+
+    @cached_property
+    def eos_ids(self) -> frozenset[int]:
+        """Every token that ends an answer: the generation configuration's, the model's and the tokenizer's."""
+        ids: set[int] = set()
+        for source in (self.model.generation_config, self.model.config, self.tokenizer):
+            eos = getattr(source, "eos_token_id", None)
+            ids.update(eos if isinstance(eos, list | tuple) else [] if eos is None else [eos])
+        return frozenset(ids)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of keys and values that one token takes, over all layers."""
+        layers, kv_heads, head_dim = map(int, self.fingerprint.geometry.split("x"))
+        return 2 * layers * kv_heads * head_dim * torch.empty(0, dtype=self.model.dtype).element_size()
+
+    def sampling(self, **given: Any) -> Sampling:
+        """The settings of one call: what is given, else the engine's defaults."""
+        settings = {name: value for name, value in given.items() if value is not None}
+        defaults = dict(self.defaults)
+        if "temperature" in settings:  # a call that asks for a temperature is not greedy because the default is
+            defaults.pop("do_sample", None)
+        return Sampling.of(**{**defaults, **settings})
+
+    def check_fits(self, prompt_tokens: int, max_new_tokens: int | None) -> int:
+        """How many tokens may be generated.
+
+        Raises:
+            ContextLengthError: the prompt and `max_new_tokens` exceed the model's context.
+        """
+        room = self.context_length - prompt_tokens
+        wanted = min(DEFAULT_MAX_NEW_TOKENS, max(room, 1)) if max_new_tokens is None else max_new_tokens
+        if wanted > room:
+            raise ContextLengthError(prompt_tokens, wanted, self.context_length)
+        return wanted
+
+    @contextmanager
+    def exclusive(self) -> Iterator[PreTrainedModel]:
+        """The model for one caller alone, with gradients off; other threads wait for their turn."""
+        with self._turn, torch.no_grad():
+            yield self.model
+
+    # --- encoding ----------------------------------------------------------------------------------------------
+
+    def build_kv_cache(self, prompt: str | Sequence[str] | Sequence[Message]) -> ContextCache:
+        """Encode a context to be continued by `generate`.
+
+        Args:
+            prompt: a str becomes the system turn; a list of str is joined into one by blank lines; chat messages are
+                taken as they are, as closed turns.
+
+        Returns:
+            A `DynamicCache`, the caller's own, that knows its `token_ids`.
+
+        Raises:
+            EmptyPromptError: there is nothing to encode.
+            ContextLengthError: it is longer than the model's context.
+        """
+        parts: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
+        if all(isinstance(part, str) for part in parts):
+            text = "\n\n".join(part for part in parts if part.strip())
+            if not text:
+                raise EmptyPromptError("the prompt is empty: there is nothing to encode")
+            token_ids = self.template.around(None, [_PLACEHOLDER]).head_ids + self.template.encode(text)
+            messages = None
+        else:
+            messages = [dict(message) for message in parts]
+            token_ids = self.template.prompt(messages, add_generation_prompt=False).token_ids
+        layers, _ = self.prefill(token_ids)
+        return ContextCache.of(layers, torch.tensor(token_ids), self.fingerprint, messages)
+
+    def prefill(self, token_ids: Sequence[int], *, tenant: str = "") -> tuple[list[LayerKV], int]:
+        """Keys and values of a prefix, the caller's own, and how many of its tokens were encoded before.
+
+        Raises:
+            EmptyPromptError: no tokens.
+            ContextLengthError: more tokens than the model's context.
+        """
+        if not token_ids:
+            raise EmptyPromptError("there are no tokens to encode")
+        self.check_fits(len(token_ids), 0)
+        reused, pieces = self.prefixes.match(token_ids, tenant)
+        cache = generation_cache(pieces, room=len(token_ids) - reused)
+        if reused < len(token_ids):
+            self._forward(token_ids[reused:], cache)
+            self.prefixes.insert(token_ids, layers_of(cache), tenant)
+        return layers_of(cache), reused
+
+    def encode_after(self, prefix_ids: Sequence[int], token_ids: Sequence[int], *, tenant: str = "") -> list[LayerKV]:
+        """Keys and values of `token_ids` alone, encoded after `prefix_ids`; the caller's own.
+
+        The prefix is kept among the recent contexts, the tokens are not: they are kept as an item of their own.
+        """
+        if not token_ids:
+            raise EmptyPromptError("there are no tokens to encode")
+        self.check_fits(len(prefix_ids) + len(token_ids), 0)
+        prefix = self.prefill(prefix_ids, tenant=tenant)[0] if prefix_ids else []
+        cache = generation_cache([prefix] if prefix else [], room=len(token_ids))
+        self._forward(token_ids, cache)
+        return owned(cut(layers_of(cache), len(prefix_ids)))
+
+    # --- answering ---------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        messages: str | Sequence[Message] | None = None,
+        past_key_values: Cache | MergedContext | None = None,
+        **sampling: Any,
+    ) -> str:
+        """Answer messages, optionally over a cached context.
+
+        Args:
+            messages: chat messages, or a str for one user message. Over a context they continue it; None, over a
+                `MergedContext`, asks the question it was merged for.
+            past_key_values: a cache from `build_kv_cache` or `KVCacheMemory.get_cache`, or a `MergedContext`. It is
+                read, never written.
+            **sampling: see `Sampling`.
+
+        Raises:
+            ContextLengthError: the prompt with `max_new_tokens` exceeds the model's context; nothing was prefilled.
+            CacheMismatchError: the cache is another model's, or does not say which tokens it holds.
+        """
+        return "".join(self.generate_stream(messages, past_key_values, **sampling))
+
+    def generate_stream(
+        self,
+        messages: str | Sequence[Message] | None = None,
+        past_key_values: Cache | MergedContext | None = None,
+        **sampling: Any,
+    ) -> Iterator[str]:
+        """`generate`, piece by piece. Arguments are checked at once; closing the stream stops the model."""
+        settings = self.sampling(**sampling)
+        chunks = self.stream(self.plan(messages, past_key_values), settings, past_key_values)
+        return (chunk.text for chunk in chunks if chunk.text)
+
+    def plan(
+        self, messages: str | Sequence[Message] | None, past_key_values: Cache | MergedContext | None = None
+    ) -> Prompt:
+        """The whole prompt, the context's tokens included, as `stream` takes it."""
+        asked = as_messages(messages) if messages else []
+        if isinstance(past_key_values, MergedContext):
+            context = tuple(past_key_values.token_ids.tolist())
+            if not asked:
+                return Prompt(context, (), tuple(past_key_values.tail_ids.tolist()))
+            framed = self.template.around(None, asked)
+        elif past_key_values is None or past_key_values.get_seq_length() == 0:
+            return self.template.prompt(asked)
+        else:
+            cached = known(past_key_values)
+            context = tuple(cached.token_ids.tolist())
+            if cached.messages is not None:
+                return self._continued(context, cached.messages, asked)
+            framed = self.template.around(None, asked)
+        return Prompt(context, (), framed.tail_ids, framed.thinking)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        past_key_values: Cache | MergedContext | None = None,
+        *,
+        tenant: str = "",
+        started: float | None = None,
+    ) -> Iterator[Chunk]:
+        """Answer a prompt of token ids, over a context that it begins with, if one is given.
+
+        Over an exact context, or none, the longest prefix that was encoded before is reused, and the prompt and its
+        answer are kept for the next. A context that agrees with the prompt only at first is reused as far as it agrees.
+        The arguments are checked at once; the work is done as the stream is read, and stops when it is closed.
+        Times count from `started` (`time.perf_counter()`), where preparing the context belongs to the answer.
+
+        Raises:
+            ContextLengthError: the prompt with `max_new_tokens` exceeds the model's context.
+            CacheMismatchError: the context is another model's, or its ids are not those that the prompt begins with.
+        """
+        started = started or time.perf_counter()
+        token_ids = prompt.token_ids
+        if not token_ids:
+            raise EmptyPromptError("the prompt has no tokens")
+        max_new_tokens = self.check_fits(len(token_ids), sampling.max_new_tokens)
+        given = read_context(past_key_values, token_ids, self.fingerprint)
+        reused, pieces = given.length, [given.layers] if given.layers else []
+        if given.exact:
+            matched, found = self.prefixes.match(token_ids[:-1], tenant)
+            if matched > reused:
+                reused, pieces = matched, found
+        paid, created = (given.report.paid_tokens, given.report.encoded_tokens) if given.report else (0, 0)
+        if given.exact and self.prefixes.max_bytes:
+            created += len(token_ids) - reused
+        account = Account(started, reused - paid, created, given.report)
+
+        def run() -> Iterator[Chunk]:
+            decoding = Decoding(
+                self._forward,
+                generation_cache(pieces, room=len(token_ids) - reused + max_new_tokens),
+                token_ids,
+                max_new_tokens=max_new_tokens,
+                eos_ids=self.eos_ids,
+                sampler=Sampler(sampling, self.device),
+                account=account,
+            )
+            thinking = ThinkingFilter(prompt.thinking) if sampling.strip_thinking else None
+            whole = False  # an error in the middle of a step leaves layers of different lengths
+            try:
+                for chunk in decoding.chunks(Detokenizer(self.tokenizer), StopStrings(sampling.stop), thinking):
+                    whole = True
+                    yield chunk
+                    whole = False
+                whole = True
+            finally:
+                if given.exact and whole:
+                    self.prefixes.insert(decoding.cached_ids, layers_of(decoding.cache), tenant)
+
+        return run()
+
+    def _continued(self, context: tuple[int, ...], cached: list[dict[str, Any]], asked: list[Message]) -> Prompt:
+        """The prompt that continues closed turns. `asked` are the new messages, or the conversation as a whole."""
+        everything = asked if asked[: len(cached)] == cached else [*cached, *asked]
+        closed = self.template.render(cached, add_generation_prompt=False)
+        text = self.template.render(everything)
+        if not text.startswith(closed):  # the template rewrites history; what agrees is found by its ids
+            return self.template.prompt(everything)
+        tail = self.template.encode(text[len(closed) :])
+        return Prompt(context, (), tail, thinking=text.rstrip().endswith("<think>"))
+
+    def _forward(self, token_ids: Sequence[int], cache: Cache) -> torch.Tensor:
+        """Run tokens over `cache`, which grows by them; logits after the last, `(1, vocabulary)`."""
+        last = {"logits_to_keep": 1} if self._takes_logits_to_keep else {}
+        logits = torch.empty(0)
+        for start in range(0, len(token_ids), _PREFILL_CHUNK):
+            with self.exclusive() as model:
+                chunk = torch.tensor([token_ids[start : start + _PREFILL_CHUNK]], device=self.device)
+                logits = model(input_ids=chunk, past_key_values=cache, use_cache=True, **last).logits
+        return logits[:, -1]
+
+
+_PLACEHOLDER: Message = {"role": "user", "content": "…"}
+
+
+def _best_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

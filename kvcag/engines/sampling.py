@@ -1,0 +1,149 @@
+"""How the next token is chosen: greedy, or through transformers' own logits processors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from transformers import LogitsProcessorList
+from transformers.generation import logits_process as hf
+
+from kvcag.errors import InvalidInputError
+
+DEFAULT_MAX_NEW_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """The settings of one generation. Greedy unless `temperature` is above 0.
+
+    Attributes:
+        max_new_tokens: the most to generate. None: 512, or what the model's context still holds.
+        temperature: 0 is greedy.
+        top_k: keep the k likeliest tokens.
+        top_p: keep the likeliest tokens that together reach this probability.
+        min_p: keep tokens at least this likely, relative to the likeliest.
+        repetition_penalty: above 1 discourages tokens that were in the prompt or the answer already.
+        seed: makes a sampled answer repeatable. None: a new one each time.
+        stop: strings that end the answer; they are not part of it.
+        strip_thinking: leave out `<think>…</think>`.
+    """
+
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    strip_thinking: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work, before anything is encoded."""
+        _check("max_new_tokens", self.max_new_tokens, lambda v: v >= 1, "at least 1")
+        _check("temperature", self.temperature, lambda v: v >= 0, "0 (greedy) or more")
+        _check("top_k", self.top_k, lambda v: v >= 1, "at least 1")
+        _check("top_p", self.top_p, lambda v: 0 < v <= 1, "in (0, 1]")
+        _check("min_p", self.min_p, lambda v: 0 <= v <= 1, "in [0, 1]")
+        _check("repetition_penalty", self.repetition_penalty, lambda v: v > 0, "above 0")
+        if not all(isinstance(stop, str) and stop for stop in self.stop):
+            raise InvalidInputError(f"stop must be non-empty strings, not {self.stop!r}")
+
+    @classmethod
+    def of(cls, **given: Any) -> Sampling:
+        """From keyword arguments, MemOS's and transformers' spellings included.
+
+        `max_tokens` is `max_new_tokens`; `do_sample=False` is greedy whatever the temperature, and `do_sample=True`
+        samples at temperature 1 unless one is given; `stop` may be one string; None means unset.
+
+        Raises:
+            InvalidInputError: an unknown name, or a value out of range.
+        """
+        settings = {name: value for name, value in given.items() if value is not None}
+        if "max_tokens" in settings:
+            settings.setdefault("max_new_tokens", settings.pop("max_tokens"))
+        do_sample = settings.pop("do_sample", None)
+        if do_sample is not None:
+            settings["temperature"] = (settings.get("temperature") or 1.0) if do_sample else 0.0
+        if "stop" in settings:
+            stop = settings["stop"]
+            settings["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(settings.keys() - known)
+        if unknown:
+            raise InvalidInputError(f"unknown argument {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        return cls(**settings)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken each time."""
+        return self.temperature == 0
+
+
+class Sampler:
+    """Chooses tokens for one generation.
+
+    Args:
+        sampling: the settings.
+        device: where the logits are.
+        constraints: processors that mask what a constraint forbids; they run before temperature and cut-offs.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        device: torch.device,
+        constraints: Sequence[hf.LogitsProcessor] = (),
+    ) -> None:
+        self._greedy = sampling.greedy
+        self._generator: torch.Generator | None = None
+        self._processors = LogitsProcessorList()
+        if sampling.repetition_penalty not in (None, 1.0):
+            self._processors.append(hf.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+        self._processors.extend(constraints)
+        if not sampling.greedy:
+            self._generator = torch.Generator(device)
+            if sampling.seed is None:
+                self._generator.seed()
+            else:
+                self._generator.manual_seed(sampling.seed)
+            self._processors.extend(_warpers(sampling))
+
+    def choose(self, logits: torch.Tensor, token_ids: Sequence[int]) -> int:
+        """The next token.
+
+        Args:
+            logits: `(1, vocabulary)`.
+            token_ids: prompt and answer so far.
+        """
+        scores = logits.float()
+        if self._processors:
+            seen = torch.tensor([token_ids], dtype=torch.long, device=logits.device)
+            scores = self._processors(seen, scores)  # type: ignore[arg-type]
+        if self._greedy:
+            return int(scores.argmax(-1))
+        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+
+
+def _warpers(sampling: Sampling) -> list[hf.LogitsProcessor]:
+    """In the order in which `transformers.generate` applies them."""
+    warpers: list[hf.LogitsProcessor] = []
+    if sampling.temperature != 1.0:
+        warpers.append(hf.TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k is not None:
+        warpers.append(hf.TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p is not None and sampling.top_p < 1:
+        warpers.append(hf.TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        warpers.append(hf.MinPLogitsWarper(sampling.min_p))
+    return warpers
+
+
+def _check(name: str, value: Any, holds: Any, wanted: str) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
+        raise InvalidInputError(f"{name} must be {wanted}, not {value!r}")

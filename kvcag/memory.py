@@ -1,0 +1,389 @@
+"""KVCacheMemory: MemOS's activation memory over an engine and a store."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime, timezone
+from itertools import chain
+from os import PathLike
+from typing import Any, Literal, TypeAlias
+
+import torch
+from pydantic import BaseModel
+
+from kvcag.cache.hf import ContextCache, cache_of, layers_of, owned, share
+from kvcag.cache.merge import Part, merge
+from kvcag.cache.merge import Strategy as MergeStrategy
+from kvcag.config import KVCacheMemoryConfig, parse
+from kvcag.context import MergedContext, MergeReport
+from kvcag.engines.base import Chunk
+from kvcag.engines.hf import HFEngine
+from kvcag.engines.sampling import Sampling
+from kvcag.errors import (
+    EmptyPromptError,
+    FingerprintMismatchError,
+    InvalidInputError,
+    StoreError,
+    UnknownItemError,
+)
+from kvcag.items import KVCacheItem, KVCacheRecords, TextualMemoryItem, content_key, ids_digest
+from kvcag.prompt import Message, Prompt, as_messages
+from kvcag.stores.base import KVStore
+from kvcag.stores.folder import dump_items, load_items
+from kvcag.stores.memory import MemoryStore
+
+Strategy: TypeAlias = MergeStrategy | Literal["exact"]
+Texts: TypeAlias = str | Sequence[str] | Sequence[Message]
+
+
+class CacheWarning(UserWarning):
+    """A cache could not be used, and its text was encoded again. The answer is right; it came later."""
+
+
+class KVCacheMemory:
+    """Texts, encoded once each and put together per question.
+
+    Each text is encoded after the head, so that the head's tokens stand before every document as they will in the
+    prompt, and only the text's own keys and values are kept. Put together, they are re-rotated to their true
+    positions. Safe to use from several threads.
+
+    Args:
+        engine: the model that encodes and answers.
+        store: where items live; in memory by default.
+        head: the instruction that stands before the documents, in the system turn.
+        separator: put after a text that does not end with a line break, so that documents do not run together.
+        tenant: keeps what this memory encodes apart from other tenants' in the engine's recent contexts.
+        memory_filename: the name of the manifest that `dump` writes.
+    """
+
+    def __init__(
+        self,
+        engine: HFEngine,
+        store: KVStore | None = None,
+        head: str | None = None,
+        *,
+        separator: str = "\n\n",
+        tenant: str = "",
+        memory_filename: str = "kv_cache_memories.json",
+    ) -> None:
+        self.engine = engine
+        self.store: KVStore = MemoryStore() if store is None else store
+        self.head = head
+        self.separator = separator
+        self.tenant = tenant
+        self.memory_filename = memory_filename
+
+    @classmethod
+    def from_config(cls, config: KVCacheMemoryConfig | dict[str, Any]) -> KVCacheMemory:
+        """From a MemOS-shaped configuration. Loads the model."""
+        parsed = parse(config)
+        return cls(parsed.extractor_llm.engine(), head=parsed.head, memory_filename=parsed.memory_filename)
+
+    # --- encoding ----------------------------------------------------------------------------------------------
+
+    def extract(self, text: Texts) -> KVCacheItem:
+        """Encode a text. The item is not added.
+
+        Args:
+            text: a str; a list of str, which is joined into one; or chat messages, which become a transcript.
+
+        Raises:
+            EmptyPromptError: there is nothing to encode.
+            ContextLengthError: the text does not fit into the model's context.
+        """
+        texts = _texts(text)
+        composed = "\n\n".join(texts)
+        if not composed.strip():
+            raise EmptyPromptError("the text is empty: there is nothing to encode")
+        segment = composed if composed.endswith("\n") else composed + self.separator
+        head_ids = self.engine.template.around(self.head, _PLACEHOLDER).head_ids
+        item = self._encode(head_ids, self.engine.template.encode(segment), composed)
+        item.records.text_memories = texts
+        return item
+
+    def from_textual_memory(self, memory: object) -> KVCacheItem:
+        """Encode a str, a LangChain `Document`, a LlamaIndex node, or anything with `.memory` and `.metadata`.
+
+        The item has the memory's metadata, and is not added.
+        """
+        text, metadata = _text_and_metadata(memory)
+        item = self.extract(text)
+        item.metadata = metadata
+        return item
+
+    # --- keeping -----------------------------------------------------------------------------------------------
+
+    def add(self, items: KVCacheItem | Iterable[KVCacheItem]) -> None:
+        """Keep items; one with the same id is replaced.
+
+        Raises:
+            FingerprintMismatchError: an item was made by another model. Nothing was added.
+        """
+        new = [items] if isinstance(items, KVCacheItem) else list(items)
+        for item in new:
+            self._check(item)
+        for item in new:
+            self.store.put(item.model_copy(update={"memory": share(item.memory)}))
+
+    def get(self, id: str) -> KVCacheItem | None:
+        """The item, or None. It is to be read; generating with its `memory` leaves what is stored as it is."""
+        item = self.store.get(id)
+        return None if item is None else item.model_copy(update={"memory": share(item.memory)})
+
+    def get_by_ids(self, ids: Iterable[str]) -> list[KVCacheItem | None]:
+        """The items in the order of `ids`, None for each that is missing."""
+        return [self.get(id) for id in ids]
+
+    def get_all(self) -> list[KVCacheItem]:
+        """Every item."""
+        return [item for item in map(self.get, list(self.store.keys())) if item is not None]
+
+    def delete(self, ids: str | Iterable[str]) -> None:
+        """Forget items; ids that are missing are ignored."""
+        self.store.delete([ids] if isinstance(ids, str) else list(ids))
+
+    def delete_all(self) -> None:
+        """Forget every item."""
+        self.store.delete(list(self.store.keys()))
+
+    def dump(self, dir: str | PathLike[str]) -> None:
+        """Write every item to a folder. What stood there before is replaced in one step, or not at all."""
+        dump_items(dir, self.memory_filename, self.get_all())
+
+    def load(self, dir: str | PathLike[str]) -> None:
+        """Add every item of a folder that `dump` wrote. A folder that holds nothing adds nothing.
+
+        Everything is read and checked first: when this raises, the memory is as it was.
+
+        Raises:
+            CorruptItemError: a file was cut, changed or is missing.
+            FormatError: the manifest is missing, is a pickle, or is of a newer version.
+            FingerprintMismatchError: the items were made by another model.
+        """
+        for item in load_items(dir, self.memory_filename, self.engine.fingerprint):
+            self.store.put(item)
+
+    # --- putting together --------------------------------------------------------------------------------------
+
+    def get_cache(self, ids: str | Iterable[str], *, skip_missing: bool = False) -> ContextCache | None:
+        """Head and items as one cache, the caller's own, re-rotated and with nothing recomputed.
+
+        To be continued by `engine.generate(messages, past_key_values=cache)`. None if there are no items.
+
+        Raises:
+            UnknownItemError: an id is not in the memory, unless it may be skipped.
+        """
+        items = self._items(ids, skip_missing)
+        if not items:
+            return None
+        prompt = self.engine.template.around(self.head, _PLACEHOLDER)
+        context = self._merge(prompt.head_ids, items, (), "rotate", 0.0)
+        exact = context.report.mode == "exact"
+        return ContextCache.of(layers_of(context.cache), context.token_ids, context.fingerprint, exact=exact)
+
+    def merge(
+        self,
+        ids: str | Iterable[str],
+        query: str | Sequence[Message],
+        strategy: Strategy = "query",
+        ratio: float = 0.2,
+        *,
+        skip_missing: bool = False,
+    ) -> MergedContext:
+        """Put items together for a question.
+
+        Args:
+            ids: in the order in which they shall stand; best first.
+            query: the question, or chat messages that end with it.
+            strategy: `"exact"` encodes head and documents in this order; `"rotate"` recomputes nothing; `"anchor"`,
+                `"deviation"` and `"query"` recompute `ratio` of the tokens, chosen by that criterion; `"full"`
+                recomputes all.
+            ratio: the recompute ratio, recomputed over context tokens, in [0, 1].
+            skip_missing: leave unknown ids out.
+
+        Raises:
+            UnknownItemError: an id is not in the memory, unless it may be skipped.
+            ContextLengthError: head, documents and question exceed the model's context.
+            UnsupportedModelError: the model's keys cannot be re-rotated.
+        """
+        prompt = self.engine.template.around(self.head, as_messages(query))
+        items = self._items(ids, skip_missing)
+        if not items:
+            raise InvalidInputError("there is nothing to merge: pass at least one id of an item in the memory")
+        tokens = len(prompt.head_ids) + sum(len(item.token_ids) for item in items) + len(prompt.tail_ids)
+        self.engine.check_fits(tokens, 1)
+        return self._merge(prompt.head_ids, items, prompt.tail_ids, strategy, ratio)
+
+    def context_for(self, prompt: Prompt, strategy: Strategy = "query", ratio: float = 0.2) -> MergedContext:
+        """The context of a prompt with documents: reused as it is, merged from what is kept, or encoded and kept.
+
+        Documents are found by their content. One that cannot be read is encoded again, with a `CacheWarning`.
+        """
+        self.engine.check_fits(len(prompt.token_ids), 1)
+        known, _ = self.engine.prefixes.match(prompt.context_ids, self.tenant)
+        if strategy == "exact" or known == len(prompt.context_ids):
+            return self._exact(prompt.context_ids, prompt.tail_ids)
+        items, encoded = [], 0
+        for token_ids, text in zip(prompt.document_ids, prompt.documents, strict=True):
+            item, created = self._kept(prompt.head_ids, token_ids, text)
+            items.append(item)
+            encoded += len(token_ids) if created else 0
+        return self._merge(prompt.head_ids, items, prompt.tail_ids, strategy, ratio, encoded)
+
+    def stream(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        strategy: Strategy = "query",
+        ratio: float = 0.2,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        sampling: Sampling | None = None,
+    ) -> Iterator[Chunk]:
+        """Answer messages whose documents (`kvcag.prompt.Document`) come from caches. What both adapters call.
+
+        Without documents, the longest prefix that was encoded before is reused.
+
+        Raises:
+            ContextLengthError: the prompt and the answer exceed the model's context; nothing was encoded.
+        """
+        started = time.perf_counter()
+        settings = sampling or self.engine.sampling()
+        prompt = self.engine.template.prompt(as_messages(messages), tools=tools)
+        self.engine.check_fits(len(prompt.token_ids), settings.max_new_tokens)
+        context = self.context_for(prompt, strategy, ratio) if prompt.document_ids else None
+        return self.engine.stream(prompt, settings, context, tenant=self.tenant, started=started)
+
+    # --- inside ------------------------------------------------------------------------------------------------
+
+    def _encode(self, head_ids: tuple[int, ...], token_ids: tuple[int, ...], text: str) -> KVCacheItem:
+        layers = self.engine.encode_after(head_ids, token_ids, tenant=self.tenant)
+        return KVCacheItem(
+            memory=cache_of(layers),
+            records=KVCacheRecords(text_memories=[text], composed_text_memory=text),
+            metadata={"source_text": text, "extracted_at": datetime.now(timezone.utc).isoformat()},
+            token_ids=torch.tensor(token_ids, dtype=torch.long),
+            fingerprint=self.engine.fingerprint,
+            base_position=len(head_ids),
+            prefix_digest=ids_digest(head_ids),
+        )
+
+    def _kept(self, head_ids: tuple[int, ...], token_ids: tuple[int, ...], text: str) -> tuple[KVCacheItem, bool]:
+        """The item of a document, found by its content or encoded and kept, and whether it had to be encoded."""
+        key = content_key(self.engine.fingerprint.digest, ids_digest(head_ids), token_ids)
+        try:
+            item = self.store.get(key)
+            if item is not None:
+                self._check(item)
+                return item, False
+        except (StoreError, FingerprintMismatchError) as damaged:
+            warnings.warn(f"encoding a document again: {damaged}", CacheWarning, stacklevel=4)
+        item = self._encode(head_ids, token_ids, text)
+        item.id = key
+        try:
+            self.store.put(item)
+        except StoreError as full:
+            warnings.warn(f"a document was encoded and not kept: {full}", CacheWarning, stacklevel=4)
+        return item, True
+
+    def _items(self, ids: str | Iterable[str], skip_missing: bool) -> list[KVCacheItem]:
+        wanted = [ids] if isinstance(ids, str) else list(ids)
+        found = [self.store.get(id) for id in wanted]
+        missing = [id for id, item in zip(wanted, found, strict=True) if item is None]
+        if missing and not skip_missing:
+            raise UnknownItemError(dict.fromkeys(missing))
+        return [item for item in found if item is not None]
+
+    def _check(self, item: KVCacheItem) -> None:
+        if not isinstance(item, KVCacheItem):
+            raise InvalidInputError(f"an item is a KVCacheItem, not {type(item).__name__}: make one with extract()")
+        if item.fingerprint is None:
+            raise InvalidInputError(f"item {item.id!r} does not say which model made it: make it with extract()")
+        if not self.engine.fingerprint.matches(item.fingerprint):
+            raise FingerprintMismatchError(f"item {item.id!r}", self.engine.fingerprint.differences(item.fingerprint))
+
+    def _merge(
+        self,
+        head_ids: tuple[int, ...],
+        items: Sequence[KVCacheItem],
+        tail_ids: tuple[int, ...],
+        strategy: Strategy,
+        ratio: float,
+        encoded: int = 0,
+    ) -> MergedContext:
+        """Put items together. `encoded` of their tokens were encoded just now, in this call."""
+        context_ids = (*head_ids, *chain.from_iterable(item.token_ids.tolist() for item in items))
+        if strategy == "exact":
+            return self._exact(context_ids, tail_ids)
+        head, head_reused = self.engine.prefill(head_ids, tenant=self.tenant) if head_ids else ([], 0)
+        parts = [Part(torch.tensor(head_ids, dtype=torch.long), head, 0, exact=True)] if head_ids else []
+        for index, item in enumerate(items):
+            exact = index == 0 and item.prefix_digest == ids_digest(head_ids)
+            parts.append(Part(item.token_ids, layers_of(item.memory), item.base_position, exact=exact))
+        with self.engine.exclusive() as model:
+            merged = merge(model, parts, torch.tensor(tail_ids, dtype=torch.long), strategy=strategy, ratio=ratio)
+        recomputed = len(merged.recomputed)
+        encoded = min(encoded + len(head_ids) - head_reused, len(context_ids) - recomputed)
+        report = MergeReport(
+            mode="exact" if all(part.exact for part in parts) else "merged",
+            strategy=strategy,
+            context_tokens=len(context_ids),
+            reused_tokens=len(context_ids) - recomputed - encoded,
+            recomputed_tokens=recomputed,
+            encoded_tokens=encoded,
+        )
+        return self._context(merged.layers, context_ids, tail_ids, report)
+
+    def _exact(self, context_ids: tuple[int, ...], tail_ids: tuple[int, ...]) -> MergedContext:
+        """Head and documents encoded in this order, as far as they were not before."""
+        layers, reused = self.engine.prefill(context_ids, tenant=self.tenant)
+        encoded = len(context_ids) - reused
+        report = MergeReport("exact" if reused else "encoded", "exact", len(context_ids), reused, 0, encoded)
+        return self._context(owned(layers), context_ids, tail_ids, report)
+
+    def _context(
+        self, layers: Any, context_ids: tuple[int, ...], tail_ids: tuple[int, ...], report: MergeReport
+    ) -> MergedContext:
+        return MergedContext(
+            cache=cache_of(layers),
+            token_ids=torch.tensor(context_ids, dtype=torch.long),
+            tail_ids=torch.tensor(tail_ids, dtype=torch.long),
+            report=report,
+            fingerprint=self.engine.fingerprint,
+        )
+
+
+_PLACEHOLDER: list[Message] = [{"role": "user", "content": "…"}]
+
+
+def _texts(text: Texts) -> list[str]:
+    if isinstance(text, str):
+        return [text]
+    return [part if isinstance(part, str) else _line(part) for part in text]
+
+
+def _line(message: Message) -> str:
+    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+        raise InvalidInputError(f"extract takes a str, a list of str or chat messages, not {type(message).__name__}")
+    return f"{message['role']}: {message['content']}"
+
+
+def _text_and_metadata(memory: object) -> tuple[str, dict[str, Any]]:
+    """What a str, a `Document`, a node or a textual memory says, and what it says about itself."""
+    if isinstance(memory, str):
+        return memory, {}
+    metadata = getattr(memory, "metadata", None) or {}
+    if isinstance(metadata, BaseModel):
+        metadata = metadata.model_dump(mode="json")
+    for field in ("page_content", "memory"):  # LangChain's Document; MemOS's and our own textual memories
+        text = getattr(memory, field, None)
+        if isinstance(text, str):
+            return text, dict(metadata)
+    get_content = getattr(memory, "get_content", None)  # LlamaIndex's nodes
+    if callable(get_content):
+        return str(get_content()), dict(metadata)
+    raise InvalidInputError(
+        f"cannot read a text from {type(memory).__name__}: pass a str, a LangChain Document, a LlamaIndex node, "
+        f"or a {TextualMemoryItem.__name__}"
+    )
