@@ -20,7 +20,7 @@ gguf = pytest.importorskip("gguf")
 
 CHAT_TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
 HIDDEN = 32
-TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), "ab"]
+TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), "ab", "cd"]
 
 
 def write_gguf(path: Path, chat_template: str | None = CHAT_TEMPLATE) -> dict[str, np.ndarray]:
@@ -38,7 +38,7 @@ def write_gguf(path: Path, chat_template: str | None = CHAT_TEMPLATE) -> dict[st
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(TOKENS)
     writer.add_token_types([3] * 3 + [1] * (len(TOKENS) - 3))
-    writer.add_token_merges(["a b"])
+    writer.add_token_merges(["a b", "c d"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     if chat_template:
