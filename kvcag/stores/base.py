@@ -12,7 +12,7 @@ from types import TracebackType
 from typing_extensions import Self
 
 from kvcag.items import KVCacheItem
-from kvcag.stores.format import Manifest
+from kvcag.stores.manifest import Manifest
 
 SOURCE_FIELDS = ("source", "source_text", "file_path", "doc_id", "ref_doc_id")
 """Metadata fields that say what an item was made from: ours, LangChain's and LlamaIndex's."""

@@ -8,7 +8,9 @@ import os
 import secrets
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import BinaryIO
 
 from kvcag.errors import StoreUnavailableError
 
@@ -45,11 +47,12 @@ def unavailable(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_write(path: str | os.PathLike[str], guard: AbstractContextManager[object] | None = None) -> Iterator[Path]:
     """Give a temporary path; when the block ends well, what was written there becomes `path`.
 
-    The content is on the disk before the name is, and the name before this returns: a reader sees the old file or the
-    new one, whole, also after a crash at any point. The file is mode 0600. When the block fails, nothing remains.
+    `guard` is held while the new file takes the old one's place, and not while it is written. The content is on the
+    disk before the name is, and the name before this returns: a reader sees the old file or the new one, whole, also
+    after a crash at any point. The file is mode 0600. When the block fails, nothing remains.
 
     Raises:
         StoreUnavailableError: the disk is full, permission was denied, …
@@ -60,7 +63,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         try:
             yield temporary
             os.fsync(descriptor)
-            os.replace(temporary, target)
+            with guard or contextlib.nullcontext():
+                os.replace(temporary, target)
             sync_directory(target.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
@@ -89,6 +93,43 @@ def sync_directory(directory: Path) -> None:
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def open_unnoticed(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open for reading without setting the access time, where the system allows it: to look is not to use."""
+
+    def opener(name: str, flags: int) -> int:
+        try:
+            return os.open(name, flags | getattr(os, "O_NOATIME", 0))
+        except PermissionError:  # only a file's owner may ask for it
+            return os.open(name, flags)
+
+    return open(path, "rb", opener=opener)
+
+
+def make_private(directory: Path) -> None:
+    """Create a directory, and what is missing above it, for this user alone."""
+    if directory.is_dir():
+        return
+    make_private(directory.parent)
+    with contextlib.suppress(FileExistsError):
+        directory.mkdir(mode=0o700)
+    sync_directory(directory.parent)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock that excludes other threads and other processes. It is released when its holder dies.
+
+    On Windows it excludes nobody.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        if _HAS_FLOCK:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
     finally:
         os.close(descriptor)
 

@@ -1,107 +1,80 @@
 """One item, one file: safetensors, with a manifest in its metadata and a checksum over everything.
 
 Any safetensors reader opens these files; docs/file-format.md describes them byte by byte. Nothing is unpickled. The
-checksum is XXH3 (64 bits), which reads memory about as quickly as it can be read: 4.5 ms for 100 MB where sha256 takes
-72 ms and crc32 58 ms. It finds damage; it does not prove who wrote the file.
+checksums find damage; they do not prove who wrote the file.
 """
 
 from __future__ import annotations
 
-import json
-import mmap
 import os
-import re
-from typing import Any, Literal, TypeAlias
+from contextlib import AbstractContextManager
+from typing import Any, BinaryIO
 
 import torch
-import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import save, save_file
 
-from kvcag.cache.hf import LayerKV, LazyLayer, layers_of
+from kvcag.cache.hf import LayerKV, layers_of, lazy_cache
 from kvcag.cache.quantize import dequantize_int8, quantize_int8
-from kvcag.errors import (
-    CorruptItemError,
-    FingerprintMismatchError,
-    FormatError,
-    InvalidInputError,
-    StoreUnavailableError,
-)
+from kvcag.errors import CorruptItemError, FingerprintMismatchError, StoreUnavailableError
 from kvcag.fingerprint import ModelFingerprint
-from kvcag.items import KVCacheItem, KVCacheRecords
-from kvcag.stores.files import atomic_write, unavailable
+from kvcag.items import KVCacheItem
+from kvcag.stores.files import atomic_write, open_unnoticed, unavailable
+from kvcag.stores.manifest import (
+    Header,
+    Manifest,
+    Quantize,
+    checksum,
+    manifest_of,
+    parse_header,
+    parse_id,
+    read_head,
+    seal,
+    tensor_spec,
+    to_metadata,
+)
 
-Quantize: TypeAlias = Literal["int8"] | None
-
-FORMAT_VERSION = 1
-_UNSEALED = "0" * 16
-_SEAL = re.compile(rb'"kvcag\.checksum":"([0-9a-f]{16})"')
-_MAX_MANIFEST = 64 << 20  # safetensors refuses headers above 100 MB
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I8": torch.int8,
-}
+_DEV_FD = "/dev/fd"
 
 
-class Manifest(BaseModel):
-    """Everything about a stored item but its tensors.
-
-    Attributes:
-        tokens: how many it holds; their ids are the tensor `token_ids`.
-        layers: how many; each is the tensors `layers.<i>.keys` and `layers.<i>.values`.
-        dtype: of the keys and values once loaded: `bfloat16`.
-        quantize: how they are kept at rest.
-        checksums: XXH3-64, in hex, of each tensor's bytes.
-    """
-
-    model_config = ConfigDict(protected_namespaces=())
-
-    id: str
-    fingerprint: ModelFingerprint | None
-    tokens: int
-    layers: int
-    dtype: str
-    quantize: Quantize
-    base_position: int
-    prefix_digest: str
-    records: KVCacheRecords
-    metadata: dict[str, Any]
-    checksums: dict[str, str] = Field(default_factory=dict)
-
-
-def write_item(path: str | os.PathLike[str], item: KVCacheItem, *, quantize: Quantize = None) -> int:
+def write_item(
+    path: str | os.PathLike[str],
+    item: KVCacheItem,
+    *,
+    quantize: Quantize = None,
+    guard: AbstractContextManager[object] | None = None,
+) -> int:
     """Write an item, atomically and durably, for this user alone (mode 0600). Returns the file's bytes.
+
+    Args:
+        path: the file. Its directory must be there.
+        item: the item.
+        quantize: `"int8"` halves bfloat16's bytes (`kvcag.cache.quantize`).
+        guard: held while the new file takes the old one's place.
 
     Raises:
         InvalidInputError: the metadata is not JSON, or a value cannot be quantised. Nothing was written.
         StoreUnavailableError: the disk is full, permission was denied. What was at `path` before is still there.
     """
     tensors, metadata = _encode(item, quantize)
-    with atomic_write(path) as temporary:
+    with atomic_write(path, guard) as temporary:
         try:
             save_file(tensors, temporary, metadata)
-        except SafetensorError as error:  # its only failures from here on are those of the disk
+        except SafetensorError as error:  # what it takes was checked; what is left to fail is the disk
             raise StoreUnavailableError(None, f"it could not be written: {error}", str(path)) from error
         with open(temporary, "r+b") as file:
-            size = int.from_bytes(file.read(8), "little")
-            position, checksum = _seal(file.read(size))
-            file.seek(8 + position)
-            file.write(checksum)
+            position, digest = seal(read_head(file))
+            file.seek(position)
+            file.write(digest)
         return os.path.getsize(temporary)
 
 
 def item_to_bytes(item: KVCacheItem, *, quantize: Quantize = None) -> bytearray:
-    """What `write_item` writes, for places that are not files. Takes the item's size in memory once more."""
+    """What `write_item` writes, for places that are not files. It is in memory twice for a moment."""
     data = bytearray(save(*_encode(item, quantize)))
-    position, checksum = _seal(bytes(data[8 : 8 + int.from_bytes(data[:8], "little")]))
-    data[8 + position : 8 + position + len(checksum)] = checksum
+    position, digest = seal(bytes(data[: 8 + int.from_bytes(data[:8], "little")]))
+    data[position : position + len(digest)] = digest
     return data
 
 
@@ -110,12 +83,13 @@ def read_item(
 ) -> KVCacheItem:
     """Read an item, with its tensors mapped from the file: pages are read when touched and shared between processes.
 
-    Writing into the tensors changes neither the file nor another reader's tensors.
+    Writing into the tensors changes neither the file nor another reader's tensors; replacing or deleting the file
+    does not change them either.
 
     Args:
         path: the file.
         expected: the model it is for.
-        lazy: verify and map each layer when it is first looked at instead of now. A damaged layer then raises
+        lazy: verify each layer when it is first looked at instead of now. A damaged layer then raises
             `CorruptItemError` there.
 
     Raises:
@@ -124,7 +98,15 @@ def read_item(
         FingerprintMismatchError: another model than `expected` made it.
         StoreUnavailableError: it is not there, or cannot be read.
     """
-    return _ItemFile(_map(path), str(path)).item(expected, lazy)
+    with unavailable(path), open(path, "rb") as file:
+        return item_from_file(file, expected=expected, lazy=lazy)
+
+
+def item_from_file(file: BinaryIO, *, expected: ModelFingerprint | None = None, lazy: bool = False) -> KVCacheItem:
+    """`read_item` of a file that is open, at its beginning, and may be closed afterwards."""
+    name = str(file.name)
+    header = _header(file, name)
+    return _Reader(header, _map(file, header.size), name).item(expected, lazy)
 
 
 def item_from_bytes(
@@ -135,40 +117,25 @@ def item_from_bytes(
     Raises:
         CorruptItemError, FormatError, FingerprintMismatchError: as `read_item`.
     """
-    return _ItemFile(data, name).item(expected, lazy)
+    header = parse_header(bytes(data[: 8 + int.from_bytes(data[:8], "little")]), name)
+    _check_size(header, len(data), name)
+    return _Reader(header, torch.frombuffer(data, dtype=torch.uint8), name).item(expected, lazy)
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
-    """Read and verify what a file says about its item, and that it was not cut, without touching its tensors.
+    """Read and verify what a file says about its item, and that the file was not cut. The tensors are not read.
 
     Raises:
         CorruptItemError, FormatError, StoreUnavailableError: as `read_item`.
     """
-    return _ItemFile(_map(path), str(path)).manifest
+    with unavailable(path), open_unnoticed(path) as file:
+        return _header(file, str(path)).manifest
 
 
-def manifest_of(item: KVCacheItem, quantize: Quantize = None) -> Manifest:
-    """The manifest of an item in memory. `checksums` is empty.
-
-    Raises:
-        InvalidInputError: the metadata is not JSON.
-    """
-    layers = item.memory.layers
-    return Manifest(
-        id=item.id,
-        fingerprint=item.fingerprint,
-        tokens=len(item.token_ids),
-        layers=len(layers) if len(item.token_ids) else 0,
-        dtype=str(layers_of(item.memory)[0][0].dtype).removeprefix("torch.") if len(item.token_ids) else "float32",
-        quantize=quantize,
-        base_position=item.base_position,
-        prefix_digest=item.prefix_digest,
-        records=item.records,
-        metadata=_json_only(item.metadata, item.id),
-    )
-
-
-# --- writing ----------------------------------------------------------------------------------------------------
+def read_id(path: str | os.PathLike[str]) -> str:
+    """The id of the item in a file, for listing very many of them. Raises as `read_manifest`."""
+    with unavailable(path), open_unnoticed(path) as file:
+        return parse_id(read_head(file), str(path))
 
 
 def _encode(item: KVCacheItem, quantize: Quantize) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -177,21 +144,11 @@ def _encode(item: KVCacheItem, quantize: Quantize) -> tuple[dict[str, torch.Tens
     tensors = {"token_ids": item.token_ids.cpu().contiguous()}
     for index, (keys, values) in enumerate(layers_of(item.memory)):
         if values.data_ptr() == keys.data_ptr():
-            values = values.clone()  # safetensors keeps every tensor apart
+            values = values.clone()  # safetensors wants every tensor apart
         tensors |= _pack(f"layers.{index}.keys", keys, quantize)
         tensors |= _pack(f"layers.{index}.values", values, quantize)
-    manifest.checksums = {name: _checksum(_bytes_of(tensor)) for name, tensor in tensors.items()}
-    text = json.dumps(manifest.model_dump(mode="json"), separators=(",", ":"), allow_nan=False)
-    if len(text) > _MAX_MANIFEST:
-        raise InvalidInputError(
-            f"the metadata and records of item {item.id!r} take {len(text)} bytes, and {_MAX_MANIFEST} is the most "
-            "that a file keeps. Leave large values out of the metadata."
-        )
-    return tensors, {
-        "kvcag.version": str(FORMAT_VERSION),
-        "kvcag.checksum": _UNSEALED,
-        "kvcag.manifest": text,
-    }
+    manifest.checksums = {name: checksum(_bytes_of(tensor)) for name, tensor in tensors.items()}
+    return tensors, to_metadata(manifest)
 
 
 def _pack(name: str, states: torch.Tensor, quantize: Quantize) -> dict[str, torch.Tensor]:
@@ -201,80 +158,50 @@ def _pack(name: str, states: torch.Tensor, quantize: Quantize) -> dict[str, torc
     return {name: codes.cpu().contiguous(), f"{name}.scale": scales.cpu().contiguous()}
 
 
-def _json_only(metadata: dict[str, Any], item_id: str) -> dict[str, Any]:
-    """Refuse what would come back as something else: a tuple as a list, 1 as "1"."""
-    for key, value in metadata.items():
-        try:
-            same = json.loads(json.dumps({key: value}, allow_nan=False)) == {key: value}
-        except (TypeError, ValueError, RecursionError):
-            same = False
-        if not same:
-            raise InvalidInputError(
-                f"metadata[{key!r}] of item {item_id!r} is a {type(value).__name__} that JSON cannot keep. Use str, "
-                "int, float, bool, None, and lists and dicts with str keys of these."
-            )
-    return metadata
-
-
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _checksum(data: bytes | memoryview) -> str:
-    return xxhash.xxh3_64_hexdigest(data)
+def _header(file: BinaryIO, name: str) -> Header:
+    header = parse_header(read_head(file), name)
+    _check_size(header, os.fstat(file.fileno()).st_size, name)
+    return header
 
 
-def _seal(header: bytes) -> tuple[int, bytes]:
-    """Where in a header its checksum belongs, and the checksum: over the header with sixteen zeros in that place."""
-    match = _SEAL.search(header)
-    if match is None or match[1] != _UNSEALED.encode():
-        raise AssertionError("a header is sealed once, when it was just made")
-    return match.start(1), _checksum(header).encode()
+def _check_size(header: Header, size: int, name: str) -> None:
+    if size != header.size:
+        raise CorruptItemError(name, f"it has {size} bytes and should have {header.size}")
 
 
-# --- reading ----------------------------------------------------------------------------------------------------
+def _map(file: BinaryIO, size: int) -> torch.Tensor:
+    """An open file's bytes, `(size,)` uint8, in a private mapping that needs no descriptor.
+
+    By its descriptor, since its path may have been given to another file meanwhile.
+    """
+    source = f"{_DEV_FD}/{file.fileno()}" if os.path.isdir(_DEV_FD) else str(file.name)
+    try:
+        storage: Any = torch.UntypedStorage.from_file(source, shared=False, nbytes=size)
+    except RuntimeError as error:  # torch's word for every failure of open, fstat and mmap
+        raise StoreUnavailableError(None, f"it could not be mapped: {error}", str(file.name)) from error
+    return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
-def _map(path: str | os.PathLike[str]) -> mmap.mmap | bytearray:
-    """The file's content, private to this mapping. It is opened once: replacing it meanwhile changes nothing here."""
-    with unavailable(path), open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            return bytearray()  # which cannot be mapped
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+class _Reader:
+    """Gives the tensors of a file whose header is verified, each verified when it is asked for."""
 
-
-class _ItemFile:
-    """A file of ours, its header verified; each tensor is verified when it is asked for."""
-
-    def __init__(self, buffer: mmap.mmap | bytearray, name: str) -> None:
-        self.buffer, self.name = buffer, name
-        header, self.start = _read_header(buffer, name)
-        metadata = header.pop("__metadata__")
-        if metadata["kvcag.version"] != str(FORMAT_VERSION):
-            raise FormatError(
-                f"{name} is of format version {metadata['kvcag.version']}, and this release reads version "
-                f"{FORMAT_VERSION}. Upgrade kvcag, or encode its text again."
-            )
-        try:
-            self.manifest = Manifest.model_validate(json.loads(metadata["kvcag.manifest"]))
-            end = max(spec["data_offsets"][1] for spec in header.values())
-        except (ValidationError, ValueError, KeyError, TypeError) as error:
-            raise CorruptItemError(name, f"its manifest cannot be understood ({error})") from error
-        self.header = header
-        if self.start + end != len(buffer):
-            raise CorruptItemError(name, f"it has {len(buffer)} bytes and should have {self.start + end}")
+    def __init__(self, header: Header, data: torch.Tensor, name: str) -> None:
+        self.header, self.manifest, self.data, self.name = header, header.manifest, data, name
 
     def item(self, expected: ModelFingerprint | None, lazy: bool) -> KVCacheItem:
         manifest = self.manifest
         self._check_model(expected)
-        cache = KVCacheItem().memory
-        cache.layers.extend(LazyLayer(manifest.tokens, self.layer, index) for index in range(manifest.layers))
+        memory = lazy_cache(manifest.layers, manifest.tokens, self.layer)
         if not lazy:
-            layers_of(cache)
+            layers_of(memory)
         try:
             return KVCacheItem(
                 id=manifest.id,
-                memory=cache,
+                memory=memory,
                 metadata=manifest.metadata,
                 records=manifest.records,
                 token_ids=self.tensor("token_ids"),
@@ -288,9 +215,20 @@ class _ItemFile:
     def layer(self, index: int) -> LayerKV:
         """Keys and values of one layer, `(1, kv_heads, seq_len, head_dim)` each."""
         keys, values = self._states(f"layers.{index}.keys"), self._states(f"layers.{index}.values")
-        if keys.shape != values.shape or keys.shape[-2:-1] != (self.manifest.tokens,):
-            raise CorruptItemError(self.name, f"layer {index} is not of {self.manifest.tokens} keys and values")
+        if keys.shape[-2:-1] != (self.manifest.tokens,) or values.shape[-2:-1] != (self.manifest.tokens,):
+            raise CorruptItemError(self.name, f"layer {index} does not hold {self.manifest.tokens} keys and values")
         return keys, values
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A view of the file's bytes, compared with their checksum."""
+        try:
+            start, end, dtype, shape = tensor_spec(self.header, name)
+            data = self.data[start:end]
+            if checksum(data.numpy().data) != self.manifest.checksums[name]:
+                raise CorruptItemError(self.name, f"tensor {name} does not match its checksum")
+            return data.view(dtype).view(shape)
+        except (LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise CorruptItemError(self.name, f"tensor {name} is not as the header says ({error})") from error
 
     def _states(self, name: str) -> torch.Tensor:
         if self.manifest.quantize is None:
@@ -298,61 +236,10 @@ class _ItemFile:
         dtype: torch.dtype = getattr(torch, self.manifest.dtype)
         return dequantize_int8(self.tensor(name), self.tensor(f"{name}.scale"), dtype)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """A view of the buffer, its checksum verified."""
-        try:
-            spec, checksum = self.header[name], self.manifest.checksums[name]
-            (start, end), dtype = spec["data_offsets"], _DTYPES[spec["dtype"]]
-            with memoryview(self.buffer) as view, view[self.start + start : self.start + end] as data:
-                sound = _checksum(data) == checksum
-            if not sound:
-                raise CorruptItemError(self.name, f"tensor {name} does not match its checksum")
-            if start == end:
-                return torch.empty(spec["shape"], dtype=dtype)
-            count = (end - start) // dtype.itemsize
-            flat = torch.frombuffer(self.buffer, dtype=dtype, count=count, offset=self.start + start)
-            return flat.view(spec["shape"])
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
-            raise CorruptItemError(self.name, f"tensor {name} is not as its manifest says ({error})") from error
-
     def _check_model(self, expected: ModelFingerprint | None) -> None:
         if expected is None or not self.manifest.tokens:
             return
         if self.manifest.fingerprint is None:
-            raise FingerprintMismatchError(self.name, ["no model is named in it"])
+            raise FingerprintMismatchError(self.name, ["it names no model"])
         if not expected.matches(self.manifest.fingerprint):
             raise FingerprintMismatchError(self.name, expected.differences(self.manifest.fingerprint))
-
-
-def _read_header(buffer: mmap.mmap | bytearray, name: str) -> tuple[dict[str, Any], int]:
-    """The header, verified, and where the tensors begin."""
-    start = 8 + int.from_bytes(buffer[:8], "little")
-    if len(buffer) < 9:
-        raise CorruptItemError(name, f"only {len(buffer)} bytes of it are there")
-    if buffer[8:9] != b"{":
-        raise FormatError(f"{name} is {_describe(bytes(buffer[:2]))}")
-    if start > len(buffer):
-        raise CorruptItemError(name, "it ends, or is damaged, within its header")
-    raw = bytes(buffer[8:start])
-    seal = _SEAL.search(raw)
-    if seal is None:
-        if b"kvcag." in raw:
-            raise CorruptItemError(name, "its header was changed")
-        raise FormatError(
-            f"{name} has no kvcag manifest: it is another program's safetensors file. Give the path of a file that "
-            "kvcag wrote."
-        )
-    blank = raw[: seal.start(1)] + _UNSEALED.encode() + raw[seal.end(1) :]
-    if _checksum(blank) != seal[1].decode():
-        raise CorruptItemError(name, "its header does not match its checksum")
-    header: dict[str, Any] = json.loads(raw)
-    return header, start
-
-
-def _describe(first: bytes) -> str:
-    if first[:1] == b"\x80" or first == b"PK":
-        return (
-            "a pickle (or a torch.save archive), which could run any code when loaded. kvcag does not unpickle; for a "
-            "dump of MemOS use: kvcag import-memos FILE"
-        )
-    return "not a file that kvcag wrote. Give the path of one that it did"

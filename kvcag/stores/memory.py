@@ -14,7 +14,7 @@ from kvcag.cache.hf import cache_of, layers_of, nbytes
 from kvcag.errors import InvalidInputError, StoreFullError
 from kvcag.items import KVCacheItem
 from kvcag.stores.base import KVStore, StoreStats
-from kvcag.stores.format import Manifest, manifest_of
+from kvcag.stores.manifest import Manifest, manifest_of
 
 
 @dataclass(slots=True)
