@@ -20,7 +20,8 @@ from kvcag.engines.sampling import Sampling
 from kvcag.errors import KVCAGError
 from kvcag.fingerprint import ModelFingerprint
 from kvcag.items import ActivationMemoryItem, KVCacheItem, KVCacheRecords, TextualMemoryItem, VLLMKVCacheItem
-from kvcag.memory import CacheWarning, KVCacheMemory
+from kvcag.memory import KVCacheMemory
+from kvcag.notices import CacheWarning
 from kvcag.prompt import ChatTemplate, Document, Prompt
 
 __version__ = "0.1.0"

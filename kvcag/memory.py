@@ -11,14 +11,13 @@ from os import PathLike
 from typing import Any, Literal, TypeAlias
 
 import torch
-from pydantic import BaseModel
 
 from kvcag.cache.hf import ContextCache, cache_of, layers_of, owned, share
 from kvcag.cache.merge import Part, merge
 from kvcag.cache.merge import Strategy as MergeStrategy
 from kvcag.config import KVCacheMemoryConfig, parse
 from kvcag.context import MergedContext, MergeReport
-from kvcag.engines.base import Chunk
+from kvcag.engines.base import Chunk, Engine
 from kvcag.engines.hf import HFEngine
 from kvcag.engines.sampling import Sampling
 from kvcag.errors import (
@@ -27,19 +26,17 @@ from kvcag.errors import (
     InvalidInputError,
     StoreError,
     UnknownItemError,
+    UnsupportedModelError,
 )
-from kvcag.items import KVCacheItem, KVCacheRecords, TextualMemoryItem, content_key, ids_digest
+from kvcag.items import KVCacheItem, KVCacheRecords, content_key, ids_digest
+from kvcag.notices import CacheWarning
 from kvcag.prompt import Message, Prompt, as_messages
 from kvcag.stores.base import KVStore
 from kvcag.stores.folder import dump_items, load_items
 from kvcag.stores.memory import MemoryStore
+from kvcag.texts import Texts, text_and_metadata, texts_of
 
 Strategy: TypeAlias = MergeStrategy | Literal["exact"]
-Texts: TypeAlias = str | Sequence[str] | Sequence[Message]
-
-
-class CacheWarning(UserWarning):
-    """A cache could not be used, and its text was encoded again. The answer is right; it came later."""
 
 
 class KVCacheMemory:
@@ -50,7 +47,8 @@ class KVCacheMemory:
     positions. Safe to use from several threads.
 
     Args:
-        engine: the model that encodes and answers.
+        engine: the model that encodes and answers. One that keeps no caches (any `Engine` but `HFEngine`) answers
+            messages with documents by reading them.
         store: where items live; in memory by default.
         head: the instruction that stands before the documents, in the system turn.
         separator: put after a text that does not end with a line break, so that documents do not run together.
@@ -60,7 +58,7 @@ class KVCacheMemory:
 
     def __init__(
         self,
-        engine: HFEngine,
+        engine: Engine,
         store: KVStore | None = None,
         head: str | None = None,
         *,
@@ -93,7 +91,7 @@ class KVCacheMemory:
             EmptyPromptError: there is nothing to encode.
             ContextLengthError: the text does not fit into the model's context.
         """
-        texts = _texts(text)
+        texts = texts_of(text)
         composed = "\n\n".join(texts)
         if not composed.strip():
             raise EmptyPromptError("the text is empty: there is nothing to encode")
@@ -108,7 +106,7 @@ class KVCacheMemory:
 
         The item has the memory's metadata, and is not added.
         """
-        text, metadata = _text_and_metadata(memory)
+        text, metadata = text_and_metadata(memory)
         item = self.extract(text)
         item.metadata = metadata
         return item
@@ -222,7 +220,7 @@ class KVCacheMemory:
         Documents are found by their content. One that cannot be read is encoded again, with a `CacheWarning`.
         """
         self.engine.check_fits(len(prompt.token_ids), 1)
-        known, _ = self.engine.prefixes.match(prompt.context_ids, self.tenant)
+        known, _ = self._encoder.prefixes.match(prompt.context_ids, self.tenant)
         if strategy == "exact" or known == len(prompt.context_ids):
             return self._exact(prompt.context_ids, prompt.tail_ids)
         items, encoded = [], 0
@@ -232,9 +230,24 @@ class KVCacheMemory:
             encoded += len(token_ids) if created else 0
         return self._merge(prompt.head_ids, items, prompt.tail_ids, strategy, ratio, encoded)
 
+    def keep(self, messages: Sequence[Message], metadata: Sequence[Mapping[str, Any]] | None = None) -> list[str]:
+        """Encode the documents of messages before anybody asks, and return their ids, in order.
+
+        Args:
+            messages: as for `stream`. Whoever asks later finds the documents if the same head stands before them.
+            metadata: one for each document, for what is encoded now.
+        """
+        prompt = self.engine.template.prompt(messages)
+        keys = [self._key(prompt.head_ids, token_ids) for token_ids in prompt.document_ids]
+        for at, key in enumerate(keys):
+            if not self.store.contains(key):
+                known = metadata[at] if metadata else {}
+                self._kept(prompt.head_ids, prompt.document_ids[at], prompt.documents[at], known)
+        return keys
+
     def stream(
         self,
-        messages: str | Sequence[Message],
+        messages: str | Sequence[Message] | Prompt,
         *,
         strategy: Strategy = "query",
         ratio: float = 0.2,
@@ -250,15 +263,29 @@ class KVCacheMemory:
         """
         started = time.perf_counter()
         settings = sampling or self.engine.sampling()
-        prompt = self.engine.template.prompt(as_messages(messages), tools=tools)
+        template = self.engine.template
+        prompt = messages if isinstance(messages, Prompt) else template.prompt(as_messages(messages), tools=tools)
         self.engine.check_fits(len(prompt.token_ids), settings.max_new_tokens)
-        context = self.context_for(prompt, strategy, ratio) if prompt.document_ids else None
+        cached = prompt.document_ids and isinstance(self.engine, HFEngine)
+        context = self.context_for(prompt, strategy, ratio) if cached else None
         return self.engine.stream(prompt, settings, context, tenant=self.tenant, started=started)
 
     # --- inside ------------------------------------------------------------------------------------------------
 
+    @property
+    def _encoder(self) -> HFEngine:
+        if isinstance(self.engine, HFEngine):
+            return self.engine
+        raise UnsupportedModelError(
+            f"{type(self.engine).__name__} keeps no caches that could be taken out: use an HFEngine to encode, keep "
+            "and merge. stream() answers with either."
+        )
+
+    def _key(self, head_ids: tuple[int, ...], token_ids: tuple[int, ...]) -> str:
+        return content_key(self.engine.fingerprint.digest, ids_digest(head_ids), token_ids)
+
     def _encode(self, head_ids: tuple[int, ...], token_ids: tuple[int, ...], text: str) -> KVCacheItem:
-        layers = self.engine.encode_after(head_ids, token_ids, tenant=self.tenant)
+        layers = self._encoder.encode_after(head_ids, token_ids, tenant=self.tenant)
         return KVCacheItem(
             memory=cache_of(layers),
             records=KVCacheRecords(text_memories=[text], composed_text_memory=text),
@@ -269,9 +296,15 @@ class KVCacheMemory:
             prefix_digest=ids_digest(head_ids),
         )
 
-    def _kept(self, head_ids: tuple[int, ...], token_ids: tuple[int, ...], text: str) -> tuple[KVCacheItem, bool]:
+    def _kept(
+        self,
+        head_ids: tuple[int, ...],
+        token_ids: tuple[int, ...],
+        text: str,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> tuple[KVCacheItem, bool]:
         """The item of a document, found by its content or encoded and kept, and whether it had to be encoded."""
-        key = content_key(self.engine.fingerprint.digest, ids_digest(head_ids), token_ids)
+        key = self._key(head_ids, token_ids)
         try:
             item = self.store.get(key)
             if item is not None:
@@ -281,6 +314,7 @@ class KVCacheMemory:
             warnings.warn(f"encoding a document again: {damaged}", CacheWarning, stacklevel=4)
         item = self._encode(head_ids, token_ids, text)
         item.id = key
+        item.metadata.update(metadata or {})
         try:
             self.store.put(item)
         except StoreError as full:
@@ -316,12 +350,12 @@ class KVCacheMemory:
         context_ids = (*head_ids, *chain.from_iterable(item.token_ids.tolist() for item in items))
         if strategy == "exact":
             return self._exact(context_ids, tail_ids)
-        head, head_reused = self.engine.prefill(head_ids, tenant=self.tenant) if head_ids else ([], 0)
+        head, head_reused = self._encoder.prefill(head_ids, tenant=self.tenant) if head_ids else ([], 0)
         parts = [Part(torch.tensor(head_ids, dtype=torch.long), head, 0, exact=True)] if head_ids else []
         for index, item in enumerate(items):
             exact = index == 0 and item.prefix_digest == ids_digest(head_ids)
             parts.append(Part(item.token_ids, layers_of(item.memory), item.base_position, exact=exact))
-        with self.engine.exclusive() as model:
+        with self._encoder.exclusive() as model:
             merged = merge(model, parts, torch.tensor(tail_ids, dtype=torch.long), strategy=strategy, ratio=ratio)
         recomputed = len(merged.recomputed)
         encoded = min(encoded + len(head_ids) - head_reused, len(context_ids) - recomputed)
@@ -337,7 +371,7 @@ class KVCacheMemory:
 
     def _exact(self, context_ids: tuple[int, ...], tail_ids: tuple[int, ...]) -> MergedContext:
         """Head and documents encoded in this order, as far as they were not before."""
-        layers, reused = self.engine.prefill(context_ids, tenant=self.tenant)
+        layers, reused = self._encoder.prefill(context_ids, tenant=self.tenant)
         encoded = len(context_ids) - reused
         report = MergeReport("exact" if reused else "encoded", "exact", len(context_ids), reused, 0, encoded)
         return self._context(owned(layers), context_ids, tail_ids, report)
@@ -355,35 +389,3 @@ class KVCacheMemory:
 
 
 _PLACEHOLDER: list[Message] = [{"role": "user", "content": "…"}]
-
-
-def _texts(text: Texts) -> list[str]:
-    if isinstance(text, str):
-        return [text]
-    return [part if isinstance(part, str) else _line(part) for part in text]
-
-
-def _line(message: Message) -> str:
-    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-        raise InvalidInputError(f"extract takes a str, a list of str or chat messages, not {type(message).__name__}")
-    return f"{message['role']}: {message['content']}"
-
-
-def _text_and_metadata(memory: object) -> tuple[str, dict[str, Any]]:
-    """What a str, a `Document`, a node or a textual memory says, and what it says about itself."""
-    if isinstance(memory, str):
-        return memory, {}
-    metadata = getattr(memory, "metadata", None) or {}
-    if isinstance(metadata, BaseModel):
-        metadata = metadata.model_dump(mode="json")
-    for field in ("page_content", "memory"):  # LangChain's Document; MemOS's and our own textual memories
-        text = getattr(memory, field, None)
-        if isinstance(text, str):
-            return text, dict(metadata)
-    get_content = getattr(memory, "get_content", None)  # LlamaIndex's nodes
-    if callable(get_content):
-        return str(get_content()), dict(metadata)
-    raise InvalidInputError(
-        f"cannot read a text from {type(memory).__name__}: pass a str, a LangChain Document, a LlamaIndex node, "
-        f"or a {TextualMemoryItem.__name__}"
-    )

@@ -1,11 +1,17 @@
-"""What an engine gives back while it generates, whatever it runs on."""
+"""What an engine is, and what it gives back while it generates, whatever it runs on."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol
 
-from kvcag.context import MergeReport
+from transformers.cache_utils import Cache
+
+from kvcag.context import MergedContext, MergeReport
+from kvcag.engines.sampling import Sampling
+from kvcag.fingerprint import ModelFingerprint
+from kvcag.prompt import ChatTemplate, Prompt
 
 FinishReason = Literal["stop", "length"]
 """`stop`: an end-of-sequence token or a stop string. `length`: `max_new_tokens` were generated."""
@@ -42,3 +48,44 @@ class Chunk:
     token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+
+
+class Engine(Protocol):
+    """Answers prompts. `KVCacheMemory` and the adapters need no more of an engine than this.
+
+    Two are here: `HFEngine`, whose caches can be kept and merged, and `EchoEngine`, which has no weights. An engine
+    that keeps its caches to itself, a server for instance, is given whole prompts and no context.
+    """
+
+    @property
+    def model_name(self) -> str:
+        """What people call the model."""
+
+    @property
+    def fingerprint(self) -> ModelFingerprint:
+        """Which model this is."""
+
+    @property
+    def template(self) -> ChatTemplate:
+        """Makes prompts of messages."""
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens, prompt and answer together."""
+
+    def sampling(self, **given: Any) -> Sampling:
+        """The settings of one call: what is given, else the engine's defaults. Unknown names are refused."""
+
+    def check_fits(self, prompt_tokens: int, max_new_tokens: int | None) -> int:
+        """How many tokens may be generated. Raises `ContextLengthError`."""
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        past_key_values: Cache | MergedContext | None = None,
+        *,
+        tenant: str = "",
+        started: float | None = None,
+    ) -> Iterator[Chunk]:
+        """Answer. Arguments are checked at once, the work is done as the stream is read, and closing stops it."""
