@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -11,7 +11,7 @@ T = TypeVar("T")
 _END = object()
 
 
-async def iterate(open_stream: Callable[[], Iterator[T]]) -> AsyncIterator[T]:
+async def iterate(open_stream: Callable[[], Iterator[T]]) -> AsyncGenerator[T, None]:
     """Open a stream and read it, each step in a worker thread.
 
     Closing or cancelling stops the stream after the step that is running; no thread outlives it.
@@ -30,4 +30,11 @@ async def iterate(open_stream: Callable[[], Iterator[T]]) -> AsyncIterator[T]:
             if step is None or step.done():
                 stream.close()
             else:  # cancelled while the model was working: close it once the step has ended
-                step.add_done_callback(lambda done: (done.exception(), stream.close()))
+                step.add_done_callback(lambda done: _close(done, stream))
+
+
+def _close(step: asyncio.Task[object], stream: Generator[T, None, None]) -> None:
+    """Close a stream whose reader has gone, and drop what the step ended with."""
+    if not step.cancelled():
+        step.exception()  # taken, or asyncio complains that nobody looked at it
+    stream.close()

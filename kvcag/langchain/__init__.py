@@ -1,0 +1,20 @@
+"""kvcag in LangChain.
+
+```python
+from kvcag.langchain import ChatKVCAG, create_cag_documents_chain
+
+llm = ChatKVCAG(model="HuggingFaceTB/SmolLM2-135M-Instruct", store="kv/")
+chain = create_retrieval_chain(retriever, create_cag_documents_chain(llm, prompt))
+```
+"""
+
+from kvcag.errors import MissingExtraError
+
+try:
+    import langchain_core  # noqa: F401 - only to say what is missing
+except ModuleNotFoundError:
+    raise MissingExtraError("kvcag.langchain", "langchain") from None
+
+from kvcag.langchain.chat_model import ChatKVCAG
+
+__all__ = ["ChatKVCAG"]

@@ -1,0 +1,80 @@
+"""What the chat objects of one process share: an engine for equal settings, and what it has encoded."""
+
+from __future__ import annotations
+
+import json
+import threading
+from os import PathLike
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from kvcag.engines.hf import HFEngine
+from kvcag.stores.base import KVStore
+from kvcag.stores.disk import DiskStore
+from kvcag.stores.memory import MemoryStore
+
+
+class LazyEngine:
+    """A model that is loaded when it is first needed, once for all who ask for the same one: see `of`.
+
+    Args:
+        model: a hub id or a folder.
+        settings: further arguments of `HFEngine.from_pretrained`.
+    """
+
+    def __init__(self, model: str, settings: dict[str, Any]) -> None:
+        self.model = model
+        self._settings = settings
+        self._loading = threading.Lock()
+        self._engine: HFEngine | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    @classmethod
+    def of(cls, model: str, **settings: Any) -> LazyEngine:
+        """The same object for the same settings, as long as anyone holds it. Loads nothing."""
+        key = json.dumps([model, settings], sort_keys=True, default=repr)
+        with _lock:
+            found = _lazy.get(key)
+            if found is None:
+                found = _lazy[key] = cls(model, settings)
+            return found
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the weights are in memory."""
+        return self._engine is not None
+
+    def engine(self) -> HFEngine:
+        """The engine; loads it at the first call."""
+        with self._loading:
+            if self._engine is None:
+                self._engine = HFEngine.from_pretrained(self.model, **self._settings)
+            return self._engine
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, without loading the weights."""
+        if self._engine is not None:
+            return self._engine.tokenizer
+        if self._tokenizer is None:
+            hub = {name: self._settings[name] for name in _HUB & self._settings.keys()}
+            self._tokenizer = AutoTokenizer.from_pretrained(self.model, **hub)
+        return self._tokenizer
+
+
+def open_store(store: KVStore | str | PathLike[str] | None, engine: HFEngine) -> KVStore:
+    """A store as it is; a `DiskStore` at a path; for None the engine's own, in memory, for all over this engine."""
+    if isinstance(store, KVStore):
+        return store
+    if store is not None:
+        return DiskStore(Path(store))
+    with _lock:
+        return _stores.setdefault(engine, MemoryStore())
+
+
+_HUB = {"revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder"}
+_lazy: WeakValueDictionary[str, LazyEngine] = WeakValueDictionary()
+_stores: WeakKeyDictionary[HFEngine, MemoryStore] = WeakKeyDictionary()
+_lock = threading.Lock()
