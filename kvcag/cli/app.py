@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import kvcag
+from kvcag.cli.demo import demo
 
 app = typer.Typer(
     name="kvcag",
@@ -21,6 +22,9 @@ def _show_version(wanted: bool) -> None:
     if wanted:
         typer.echo(f"kvcag {kvcag.__version__}")
         raise typer.Exit
+
+
+app.command()(demo)
 
 
 @app.callback()

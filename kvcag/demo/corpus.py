@@ -35,6 +35,13 @@ DEFAULT_QUESTIONS = (
 )
 """Questions that the default topics answer, and that a model of 135M parameters answers from them."""
 
+GENERAL_QUESTIONS = (
+    "What is this text about? Answer in one sentence.",
+    "What is the most important thing to know?",
+    "Which names are mentioned?",
+)
+"""What to ask about a corpus that nobody has written questions for."""
+
 
 @dataclass(frozen=True, slots=True)
 class CorpusDocument:
