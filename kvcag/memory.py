@@ -223,7 +223,7 @@ class KVCacheMemory:
         known, _ = self._encoder.prefixes.match(prompt.context_ids, self.tenant)
         if strategy == "exact" or known == len(prompt.context_ids):
             return self._exact(prompt.context_ids, prompt.tail_ids)
-        items, encoded = [], 0
+        items, encoded = [], max(0, len(prompt.head_ids) - known)
         for token_ids, text in zip(prompt.document_ids, prompt.documents, strict=True):
             item, created = self._kept(prompt.head_ids, token_ids, text)
             items.append(item)

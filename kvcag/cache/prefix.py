@@ -51,8 +51,10 @@ class PrefixCache:
         """How many of `token_ids` are encoded, and their keys and values: pieces to be read, not written."""
         wanted = np.asarray(token_ids, dtype=np.int64)
         with self._lock:
+            self._clock += 1
             matched, pieces = 0, []
-            for node, shared in self._walk(wanted, tenant):
+            for node, shared in self._path(wanted, tenant):
+                node.used = self._clock
                 pieces.append(node.layers if shared == len(node.token_ids) else cut(node.layers, 0, shared))
                 matched += shared
             return matched, pieces
@@ -63,11 +65,13 @@ class PrefixCache:
         if not len(wanted) or nbytes(layers) > self.max_bytes:
             return
         with self._lock:
+            self._clock += 1
             node = self._roots.setdefault(tenant, _Node(wanted[:0], [], None))
             matched = 0
-            for reached, shared in self._walk(wanted, tenant):
+            for reached, shared in self._path(wanted, tenant):
                 matched += shared
                 node = reached if shared == len(reached.token_ids) else self._split(reached, shared)
+                node.used = self._clock
             if matched < len(wanted):
                 leaf = _Node(wanted[matched:].copy(), owned(cut(layers, matched)), node, used=self._clock)
                 node.children[int(wanted[matched])] = leaf
@@ -80,22 +84,22 @@ class PrefixCache:
             self._roots.clear()
             self.nbytes = 0
 
-    def _walk(self, wanted: np.ndarray, tenant: str) -> Iterator[tuple[_Node, int]]:
+    def _path(self, wanted: np.ndarray, tenant: str) -> list[tuple[_Node, int]]:
         """The nodes along `wanted`, each with how many of its tokens agree; all but the last agree in full."""
-        self._clock += 1
+        path: list[tuple[_Node, int]] = []
         node, at = self._roots.get(tenant), 0
         while node is not None and at < len(wanted):
             node = node.children.get(int(wanted[at]))
             if node is None:
-                return
-            node.used = self._clock
+                break
             length = min(len(node.token_ids), len(wanted) - at)
             differs = np.flatnonzero(node.token_ids[:length] != wanted[at : at + length])
             shared = int(differs[0]) if len(differs) else length
-            yield node, shared
+            path.append((node, shared))
             if shared < len(node.token_ids):
-                return
+                break
             at += shared
+        return path
 
     def _split(self, node: _Node, at: int) -> _Node:
         """Put a node between `node` and its parent that holds its first `at` tokens, and return it.

@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests import their helpers by name: `from tiny import tiny_model`
+
+from tiny import byte_tokenizer, tiny_model
+
+from kvcag import HFEngine
+from kvcag.demo.model import embedded_model
+
+
+@pytest.fixture
+def tiny_engine() -> HFEngine:
+    """A random three-layer Llama over bytes, with nothing remembered."""
+    return HFEngine(tiny_model(), byte_tokenizer())
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The embedded model's folder."""
+    return embedded_model()
+
+
+@pytest.fixture(scope="session")
+def _smollm2(smollm2_path: Path) -> HFEngine:
+    return HFEngine.from_pretrained(smollm2_path, dtype="float32", device="cpu")
+
+
+@pytest.fixture
+def smollm2_engine(_smollm2: HFEngine) -> Iterator[HFEngine]:
+    """SmolLM2-135M-Instruct in fp32, loaded once, with nothing remembered from the test before."""
+    _smollm2.prefixes.clear()
+    yield _smollm2
+    _smollm2.prefixes.clear()
