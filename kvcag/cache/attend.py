@@ -72,6 +72,7 @@ def decoder_of(model: PreTrainedModel) -> Any:
     return model.get_decoder()
 
 
+@torch.no_grad()
 def attend(
     model: PreTrainedModel,
     token_ids: torch.Tensor,

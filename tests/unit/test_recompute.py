@@ -1,0 +1,108 @@
+"""The scatter pass, and the model it runs on."""
+
+import pytest
+import torch
+
+from kvcag.cache import attend
+from kvcag.cache.hf import owned, peek_cache
+from kvcag.cache.merge import merge
+from kvcag.cache.recompute import recompute
+from kvcag.cache.select import Layout
+from tests.merging import encode, equal, error, ids, parts_of, tokens_of
+from tests.tiny import tiny_model
+
+DOCUMENTS = [ids(length, seed=length) for length in (20, 30, 25)]
+
+
+@pytest.fixture
+def model():
+    return tiny_model("llama")
+
+
+def layout_of(parts) -> Layout:
+    counts = torch.tensor([len(part.token_ids) for part in parts])
+    part_of = torch.arange(len(parts)).repeat_interleave(counts)
+    return Layout(tokens_of(parts), part_of, part_of > 1)
+
+
+def pick(layers, tokens):
+    return [(keys[..., tokens, :], values[..., tokens, :]) for keys, values in layers]
+
+
+def test_chosen_tokens_of_a_right_context_stay_right(model):
+    """Every other token of a right cache is lost: recomputing them brings back the cache that was."""
+    parts = parts_of(model, ids(5), DOCUMENTS)
+    right = encode(model, tokens_of(parts))
+    chosen = torch.arange(26, 80, 2)
+    layers = owned(right)
+    for keys, values in layers:
+        keys[..., chosen, :], values[..., chosen, :] = 3.0, -3.0
+    recompute(model, layers, layout_of(parts), chosen, drift=0.0)
+    assert error(layers, right) < 1e-5
+
+
+def test_without_drift_the_others_are_untouched(model):
+    parts = parts_of(model, ids(5), DOCUMENTS)
+    rotated = merge(model, parts, ids(3), strategy="rotate").layers
+    layers, chosen = owned(rotated), torch.arange(30, 60, 3)
+    recompute(model, layers, layout_of(parts), chosen, drift=0.0)
+    others = torch.ones(80, dtype=torch.bool)
+    others[chosen] = False
+    assert equal(pick(layers, others), pick(rotated, others))
+    assert not torch.equal(layers[-1][0], rotated[-1][0])
+
+
+def test_drift_reaches_the_keys_of_touched_documents_only(model):
+    parts = parts_of(model, ids(5), DOCUMENTS)
+    rotated = merge(model, parts, ids(3), strategy="rotate").layers
+    layers, chosen = owned(rotated), torch.arange(26, 54, 3)  # in the second document
+    recompute(model, layers, layout_of(parts), chosen)
+    keys, before = layers[-1][0], rotated[-1][0]
+    assert not torch.equal(keys[..., 27, :], before[..., 27, :])
+    assert torch.equal(keys[..., :25, :], before[..., :25, :])  # the head and the first document are exact
+    assert torch.equal(keys[..., 55:, :], before[..., 55:, :])  # nothing was recomputed in the third
+    values, before = layers[-1][1], rotated[-1][1]
+    assert torch.equal(values[..., 27, :], before[..., 27, :])
+
+
+def test_long_passes_attend_block_by_block(model, monkeypatch):
+    parts = parts_of(model, ids(5), DOCUMENTS)
+    whole = merge(model, parts, ids(3), strategy="full").layers
+    monkeypatch.setattr(attend, "_BLOCK", 7)
+    assert error(merge(model, parts, ids(3), strategy="full").layers, whole) < 1e-5
+
+
+def test_looking_leaves_no_trace(model):
+    layers = encode(model, ids(20))
+    before = owned(layers)
+    cache = peek_cache(layers)
+    attend.attend(model, ids(4), torch.arange(20, 24), cache)
+    assert equal(layers, before)
+    assert cache.get_seq_length() == 20
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("strategy", ["deviation", "query", "full"])
+def test_the_attention_implementation_is_put_back(implementation, strategy):
+    model = tiny_model("llama", attn_implementation=implementation)
+    merge(model, parts_of(model, ids(5), DOCUMENTS), ids(3), strategy=strategy)
+    assert model.config._attn_implementation == implementation
+
+
+@pytest.mark.parametrize("strategy", ["deviation", "query", "full"])
+def test_the_attention_implementation_is_put_back_when_the_pass_raises(model, strategy):
+    parts = parts_of(model, ids(5), DOCUMENTS)
+    merge(model, parts, ids(3), strategy="rotate")  # what is measured once is measured
+    stored = [owned(part.layers) for part in parts]
+
+    def fail(*args):
+        raise MemoryError("in the middle")
+
+    layer = 0 if strategy == "deviation" else 1
+    handle = model.model.layers[layer].mlp.register_forward_hook(fail)
+    with pytest.raises(MemoryError, match="in the middle"):
+        merge(model, parts, ids(3), strategy=strategy)
+    handle.remove()
+    assert model.config._attn_implementation == "sdpa"
+    assert all(equal(part.layers, kept) for part, kept in zip(parts, stored, strict=True))
+    assert error(merge(model, parts, ids(3), strategy="full").layers, encode(model, tokens_of(parts))) < 1e-5
