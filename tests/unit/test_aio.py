@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from kvcag import aio
+
+
+class Source:
+    """A blocking stream that says what happened to it."""
+
+    def __init__(self, pieces: int, step: float = 0.01, fail_at: int | None = None) -> None:
+        self.pieces, self.step, self.fail_at = pieces, step, fail_at
+        self.given = 0
+        self.closed = threading.Event()
+
+    def open(self) -> Iterator[int]:
+        try:
+            for piece in range(self.pieces):
+                time.sleep(self.step)
+                if piece == self.fail_at:
+                    raise RuntimeError("boom")
+                self.given += 1
+                yield piece
+        finally:
+            self.closed.set()
+
+
+async def test_all_pieces_come_in_order() -> None:
+    assert [piece async for piece in aio.iterate(Source(5).open)] == [0, 1, 2, 3, 4]
+
+
+async def test_the_event_loop_ticks_while_the_stream_works() -> None:
+    ticks = 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            ticks += 1
+            await asyncio.sleep(0.005)
+
+    ticking = asyncio.create_task(tick())
+    assert [piece async for piece in aio.iterate(Source(3, step=0.1).open)] == [0, 1, 2]
+    ticking.cancel()
+    assert ticks > 10
+
+
+async def test_an_error_reaches_the_consumer() -> None:
+    seen = []
+    with pytest.raises(RuntimeError, match="boom"):
+        async for piece in aio.iterate(Source(5, fail_at=2).open):
+            seen.append(piece)
+    assert seen == [0, 1]
+
+
+async def test_an_error_while_opening_reaches_the_consumer() -> None:
+    def fail() -> Iterator[int]:
+        raise RuntimeError("no model")
+
+    with pytest.raises(RuntimeError, match="no model"):
+        async for _ in aio.iterate(fail):
+            pass
+
+
+async def test_closing_stops_the_stream() -> None:
+    source = Source(1000)
+    stream = aio.iterate(source.open)
+    assert await anext(stream) == 0
+    await stream.aclose()
+    assert source.closed.is_set()
+    assert source.given == 1
+
+
+async def test_cancelling_stops_the_stream_after_the_running_step() -> None:
+    source = Source(1000, step=0.1)
+
+    async def consume() -> None:
+        async for _ in aio.iterate(source.open):
+            pass
+
+    task = asyncio.create_task(consume())
+    await asyncio.sleep(0.25)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.wait_for(asyncio.to_thread(source.closed.wait), 1)
+    given = source.given
+    await asyncio.sleep(0.2)
+    assert source.given == given <= 4

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import byte_tokenizer, tiny_model
+
+from kvcag import HFEngine, KVCacheMemory
+from kvcag.cache.hf import layers_of
+from kvcag.errors import CorruptItemError, FingerprintMismatchError, FormatError, InvalidInputError, StoreError
+
+TEXTS = ["Alice has a red bicycle.", "Bob has a green car."]
+MANIFEST = "kv_cache_memories.json"
+
+
+@pytest.fixture
+def dumped(tiny_engine: HFEngine, tmp_path: Path) -> tuple[KVCacheMemory, Path]:
+    memory = KVCacheMemory(tiny_engine)
+    memory.add([memory.extract(text) for text in TEXTS])
+    memory.dump(tmp_path / "kv")
+    return memory, tmp_path / "kv"
+
+
+def bits(memory: KVCacheMemory) -> dict[str, list[torch.Tensor]]:
+    return {i.id: [t.clone() for kv in layers_of(i.memory) for t in kv] for i in memory.get_all()}
+
+
+def same(a: dict[str, list[torch.Tensor]], b: dict[str, list[torch.Tensor]]) -> bool:
+    return a.keys() == b.keys() and all(
+        torch.equal(x, y) for key in a for x, y in zip(a[key], b[key], strict=True)
+    )
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def test_what_is_dumped_is_loaded(dumped: tuple[KVCacheMemory, Path]) -> None:
+    memory, folder = dumped
+    other = KVCacheMemory(memory.engine)
+    other.load(folder)
+    assert same(bits(memory), bits(other))
+    for item in memory.get_all():
+        loaded = other.get(item.id)
+        assert loaded is not None
+        assert loaded.records == item.records
+        assert loaded.metadata == item.metadata
+        assert torch.equal(loaded.token_ids, item.token_ids)
+        assert loaded.prefix_digest == item.prefix_digest
+
+
+def test_a_folder_that_holds_nothing_loads_as_nothing(tiny_engine: HFEngine, tmp_path: Path) -> None:
+    memory = KVCacheMemory(tiny_engine)
+    memory.load(tmp_path)
+    memory.load(tmp_path / "missing")
+    assert memory.get_all() == []
+
+
+def test_a_dump_replaces_the_one_before(dumped: tuple[KVCacheMemory, Path]) -> None:
+    memory, folder = dumped
+    gone = memory.get_all()[0].id
+    memory.delete(gone)
+    memory.dump(folder)
+    other = KVCacheMemory(memory.engine)
+    other.load(folder)
+    assert [item.id for item in other.get_all()] == [item.id for item in memory.get_all()]
+    assert len(files(folder)) == 1
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) * 3 // 4] ^= 0x10
+    path.write_bytes(data)
+
+
+def pickled(path: Path) -> None:
+    path.write_bytes(pickle.dumps({"kv_cache_memories": {}}))
+
+
+def newer(path: Path) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": 99}))
+
+
+def renamed_item(path: Path) -> None:
+    manifest = json.loads(path.read_text())
+    manifest["items"][0]["id"] = "another"
+    path.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("target", "damage", "error", "says"),
+    [
+        ("item", cut, CorruptItemError, "is damaged"),
+        ("item", flip, CorruptItemError, "is damaged"),
+        ("item", os.unlink, CorruptItemError, "missing"),
+        ("item", pickled, FormatError, "pickle"),
+        ("manifest", os.unlink, FormatError, "no manifest"),
+        ("manifest", cut, CorruptItemError, "is damaged"),
+        ("manifest", pickled, FormatError, "import-memos"),
+        ("manifest", newer, FormatError, "upgrade kvcag"),
+        ("manifest", renamed_item, CorruptItemError, "checksum"),
+    ],
+)
+def test_a_damaged_dump_is_named_and_the_memory_keeps_what_it_had(
+    dumped: tuple[KVCacheMemory, Path], target: str, damage: Any, error: type[StoreError], says: str
+) -> None:
+    memory, folder = dumped
+    path = folder / MANIFEST if target == "manifest" else files(folder)[-1]
+    damage(path)
+    other = KVCacheMemory(memory.engine)
+    other.add(other.extract("What it had."))
+    before = bits(other)
+    with pytest.raises(error, match=says) as raised:
+        other.load(folder)
+    assert path.name in str(raised.value) or str(folder) in str(raised.value)
+    assert same(before, bits(other))
+
+
+def test_another_models_dump_is_refused(dumped: tuple[KVCacheMemory, Path]) -> None:
+    _, folder = dumped
+    stranger = KVCacheMemory(HFEngine(tiny_model(seed=9), byte_tokenizer()))
+    with pytest.raises(FingerprintMismatchError, match="weights"):
+        stranger.load(folder)
+    assert stranger.get_all() == []
+
+
+def test_a_dump_that_fails_leaves_the_one_before(dumped: tuple[KVCacheMemory, Path]) -> None:
+    memory, folder = dumped
+    before = bits(memory)
+    item = memory.extract("A third.")
+    item.metadata["when"] = object()
+    memory.add(item)
+    with pytest.raises(InvalidInputError, match="JSON"):
+        memory.dump(folder)
+    other = KVCacheMemory(memory.engine)
+    other.load(folder)
+    assert same(before, bits(other))
+    assert len(files(folder)) == len(TEXTS)
+
+
+def test_a_dump_takes_the_bytes_of_its_tokens(tiny_engine: HFEngine, tmp_path: Path) -> None:
+    memory = KVCacheMemory(HFEngine(tiny_model(num_hidden_layers=8, head_dim=32, hidden_size=128), byte_tokenizer()))
+    item = memory.extract("word " * 300)
+    memory.add(item)
+    memory.dump(tmp_path)
+    expected = len(item.token_ids) * memory.engine.bytes_per_token
+    assert expected <= files(tmp_path)[0].stat().st_size <= 1.01 * expected
