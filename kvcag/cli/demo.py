@@ -60,18 +60,15 @@ def demo(
 
     documents = load_corpus(corpus) if corpus else python_topics()
     questions = question or list(GENERAL_QUESTIONS if corpus else DEFAULT_QUESTIONS)
-    console = Console()
+    console = Console(markup=False, highlight=False)  # titles and answers are shown as they are
     try:
         with console.status("loading torch and transformers"):
             from kvcag.demo import show
-            from kvcag.demo.run import Demonstration
 
         name, folder = show.model(model, console)
-        with console.status(f"loading {name}"):
-            demonstration = Demonstration(
-                folder, documents, strategy=strategy.value, ratio=ratio, max_new_tokens=max_new_tokens
-            )
-            demonstration.check(questions)
+        settings = {"strategy": strategy.value, "ratio": ratio, "max_new_tokens": max_new_tokens}
+        demonstration = show.load(name, folder, documents, console, **settings)
+        demonstration.check(questions)
         figures = show.run(demonstration, name, [document.title for document in documents], questions, console)
     except KeyboardInterrupt:
         console.print("\ninterrupted")

@@ -14,8 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from kvcag.demo.corpus import CorpusDocument
 from kvcag.demo.model import SMOLLM2, embedded_model
 from kvcag.demo.run import Comparison, Demonstration
+from kvcag.errors import InvalidInputError, KVCAGError
 
 
 def model(name: str | None, console: Console) -> tuple[str, str]:
@@ -24,6 +26,26 @@ def model(name: str | None, console: Console) -> tuple[str, str]:
     if name is not None:
         return name, name
     return SMOLLM2.name, str(embedded_model(say=console.print))
+
+
+def load(
+    name: str, folder: str, documents: Sequence[CorpusDocument], console: Console, **settings: Any
+) -> Demonstration:
+    """A demonstration, its model loaded.
+
+    Raises:
+        InvalidInputError: there is no such model, or transformers cannot load it.
+    """
+    try:
+        with console.status(f"loading {name}"):
+            return Demonstration(folder, documents, **settings)
+    except KVCAGError:
+        raise
+    except (OSError, ValueError) as refused:
+        reason = str(refused).strip().splitlines()[0]
+        raise InvalidInputError(
+            f"the model {name!r} could not be loaded: {reason} Name a folder that save_pretrained wrote, or a hub id."
+        ) from refused
 
 
 def run(
@@ -51,7 +73,7 @@ def run(
 def encode(demonstration: Demonstration, titles: Sequence[str], console: Console) -> float:
     """Encode the corpus under a progress bar; seconds it took."""
     columns = (
-        TextColumn("encoding {task.description:<20.20}"),
+        TextColumn("encoding {task.description:<20.20}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("tokens"),
@@ -107,6 +129,6 @@ class _Printer:
             text = text.lstrip()
         if text:
             if not self.started:
-                self.console.print(f"\n[dim]{self.label}:[/dim] ", end="")
+                self.console.print(Text(f"\n{self.label}: ", style="dim"), end="")
                 self.started = True
             self.console.print(Text(text.replace("\n", " ")), end="", soft_wrap=True)
