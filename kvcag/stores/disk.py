@@ -24,7 +24,7 @@ from kvcag.cache.hf import layers_of, nbytes
 from kvcag.errors import CorruptItemError, FormatError, StoreFullError, StoreUnavailableError
 from kvcag.items import KVCacheItem
 from kvcag.stores.base import KVStore, StoreStats
-from kvcag.stores.files import locked, make_private, open_unnoticed, sync_directory, unavailable
+from kvcag.stores.files import locked, make_private, sync_directory, unavailable, unnoticed
 from kvcag.stores.format import item_from_file, read_id, read_manifest, write_item
 from kvcag.stores.manifest import Manifest, Quantize
 from kvcag.stores.verify import VerifyReport, verify
@@ -80,7 +80,7 @@ class DiskStore(KVStore):
         path = self._path(key)
         with unavailable(path):
             try:
-                with open_unnoticed(path) as file:
+                with open(path, "rb", opener=unnoticed) as file:
                     item = None if self._expired(file) else item_from_file(file, lazy=self.lazy)
                     if item is not None:
                         _use(file)
@@ -123,16 +123,16 @@ class DiskStore(KVStore):
         path = self._path(key)
         with unavailable(path):
             try:
-                with open_unnoticed(path) as file:
+                with open(path, "rb", opener=unnoticed) as file:
                     return not self._expired(file)
             except FileNotFoundError:
                 return False
 
     def keys(self) -> Iterator[str]:
         """The ids, from the headers of the files. Damaged files are left out: `verify` names them."""
-        for file in self._files():
+        for entry in self._entries():
             try:
-                yield read_id(file.path)
+                yield read_id(entry.path)
             except (CorruptItemError, FormatError):
                 continue
             except StoreUnavailableError as error:
@@ -183,16 +183,18 @@ class DiskStore(KVStore):
     def _lock(self) -> contextlib.AbstractContextManager[None]:
         return locked(self.directory / ".lock")
 
-    def _files(self) -> Iterator[_File]:
-        """What is there now, one after another. What vanishes meanwhile is left out."""
+    def _entries(self) -> Iterator[os.DirEntry[str]]:
+        """The items' files, one after another."""
         with unavailable(self.directory):
             for shard in os.scandir(self.directory):
-                if not shard.is_dir():
-                    continue
-                for entry in os.scandir(shard):
-                    if entry.name.endswith(SUFFIX):
-                        with contextlib.suppress(FileNotFoundError):
-                            yield _File.of(entry)
+                if shard.is_dir():
+                    yield from (entry for entry in os.scandir(shard) if entry.name.endswith(SUFFIX))
+
+    def _files(self) -> Iterator[_File]:
+        """The same with their sizes and times. What vanishes meanwhile is left out."""
+        for entry in self._entries():
+            with contextlib.suppress(FileNotFoundError):
+                yield _File.of(entry)
 
     def _expired(self, file: BinaryIO) -> bool:
         """Whether an open file's time is over. If so, it is deleted, unless it was replaced meanwhile."""

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import BinaryIO
 
 from kvcag.errors import StoreUnavailableError
 
@@ -97,16 +96,12 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def open_unnoticed(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open for reading without setting the access time, where the system allows it: to look is not to use."""
-
-    def opener(name: str, flags: int) -> int:
-        try:
-            return os.open(name, flags | getattr(os, "O_NOATIME", 0))
-        except PermissionError:  # only a file's owner may ask for it
-            return os.open(name, flags)
-
-    return open(path, "rb", opener=opener)
+def unnoticed(path: str | os.PathLike[str], flags: int) -> int:
+    """Open without setting the access time, where the system allows it: to look is not to use. An `opener`."""
+    try:
+        return os.open(path, flags | getattr(os, "O_NOATIME", 0))
+    except PermissionError:  # only a file's owner may ask for it
+        return os.open(path, flags)
 
 
 def make_private(directory: Path) -> None:

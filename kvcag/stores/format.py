@@ -20,7 +20,7 @@ from kvcag.cache.quantize import dequantize_int8, quantize_int8
 from kvcag.errors import CorruptItemError, FingerprintMismatchError, StoreUnavailableError
 from kvcag.fingerprint import ModelFingerprint
 from kvcag.items import KVCacheItem
-from kvcag.stores.files import atomic_write, open_unnoticed, unavailable
+from kvcag.stores.files import atomic_write, unavailable, unnoticed
 from kvcag.stores.manifest import (
     Header,
     Manifest,
@@ -31,11 +31,11 @@ from kvcag.stores.manifest import (
     parse_id,
     read_head,
     seal,
-    tensor_spec,
     to_metadata,
 )
 
 _DEV_FD = "/dev/fd"
+_HEAD = 32 << 10  # most heads are smaller: one read
 
 
 def write_item(
@@ -128,13 +128,13 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     Raises:
         CorruptItemError, FormatError, StoreUnavailableError: as `read_item`.
     """
-    with unavailable(path), open_unnoticed(path) as file:
+    with unavailable(path), open(path, "rb", opener=unnoticed) as file:
         return _header(file, str(path)).manifest
 
 
 def read_id(path: str | os.PathLike[str]) -> str:
     """The id of the item in a file, for listing very many of them. Raises as `read_manifest`."""
-    with unavailable(path), open_unnoticed(path) as file:
+    with unavailable(path), open(path, "rb", buffering=_HEAD, opener=unnoticed) as file:
         return parse_id(read_head(file), str(path))
 
 
@@ -143,10 +143,9 @@ def _encode(item: KVCacheItem, quantize: Quantize) -> tuple[dict[str, torch.Tens
     manifest = manifest_of(item, quantize)
     tensors = {"token_ids": item.token_ids.cpu().contiguous()}
     for index, (keys, values) in enumerate(layers_of(item.memory)):
-        if values.data_ptr() == keys.data_ptr():
-            values = values.clone()  # safetensors wants every tensor apart
         tensors |= _pack(f"layers.{index}.keys", keys, quantize)
         tensors |= _pack(f"layers.{index}.values", values, quantize)
+    tensors = _apart(tensors)
     manifest.checksums = {name: checksum(_bytes_of(tensor)) for name, tensor in tensors.items()}
     return tensors, to_metadata(manifest)
 
@@ -156,6 +155,16 @@ def _pack(name: str, states: torch.Tensor, quantize: Quantize) -> dict[str, torc
         return {name: states.detach().cpu().contiguous()}
     codes, scales = quantize_int8(states.detach())
     return {name: codes.cpu().contiguous(), f"{name}.scale": scales.cpu().contiguous()}
+
+
+def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copy those that share memory with another, as where layers share their keys: safetensors refuses these."""
+    apart, seen = {}, set()
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage().data_ptr()
+        apart[name] = tensor.clone() if memory in seen else tensor
+        seen.add(memory)
+    return apart
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
@@ -222,7 +231,7 @@ class _Reader:
     def tensor(self, name: str) -> torch.Tensor:
         """A view of the file's bytes, compared with their checksum."""
         try:
-            start, end, dtype, shape = tensor_spec(self.header, name)
+            start, end, dtype, shape = self.header.place(name)
             data = self.data[start:end]
             if checksum(data.numpy().data) != self.manifest.checksums[name]:
                 raise CorruptItemError(self.name, f"tensor {name} does not match its checksum")

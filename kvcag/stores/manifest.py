@@ -25,6 +25,16 @@ _SEAL = re.compile(rb'"kvcag\.checksum":"([0-9a-f]{16})"')
 _ID = re.compile(rb'"kvcag\.id":("(?:[^"\\]|\\.)*")')
 _MAX_MANIFEST = 32 << 20
 _MAX_HEADER = 100_000_000  # as in safetensors
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I8": torch.int8,
+}
 
 
 class Manifest(BaseModel):
@@ -137,6 +147,12 @@ class Header:
     start: int
     size: int
 
+    def place(self, name: str) -> tuple[int, int, torch.dtype, list[int]]:
+        """Where a tensor starts and ends in the file, its dtype and its shape. `LookupError` where it is missing."""
+        spec = self.specs[name]
+        start, end = spec["data_offsets"]
+        return self.start + start, self.start + end, DTYPES[spec["dtype"]], spec["shape"]
+
 
 def read_head(file: BinaryIO) -> bytes:
     """The head of a file: eight bytes that say how long its header is, and the header."""
@@ -184,6 +200,8 @@ def _check_seal(head: bytes, name: str) -> None:
         raise CorruptItemError(name, f"only {len(head)} bytes of it are there")
     if head[8:9] != b"{" and not ours:
         raise FormatError(f"{name} is {_describe(head)}")
+    if 8 + int.from_bytes(head[:8], "little") != len(head):
+        raise CorruptItemError(name, "it ends within its header, or the header's length was changed")
     if not ours:
         raise FormatError(
             f"{name} has no kvcag manifest: it is another program's safetensors file. Give the path of a file that "
@@ -191,8 +209,8 @@ def _check_seal(head: bytes, name: str) -> None:
         )
     place = _SEAL.search(head)
     blank = head[: place.start(1)] + _UNSEALED + head[place.end(1) :] if place else b""
-    if place is None or checksum(blank) != place[1].decode() or 8 + int.from_bytes(head[:8], "little") != len(head):
-        raise CorruptItemError(name, "its header was cut or changed")
+    if place is None or checksum(blank) != place[1].decode():
+        raise CorruptItemError(name, "its header does not match its checksum")
 
 
 def _describe(head: bytes) -> str:
@@ -202,22 +220,3 @@ def _describe(head: bytes) -> str:
             "dump of MemOS use: kvcag import-memos FILE"
         )
     return "not a file that kvcag wrote. Give the path of one that it did"
-
-
-def tensor_spec(header: Header, name: str) -> tuple[int, int, torch.dtype, list[int]]:
-    """Where a tensor starts and ends in the file, its dtype and its shape. Raises `LookupError` if it is not there."""
-    spec = header.specs[name]
-    start, end = spec["data_offsets"]
-    return header.start + start, header.start + end, DTYPES[spec["dtype"]], spec["shape"]
-
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I8": torch.int8,
-}

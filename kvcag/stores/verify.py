@@ -8,7 +8,7 @@ from os import PathLike
 from pathlib import Path
 
 from kvcag.errors import CorruptItemError, FormatError
-from kvcag.stores.files import TEMPORARY, is_abandoned, open_unnoticed, remove_if_abandoned, unavailable
+from kvcag.stores.files import TEMPORARY, is_abandoned, remove_if_abandoned, unavailable, unnoticed
 from kvcag.stores.format import item_from_bytes
 
 
@@ -61,7 +61,7 @@ def verify(path: str | PathLike[str], *, repair: bool = False) -> VerifyReport:
 
 def _check(file: Path, report: VerifyReport, repair: bool) -> None:
     try:
-        with open_unnoticed(file) as opened:
+        with open(file, "rb", opener=unnoticed) as opened:
             data = bytearray(opened.read())
         item_from_bytes(data, str(file))
     except CorruptItemError as error:

@@ -1,0 +1,62 @@
+"""Items to store, and what it means for two to be the same."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+
+import torch
+
+from kvcag.cache.hf import cache_of, layers_of
+from kvcag.fingerprint import ModelFingerprint
+from kvcag.items import KVCacheItem, KVCacheRecords
+
+FINGERPRINT = ModelFingerprint(
+    model_name="tiny",
+    architecture="LlamaForCausalLM",
+    dtype="bfloat16",
+    geometry="3x2x8",
+    rope="{}",
+    weights="a" * 64,
+    tokenizer="b" * 64,
+    template="c" * 64,
+)
+WHEN = datetime(2026, 1, 2, 3, 4, 5, 6, tzinfo=timezone.utc)
+
+
+def random_item(
+    id: str = "an id",
+    *,
+    tokens: int = 10,
+    layers: int = 3,
+    heads: int = 2,
+    head_dim: int = 8,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+    text: str = "some text",
+    **fields: object,
+) -> KVCacheItem:
+    """An item of random keys and values; `seed` decides every one of them."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (1, heads, tokens, head_dim)
+    states = [torch.randn(shape, generator=generator).to(dtype) for _ in range(2 * layers)]
+    return KVCacheItem(
+        id=id,
+        memory=cache_of(zip(states[::2], states[1::2], strict=True)),
+        token_ids=torch.randint(0, 50_000, (tokens,), generator=generator),
+        fingerprint=FINGERPRINT,
+        records=KVCacheRecords(text_memories=[text], composed_text_memory=text, timestamp=WHEN),
+        **fields,
+    )
+
+
+def assert_same(read: KVCacheItem | None, written: KVCacheItem) -> None:
+    """Equal in every field, and bitwise in every tensor."""
+    assert read is not None
+    assert read.model_dump(exclude={"memory", "token_ids"}) == written.model_dump(exclude={"memory", "token_ids"})
+    assert torch.equal(read.token_ids, written.token_ids)
+    ours, theirs = layers_of(read.memory), layers_of(written.memory)
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs, strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert a.dtype == b.dtype
+            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
