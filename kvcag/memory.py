@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from itertools import chain
 from os import PathLike
@@ -253,7 +253,7 @@ class KVCacheMemory:
         ratio: float = 0.2,
         tools: Sequence[Mapping[str, Any]] | None = None,
         sampling: Sampling | None = None,
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk, None, None]:
         """Answer messages whose documents (`kvcag.prompt.Document`) come from caches. What both adapters call.
 
         Without documents, the longest prefix that was encoded before is reused.

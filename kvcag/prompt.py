@@ -118,6 +118,13 @@ class ChatTemplate:
         texts = tuple(str(document) for document in documents)
         return Prompt(bos + self.encode(head), document_ids, self.encode(tail), thinking, texts)
 
+    def verbatim(self, text: str) -> Prompt:
+        """A text that is in the model's own format already, with BOS before it where the model wants one."""
+        token_ids, bos = self.encode(text), self._default_bos
+        if not token_ids:
+            raise EmptyPromptError("the prompt is empty: there is nothing to answer")
+        return Prompt((), (), token_ids if token_ids[: len(bos)] == bos else bos + token_ids)
+
     def around(self, head: str | None, messages: Sequence[Message]) -> Prompt:
         """The prompt in whose system turn documents stand after `head`, without the documents.
 
@@ -177,11 +184,14 @@ class ChatTemplate:
 
     @cached_property
     def _completion_bos(self) -> tuple[int, ...]:
-        """BOS for a completion, where the tokenizer would add it; a chat template writes its own."""
+        """BOS for a completion; a chat template writes its own."""
+        return () if self.has_template else self._default_bos
+
+    @cached_property
+    def _default_bos(self) -> tuple[int, ...]:
+        """BOS, where the tokenizer would add it."""
         bos = self.tokenizer.bos_token_id
-        if self.has_template or bos is None:
-            return ()
-        return (bos,) if self.tokenizer("x")["input_ids"][:1] == [bos] else ()
+        return (bos,) if bos is not None and self.tokenizer("x")["input_ids"][:1] == [bos] else ()
 
     def _apply(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -87,5 +87,5 @@ class Engine(Protocol):
         *,
         tenant: str = "",
         started: float | None = None,
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk, None, None]:
         """Answer. Arguments are checked at once, the work is done as the stream is read, and closing stops it."""

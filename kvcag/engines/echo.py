@@ -11,7 +11,7 @@ import hashlib
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from functools import cached_property
 from itertools import takewhile
 from typing import Any
@@ -112,7 +112,7 @@ class EchoEngine:
         *,
         tenant: str = "",
         started: float | None = None,
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk, None, None]:
         """Answer a prompt, a chunk a byte.
 
         Raises:
@@ -137,7 +137,7 @@ class EchoEngine:
         sampling: Sampling,
         cached: int,
         started: float,
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk, None, None]:
         detokenizer, stop = Detokenizer(self.tokenizer), StopStrings(sampling.stop)
         first_at, said = time.perf_counter(), 0
 

@@ -1,0 +1,297 @@
+"""KVCacheLLM: a local Hugging Face model as a LlamaIndex LLM that keeps what it has read."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from contextlib import aclosing, closing
+from os import PathLike
+from typing import Any, TypeAlias, TypeVar
+
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    ChatResponseAsyncGen,
+    ChatResponseGen,
+    CompletionResponse,
+    CompletionResponseAsyncGen,
+    CompletionResponseGen,
+    LLMMetadata,
+    ToolCallBlock,
+)
+from llama_index.core.constants import DEFAULT_NUM_OUTPUTS
+from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
+from llama_index.core.llms.function_calling import FunctionCallingLLM
+from llama_index.core.llms.llm import ToolSelection
+from llama_index.core.tools.types import BaseTool
+from pydantic import Field, PrivateAttr
+
+from kvcag.aio import iterate
+from kvcag.engines.base import Chunk, Engine
+from kvcag.errors import InvalidInputError
+from kvcag.llama_index.messages import neutral
+from kvcag.llama_index.responses import Answer
+from kvcag.memory import KVCacheMemory, Strategy
+from kvcag.notices import warn_if_foreign
+from kvcag.prompt import Message, Prompt, as_messages
+from kvcag.shared import LazyEngine, open_store
+from kvcag.stores.base import KVStore
+
+R = TypeVar("R")
+Chunks: TypeAlias = Generator[Chunk, None, None]
+Opener: TypeAlias = Callable[[], Chunks]
+"""Prepares the context, which may take a while, and returns the answer's chunks."""
+
+_SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "strip_thinking")
+
+
+class KVCacheLLM(FunctionCallingLLM):
+    """An LLM whose documents are encoded once.
+
+    Every prompt reuses the longest prefix that was encoded before. What a `CachePoint` closes is kept in `store`, and
+    found there after a restart; documents (`kvcag.llama_index.DOCUMENT_END`) are found one by one and merged. The
+    answer's cost is in `raw["usage"]`.
+
+    ```python
+    llm = KVCacheLLM(model="HuggingFaceTB/SmolLM2-135M-Instruct", store="kv/")
+    print(llm.complete("What is the capital of France?"))
+    ```
+
+    Args:
+        model: a hub id or a folder. The weights are loaded when they are first needed, once for all LLMs with the same
+            settings. Not needed with `engine`.
+        engine: a live engine: an `HFEngine`, an `EchoEngine`, or anything that fits `kvcag.engines.base.Engine`.
+        store: where documents are kept: a `KVStore`, or a folder. None: in memory, for all LLMs over the same engine.
+        model_kwargs: further arguments of `HFEngine.from_pretrained`. Not serialised: they may hold a hub token.
+        **settings: the fields below, and those of LlamaIndex's `LLM`.
+
+    Raises:
+        InvalidInputError: neither a model nor an engine, or a setting that is unknown or out of range.
+    """
+
+    model: str = Field(default="", description="A hub id or a folder.")
+    dtype: str = Field(default="auto", description="The weights' dtype; `auto` is the checkpoint's own.")
+    device: str = Field(default="auto", description="Where the model runs; `auto` is CUDA, then MPS, then the CPU.")
+    store: str | None = Field(default=None, description="The folder where documents are kept, if it is one.")
+    merge_strategy: Strategy = Field(default="query", description="How cached documents are put together.")
+    recompute_ratio: float = Field(default=0.2, ge=0, le=1, description="The share of tokens a merge recomputes.")
+    max_new_tokens: int | None = Field(default=None, description="The most to generate; None: as the engine says.")
+    temperature: float | None = Field(default=None, description="0 is greedy; None: as the engine says.")
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: list[str] | None = Field(default=None, description="Strings that end the answer.")
+    strip_thinking: bool | None = Field(default=None, description="Leave `<think>…</think>` out of the answer.")
+
+    _engine: Engine | None = PrivateAttr(default=None)
+    _store: KVStore | None = PrivateAttr(default=None)
+    _lazy: LazyEngine | None = PrivateAttr(default=None)
+    _memory: KVCacheMemory | None = PrivateAttr(default=None)
+
+    def __init__(
+        self,
+        model: str | PathLike[str] = "",
+        *,
+        engine: Engine | None = None,
+        store: KVStore | str | PathLike[str] | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
+        unknown = sorted(settings.keys() - type(self).model_fields.keys())
+        if unknown:
+            raise InvalidInputError(f"unknown argument {', '.join(unknown)}; what a model takes goes into model_kwargs")
+        if engine is None and not str(model):
+            raise InvalidInputError("no model: pass model=, a hub id or a folder, or engine=, a live engine")
+        folder = None if store is None or isinstance(store, KVStore) else str(store)
+        super().__init__(model=str(model) or engine.model_name if engine else str(model), store=folder, **settings)
+        self._engine = engine
+        self._store = store if isinstance(store, KVStore) else None
+        if engine is None:
+            self._lazy = LazyEngine.of(self.model, dtype=self.dtype, device=self.device, **(model_kwargs or {}))
+
+    @classmethod
+    def class_name(cls) -> str:
+        """The name under which this class is serialised."""
+        return "KVCacheLLM"
+
+    @property
+    def memory(self) -> KVCacheMemory:
+        """The memory that answers: engine and store. The first look loads the weights.
+
+        A store that another model filled is not used, with a `CacheWarning`.
+        """
+        if self._memory is None:
+            engine = self._engine
+            if engine is None:
+                assert self._lazy is not None
+                engine = self._lazy.engine()
+            store = open_store(self._store or self.store, engine)
+            warn_if_foreign(store, engine.fingerprint)
+            self._memory = KVCacheMemory(engine, store)
+        return self._memory
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that answers."""
+        return self.memory.engine
+
+    @property
+    def metadata(self) -> LLMMetadata:
+        """What LlamaIndex goes by: context window, kind of model, name."""
+        engine = self.engine
+        return LLMMetadata(
+            context_window=engine.context_length,
+            num_output=self.max_new_tokens or min(DEFAULT_NUM_OUTPUTS, engine.context_length // 4),
+            is_chat_model=engine.template.has_template,
+            is_function_calling_model=False,
+            model_name=self.model,
+        )
+
+    def count_tokens(self, messages: Sequence[ChatMessage]) -> int:
+        """Tokens of the prompt that these messages make."""
+        return len(self.engine.template.prompt(neutral(messages)).token_ids)
+
+    # --- the eight methods -------------------------------------------------------------------------------------
+
+    @llm_chat_callback()
+    def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """Answer messages.
+
+        Args:
+            messages: text; an image or audio is refused.
+            **kwargs: settings for this call: `max_new_tokens` (or `max_tokens`), `temperature`, `top_k`, `top_p`,
+                `min_p`, `repetition_penalty`, `seed`, `stop`, `strip_thinking`, `merge_strategy`, `recompute_ratio`.
+
+        Raises:
+            InvalidInputError: an unknown setting, nothing to answer, or a prompt longer than the context.
+        """
+        return _last(_each(self._opener(neutral(messages), kwargs)(), Answer(self.model).chat))
+
+    @llm_chat_callback()
+    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
+        """`chat`, piece by piece. Closing the stream stops the model."""
+        return _each(self._opener(neutral(messages), kwargs)(), Answer(self.model).chat)
+
+    @llm_chat_callback()
+    async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
+        """`chat`, in worker threads: the event loop keeps ticking, and cancelling stops the model."""
+        return await _alast(_aeach(self._opener(neutral(messages), kwargs), Answer(self.model).chat))
+
+    @llm_chat_callback()
+    async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
+        """`stream_chat`, in worker threads."""
+        chunks = await asyncio.to_thread(self._opener(neutral(messages), kwargs))
+        return _aeach(lambda: chunks, Answer(self.model).chat)
+
+    @llm_completion_callback()
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        """Answer a prompt.
+
+        Args:
+            prompt: what the user says, or, for a model without a chat template, the beginning of a text.
+            formatted: the prompt is in the model's own format already and is taken as it is.
+            **kwargs: as for `chat`.
+        """
+        return _last(_each(self._opener(self._asked(prompt, formatted), kwargs)(), Answer(self.model).completion))
+
+    @llm_completion_callback()
+    def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
+        """`complete`, piece by piece."""
+        return _each(self._opener(self._asked(prompt, formatted), kwargs)(), Answer(self.model).completion)
+
+    @llm_completion_callback()
+    async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
+        """`complete`, in worker threads."""
+        opener = self._opener(self._asked(prompt, formatted), kwargs)
+        return await _alast(_aeach(opener, Answer(self.model).completion))
+
+    @llm_completion_callback()
+    async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
+        """`stream_complete`, in worker threads."""
+        chunks = await asyncio.to_thread(self._opener(self._asked(prompt, formatted), kwargs))
+        return _aeach(lambda: chunks, Answer(self.model).completion)
+
+    # --- tools -------------------------------------------------------------------------------------------------
+
+    def _prepare_chat_with_tools(
+        self,
+        tools: Sequence[BaseTool],
+        user_msg: str | ChatMessage | None = None,
+        chat_history: list[ChatMessage] | None = None,
+        verbose: bool = False,
+        allow_parallel_tool_calls: bool = False,
+        tool_required: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """The arguments of `chat` for a call with tools."""
+        asked = [ChatMessage(content=user_msg)] if isinstance(user_msg, str) else [user_msg] if user_msg else []
+        specs = [tool.metadata.to_openai_tool(skip_length_check=True) for tool in tools]
+        return {"messages": [*(chat_history or []), *asked], "tools": specs, **kwargs}
+
+    def get_tool_calls_from_response(
+        self, response: ChatResponse, error_on_no_tool_call: bool = True, **kwargs: Any
+    ) -> list[ToolSelection]:
+        """The calls in a response.
+
+        Raises:
+            InvalidInputError: there is none, unless that is fine.
+        """
+        calls = [block for block in response.message.blocks if isinstance(block, ToolCallBlock)]
+        if not calls and error_on_no_tool_call:
+            raise InvalidInputError(f"the model called no tool; it said {response.message.content!r}")
+        return [
+            ToolSelection(tool_id=call.tool_call_id or "", tool_name=call.tool_name, tool_kwargs=_arguments(call))
+            for call in calls
+        ]
+
+    # --- inside ------------------------------------------------------------------------------------------------
+
+    def _asked(self, prompt: str, formatted: bool) -> list[Message] | Prompt:
+        if not isinstance(prompt, str):
+            raise InvalidInputError(f"a prompt is a str, not {type(prompt).__name__}")
+        return self.engine.template.verbatim(prompt) if formatted else as_messages(prompt)
+
+    def _opener(self, messages: list[Message] | Prompt, kwargs: dict[str, Any]) -> Opener:
+        """What opens the answer's stream. Settings are checked here, so that a call with a wrong one raises at once."""
+        given = {**{name: getattr(self, name) for name in _SAMPLING}, "stop": self.stop or None, **kwargs}
+        if "max_tokens" in kwargs:
+            given.setdefault("max_new_tokens", None)
+            given["max_new_tokens"] = given.pop("max_tokens")
+        strategy = given.pop("merge_strategy", self.merge_strategy)
+        ratio = given.pop("recompute_ratio", self.recompute_ratio)
+        tools = given.pop("tools", None)
+        memory = self.memory
+        sampling = memory.engine.sampling(**given)
+        return lambda: memory.stream(messages, strategy=strategy, ratio=ratio, tools=tools, sampling=sampling)
+
+
+def _each(chunks: Chunks, respond: Callable[[Chunk], R]) -> Generator[R, None, None]:
+    """The responses, one for each chunk that says something."""
+    with closing(chunks):
+        for chunk in chunks:
+            if chunk.text or chunk.usage:
+                yield respond(chunk)
+
+
+async def _aeach(opener: Opener, respond: Callable[[Chunk], R]) -> AsyncGenerator[R, None]:
+    """`_each`, in worker threads."""
+    async with aclosing(iterate(opener)) as chunks:
+        async for chunk in chunks:
+            if chunk.text or chunk.usage:
+                yield respond(chunk)
+
+
+def _last(responses: Generator[R, None, None]) -> R:
+    *_, last = responses
+    return last
+
+
+async def _alast(responses: AsyncGenerator[R, None]) -> R:
+    return [response async for response in responses][-1]
+
+
+def _arguments(call: ToolCallBlock) -> dict[str, Any]:
+    return call.tool_kwargs if isinstance(call.tool_kwargs, dict) else json.loads(call.tool_kwargs)

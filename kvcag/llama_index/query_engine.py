@@ -1,0 +1,82 @@
+"""CAGQueryEngine: a query engine over a whole corpus, or over a retriever."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llama_index.core.base.base_retriever import BaseRetriever
+from llama_index.core.callbacks.base import CallbackManager
+from llama_index.core.llms import LLM
+from llama_index.core.postprocessor.types import BaseNodePostprocessor
+from llama_index.core.query_engine import RetrieverQueryEngine
+from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
+
+from kvcag.errors import InvalidInputError
+from kvcag.llama_index.synthesizer import CAGSynthesizer
+
+
+class WholeCorpus(BaseRetriever):
+    """Retrieves every document, always in the same order: whole-corpus CAG needs no index.
+
+    Args:
+        documents: documents or nodes.
+    """
+
+    def __init__(self, documents: Sequence[BaseNode], callback_manager: CallbackManager | None = None) -> None:
+        self.documents = list(documents)
+        super().__init__(callback_manager=callback_manager)
+
+    def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
+        return [NodeWithScore(node=document) for document in self.documents]
+
+
+class CAGQueryEngine(RetrieverQueryEngine):
+    """A `RetrieverQueryEngine` whose answers come from caches; see `from_documents` and `from_retriever`."""
+
+    @classmethod
+    def from_documents(
+        cls,
+        documents: Sequence[BaseNode],
+        llm: LLM | None = None,
+        *,
+        node_postprocessors: list[BaseNodePostprocessor] | None = None,
+        callback_manager: CallbackManager | None = None,
+        **synthesizer: Any,
+    ) -> CAGQueryEngine:
+        """Over a whole corpus: every question is answered from all documents, which are encoded once.
+
+        Args:
+            documents: documents or nodes; small enough together for the model's context.
+            llm: a `KVCacheLLM`; `Settings.llm` by default.
+            node_postprocessors: applied to every question's documents.
+            callback_manager: where events go.
+            **synthesizer: further arguments of `CAGSynthesizer`.
+
+        Raises:
+            InvalidInputError: there are no documents.
+        """
+        if not documents:
+            raise InvalidInputError("there are no documents: pass at least one")
+        corpus = WholeCorpus(documents, callback_manager)
+        return cls.from_retriever(
+            corpus, llm, node_postprocessors=node_postprocessors, callback_manager=callback_manager, **synthesizer
+        )
+
+    @classmethod
+    def from_retriever(
+        cls,
+        retriever: BaseRetriever,
+        llm: LLM | None = None,
+        *,
+        node_postprocessors: list[BaseNodePostprocessor] | None = None,
+        callback_manager: CallbackManager | None = None,
+        **synthesizer: Any,
+    ) -> CAGQueryEngine:
+        """Over any retriever. Arguments as for `from_documents`."""
+        return cls(
+            retriever=retriever,
+            response_synthesizer=CAGSynthesizer(llm, callback_manager=callback_manager, **synthesizer),
+            node_postprocessors=node_postprocessors,
+            callback_manager=callback_manager,
+        )

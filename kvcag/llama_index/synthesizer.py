@@ -1,0 +1,220 @@
+"""CAGSynthesizer: answers from retrieved nodes whose texts were encoded before."""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+from collections.abc import AsyncGenerator, Generator, Sequence
+from contextlib import aclosing, closing
+from typing import Any, Literal, TypeAlias
+
+from llama_index.core.base.llms.types import ChatMessage, ChatResponse, ChatResponseAsyncGen, ChatResponseGen
+from llama_index.core.callbacks.base import CallbackManager
+from llama_index.core.instrumentation.events.synthesis import GetResponseStartEvent
+from llama_index.core.llms import LLM
+from llama_index.core.llms.structured_llm import StructuredLLM
+from llama_index.core.node_parser import TokenTextSplitter
+from llama_index.core.prompts import BasePromptTemplate
+from llama_index.core.prompts.default_prompt_selectors import DEFAULT_REFINE_PROMPT_SEL, DEFAULT_TEXT_QA_PROMPT_SEL
+from llama_index.core.prompts.mixin import PromptDictType
+from llama_index.core.response_synthesizers import BaseSynthesizer
+from llama_index.core.settings import Settings
+from llama_index.core.types import RESPONSE_TEXT_TYPE
+from llama_index_instrumentation import get_dispatcher
+from pydantic import BaseModel
+
+from kvcag.errors import InvalidInputError
+from kvcag.llama_index.documents import CONTEXT, place
+from kvcag.llama_index.llm import KVCacheLLM
+
+Order: TypeAlias = Literal["retrieval", "canonical"]
+
+dispatcher = get_dispatcher(__name__)
+
+
+class RoundsWarning(UserWarning):
+    """The documents did not fit into the model's context at once, and were read in several rounds."""
+
+
+class CAGSynthesizer(BaseSynthesizer):
+    """Answers from the nodes of a retriever, each text a segment that is encoded once and found by its content.
+
+    Where the documents do not fit into the context at once, they are read in several rounds, each of which refines the
+    answer of the one before; a `RoundsWarning` says so.
+
+    ```python
+    engine = index.as_query_engine(llm=llm, response_synthesizer=CAGSynthesizer(llm=llm))
+    ```
+
+    Args:
+        llm: a `KVCacheLLM`, or its `as_structured_llm`; `Settings.llm` by default.
+        text_qa_template: asks; knows `context_str` and `query_str`.
+        refine_template: asks again in later rounds; knows `context_msg`, `existing_answer` and `query_str`.
+        order: `"retrieval"` keeps the order in which nodes come, best first, which answers best when they are merged.
+            `"canonical"` sorts them, so that the same nodes in any order are one exact prefix.
+        streaming: answer with a `StreamingResponse`.
+        output_cls: answer with an object of this class.
+        empty_response: the answer where there are no nodes.
+        callback_manager: where events go.
+
+    Raises:
+        InvalidInputError: the llm is another one, whose caches cannot be reached.
+    """
+
+    def __init__(
+        self,
+        llm: LLM | None = None,
+        *,
+        text_qa_template: BasePromptTemplate | None = None,
+        refine_template: BasePromptTemplate | None = None,
+        order: Order = "retrieval",
+        streaming: bool = False,
+        output_cls: type[BaseModel] | None = None,
+        empty_response: str | None = None,
+        callback_manager: CallbackManager | None = None,
+    ) -> None:
+        llm = llm or Settings.llm
+        inner = llm.llm if isinstance(llm, StructuredLLM) else llm
+        if not isinstance(inner, KVCacheLLM):
+            raise InvalidInputError(f"a CAGSynthesizer answers with a KVCacheLLM, not with a {type(inner).__name__}")
+        super().__init__(
+            llm=llm.as_structured_llm(output_cls) if output_cls and llm is inner else llm,
+            callback_manager=callback_manager,
+            streaming=streaming,
+            output_cls=output_cls,
+            empty_response=empty_response,
+        )
+        self._cag = inner
+        self._text_qa_template: BasePromptTemplate = text_qa_template or DEFAULT_TEXT_QA_PROMPT_SEL
+        self._refine_template: BasePromptTemplate = refine_template or DEFAULT_REFINE_PROMPT_SEL
+        self._order = order
+
+    def _get_prompts(self) -> PromptDictType:
+        return {"text_qa_template": self._text_qa_template, "refine_template": self._refine_template}
+
+    def _update_prompts(self, prompts: PromptDictType) -> None:
+        self._text_qa_template = prompts.get("text_qa_template", self._text_qa_template)
+        self._refine_template = prompts.get("refine_template", self._refine_template)
+
+    @property
+    def _streams(self) -> bool:
+        """Whether the answer comes in pieces. An object comes whole."""
+        return self._streaming and not isinstance(self._llm, StructuredLLM)
+
+    def get_response(self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any) -> RESPONSE_TEXT_TYPE:
+        """Answer a question from texts."""
+        dispatcher.event(GetResponseStartEvent(query_str=query_str, text_chunks=list(text_chunks)))
+        rounds = self._rounds(query_str, text_chunks, response_kwargs)
+        if not rounds:
+            return self._empty_response_generator() if self._streams else self._empty_response
+        answer: str | None = None
+        for texts in rounds[:-1]:
+            answer = _said(self._llm.chat(self.messages(query_str, texts, answer, **response_kwargs)))
+        messages = self.messages(query_str, rounds[-1], answer, **response_kwargs)
+        if self._streams:
+            return _deltas(self._llm.stream_chat(messages))
+        return _said(self._llm.chat(messages)) or self._empty_response
+
+    async def aget_response(
+        self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any
+    ) -> RESPONSE_TEXT_TYPE:
+        """`get_response`, leaving the event loop free."""
+        dispatcher.event(GetResponseStartEvent(query_str=query_str, text_chunks=list(text_chunks)))
+        rounds = await asyncio.to_thread(self._rounds, query_str, text_chunks, response_kwargs)
+        if not rounds:
+            return self._empty_response_agenerator() if self._streams else self._empty_response
+        answer: str | None = None
+        for texts in rounds[:-1]:
+            answer = _said(await self._llm.achat(self.messages(query_str, texts, answer, **response_kwargs)))
+        messages = self.messages(query_str, rounds[-1], answer, **response_kwargs)
+        if self._streams:
+            return _adeltas(await self._llm.astream_chat(messages))
+        return _said(await self._llm.achat(messages)) or self._empty_response
+
+    def messages(
+        self, query_str: str, texts: Sequence[str], answer: str | None = None, **response_kwargs: Any
+    ) -> list[ChatMessage]:
+        """What the model is asked: the template, with each text as a document.
+
+        Args:
+            query_str: the question.
+            texts: the documents of this round.
+            answer: that of the round before, if there was one.
+            **response_kwargs: further variables of the template.
+        """
+        if answer is None:
+            template, variables = self._text_qa_template, {"context_str": CONTEXT}
+        else:
+            template, variables = self._refine_template, {"context_msg": CONTEXT, "existing_answer": answer}
+        rendered = self._cag._get_messages(template, query_str=query_str, **variables, **response_kwargs)
+        return place(rendered, texts)
+
+    # --- rounds ------------------------------------------------------------------------------------------------
+
+    def _rounds(self, query_str: str, text_chunks: Sequence[str], response_kwargs: dict[str, Any]) -> list[list[str]]:
+        """The texts of each round; one round where all fit, none where there is nothing to read."""
+        texts = [text for text in text_chunks if text.strip()]
+        if self._order == "canonical":
+            texts.sort()
+        if not texts or self._room(query_str, texts, None, response_kwargs) >= 0:
+            return [texts] if texts else []
+        answer_tokens = self._cag.metadata.num_output
+        room = min(
+            self._room(query_str, [], None, response_kwargs),
+            self._room(query_str, [], "", response_kwargs) - answer_tokens,
+        )
+        if room <= 0:
+            return [texts]  # the question alone is too long: the engine says by how much
+        rounds = _grouped(self._split(texts, room), room)
+        warnings.warn(
+            f"{len(texts)} documents do not fit into the model's context of {self._cag.metadata.context_window} tokens "
+            f"at once: they are read in {len(rounds)} rounds. Retrieve fewer, or lower max_new_tokens.",
+            RoundsWarning,
+            stacklevel=5,
+        )
+        return [[text for text, _ in each] for each in rounds]
+
+    def _room(self, query_str: str, texts: list[str], answer: str | None, response_kwargs: dict[str, Any]) -> int:
+        """Tokens that are left beside these texts and the answer."""
+        messages = self.messages(query_str, texts, answer, **response_kwargs)
+        about = self._cag.metadata
+        return about.context_window - about.num_output - self._cag.count_tokens(messages)
+
+    def _split(self, texts: list[str], room: int) -> list[tuple[str, int]]:
+        """Texts and their tokens; one that is longer than a round is cut between words."""
+        encode = self._cag.engine.template.encode
+        sized = [(text, len(encode(f"{text}\n\n"))) for text in texts]
+        if all(size <= room for _, size in sized):
+            return sized
+        cut = TokenTextSplitter(chunk_size=max(room - 2, 1), chunk_overlap=0, tokenizer=lambda text: list(encode(text)))
+        pieces = [piece for text, size in sized for piece in ([text] if size <= room else cut.split_text(text))]
+        return [(piece, len(encode(f"{piece}\n\n"))) for piece in pieces]
+
+
+_Sized: TypeAlias = tuple[str, int]
+
+
+def _grouped(sized: list[_Sized], room: int) -> list[list[_Sized]]:
+    """As many as fit into each round, in order."""
+    rounds: list[list[_Sized]] = [[]]
+    for text, size in sized:
+        if rounds[-1] and sum(size for _, size in rounds[-1]) + size > room:
+            rounds.append([])
+        rounds[-1].append((text, size))
+    return rounds
+
+
+def _said(response: ChatResponse) -> str:
+    return response.message.content or ""
+
+
+def _deltas(responses: ChatResponseGen) -> Generator[str, None, None]:
+    with closing(responses):
+        for response in responses:
+            yield response.delta or ""
+
+
+async def _adeltas(responses: ChatResponseAsyncGen) -> AsyncGenerator[str, None]:
+    async with aclosing(responses):
+        async for response in responses:
+            yield response.delta or ""
