@@ -47,8 +47,10 @@ class Rotation:
         frequencies: torch.Tensor = getattr(self.module, self.name)
         return frequencies.float()
 
-    def angles(self, start: torch.Tensor, end: torch.Tensor) -> Turn:
-        """What turns keys at the positions `start` (1-D) to the positions `end`.
+    def angles(self, start: torch.Tensor, end: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What turns keys at the positions `start` (1-D) to the positions `end`: cosine and sine, fp32.
+
+        `(seq_len, rotary_dim / 2)` each.
 
         The difference is taken between the angles, each rounded to fp32 as the model rounds it: at position 100,000
         rounding the difference of the positions instead would be off by 1e-3.
@@ -57,7 +59,7 @@ class Rotation:
         angle = (end[:, None].to(f) * f).double() - (start[:, None].to(f) * f).double()
         return angle.cos().float(), angle.sin().float()
 
-    def turn(self, keys: torch.Tensor, by: Turn, out: torch.Tensor) -> None:
+    def turn(self, keys: torch.Tensor, by: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor) -> None:
         """Write `keys`, `(…, seq_len, head_dim)`, turned in fp32, to `out`, which may be `keys`."""
         cos, sin = by
         if out is not keys and 2 * cos.shape[-1] < keys.shape[-1]:
@@ -75,9 +77,6 @@ class Rotation:
             return rotary[..., 0::2], rotary[..., 1::2]
         return rotary[..., :half], rotary[..., half:]
 
-
-Turn = tuple[torch.Tensor, torch.Tensor]
-"""Cosine and sine of the angles, `(seq_len, rotary_dim / 2)` each, fp32."""
 
 UNROTATED = Rotation()
 
@@ -110,36 +109,46 @@ def check_mergeable(model: PreTrainedModel) -> None:
     rotations(model)
 
 
+class Move:
+    """Tokens on their way from the positions `start` to the positions `end` (1-D int64), in any layer.
+
+    The angles are computed once for all layers that share their frequencies.
+    """
+
+    def __init__(self, model: PreTrainedModel, start: torch.Tensor, end: torch.Tensor) -> None:
+        self.start, self.end = start, end
+        self._rotations = rotations(model)
+        self._angles: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def turn(self, layer_idx: int, keys: torch.Tensor, out: torch.Tensor | None = None, *, back: bool = False) -> None:
+        """Write `keys`, `(…, seq_len, head_dim)`, turned in fp32, to `out`, or in place. `back`: to `start`."""
+        out = keys if out is None else out
+        rotation = self._rotations[layer_idx]
+        if rotation.module is None:
+            if out is not keys:
+                out.copy_(keys)
+            return
+        known = (id(rotation.module), rotation.name, keys.device)
+        if known not in self._angles:
+            cos, sin = rotation.angles(self.start, self.end)
+            self._angles[known] = cos.to(keys.device), sin.to(keys.device)
+        cos, sin = self._angles[known]
+        rotation.turn(keys, (cos, -sin if back else sin), out)
+
+
 def rerotate(model: PreTrainedModel, layers: Sequence[LayerKV], start: int, end: int, out: Sequence[LayerKV]) -> None:
     """Write `layers`, whose first key stands at position `start`, to `out` as if it stood at `end`. Values: a copy.
 
     Keys are turned in fp32, from what is given, once. Where `start == end`, they are copied bit by bit.
     """
-    turns = Turns(rotations(model))
+    at = torch.arange(layers[0][0].shape[-2])
+    move = Move(model, start + at, end + at)
     for index, ((keys, values), (to_keys, to_values)) in enumerate(zip(layers, out, strict=True)):
         to_values.copy_(values)
-        if start == end or turns.rotations[index].module is None:
+        if start == end:
             to_keys.copy_(keys)
-            continue
-        at = torch.arange(keys.shape[-2], device=keys.device)
-        turns.rotations[index].turn(keys, turns.between(index, start + at, end + at), to_keys)
-
-
-class Turns:
-    """The angles of one move, computed once for all layers that share their frequencies."""
-
-    def __init__(self, rotations: list[Rotation]) -> None:
-        self.rotations = rotations
-        self._known: dict[Any, Turn] = {}
-
-    def between(self, layer_idx: int, start: torch.Tensor, end: torch.Tensor) -> Turn:
-        """The turn of layer `layer_idx`; every call must give the same positions."""
-        rotation = self.rotations[layer_idx]
-        key = (id(rotation.module), rotation.name, start.device)
-        if key not in self._known:
-            cos, sin = rotation.angles(start, end)
-            self._known[key] = cos.to(start.device), sin.to(start.device)
-        return self._known[key]
+        else:
+            move.turn(index, keys, to_keys)
 
 
 def _check_configuration(model: PreTrainedModel) -> None:

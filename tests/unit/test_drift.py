@@ -1,0 +1,98 @@
+"""The drift of recomputed tokens, given to the others."""
+
+import torch
+
+from kvcag.cache import drift as drifts
+from kvcag.cache.drift import DriftCorrection, _Drift
+from kvcag.cache.hf import owned
+from kvcag.cache.rope import Move
+from kvcag.cache.select import Layout
+from tests.merging import equal, ids
+from tests.tiny import tiny_model
+
+HEADS, HEAD_DIM, LAYERS = 2, 8, 3
+PART_OF = torch.arange(3).repeat_interleave(torch.tensor([4, 400, 300]))
+LAYOUT = Layout(ids(704), PART_OF, PART_OF > 0)
+CHOSEN = torch.arange(4, 704, 3)
+OTHERS = torch.tensor([i for i in range(4, 704) if (i - 4) % 3])
+
+
+def a_cache() -> list:
+    torch.manual_seed(0)
+    return [(torch.randn(1, HEADS, 704, HEAD_DIM), torch.randn(1, HEADS, 704, HEAD_DIM)) for _ in range(LAYERS)]
+
+
+def corrected(layers, new):
+    """`layers` after a scatter pass that would bring `new` for the chosen tokens."""
+    layers = owned(layers)
+    correction = DriftCorrection(tiny_model("llama"), LAYOUT, CHOSEN)
+    for index, held in enumerate(layers):
+        correction.watch(index, held, tuple(t[..., CHOSEN, :] for t in new[index]))
+    return layers
+
+
+def shifted(layers, by):
+    """The layers, each document's keys (as at position 0) and values moved by a constant of its own."""
+    move = Move(tiny_model("llama"), torch.zeros_like(PART_OF), torch.arange(704))
+    shifts = by[PART_OF].expand(1, HEADS, 704, HEAD_DIM).clone()
+    turned = torch.empty_like(shifts)
+    move.turn(0, shifts, turned)
+    return [(keys + turned, values + shifts) for keys, values in layers]
+
+
+def test_a_documents_common_drift_is_given_to_its_other_tokens():
+    layers = a_cache()
+    by = torch.randn(3, HEAD_DIM)
+    after, right = corrected(layers, shifted(layers, by)), shifted(layers, by)
+    for one, before, goal in zip(after, layers, right, strict=True):
+        for t, b, g in zip(one, before, goal, strict=True):
+            left, was = ((x - g)[..., OTHERS, :].norm() for x in (t, b))
+            assert left < 0.35 * was  # a quarter is held back on purpose
+
+
+def test_no_drift_changes_nothing_much():
+    layers = a_cache()
+    for one, before in zip(corrected(layers, layers), layers, strict=True):
+        for t, b in zip(one, before, strict=True):
+            torch.testing.assert_close(t, b, atol=1e-5, rtol=0)
+
+
+def test_drift_that_follows_the_features_is_foreseen():
+    torch.manual_seed(1)
+    features, slope = torch.randn(HEADS, 500, 16), 0.3 * torch.randn(HEADS, 16, 16)
+    part_of = torch.zeros(500, dtype=torch.long)
+    fitted = _Drift.fit(features[:, :400], (features @ slope)[:, :400], part_of[:400], 1)
+    foreseen, right = fitted.of(features[:, 400:], part_of[400:]), (features @ slope)[:, 400:]
+    assert torch.cosine_similarity(foreseen, right, dim=-1).mean() > 0.95
+
+
+def test_a_document_without_recomputed_tokens_gets_the_mean_of_all():
+    means = drifts._means(torch.ones(1, 4, 2), torch.tensor([1, 1, 2, 2]), 4)
+    torch.testing.assert_close(means, torch.ones(1, 4, 2))
+
+
+def test_a_single_recomputed_token_does_no_harm():
+    layers = a_cache()
+    correction = DriftCorrection(tiny_model("llama"), LAYOUT, CHOSEN[:1])
+    held = owned(layers)[0]
+    correction.watch(0, held, tuple(t[..., CHOSEN[:1], :] + 0.1 for t in layers[0]))
+    assert all(t.isfinite().all() for t in held)
+
+
+def test_blocks_make_no_difference(monkeypatch):
+    layers = a_cache()
+    new = shifted(layers, torch.randn(3, HEAD_DIM))
+    whole = corrected(layers, new)
+    monkeypatch.setattr(drifts, "_BLOCK", 50)
+    for one, other in zip(corrected(layers, new), whole, strict=True):
+        for t, u in zip(one, other, strict=True):
+            torch.testing.assert_close(t, u, atol=1e-5, rtol=1e-5)
+
+
+def test_with_every_token_recomputed_there_is_nothing_to_correct():
+    layers = a_cache()
+    held = owned(layers)
+    everything = LAYOUT.open.nonzero()[:, 0]
+    correction = DriftCorrection(tiny_model("llama"), LAYOUT, everything)
+    correction.watch(0, held[0], tuple(t[..., everything, :] + 1 for t in held[0]))
+    assert equal(held, layers)
