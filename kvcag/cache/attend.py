@@ -60,6 +60,8 @@ head_dim)`; `key` and `value` hold all keys that the layer sees."""
 @dataclass(frozen=True, slots=True)
 class _Pass:
     positions: torch.Tensor
+    blocks: list[tuple[slice, int]]
+    """Which queries attend together, and to how many keys: read once a pass, not once a layer from the device."""
     reader: Reader | None
     implementation: str
 
@@ -85,11 +87,11 @@ def attend(
     The keys that the cache hands out must stand at positions 0, 1, 2, …. The model's attention implementation is
     ours for the time of the pass only, and is put back when it raises, too.
     """
-    decoder = decoder_of(model)
+    decoder, positions = decoder_of(model), positions.to(model.device)
     with _implementation(decoder.config, positions, reader):
         decoder(
             input_ids=token_ids[None].to(model.device),
-            position_ids=positions[None].to(model.device),
+            position_ids=positions[None],
             past_key_values=cache,
             use_cache=True,
         )
@@ -98,7 +100,10 @@ def attend(
 @contextmanager
 def _implementation(config: Any, positions: torch.Tensor, reader: Reader | None) -> Iterator[None]:
     before = config._attn_implementation
-    token = _running.set(_Pass(positions, reader, before))
+    starts = range(0, len(positions), _BLOCK)
+    slices = [slice(start, min(start + _BLOCK, len(positions))) for start in starts]
+    blocks = [(block, int(positions[block.stop - 1]) + 1) for block in slices]
+    token = _running.set(_Pass(positions, blocks, reader, before))
     config._attn_implementation = _NAME
     try:
         yield
@@ -129,9 +134,7 @@ def _attention(
     # Only a model's own eager function knows its attention sinks and soft caps, which sdpa cannot do.
     own = running.implementation == "eager" or bool({"softcap", "s_aux"} & {k for k in kwargs if kwargs[k] is not None})
     outputs = []
-    for start in range(0, query.shape[2], _BLOCK):
-        block = slice(start, min(start + _BLOCK, query.shape[2]))
-        keys = int(call.positions[block.stop - 1]) + 1
+    for block, keys in running.blocks:
         q, k, v, mask = query[:, :, block], key[:, :, :keys], value[:, :, :keys], call.mask(block, keys)
         outputs.append(_eager(module, q, k, v, mask, scaling, kwargs) if own else _sdpa(q, k, v, mask, call.scaling))
     return torch.cat(outputs, dim=1), None

@@ -43,9 +43,10 @@ class DriftCorrection:
         chosen = torch.zeros_like(layout.open)
         chosen[positions] = True
         rest = (layout.open & ~chosen).nonzero()[:, 0]
-        self.part_of = layout.part_of
-        self.chosen = _from_origin(model, positions)
-        self.rest = [_from_origin(model, block) for block in torch.split(rest, _BLOCK) if len(block)]
+        device = model.device
+        self.part_of, self.parts = layout.part_of.to(device), int(layout.part_of[-1]) + 1
+        self.chosen = _from_origin(model, positions.to(device))
+        self.rest = [_from_origin(model, block.to(device)) for block in torch.split(rest, _BLOCK) if len(block)]
 
     def watch(self, layer_idx: int, held: LayerKV, new: LayerKV) -> None:
         """Estimate layer `layer_idx`'s drift from `new`, and correct the rest of `held` by it, in place."""
@@ -55,9 +56,9 @@ class DriftCorrection:
         keys = new[0].float().clone()
         self.chosen.turn(layer_idx, keys, back=True)
         now = torch.cat([keys, new[1].float()], dim=-1)[0]
-        drift = _Drift.fit(cached, now - cached, *self._parts(self.chosen, cached.device))
+        drift = _Drift.fit(cached, now - cached, self._part(self.chosen, cached), self.parts)
         for move in self.rest:
-            change = drift.of(self._features(layer_idx, held, move), self._parts(move, cached.device)[0])[None]
+            change = drift.of(self._features(layer_idx, held, move), self._part(move, cached))[None]
             head_dim = held[0].shape[-1]
             change_keys, change_values = change[..., :head_dim], change[..., head_dim:]
             move.turn(layer_idx, change_keys)
@@ -72,9 +73,9 @@ class DriftCorrection:
         move.turn(layer_idx, keys, back=True)
         return torch.cat([keys, values], dim=-1)[0]
 
-    def _parts(self, move: Move, device: torch.device) -> tuple[torch.Tensor, int]:
-        """Which part each token belongs to, and how many parts there are."""
-        return self.part_of[move.end].to(device), int(self.part_of[-1]) + 1
+    def _part(self, move: Move, like: torch.Tensor) -> torch.Tensor:
+        """Which part each token belongs to."""
+        return self.part_of[move.end].to(like.device)
 
 
 def _from_origin(model: PreTrainedModel, at: torch.Tensor) -> Move:

@@ -25,4 +25,5 @@ def recompute(
     the other open tokens the drift that the recomputed ones show (`kvcag.cache.drift`).
     """
     watch = DriftCorrection(model, layout, positions).watch if correct else None
-    attend(model, layout.token_ids[positions], positions, scatter_cache(layers, positions, watch))
+    cache = scatter_cache(layers, positions.to(model.device), watch)
+    attend(model, layout.token_ids[positions], positions, cache)
