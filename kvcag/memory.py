@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import warnings
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -37,6 +38,7 @@ from kvcag.stores.memory import MemoryStore
 from kvcag.texts import Texts, text_and_metadata, texts_of
 
 Strategy: TypeAlias = MergeStrategy | Literal["exact"]
+Ids: TypeAlias = tuple[int, ...]
 
 
 class KVCacheMemory:
@@ -72,6 +74,7 @@ class KVCacheMemory:
         self.separator = separator
         self.tenant = tenant
         self.memory_filename = memory_filename
+        self._encoding = threading.Lock()
 
     @classmethod
     def from_config(cls, config: KVCacheMemoryConfig | dict[str, Any]) -> KVCacheMemory:
@@ -217,24 +220,28 @@ class KVCacheMemory:
     def context_for(self, prompt: Prompt, strategy: Strategy = "query", ratio: float = 0.2) -> MergedContext:
         """The context of a prompt with documents: reused as it is, merged from what is kept, or encoded and kept.
 
-        Documents are found by their content. One that cannot be read is encoded again, with a `CacheWarning`.
+        Documents are found by their content. One that cannot be read is encoded again, with a `CacheWarning`. Of
+        questions that are asked at once, the first encodes what they share.
         """
         self.engine.check_fits(len(prompt.token_ids), 1)
-        known, _ = self._encoder.prefixes.match(prompt.context_ids, self.tenant)
-        if strategy == "exact" or known == len(prompt.context_ids):
-            return self._exact(prompt.context_ids, prompt.tail_ids)
-        items, encoded = [], max(0, len(prompt.head_ids) - known)
-        for token_ids, text in zip(prompt.document_ids, prompt.documents, strict=True):
-            item, created = self._kept(prompt.head_ids, token_ids, text)
-            items.append(item)
-            encoded += len(token_ids) if created else 0
+        with self._encoding:
+            known, _ = self._encoder.prefixes.match(prompt.context_ids, self.tenant)
+            if strategy == "exact" or known == len(prompt.context_ids):
+                return self._exact(prompt.context_ids, prompt.tail_ids)
+            items, encoded = [], 0
+            for token_ids, text in zip(prompt.document_ids, prompt.documents, strict=True):
+                item, created = self._kept(prompt.head_ids, token_ids, text)
+                items.append(item)
+                encoded += len(token_ids) if created else 0
+        if encoded:  # and the head with the first of them
+            encoded += max(0, len(prompt.head_ids) - known)
         return self._merge(prompt.head_ids, items, prompt.tail_ids, strategy, ratio, encoded)
 
     def keep(self, messages: Sequence[Message], metadata: Sequence[Mapping[str, Any]] | None = None) -> list[str]:
         """Encode the documents of messages before anybody asks, and return their ids, in order.
 
         Args:
-            messages: as for `stream`. Whoever asks later finds the documents if the same head stands before them.
+            messages: as for `stream`. What is kept without a head is found after any head; else after the same.
             metadata: one for each document, for what is encoded now.
         """
         prompt = self.engine.template.prompt(messages)
@@ -281,10 +288,10 @@ class KVCacheMemory:
             "and merge. stream() answers with either."
         )
 
-    def _key(self, head_ids: tuple[int, ...], token_ids: tuple[int, ...]) -> str:
+    def _key(self, head_ids: Ids, token_ids: Ids) -> str:
         return content_key(self.engine.fingerprint.digest, ids_digest(head_ids), token_ids)
 
-    def _encode(self, head_ids: tuple[int, ...], token_ids: tuple[int, ...], text: str) -> KVCacheItem:
+    def _encode(self, head_ids: Ids, token_ids: Ids, text: str) -> KVCacheItem:
         layers = self._encoder.encode_after(head_ids, token_ids, tenant=self.tenant)
         return KVCacheItem(
             memory=cache_of(layers),
@@ -297,21 +304,19 @@ class KVCacheMemory:
         )
 
     def _kept(
-        self,
-        head_ids: tuple[int, ...],
-        token_ids: tuple[int, ...],
-        text: str,
-        metadata: Mapping[str, Any] | None = None,
+        self, head_ids: Ids, token_ids: Ids, text: str, metadata: Mapping[str, Any] | None = None
     ) -> tuple[KVCacheItem, bool]:
         """The item of a document, found by its content or encoded and kept, and whether it had to be encoded."""
+        no_head = self.engine.template.around(None, _PLACEHOLDER).head_ids
         key = self._key(head_ids, token_ids)
-        try:
-            item = self.store.get(key)
-            if item is not None:
-                self._check(item)
-                return item, False
-        except (StoreError, FingerprintMismatchError) as damaged:
-            warnings.warn(f"encoding a document again: {damaged}", CacheWarning, stacklevel=4)
+        for known in dict.fromkeys((key, self._key(no_head, token_ids))):
+            try:
+                item = self.store.get(known)
+                if item is not None:
+                    self._check(item)
+                    return item, False
+            except (StoreError, FingerprintMismatchError) as damaged:
+                warnings.warn(f"encoding a document again: {damaged}", CacheWarning, stacklevel=4)
         item = self._encode(head_ids, token_ids, text)
         item.id = key
         item.metadata.update(metadata or {})
@@ -339,9 +344,9 @@ class KVCacheMemory:
 
     def _merge(
         self,
-        head_ids: tuple[int, ...],
+        head_ids: Ids,
         items: Sequence[KVCacheItem],
-        tail_ids: tuple[int, ...],
+        tail_ids: Ids,
         strategy: Strategy,
         ratio: float,
         encoded: int = 0,
@@ -369,16 +374,14 @@ class KVCacheMemory:
         )
         return self._context(merged.layers, context_ids, tail_ids, report)
 
-    def _exact(self, context_ids: tuple[int, ...], tail_ids: tuple[int, ...]) -> MergedContext:
+    def _exact(self, context_ids: Ids, tail_ids: Ids) -> MergedContext:
         """Head and documents encoded in this order, as far as they were not before."""
         layers, reused = self._encoder.prefill(context_ids, tenant=self.tenant)
         encoded = len(context_ids) - reused
         report = MergeReport("exact" if reused else "encoded", "exact", len(context_ids), reused, 0, encoded)
         return self._context(owned(layers), context_ids, tail_ids, report)
 
-    def _context(
-        self, layers: Any, context_ids: tuple[int, ...], tail_ids: tuple[int, ...], report: MergeReport
-    ) -> MergedContext:
+    def _context(self, layers: Any, context_ids: Ids, tail_ids: Ids, report: MergeReport) -> MergedContext:
         return MergedContext(
             cache=cache_of(layers),
             token_ids=torch.tensor(context_ids, dtype=torch.long),

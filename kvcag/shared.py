@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
+from kvcag.engines.base import Engine
 from kvcag.engines.hf import HFEngine
 from kvcag.stores.base import KVStore
 from kvcag.stores.disk import DiskStore
@@ -54,6 +55,18 @@ class LazyEngine:
                 self._engine = HFEngine.from_pretrained(self.model, **self._settings)
             return self._engine
 
+    def context_length(self) -> int | None:
+        """The most tokens that the model attends to; None where its configuration is not on this machine yet."""
+        if self._engine is not None:
+            return self._engine.context_length
+        hub = {name: self._settings[name] for name in _HUB & self._settings.keys()}
+        try:
+            config = AutoConfig.from_pretrained(self.model, **{**hub, "local_files_only": True})
+        except OSError:
+            return None
+        length = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return None if length is None else int(length)
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, without loading the weights."""
         if self._engine is not None:
@@ -64,7 +77,7 @@ class LazyEngine:
         return self._tokenizer
 
 
-def open_store(store: KVStore | str | PathLike[str] | None, engine: HFEngine) -> KVStore:
+def open_store(store: KVStore | str | PathLike[str] | None, engine: Engine) -> KVStore:
     """A store as it is; a `DiskStore` at a path; for None the engine's own, in memory, for all over this engine."""
     if isinstance(store, KVStore):
         return store
@@ -76,5 +89,5 @@ def open_store(store: KVStore | str | PathLike[str] | None, engine: HFEngine) ->
 
 _HUB = {"revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder"}
 _lazy: WeakValueDictionary[str, LazyEngine] = WeakValueDictionary()
-_stores: WeakKeyDictionary[HFEngine, MemoryStore] = WeakKeyDictionary()
+_stores: WeakKeyDictionary[Engine, MemoryStore] = WeakKeyDictionary()
 _lock = threading.Lock()

@@ -11,10 +11,12 @@ chain = create_retrieval_chain(retriever, create_cag_documents_chain(llm, prompt
 from kvcag.errors import MissingExtraError
 
 try:
-    import langchain_core  # noqa: F401 - only to say what is missing
+    import langchain  # noqa: F401 - only to say what is missing
 except ModuleNotFoundError:
     raise MissingExtraError("kvcag.langchain", "langchain") from None
 
+from kvcag.langchain.chains import create_cag_documents_chain
 from kvcag.langchain.chat_model import ChatKVCAG
+from kvcag.langchain.middleware import KVCAGMiddleware
 
-__all__ = ["ChatKVCAG"]
+__all__ = ["ChatKVCAG", "KVCAGMiddleware", "create_cag_documents_chain"]

@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Generator, Iterator, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import aclosing, closing
-from dataclasses import asdict
 from os import PathLike
-from typing import Any, cast
+from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.language_models import BaseChatModel, LangSmithParams
+from langchain_core.documents import Document
+from langchain_core.language_models import BaseChatModel, LangSmithParams, ModelProfile
 from langchain_core.language_models.chat_models import agenerate_from_stream, generate_from_stream
-from langchain_core.messages import AIMessageChunk, BaseMessage
-from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
+from langchain_core.messages import BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
-from pydantic import ConfigDict, Field, PrivateAttr, model_validator
+from langchain_core.prompts import BasePromptTemplate
+from langchain_core.utils.function_calling import convert_to_openai_tool
+from pydantic import ConfigDict, Field, PrivateAttr, SkipValidation, model_validator
+from tqdm import tqdm  # type: ignore[import-untyped]
 from typing_extensions import Self
 
 from kvcag.aio import iterate
-from kvcag.engines.base import Chunk, Usage
-from kvcag.engines.hf import HFEngine
+from kvcag.engines.base import Chunk, Engine
 from kvcag.errors import FingerprintMismatchError, InvalidInputError
+from kvcag.handles import ContextHandles
+from kvcag.langchain.ahead import encoding_ahead
+from kvcag.langchain.documents import DOCUMENT_SEPARATOR, DocumentsPrompt
 from kvcag.langchain.messages import neutral
+from kvcag.langchain.responses import generation_chunk
 from kvcag.memory import KVCacheMemory, Strategy
+from kvcag.notices import warn_if_foreign
+from kvcag.prompt import ChatTemplate
 from kvcag.shared import LazyEngine, open_store
 from kvcag.stores.base import KVStore
 
@@ -30,6 +38,7 @@ _REMOTE_ONLY = {"api_key", "base_url", "timeout", "max_retries", "streaming"}
 """Standard parameters of chat models that speak to a server. Accepted, so that changing the class is enough; there is
 no network here that they could be about."""
 
+_NOT_TEXT = ("image_inputs", "audio_inputs", "pdf_inputs", "video_inputs", "image_outputs", "audio_outputs")
 _SAMPLING = ("temperature", "max_tokens", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 _MERGING = ("merge_strategy", "recompute_ratio")
 _TRACING_ONLY = {"stream", "ls_structured_output_format", "structured_output_format"}
@@ -52,15 +61,15 @@ class ChatKVCAG(BaseChatModel):
 
     model: str = ""
     """A hub id or a folder. Not needed with `engine`."""
-    engine: HFEngine | None = Field(default=None, exclude=True)
+    engine: SkipValidation[Engine | None] = Field(default=None, exclude=True)
     """A live engine, to be shared with other chat models, or with a `KVCacheMemory`."""
     fingerprint: str | None = None
     """The digest of the model that this has to be; another one is refused when it is loaded. With `engine`, its own."""
     dtype: str = "auto"
     device: str = "auto"
     revision: str | None = None
-    model_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Passed to `HFEngine.from_pretrained`."""
+    model_kwargs: dict[str, Any] = Field(default_factory=dict, exclude=True)
+    """Passed to `HFEngine.from_pretrained`. A `token` among them is neither serialised nor traced."""
     template_variables: dict[str, Any] = Field(default_factory=dict)
     """Passed to the chat template, as `enable_thinking=False`. With `engine`, set them there."""
 
@@ -81,9 +90,12 @@ class ChatKVCAG(BaseChatModel):
     merge_strategy: Strategy = "query"
     """How cached documents are put together: see `KVCacheMemory.merge`."""
     recompute_ratio: float = Field(default=0.2, ge=0, le=1)
+    tenant: str = ""
+    """Keeps what this object reads apart from other tenants' in a shared engine: their timing tells them nothing."""
 
     _lazy: LazyEngine | None = PrivateAttr(default=None)
     _memories: dict[str, KVCacheMemory] = PrivateAttr(default_factory=dict)
+    _contexts: dict[str, ContextHandles] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
@@ -118,23 +130,35 @@ class ChatKVCAG(BaseChatModel):
 
     @property
     def lc_attributes(self) -> dict[str, Any]:
-        """What is serialised beyond the fields: the store, where it is a path."""
-        return {"store": str(self.store)} if isinstance(self.store, str | PathLike) else {}
+        """What is serialised beyond the fields: the store, where it is a folder, and what the model was loaded with."""
+        folder = {"store": str(self.store)} if isinstance(self.store, str | PathLike) else {}
+        return {**folder, **({"model_kwargs": self._shown_model_kwargs} if self._shown_model_kwargs else {})}
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
         """Everything that can change an answer: LangChain's response cache goes by it."""
-        kept_out = {"store", "engine", "profile", "name", "custom_get_token_ids", "output_version"}
-        own = ChatKVCAG.model_fields.keys() - BaseChatModel.model_fields.keys() - kept_out
-        return {name: getattr(self, name) for name in sorted(own)}
+        own = ChatKVCAG.model_fields.keys() - BaseChatModel.model_fields.keys() - {"engine", "store", "tenant"}
+        params = {name: getattr(self, name) for name in sorted(own)}
+        return {**params, "model_kwargs": self._shown_model_kwargs}
+
+    @property
+    def _shown_model_kwargs(self) -> dict[str, Any]:
+        return {name: value for name, value in self.model_kwargs.items() if name != "token"}
+
+    def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
+        return f"{super()._get_llm_string(stop=stop, **kwargs)}---{self._identifying_params}"
 
     def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
         params = super()._get_ls_params(stop=stop or self.stop, **kwargs)
         params["ls_provider"] = "kvcag"
         return params
 
-    def _resolve_model_profile(self) -> Any:
-        return None
+    def _resolve_model_profile(self) -> ModelProfile | None:
+        """What the model's configuration says, without loading it."""
+        length = self.engine.context_length if self.engine else self._lazy_engine(self.model).context_length()
+        profile = ModelProfile(text_inputs=True, text_outputs=True, temperature=True, open_weights=True)
+        profile |= dict.fromkeys(_NOT_TEXT, False)  # type: ignore[typeddict-item]
+        return profile | {"max_input_tokens": length, "max_output_tokens": length} if length else profile
 
     # --- the model ---------------------------------------------------------------------------------------------
 
@@ -150,15 +174,17 @@ class ChatKVCAG(BaseChatModel):
         name = model or self.model
         if name not in self._memories:
             engine = self._engine(name)
-            self._memories[name] = KVCacheMemory(engine, open_store(self.store, engine))
+            store = open_store(self.store, engine)
+            warn_if_foreign(store, engine.fingerprint)
+            self._memories.setdefault(name, KVCacheMemory(engine, store, tenant=self.tenant))
         return self._memories[name]
 
-    def _engine(self, model: str) -> HFEngine:
+    def _engine(self, model: str) -> Engine:
         own = model == self.model
         engine = self.engine if own and self.engine is not None else self._lazy_engine(model).engine()
         if own and self.fingerprint not in (None, engine.fingerprint.digest):
             wanted = f"fingerprint {engine.fingerprint.digest}, not {self.fingerprint}"
-            raise FingerprintMismatchError(f"this ChatKVCAG's model {model!r}", [wanted])
+            raise FingerprintMismatchError(f"what this ChatKVCAG expects of {model!r}", [wanted])
         return engine
 
     def _lazy_engine(self, model: str) -> LazyEngine:
@@ -172,6 +198,89 @@ class ChatKVCAG(BaseChatModel):
             **self.model_kwargs,
         )
 
+    def get_token_ids(self, text: str) -> list[int]:
+        """The text's token ids, by the model's tokenizer, which is loaded without the weights."""
+        if self.custom_get_token_ids is not None:
+            return self.custom_get_token_ids(text)
+        return list(self._template.encode(text))
+
+    def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
+        """How many tokens the model reads for these messages, the chat template's own included."""
+        schemas = [convert_to_openai_tool(tool) for tool in tools or ()]
+        return len(self._template.prompt(neutral(messages), tools=schemas).token_ids)
+
+    @property
+    def _template(self) -> ChatTemplate:
+        if self.engine is not None:
+            return self.engine.template
+        return ChatTemplate(self._lazy_engine(self.model).tokenizer(), self.template_variables)
+
+    # --- ahead of the questions --------------------------------------------------------------------------------
+
+    def precompute(
+        self,
+        documents: Iterable[Document],
+        prompt: BasePromptTemplate[Any] | None = None,
+        *,
+        progress: bool = True,
+        **prompt_settings: Any,
+    ) -> list[str]:
+        """Encode documents before anybody asks, and return the ids under which they are kept.
+
+        Args:
+            documents: what a retriever may find. Those that are kept already are not encoded again.
+            prompt: the prompt that they will be asked with, as for `create_cag_documents_chain`. With it, the same
+                tokens stand before them now as then, which keeps merged answers closer to the model's own; without
+                it they are encoded for any prompt.
+            progress: show a progress bar.
+            **prompt_settings: `document_prompt`, `document_separator` and `document_variable_name`, as for the chain.
+
+        Raises:
+            InvalidInputError: something that is not known yet stands before the documents in the prompt.
+        """
+        listed, steps = self._encoding_ahead(documents, prompt, prompt_settings)
+        return list(tqdm(steps(), total=len(listed), desc="encoding", unit="document", disable=not progress))
+
+    async def aprecompute(
+        self,
+        documents: Iterable[Document],
+        prompt: BasePromptTemplate[Any] | None = None,
+        *,
+        progress: bool = True,
+        **prompt_settings: Any,
+    ) -> list[str]:
+        """`precompute`, in worker threads."""
+        listed, steps = self._encoding_ahead(documents, prompt, prompt_settings)
+        with tqdm(total=len(listed), desc="encoding", unit="document", disable=not progress) as bar:
+            async with aclosing(iterate(steps)) as ids:
+                return [id async for id in ids if bar.update() or True]
+
+    def create_context(self, documents: Iterable[Document | str], instruction: str = "") -> str:
+        """Encode a corpus whole, and return a short id for it: `llm.bind(cached_content=id)` answers from it.
+
+        Args:
+            documents: in the order in which they shall stand.
+            instruction: stands before them in the system message; what the system message of a call says stands after.
+        """
+        texts = (document if isinstance(document, str) else document.page_content for document in documents)
+        return self._handles().create(texts, instruction)
+
+    async def acreate_context(self, documents: Iterable[Document | str], instruction: str = "") -> str:
+        """`create_context`, in a worker thread."""
+        return await asyncio.to_thread(self.create_context, documents, instruction)
+
+    def _handles(self, model: str | None = None) -> ContextHandles:
+        memory = self.memory(model)
+        return self._contexts.setdefault(memory.engine.model_name, ContextHandles(memory))
+
+    def _encoding_ahead(
+        self, documents: Iterable[Document], prompt: BasePromptTemplate[Any] | None, settings: dict[str, Any]
+    ) -> tuple[list[Document], Callable[[], Iterator[str]]]:
+        listed = list(documents)
+        shown = DocumentsPrompt(prompt=prompt, **settings) if prompt is not None else None
+        separator = settings.get("document_separator", DOCUMENT_SEPARATOR)
+        return listed, lambda: encoding_ahead(self.memory(), listed, shown, separator)
+
     # --- answering ---------------------------------------------------------------------------------------------
 
     def _stream(
@@ -183,7 +292,7 @@ class ChatKVCAG(BaseChatModel):
     ) -> Iterator[ChatGenerationChunk]:
         with closing(self._open(messages, stop, kwargs)) as chunks:
             for chunk in chunks:
-                yield self._generation_chunk(chunk, kwargs)
+                yield generation_chunk(chunk, kwargs.get("model") or self.model)
 
     async def _astream(
         self,
@@ -194,7 +303,7 @@ class ChatKVCAG(BaseChatModel):
     ) -> AsyncIterator[ChatGenerationChunk]:
         async with aclosing(iterate(lambda: self._open(messages, stop, kwargs))) as chunks:
             async for chunk in chunks:
-                yield self._generation_chunk(chunk, kwargs)
+                yield generation_chunk(chunk, kwargs.get("model") or self.model)
 
     def _generate(
         self,
@@ -218,46 +327,18 @@ class ChatKVCAG(BaseChatModel):
         self, messages: Sequence[BaseMessage], stop: list[str] | None, given: dict[str, Any]
     ) -> Generator[Chunk, None, None]:
         """Check everything, make the context, and give the answer's chunks. Closing it stops the model."""
-        unknown = given.keys() - {"model", *_SAMPLING, *_MERGING, *_TRACING_ONLY}
+        unknown = given.keys() - {"model", "cached_content", *_SAMPLING, *_MERGING, *_TRACING_ONLY}
         if unknown:
-            raise InvalidInputError(f"unknown argument {', '.join(sorted(unknown))}")
+            raise InvalidInputError(
+                f"unknown argument {', '.join(sorted(unknown))}. A call takes model, cached_content, "
+                f"{', '.join((*_SAMPLING, *_MERGING))}."
+            )
         settings = {name: given.get(name, getattr(self, name)) for name in (*_SAMPLING, *_MERGING)}
         memory = self.memory(given.get("model"))
         strategy, ratio = settings.pop("merge_strategy"), settings.pop("recompute_ratio")
         stops = stop if stop is not None else self.stop
         sampling = memory.engine.sampling(**settings, stop=stops or None, strip_thinking=self.strip_thinking or None)
-        return cast(
-            "Generator[Chunk, None, None]",
-            memory.stream(neutral(messages), strategy=strategy, ratio=ratio, sampling=sampling),
-        )
-
-    def _generation_chunk(self, chunk: Chunk, given: dict[str, Any]) -> ChatGenerationChunk:
-        if chunk.usage is None:
-            return ChatGenerationChunk(message=AIMessageChunk(content=chunk.text))
-        message = AIMessageChunk(
-            content=chunk.text,
-            usage_metadata=_usage_metadata(chunk.usage),
-            response_metadata={
-                "model_name": given.get("model") or self.model,
-                "model_provider": "kvcag",
-                "finish_reason": chunk.finish_reason,
-                "kvcag": _report(chunk.usage),
-            },
-            chunk_position="last",
-        )
-        return ChatGenerationChunk(message=message)
-
-
-def _usage_metadata(usage: Usage) -> UsageMetadata:
-    return UsageMetadata(
-        input_tokens=usage.prompt_tokens,
-        output_tokens=usage.completion_tokens,
-        total_tokens=usage.prompt_tokens + usage.completion_tokens,
-        input_token_details=InputTokenDetails(cache_read=usage.cached_tokens, cache_creation=usage.created_tokens),
-    )
-
-
-def _report(usage: Usage) -> dict[str, Any]:
-    """How the answer was made, for `response_metadata["kvcag"]`: counts, names and seconds, no tensors."""
-    made = asdict(usage.context) if usage.context else {"mode": "exact" if usage.cached_tokens else "encoded"}
-    return {**made, "ttft_s": usage.ttft_s, "total_s": usage.total_s}
+        asked = neutral(messages)
+        if context := given.get("cached_content"):
+            asked = self._handles(given.get("model")).place(context, asked)
+        return memory.stream(asked, strategy=strategy, ratio=ratio, sampling=sampling)

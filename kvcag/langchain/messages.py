@@ -2,7 +2,8 @@
 
 Which parts of a conversation are documents, each a segment that is encoded once under its own content:
 
-1. Blocks that say so: text blocks with `cache_control={"type": "ephemeral"}`, and `text-plain` blocks.
+1. Blocks that say so: text blocks with `cache_control={"type": "ephemeral"}`, `text-plain` blocks, and those that
+   `kvcag.langchain.documents.with_documents` put there.
 2. Where nothing says so, system and human messages of two or more text blocks: every block is a segment, but for the
    last block of the last human message, which is the question.
 
@@ -25,6 +26,7 @@ from langchain_core.messages import (
 )
 
 from kvcag.errors import InvalidInputError, UnsupportedContentError
+from kvcag.langchain.documents import noted_documents
 from kvcag.prompt import Document, Message
 
 _OWN_BLOCKS = {
@@ -40,7 +42,7 @@ def neutral(messages: Sequence[BaseMessage]) -> list[Message]:
         UnsupportedContentError: a message holds an image, audio, a file or another block that is not text.
         InvalidInputError: a message of a kind that is not a part of a conversation.
     """
-    marked = any(_is_marked(block) for message in messages for block in _blocks(message))
+    marked = any(noted_documents(message) is not None or any(_marks(message)) for message in messages)
     last_human = max((i for i, message in enumerate(messages) if isinstance(message, HumanMessage)), default=-1)
     return [
         {**_frame(message), "content": _content(message, marked, asks=index == last_human)}
@@ -78,7 +80,7 @@ def _content(message: BaseMessage, marked: bool, *, asks: bool) -> str | list[st
     if not isinstance(message, SystemMessage | HumanMessage):
         return "".join(texts)
     if marked:
-        documents = [_is_marked(block) for block in blocks]
+        documents = _marks(message)
     elif len(texts) > 1:
         documents = [True] * (len(texts) - asks) + [False] * asks
     else:
@@ -94,6 +96,12 @@ def _blocks(message: BaseMessage) -> list[str | dict[str, Any]]:
     if isinstance(message, AIMessage):
         return [block for block in content if isinstance(block, str) or block.get("type") not in _OWN_BLOCKS]
     return content
+
+
+def _marks(message: BaseMessage) -> list[bool]:
+    """Which blocks say that they are documents."""
+    noted = noted_documents(message) or ()
+    return [index in noted or _is_marked(block) for index, block in enumerate(_blocks(message))]
 
 
 def _is_marked(block: str | Mapping[str, Any]) -> bool:

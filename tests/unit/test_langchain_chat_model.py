@@ -1,0 +1,523 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+import torch
+from langchain_core.caches import InMemoryCache
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.language_models import FakeListChatModel
+from langchain_core.load import dumps
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage
+from langchain_core.rate_limiters import InMemoryRateLimiter
+from langchain_core.runnables import ConfigurableField
+from pydantic import ValidationError
+from tiny import byte_tokenizer, tiny_model
+
+from kvcag import CacheWarning, HFEngine
+from kvcag.engines.echo import EchoEngine
+from kvcag.errors import ContextLengthError, FingerprintMismatchError, InvalidInputError, UnsupportedContentError
+from kvcag.langchain import ChatKVCAG
+from kvcag.stores.disk import DiskStore
+from kvcag.stores.memory import MemoryStore
+
+
+@pytest.fixture
+def llm(tiny_engine: HFEngine) -> ChatKVCAG:
+    return ChatKVCAG(engine=tiny_engine, max_tokens=8)
+
+
+def with_docs(*documents: str, question: str = "why?") -> list[BaseMessage]:
+    return [SystemMessage([*documents, "Answer."]), HumanMessage(question)]
+
+
+def read(message: AIMessage) -> int:
+    return message.usage_metadata["input_token_details"]["cache_read"]
+
+
+def essence(message: AIMessage) -> tuple[Any, ...]:
+    """What has to be the same however a model is called; times and what was cached are not."""
+    usage = {name: message.usage_metadata[name] for name in ("input_tokens", "output_tokens", "total_tokens")}
+    return message.text, usage, message.response_metadata["finish_reason"], message.response_metadata["model_name"]
+
+
+def whole(chunks: list[AIMessageChunk]) -> AIMessageChunk:
+    first, *rest = chunks
+    return first.__add__(rest)  # type: ignore[arg-type]
+
+
+# --- construction ---------------------------------------------------------------------------------------------------
+
+
+def test_making_one_loads_nothing_and_needs_no_network() -> None:
+    llm = ChatKVCAG(
+        model="nobody/has-such-a-model",
+        temperature=0.1,
+        max_tokens=5,
+        timeout=3,
+        stop=["x"],
+        max_retries=2,
+        api_key="k",
+    )
+    assert llm._identifying_params["model"] == "nobody/has-such-a-model"
+    assert not llm._lazy.loaded
+
+
+def test_one_without_a_model_is_refused() -> None:
+    with pytest.raises(ValidationError, match="pass model=, a hub id or a folder, or engine="):
+        ChatKVCAG()
+
+
+def test_a_misspelt_setting_is_refused(tiny_engine: HFEngine) -> None:
+    with pytest.raises(ValidationError, match="temprature"):
+        ChatKVCAG(engine=tiny_engine, temprature=1)
+
+
+def test_another_models_engine_is_refused(tiny_engine: HFEngine) -> None:
+    with pytest.raises(ValidationError, match="pass one of them"):
+        ChatKVCAG(engine=tiny_engine, model="other/model")
+
+
+def test_weights_that_are_not_the_expected_ones_are_refused(tiny_engine: HFEngine) -> None:
+    llm = ChatKVCAG(engine=tiny_engine, fingerprint="0" * 64)
+    with pytest.raises(FingerprintMismatchError, match="was made by another model"):
+        llm.invoke("hello")
+
+
+def test_a_model_is_loaded_once_for_all_who_ask_for_it(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    one, two = (ChatKVCAG(model=str(tmp_path), max_tokens=length, device="cpu") for length in (3, 5))
+    assert one.get_num_tokens("four") == 4
+    assert not one._lazy.loaded
+    one.invoke("hello")
+    assert one.memory().engine is two.memory().engine
+    assert two.profile["max_input_tokens"] == 2048
+
+
+def test_a_call_can_name_another_model(tiny_engine: HFEngine, tmp_path: Path) -> None:
+    tiny_model(seed=7).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    llm = ChatKVCAG(engine=tiny_engine, max_tokens=8, device="cpu")
+    own, other = llm.invoke("hello"), llm.invoke("hello", model=str(tmp_path))
+    assert other.response_metadata["model_name"] == str(tmp_path)
+    assert own.text != other.text
+
+
+# --- the same answer however it is asked ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked", ["hello", with_docs("one. ", "two. ")], ids=["plain", "documents"])
+async def test_all_ways_to_call_give_the_same_answer(llm: ChatKVCAG, asked: Any) -> None:
+    first = llm.invoke(asked)
+    ways = [
+        whole(list(llm.stream(asked))),
+        await llm.ainvoke(asked),
+        whole([chunk async for chunk in llm.astream(asked)]),
+        *llm.batch([asked, asked]),
+        *await llm.abatch([asked]),
+        llm.invoke(asked, stream=True),
+        ChatKVCAG(engine=llm.engine, max_tokens=8, disable_streaming=True).invoke(asked),
+    ]
+    assert [essence(way) for way in ways] == [essence(first)] * len(ways)
+
+
+def test_one_chunk_carries_usage_and_model_and_it_is_the_last(llm: ChatKVCAG) -> None:
+    chunks = list(llm.stream("hello"))
+    assert [bool(chunk.usage_metadata) for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert [bool(chunk.response_metadata.get("model_name")) for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert chunks[-1].chunk_position == "last"
+
+
+def test_the_answer_is_the_engines_own(llm: ChatKVCAG, tiny_engine: HFEngine) -> None:
+    asked = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
+    expected = HFEngine(tiny_model(), byte_tokenizer(), prefix_cache_bytes=0).generate(asked, max_new_tokens=8)
+    assert llm.invoke([("system", "be brief"), ("human", "hello")]).text == expected
+
+
+def test_batches_equal_single_calls_and_encode_their_documents_once(tiny_engine: HFEngine) -> None:
+    questions = [with_docs("one. ", "two. ", question=question) for question in ("a?", "b?", "c?", "d?")]
+    alone = [ChatKVCAG(engine=tiny_engine, max_tokens=8, store=MemoryStore()).invoke(q) for q in questions]
+    store = MemoryStore()
+    batch = ChatKVCAG(engine=tiny_engine, max_tokens=8, store=store).batch(questions)
+    assert [answer.text for answer in batch] == [answer.text for answer in alone]
+    encoded = [answer.response_metadata["kvcag"]["encoded_tokens"] for answer in batch]
+    assert sum(count > 0 for count in encoded) == 1
+
+
+# --- reuse ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_second_call_reads_from_the_cache_and_counts_the_same_input(llm: ChatKVCAG) -> None:
+    cold, warm = llm.invoke(with_docs("one. ", "two. ")), llm.invoke(with_docs("one. ", "two. "))
+    assert read(cold) < read(warm)
+    assert cold.usage_metadata["input_tokens"] == warm.usage_metadata["input_tokens"]
+    for answer in (cold, warm):
+        assert sum(answer.usage_metadata["input_token_details"].values()) <= answer.usage_metadata["input_tokens"]
+
+
+def test_documents_in_another_order_are_found_and_said_to_be_merged(llm: ChatKVCAG) -> None:
+    llm.invoke(with_docs("first document. ", "second document. "))
+    again = llm.invoke(with_docs("second document. ", "first document. "))
+    report = again.response_metadata["kvcag"]
+    assert (report["mode"], report["encoded_tokens"]) == ("merged", 0)
+    assert read(again) > 0
+
+
+def test_each_turn_of_a_chat_reuses_the_last(llm: ChatKVCAG) -> None:
+    history: list[BaseMessage] = [HumanMessage("hello")]
+    for _ in range(3):
+        answer = llm.invoke(history)
+        known = answer.usage_metadata["input_tokens"]
+        history += [answer, HumanMessage("and then?")]
+        # An answer is random bytes here, and may read back as other tokens: the prompt before it is what must hit.
+        assert read(llm.invoke(history)) >= known
+
+
+@pytest.mark.parametrize("strategy", ["exact", "full"])
+def test_the_merge_strategy_of_a_call_is_taken(llm: ChatKVCAG, strategy: str) -> None:
+    answer = llm.invoke(with_docs("one. ", "two. "), merge_strategy=strategy)
+    assert answer.response_metadata["kvcag"]["strategy"] == strategy
+
+
+def test_a_damaged_cache_is_encoded_again_with_one_warning(tiny_engine: HFEngine, tmp_path: Path) -> None:
+    ask = with_docs("a document that is kept. ", "another. ")
+    clean = ChatKVCAG(engine=tiny_engine, max_tokens=8, store=tmp_path).invoke(ask)
+    file = max(tmp_path.rglob("*.safetensors"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    tiny_engine.prefixes.clear()
+    with pytest.warns(CacheWarning, match="damaged") as caught:
+        again = ChatKVCAG(engine=tiny_engine, max_tokens=8, store=tmp_path).invoke(ask)
+    assert len(caught) == 1
+    assert again.text == clean.text
+
+
+def test_a_store_of_another_model_is_not_used_and_said_so(tiny_engine: HFEngine, tmp_path: Path) -> None:
+    other = HFEngine(tiny_model(seed=5), byte_tokenizer())
+    ChatKVCAG(engine=other, max_tokens=8, store=tmp_path).invoke(with_docs("one. ", "two. "))
+    with pytest.warns(CacheWarning, match="made by another model.*Give each model a store of its own") as caught:
+        answer = ChatKVCAG(engine=tiny_engine, max_tokens=8, store=tmp_path).invoke(with_docs("one. ", "two. "))
+    assert len(caught) == 1
+    assert answer.text == ChatKVCAG(engine=tiny_engine, max_tokens=8).invoke(with_docs("one. ", "two. ")).text
+
+
+def test_a_folder_as_store_outlives_the_engine(tmp_path: Path) -> None:
+    for expected in (True, False):
+        engine = HFEngine(tiny_model(), byte_tokenizer())
+        answer = ChatKVCAG(engine=engine, max_tokens=4, store=str(tmp_path)).invoke(with_docs("one. ", "two. " * 20))
+        documents_encoded = answer.response_metadata["kvcag"]["encoded_tokens"] > 50
+        assert documents_encoded is expected
+
+
+def test_what_is_stored_never_changes_by_being_used(tiny_engine: HFEngine, tmp_path: Path) -> None:
+    store = DiskStore(tmp_path)
+    llm = ChatKVCAG(engine=tiny_engine, max_tokens=8, store=store)
+    llm.invoke(with_docs("one. ", "two. "))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    llm.batch([with_docs("two. ", "one. ", question=q) for q in "abcd"])
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")} == before
+
+
+# --- LangChain's response cache and traces ----------------------------------------------------------------------------
+
+
+def test_the_response_cache_never_crosses_corpora_models_or_settings(tiny_engine: HFEngine) -> None:
+    cache = InMemoryCache()
+    llm = ChatKVCAG(engine=tiny_engine, max_tokens=8, cache=cache)
+    context, other_context = llm.create_context(["corpus one"]), llm.create_context(["corpus two"])
+    calls = [
+        llm,
+        llm.bind(cached_content=context),
+        llm.bind(cached_content=other_context),
+        ChatKVCAG(engine=HFEngine(tiny_model(seed=3), byte_tokenizer()), max_tokens=8, cache=cache),
+        ChatKVCAG(engine=HFEngine(tiny_model(dtype=torch.bfloat16), byte_tokenizer()), max_tokens=8, cache=cache),
+        ChatKVCAG(engine=tiny_engine, max_tokens=8, cache=cache, merge_strategy="rotate"),
+        ChatKVCAG(engine=tiny_engine, max_tokens=8, cache=cache, stop=["q"]),
+    ]
+    for call in calls:
+        call.invoke("hello")
+    assert len(cache._cache) == len(calls)
+    llm.invoke("hello")
+    assert len(cache._cache) == len(calls)
+
+
+def test_revision_dtype_and_adapter_change_what_identifies_a_model() -> None:
+    base = ChatKVCAG(model="some/model")._identifying_params
+    for settings in ({"revision": "v2"}, {"dtype": "bfloat16"}, {"model_kwargs": {"adapter": "lora"}}):
+        assert ChatKVCAG(model="some/model", **settings)._identifying_params != base
+
+
+class Everything(BaseCallbackHandler):
+    """Keeps all that a tracer is given."""
+
+    raise_error = True
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, Any]] = []
+
+    def on_chat_model_start(self, *given: Any, **more: Any) -> None:
+        self.seen.append(("start", (given, more)))
+
+    def on_llm_new_token(self, *given: Any, **more: Any) -> None:
+        self.seen.append(("token", (given, more)))
+
+    def on_llm_end(self, *given: Any, **more: Any) -> None:
+        self.seen.append(("end", (given, more)))
+
+    def on_llm_error(self, *given: Any, **more: Any) -> None:
+        self.seen.append(("error", (given, more)))
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name, _ in self.seen]
+
+
+def tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Every tensor that can be reached from a value's plain containers and pydantic models."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for part in value.values():
+            yield from tensors(part)
+    elif isinstance(value, list | tuple | set):
+        for part in value:
+            yield from tensors(part)
+    elif hasattr(value, "model_fields_set"):
+        yield from tensors(dict(value))
+
+
+def test_no_tensor_is_in_messages_traces_or_dumps(llm: ChatKVCAG) -> None:
+    handler = Everything()
+    answer = llm.invoke(with_docs("one. ", "two. "), config={"callbacks": [handler]})
+    assert handler.names == ["start", "end"]
+    assert list(tensors(handler.seen)) == []
+    assert list(tensors(answer)) == []
+    assert len(dumps(answer)) < 3000
+    assert len(dumps(llm)) < 2000
+
+
+async def events_of(model: Any) -> list[tuple[str, str]]:
+    events = [event async for event in model.astream_events("abc", version="v2")]
+    kinds = [(event["event"], event["name"]) for event in events]
+    return [kind for index, kind in enumerate(kinds) if index == 0 or kind != kinds[index - 1]]
+
+
+async def test_events_come_as_from_a_core_model() -> None:
+    fake = FakeListChatModel(responses=["abc"], name="model")
+    ours = ChatKVCAG(engine=EchoEngine(), max_tokens=8, name="model")
+    assert await events_of(ours) == await events_of(fake)
+
+
+async def test_callbacks_come_as_from_a_core_model() -> None:
+    async def names(model: Any) -> list[list[str]]:
+        handlers = [Everything() for _ in range(4)]
+        model.invoke("abc", config={"callbacks": [handlers[0]]})
+        list(model.stream("abc", config={"callbacks": [handlers[1]]}))
+        await model.ainvoke("abc", config={"callbacks": [handlers[2]]})
+        async for _ in model.astream("abc", config={"callbacks": [handlers[3]]}):
+            pass
+        return [handler.names for handler in handlers]
+
+    fake = FakeListChatModel(responses=["abc"])
+    assert await names(ChatKVCAG(engine=EchoEngine(), max_tokens=8)) == [
+        [*kinds[:-1], *(["token"] * ("token" in kinds)), kinds[-1]] for kinds in await names(fake)
+    ]  # ours has one chunk more: usage and finish reason come after the last token
+
+
+def test_tracing_parameters_name_provider_and_model(llm: ChatKVCAG) -> None:
+    params = llm._get_ls_params(stop=["x"])
+    assert (params["ls_provider"], params["ls_model_name"], params["ls_stop"]) == ("kvcag", llm.model, ["x"])
+    assert llm._get_ls_params(model="other")["ls_model_name"] == "other"
+
+
+# --- threads, closing, the event loop ---------------------------------------------------------------------------------
+
+
+def test_closing_a_stream_stops_the_model_and_reports_once(llm: ChatKVCAG) -> None:
+    handler, threads = Everything(), threading.active_count()
+    stream = llm.stream("hello", config={"callbacks": [handler]}, max_tokens=500)
+    next(stream)
+    steps = count_steps(llm.engine)
+    stream.close()
+    assert (handler.names.count("error"), threading.active_count(), steps()) == (1, threads, 0)
+
+
+async def test_cancelling_a_stream_stops_the_model_and_reports_once(llm: ChatKVCAG) -> None:
+    handler, started = Everything(), asyncio.Event()
+
+    async def consume() -> None:
+        async for _ in llm.astream("hello", config={"callbacks": [handler]}, max_tokens=1500):
+            started.set()
+
+    task = asyncio.create_task(consume())
+    await started.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await asyncio.sleep(0.1)  # the step that was running ends, and the stream is closed
+    steps = count_steps(llm.engine)
+    await asyncio.sleep(0.1)
+    assert (handler.names.count("error"), steps()) == (1, 0)
+
+
+async def test_gradients_are_off_in_the_model_and_on_around_it(llm: ChatKVCAG) -> None:
+    modes: list[bool] = []
+    llm.engine.model.register_forward_pre_hook(lambda *_: modes.append(torch.is_grad_enabled()))
+
+    async def consume() -> list[bool]:
+        return [torch.is_grad_enabled() async for _ in llm.astream("hello")]
+
+    around = await asyncio.gather(*(consume() for _ in range(4)))
+    assert modes
+    assert not any(modes)
+    assert all(all(seen) for seen in around)
+    assert torch.is_grad_enabled()
+
+
+async def test_the_event_loop_keeps_ticking_during_prefill() -> None:
+    engine = HFEngine(tiny_model(hidden_size=256, intermediate_size=512, num_hidden_layers=4), byte_tokenizer())
+    llm = ChatKVCAG(engine=engine, max_tokens=1)
+    ticks, done = 0, False
+
+    async def tick() -> None:
+        nonlocal ticks
+        while not done:
+            await asyncio.sleep(0.001)
+            ticks += 1
+
+    ticking = asyncio.create_task(tick())
+    await llm.ainvoke("a long question. " * 100)
+    done = True
+    await ticking
+    assert ticks >= 3
+
+
+def test_an_engine_error_reaches_the_consumer_at_once(llm: ChatKVCAG) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("the device is lost")
+
+    llm.engine.model.register_forward_pre_hook(fail)
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match="the device is lost"):
+        asyncio.run(llm.ainvoke("hello"))
+    assert time.monotonic() - started < 5
+
+
+def count_steps(engine: HFEngine) -> Any:
+    """A function that says how often the model has run since."""
+    runs: list[int] = []
+    engine.model.register_forward_pre_hook(lambda *_: runs.append(1))
+    return lambda: len(runs)
+
+
+# --- how an answer ends -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stop", [["light"], ["zzz", "ght m"], ["!", "mor"]])
+def test_stop_strings_are_cut_and_never_partly_shown(stop: list[str]) -> None:
+    llm = ChatKVCAG(engine=EchoEngine(), max_tokens=100)
+    said = "grüße, light more light"
+    expected = said[: min(said.find(s) for s in stop if s in said)]
+    chunks = [chunk.text for chunk in llm.stream(said, stop=stop)]
+    assert "".join(chunks) == expected
+    assert llm.invoke(said, stop=stop).response_metadata["finish_reason"] == "stop"
+    assert ChatKVCAG(engine=EchoEngine(), stop=stop).invoke(said).text == expected
+
+
+def test_characters_of_several_tokens_are_never_split() -> None:
+    said = "日本語 ünï 🎉"
+    chunks = [chunk.text for chunk in ChatKVCAG(engine=EchoEngine(), max_tokens=100).stream(said)]
+    assert "".join(chunks) == said
+    assert not any("\ufffd" in chunk for chunk in chunks)
+
+
+def test_the_budgets_end_is_said() -> None:
+    answer = ChatKVCAG(engine=EchoEngine(), max_tokens=4).invoke("abcdefgh")
+    assert (answer.text, answer.response_metadata["finish_reason"]) == ("abcd", "length")
+    assert answer.usage_metadata["output_tokens"] == 4
+
+
+# --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_context_that_is_too_long_is_refused_before_any_work(llm: ChatKVCAG) -> None:
+    steps = count_steps(llm.engine)
+    with pytest.raises(ContextLengthError, match=r"more than the model's context of 2048. Pass fewer documents"):
+        llm.invoke(with_docs("word " * 500, "two"))
+    assert steps() == 0
+    assert llm.profile["max_input_tokens"] == llm.engine.context_length
+
+
+def test_an_unknown_argument_is_refused(llm: ChatKVCAG) -> None:
+    with pytest.raises(InvalidInputError, match=r"unknown argument tempertaure\. A call takes"):
+        llm.invoke("hello", tempertaure=1)
+
+
+def test_an_image_is_refused(llm: ChatKVCAG) -> None:
+    image = {"type": "image", "base64": "AAAA", "mime_type": "image/png"}
+    with pytest.raises(UnsupportedContentError, match="a text model reads text alone"):
+        llm.invoke([HumanMessage([{"type": "text", "text": "look"}, image])])
+
+
+def test_a_model_without_a_chat_template_completes_plain_text() -> None:
+    engine = HFEngine(tiny_model(), byte_tokenizer(chat_template=None))
+    answer = ChatKVCAG(engine=engine, max_tokens=3).invoke("hello")
+    assert answer.usage_metadata["input_tokens"] == len("hello")
+
+
+# --- the rest of a chat model -----------------------------------------------------------------------------------------
+
+
+def test_tokens_are_counted_by_the_models_tokenizer(llm: ChatKVCAG) -> None:
+    conversation = [SystemMessage("be brief"), HumanMessage("hello")]
+    assert llm.get_num_tokens("hellö") == 6
+    assert llm.get_num_tokens_from_messages(conversation) == llm.invoke(conversation).usage_metadata["input_tokens"]
+
+
+def test_settings_can_be_changed_at_run_time(llm: ChatKVCAG) -> None:
+    configurable = llm.configurable_fields(max_tokens=ConfigurableField(id="length"))
+    asked = with_docs("one. ", "two. ")
+    assert configurable.invoke(asked).usage_metadata["output_tokens"] == 8
+    short = configurable.with_config(configurable={"length": 2}).invoke(asked)
+    assert short.usage_metadata["output_tokens"] == 2
+    assert short.response_metadata["kvcag"]["encoded_tokens"] == 0  # the documents are still known
+
+
+def test_a_fallback_answers_where_the_model_cannot(llm: ChatKVCAG) -> None:
+    fallback = llm.with_fallbacks([FakeListChatModel(responses=["from the fallback"])])
+    assert fallback.invoke("word " * 1000).text == "from the fallback"
+
+
+def test_a_rate_limiter_is_asked(tiny_engine: HFEngine) -> None:
+    limiter = InMemoryRateLimiter(requests_per_second=1e-3, max_bucket_size=1)
+    llm = ChatKVCAG(engine=tiny_engine, max_tokens=2, rate_limiter=limiter)
+    limiter.available_tokens = 1.0
+    limiter.last = time.monotonic()
+    llm.invoke("hello")
+    assert limiter.available_tokens < 1
+
+
+def test_v1_content_is_blocks(tiny_engine: HFEngine) -> None:
+    llm = ChatKVCAG(engine=EchoEngine(), max_tokens=20, output_version="v1")
+    assert llm.invoke("hello").content == [{"type": "text", "text": "hello"}]
+    assert whole(list(llm.stream("hello"))).text == "hello"
+
+
+def test_ids_of_runs_reach_the_message(llm: ChatKVCAG) -> None:
+    run = UUID(int=7)
+    assert str(run) in llm.invoke("hello", config={"run_id": run}).id
+
+
+def test_nothing_warns_in_ordinary_use(llm: ChatKVCAG) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        llm.invoke(with_docs("one. ", "two. "))
