@@ -8,7 +8,9 @@ except ImportError:
     raise MissingExtraError("kvcag.llama_index", "llama-index") from None
 
 from kvcag.llama_index.chat_engine import CAGCondensePlusContextChatEngine, CAGContextChatEngine
+from kvcag.llama_index.ingestion import KVCacheTransform
 from kvcag.llama_index.llm import KVCacheLLM
+from kvcag.llama_index.memory_block import CAGMemoryBlock
 from kvcag.llama_index.messages import DOCUMENT_END, document_blocks
 from kvcag.llama_index.query_engine import CAGQueryEngine
 from kvcag.llama_index.synthesizer import CAGSynthesizer, RoundsWarning
@@ -17,9 +19,11 @@ __all__ = [
     "DOCUMENT_END",
     "CAGCondensePlusContextChatEngine",
     "CAGContextChatEngine",
+    "CAGMemoryBlock",
     "CAGQueryEngine",
     "CAGSynthesizer",
     "KVCacheLLM",
+    "KVCacheTransform",
     "RoundsWarning",
     "document_blocks",
 ]

@@ -84,7 +84,7 @@ class CAGSynthesizer(BaseSynthesizer):
             output_cls=output_cls,
             empty_response=empty_response,
         )
-        self._cag = inner
+        self.cag = inner  # the llm without its structured wrapper
         self._text_qa_template: BasePromptTemplate = text_qa_template or DEFAULT_TEXT_QA_PROMPT_SEL
         self._refine_template: BasePromptTemplate = refine_template or DEFAULT_REFINE_PROMPT_SEL
         self._order = order
@@ -146,7 +146,7 @@ class CAGSynthesizer(BaseSynthesizer):
             template, variables = self._text_qa_template, {"context_str": CONTEXT}
         else:
             template, variables = self._refine_template, {"context_msg": CONTEXT, "existing_answer": answer}
-        rendered = self._cag._get_messages(template, query_str=query_str, **variables, **response_kwargs)
+        rendered = self.cag._get_messages(template, query_str=query_str, **variables, **response_kwargs)
         return place(rendered, texts)
 
     # --- rounds ------------------------------------------------------------------------------------------------
@@ -158,7 +158,7 @@ class CAGSynthesizer(BaseSynthesizer):
             texts.sort()
         if not texts or self._room(query_str, texts, None, response_kwargs) >= 0:
             return [texts] if texts else []
-        answer_tokens = self._cag.metadata.num_output
+        answer_tokens = self.cag.metadata.num_output
         room = min(
             self._room(query_str, [], None, response_kwargs),
             self._room(query_str, [], "", response_kwargs) - answer_tokens,
@@ -167,7 +167,7 @@ class CAGSynthesizer(BaseSynthesizer):
             return [texts]  # the question alone is too long: the engine says by how much
         rounds = _grouped(self._split(texts, room), room)
         warnings.warn(
-            f"{len(texts)} documents do not fit into the model's context of {self._cag.metadata.context_window} tokens "
+            f"{len(texts)} documents do not fit into the model's context of {self.cag.metadata.context_window} tokens "
             f"at once: they are read in {len(rounds)} rounds. Retrieve fewer, or lower max_new_tokens.",
             RoundsWarning,
             stacklevel=5,
@@ -177,12 +177,12 @@ class CAGSynthesizer(BaseSynthesizer):
     def _room(self, query_str: str, texts: list[str], answer: str | None, response_kwargs: dict[str, Any]) -> int:
         """Tokens that are left beside these texts and the answer."""
         messages = self.messages(query_str, texts, answer, **response_kwargs)
-        about = self._cag.metadata
-        return about.context_window - about.num_output - self._cag.count_tokens(messages)
+        about = self.cag.metadata
+        return about.context_window - about.num_output - self.cag.count_tokens(messages)
 
     def _split(self, texts: list[str], room: int) -> list[tuple[str, int]]:
         """Texts and their tokens; one that is longer than a round is cut between words."""
-        encode = self._cag.engine.template.encode
+        encode = self.cag.engine.template.encode
         sized = [(text, len(encode(f"{text}\n\n"))) for text in texts]
         if all(size <= room for _, size in sized):
             return sized
