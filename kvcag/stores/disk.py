@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
-import hmac
 import os
 import threading
 import time
@@ -27,9 +25,9 @@ from kvcag.stores.base import KVStore, StoreStats
 from kvcag.stores.files import locked, make_private, sync_directory, unavailable, unnoticed
 from kvcag.stores.format import item_from_file, read_id, read_manifest, write_item
 from kvcag.stores.manifest import Manifest, Quantize
+from kvcag.stores.names import SUFFIX, Names
 from kvcag.stores.verify import VerifyReport, verify
 
-SUFFIX = ".safetensors"
 _PIN = ".pin"
 _RECOUNT_SECONDS = 5.0
 """How long this process trusts its own count of the bytes, not knowing what other processes put meanwhile."""
@@ -65,9 +63,9 @@ class DiskStore(KVStore):
         lazy: bool = False,
     ) -> None:
         self.max_bytes, self.ttl, self.quantize, self.lazy = max_bytes, ttl, quantize, lazy
-        self._secret = hmac.digest(salt, namespace.encode(), "sha256")
         self.path = Path(path)
-        self.directory = self.path / self._digest("namespace")[:32]
+        self._names = Names(namespace, salt)
+        self.directory = self.path / self._names.space
         self._counters = threading.Lock()
         self._hits = self._misses = self._evictions = 0
         self._counted = 0
@@ -173,12 +171,8 @@ class DiskStore(KVStore):
 
     # --- files ----------------------------------------------------------------------------------------------
 
-    def _digest(self, text: str) -> str:
-        return hmac.new(self._secret, text.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
-
     def _path(self, key: str) -> Path:
-        name = self._digest(f"item {key}")
-        return self.directory / name[:2] / f"{name[2:]}{SUFFIX}"
+        return self.directory / self._names.file(key)
 
     def _lock(self) -> contextlib.AbstractContextManager[None]:
         return locked(self.directory / ".lock")

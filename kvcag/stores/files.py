@@ -46,6 +46,20 @@ def unavailable(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def remote_unavailable(name: str) -> Iterator[None]:
+    """Turn whatever a remote raises into a `StoreUnavailableError`: every backend has exceptions of its own."""
+    try:
+        yield
+    except Exception as error:
+        raise StoreUnavailableError(
+            getattr(error, "errno", None),
+            f"the remote failed ({type(error).__name__}: {error}). Check the network, the credentials and the address; "
+            "what it holds is as it was",
+            name,
+        ) from error
+
+
+@contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str], guard: AbstractContextManager[object] | None = None) -> Iterator[Path]:
     """Give a temporary path; when the block ends well, what was written there becomes `path`.
 

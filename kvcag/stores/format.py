@@ -12,8 +12,6 @@ from typing import Any, BinaryIO
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import save, save_file
 
 from kvcag.cache.hf import LayerKV, layers_of, lazy_cache
 from kvcag.cache.quantize import dequantize_int8, quantize_int8
@@ -25,13 +23,13 @@ from kvcag.stores.manifest import (
     Header,
     Manifest,
     Quantize,
+    bytes_of,
     checksum,
+    make_head,
     manifest_of,
     parse_header,
     parse_id,
     read_head,
-    seal,
-    to_metadata,
 )
 
 _DEV_FD = "/dev/fd"
@@ -57,25 +55,16 @@ def write_item(
         InvalidInputError: the metadata is not JSON, or a value cannot be quantised. Nothing was written.
         StoreUnavailableError: the disk is full, permission was denied. What was at `path` before is still there.
     """
-    tensors, metadata = _encode(item, quantize)
-    with atomic_write(path, guard) as temporary:
-        try:
-            save_file(tensors, temporary, metadata)
-        except SafetensorError as error:  # what it takes was checked; what is left to fail is the disk
-            raise StoreUnavailableError(None, f"it could not be written: {error}", str(path)) from error
-        with open(temporary, "r+b") as file:
-            position, digest = seal(read_head(file))
-            file.seek(position)
-            file.write(digest)
-        return os.path.getsize(temporary)
+    pieces = _pieces(item, quantize)
+    with atomic_write(path, guard) as temporary, open(temporary, "wb") as file:
+        for piece in pieces:
+            file.write(piece)
+        return file.tell()
 
 
 def item_to_bytes(item: KVCacheItem, *, quantize: Quantize = None) -> bytearray:
-    """What `write_item` writes, for places that are not files. It is in memory twice for a moment."""
-    data = bytearray(save(*_encode(item, quantize)))
-    position, digest = seal(bytes(data[: 8 + int.from_bytes(data[:8], "little")]))
-    data[position : position + len(digest)] = digest
-    return data
+    """What `write_item` writes, for places that are not files. Raises `InvalidInputError` as it does."""
+    return bytearray().join(_pieces(item, quantize))
 
 
 def read_item(
@@ -138,16 +127,20 @@ def read_id(path: str | os.PathLike[str]) -> str:
         return parse_id(read_head(file), str(path))
 
 
-def _encode(item: KVCacheItem, quantize: Quantize) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors and metadata as safetensors takes them; the metadata not yet sealed."""
+def _pieces(item: KVCacheItem, quantize: Quantize) -> list[bytes | memoryview]:
+    """The head and the tensors' bytes.
+
+    Put together here and not by safetensors' `save_file`, which writes a temporary file of its own and renames it:
+    ours would be neither synced nor locked.
+    """
     manifest = manifest_of(item, quantize)
     tensors = {"token_ids": item.token_ids.cpu().contiguous()}
     for index, (keys, values) in enumerate(layers_of(item.memory)):
         tensors |= _pack(f"layers.{index}.keys", keys, quantize)
         tensors |= _pack(f"layers.{index}.values", values, quantize)
-    tensors = _apart(tensors)
-    manifest.checksums = {name: checksum(_bytes_of(tensor)) for name, tensor in tensors.items()}
-    return tensors, to_metadata(manifest)
+    # The widest first: so each begins at a multiple of its own width, and can be mapped.
+    tensors = dict(sorted(tensors.items(), key=lambda entry: -entry[1].element_size()))
+    return [make_head(manifest, tensors), *map(bytes_of, tensors.values())]
 
 
 def _pack(name: str, states: torch.Tensor, quantize: Quantize) -> dict[str, torch.Tensor]:
@@ -155,20 +148,6 @@ def _pack(name: str, states: torch.Tensor, quantize: Quantize) -> dict[str, torc
         return {name: states.detach().cpu().contiguous()}
     codes, scales = quantize_int8(states.detach())
     return {name: codes.cpu().contiguous(), f"{name}.scale": scales.cpu().contiguous()}
-
-
-def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copy those that share memory with another, as where layers share their keys: safetensors refuses these."""
-    apart, seen = {}, set()
-    for name, tensor in tensors.items():
-        memory = tensor.untyped_storage().data_ptr()
-        apart[name] = tensor.clone() if memory in seen else tensor
-        seen.add(memory)
-    return apart
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _header(file: BinaryIO, name: str) -> Header:
@@ -213,7 +192,7 @@ class _Reader:
                 memory=memory,
                 metadata=manifest.metadata,
                 records=manifest.records,
-                token_ids=self.tensor("token_ids"),
+                token_ids=self.tensor("token_ids").clone(),  # looked at often, and small
                 fingerprint=manifest.fingerprint,
                 base_position=manifest.base_position,
                 prefix_digest=manifest.prefix_digest,

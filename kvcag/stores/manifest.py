@@ -35,6 +35,7 @@ DTYPES = {
     "I64": torch.int64,
     "I8": torch.int8,
 }
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Manifest(BaseModel):
@@ -99,24 +100,42 @@ def _json_only(metadata: dict[str, Any], item_id: str) -> dict[str, Any]:
     return metadata
 
 
-def to_metadata(manifest: Manifest) -> dict[str, str]:
-    """The metadata of a safetensors file, not yet sealed.
+def make_head(manifest: Manifest, tensors: dict[str, torch.Tensor]) -> bytes:
+    """The head of a file that holds `tensors` in this order; their checksums go into the manifest.
 
     Raises:
         InvalidInputError: it takes more room than a header has.
     """
+    manifest.checksums = {name: checksum(bytes_of(tensor)) for name, tensor in tensors.items()}
     text = json.dumps(manifest.model_dump(mode="json", exclude={"id"}), separators=(",", ":"))
     if len(text) > _MAX_MANIFEST:
         raise InvalidInputError(
             f"the metadata and records of item {manifest.id!r} take {len(text)} bytes, and a file keeps at most "
             f"{_MAX_MANIFEST}. Leave large values out of the metadata."
         )
-    return {
-        "kvcag.version": str(FORMAT_VERSION),
-        "kvcag.checksum": _UNSEALED.decode(),
-        "kvcag.id": json.dumps(manifest.id),  # apart, so that listing files need not read all of the manifest
-        "kvcag.manifest": text,
+    header: dict[str, Any] = {
+        "__metadata__": {
+            "kvcag.version": str(FORMAT_VERSION),
+            "kvcag.checksum": _UNSEALED.decode(),
+            "kvcag.id": json.dumps(manifest.id),  # apart, so that listing files need not read all of the manifest
+            "kvcag.manifest": text,
+        }
     }
+    start = 0
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _NAMES:
+            raise InvalidInputError(f"{name} is {tensor.dtype}, which a file cannot keep: convert it to bfloat16")
+        end = start + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    body = json.dumps(header, separators=(",", ":")).encode()
+    body += b" " * (-len(body) % 8)
+    return seal(len(body).to_bytes(8, "little") + body)
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous tensor in host memory, not copied."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def checksum(data: bytes | memoryview) -> str:
@@ -124,12 +143,13 @@ def checksum(data: bytes | memoryview) -> str:
     return xxhash.xxh3_64_hexdigest(data)
 
 
-def seal(head: bytes) -> tuple[int, bytes]:
-    """Where in a file its checksum belongs, and the checksum: over the head with sixteen zeros in that place."""
+def seal(head: bytes) -> bytes:
+    """A head with its checksum in place: that of the head with sixteen zeros in this place."""
     place = _SEAL.search(head)
-    if place is None or place[1] != _UNSEALED:
-        raise AssertionError("a file is sealed once, when it was just written")
-    return place.start(1), checksum(head).encode()
+    if place is None:
+        raise ValueError("there is no place for a checksum in this head")
+    blank = head[: place.start(1)] + _UNSEALED + head[place.end(1) :]
+    return head[: place.start(1)] + checksum(blank).encode() + head[place.end(1) :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,9 +227,7 @@ def _check_seal(head: bytes, name: str) -> None:
             f"{name} has no kvcag manifest: it is another program's safetensors file. Give the path of a file that "
             "kvcag wrote."
         )
-    place = _SEAL.search(head)
-    blank = head[: place.start(1)] + _UNSEALED + head[place.end(1) :] if place else b""
-    if place is None or checksum(blank) != place[1].decode():
+    if _SEAL.search(head) is None or seal(head) != head:
         raise CorruptItemError(name, "its header does not match its checksum")
 
 

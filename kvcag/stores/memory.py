@@ -144,9 +144,13 @@ class MemoryStore(KVStore):
         if self._bytes + size > self.max_bytes:  # pinned since it was checked
             raise StoreFullError(item.id, size, self.max_bytes, self._bytes)
 
+    @property
+    def copies(self) -> bool:
+        """Whether `put` copies; else an item is kept with the tensors that it came with."""
+        return self.device is not None or self.pin_memory
+
     def _placed(self, item: KVCacheItem) -> KVCacheItem:
-        """The item with keys and values of its own where they belong; itself where nobody said."""
-        if self.device is None and not self.pin_memory:
+        if not self.copies:
             return item
         layers = ((self._place(keys), self._place(values)) for keys, values in layers_of(item.memory))
         return item.model_copy(update={"memory": cache_of(layers)})

@@ -28,7 +28,7 @@ from kvcag.errors import (
 from kvcag.items import KVCacheItem
 from kvcag.stores.files import atomic_write
 from kvcag.stores.format import item_from_bytes, item_to_bytes, read_id, read_item, read_manifest, write_item
-from kvcag.stores.manifest import checksum
+from kvcag.stores.manifest import seal
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -96,7 +96,9 @@ def test_any_safetensors_reader_opens_it(file: Path) -> None:
 def test_views_and_shared_tensors_are_written_as_what_they_show(tmp_path: Path) -> None:
     whole = torch.randn(1, 2, 20, 8)
     view = whole[..., 5:15, :]
-    item = random_item().model_copy(update={"memory": cache_of([(view, view), (whole[..., :10, :], whole[:, :1].expand(1, 2, 20, 8)[..., :10, :])])})
+    item = random_item().model_copy(
+        update={"memory": cache_of([(view, view), (whole[..., :10, :], whole[:, :1].expand(1, 2, 20, 8)[..., :10, :])])}
+    )
 
     write_item(tmp_path / "item", item)
 
@@ -313,7 +315,4 @@ def _rewrite(data: bytearray, old: bytes, new: bytes) -> None:
     size = 8 + int.from_bytes(data[:8], "little")
     head = bytes(data[:size])
     assert old in head
-    head = head.replace(old, new)
-    place = head.index(b'"kvcag.checksum":"') + len(b'"kvcag.checksum":"')
-    blank = head[:place] + b"0" * 16 + head[place + 16 :]
-    data[:size] = blank[:place] + checksum(blank).encode() + blank[place + 16 :]
+    data[:size] = seal(head.replace(old, new))
