@@ -50,11 +50,10 @@ async def test_the_event_loop_ticks_while_the_stream_works() -> None:
 
 
 async def test_an_error_reaches_the_consumer() -> None:
-    seen = []
+    stream = aio.iterate(Source(5, fail_at=2).open)
+    assert [await anext(stream), await anext(stream)] == [0, 1]
     with pytest.raises(RuntimeError, match="boom"):
-        async for piece in aio.iterate(Source(5, fail_at=2).open):
-            seen.append(piece)
-    assert seen == [0, 1]
+        await anext(stream)
 
 
 async def test_an_error_while_opening_reaches_the_consumer() -> None:
@@ -62,8 +61,7 @@ async def test_an_error_while_opening_reaches_the_consumer() -> None:
         raise RuntimeError("no model")
 
     with pytest.raises(RuntimeError, match="no model"):
-        async for _ in aio.iterate(fail):
-            pass
+        await anext(aio.iterate(fail))
 
 
 async def test_closing_stops_the_stream() -> None:

@@ -31,9 +31,7 @@ def bits(memory: KVCacheMemory) -> dict[str, list[torch.Tensor]]:
 
 
 def same(a: dict[str, list[torch.Tensor]], b: dict[str, list[torch.Tensor]]) -> bool:
-    return a.keys() == b.keys() and all(
-        torch.equal(x, y) for key in a for x, y in zip(a[key], b[key], strict=True)
-    )
+    return a.keys() == b.keys() and all(torch.equal(x, y) for key in a for x, y in zip(a[key], b[key], strict=True))
 
 
 def files(folder: Path) -> list[Path]:

@@ -66,7 +66,9 @@ def test_an_answer_over_a_cache_is_the_answer_of_a_full_prefill(tiny_engine: HFE
     cache = tiny_engine.build_kv_cache(TEXT)
     prompt = tiny_engine.plan(ASK, cache)
     expected = full_greedy(tiny_engine, list(prompt.token_ids), 24)
-    assert answer_ids(tiny_engine, ASK, cache, max_new_tokens=24) == [i for i in expected if i not in tiny_engine.eos_ids]
+    assert answer_ids(tiny_engine, ASK, cache, max_new_tokens=24) == [
+        i for i in expected if i not in tiny_engine.eos_ids
+    ]
 
 
 def test_the_prompt_over_a_cache_is_the_templates_own(tiny_engine: HFEngine) -> None:
@@ -154,7 +156,10 @@ def test_memory_returns_to_where_it_was() -> None:
     def tensor_bytes() -> int:
         gc.collect()
         tensors = [o for o in gc.get_objects() if type(o) is torch.Tensor]
-        return sum(storage.nbytes() for storage in {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}.values())
+        return sum(
+            storage.nbytes()
+            for storage in {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}.values()
+        )
 
     before = tensor_bytes()
     stream = engine.generate_stream(ASK, cache, max_new_tokens=64)
@@ -229,7 +234,9 @@ def test_a_prompt_that_does_not_fit_is_refused_before_any_prefill() -> None:
     engine = HFEngine(tiny_model(max_position_embeddings=64), byte_tokenizer())
     steps = Steps(engine.model)
     prompt_tokens = len(engine.plan(ASK).token_ids)
-    with pytest.raises(ContextLengthError, match=f"that is {prompt_tokens + 40 - 64} more than the model's context of 64"):
+    with pytest.raises(
+        ContextLengthError, match=f"that is {prompt_tokens + 40 - 64} more than the model's context of 64"
+    ):
         engine.generate_stream(ASK, max_new_tokens=40)
     with pytest.raises(ContextLengthError) as raised:
         engine.build_kv_cache("x" * 100)
@@ -242,18 +249,17 @@ def test_a_prompt_that_does_not_fit_is_refused_before_any_prefill() -> None:
 def test_every_eos_id_ends_an_answer(tiny_engine: HFEngine) -> None:
     plain = answer_ids(tiny_engine, ASK, max_new_tokens=12)
     tiny_engine.model.generation_config.eos_token_id = [257, plain[4]]
-    assert answer_ids(HFEngine(tiny_engine.model, tiny_engine.tokenizer), ASK, max_new_tokens=12) == plain[
-        : plain.index(plain[4])
-    ]
+    assert (
+        answer_ids(HFEngine(tiny_engine.model, tiny_engine.tokenizer), ASK, max_new_tokens=12)
+        == plain[: plain.index(plain[4])]
+    )
 
 
 def test_stop_strings_end_the_answer_and_are_not_in_it(tiny_engine: HFEngine) -> None:
     text = tiny_engine.generate(ASK, max_new_tokens=40, temperature=2.0, seed=3)
     stop = text[10:13]
     chunks = list(
-        tiny_engine.stream(
-            tiny_engine.plan(ASK), Sampling(max_new_tokens=40, temperature=2.0, seed=3, stop=(stop,))
-        )
+        tiny_engine.stream(tiny_engine.plan(ASK), Sampling(max_new_tokens=40, temperature=2.0, seed=3, stop=(stop,)))
     )
     assert "".join(chunk.text for chunk in chunks) == text[: text.index(stop)]
     assert chunks[-1].finish_reason == "stop"
@@ -348,7 +354,7 @@ def test_a_cache_that_grew_is_refused(tiny_engine: HFEngine) -> None:
 
 def test_another_models_cache_is_refused_and_says_what_differs(tiny_engine: HFEngine) -> None:
     other = HFEngine(tiny_model(seed=1), byte_tokenizer())
-    with pytest.raises(FingerprintMismatchError, match="weights: .*, not"):
+    with pytest.raises(FingerprintMismatchError, match=r"weights: .*, not"):
         tiny_engine.generate(ASK, other.build_kv_cache(TEXT))
     same_weights_other_template = HFEngine(tiny_engine.model, byte_tokenizer(CHATML + " "))
     with pytest.raises(FingerprintMismatchError, match="template"):
@@ -356,9 +362,7 @@ def test_another_models_cache_is_refused_and_says_what_differs(tiny_engine: HFEn
 
 
 def test_a_prompt_that_does_not_begin_with_the_cache_is_refused(tiny_engine: HFEngine) -> None:
-    cache = ContextCache.of(
-        layers_of(tiny_engine.build_kv_cache(TEXT)), torch.full((48,), 7), tiny_engine.fingerprint
-    )
+    cache = ContextCache.of(layers_of(tiny_engine.build_kv_cache(TEXT)), torch.full((48,), 7), tiny_engine.fingerprint)
     cache.token_ids = torch.full((cache.get_seq_length(),), 7)
     with pytest.raises(TokenMismatchError, match="agrees with the context's token_ids only in its first 0"):
         tiny_engine.stream(tiny_engine.plan(ASK), Sampling(), cache)

@@ -1,0 +1,172 @@
+"""What the library promises, on the real model: cached answers are the answers of a full prefill, in fp32."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvcag import HFEngine, KVCacheMemory, Sampling
+from kvcag.cache.hf import LayerKV, cut, layers_of
+from kvcag.cache.merge import Part, merge
+from kvcag.demo.corpus import python_topics
+from kvcag.prompt import as_messages
+
+HEAD = "Answer from the documents."
+ASKED = [
+    "What is this about?",
+    "Which statement is described first?",
+    "What happens when it fails?",
+    "Name one keyword.",
+    "Is there an example?",
+]
+
+
+@pytest.fixture(scope="module")
+def topics() -> list[str]:
+    return [document.text[:600] for document in python_topics()][:10]
+
+
+@torch.no_grad()
+def greedy_full(engine: HFEngine, token_ids: tuple[int, ...], steps: int) -> tuple[list[int], torch.Tensor]:
+    """Greedy tokens and their logits from transformers alone: one prefill of all ids, then its own cache."""
+    out = engine.model(torch.tensor([token_ids]), use_cache=True)
+    logits, tokens = [out.logits[0, -1]], [int(out.logits[0, -1].argmax())]
+    while len(tokens) < steps:
+        out = engine.model(torch.tensor([[tokens[-1]]]), past_key_values=out.past_key_values, use_cache=True)
+        logits.append(out.logits[0, -1])
+        tokens.append(int(out.logits[0, -1].argmax()))
+    return tokens, torch.stack(logits)
+
+
+@torch.no_grad()
+def forced(engine: HFEngine, tail: tuple[int, ...], cache: object, tokens: list[int]) -> torch.Tensor:
+    """The logits of the same tokens over a cache."""
+    fed = torch.tensor([[*tail, *tokens[:-1]]])
+    return engine.model(fed, past_key_values=copy.deepcopy(cache)).logits[0, len(tail) - 1 :]
+
+
+def generated(engine: HFEngine, prompt: object, steps: int, context: object = None) -> list[int]:
+    chunks = engine.stream(prompt, Sampling(max_new_tokens=steps), context)  # type: ignore[arg-type]
+    return [token for chunk in chunks for token in chunk.token_ids]
+
+
+def before_eos(engine: HFEngine, tokens: list[int]) -> list[int]:
+    end = next((i for i, token in enumerate(tokens) if token in engine.eos_ids), len(tokens))
+    return tokens[:end]
+
+
+def test_exact_answers_are_token_identical_on_fifty_prompts(smollm2_engine: HFEngine, topics: list[str]) -> None:
+    engine, steps = smollm2_engine, 8
+    largest, prompts = 0.0, 0
+    for topic in topics:
+        cache = engine.build_kv_cache(topic)
+        for question in ASKED:
+            prompt = engine.plan(question, cache)
+            expected, logits = greedy_full(engine, prompt.token_ids, steps)
+            largest = max(largest, float((logits - forced(engine, prompt.tail_ids, cache, expected)).abs().max()))
+            assert generated(engine, prompt, steps, cache) == before_eos(engine, expected), (topic[:40], question)
+            prompts += 1
+    assert prompts >= 50
+    assert largest <= 1e-3
+
+
+def test_two_turns_of_chat_are_token_identical(smollm2_engine: HFEngine, topics: list[str]) -> None:
+    engine = smollm2_engine
+    for topic in topics[:5]:
+        messages = [{"role": "system", "content": topic}, *as_messages("What is this about?")]
+        for follow_up in ("Say it in one sentence.", None):
+            prompt = engine.plan(messages)
+            expected, _ = greedy_full(engine, prompt.token_ids, 12)
+            known, _ = engine.prefixes.match(prompt.token_ids)
+            assert generated(engine, prompt, 12) == before_eos(engine, expected)
+            if follow_up is None:
+                assert known > len(engine.template.encode(topic))  # the first turn was not read again
+                break
+            answer = engine.tokenizer.decode(before_eos(engine, expected))
+            messages = [*messages, {"role": "assistant", "content": answer}, *as_messages(follow_up)]
+
+
+def test_exact_merges_are_token_identical_and_full_recompute_is_a_prefill(
+    smollm2_engine: HFEngine, topics: list[str]
+) -> None:
+    memory = KVCacheMemory(smollm2_engine, head=HEAD)
+    items = [memory.extract(topic) for topic in topics[:4]]
+    memory.add(items)
+    for strategy in ("exact", "full"):
+        context = memory.merge([item.id for item in items], ASKED[0], strategy=strategy)  # type: ignore[arg-type]
+        ids = (*context.token_ids.tolist(), *context.tail_ids.tolist())
+        expected, logits = greedy_full(smollm2_engine, ids, 12)
+        over_cache = forced(smollm2_engine, tuple(context.tail_ids.tolist()), context.cache, expected)
+        assert float((logits - over_cache).abs().max()) <= 1e-3
+        assert generated(smollm2_engine, smollm2_engine.plan(None, context), 12, context) == before_eos(
+            smollm2_engine, expected
+        )
+
+
+@torch.no_grad()
+def encoded_at(engine: HFEngine, token_ids: torch.Tensor, position: int) -> list[LayerKV]:
+    """Keys and values of tokens that stand at `position`, with nothing before them."""
+    positions = torch.arange(position, position + len(token_ids))[None]
+    return layers_of(engine.model(token_ids[None], position_ids=positions, use_cache=True).past_key_values)
+
+
+def off(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got - wanted).norm() / wanted.norm())
+
+
+def test_each_key_of_a_merge_sits_at_its_true_position(smollm2_engine: HFEngine, topics: list[str]) -> None:
+    """In every layer: a document that was encoded at 0 and moved equals the document encoded where it now stands."""
+    documents = [torch.tensor(smollm2_engine.template.encode(topic)) for topic in topics[:3]]
+    parts = [Part(ids, encoded_at(smollm2_engine, ids, 0), 0, exact=i == 0) for i, ids in enumerate(documents)]
+    with smollm2_engine.exclusive() as model:
+        merged = merge(model, parts, torch.tensor([1]), strategy="rotate").layers
+    start = 0
+    for ids in documents:
+        there = encoded_at(smollm2_engine, ids, start)
+        for got, wanted in zip(cut(merged, start, start + len(ids)), there, strict=True):
+            assert off(got[0], wanted[0]) <= 1e-4
+            assert off(got[1], wanted[1]) <= 1e-4
+        start += len(ids)
+    assert merged[0][0].shape[-2] == start
+
+
+def test_ten_generations_and_four_threads_leave_an_item_as_it_was(smollm2_engine: HFEngine, topics: list[str]) -> None:
+    memory = KVCacheMemory(smollm2_engine, head=HEAD)
+    item = memory.extract(topics[0])
+    memory.add(item)
+    before = [tensor.clone() for kv in layers_of(item.memory) for tensor in kv]
+
+    def ask(seed: int) -> None:
+        cache = memory.get_cache([item.id])
+        smollm2_engine.generate(ASKED[seed % 5], cache, temperature=1.0, seed=seed, max_new_tokens=3)
+        context = memory.merge([item.id], ASKED[seed % 5], strategy="rotate")
+        smollm2_engine.generate(past_key_values=context, max_new_tokens=3)
+
+    for seed in range(6):
+        ask(seed)
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(6, 10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    stored = memory.get(item.id)
+    assert stored is not None
+    after = [tensor for kv in layers_of(stored.memory) for tensor in kv]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_stored_cache_takes_the_bytes_of_its_tokens(
+    smollm2_engine: HFEngine, topics: list[str], tmp_path: Path
+) -> None:
+    memory = KVCacheMemory(smollm2_engine)
+    item = memory.extract(topics[0])
+    memory.add(item)
+    memory.dump(tmp_path)
+    config = smollm2_engine.model.config
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    (file,) = tmp_path.glob("*.safetensors")
+    assert len(item.token_ids) * per_token <= file.stat().st_size <= 1.01 * len(item.token_ids) * per_token
