@@ -22,7 +22,7 @@ from typing_extensions import Self
 
 from kvcag.aio import iterate
 from kvcag.engines.base import Chunk, Engine
-from kvcag.errors import FingerprintMismatchError, InvalidInputError
+from kvcag.errors import ChatTemplateError, FingerprintMismatchError, InvalidInputError
 from kvcag.handles import ContextHandles
 from kvcag.langchain.ahead import encoding_ahead
 from kvcag.langchain.documents import DOCUMENT_SEPARATOR, DocumentsPrompt
@@ -170,10 +170,16 @@ class ChatKVCAG(BaseChatModel):
 
         Raises:
             FingerprintMismatchError: the loaded weights are not those that `fingerprint` names.
+            ChatTemplateError: the model has no chat template.
         """
         name = model or self.model
         if name not in self._memories:
             engine = self._engine(name)
+            if not engine.template.has_template:
+                raise ChatTemplateError(
+                    f"{name!r} has no chat template, so its tokenizer cannot write down who said what. Use an instruct "
+                    "model, or set one: engine.tokenizer.chat_template = …"
+                )
             store = open_store(self.store, engine)
             warn_if_foreign(store, engine.fingerprint)
             self._memories.setdefault(name, KVCacheMemory(engine, store, tenant=self.tenant))

@@ -23,7 +23,13 @@ from tiny import byte_tokenizer, tiny_model
 
 from kvcag import CacheWarning, HFEngine
 from kvcag.engines.echo import EchoEngine
-from kvcag.errors import ContextLengthError, FingerprintMismatchError, InvalidInputError, UnsupportedContentError
+from kvcag.errors import (
+    ChatTemplateError,
+    ContextLengthError,
+    FingerprintMismatchError,
+    InvalidInputError,
+    UnsupportedContentError,
+)
 from kvcag.langchain import ChatKVCAG
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.memory import MemoryStore
@@ -468,10 +474,10 @@ def test_an_image_is_refused(llm: ChatKVCAG) -> None:
         llm.invoke([HumanMessage([{"type": "text", "text": "look"}, image])])
 
 
-def test_a_model_without_a_chat_template_completes_plain_text() -> None:
+def test_a_model_without_a_chat_template_is_refused() -> None:
     engine = HFEngine(tiny_model(), byte_tokenizer(chat_template=None))
-    answer = ChatKVCAG(engine=engine, max_tokens=3).invoke("hello")
-    assert answer.usage_metadata["input_tokens"] == len("hello")
+    with pytest.raises(ChatTemplateError, match=r"has no chat template.*Use an instruct model, or set one"):
+        ChatKVCAG(engine=engine, max_tokens=3).invoke("hello")
 
 
 # --- the rest of a chat model -----------------------------------------------------------------------------------------
