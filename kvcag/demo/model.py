@@ -228,6 +228,10 @@ def _main() -> None:
     def say(line: str) -> None:
         print(f"==> {line}", file=sys.stderr, flush=True)  # noqa: T201
 
+    # These lines are the progress; transformers would draw a bar for each shard of each step.
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     try:
         say(f"embedded model: {embedded_model(say=say)}")
     except KVCAGError as error:
