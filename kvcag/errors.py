@@ -17,6 +17,7 @@ KVCAGError
 ├── StoreError                              where items live
 │   ├── CorruptItemError                    cut, flipped or half written
 │   ├── FormatError                         not a file of ours, or of a newer version
+│   │   └── UnsafePickleError               a pickle that wants to run something
 │   ├── StoreFullError                      larger than the store's budget
 │   └── StoreUnavailableError (OSError)     disk full, permission denied, remote gone
 ├── EngineError                             the model, or the server that runs it, failed
@@ -156,6 +157,10 @@ class CorruptItemError(StoreError):
 
 class FormatError(StoreError):
     """Something that is not a file of ours, or of a version that this release cannot read."""
+
+
+class UnsafePickleError(FormatError):
+    """A pickle asks for something that no dump of caches needs. It was not run."""
 
 
 class StoreFullError(StoreError):
