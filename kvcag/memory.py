@@ -7,18 +7,17 @@ import time
 import warnings
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
-from itertools import chain
 from os import PathLike
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
-from kvcag.cache.hf import ContextCache, cache_of, layers_of, owned, share
-from kvcag.cache.merge import Part, merge
-from kvcag.cache.merge import Strategy as MergeStrategy
+from kvcag.cache.hf import ContextCache, cache_of, layers_of, share
+from kvcag.compose import Strategy, compose, exact_context
 from kvcag.config import KVCacheMemoryConfig, parse
-from kvcag.context import MergedContext, MergeReport
+from kvcag.context import MergedContext
 from kvcag.engines.base import Chunk, Engine
+from kvcag.engines.constrain import ConstraintLike
 from kvcag.engines.hf import HFEngine
 from kvcag.engines.sampling import Sampling
 from kvcag.errors import (
@@ -37,7 +36,6 @@ from kvcag.stores.folder import dump_items, load_items
 from kvcag.stores.memory import MemoryStore
 from kvcag.texts import Texts, text_and_metadata, texts_of
 
-Strategy: TypeAlias = MergeStrategy | Literal["exact"]
 Ids: TypeAlias = tuple[int, ...]
 
 
@@ -180,7 +178,7 @@ class KVCacheMemory:
         if not items:
             return None
         prompt = self.engine.template.around(self.head, _PLACEHOLDER)
-        context = self._merge(prompt.head_ids, items, (), "rotate", 0.0)
+        context = self._compose(prompt.head_ids, items, (), "rotate", 0.0)
         exact = context.report.mode == "exact"
         return ContextCache.of(layers_of(context.cache), context.token_ids, context.fingerprint, exact=exact)
 
@@ -215,7 +213,7 @@ class KVCacheMemory:
             raise InvalidInputError("there is nothing to merge: pass at least one id of an item in the memory")
         tokens = len(prompt.head_ids) + sum(len(item.token_ids) for item in items) + len(prompt.tail_ids)
         self.engine.check_fits(tokens, 1)
-        return self._merge(prompt.head_ids, items, prompt.tail_ids, strategy, ratio)
+        return self._compose(prompt.head_ids, items, prompt.tail_ids, strategy, ratio)
 
     def context_for(self, prompt: Prompt, strategy: Strategy = "query", ratio: float = 0.2) -> MergedContext:
         """The context of a prompt with documents: reused as it is, merged from what is kept, or encoded and kept.
@@ -227,7 +225,7 @@ class KVCacheMemory:
         with self._encoding:
             known, _ = self._encoder.prefixes.match(prompt.context_ids, self.tenant)
             if strategy == "exact" or known == len(prompt.context_ids):
-                return self._exact(prompt.context_ids, prompt.tail_ids)
+                return exact_context(self._encoder, prompt.context_ids, prompt.tail_ids, self.tenant)
             items, encoded = [], 0
             for token_ids, text in zip(prompt.document_ids, prompt.documents, strict=True):
                 item, created = self._kept(prompt.head_ids, token_ids, text)
@@ -235,7 +233,7 @@ class KVCacheMemory:
                 encoded += len(token_ids) if created else 0
         if encoded:  # and the head with the first of them
             encoded += max(0, len(prompt.head_ids) - known)
-        return self._merge(prompt.head_ids, items, prompt.tail_ids, strategy, ratio, encoded)
+        return self._compose(prompt.head_ids, items, prompt.tail_ids, strategy, ratio, encoded)
 
     def keep(self, messages: Sequence[Message], metadata: Sequence[Mapping[str, Any]] | None = None) -> list[str]:
         """Encode the documents of messages before anybody asks, and return their ids, in order.
@@ -260,6 +258,7 @@ class KVCacheMemory:
         ratio: float = 0.2,
         tools: Sequence[Mapping[str, Any]] | None = None,
         sampling: Sampling | None = None,
+        constraint: ConstraintLike | None = None,
     ) -> Generator[Chunk, None, None]:
         """Answer messages whose documents (`kvcag.prompt.Document`) come from caches. What both adapters call.
 
@@ -267,15 +266,18 @@ class KVCacheMemory:
 
         Raises:
             ContextLengthError: the prompt and the answer exceed the model's context; nothing was encoded.
+            ConstraintError: the constraint cannot be used, or does not fit the budget; nothing was encoded.
         """
         started = time.perf_counter()
         settings = sampling or self.engine.sampling()
         template = self.engine.template
         prompt = messages if isinstance(messages, Prompt) else template.prompt(as_messages(messages), tools=tools)
-        self.engine.check_fits(len(prompt.token_ids), settings.max_new_tokens)
+        budget = self.engine.check_fits(len(prompt.token_ids), settings.max_new_tokens)
+        if constraint is not None:
+            constraint = self.engine.constrain(constraint, budget, prompt.thinking)
         cached = prompt.document_ids and isinstance(self.engine, HFEngine)
         context = self.context_for(prompt, strategy, ratio) if cached else None
-        return self.engine.stream(prompt, settings, context, tenant=self.tenant, started=started)
+        return self.engine.stream(prompt, settings, context, constraint=constraint, tenant=self.tenant, started=started)
 
     # --- inside ------------------------------------------------------------------------------------------------
 
@@ -287,6 +289,17 @@ class KVCacheMemory:
             f"{type(self.engine).__name__} keeps no caches that could be taken out: use an HFEngine to encode, keep "
             "and merge. stream() answers with either."
         )
+
+    def _compose(
+        self,
+        head_ids: Ids,
+        items: Sequence[KVCacheItem],
+        tail_ids: Ids,
+        strategy: Strategy,
+        ratio: float,
+        encoded: int = 0,
+    ) -> MergedContext:
+        return compose(self._encoder, head_ids, items, tail_ids, strategy, ratio, encoded=encoded, tenant=self.tenant)
 
     def _key(self, head_ids: Ids, token_ids: Ids) -> str:
         return content_key(self.engine.fingerprint.digest, ids_digest(head_ids), token_ids)
@@ -314,6 +327,7 @@ class KVCacheMemory:
                 item = self.store.get(known)
                 if item is not None:
                     self._check(item)
+                    layers_of(item.memory)  # a store may read them now, and find them damaged
                     return item, False
             except (StoreError, FingerprintMismatchError) as damaged:
                 warnings.warn(f"encoding a document again: {damaged}", CacheWarning, stacklevel=4)
@@ -341,54 +355,6 @@ class KVCacheMemory:
             raise InvalidInputError(f"item {item.id!r} does not say which model made it: make it with extract()")
         if not self.engine.fingerprint.matches(item.fingerprint):
             raise FingerprintMismatchError(f"item {item.id!r}", self.engine.fingerprint.differences(item.fingerprint))
-
-    def _merge(
-        self,
-        head_ids: Ids,
-        items: Sequence[KVCacheItem],
-        tail_ids: Ids,
-        strategy: Strategy,
-        ratio: float,
-        encoded: int = 0,
-    ) -> MergedContext:
-        """Put items together. `encoded` of their tokens were encoded just now, in this call."""
-        context_ids = (*head_ids, *chain.from_iterable(item.token_ids.tolist() for item in items))
-        if strategy == "exact":
-            return self._exact(context_ids, tail_ids)
-        head, head_reused = self._encoder.prefill(head_ids, tenant=self.tenant) if head_ids else ([], 0)
-        parts = [Part(torch.tensor(head_ids, dtype=torch.long), head, 0, exact=True)] if head_ids else []
-        for index, item in enumerate(items):
-            exact = index == 0 and item.prefix_digest == ids_digest(head_ids)
-            parts.append(Part(item.token_ids, layers_of(item.memory), item.base_position, exact=exact))
-        with self._encoder.exclusive() as model:
-            merged = merge(model, parts, torch.tensor(tail_ids, dtype=torch.long), strategy=strategy, ratio=ratio)
-        recomputed = len(merged.recomputed)
-        encoded = min(encoded + len(head_ids) - head_reused, len(context_ids) - recomputed)
-        report = MergeReport(
-            mode="exact" if all(part.exact for part in parts) else "merged",
-            strategy=strategy,
-            context_tokens=len(context_ids),
-            reused_tokens=len(context_ids) - recomputed - encoded,
-            recomputed_tokens=recomputed,
-            encoded_tokens=encoded,
-        )
-        return self._context(merged.layers, context_ids, tail_ids, report)
-
-    def _exact(self, context_ids: Ids, tail_ids: Ids) -> MergedContext:
-        """Head and documents encoded in this order, as far as they were not before."""
-        layers, reused = self._encoder.prefill(context_ids, tenant=self.tenant)
-        encoded = len(context_ids) - reused
-        report = MergeReport("exact" if reused else "encoded", "exact", len(context_ids), reused, 0, encoded)
-        return self._context(owned(layers), context_ids, tail_ids, report)
-
-    def _context(self, layers: Any, context_ids: Ids, tail_ids: Ids, report: MergeReport) -> MergedContext:
-        return MergedContext(
-            cache=cache_of(layers),
-            token_ids=torch.tensor(context_ids, dtype=torch.long),
-            tail_ids=torch.tensor(tail_ids, dtype=torch.long),
-            report=report,
-            fingerprint=self.engine.fingerprint,
-        )
 
 
 _PLACEHOLDER: list[Message] = [{"role": "user", "content": "…"}]

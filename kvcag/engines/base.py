@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from transformers.cache_utils import Cache
 
 from kvcag.context import MergedContext, MergeReport
+from kvcag.engines.constrain import ConstraintLike
 from kvcag.engines.sampling import Sampling
 from kvcag.fingerprint import ModelFingerprint
 from kvcag.prompt import ChatTemplate, Prompt
 
+if TYPE_CHECKING:
+    from kvcag.engines.enforce import Constraint
+
 FinishReason = Literal["stop", "length"]
-"""`stop`: an end-of-sequence token or a stop string. `length`: `max_new_tokens` were generated."""
+"""`stop`: an end-of-sequence token, a stop string or a constraint's end. `length`: `max_new_tokens` were generated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +83,16 @@ class Engine(Protocol):
     def check_fits(self, prompt_tokens: int, max_new_tokens: int | None) -> int:
         """How many tokens may be generated. Raises `ContextLengthError`."""
 
+    def constrain(self, constraint: ConstraintLike, max_new_tokens: int, thinking: bool = False) -> Constraint:
+        """Compile a constraint and check that it fits the budget. Raises `ConstraintError`."""
+
     def stream(
         self,
         prompt: Prompt,
         sampling: Sampling,
         past_key_values: Cache | MergedContext | None = None,
         *,
+        constraint: ConstraintLike | None = None,
         tenant: str = "",
         started: float | None = None,
     ) -> Generator[Chunk, None, None]:

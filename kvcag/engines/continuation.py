@@ -1,9 +1,10 @@
-"""What a generation may take from the context it is given: checked against the model and the prompt."""
+"""How a prompt goes on after a context, and what it may take from it: checked against the model and the prompt."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers.cache_utils import Cache
 
@@ -11,6 +12,7 @@ from kvcag.cache.hf import ContextCache, LayerKV, cut, layers_of
 from kvcag.context import MergedContext, MergeReport
 from kvcag.errors import FingerprintMismatchError, TokenMismatchError
 from kvcag.fingerprint import ModelFingerprint
+from kvcag.prompt import ChatTemplate, Message, Prompt, as_messages
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,45 @@ def read_context(
             "Begin the prompt with context.token_ids."
         )
     return Given(cut(layers_of(cache), 0, min(agreeing, len(token_ids) - 1)), exact, report)
+
+
+def plan(
+    template: ChatTemplate, messages: str | Sequence[Message] | None, past_key_values: Cache | MergedContext | None
+) -> Prompt:
+    """The whole prompt that asks `messages`, the context's tokens included.
+
+    Raises:
+        TokenMismatchError: the context does not say which tokens it holds.
+        EmptyPromptError: there is nothing to ask.
+    """
+    asked = as_messages(messages) if messages else []
+    if isinstance(past_key_values, MergedContext):
+        context = tuple(past_key_values.token_ids.tolist())
+        if not asked:
+            return Prompt(context, (), tuple(past_key_values.tail_ids.tolist()))
+        framed = template.around(None, asked)
+    elif past_key_values is None or past_key_values.get_seq_length() == 0:
+        return template.prompt(asked)
+    else:
+        cached = known(past_key_values)
+        context = tuple(cached.token_ids.tolist())
+        if cached.messages is not None:
+            return _continued(template, context, cached.messages, asked)
+        framed = template.around(None, asked)
+    return Prompt(context, (), framed.tail_ids, framed.thinking)
+
+
+def _continued(
+    template: ChatTemplate, context: tuple[int, ...], cached: list[dict[str, Any]], asked: list[Message]
+) -> Prompt:
+    """The prompt that continues closed turns. `asked` are the new messages, or the conversation as a whole."""
+    everything = asked if asked[: len(cached)] == cached else [*cached, *asked]
+    closed = template.render(cached, add_generation_prompt=False)
+    text = template.render(everything)
+    if not text.startswith(closed):  # the template rewrites history; what agrees is found by its ids
+        return template.prompt(everything)
+    tail = template.encode(text[len(closed) :])
+    return Prompt(context, (), tail, thinking=text.rstrip().endswith("<think>"))
 
 
 def known(cache: Cache) -> ContextCache:

@@ -75,7 +75,7 @@ class Decoding:
         return [*self.prompt_ids, *self.answer_ids][: self.cache.get_seq_length()]
 
     def tokens(self) -> Iterator[int]:
-        """Generate until an end-of-sequence token, which is the last one given, or the budget's end."""
+        """Generate until an end-of-sequence token, which is the last one given, a constraint's or the budget's end."""
         pending = self.prompt_ids[self.cache.get_seq_length() :]
         while len(self.answer_ids) < self._max_new_tokens:
             logits = self._forward(pending, self.cache)
@@ -83,7 +83,7 @@ class Decoding:
             self.answer_ids.append(token)
             self._first_token_at = self._first_token_at or time.perf_counter()
             yield token
-            if token in self._eos_ids:
+            if token in self._eos_ids or self._sampler.complete:
                 return
             pending = [token]
 
@@ -103,6 +103,7 @@ class Decoding:
                 yield Chunk(text, (token,), "stop", self.usage())
                 return
             yield Chunk(text, (token,))
+            finish = "stop" if self._sampler.complete else "length"
         rest = visible(detokenizer.flush()) + (thinking.flush() if thinking else "")
         text = stop.push(rest)
         text += "" if stop.found else stop.flush()

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Generator
 from functools import cached_property
 from itertools import takewhile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -22,11 +22,15 @@ from transformers.cache_utils import Cache
 
 from kvcag.context import MergedContext
 from kvcag.engines.base import Chunk, FinishReason, Usage
+from kvcag.engines.constrain import ConstraintLike
 from kvcag.engines.sampling import Sampling
 from kvcag.engines.text import Detokenizer, StopStrings
 from kvcag.errors import ContextLengthError, EmptyPromptError, UnsupportedModelError
 from kvcag.fingerprint import ModelFingerprint
 from kvcag.prompt import ChatTemplate, Prompt
+
+if TYPE_CHECKING:
+    from kvcag.engines.enforce import Constraint, Grammars
 
 _TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\n", re.DOTALL)
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -110,12 +114,14 @@ class EchoEngine:
         sampling: Sampling,
         past_key_values: Cache | MergedContext | None = None,
         *,
+        constraint: ConstraintLike | None = None,
         tenant: str = "",
         started: float | None = None,
     ) -> Generator[Chunk, None, None]:
-        """Answer a prompt, a chunk a byte.
+        """Answer a prompt, a chunk a byte; under a constraint, with the shortest text that satisfies it.
 
         Raises:
+            ConstraintError: the constraint cannot be used, or nothing that satisfies it fits the budget.
             ContextLengthError: the prompt with `max_new_tokens` exceeds `context_length`.
             UnsupportedModelError: a cache was passed.
         """
@@ -125,9 +131,25 @@ class EchoEngine:
         if not prompt.token_ids:
             raise EmptyPromptError("the prompt has no tokens")
         budget = self.check_fits(len(prompt.token_ids), sampling.max_new_tokens)
-        text = str(self.tokenizer.decode(list(prompt.token_ids), skip_special_tokens=False))
+        if constraint is None:
+            text = str(self.tokenizer.decode(list(prompt.token_ids), skip_special_tokens=False))
+            answer_ids = self.template.encode(self.answer(text))
+        else:
+            answer_ids = self.constrain(constraint, budget, prompt.thinking).shortest
         cached = self._remember(prompt.token_ids, tenant)
-        return self._say(prompt, self.template.encode(self.answer(text)), budget, sampling, cached, started)
+        return self._say(prompt, answer_ids, budget, sampling, cached, started)
+
+    def constrain(self, constraint: ConstraintLike, max_new_tokens: int, thinking: bool = False) -> Constraint:
+        """Compile a constraint and check that it fits the budget, as `HFEngine.constrain` does."""
+        compiled = self._grammars.compile(constraint, thinking=thinking)
+        compiled.check_fits(max_new_tokens)
+        return compiled
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        from kvcag.engines.enforce import Grammars  # an extra, needed by those who constrain
+
+        return Grammars(self.tokenizer, len(self.tokenizer), [self.tokenizer.eos_token_id])
 
     def _say(
         self,

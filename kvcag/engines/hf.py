@@ -5,38 +5,31 @@ from __future__ import annotations
 import inspect
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from kvcag.cache.hf import (
-    ContextCache,
-    LayerKV,
-    check_cacheable,
-    cut,
-    generation_cache,
-    layers_of,
-    owned,
-)
+from kvcag.cache.hf import ContextCache, LayerKV, check_cacheable, cut, generation_cache, layers_of, owned
 from kvcag.cache.prefix import PrefixCache
 from kvcag.context import MergedContext
 from kvcag.engines.base import Chunk
-from kvcag.engines.continuation import known, read_context
+from kvcag.engines.constrain import ConstraintLike
+from kvcag.engines.continuation import plan, read_context
 from kvcag.engines.decode import Account, Decoding
 from kvcag.engines.sampling import DEFAULT_MAX_NEW_TOKENS, Sampler, Sampling
 from kvcag.engines.text import Detokenizer, StopStrings, ThinkingFilter
-from kvcag.errors import (
-    ContextLengthError,
-    EmptyPromptError,
-)
+from kvcag.errors import ContextLengthError, EmptyPromptError
 from kvcag.fingerprint import ModelFingerprint
-from kvcag.prompt import ChatTemplate, Message, Prompt, as_messages
+from kvcag.prompt import ChatTemplate, Message, Prompt
+
+if TYPE_CHECKING:
+    from kvcag.engines.enforce import Constraint, Grammars
 
 _PREFILL_CHUNK = 2048
 """Tokens of one forward pass while encoding: bounds the activations, and how long a closed stream still computes."""
@@ -179,6 +172,30 @@ class HFEngine:
             raise ContextLengthError(prompt_tokens, wanted, self.context_length)
         return wanted
 
+    def constrain(self, constraint: ConstraintLike, max_new_tokens: int, thinking: bool = False) -> Constraint:
+        """Compile a constraint, or find it among those compiled before, and check that it fits the budget.
+
+        Args:
+            constraint: what the answer must be.
+            max_new_tokens: the budget.
+            thinking: the answer begins within a thinking block; the constraint holds after that.
+
+        Raises:
+            ConstraintError: it is malformed or unsupported, or nothing satisfies it.
+            ConstraintBudgetError: nothing that satisfies it fits the budget.
+            MissingExtraError: the extra `structured` is not installed.
+        """
+        compiled = self._grammars.compile(constraint, thinking=thinking)
+        compiled.check_fits(max_new_tokens)
+        return compiled
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        from kvcag.engines.enforce import Grammars  # an extra, needed by those who constrain
+
+        vocabulary = self.model.get_input_embeddings().num_embeddings
+        return Grammars(self.tokenizer, vocabulary, sorted(self.eos_ids))
+
     @contextmanager
     def exclusive(self) -> Iterator[PreTrainedModel]:
         """The model for one caller alone, with gradients off; other threads wait for their turn."""
@@ -250,6 +267,8 @@ class HFEngine:
         self,
         messages: str | Sequence[Message] | None = None,
         past_key_values: Cache | MergedContext | None = None,
+        *,
+        constraint: ConstraintLike | None = None,
         **sampling: Any,
     ) -> str:
         """Answer messages, optionally over a cached context.
@@ -259,44 +278,35 @@ class HFEngine:
                 `MergedContext`, asks the question it was merged for.
             past_key_values: a cache from `build_kv_cache` or `KVCacheMemory.get_cache`, or a `MergedContext`. It is
                 read, never written.
+            constraint: what the answer must be: a pydantic model, a JSON schema, `Regex`, `Choices` or `Grammar`.
             **sampling: see `Sampling`.
 
         Raises:
+            ConstraintError: the constraint cannot be used, or nothing that satisfies it fits `max_new_tokens`.
             ContextLengthError: the prompt with `max_new_tokens` exceeds the model's context; nothing was prefilled.
             CacheMismatchError: the cache is another model's, or does not say which tokens it holds.
         """
-        return "".join(self.generate_stream(messages, past_key_values, **sampling))
+        return "".join(self.generate_stream(messages, past_key_values, constraint=constraint, **sampling))
 
     def generate_stream(
         self,
         messages: str | Sequence[Message] | None = None,
         past_key_values: Cache | MergedContext | None = None,
+        *,
+        constraint: ConstraintLike | None = None,
         **sampling: Any,
     ) -> Iterator[str]:
         """`generate`, piece by piece. Arguments are checked at once; closing the stream stops the model."""
         settings = self.sampling(**sampling)
-        chunks = self.stream(self.plan(messages, past_key_values), settings, past_key_values)
+        prompt = self.plan(messages, past_key_values)
+        chunks = self.stream(prompt, settings, past_key_values, constraint=constraint)
         return (chunk.text for chunk in chunks if chunk.text)
 
     def plan(
         self, messages: str | Sequence[Message] | None, past_key_values: Cache | MergedContext | None = None
     ) -> Prompt:
         """The whole prompt, the context's tokens included, as `stream` takes it."""
-        asked = as_messages(messages) if messages else []
-        if isinstance(past_key_values, MergedContext):
-            context = tuple(past_key_values.token_ids.tolist())
-            if not asked:
-                return Prompt(context, (), tuple(past_key_values.tail_ids.tolist()))
-            framed = self.template.around(None, asked)
-        elif past_key_values is None or past_key_values.get_seq_length() == 0:
-            return self.template.prompt(asked)
-        else:
-            cached = known(past_key_values)
-            context = tuple(cached.token_ids.tolist())
-            if cached.messages is not None:
-                return self._continued(context, cached.messages, asked)
-            framed = self.template.around(None, asked)
-        return Prompt(context, (), framed.tail_ids, framed.thinking)
+        return plan(self.template, messages, past_key_values)
 
     def stream(
         self,
@@ -304,9 +314,10 @@ class HFEngine:
         sampling: Sampling,
         past_key_values: Cache | MergedContext | None = None,
         *,
+        constraint: ConstraintLike | None = None,
         tenant: str = "",
         started: float | None = None,
-    ) -> Iterator[Chunk]:
+    ) -> Generator[Chunk, None, None]:
         """Answer a prompt of token ids, over a context that it begins with, if one is given.
 
         Over an exact context, or none, the longest prefix that was encoded before is reused, and the prompt and its
@@ -315,6 +326,7 @@ class HFEngine:
         Times count from `started` (`time.perf_counter()`), where preparing the context belongs to the answer.
 
         Raises:
+            ConstraintError: the constraint cannot be used, or nothing that satisfies it fits `max_new_tokens`.
             ContextLengthError: the prompt with `max_new_tokens` exceeds the model's context.
             CacheMismatchError: the context is another model's, or its ids are not those that the prompt begins with.
         """
@@ -323,6 +335,7 @@ class HFEngine:
         if not token_ids:
             raise EmptyPromptError("the prompt has no tokens")
         max_new_tokens = self.check_fits(len(token_ids), sampling.max_new_tokens)
+        compiled = None if constraint is None else self.constrain(constraint, max_new_tokens, prompt.thinking)
         given = read_context(past_key_values, token_ids, self.fingerprint)
         reused, pieces = given.length, [given.layers] if given.layers else []
         if given.exact:
@@ -334,14 +347,14 @@ class HFEngine:
             created += len(token_ids) - reused
         account = Account(started, reused - paid, created, given.report)
 
-        def run() -> Iterator[Chunk]:
+        def run() -> Generator[Chunk, None, None]:
             decoding = Decoding(
                 self._forward,
                 generation_cache(pieces, room=len(token_ids) - reused + max_new_tokens),
                 token_ids,
                 max_new_tokens=max_new_tokens,
                 eos_ids=self.eos_ids,
-                sampler=Sampler(sampling, self.device),
+                sampler=Sampler(sampling, self.device, compiled.start(max_new_tokens) if compiled else None),
                 account=account,
             )
             thinking = ThinkingFilter(prompt.thinking) if sampling.strip_thinking else None
@@ -357,16 +370,6 @@ class HFEngine:
                     self.prefixes.insert(decoding.cached_ids, layers_of(decoding.cache), tenant)
 
         return run()
-
-    def _continued(self, context: tuple[int, ...], cached: list[dict[str, Any]], asked: list[Message]) -> Prompt:
-        """The prompt that continues closed turns. `asked` are the new messages, or the conversation as a whole."""
-        everything = asked if asked[: len(cached)] == cached else [*cached, *asked]
-        closed = self.template.render(cached, add_generation_prompt=False)
-        text = self.template.render(everything)
-        if not text.startswith(closed):  # the template rewrites history; what agrees is found by its ids
-            return self.template.prompt(everything)
-        tail = self.template.encode(text[len(closed) :])
-        return Prompt(context, (), tail, thinking=text.rstrip().endswith("<think>"))
 
     def _forward(self, token_ids: Sequence[int], cache: Cache) -> torch.Tensor:
         """Run tokens over `cache`, which grows by them; logits after the last, `(1, vocabulary)`."""

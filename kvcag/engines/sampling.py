@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
 from kvcag.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from kvcag.engines.enforce import Enforcement
 
 DEFAULT_MAX_NEW_TOKENS = 512
 
@@ -89,21 +92,23 @@ class Sampler:
     Args:
         sampling: the settings.
         device: where the logits are.
-        constraints: processors that mask what a constraint forbids; they run before temperature and cut-offs.
+        constraint: masks what it forbids, before temperature and cut-offs, and may replace the choice.
     """
 
     def __init__(
         self,
         sampling: Sampling,
         device: torch.device,
-        constraints: Sequence[hf.LogitsProcessor] = (),
+        constraint: Enforcement | None = None,
     ) -> None:
+        self._constraint = constraint
         self._greedy = sampling.greedy
         self._generator: torch.Generator | None = None
         self._processors = LogitsProcessorList()
         if sampling.repetition_penalty not in (None, 1.0):
             self._processors.append(hf.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
-        self._processors.extend(constraints)
+        if constraint is not None:
+            self._processors.append(constraint)
         if not sampling.greedy:
             self._generator = torch.Generator(device)
             if sampling.seed is None:
@@ -124,8 +129,15 @@ class Sampler:
             seen = torch.tensor([token_ids], dtype=torch.long, device=logits.device)
             scores = self._processors(seen, scores)  # type: ignore[arg-type]
         if self._greedy:
-            return int(scores.argmax(-1))
-        return int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+            token = int(scores.argmax(-1))
+        else:
+            token = int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+        return token if self._constraint is None else self._constraint.take(token)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer satisfies its constraint and nothing may follow it, an end-of-sequence token aside."""
+        return self._constraint is not None and self._constraint.complete
 
 
 def _warpers(sampling: Sampling) -> list[hf.LogitsProcessor]:
