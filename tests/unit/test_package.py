@@ -21,9 +21,10 @@ LAYERS = [
     {"context"},
     {"prompt"},
     {"tools", "engines"},
-    {"aio", "config", "stores", "texts"},
+    {"aio", "compose", "config", "stores", "texts"},
     {"notices", "shared"},
     {"memory"},
+    {"handles"},
     {"langchain", "llama_index"},
     {"cli", "demo"},
 ]

@@ -1,0 +1,90 @@
+"""Items → context: encoded in this order, or merged, and accounted for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Literal, TypeAlias
+
+import torch
+
+from kvcag.cache.hf import LayerKV, cache_of, layers_of, owned
+from kvcag.cache.merge import Part, merge
+from kvcag.cache.merge import Strategy as MergeStrategy
+from kvcag.context import MergedContext, MergeReport
+from kvcag.engines.hf import HFEngine
+from kvcag.items import KVCacheItem, ids_digest
+
+Strategy: TypeAlias = MergeStrategy | Literal["exact"]
+
+
+def compose(
+    engine: HFEngine,
+    head_ids: tuple[int, ...],
+    items: Sequence[KVCacheItem],
+    tail_ids: tuple[int, ...],
+    strategy: Strategy,
+    ratio: float,
+    *,
+    encoded: int = 0,
+    tenant: str = "",
+) -> MergedContext:
+    """Head and items as one context, for the question in `tail_ids`.
+
+    Args:
+        engine: the model that made the items.
+        head_ids: what stands before them.
+        items: in the order in which they shall stand.
+        tail_ids: what follows them.
+        strategy: as `KVCacheMemory.merge` takes it.
+        ratio: the recompute ratio.
+        encoded: how many of these tokens the caller has just encoded, for the report.
+        tenant: whose recent contexts may be reused.
+    """
+    context_ids = (*head_ids, *chain.from_iterable(item.token_ids.tolist() for item in items))
+    if strategy == "exact":
+        return exact_context(engine, context_ids, tail_ids, tenant)
+    head, head_reused = engine.prefill(head_ids, tenant=tenant) if head_ids else ([], 0)
+    parts = [Part(torch.tensor(head_ids, dtype=torch.long), head, 0, exact=True)] if head_ids else []
+    for index, item in enumerate(items):
+        exact = index == 0 and item.prefix_digest == ids_digest(head_ids)
+        parts.append(Part(item.token_ids, layers_of(item.memory), item.base_position, exact=exact))
+    with engine.exclusive() as model:
+        merged = merge(model, parts, torch.tensor(tail_ids, dtype=torch.long), strategy=strategy, ratio=ratio)
+    recomputed = len(merged.recomputed)
+    encoded = min(encoded + len(head_ids) - head_reused, len(context_ids) - recomputed)
+    report = MergeReport(
+        mode="exact" if all(part.exact for part in parts) else "merged",
+        strategy=strategy,
+        context_tokens=len(context_ids),
+        reused_tokens=len(context_ids) - recomputed - encoded,
+        recomputed_tokens=recomputed,
+        encoded_tokens=encoded,
+    )
+    return _context(engine, merged.layers, context_ids, tail_ids, report)
+
+
+def exact_context(
+    engine: HFEngine, context_ids: tuple[int, ...], tail_ids: tuple[int, ...], tenant: str = ""
+) -> MergedContext:
+    """Head and documents encoded in this order, as far as they were not before."""
+    layers, reused = engine.prefill(context_ids, tenant=tenant)
+    encoded = len(context_ids) - reused
+    report = MergeReport("exact" if reused else "encoded", "exact", len(context_ids), reused, 0, encoded)
+    return _context(engine, owned(layers), context_ids, tail_ids, report)
+
+
+def _context(
+    engine: HFEngine,
+    layers: Sequence[LayerKV],
+    context_ids: tuple[int, ...],
+    tail_ids: tuple[int, ...],
+    report: MergeReport,
+) -> MergedContext:
+    return MergedContext(
+        cache=cache_of(layers),
+        token_ids=torch.tensor(context_ids, dtype=torch.long),
+        tail_ids=torch.tensor(tail_ids, dtype=torch.long),
+        report=report,
+        fingerprint=engine.fingerprint,
+    )
