@@ -7,6 +7,7 @@ and one that leads back to the same choice (another character of a string, anoth
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _END = 256
+_NUMBERED = re.compile(r"""<\[(?P<token>\d+)\]>|"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\])*/""")
+"""A token by number; a string or a regex, in which nothing is one."""
 _FAR = 1 << 15
 """Bytes after which a way that has not ended is given up."""
 _EFFORT = 1 << 11
@@ -57,6 +60,17 @@ class Alphabet:
         """The symbols of one token."""
         symbol = self._special.get(token)
         return tuple(self._decode([token])) if symbol is None else (symbol,)
+
+    def translate(self, grammar: str) -> str:
+        """The grammar with symbols in place of the tokens that it gives by number, `<[5]>`."""
+
+        def symbol(found: re.Match[str]) -> str:
+            if found["token"] is None:
+                return found[0]
+            token = int(found["token"])
+            return " ".join(f"<[{symbol}]>" for symbol in self.spell(token))
+
+        return _NUMBERED.sub(symbol, grammar)
 
     def tokens(self, symbols: Sequence[int]) -> list[int] | None:
         """The fewest tokens that spell `symbols`; None if the vocabulary cannot."""

@@ -19,7 +19,15 @@ import torch
 from pydantic import BaseModel
 from transformers import PreTrainedTokenizerFast
 
-from kvcag.engines.constrain import Choices, ConstraintLike, Grammar, JsonSchema, Regex, lark_literal
+from kvcag.engines.constrain import (
+    Choices,
+    ConstraintLike,
+    Grammar,
+    JsonSchema,
+    Regex,
+    close_objects,
+    lark_literal,
+)
 from kvcag.errors import ConstraintBudgetError, ConstraintError, EngineError, MissingExtraError
 
 try:
@@ -218,7 +226,7 @@ class Grammars:
         matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise ConstraintError(f"the constraint cannot be used: {_reason(matcher.get_error())}")
-        over_bytes = LLMatcher(self._alphabet.tokenizer, grammar, log_level=0)
+        over_bytes = LLMatcher(self._alphabet.tokenizer, self._alphabet.translate(grammar), log_level=0)
         if over_bytes.is_error():
             raise ConstraintError(f"the constraint cannot be used: {_reason(over_bytes.get_error())}")
         closing = Closing(self._alphabet, over_bytes, _literals(grammar))
@@ -232,7 +240,7 @@ def grammar_of(constraint: ConstraintLike) -> str:
         ConstraintError: it is none, or not well formed.
     """
     if isinstance(constraint, type) and issubclass(constraint, BaseModel):
-        constraint = JsonSchema(constraint.model_json_schema())
+        constraint = JsonSchema(constraint.model_json_schema(), closed=True)
     if isinstance(constraint, Mapping):
         constraint = JsonSchema(constraint)
     if isinstance(constraint, JsonSchema):
@@ -244,8 +252,8 @@ def grammar_of(constraint: ConstraintLike) -> str:
             raise ConstraintError(f"choices are non-empty strings, at least one, not {constraint.options!r}")
         return "start: " + " | ".join(lark_literal(option) for option in dict.fromkeys(constraint.options))
     if isinstance(constraint, Grammar):
-        if re.search(r"<\[|\bmax_tokens\b", constraint.lark):
-            raise ConstraintError("a grammar names special tokens, <name>, not by number; its budget is max_new_tokens")
+        if re.search(r"<\[(?!\d+\]>)|\bmax_tokens\b", constraint.lark):
+            raise ConstraintError("a grammar may name single tokens, <[5]>, no ranges; its budget is max_new_tokens")
         return constraint.lark
     raise ConstraintError(
         "a constraint is a pydantic model class, a JSON schema, Regex(…), Choices([…]) or Grammar(…), "
@@ -255,7 +263,8 @@ def grammar_of(constraint: ConstraintLike) -> str:
 
 def _json_grammar(constraint: JsonSchema) -> str:
     try:
-        schema = json.dumps(constraint.schema, ensure_ascii=False, allow_nan=False)
+        wanted = close_objects(constraint.schema) if constraint.closed else constraint.schema
+        schema = json.dumps(wanted, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as malformed:
         raise ConstraintError(f"the schema is not JSON: {malformed}") from malformed
     options: JsonCompileOptions = {"whitespace_flexible": constraint.whitespace}

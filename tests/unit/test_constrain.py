@@ -110,6 +110,15 @@ def test_regex_choices_and_grammar(engine):
     assert balanced == "(" * opened + "x" + ")" * opened
 
 
+def test_special_tokens_by_name_and_by_number(engine):
+    """They do not show in the text; the ids do."""
+    for lark in ('start: <|im_start|> "a"', 'start: <[257]> "a"'):
+        token = engine.tokenizer.convert_tokens_to_ids("<|im_start|>")
+        constraint = Grammar(lark.replace("257", str(token)))
+        chunks = list(engine.stream(engine.plan("x"), engine.sampling(max_new_tokens=2), constraint=constraint))
+        assert [id for chunk in chunks for id in chunk.token_ids] == [token, *engine.template.encode("a")]
+
+
 def test_a_constraint_ends_the_answer_by_itself(engine):
     chunks = list(engine.stream(engine.plan("x"), engine.sampling(max_new_tokens=40), constraint=Choices(["abc"])))
     assert "".join(chunk.text for chunk in chunks) == "abc"
@@ -167,7 +176,7 @@ def test_the_shortest_alternative_is_found_where_the_first_does_not_fit(engine):
         (Grammar('start: "a" )'), "expecting"),
         (Grammar('start: "a" missing'), "unknown name"),
         (Grammar('start: "a" start'), "never ends"),
-        (Grammar("start: <[5]>"), "by number"),
+        (Grammar("start: <[5-9]>"), "no ranges"),
         (Choices([]), "at least one"),
         (Choices(["a", ""]), "non-empty"),
         ("yes|no", "a constraint is"),
@@ -244,7 +253,8 @@ ADDRESSES = st.fixed_dictionaries(
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(value=ADDRESSES)
 def test_what_the_schema_allows_the_grammar_takes(engine, value):
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    ordered = {name: value[name] for name in ADDRESS["properties"]}
+    text = json.dumps(ordered, ensure_ascii=False, separators=(",", ":"))
     matcher = engine.constrain(ADDRESS, 500)._matcher.deep_copy()
     ids = list(engine.template.encode(text))
     assert matcher.try_consume_tokens(ids) == len(ids)
