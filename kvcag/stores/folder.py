@@ -49,6 +49,7 @@ def dump_items(folder: str | os.PathLike[str], filename: str, items: Iterable[KV
     root = Path(folder)
     with unavailable(root):
         root.mkdir(parents=True, exist_ok=True)
+    replaced = _files_of(root, root / filename)
     written: list[_Entry] = []
     try:
         for item in items:
@@ -62,10 +63,8 @@ def dump_items(folder: str | os.PathLike[str], filename: str, items: Iterable[KV
         for entry in written:
             (root / entry.file).unlink(missing_ok=True)
         raise
-    kept = {entry.file for entry in written}
-    for file in root.glob("*.safetensors"):
-        if file.name not in kept:
-            file.unlink(missing_ok=True)
+    for file in replaced:
+        (root / file).unlink(missing_ok=True)
 
 
 def load_items(folder: str | os.PathLike[str], filename: str, expected: ModelFingerprint) -> list[KVCacheItem]:
@@ -85,6 +84,14 @@ def load_items(folder: str | os.PathLike[str], filename: str, expected: ModelFin
             raise CorruptItemError(file, f"the manifest {filename} names it, and it is missing")
         items.append(read_item(file, expected=expected))
     return items
+
+
+def _files_of(root: Path, path: Path) -> list[str]:
+    """The files of the dump that is about to be replaced: another dump's, or a model's, may stand beside them."""
+    try:
+        return [entry.file for entry in _read_manifest(root, path).items]
+    except (CorruptItemError, FormatError):
+        return []
 
 
 def _read_manifest(root: Path, path: Path) -> _Manifest:
