@@ -9,6 +9,7 @@ from typing import Any
 from transformers.cache_utils import Cache
 
 from kvcag.cache.hf import ContextCache, LayerKV, cut, layers_of
+from kvcag.cache.prefix import PrefixCache
 from kvcag.context import MergedContext, MergeReport
 from kvcag.errors import FingerprintMismatchError, TokenMismatchError
 from kvcag.fingerprint import ModelFingerprint
@@ -33,6 +34,15 @@ class Given:
     def length(self) -> int:
         """Tokens in it."""
         return self.layers[0][0].shape[-2] if self.layers else 0
+
+    def longest(self, prefixes: PrefixCache, token_ids: Sequence[int], tenant: str) -> tuple[int, list[list[LayerKV]]]:
+        """How many of `token_ids` need not run, and their keys and values: this context, or a longer known prefix."""
+        reused, pieces = self.length, [self.layers] if self.layers else []
+        if self.exact:
+            matched, found = prefixes.match(token_ids, tenant)
+            if matched > reused:
+                return matched, found
+        return reused, pieces
 
 
 def read_context(

@@ -34,6 +34,12 @@ class Account:
     created_tokens: int
     context: MergeReport | None = None
 
+    @classmethod
+    def of(cls, report: MergeReport | None, reused: int, kept: int, started: float) -> Account:
+        """Of `reused` tokens, making the context may have paid for some; `kept` are encoded and kept beyond it."""
+        paid, created = (report.paid_tokens, report.encoded_tokens) if report else (0, 0)
+        return cls(started, reused - paid, created + kept, report)
+
 
 class Decoding:
     """The state of one generation.
@@ -68,24 +74,30 @@ class Decoding:
         self._sampler = sampler
         self._account = account
         self._first_token_at: float | None = None
+        self._logits: torch.Tensor | None = None
 
     @property
     def cached_ids(self) -> list[int]:
         """The tokens that are in the cache now: all of the prompt once it is prefilled, and the answer but its last."""
         return [*self.prompt_ids, *self.answer_ids][: self.cache.get_seq_length()]
 
+    def prefill(self) -> torch.Tensor:
+        """Run what the cache lacks of the prompt; logits after its last token."""
+        self._logits = self._forward(self.prompt_ids[self.cache.get_seq_length() :], self.cache)
+        return self._logits
+
     def tokens(self) -> Iterator[int]:
         """Generate until an end-of-sequence token, which is the last one given, a constraint's or the budget's end."""
-        pending = self.prompt_ids[self.cache.get_seq_length() :]
+        logits = self.prefill() if self._logits is None else self._logits
         while len(self.answer_ids) < self._max_new_tokens:
-            logits = self._forward(pending, self.cache)
+            if self.answer_ids:
+                logits = self._forward(self.answer_ids[-1:], self.cache)
             token = self._sampler.choose(logits, self.prompt_ids + self.answer_ids)
             self.answer_ids.append(token)
             self._first_token_at = self._first_token_at or time.perf_counter()
             yield token
             if token in self._eos_ids or self._sampler.complete:
                 return
-            pending = [token]
 
     def chunks(self, detokenizer: Detokenizer, stop: StopStrings, thinking: ThinkingFilter | None) -> Iterator[Chunk]:
         """The answer as text, a chunk a token; the last chunk says why it ended and what it took."""

@@ -73,6 +73,7 @@ class HFEngine:
         self.template = ChatTemplate(tokenizer, template_variables)
         self.prefixes = PrefixCache(prefix_cache_bytes)
         self._turn = threading.RLock()
+        self._prefilling = threading.Lock()
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @classmethod
@@ -337,26 +338,23 @@ class HFEngine:
         max_new_tokens = self.check_fits(len(token_ids), sampling.max_new_tokens)
         compiled = None if constraint is None else self.constrain(constraint, max_new_tokens, prompt.thinking)
         given = read_context(past_key_values, token_ids, self.fingerprint)
-        reused, pieces = given.length, [given.layers] if given.layers else []
-        if given.exact:
-            matched, found = self.prefixes.match(token_ids[:-1], tenant)
-            if matched > reused:
-                reused, pieces = matched, found
-        paid, created = (given.report.paid_tokens, given.report.encoded_tokens) if given.report else (0, 0)
-        if given.exact and self.prefixes.max_bytes:
-            created += len(token_ids) - reused
-        account = Account(started, reused - paid, created, given.report)
 
         def run() -> Generator[Chunk, None, None]:
-            decoding = Decoding(
-                self._forward,
-                generation_cache(pieces, room=len(token_ids) - reused + max_new_tokens),
-                token_ids,
-                max_new_tokens=max_new_tokens,
-                eos_ids=self.eos_ids,
-                sampler=Sampler(sampling, self.device, compiled.start(max_new_tokens) if compiled else None),
-                account=account,
-            )
+            with self._prefilling:  # of prompts that begin alike, asked at once, the first encodes what they share
+                reused, pieces = given.longest(self.prefixes, token_ids[:-1], tenant)
+                kept = len(token_ids) - reused if given.exact and self.prefixes.max_bytes else 0
+                decoding = Decoding(
+                    self._forward,
+                    generation_cache(pieces, room=len(token_ids) - reused + max_new_tokens),
+                    token_ids,
+                    max_new_tokens=max_new_tokens,
+                    eos_ids=self.eos_ids,
+                    sampler=Sampler(sampling, self.device, compiled.start(max_new_tokens) if compiled else None),
+                    account=Account.of(given.report, reused, kept, started),
+                )
+                decoding.prefill()
+                if given.exact:
+                    self.prefixes.insert(token_ids, layers_of(decoding.cache), tenant)
             thinking = ThinkingFilter(prompt.thinking) if sampling.strip_thinking else None
             whole = False  # an error in the middle of a step leaves layers of different lengths
             try:

@@ -21,6 +21,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from typing_extensions import Self
 
 from kvcag.aio import iterate
+from kvcag.compose import Strategy
 from kvcag.engines.base import Chunk, Engine
 from kvcag.errors import ChatTemplateError, FingerprintMismatchError, InvalidInputError
 from kvcag.handles import ContextHandles
@@ -28,7 +29,7 @@ from kvcag.langchain.ahead import encoding_ahead
 from kvcag.langchain.documents import DOCUMENT_SEPARATOR, DocumentsPrompt
 from kvcag.langchain.messages import neutral
 from kvcag.langchain.responses import generation_chunk
-from kvcag.memory import KVCacheMemory, Strategy
+from kvcag.memory import KVCacheMemory
 from kvcag.notices import warn_if_foreign
 from kvcag.prompt import ChatTemplate
 from kvcag.shared import LazyEngine, open_store

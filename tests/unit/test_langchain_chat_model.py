@@ -158,6 +158,13 @@ def test_batches_equal_single_calls_and_encode_their_documents_once(tiny_engine:
     assert sum(count > 0 for count in encoded) == 1
 
 
+def test_a_batch_encodes_a_beginning_that_its_prompts_share_once(llm: ChatKVCAG) -> None:
+    shared = SystemMessage("a long instruction " * 10)
+    answers = llm.batch([[shared, HumanMessage(question)] for question in ("a?", "b?", "c?", "d?")])
+    created = [answer.usage_metadata["input_token_details"]["cache_creation"] for answer in answers]
+    assert sum(count > len(shared.text) for count in created) == 1
+
+
 # --- reuse ------------------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,107 @@
+"""LangChain chains over real retrievers and real weights."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from langchain_classic.chains import create_retrieval_chain
+from langchain_classic.chains.combine_documents import create_stuff_documents_chain
+from langchain_core.documents import Document
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables import RunnablePassthrough
+from retrievers import BM25, Faiss
+
+from kvcag import HFEngine
+from kvcag.demo.corpus import python_topics
+from kvcag.langchain import ChatKVCAG, create_cag_documents_chain
+
+TOPICS = [Document(topic.text, metadata={"title": topic.title}) for topic in python_topics(["break", "pass", "power"])]
+PROMPT = ChatPromptTemplate.from_messages([("system", "Answer from:\n\n{context}"), ("human", "{input}")])
+EXAMPLE = Path(__file__).parents[2] / "examples" / "langchain_rag_to_cag.py"
+
+
+@torch.no_grad()
+def uncached(engine: HFEngine, token_ids: tuple[int, ...], length: int) -> str:
+    """What the bare model says, greedy, without any cache of ours."""
+    ids = torch.tensor([token_ids])
+    out = engine.model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, do_sample=False, pad_token_id=0
+    )
+    return engine.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_exact_answers_are_the_uncached_models_token_for_token(smollm2_engine: HFEngine) -> None:
+    llm = ChatKVCAG(engine=smollm2_engine, max_tokens=24, merge_strategy="exact")
+    asked = [
+        SystemMessage(["Answer from:\n\n", *(t.page_content + "\n\n" for t in TOPICS)]),
+        HumanMessage("What is 0**0?"),
+    ]
+    from kvcag.langchain.messages import neutral
+
+    expected = uncached(smollm2_engine, smollm2_engine.template.prompt(neutral(asked)).token_ids, 24)
+    cold, warm = llm.invoke(asked), llm.invoke(asked)
+    assert (cold.text, warm.text) == (expected, expected)
+    assert warm.response_metadata["kvcag"]["encoded_tokens"] == 0
+
+
+@pytest.mark.parametrize("retriever", [BM25, Faiss])
+def test_retrieval_is_the_same_and_documents_are_encoded_once(smollm2_engine: HFEngine, retriever: Any) -> None:
+    llm = ChatKVCAG(engine=smollm2_engine, max_tokens=8)
+    found = retriever(documents=TOPICS, k=2)
+    cag = create_retrieval_chain(found, create_cag_documents_chain(llm, PROMPT, output_parser=RunnablePassthrough()))
+    rag = create_retrieval_chain(found, create_stuff_documents_chain(llm, PROMPT))
+    encoded: dict[str, int] = {}
+    for question in ('What does the "break" statement do?', "What is a negative power of zero?", "break or pass?"):
+        state = cag.invoke({"input": question})
+        assert state["context"] == rag.invoke({"input": question})["context"]
+        report = state["answer"].response_metadata["kvcag"]
+        new = [document for document in state["context"] if document.metadata["title"] not in encoded]
+        assert (report["encoded_tokens"] > 20) == bool(new)
+        encoded |= {document.metadata["title"]: 1 for document in new}
+
+
+def test_recomputing_everything_gives_the_models_own_answer(smollm2_engine: HFEngine) -> None:
+    given = {"context": TOPICS[::-1], "input": 'What does the "break" statement do?'}
+    answers = [
+        create_cag_documents_chain(
+            ChatKVCAG(engine=smollm2_engine, max_tokens=16, merge_strategy=strategy), PROMPT
+        ).invoke(given)
+        for strategy in ("full", "exact")
+    ]
+    assert answers[0] == answers[1]
+
+
+def test_a_chat_over_a_corpus_reads_it_once(smollm2_engine: HFEngine) -> None:
+    llm = ChatKVCAG(engine=smollm2_engine, max_tokens=12)
+    chat = llm.bind(cached_content=llm.create_context(TOPICS, instruction="Answer from:"))
+    history: list[Any] = []
+    for question in ('What does "break" do?', "And pass?"):
+        history.append(HumanMessage(question))
+        answer = chat.invoke(history)
+        assert isinstance(answer, AIMessage)
+        report = answer.response_metadata["kvcag"]
+        assert (report["mode"], report["encoded_tokens"], report["recomputed_tokens"]) == ("exact", 0, 0)
+        history.append(answer)
+    new = answer.usage_metadata["input_tokens"] - answer.usage_metadata["input_token_details"]["cache_read"]
+    assert new < 40  # the last question and what surrounds it; its own answer was kept as it was generated
+
+
+@pytest.mark.filterwarnings("ignore")  # those of ChatHuggingFace and its pipeline, before the migration
+def test_the_migration_example_runs_before_and_after(
+    smollm2_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("langchain_huggingface")
+    example = runpy.run_path(str(EXAMPLE))
+    question = example["QUESTIONS"][0]
+    states = [example["ask"](example[name](str(smollm2_path), max_tokens=8), question) for name in ("before", "after")]
+    assert states[0]["context"] == states[1]["context"]
+    assert all(state["answer"] for state in states)
+    source = EXAMPLE.read_text()
+    body = {name: source.split(f"def {name}(")[1].split("\ndef ")[0].splitlines()[2:] for name in ("before", "after")}
+    unmarked = [[line for line in lines if "# <-" not in line and line.strip()] for lines in body.values()]
+    assert unmarked[0] == unmarked[1]  # what is not marked is the same
