@@ -29,6 +29,14 @@ class _Node:
     def nbytes(self) -> int:
         return nbytes(self.layers)
 
+    def shares(self, other: _Node) -> bool:
+        """Whether both hold parts of the same memory, as the halves of a split node do."""
+        return bool(self.layers) and _memory(self) == _memory(other)
+
+
+def _memory(node: _Node) -> int:
+    return node.layers[0][0].untyped_storage().data_ptr()
+
 
 class PrefixCache:
     """Finds the longest encoded prefix of a prompt.
@@ -104,12 +112,12 @@ class PrefixCache:
     def _split(self, node: _Node, at: int) -> _Node:
         """Put a node between `node` and its parent that holds its first `at` tokens, and return it.
 
-        Both halves are copied: as views, either would keep the memory of both after the other was evicted.
+        Both go on sharing the memory of the one, so that a question over a long corpus does not wait for a copy of it.
         """
         assert node.parent is not None
-        upper = _Node(node.token_ids[:at].copy(), owned(cut(node.layers, 0, at)), node.parent, used=node.used)
+        upper = _Node(node.token_ids[:at], cut(node.layers, 0, at), node.parent, used=node.used)
         node.parent.children[int(upper.token_ids[0])] = upper
-        node.token_ids, node.layers = node.token_ids[at:].copy(), owned(cut(node.layers, at))
+        node.token_ids, node.layers = node.token_ids[at:], cut(node.layers, at)
         node.parent = upper
         upper.children[int(node.token_ids[0])] = node
         return upper
@@ -117,9 +125,13 @@ class PrefixCache:
     def _evict(self) -> None:
         while self.nbytes > self.max_bytes:
             oldest = min(self._leaves(), key=lambda leaf: leaf.used)
-            assert oldest.parent is not None
-            del oldest.parent.children[int(oldest.token_ids[0])]
+            above = oldest.parent
+            assert above is not None
+            del above.children[int(oldest.token_ids[0])]
             self.nbytes -= oldest.nbytes
+            while above is not None and above.shares(oldest):  # its memory is free only when nobody else holds it
+                above.layers = owned(above.layers)
+                above = above.parent
 
     def _leaves(self) -> Iterator[_Node]:
         stack = list(self._roots.values())

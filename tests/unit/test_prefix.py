@@ -71,6 +71,26 @@ def test_the_least_recently_used_goes_first() -> None:
     assert [cache.match([i, i, i])[0] for i in (1, 2, 3)] == [3, 0, 3]
 
 
+def held(cache: PrefixCache) -> int:
+    """Bytes of memory that the cache keeps alive, shared memory counted once."""
+    nodes, storages = list(cache._roots.values()), {}
+    while nodes:
+        node = nodes.pop()
+        nodes.extend(node.children.values())
+        for tensor in (t for kv in node.layers for t in kv):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+@given(st.lists(TOKENS, max_size=20), st.integers(1, 30))
+@settings(max_examples=200, deadline=None)
+def test_no_more_memory_is_held_than_is_counted(contexts: list[list[int]], tokens: int) -> None:
+    cache = PrefixCache(tokens * nbytes(layers_for([0])))
+    for context in contexts:
+        cache.insert(context, layers_for(context))
+        assert held(cache) == cache.nbytes
+
+
 def test_what_was_inserted_is_a_copy() -> None:
     cache, layers = PrefixCache(1 << 20), layers_for([1, 2])
     cache.insert([1, 2], layers)
