@@ -8,6 +8,7 @@ import typer
 
 import kvcag
 from kvcag.cli.demo import demo
+from kvcag.cli.store import import_memos, verify
 
 app = typer.Typer(
     name="kvcag",
@@ -25,6 +26,8 @@ def _show_version(wanted: bool) -> None:
 
 
 app.command()(demo)
+app.command()(verify)
+app.command("import-memos")(import_memos)
 
 
 @app.callback()
