@@ -118,7 +118,7 @@ class EchoEngine:
         tenant: str = "",
         started: float | None = None,
     ) -> Generator[Chunk, None, None]:
-        """Answer a prompt, a chunk a byte; under a constraint, with the shortest text that satisfies it.
+        """Answer a prompt, a chunk a byte; where the answer breaks the constraint, with the shortest text that does not.
 
         Raises:
             ConstraintError: the constraint cannot be used, or nothing that satisfies it fits the budget.
@@ -131,11 +131,11 @@ class EchoEngine:
         if not prompt.token_ids:
             raise EmptyPromptError("the prompt has no tokens")
         budget = self.check_fits(len(prompt.token_ids), sampling.max_new_tokens)
-        if constraint is None:
-            text = str(self.tokenizer.decode(list(prompt.token_ids), skip_special_tokens=False))
-            answer_ids = self.template.encode(self.answer(text))
-        else:
-            answer_ids = self.constrain(constraint, budget, prompt.thinking).shortest
+        text = str(self.tokenizer.decode(list(prompt.token_ids), skip_special_tokens=False))
+        compiled = self.constrain(constraint, budget, prompt.thinking) if constraint is not None else None
+        answer_ids = self.template.encode(self.answer(text))
+        if compiled is not None and not compiled.accepts(answer_ids):
+            answer_ids = compiled.shortest
         cached = self._remember(prompt.token_ids, tenant)
         return self._say(prompt, answer_ids, budget, sampling, cached, started)
 

@@ -86,6 +86,11 @@ class Constraint:
         if len(self.shortest) > max_new_tokens:
             raise ConstraintBudgetError(len(self.shortest), max_new_tokens)
 
+    def accepts(self, token_ids: Sequence[int]) -> bool:
+        """Whether an answer of these tokens satisfies it."""
+        symbols = [symbol for token in token_ids for symbol in self._alphabet.spell(token)]
+        return self._closing.copy().ends_with(symbols)
+
     def start(self, max_new_tokens: int) -> Enforcement:
         """Enforce it on one generation.
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
 from contextlib import aclosing, closing
+from importlib.util import find_spec
 from os import PathLike
 from typing import Any, TypeAlias, TypeVar
 
@@ -18,27 +18,31 @@ from llama_index.core.base.llms.types import (
     CompletionResponseAsyncGen,
     CompletionResponseGen,
     LLMMetadata,
-    ToolCallBlock,
 )
 from llama_index.core.constants import DEFAULT_NUM_OUTPUTS
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import ToolSelection
+from llama_index.core.program.utils import get_program_for_llm
 from llama_index.core.tools.types import BaseTool
 from pydantic import Field, PrivateAttr
 
 from kvcag.aio import iterate
+from kvcag.call_format import tool_messages
+from kvcag.compose import Strategy
 from kvcag.engines.base import Chunk, Engine
 from kvcag.errors import InvalidInputError
 from kvcag.llama_index.messages import neutral
 from kvcag.llama_index.responses import Answer
-from kvcag.memory import KVCacheMemory, Strategy
+from kvcag.llama_index.tools import choice_of, selections, tool_specs
+from kvcag.memory import KVCacheMemory
 from kvcag.notices import warn_if_foreign
 from kvcag.prompt import Message, Prompt, as_messages
 from kvcag.shared import LazyEngine, open_store
 from kvcag.stores.base import KVStore
+from kvcag.tools import plan_tools
 
-R = TypeVar("R")
+R = TypeVar("R", ChatResponse, CompletionResponse)
 Chunks: TypeAlias = Generator[Chunk, None, None]
 Opener: TypeAlias = Callable[[], Chunks]
 """Prepares the context, which may take a while, and returns the answer's chunks."""
@@ -146,7 +150,7 @@ class KVCacheLLM(FunctionCallingLLM):
             context_window=engine.context_length,
             num_output=self.max_new_tokens or min(DEFAULT_NUM_OUTPUTS, engine.context_length // 4),
             is_chat_model=engine.template.has_template,
-            is_function_calling_model=False,
+            is_function_calling_model=engine.template.has_template and find_spec("llguidance") is not None,
             model_name=self.model,
         )
 
@@ -168,23 +172,27 @@ class KVCacheLLM(FunctionCallingLLM):
         Raises:
             InvalidInputError: an unknown setting, nothing to answer, or a prompt longer than the context.
         """
-        return _last(_each(self._opener(neutral(messages), kwargs)(), Answer(self.model).chat))
+        opener, answer = self._call(neutral(messages), kwargs)
+        return _last(_each(opener(), answer.chat))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """`chat`, piece by piece. Closing the stream stops the model."""
-        return _each(self._opener(neutral(messages), kwargs)(), Answer(self.model).chat)
+        opener, answer = self._call(neutral(messages), kwargs)
+        return _each(opener(), answer.chat)
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """`chat`, in worker threads: the event loop keeps ticking, and cancelling stops the model."""
-        return await _alast(_aeach(self._opener(neutral(messages), kwargs), Answer(self.model).chat))
+        opener, answer = self._call(neutral(messages), kwargs)
+        return await _alast(_aeach(opener, answer.chat))
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """`stream_chat`, in worker threads."""
-        chunks = await asyncio.to_thread(self._opener(neutral(messages), kwargs))
-        return _aeach(lambda: chunks, Answer(self.model).chat)
+        opener, answer = self._call(neutral(messages), kwargs)
+        chunks = await asyncio.to_thread(opener)
+        return _aeach(lambda: chunks, answer.chat)
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
@@ -195,24 +203,27 @@ class KVCacheLLM(FunctionCallingLLM):
             formatted: the prompt is in the model's own format already and is taken as it is.
             **kwargs: as for `chat`.
         """
-        return _last(_each(self._opener(self._asked(prompt, formatted), kwargs)(), Answer(self.model).completion))
+        opener, answer = self._call(self._asked(prompt, formatted), kwargs)
+        return _last(_each(opener(), answer.completion))
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
         """`complete`, piece by piece."""
-        return _each(self._opener(self._asked(prompt, formatted), kwargs)(), Answer(self.model).completion)
+        opener, answer = self._call(self._asked(prompt, formatted), kwargs)
+        return _each(opener(), answer.completion)
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """`complete`, in worker threads."""
-        opener = self._opener(self._asked(prompt, formatted), kwargs)
-        return await _alast(_aeach(opener, Answer(self.model).completion))
+        opener, answer = self._call(self._asked(prompt, formatted), kwargs)
+        return await _alast(_aeach(opener, answer.completion))
 
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         """`stream_complete`, in worker threads."""
-        chunks = await asyncio.to_thread(self._opener(self._asked(prompt, formatted), kwargs))
-        return _aeach(lambda: chunks, Answer(self.model).completion)
+        opener, answer = self._call(self._asked(prompt, formatted), kwargs)
+        chunks = await asyncio.to_thread(opener)
+        return _aeach(lambda: chunks, answer.completion)
 
     # --- tools -------------------------------------------------------------------------------------------------
 
@@ -224,12 +235,18 @@ class KVCacheLLM(FunctionCallingLLM):
         verbose: bool = False,
         allow_parallel_tool_calls: bool = False,
         tool_required: bool = False,
+        tool_choice: str | Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The arguments of `chat` for a call with tools."""
+        """The arguments of `chat` for a call with tools. A choice is a grammar: what is required is called."""
         asked = [ChatMessage(content=user_msg)] if isinstance(user_msg, str) else [user_msg] if user_msg else []
-        specs = [tool.metadata.to_openai_tool(skip_length_check=True) for tool in tools]
-        return {"messages": [*(chat_history or []), *asked], "tools": specs, **kwargs}
+        return {
+            "messages": [*(chat_history or []), *asked],
+            "tools": tool_specs(tools),
+            "tool_choice": choice_of(tool_choice, tool_required),
+            "parallel_tool_calls": allow_parallel_tool_calls,
+            **kwargs,
+        }
 
     def get_tool_calls_from_response(
         self, response: ChatResponse, error_on_no_tool_call: bool = True, **kwargs: Any
@@ -239,13 +256,25 @@ class KVCacheLLM(FunctionCallingLLM):
         Raises:
             InvalidInputError: there is none, unless that is fine.
         """
-        calls = [block for block in response.message.blocks if isinstance(block, ToolCallBlock)]
+        calls = selections(response)
         if not calls and error_on_no_tool_call:
             raise InvalidInputError(f"the model called no tool; it said {response.message.content!r}")
-        return [
-            ToolSelection(tool_id=call.tool_call_id or "", tool_name=call.tool_name, tool_kwargs=_arguments(call))
-            for call in calls
-        ]
+        return calls
+
+    def _structured_stream_call(self, output_cls: Any, prompt: Any, llm_kwargs: Any = None, **prompt_args: Any) -> Any:
+        program = self._forced_program(output_cls, prompt)
+        return program.stream_call(llm_kwargs=llm_kwargs, **prompt_args)
+
+    async def _structured_astream_call(
+        self, output_cls: Any, prompt: Any, llm_kwargs: Any = None, **prompt_args: Any
+    ) -> Any:
+        program = self._forced_program(output_cls, prompt)
+        return await program.astream_call(llm_kwargs=llm_kwargs, **prompt_args)
+
+    def _forced_program(self, output_cls: Any, prompt: Any) -> Any:
+        """As core makes it, but for one thing: core requires the call only where nothing is streamed."""
+        forced = {"tool_choice": "any"} if self.metadata.is_function_calling_model else {}
+        return get_program_for_llm(output_cls, prompt, self, self.pydantic_program_mode, **forced)
 
     # --- inside ------------------------------------------------------------------------------------------------
 
@@ -254,34 +283,44 @@ class KVCacheLLM(FunctionCallingLLM):
             raise InvalidInputError(f"a prompt is a str, not {type(prompt).__name__}")
         return self.engine.template.verbatim(prompt) if formatted else as_messages(prompt)
 
-    def _opener(self, messages: list[Message] | Prompt, kwargs: dict[str, Any]) -> Opener:
-        """What opens the answer's stream. Settings are checked here, so that a call with a wrong one raises at once."""
+    def _call(self, messages: list[Message] | Prompt, kwargs: dict[str, Any]) -> tuple[Opener, Answer]:
+        """What opens the answer's stream, and what reads it. A call with a wrong setting raises here, at once."""
         given = {**{name: getattr(self, name) for name in _SAMPLING}, "stop": self.stop or None, **kwargs}
-        if "max_tokens" in kwargs:
-            given.setdefault("max_new_tokens", None)
+        if "max_tokens" in given:
             given["max_new_tokens"] = given.pop("max_tokens")
-        strategy = given.pop("merge_strategy", self.merge_strategy)
-        ratio = given.pop("recompute_ratio", self.recompute_ratio)
-        tools = given.pop("tools", None)
+        options: dict[str, Any] = {
+            "strategy": given.pop("merge_strategy", self.merge_strategy),
+            "ratio": given.pop("recompute_ratio", self.recompute_ratio),
+        }
         memory = self.memory
-        sampling = memory.engine.sampling(**given)
-        return lambda: memory.stream(messages, strategy=strategy, ratio=ratio, tools=tools, sampling=sampling)
+        template = memory.engine.template
+        tools, choice = given.pop("tools", None), given.pop("tool_choice", None) or "auto"
+        plan = plan_tools(template, tools, choice, given.pop("parallel_tool_calls", True))
+        if plan is not None and not isinstance(messages, Prompt):
+            messages = plan.messages(messages)
+            options |= {"tools": plan.tools, "constraint": plan.constraint}
+        elif not isinstance(messages, Prompt):
+            messages = tool_messages(template, messages)
+        options["sampling"] = memory.engine.sampling(**given)
+        return lambda: memory.stream(messages, **options), Answer(self.model, plan.parser() if plan else None)
 
 
 def _each(chunks: Chunks, respond: Callable[[Chunk], R]) -> Generator[R, None, None]:
     """The responses, one for each chunk that says something."""
     with closing(chunks):
         for chunk in chunks:
-            if chunk.text or chunk.usage:
-                yield respond(chunk)
+            response = respond(chunk)
+            if response.delta or response.raw:
+                yield response
 
 
 async def _aeach(opener: Opener, respond: Callable[[Chunk], R]) -> AsyncGenerator[R, None]:
     """`_each`, in worker threads."""
     async with aclosing(iterate(opener)) as chunks:
         async for chunk in chunks:
-            if chunk.text or chunk.usage:
-                yield respond(chunk)
+            response = respond(chunk)
+            if response.delta or response.raw:
+                yield response
 
 
 def _last(responses: Generator[R, None, None]) -> R:
@@ -291,7 +330,3 @@ def _last(responses: Generator[R, None, None]) -> R:
 
 async def _alast(responses: AsyncGenerator[R, None]) -> R:
     return [response async for response in responses][-1]
-
-
-def _arguments(call: ToolCallBlock) -> dict[str, Any]:
-    return call.tool_kwargs if isinstance(call.tool_kwargs, dict) else json.loads(call.tool_kwargs)

@@ -5,9 +5,18 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse, MessageRole
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    CompletionResponse,
+    ContentBlock,
+    MessageRole,
+    TextBlock,
+    ToolCallBlock,
+)
 
 from kvcag.engines.base import Chunk, Usage
+from kvcag.tools import CallParser, Parsed
 
 
 def usage_of(usage: Usage) -> dict[str, Any]:
@@ -23,24 +32,48 @@ class Answer:
 
     Args:
         model: what `raw["model"]` says.
+        parser: tells tool calls from text, where tools may be called.
     """
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, parser: CallParser | None = None) -> None:
         self._model = model
-        self.text = ""
+        self._parser = parser
+        self._text = ""
 
     def chat(self, chunk: Chunk) -> ChatResponse:
-        """The answer up to and with this chunk; `raw` holds the usage in the last one."""
-        self.text += chunk.text
-        message = ChatMessage(role=MessageRole.ASSISTANT, content=self.text)
-        return ChatResponse(message=message, delta=chunk.text, raw=self._raw(chunk))
+        """The answer up to and with this chunk. The last one has the tool calls, and the usage in `raw`."""
+        delta, parsed = self._read(chunk)
+        self._text += delta
+        calls = parsed.calls if parsed else ()
+        blocks: list[ContentBlock] = [TextBlock(text=self._text)] if self._text or not calls else []
+        blocks += [
+            ToolCallBlock(tool_call_id=call.id, tool_name=call.name, tool_kwargs=call.arguments) for call in calls
+        ]
+        # the blocks say it; core's streamed structured prediction looks for calls here alone
+        known = {"tool_calls": [{"id": call.id, "name": call.name} for call in calls]} if calls else {}
+        message = ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks, additional_kwargs=known)
+        return ChatResponse(message=message, delta=delta, raw=self._raw(chunk, parsed))
 
     def completion(self, chunk: Chunk) -> CompletionResponse:
         """As `chat`."""
-        self.text += chunk.text
-        return CompletionResponse(text=self.text, delta=chunk.text, raw=self._raw(chunk))
+        self._text += chunk.text
+        return CompletionResponse(text=self._text, delta=chunk.text, raw=self._raw(chunk))
 
-    def _raw(self, chunk: Chunk) -> dict[str, Any] | None:
+    def _read(self, chunk: Chunk) -> tuple[str, Parsed | None]:
+        """What this chunk adds to the text, and with the last chunk the calls. A call that is none stays text."""
+        if self._parser is None:
+            return chunk.text, None
+        delta = self._parser.push(chunk.text)
+        if chunk.usage is None:
+            return delta, None
+        parsed = self._parser.close()
+        return delta + self._parser.rest + "".join(call.text for call in parsed.invalid_calls), parsed
+
+    def _raw(self, chunk: Chunk, parsed: Parsed | None = None) -> dict[str, Any] | None:
         if chunk.usage is None:
             return None
-        return {"model": self._model, "finish_reason": chunk.finish_reason, "usage": usage_of(chunk.usage)}
+        finish = "tool_calls" if parsed and parsed.calls else chunk.finish_reason
+        raw: dict[str, Any] = {"model": self._model, "finish_reason": finish, "usage": usage_of(chunk.usage)}
+        if parsed and parsed.invalid_calls:
+            raw["invalid_tool_calls"] = [asdict(call) for call in parsed.invalid_calls]
+        return raw

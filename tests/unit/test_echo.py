@@ -2,6 +2,7 @@
 
 import pytest
 
+from kvcag.engines.constrain import Regex
 from kvcag.engines.echo import EchoEngine, last_user_message, whole_prompt
 from kvcag.errors import ContextLengthError, EmptyPromptError, InvalidInputError, UnsupportedModelError
 from kvcag.memory import KVCacheMemory
@@ -41,7 +42,8 @@ def test_the_budget_and_stop_strings_end_an_answer() -> None:
 def test_usage_counts_bytes_and_what_an_earlier_prompt_began_with() -> None:
     memory = KVCacheMemory(EchoEngine())
     (*_, first), (*_, second) = memory.stream(CHAT), memory.stream(CHAT)
-    assert first.usage and second.usage
+    assert first.usage
+    assert second.usage
     assert first.usage.prompt_tokens == second.usage.prompt_tokens == len(memory.engine.template.prompt(CHAT).token_ids)
     assert first.usage.completion_tokens == len("Wörld?".encode())
     assert (first.usage.cached_tokens, second.usage.cached_tokens) == (0, second.usage.prompt_tokens - 1)
@@ -52,7 +54,8 @@ def test_tenants_do_not_see_each_others_prompts() -> None:
     engine = EchoEngine()
     list(KVCacheMemory(engine, tenant="a").stream(CHAT))
     *_, other = KVCacheMemory(engine, tenant="b").stream(CHAT)
-    assert other.usage and other.usage.cached_tokens == 0
+    assert other.usage
+    assert other.usage.cached_tokens == 0
 
 
 def test_documents_are_read_and_not_cached() -> None:
@@ -73,3 +76,13 @@ def test_what_cannot_work_is_refused_before_anything_is_said(tiny_engine) -> Non
         engine.stream(Prompt((), (), ()), engine.sampling())
     with pytest.raises(UnsupportedModelError, match="whole prompt"):
         engine.stream(engine.template.prompt(CHAT), engine.sampling(), tiny_engine.build_kv_cache("x"))
+
+
+def test_under_a_constraint_it_says_its_answer_if_that_fits_and_else_the_shortest_text_that_does() -> None:
+    pytest.importorskip("llguidance")
+    memory = KVCacheMemory(EchoEngine())
+    for question, pattern, expected in (("12", "[0-9]+", "12"), ("twelve", "[0-9]{3}", 3)):
+        *_, last = chunks = list(memory.stream(question, constraint=Regex(pattern)))
+        text = "".join(chunk.text for chunk in chunks)
+        assert text == expected or (len(text) == expected and text.isdigit())
+        assert last.finish_reason == "stop"
