@@ -8,10 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from stored import random_item
-
-from kvcag.stores.disk import DiskStore
-from kvcag.stores.verify import verify
 
 STRESS = Path(__file__).parents[2] / "benchmarks" / "store_stress.py"
 
@@ -39,17 +35,6 @@ def test_processes_and_threads_on_the_same_keys_never_tear_or_lose(tmp_path: Pat
 
 def test_ten_thousand_items_open_list_and_look_up_with_flat_memory(tmp_path: Path) -> None:
     assert "10000 listed" in stress("many", tmp_path, "--items", 10_000)
-
-
-def test_put_is_whole_for_a_reader_in_another_process(tmp_path: Path) -> None:
-    store = DiskStore(tmp_path)
-    store.put(random_item("a"))
-    code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from stored import *; from kvcag.stores.disk import DiskStore;"
-        "assert_same(DiskStore(sys.argv[2]).get('a'), random_item('a'))"
-    )
-    subprocess.run([sys.executable, "-c", code, str(Path(__file__).parents[1]), str(tmp_path)], check=True, timeout=120)
-    assert verify(tmp_path).clean
 
 
 @pytest.fixture(autouse=True)

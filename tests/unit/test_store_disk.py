@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import time
@@ -11,7 +12,7 @@ from stored import assert_same, random_item
 from kvcag.cache.hf import layers_of
 from kvcag.errors import CorruptItemError, StoreFullError, StoreUnavailableError
 from kvcag.stores.disk import DiskStore
-from kvcag.stores.files import atomic_write
+from kvcag.stores.files import atomic_write, unavailable
 from kvcag.stores.format import item_to_bytes
 from kvcag.stores.verify import verify
 
@@ -258,12 +259,21 @@ def test_what_is_in_the_way_is_a_typed_error_and_loses_nothing(store: DiskStore)
     assert not list(store.path.rglob("*.tmp"))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may do everything")
-def test_permission_denied_says_so(store: DiskStore) -> None:
-    store.put(random_item("a"))
-    files(store)[0].chmod(0)
-    with pytest.raises(StoreUnavailableError, match="permission denied"):
-        store.get("a")
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (errno.ENOSPC, "disk is full"),
+        (errno.EDQUOT, "quota"),
+        (errno.EACCES, "permission denied"),
+        (errno.EROFS, "read-only"),
+        (errno.EIO, os.strerror(errno.EIO)),
+    ],
+)
+def test_each_failure_of_the_disk_says_what_to_do(number: int, says: str) -> None:
+    with pytest.raises(StoreUnavailableError, match=says) as raised, unavailable("/the/path"):
+        raise OSError(number, os.strerror(number))
+    assert raised.value.errno == number
+    assert "/the/path" in str(raised.value)
 
 
 def test_a_directory_that_vanished_is_made_again(store: DiskStore) -> None:
