@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from stored import assert_same, random_item
 
 from kvcag.cache.hf import layers_of, nbytes
 from kvcag.errors import InvalidInputError, StoreFullError
+from kvcag.stores.disk import DiskStore
 from kvcag.stores.memory import MemoryStore
+from kvcag.stores.tiered import TieredStore
 
 SIZE = nbytes(layers_of(random_item().memory))
 
@@ -104,6 +107,19 @@ def test_on_a_device_the_item_is_a_copy() -> None:
         keys.zero_()
 
     assert_same(store.get("a"), random_item("a"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_an_item_goes_from_disk_over_pinned_memory_to_the_accelerator(tmp_path: Path) -> None:
+    device, pinned = MemoryStore(device="cuda"), MemoryStore(pin_memory=True)
+    with TieredStore([device, pinned, DiskStore(tmp_path)]) as store:
+        store.tiers[2].put(random_item("a"))
+        found = store.get("a")
+        assert found is not None
+        assert all(keys.is_cuda and values.is_cuda for keys, values in layers_of(found.memory))
+        assert all(keys.is_pinned() and values.is_pinned() for keys, values in layers_of(pinned.get("a").memory))
+        for (keys, _), (true, _) in zip(layers_of(found.memory), layers_of(random_item("a").memory), strict=True):
+            assert torch.equal(keys.cpu(), true)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here it works")
