@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 
 import torch
 
-from kvcag.cache.hf import LayerKV, cache_of, layers_of, owned
+from kvcag.cache.hf import LayerKV, cache_of, layers_of
 from kvcag.cache.merge import Part, merge
 from kvcag.cache.merge import Strategy as MergeStrategy
 from kvcag.context import MergedContext, MergeReport
@@ -71,7 +71,7 @@ def exact_context(
     layers, reused = engine.prefill(context_ids, tenant=tenant)
     encoded = len(context_ids) - reused
     report = MergeReport("exact" if reused else "encoded", "exact", len(context_ids), reused, 0, encoded)
-    return _context(engine, owned(layers), context_ids, tail_ids, report)
+    return _context(engine, layers, context_ids, tail_ids, report)
 
 
 def _context(

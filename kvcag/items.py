@@ -70,9 +70,7 @@ class KVCacheItem(ActivationMemoryItem):
             raise ValueError("token_ids must be a 1-D int64 tensor")
         length = self.memory.get_seq_length()
         if length != len(self.token_ids):
-            raise ValueError(
-                f"memory holds {length} tokens and token_ids {len(self.token_ids)}: they must agree"
-            )
+            raise ValueError(f"memory holds {length} tokens and token_ids {len(self.token_ids)}: they must agree")
         return self
 
     @property
@@ -101,7 +99,4 @@ class TextualMemoryItem(BaseModel):
 
 def content_key(model_digest: str, prefix_digest: str, token_ids: Iterable[int]) -> str:
     """`kv:sha256:…` for tokens encoded after a prefix by a model."""
-    return (
-        "kv:sha256:"
-        + hashlib.sha256(f"{model_digest}{prefix_digest}{ids_digest(token_ids)}".encode()).hexdigest()
-    )
+    return "kv:sha256:" + hashlib.sha256(f"{model_digest}{prefix_digest}{ids_digest(token_ids)}".encode()).hexdigest()

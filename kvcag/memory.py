@@ -223,7 +223,7 @@ class KVCacheMemory:
         """
         self.engine.check_fits(len(prompt.token_ids), 1)
         with self._encoding:
-            known, _ = self._encoder.prefixes.match(prompt.context_ids, self.tenant)
+            known = self._known(prompt)
             if strategy == "exact" or known == len(prompt.context_ids):
                 return exact_context(self._encoder, prompt.context_ids, prompt.tail_ids, self.tenant)
             items, encoded = [], 0
@@ -275,8 +275,10 @@ class KVCacheMemory:
         budget = self.engine.check_fits(len(prompt.token_ids), settings.max_new_tokens)
         if constraint is not None:
             constraint = self.engine.constrain(constraint, budget, prompt.thinking)
-        cached = prompt.document_ids and isinstance(self.engine, HFEngine)
-        context = self.context_for(prompt, strategy, ratio) if cached else None
+        context = None  # read, or read before, in this order: the engine finds the longest prefix by itself
+        merging = prompt.document_ids and isinstance(self.engine, HFEngine) and strategy != "exact"
+        if merging and self._known(prompt) < len(prompt.context_ids):
+            context = self.context_for(prompt, strategy, ratio)
         return self.engine.stream(prompt, settings, context, constraint=constraint, tenant=self.tenant, started=started)
 
     # --- inside ------------------------------------------------------------------------------------------------
@@ -300,6 +302,10 @@ class KVCacheMemory:
         encoded: int = 0,
     ) -> MergedContext:
         return compose(self._encoder, head_ids, items, tail_ids, strategy, ratio, encoded=encoded, tenant=self.tenant)
+
+    def _known(self, prompt: Prompt) -> int:
+        """How many of the context's tokens were read before, in this order."""
+        return self._encoder.prefixes.match(prompt.context_ids, self.tenant)[0]
 
     def _key(self, head_ids: Ids, token_ids: Ids) -> str:
         return content_key(self.engine.fingerprint.digest, ids_digest(head_ids), token_ids)

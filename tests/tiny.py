@@ -1,4 +1,4 @@
-"""Tiny random models of many families, and a byte tokenizer with a chat template: real objects, made in milliseconds."""
+"""Tiny random models of many families, and a byte tokenizer with a chat template: real, and made in milliseconds."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from transformers import DynamicCache
@@ -145,7 +145,7 @@ def generation_cache(parts: Sequence[Sequence[LayerKV]], room: int) -> DynamicCa
         layer.fill(layers)
         cache.layers.append(layer)
     if not cache.layers:  # transformers makes a layer when the model first writes to it
-        cache.layer_class_to_replicate = functools.partial(_AppendLayer, room)
+        cache.layer_class_to_replicate = cast(Any, functools.partial(_AppendLayer, room))
     return cache
 
 
@@ -156,7 +156,7 @@ class _AppendLayer(DynamicLayer):
     _values: torch.Tensor
 
     def __init__(self, room: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.room = room
         self.length = 0
 
@@ -208,7 +208,7 @@ class _LazyLayer(DynamicLayer):
     """A layer that fetches its keys and values when they are first looked at; from then on a `DynamicLayer`."""
 
     def __init__(self, length: int, load: Callable[[], LayerKV]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         del self.keys, self.values  # so that looking at them reaches __getattr__, once
         self.length, self.load = length, load
         self.is_initialized = True
@@ -228,9 +228,9 @@ class _LazyLayer(DynamicLayer):
 
 def crop(cache: Cache, length: int) -> None:
     """Keep the first `length` tokens of a generation's cache."""
-    excess = cache.get_seq_length() - length
-    if excess > 0:
-        for layer in cache.layers:
+    for layer in cache.layers:  # after an error in the middle of a step they differ in length
+        excess = layer.get_seq_length() - length  # type: ignore[union-attr]
+        if excess > 0:
             layer.crop(-excess)  # type: ignore[union-attr]
 
 

@@ -13,6 +13,7 @@ from kvcag.context import MergeReport
 from kvcag.engines.base import Chunk, FinishReason, Usage
 from kvcag.engines.sampling import Sampler
 from kvcag.engines.text import Detokenizer, StopStrings, ThinkingFilter
+from kvcag.prompt import Prompt
 
 Forward = Callable[[Sequence[int], Cache], torch.Tensor]
 """Runs tokens over a cache, which grows by them, and returns the logits after the last, `(1, vocabulary)`."""
@@ -35,10 +36,19 @@ class Account:
     context: MergeReport | None = None
 
     @classmethod
-    def of(cls, report: MergeReport | None, reused: int, kept: int, started: float) -> Account:
-        """Of `reused` tokens, making the context may have paid for some; `kept` are encoded and kept beyond it."""
-        paid, created = (report.paid_tokens, report.encoded_tokens) if report else (0, 0)
-        return cls(started, reused - paid, created + kept, report)
+    def of(cls, prompt: Prompt, report: MergeReport | None, reused: int, kept: int, started: float) -> Account:
+        """Of a prompt that needs not run `reused` of its tokens, and `kept` others of which are encoded and kept.
+
+        Making the context may have paid for some of the reused ones. Where there is no report and the prompt has
+        documents, they are read in this order, or were before: that is exact.
+        """
+        if report is not None:
+            return cls(started, reused - report.paid_tokens, report.encoded_tokens + kept, report)
+        if prompt.document_ids:
+            size = len(prompt.context_ids)
+            found = min(reused, size)
+            report = MergeReport("exact" if found else "encoded", "exact", size, found, 0, size - found)
+        return cls(started, reused, kept, report)
 
 
 class Decoding:

@@ -23,6 +23,7 @@ from kvcag.engines.constrain import ConstraintLike
 from kvcag.engines.continuation import plan, read_context
 from kvcag.engines.decode import Account, Decoding
 from kvcag.engines.sampling import DEFAULT_MAX_NEW_TOKENS, Sampler, Sampling
+from kvcag.engines.session import Session
 from kvcag.engines.text import Detokenizer, StopStrings, ThinkingFilter
 from kvcag.errors import ContextLengthError, EmptyPromptError
 from kvcag.fingerprint import ModelFingerprint
@@ -303,6 +304,12 @@ class HFEngine:
         chunks = self.stream(prompt, settings, past_key_values, constraint=constraint)
         return (chunk.text for chunk in chunks if chunk.text)
 
+    def session(
+        self, context: Cache | MergedContext | None = None, *, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> Session:
+        """A conversation with a running cache, optionally over a context; see `Session`."""
+        return Session(self, context, tools=tools)
+
     def plan(
         self, messages: str | Sequence[Message] | None, past_key_values: Cache | MergedContext | None = None
     ) -> Prompt:
@@ -350,7 +357,7 @@ class HFEngine:
                     max_new_tokens=max_new_tokens,
                     eos_ids=self.eos_ids,
                     sampler=Sampler(sampling, self.device, compiled.start(max_new_tokens) if compiled else None),
-                    account=Account.of(given.report, reused, kept, started),
+                    account=Account.of(prompt, given.report, reused, kept, started),
                 )
                 decoding.prefill()
                 if given.exact:
