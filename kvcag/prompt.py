@@ -105,7 +105,7 @@ class ChatTemplate:
         holder, documents = _take_documents(normal)
         text = self.render(normal, tools=tools, add_generation_prompt=add_generation_prompt)
         thinking = add_generation_prompt and text.rstrip().endswith("<think>")
-        bos = self._completion_bos
+        bos = self.bos_ids
         if holder is None:
             return Prompt((), (), bos + self.encode(text), thinking)
         if text.count(_SENTINEL) != 1:
@@ -183,7 +183,7 @@ class ChatTemplate:
             return False
 
     @cached_property
-    def _completion_bos(self) -> tuple[int, ...]:
+    def bos_ids(self) -> tuple[int, ...]:
         """BOS for a completion; a chat template writes its own."""
         return () if self.has_template else self._default_bos
 
