@@ -30,7 +30,7 @@ from kvcag.stores.disk import DiskStore
 from kvcag.stores.format import read_item, write_item
 
 RESULTS = Path(__file__).parent / "results" / "store.json"
-ROUNDS = 9
+ROUNDS = 15
 LAYERS, HEADS, HEAD_DIM = 30, 3, 64  # SmolLM2-135M's geometry
 BYTES_PER_TOKEN = 2 * LAYERS * HEADS * HEAD_DIM * 2
 
