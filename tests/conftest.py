@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import asyncio
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests import their helpers by name: `from tiny import tiny_model`
 
@@ -12,6 +15,15 @@ from tiny import byte_tokenizer, tiny_model
 
 from kvcag import HFEngine
 from kvcag.demo.model import embedded_model
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core, so a thread a worker
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_stray_event_loop() -> None:
+    """LlamaIndex asks for the current event loop, which makes one that nobody closes, unless there is none set."""
+    asyncio.set_event_loop(None)
 
 
 @pytest.fixture

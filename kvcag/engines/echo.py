@@ -118,7 +118,7 @@ class EchoEngine:
         tenant: str = "",
         started: float | None = None,
     ) -> Generator[Chunk, None, None]:
-        """Answer a prompt, a chunk a byte; where the answer breaks the constraint, with the shortest text that does not.
+        """Answer a prompt, a chunk a byte; the shortest that fits where the answer breaks a constraint.
 
         Raises:
             ConstraintError: the constraint cannot be used, or nothing that satisfies it fits the budget.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
+import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -23,7 +23,8 @@ class KVCacheTransform(TransformComponent):
 
     It is a warm-up and never needed: what is missing is encoded when it is asked for, also where the pipeline's own
     cache skipped this step. What an edited document no longer says leaves the store when the document comes again; with
-    `docstore`, what was deleted there leaves the store, too. A text that two documents share goes with either.
+    `docstore` this step is never skipped, and what was deleted there leaves the store, too. A text that two documents
+    share goes with either.
 
     Args:
         llm: the `KVCacheLLM` that will answer; its store is filled.
@@ -64,9 +65,8 @@ class KVCacheTransform(TransformComponent):
         return "KVCacheTransform"
 
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
-        """What `IngestionCache` goes by. With a docstore its state is a part, so that a deletion is not skipped."""
-        state = json.dumps(sorted(self._docstore.get_all_document_hashes().items())) if self._docstore else ""
-        return {**super().to_dict(**kwargs), "documents": hashlib.sha256(state.encode()).hexdigest()}
+        """What `IngestionCache` goes by. With a docstore no run is like another: a deletion must not be skipped."""
+        return {**super().to_dict(**kwargs), "run": uuid.uuid4().hex if self._docstore else ""}
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """Encode what is new in these nodes, and forget what their documents no longer say."""
