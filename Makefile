@@ -17,7 +17,7 @@ demo: $(VENV)/.installed-demo  ## a real model answers questions over a real cor
 
 test: $(VENV)/.installed-dev  ## the whole test suite, the real model included
 	@$(PY) -m kvcag.demo.model
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n auto --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(PY) -m ruff check .

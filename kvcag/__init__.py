@@ -11,31 +11,83 @@ print(engine.generate(past_key_values=memory.merge([item.id], "When was the towe
 ```
 """
 
-from kvcag.cache.hf import ContextCache
-from kvcag.config import ExtractorLLM, HFLLMConfig, KVCacheMemoryConfig
-from kvcag.context import MergedContext, MergeReport
-from kvcag.engines.base import Chunk, Usage
-from kvcag.engines.hf import HFEngine
-from kvcag.engines.sampling import Sampling
-from kvcag.errors import KVCAGError
-from kvcag.fingerprint import ModelFingerprint
-from kvcag.items import ActivationMemoryItem, KVCacheItem, KVCacheRecords, TextualMemoryItem, VLLMKVCacheItem
-from kvcag.memory import KVCacheMemory
-from kvcag.notices import CacheWarning
-from kvcag.prompt import ChatTemplate, Document, Prompt
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvcag.cache.hf import ContextCache as ContextCache
+    from kvcag.config import ExtractorLLM as ExtractorLLM
+    from kvcag.config import HFLLMConfig as HFLLMConfig
+    from kvcag.config import KVCacheMemoryConfig as KVCacheMemoryConfig
+    from kvcag.context import MergedContext as MergedContext
+    from kvcag.context import MergeReport as MergeReport
+    from kvcag.engines.base import Chunk as Chunk
+    from kvcag.engines.base import Usage as Usage
+    from kvcag.engines.constrain import Choices as Choices
+    from kvcag.engines.constrain import Grammar as Grammar
+    from kvcag.engines.constrain import JsonSchema as JsonSchema
+    from kvcag.engines.constrain import Regex as Regex
+    from kvcag.engines.hf import HFEngine as HFEngine
+    from kvcag.engines.sampling import Sampling as Sampling
+    from kvcag.errors import KVCAGError as KVCAGError
+    from kvcag.fingerprint import ModelFingerprint as ModelFingerprint
+    from kvcag.items import ActivationMemoryItem as ActivationMemoryItem
+    from kvcag.items import KVCacheItem as KVCacheItem
+    from kvcag.items import KVCacheRecords as KVCacheRecords
+    from kvcag.items import TextualMemoryItem as TextualMemoryItem
+    from kvcag.items import VLLMKVCacheItem as VLLMKVCacheItem
+    from kvcag.memory import KVCacheMemory as KVCacheMemory
+    from kvcag.notices import CacheWarning as CacheWarning
+    from kvcag.prompt import ChatTemplate as ChatTemplate
+    from kvcag.prompt import Document as Document
+    from kvcag.prompt import Prompt as Prompt
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "ActivationMemoryItem": "kvcag.items",
+    "CacheWarning": "kvcag.notices",
+    "ChatTemplate": "kvcag.prompt",
+    "Choices": "kvcag.engines.constrain",
+    "Chunk": "kvcag.engines.base",
+    "ContextCache": "kvcag.cache.hf",
+    "Document": "kvcag.prompt",
+    "ExtractorLLM": "kvcag.config",
+    "Grammar": "kvcag.engines.constrain",
+    "HFEngine": "kvcag.engines.hf",
+    "HFLLMConfig": "kvcag.config",
+    "JsonSchema": "kvcag.engines.constrain",
+    "KVCAGError": "kvcag.errors",
+    "KVCacheItem": "kvcag.items",
+    "KVCacheMemory": "kvcag.memory",
+    "KVCacheMemoryConfig": "kvcag.config",
+    "KVCacheRecords": "kvcag.items",
+    "MergeReport": "kvcag.context",
+    "MergedContext": "kvcag.context",
+    "ModelFingerprint": "kvcag.fingerprint",
+    "Prompt": "kvcag.prompt",
+    "Regex": "kvcag.engines.constrain",
+    "Sampling": "kvcag.engines.sampling",
+    "TextualMemoryItem": "kvcag.items",
+    "Usage": "kvcag.engines.base",
+    "VLLMKVCacheItem": "kvcag.items",
+}
+"""Where each public name lives. They are imported when they are first used, since torch and transformers take seconds,
+and `kvcag --version` needs neither."""
 
 __all__ = [
     "ActivationMemoryItem",
     "CacheWarning",
     "ChatTemplate",
+    "Choices",
     "Chunk",
     "ContextCache",
     "Document",
     "ExtractorLLM",
+    "Grammar",
     "HFEngine",
     "HFLLMConfig",
+    "JsonSchema",
     "KVCAGError",
     "KVCacheItem",
     "KVCacheMemory",
@@ -45,8 +97,20 @@ __all__ = [
     "MergedContext",
     "ModelFingerprint",
     "Prompt",
+    "Regex",
     "Sampling",
     "TextualMemoryItem",
     "Usage",
     "VLLMKVCacheItem",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kvcag' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

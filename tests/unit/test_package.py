@@ -20,7 +20,8 @@ LAYERS = [
     {"cache"},
     {"context"},
     {"prompt"},
-    {"tools", "engines"},
+    {"engines"},
+    {"call_format", "tools"},
     {"aio", "compose", "config", "stores", "texts"},
     {"notices", "shared"},
     {"memory"},
@@ -85,10 +86,11 @@ class Absent:
         if name.split(".")[0] in {absent}:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
+import kvcag
+assert "torch" not in sys.modules and "transformers" not in sys.modules
 import torch
 loaded, register = [], torch.nn.Module.register_parameter
 torch.nn.Module.register_parameter = lambda self, *given: (loaded.append(type(self)), register(self, *given))
-import kvcag
 assert kvcag.HFEngine and kvcag.KVCacheMemory
 assert not loaded, loaded
 assert not any(name.split(".")[0] in {absent} for name in sys.modules)
@@ -101,9 +103,12 @@ assert not any(name.split(".")[0] in {absent} for name in sys.modules)
 
 
 def test_what_is_exported_is_listed_and_there() -> None:
-    assert sorted(kvcag.__all__) == list(kvcag.__all__)
-    public = {name for name, value in vars(kvcag).items() if not name.startswith("_") and not inspect.ismodule(value)}
-    assert public == set(kvcag.__all__)
+    assert list(kvcag.__all__) == sorted(kvcag._HOMES)
+    assert set(kvcag.__all__) <= set(dir(kvcag))
+    for name in kvcag.__all__:
+        assert getattr(kvcag, name).__module__ == kvcag._HOMES[name], name
+    with pytest.raises(AttributeError, match="no attribute 'HFEngin'"):
+        kvcag.HFEngin  # noqa: B018
 
 
 @pytest.mark.parametrize("name", kvcag.__all__)
