@@ -32,7 +32,7 @@ from kvcag.items import KVCacheItem
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.format import item_to_bytes
 from kvcag.stores.manifest import seal
-from kvcag.stores.verify import verify
+from kvcag.stores.verification import verify
 
 torch.set_num_threads(1)  # before any fork
 

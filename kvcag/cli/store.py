@@ -16,7 +16,7 @@ def verify(
 
     Exits with 1 if something is damaged or half written, and is still there.
     """
-    from kvcag.stores.verify import verify as check
+    from kvcag.stores.verification import verify as check
 
     report = check(path, repair=repair)
     for file, reason in (*report.damaged, *report.foreign):

@@ -9,7 +9,7 @@ from kvcag.stores.memory import MemoryStore
 from kvcag.stores.planner import LoadSpeed, Plan, Planner, measure_load
 from kvcag.stores.remote import FsspecStore
 from kvcag.stores.tiered import StoreWarning, TieredStore
-from kvcag.stores.verify import VerifyReport, verify
+from kvcag.stores.verification import VerifyReport, verify
 
 __all__ = [
     "ByteKVStore",

@@ -26,7 +26,7 @@ from kvcag.stores.files import locked, make_private, sync_directory, unavailable
 from kvcag.stores.format import item_from_file, read_id, read_manifest, write_item
 from kvcag.stores.manifest import Manifest, Quantize
 from kvcag.stores.names import SUFFIX, Names
-from kvcag.stores.verify import VerifyReport, verify
+from kvcag.stores.verification import VerifyReport, verify
 
 _PIN = ".pin"
 _RECOUNT_SECONDS = 5.0
@@ -166,7 +166,7 @@ class DiskStore(KVStore):
             self._path(key).with_suffix(_PIN).unlink(missing_ok=True)
 
     def verify(self, *, repair: bool = False) -> VerifyReport:
-        """Read every file of this namespace and check it; see `kvcag.stores.verify`."""
+        """Read every file of this namespace and check it; see `kvcag.stores.verification`."""
         return verify(self.directory, repair=repair)
 
     # --- files ----------------------------------------------------------------------------------------------

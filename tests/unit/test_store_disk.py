@@ -14,7 +14,7 @@ from kvcag.errors import CorruptItemError, StoreFullError, StoreUnavailableError
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.files import atomic_write, unavailable
 from kvcag.stores.format import item_to_bytes
-from kvcag.stores.verify import verify
+from kvcag.stores.verification import verify
 
 SIZE = len(item_to_bytes(random_item("a")))
 

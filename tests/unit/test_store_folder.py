@@ -7,7 +7,7 @@ from stored import FINGERPRINT, assert_same, random_item
 from torch import zeros
 
 from kvcag.stores.folder import dump_items, load_items
-from kvcag.stores.verify import verify
+from kvcag.stores.verification import verify
 
 
 def test_a_dump_replaces_the_one_before_and_nothing_else(tmp_path: Path) -> None:
