@@ -23,7 +23,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +188,22 @@ def plot(rows: list[Row], title: str, out: Path) -> list[Path]:
     return files
 
 
+def describe(engine: HFEngine, options: argparse.Namespace, tokens: list[int], rows: list[Row]) -> dict[str, Any]:
+    device = engine.model.device
+    return {
+        "model": engine.fingerprint.model_name.rsplit("/", 1)[-1],
+        "dtype": engine.fingerprint.dtype,
+        "machine": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
+        "threads": torch.get_num_threads(),
+        "documents": options.docs,
+        "words": options.words,
+        "questions": len(tokens),
+        "context_tokens": statistics.mean(tokens),
+        "rows": [row.summary() for row in rows],
+        "kl_by_question": {row.name: row.kl for row in rows},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="JSON list of questions with passages")
@@ -213,28 +229,16 @@ def main() -> None:
         for ratio in ([0.0] if strategy in RATIOLESS else options.ratio)
     ]
     questions = json.loads(options.data.read_text())[options.skip : options.skip + options.limit]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     tokens = []
     for number, question in enumerate(questions, 1):
         texts = [" ".join(ctx["text"].split()[: options.words]) for ctx in question["ctxs"][: options.docs]]
         documents = [f"Passage: {text}\n\n" for text in texts]
         tokens.append(measure(memory, documents, QUESTION.format(question["question"]), rows))
+        result = describe(engine, options, tokens, rows)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")  # what is measured is kept, whatever comes
         print(f"question {number} of {len(questions)}: {tokens[-1]} tokens", file=sys.stderr)
 
-    device = engine.model.device
-    result = {
-        "model": engine.fingerprint.model_name.rsplit("/", 1)[-1],
-        "dtype": engine.fingerprint.dtype,
-        "machine": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "documents": options.docs,
-        "words": options.words,
-        "questions": len(questions),
-        "context_tokens": statistics.mean(tokens),
-        "rows": [row.summary() for row in rows],
-        "questions_by_row": {row.name: asdict(row)["kl"] for row in rows},
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
     title = f"{result['model']}, {options.docs} documents × {options.words} words, {len(questions)} questions"
     files = plot(rows, title, options.out)
     print(f"{'strategy':16} {'KL':>8} {'agree':>6} {'recomp.':>8} {'TTFT':>8} {'of full':>8} {'memory':>7}")

@@ -20,16 +20,16 @@ from kvcag.cache.select import Layout
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_MEAN = 0.75
+_MEAN = 0.6
 """Share of the estimated mean drift that is given: the tokens it is estimated from are those that change most."""
 
-_RIDGE = 0.5
+_RIDGE = 0.4
 """Share of the estimated drift of a token beyond its document's mean. At 1 it is worse than nothing."""
 
 _SHRINK = 4.0
 """A document's mean counts as if it had this many more tokens of the mean of all documents."""
 
-_PENALTY = 2.0
+_PENALTY = 1.0
 """Of the ridge regression, in units of its features' variance."""
 
 _BLOCK = 1024

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
 
-from kvcag.cache.hf import LayerKV, cut
+from kvcag.cache.hf import LayerKV, concat
 from kvcag.cache.recompute import recompute
-from kvcag.cache.rope import check_mergeable, rerotate
+from kvcag.cache.rope import Move, check_mergeable
 from kvcag.cache.select import STRATEGIES, Layout, Strategy, select
 from kvcag.errors import InvalidInputError
 
@@ -108,15 +107,14 @@ def _check(parts: Sequence[Part], strategy: str, ratio: float) -> None:
 
 
 def _place(model: PreTrainedModel, parts: Sequence[Part]) -> list[LayerKV]:
-    """All parts, each re-rotated to where it stands now."""
+    """All parts one after another in fresh memory, their keys turned once from where they stood to where they stand."""
     parts = [part for part in parts if len(part.token_ids)]
-    ends = list(accumulate(len(part.token_ids) for part in parts))
-    layers = [(_empty(keys, ends[-1]), _empty(values, ends[-1])) for keys, values in parts[0].layers]
-    for part, end in zip(parts, ends, strict=True):
-        start = end - len(part.token_ids)
-        rerotate(model, part.layers, part.base_position, start, cut(layers, start, end))
+    layers = concat([part.layers for part in parts])
+    stood = torch.cat([part.base_position + torch.arange(len(part.token_ids)) for part in parts])
+    moved = (stood != torch.arange(len(stood))).nonzero()[:1, 0]
+    if len(moved):  # what comes first is often the head and its document: not a bit of them changes
+        first = int(moved)
+        move = Move(model, stood[first:].to(model.device), torch.arange(first, len(stood), device=model.device))
+        for index, (keys, _) in enumerate(layers):
+            move.turn(index, keys[..., first:, :])
     return layers
-
-
-def _empty(like: torch.Tensor, length: int) -> torch.Tensor:
-    return like.new_empty((*like.shape[:-2], length, like.shape[-1]))

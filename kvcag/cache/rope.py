@@ -9,7 +9,7 @@ refused, so an architecture that nobody has tried is right or refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -134,21 +134,6 @@ class Move:
             self._angles[known] = cos.to(keys.device), sin.to(keys.device)
         cos, sin = self._angles[known]
         rotation.turn(keys, (cos, -sin if back else sin), out)
-
-
-def rerotate(model: PreTrainedModel, layers: Sequence[LayerKV], start: int, end: int, out: Sequence[LayerKV]) -> None:
-    """Write `layers`, whose first key stands at position `start`, to `out` as if it stood at `end`. Values: a copy.
-
-    Keys are turned in fp32, from what is given, once. Where `start == end`, they are copied bit by bit.
-    """
-    at = torch.arange(layers[0][0].shape[-2])
-    move = Move(model, start + at, end + at)
-    for index, ((keys, values), (to_keys, to_values)) in enumerate(zip(layers, out, strict=True)):
-        to_values.copy_(values)
-        if start == end:
-            to_keys.copy_(keys)
-        else:
-            move.turn(index, keys, to_keys)
 
 
 def _check_configuration(model: PreTrainedModel) -> None:

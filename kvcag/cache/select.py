@@ -113,8 +113,8 @@ def query(model: PreTrainedModel, layers: Sequence[LayerKV], layout: Layout, tai
     return torch.stack([part.cpu() for part in scores.values()]).sum(0)
 
 
-_WEIGHTS = 2**21
-"""Attention weights held at a time: 8 MiB in fp32."""
+_WEIGHTS = 2**20
+"""Attention weights held at a time: 4 MiB in fp32, and about as much again three times while they are made."""
 
 
 def _attention_sums(q: torch.Tensor, k: torch.Tensor, call: Call) -> torch.Tensor:

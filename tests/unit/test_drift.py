@@ -47,7 +47,7 @@ def test_a_documents_common_drift_is_given_to_its_other_tokens():
     for one, before, goal in zip(after, layers, right, strict=True):
         for t, b, g in zip(one, before, goal, strict=True):
             left, was = ((x - g)[..., OTHERS, :].norm() for x in (t, b))
-            assert left < 0.35 * was  # a quarter is held back on purpose
+            assert left < 0.5 * was  # four tenths are held back on purpose
 
 
 def test_no_drift_changes_nothing_much():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvcag.cache.merge import check_mergeable, merge
-from kvcag.cache.rope import rerotate, rotations
+from kvcag.cache.rope import Move, rotations
 from kvcag.errors import UnsupportedModelError
 from tests.merging import encode, encode_at, error, ids, parts_of, tokens_of
 from tests.tiny import tiny_model
@@ -97,9 +97,10 @@ def test_full_is_a_full_prefill(model, parts):
 def test_rerotated_keys_are_keys_encoded_there(model, start, end):
     token_ids = ids(12)
     encoded, expected = (encode_at(model, token_ids, position) for position in (start, end))
-    moved = [(torch.empty_like(keys), torch.empty_like(values)) for keys, values in encoded]
-    rerotate(model, encoded, start, end, moved)
-    assert error(moved, expected) < 1e-4
+    move = Move(model, torch.arange(start, start + 12), torch.arange(end, end + 12))
+    for index, (keys, _) in enumerate(encoded):
+        move.turn(index, keys)
+    assert error(encoded, expected) < 1e-4
 
 
 @pytest.mark.parametrize("strategy", ["anchor", "deviation", "query"])

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from kvcag.cache import rope
-from kvcag.cache.rope import Rotation, check_mergeable, rerotate, rotations
+from kvcag.cache.rope import Move, Rotation, check_mergeable, rotations
 from kvcag.errors import UnsupportedModelError
-from tests.merging import encode, encode_at, equal, error, ids
+from tests.merging import encode, encode_at, error, ids
 from tests.tiny import tiny_model
 
 
@@ -52,17 +52,19 @@ def test_keys_stay_right_100000_positions_away():
     """The model rounds `position * frequency` to fp32: turned by the difference of positions, keys are off by 1e-4."""
     model = tiny_model("llama", num_hidden_layers=1, max_position_embeddings=200_000)
     encoded, expected = (encode_at(model, ids(9), position) for position in (3, 100_003))
-    moved = [(torch.empty_like(k), torch.empty_like(v)) for k, v in encoded]
-    rerotate(model, encoded, 3, 100_003, moved)
-    assert error(moved, expected) < 1e-6
+    Move(model, torch.arange(3, 12), torch.arange(100_003, 100_012)).turn(0, encoded[0][0])
+    assert error(encoded, expected) < 1e-6
 
 
-def test_no_move_is_a_bitwise_copy():
+def test_there_and_back():
     model = tiny_model("llama")
     layers = encode(model, ids(9))
-    out = [(torch.empty_like(k), torch.empty_like(v)) for k, v in layers]
-    rerotate(model, layers, 4, 4, out)
-    assert equal(layers, out)
+    move = Move(model, torch.arange(9), torch.arange(500, 509))
+    there = [(torch.empty_like(keys), values) for keys, values in layers]
+    for index, (keys, _) in enumerate(layers):
+        move.turn(index, keys, there[index][0])
+        move.turn(index, there[index][0], back=True)
+    assert error(there, layers) < 1e-6
 
 
 def test_frequencies_are_read_when_they_are_used():
