@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-import warnings
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from datetime import datetime, timezone
+from dataclasses import dataclass, replace
 from os import PathLike
-from typing import Any, TypeAlias
+from typing import Any
 
-import torch
-
-from kvcag.cache.hf import ContextCache, cache_of, layers_of, share
+from kvcag.cache.hf import ContextCache, layers_of, share
 from kvcag.compose import Strategy, compose, exact_context
 from kvcag.config import KVCacheMemoryConfig, parse
 from kvcag.context import MergedContext
@@ -22,21 +19,30 @@ from kvcag.engines.hf import HFEngine
 from kvcag.engines.sampling import Sampling
 from kvcag.errors import (
     EmptyPromptError,
-    FingerprintMismatchError,
     InvalidInputError,
-    StoreError,
     UnknownItemError,
     UnsupportedModelError,
 )
-from kvcag.items import KVCacheItem, KVCacheRecords, content_key, ids_digest
-from kvcag.notices import CacheWarning
+from kvcag.items import KVCacheItem
+from kvcag.keeping import Ids, Keeper
 from kvcag.prompt import Message, Prompt, as_messages
 from kvcag.stores.base import KVStore
 from kvcag.stores.folder import dump_items, load_items
 from kvcag.stores.memory import MemoryStore
+from kvcag.stores.planner import Planner
 from kvcag.texts import Texts, text_and_metadata, texts_of
 
-Ids: TypeAlias = tuple[int, ...]
+_CORPUS = "corpus"
+
+
+@dataclass(frozen=True, slots=True)
+class SyncReport:
+    """What `KVCacheMemory.sync` did: how many documents, and the ids of all that are kept, in the corpus's order."""
+
+    encoded: int
+    kept: int
+    dropped: int
+    ids: list[str]
 
 
 class KVCacheMemory:
@@ -54,6 +60,8 @@ class KVCacheMemory:
         separator: put after a text that does not end with a line break, so that documents do not run together.
         tenant: keeps what this memory encodes apart from other tenants' in the engine's recent contexts.
         memory_filename: the name of the manifest that `dump` writes.
+        planner: decides per document whether loading is quicker than encoding, and says so in the report; see
+            `kvcag.stores.planner.measure`. By default what is kept is loaded.
     """
 
     def __init__(
@@ -65,6 +73,7 @@ class KVCacheMemory:
         separator: str = "\n\n",
         tenant: str = "",
         memory_filename: str = "kv_cache_memories.json",
+        planner: Planner | None = None,
     ) -> None:
         self.engine = engine
         self.store: KVStore = MemoryStore() if store is None else store
@@ -72,6 +81,7 @@ class KVCacheMemory:
         self.separator = separator
         self.tenant = tenant
         self.memory_filename = memory_filename
+        self.planner = planner
         self._encoding = threading.Lock()
 
     @classmethod
@@ -96,9 +106,8 @@ class KVCacheMemory:
         composed = "\n\n".join(texts)
         if not composed.strip():
             raise EmptyPromptError("the text is empty: there is nothing to encode")
-        segment = composed if composed.endswith("\n") else composed + self.separator
         head_ids = self.engine.template.around(self.head, _PLACEHOLDER).head_ids
-        item = self._encode(head_ids, self.engine.template.encode(segment), composed)
+        item = self._keeper.encode(head_ids, self._segment(composed), composed)
         item.records.text_memories = texts
         return item
 
@@ -122,7 +131,7 @@ class KVCacheMemory:
         """
         new = [items] if isinstance(items, KVCacheItem) else list(items)
         for item in new:
-            self._check(item)
+            self._keeper.check(item)
         for item in new:
             self.store.put(item.model_copy(update={"memory": share(item.memory)}))
 
@@ -226,14 +235,18 @@ class KVCacheMemory:
             known = self._known(prompt)
             if strategy == "exact" or known == len(prompt.context_ids):
                 return exact_context(self._encoder, prompt.context_ids, prompt.tail_ids, self.tenant)
-            items, encoded = [], 0
-            for token_ids, text in zip(prompt.document_ids, prompt.documents, strict=True):
-                item, created = self._kept(prompt.head_ids, token_ids, text)
-                items.append(item)
-                encoded += len(token_ids) if created else 0
+            self.store.prefetch(self._keeper.key(prompt.head_ids, token_ids) for token_ids in prompt.document_ids)
+            kept = [
+                self._keeper.keep(prompt.head_ids, token_ids, text)
+                for token_ids, text in zip(prompt.document_ids, prompt.documents, strict=True)
+            ]
+        items = [one.item for one in kept]
+        encoded = sum(len(one.item.token_ids) for one in kept if one.created)
         if encoded:  # and the head with the first of them
             encoded += max(0, len(prompt.head_ids) - known)
-        return self._compose(prompt.head_ids, items, prompt.tail_ids, strategy, ratio, encoded)
+        context = self._compose(prompt.head_ids, items, prompt.tail_ids, strategy, ratio, encoded)
+        reasons = "; ".join(dict.fromkeys(one.reason for one in kept if one.reason))
+        return context if not reasons else replace(context, report=replace(context.report, reason=reasons))
 
     def keep(self, messages: Sequence[Message], metadata: Sequence[Mapping[str, Any]] | None = None) -> list[str]:
         """Encode the documents of messages before anybody asks, and return their ids, in order.
@@ -243,12 +256,49 @@ class KVCacheMemory:
             metadata: one for each document, for what is encoded now.
         """
         prompt = self.engine.template.prompt(messages)
-        keys = [self._key(prompt.head_ids, token_ids) for token_ids in prompt.document_ids]
+        keys = [self._keeper.key(prompt.head_ids, token_ids) for token_ids in prompt.document_ids]
         for at, key in enumerate(keys):
             if not self.store.contains(key):
                 known = metadata[at] if metadata else {}
-                self._kept(prompt.head_ids, prompt.document_ids[at], prompt.documents[at], known)
+                self._keeper.keep(prompt.head_ids, prompt.document_ids[at], prompt.documents[at], known)
         return keys
+
+    def sync(self, documents: Iterable[object], corpus: str = "default") -> SyncReport:
+        """Bring what is kept in step with a corpus: encode what is new, keep what is the same, drop what is gone.
+
+        Args:
+            documents: whatever `from_textual_memory` takes. Two that say the same are one.
+            corpus: its name. What other corpora, or nobody, brought here stays as it is.
+
+        Raises:
+            EmptyPromptError: a document is empty. Nothing was changed.
+        """
+        head_ids = self.engine.template.around(self.head, _PLACEHOLDER).head_ids
+        wanted: dict[str, tuple[Ids, str, dict[str, Any]]] = {}
+        for text, metadata in map(text_and_metadata, documents):
+            if not text.strip():
+                raise EmptyPromptError(f"document {len(wanted) + 1} of the corpus is empty: leave it out")
+            token_ids = self._segment(text)
+            wanted[self._keeper.key(head_ids, token_ids)] = (token_ids, text, {**metadata, _CORPUS: corpus})
+        new = [key for key in wanted if not self.store.contains(key)]
+        for key in new:
+            self._keeper.keep(head_ids, *wanted[key])
+        manifests = ((key, self.store.manifest(key)) for key in iter(self.store.keys()))
+        mine = [key for key, manifest in manifests if manifest and manifest.metadata.get(_CORPUS) == corpus]
+        gone = [key for key in mine if key not in wanted]
+        self.delete(gone)
+        return SyncReport(len(new), len(wanted) - len(new), len(gone), list(wanted))
+
+    def purge(self, source: str) -> list[str]:
+        """Delete everything made from one text, for a request to delete, and return the ids.
+
+        From every tier of the store, and this tenant's recent contexts as a whole, since they may hold it too.
+
+        Args:
+            source: the text itself, or what an item's metadata names as its source: a path, a URL, a document's id.
+        """
+        self._encoder.prefixes.clear(self.tenant)
+        return self.store.purge(source)
 
     def stream(
         self,
@@ -283,6 +333,9 @@ class KVCacheMemory:
 
     # --- inside ------------------------------------------------------------------------------------------------
 
+    def _segment(self, text: str) -> Ids:
+        return self.engine.template.encode(text if text.endswith("\n") else text + self.separator)
+
     @property
     def _encoder(self) -> HFEngine:
         if isinstance(self.engine, HFEngine):
@@ -303,48 +356,13 @@ class KVCacheMemory:
     ) -> MergedContext:
         return compose(self._encoder, head_ids, items, tail_ids, strategy, ratio, encoded=encoded, tenant=self.tenant)
 
+    @property
+    def _keeper(self) -> Keeper:
+        return Keeper(self._encoder, self.store, self.tenant, self.planner)
+
     def _known(self, prompt: Prompt) -> int:
         """How many of the context's tokens were read before, in this order."""
         return self._encoder.prefixes.match(prompt.context_ids, self.tenant)[0]
-
-    def _key(self, head_ids: Ids, token_ids: Ids) -> str:
-        return content_key(self.engine.fingerprint.digest, ids_digest(head_ids), token_ids)
-
-    def _encode(self, head_ids: Ids, token_ids: Ids, text: str) -> KVCacheItem:
-        layers = self._encoder.encode_after(head_ids, token_ids, tenant=self.tenant)
-        return KVCacheItem(
-            memory=cache_of(layers),
-            records=KVCacheRecords(text_memories=[text], composed_text_memory=text),
-            metadata={"source_text": text, "extracted_at": datetime.now(timezone.utc).isoformat()},
-            token_ids=torch.tensor(token_ids, dtype=torch.long),
-            fingerprint=self.engine.fingerprint,
-            base_position=len(head_ids),
-            prefix_digest=ids_digest(head_ids),
-        )
-
-    def _kept(
-        self, head_ids: Ids, token_ids: Ids, text: str, metadata: Mapping[str, Any] | None = None
-    ) -> tuple[KVCacheItem, bool]:
-        """The item of a document, found by its content or encoded and kept, and whether it had to be encoded."""
-        no_head = self.engine.template.around(None, _PLACEHOLDER).head_ids
-        key = self._key(head_ids, token_ids)
-        for known in dict.fromkeys((key, self._key(no_head, token_ids))):
-            try:
-                item = self.store.get(known)
-                if item is not None:
-                    self._check(item)
-                    layers_of(item.memory)  # a store may read them now, and find them damaged
-                    return item, False
-            except (StoreError, FingerprintMismatchError) as damaged:
-                warnings.warn(f"encoding a document again: {damaged}", CacheWarning, stacklevel=4)
-        item = self._encode(head_ids, token_ids, text)
-        item.id = key
-        item.metadata.update(metadata or {})
-        try:
-            self.store.put(item)
-        except StoreError as full:
-            warnings.warn(f"a document was encoded and not kept: {full}", CacheWarning, stacklevel=4)
-        return item, True
 
     def _items(self, ids: str | Iterable[str], skip_missing: bool) -> list[KVCacheItem]:
         wanted = [ids] if isinstance(ids, str) else list(ids)
@@ -353,14 +371,6 @@ class KVCacheMemory:
         if missing and not skip_missing:
             raise UnknownItemError(dict.fromkeys(missing))
         return [item for item in found if item is not None]
-
-    def _check(self, item: KVCacheItem) -> None:
-        if not isinstance(item, KVCacheItem):
-            raise InvalidInputError(f"an item is a KVCacheItem, not {type(item).__name__}: make one with extract()")
-        if item.fingerprint is None:
-            raise InvalidInputError(f"item {item.id!r} does not say which model made it: make it with extract()")
-        if not self.engine.fingerprint.matches(item.fingerprint):
-            raise FingerprintMismatchError(f"item {item.id!r}", self.engine.fingerprint.differences(item.fingerprint))
 
 
 _PLACEHOLDER: list[Message] = [{"role": "user", "content": "…"}]

@@ -86,11 +86,11 @@ class PrefixCache:
                 self.nbytes += leaf.nbytes
             self._evict()
 
-    def clear(self) -> None:
-        """Forget everything."""
+    def clear(self, tenant: str | None = None) -> None:
+        """Forget everything, or everything of one tenant."""
         with self._lock:
-            self._roots.clear()
-            self.nbytes = 0
+            for name in list(self._roots) if tenant is None else [tenant]:
+                self.nbytes -= sum(node.nbytes for node in _below(self._roots.pop(name, None)))
 
     def _path(self, wanted: np.ndarray, tenant: str) -> list[tuple[_Node, int]]:
         """The nodes along `wanted`, each with how many of its tokens agree; all but the last agree in full."""
@@ -134,9 +134,14 @@ class PrefixCache:
                 above = above.parent
 
     def _leaves(self) -> Iterator[_Node]:
-        stack = list(self._roots.values())
-        while stack:
-            node = stack.pop()
-            if not node.children and node.parent is not None:
-                yield node
-            stack.extend(node.children.values())
+        nodes = (node for root in self._roots.values() for node in _below(root))
+        return (node for node in nodes if not node.children and node.parent is not None)
+
+
+def _below(root: _Node | None) -> Iterator[_Node]:
+    """A node and all that hang from it."""
+    stack = [root] if root else []
+    while stack:
+        node = stack.pop()
+        yield node
+        stack.extend(node.children.values())

@@ -6,7 +6,7 @@ from kvcag.stores.disk import DiskStore
 from kvcag.stores.format import read_item, read_manifest, write_item
 from kvcag.stores.manifest import Manifest
 from kvcag.stores.memory import MemoryStore
-from kvcag.stores.planner import LoadSpeed, Plan, Planner, measure_load
+from kvcag.stores.planner import LoadSpeed, Plan, Planner, measure, measure_load
 from kvcag.stores.remote import FsspecStore
 from kvcag.stores.tiered import StoreWarning, TieredStore
 from kvcag.stores.verification import VerifyReport, verify
@@ -25,6 +25,7 @@ __all__ = [
     "StoreWarning",
     "TieredStore",
     "VerifyReport",
+    "measure",
     "measure_load",
     "read_item",
     "read_manifest",

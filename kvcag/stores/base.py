@@ -80,6 +80,18 @@ class KVStore(ABC):
     def stats(self) -> StoreStats:
         """What is held, and how often it was found."""
 
+    def place_of(self, key: str) -> str | None:
+        """Where an item would be loaded from, by the names that a `Planner` knows; None where it is not kept."""
+        return "store" if self.contains(key) else None
+
+    def places(self) -> dict[str, KVStore]:
+        """The places of this store, by name."""
+        return {"store": self}
+
+    def prefetch(self, keys: Iterable[str]) -> object:
+        """Begin to bring items nearer, for a `get` that comes soon, and return at once. Most stores have no nearer."""
+        return None
+
     def purge(self, source: str) -> list[str]:
         """Delete everything that was made from one text, and return the ids.
 

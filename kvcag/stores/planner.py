@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from kvcag.cache.hf import cache_of, layers_of, nbytes
+from kvcag.engines.hf import HFEngine
 from kvcag.errors import InvalidInputError
 from kvcag.items import KVCacheItem
 from kvcag.stores.base import KVStore
@@ -62,6 +63,22 @@ class Planner:
         chosen = f"load from {place}" if load <= encode else "encode"
         reason = f"{chosen}: loading takes {1000 * load:.1f} ms, encoding {tokens} tokens {1000 * encode:.1f} ms"
         return Plan(load <= encode, load, encode, reason)
+
+
+def measure(engine: HFEngine, store: KVStore) -> Planner:
+    """A planner for one engine and one store: prefill is timed over 512 tokens, loading in each of the store's places.
+
+    Takes a second or so, and up to a few on a slow machine. Raises as `measure_load`.
+    """
+    length = min(512, engine.context_length)
+    tokens = [next(iter(engine.eos_ids), 0)] * length
+    taken = []
+    for _ in range(_ROUNDS):
+        begin = time.perf_counter()
+        engine.encode_after((), tokens)
+        taken.append(time.perf_counter() - begin)
+    speeds = {name: measure_load(place) for name, place in store.places().items()}
+    return Planner(length / statistics.median(taken), speeds)
 
 
 def measure_load(store: KVStore) -> LoadSpeed:

@@ -120,6 +120,15 @@ class TieredStore(KVStore):
         """The index of the quickest tier that has an item."""
         return next((index for index, tier in enumerate(self.tiers) if tier.contains(key)), None)
 
+    def place_of(self, key: str) -> str | None:
+        """`tier 0` and so on, of the quickest tier that has an item."""
+        tier = self.tier_of(key)
+        return None if tier is None else f"tier {tier}"
+
+    def places(self) -> dict[str, KVStore]:
+        """The tiers, by name."""
+        return {f"tier {index}": tier for index, tier in enumerate(self.tiers)}
+
     def keys(self) -> Iterator[str]:
         """Each id once."""
         for index, tier in enumerate(self.tiers):

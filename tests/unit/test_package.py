@@ -24,6 +24,7 @@ LAYERS = [
     {"call_format", "tools"},
     {"aio", "compose", "config", "stores", "texts"},
     {"notices", "shared"},
+    {"keeping"},
     {"memory"},
     {"handles"},
     {"langchain", "llama_index"},
