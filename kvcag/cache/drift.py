@@ -8,7 +8,8 @@ attend to corrected neighbours. It needs no forward pass of its own (figures: do
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,8 +33,8 @@ _SHRINK = 4.0
 _PENALTY = 1.0
 """Of the ridge regression, in units of its features' variance."""
 
-_BLOCK = 1024
-"""Tokens that are corrected at a time, so that their fp32 copies stay small beside the cache."""
+_BLOCK = {"cpu": 1024, "cuda": 4096}
+"""Tokens that are corrected at a time: their fp32 copies stay small beside the cache; a GPU wants few launches."""
 
 
 class DriftCorrection:
@@ -43,43 +44,52 @@ class DriftCorrection:
         chosen = torch.zeros_like(layout.open)
         chosen[positions] = True
         rest = (layout.open & ~chosen).nonzero()[:, 0]
-        device = model.device
-        self.part_of, self.parts = layout.part_of.to(device), int(layout.part_of[-1]) + 1
-        self.chosen = _from_origin(model, positions.to(device))
-        self.rest = [_from_origin(model, block.to(device)) for block in torch.split(rest, _BLOCK) if len(block)]
+        device, size = model.device, _BLOCK.get(model.device.type, 1024)
+        self.chosen = _Tokens.at(model, layout, positions.to(device))
+        self.rest = [_Tokens.at(model, layout, block.to(device)) for block in torch.split(rest, size) if len(block)]
+        self.averages = _averages(self.chosen.part_of, int(layout.part_of[-1]) + 1)
 
     def watch(self, layer_idx: int, held: LayerKV, new: LayerKV) -> None:
         """Estimate layer `layer_idx`'s drift from `new`, and correct the rest of `held` by it, in place."""
         if not self.rest:
             return
-        cached = self._features(layer_idx, held, self.chosen)
-        keys = new[0].float().clone()
-        self.chosen.turn(layer_idx, keys, back=True)
-        now = torch.cat([keys, new[1].float()], dim=-1)[0]
-        drift = _Drift.fit(cached, now - cached, self._part(self.chosen, cached), self.parts)
-        for move in self.rest:
-            change = drift.of(self._features(layer_idx, held, move), self._part(move, cached))[None]
-            head_dim = held[0].shape[-1]
-            change_keys, change_values = change[..., :head_dim], change[..., head_dim:]
-            move.turn(layer_idx, change_keys)
-            at = move.end.to(change.device)
-            held[0].index_add_(-2, at, change_keys.to(held[0].dtype))
-            held[1].index_add_(-2, at, change_values.to(held[1].dtype))
+        device, head_dim = held[0].device, held[0].shape[-1]
+        chosen = self.chosen.to(device)
+        cached = chosen.features(layer_idx, (t[..., chosen.positions, :] for t in held))
+        now = chosen.features(layer_idx, new)
+        drift = _Drift.fit(cached, now - cached, chosen.part_of, self.averages.to(device))
+        for block in self.rest:
+            rest = block.to(device)
+            features = rest.features(layer_idx, (t[..., rest.positions, :] for t in held))
+            change = drift.of(features, rest.part_of)[None]
+            rest.move.turn(layer_idx, change[..., :head_dim])
+            held[0].index_add_(-2, rest.positions, change[..., :head_dim].to(held[0].dtype))
+            held[1].index_add_(-2, rest.positions, change[..., head_dim:].to(held[1].dtype))
 
-    def _features(self, layer_idx: int, held: LayerKV, move: Move) -> torch.Tensor:
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """Some tokens of the context: 1-D int64, where they stand and which part they belong to."""
+
+    positions: torch.Tensor
+    part_of: torch.Tensor
+    move: Move
+    """From position 0 to where they stand."""
+
+    @classmethod
+    def at(cls, model: PreTrainedModel, layout: Layout, positions: torch.Tensor) -> _Tokens:
+        part_of = layout.part_of.to(positions.device)[positions]
+        return cls(positions, part_of, Move(model, torch.zeros_like(positions), positions))
+
+    def to(self, device: torch.device) -> _Tokens:
+        return replace(self, positions=self.positions.to(device), part_of=self.part_of.to(device))
+
+    def features(self, layer_idx: int, kv: Iterable[torch.Tensor]) -> torch.Tensor:
         """Key, as at position 0, and value of each token, side by side: `(kv_heads, tokens, features)`, fp32."""
-        at = move.end.to(held[0].device)
-        keys, values = (t[..., at, :].float() for t in held)
-        move.turn(layer_idx, keys, back=True)
-        return torch.cat([keys, values], dim=-1)[0]
-
-    def _part(self, move: Move, like: torch.Tensor) -> torch.Tensor:
-        """Which part each token belongs to."""
-        return self.part_of[move.end].to(like.device)
-
-
-def _from_origin(model: PreTrainedModel, at: torch.Tensor) -> Move:
-    return Move(model, torch.zeros_like(at), at)
+        keys, values = kv
+        side_by_side = torch.cat([keys, values], dim=-1).float()
+        self.move.turn(layer_idx, side_by_side[..., : keys.shape[-1]], back=True)
+        return side_by_side[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +106,9 @@ class _Drift:
     """`(kv_heads, features, features)`: drift beyond the document's, from scaled features."""
 
     @classmethod
-    def fit(cls, features: torch.Tensor, drift: torch.Tensor, part_of: torch.Tensor, parts: int) -> _Drift:
+    def fit(cls, features: torch.Tensor, drift: torch.Tensor, part_of: torch.Tensor, averages: torch.Tensor) -> _Drift:
         """From recomputed tokens: `features` and `drift` are `(kv_heads, tokens, features)`."""
-        mean, centre = _means(drift, part_of, parts), _means(features, part_of, parts)
+        mean, centre = averages @ drift, averages @ features
         x = features - centre[:, part_of]
         scale = x.square().mean(1, keepdim=True).sqrt().clamp(min=1e-6)
         x = x / scale
@@ -113,8 +123,7 @@ class _Drift:
         return _MEAN * self.mean[:, part_of] + _RIDGE * (x @ self.slope)
 
 
-def _means(of: torch.Tensor, part_of: torch.Tensor, parts: int) -> torch.Tensor:
-    """The mean of each part's tokens, `(kv_heads, parts, features)`, shrunk towards the mean of all."""
-    counts = part_of.bincount(minlength=parts)
-    sums = of.new_zeros(of.shape[0], parts, of.shape[2]).index_add_(1, part_of, of)
-    return (sums + _SHRINK * of.mean(1, keepdim=True)) / (counts + _SHRINK)[:, None]
+def _averages(part_of: torch.Tensor, parts: int) -> torch.Tensor:
+    """What gives each part's mean over tokens, shrunk towards the mean of all: `(parts, tokens)`, fp32."""
+    member = (torch.arange(parts, device=part_of.device)[:, None] == part_of).float()
+    return (member + _SHRINK / len(part_of)) / (member.sum(1, keepdim=True) + _SHRINK)

@@ -113,8 +113,8 @@ def query(model: PreTrainedModel, layers: Sequence[LayerKV], layout: Layout, tai
     return torch.stack([part.cpu() for part in scores.values()]).sum(0)
 
 
-_WEIGHTS = 2**20
-"""Attention weights held at a time: 4 MiB in fp32, and about as much again three times while they are made."""
+_WEIGHTS = {"cpu": 2**20, "cuda": 2**22}
+"""Attention weights held at a time: 4 and 16 MiB in fp32, and about as much again three times while they are made."""
 
 
 def _attention_sums(q: torch.Tensor, k: torch.Tensor, call: Call) -> torch.Tensor:
@@ -122,7 +122,7 @@ def _attention_sums(q: torch.Tensor, k: torch.Tensor, call: Call) -> torch.Tenso
     kv_heads, keys = k.shape[1], k.shape[2]
     grouped = q.reshape(kv_heads, -1, q.shape[2], q.shape[3])
     sums = torch.zeros(kv_heads, keys, device=q.device)
-    rows = max(1, _WEIGHTS // (q.shape[1] * keys))
+    rows = max(1, _WEIGHTS.get(q.device.type, 2**20) // (q.shape[1] * keys))
     for start in range(0, q.shape[2], rows):
         block = slice(start, min(start + rows, q.shape[2]))
         part = grouped[:, :, block].flatten(1, 2)

@@ -61,14 +61,17 @@ def test_drift_that_follows_the_features_is_foreseen():
     torch.manual_seed(1)
     features, slope = torch.randn(HEADS, 500, 16), 0.3 * torch.randn(HEADS, 16, 16)
     part_of = torch.zeros(500, dtype=torch.long)
-    fitted = _Drift.fit(features[:, :400], (features @ slope)[:, :400], part_of[:400], 1)
+    fitted = _Drift.fit(
+        features[:, :400], (features @ slope)[:, :400], part_of[:400], drifts._averages(part_of[:400], 1)
+    )
     foreseen, right = fitted.of(features[:, 400:], part_of[400:]), (features @ slope)[:, 400:]
     assert torch.cosine_similarity(foreseen, right, dim=-1).mean() > 0.95
 
 
 def test_a_document_without_recomputed_tokens_gets_the_mean_of_all():
-    means = drifts._means(torch.ones(1, 4, 2), torch.tensor([1, 1, 2, 2]), 4)
-    torch.testing.assert_close(means, torch.ones(1, 4, 2))
+    averages = drifts._averages(torch.tensor([1, 1, 2, 2]), 4)
+    of = torch.tensor([1.0, 1.0, 3.0, 3.0])
+    torch.testing.assert_close(averages @ of, torch.tensor([2.0, 10 / 6, 14 / 6, 2.0]))
 
 
 def test_a_single_recomputed_token_does_no_harm():
@@ -83,7 +86,7 @@ def test_blocks_make_no_difference(monkeypatch):
     layers = a_cache()
     new = shifted(layers, torch.randn(3, HEAD_DIM))
     whole = corrected(layers, new)
-    monkeypatch.setattr(drifts, "_BLOCK", 50)
+    monkeypatch.setitem(drifts._BLOCK, "cpu", 50)
     for one, other in zip(corrected(layers, new), whole, strict=True):
         for t, u in zip(one, other, strict=True):
             torch.testing.assert_close(t, u, atol=1e-5, rtol=1e-5)

@@ -50,7 +50,7 @@ def test_the_query_score_is_the_same_in_blocks(model, rotated, monkeypatch):
     layers, layout = rotated
     with torch.no_grad():
         whole = query(model, layers, layout, TAIL)
-        monkeypatch.setattr(selection, "_WEIGHTS", 300)
+        monkeypatch.setitem(selection._WEIGHTS, "cpu", 300)
         torch.testing.assert_close(query(model, layers, layout, TAIL), whole)
 
 
