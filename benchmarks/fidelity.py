@@ -163,7 +163,7 @@ def measure(memory: KVCacheMemory, documents: list[str], question: str, rows: li
     return len(context.token_ids)
 
 
-def plot(rows: list[Row], title: str, out: Path) -> list[Path]:
+def plot(rows: list[dict[str, Any]], title: str, out: Path) -> list[Path]:
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -176,8 +176,8 @@ def plot(rows: list[Row], title: str, out: Path) -> list[Path]:
     }
     for suffix, (key, label) in axes.items():
         figure, axis = plt.subplots(figsize=(6, 4), constrained_layout=True)
-        for strategy in dict.fromkeys(row.strategy for row in rows):
-            points = sorted((s[key], max(s["kl"], 1e-6)) for s in (r.summary() for r in rows if r.strategy == strategy))
+        for strategy in dict.fromkeys(row["strategy"] for row in rows):
+            points = sorted((row[key], max(row["kl"], 1e-6)) for row in rows if row["strategy"] == strategy)
             axis.plot(*zip(*points, strict=True), marker="o", label=strategy)
         axis.set(xlabel=label, ylabel="KL from a full prefill (nats a token)", yscale="log", title=title)
         axis.grid(alpha=0.3)
@@ -240,7 +240,7 @@ def main() -> None:
         print(f"question {number} of {len(questions)}: {tokens[-1]} tokens", file=sys.stderr)
 
     title = f"{result['model']}, {options.docs} documents × {options.words} words, {len(questions)} questions"
-    files = plot(rows, title, options.out)
+    files = plot(result["rows"], title, options.out)
     print(f"{'strategy':16} {'KL':>8} {'agree':>6} {'recomp.':>8} {'TTFT':>8} {'of full':>8} {'memory':>7}")
     for row in rows:
         s = row.summary()
