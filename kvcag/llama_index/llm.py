@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
-from contextlib import aclosing, closing
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from os import PathLike
-from typing import Any, TypeAlias, TypeVar
+from typing import Any
 
 from llama_index.core.base.llms.types import (
     ChatMessage,
@@ -27,13 +26,12 @@ from llama_index.core.program.utils import get_program_for_llm
 from llama_index.core.tools.types import BaseTool
 from pydantic import Field, PrivateAttr
 
-from kvcag.aio import iterate
 from kvcag.call_format import tool_messages
 from kvcag.compose import Strategy
-from kvcag.engines.base import Chunk, Engine
+from kvcag.engines.base import Engine
 from kvcag.errors import InvalidInputError
 from kvcag.llama_index.messages import neutral
-from kvcag.llama_index.responses import Answer
+from kvcag.llama_index.responses import Answer, Opener, aeach, alast, each, last
 from kvcag.llama_index.tools import choice_of, selections, tool_specs
 from kvcag.memory import KVCacheMemory
 from kvcag.notices import warn_if_foreign
@@ -41,11 +39,6 @@ from kvcag.prompt import Message, Prompt, as_messages
 from kvcag.shared import LazyEngine, open_store
 from kvcag.stores.base import KVStore
 from kvcag.tools import plan_tools
-
-R = TypeVar("R", ChatResponse, CompletionResponse)
-Chunks: TypeAlias = Generator[Chunk, None, None]
-Opener: TypeAlias = Callable[[], Chunks]
-"""Prepares the context, which may take a while, and returns the answer's chunks."""
 
 _SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "strip_thinking")
 
@@ -173,26 +166,26 @@ class KVCacheLLM(FunctionCallingLLM):
             InvalidInputError: an unknown setting, nothing to answer, or a prompt longer than the context.
         """
         opener, answer = self._call(neutral(messages), kwargs)
-        return _last(_each(opener(), answer.chat))
+        return last(each(opener(), answer.chat))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """`chat`, piece by piece. Closing the stream stops the model."""
         opener, answer = self._call(neutral(messages), kwargs)
-        return _each(opener(), answer.chat)
+        return each(opener(), answer.chat)
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """`chat`, in worker threads: the event loop keeps ticking, and cancelling stops the model."""
         opener, answer = self._call(neutral(messages), kwargs)
-        return await _alast(_aeach(opener, answer.chat))
+        return await alast(aeach(opener, answer.chat))
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """`stream_chat`, in worker threads."""
         opener, answer = self._call(neutral(messages), kwargs)
         chunks = await asyncio.to_thread(opener)
-        return _aeach(lambda: chunks, answer.chat)
+        return aeach(lambda: chunks, answer.chat)
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
@@ -204,26 +197,26 @@ class KVCacheLLM(FunctionCallingLLM):
             **kwargs: as for `chat`.
         """
         opener, answer = self._call(self._asked(prompt, formatted), kwargs)
-        return _last(_each(opener(), answer.completion))
+        return last(each(opener(), answer.completion))
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
         """`complete`, piece by piece."""
         opener, answer = self._call(self._asked(prompt, formatted), kwargs)
-        return _each(opener(), answer.completion)
+        return each(opener(), answer.completion)
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """`complete`, in worker threads."""
         opener, answer = self._call(self._asked(prompt, formatted), kwargs)
-        return await _alast(_aeach(opener, answer.completion))
+        return await alast(aeach(opener, answer.completion))
 
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         """`stream_complete`, in worker threads."""
         opener, answer = self._call(self._asked(prompt, formatted), kwargs)
         chunks = await asyncio.to_thread(opener)
-        return _aeach(lambda: chunks, answer.completion)
+        return aeach(lambda: chunks, answer.completion)
 
     # --- tools -------------------------------------------------------------------------------------------------
 
@@ -303,30 +296,3 @@ class KVCacheLLM(FunctionCallingLLM):
             messages = tool_messages(template, messages)
         options["sampling"] = memory.engine.sampling(**given)
         return lambda: memory.stream(messages, **options), Answer(self.model, plan.parser() if plan else None)
-
-
-def _each(chunks: Chunks, respond: Callable[[Chunk], R]) -> Generator[R, None, None]:
-    """The responses, one for each chunk that says something."""
-    with closing(chunks):
-        for chunk in chunks:
-            response = respond(chunk)
-            if response.delta or response.raw:
-                yield response
-
-
-async def _aeach(opener: Opener, respond: Callable[[Chunk], R]) -> AsyncGenerator[R, None]:
-    """`_each`, in worker threads."""
-    async with aclosing(iterate(opener)) as chunks:
-        async for chunk in chunks:
-            response = respond(chunk)
-            if response.delta or response.raw:
-                yield response
-
-
-def _last(responses: Generator[R, None, None]) -> R:
-    *_, last = responses
-    return last
-
-
-async def _alast(responses: AsyncGenerator[R, None]) -> R:
-    return [response async for response in responses][-1]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import aclosing, closing
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 from llama_index.core.base.llms.types import (
     ChatMessage,
@@ -15,8 +17,14 @@ from llama_index.core.base.llms.types import (
     ToolCallBlock,
 )
 
+from kvcag.aio import iterate
 from kvcag.engines.base import Chunk, Usage
 from kvcag.tools import CallParser, Parsed
+
+R = TypeVar("R", ChatResponse, CompletionResponse)
+Chunks: TypeAlias = Generator[Chunk, None, None]
+Opener: TypeAlias = Callable[[], Chunks]
+"""Prepares the context, which may take a while, and returns the answer's chunks."""
 
 
 def usage_of(usage: Usage) -> dict[str, Any]:
@@ -77,3 +85,32 @@ class Answer:
         if parsed and parsed.invalid_calls:
             raw["invalid_tool_calls"] = [asdict(call) for call in parsed.invalid_calls]
         return raw
+
+
+def each(chunks: Chunks, respond: Callable[[Chunk], R]) -> Generator[R, None, None]:
+    """The responses, one for each chunk that says something."""
+    with closing(chunks):
+        for chunk in chunks:
+            response = respond(chunk)
+            if response.delta or response.raw:
+                yield response
+
+
+async def aeach(opener: Opener, respond: Callable[[Chunk], R]) -> AsyncGenerator[R, None]:
+    """`each`, in worker threads."""
+    async with aclosing(iterate(opener)) as chunks:
+        async for chunk in chunks:
+            response = respond(chunk)
+            if response.delta or response.raw:
+                yield response
+
+
+def last(responses: Generator[R, None, None]) -> R:
+    """The whole answer."""
+    *_, whole = responses
+    return whole
+
+
+async def alast(responses: AsyncGenerator[R, None]) -> R:
+    """The whole answer."""
+    return [response async for response in responses][-1]

@@ -9,11 +9,12 @@ from itertools import islice
 from typing import Any
 
 import pytest
+import torch
 from llama_index.core.base.llms.types import CacheControl, CachePoint, ChatMessage, TextBlock
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.prompts import PromptTemplate
-from tiny import byte_tokenizer, tiny_model
+from tiny import CHATML, byte_tokenizer, tiny_model
 from tokenizers.processors import TemplateProcessing
 
 from kvcag import HFEngine
@@ -326,10 +327,18 @@ def test_a_store_is_an_object_or_a_folder(tmp_path, tiny_engine: HFEngine, as_ob
     assert len(list(DiskStore(tmp_path).keys())) == 1
 
 
-def test_a_store_of_another_model_is_not_used_and_said_so(tmp_path) -> None:
-    ours, other = (HFEngine(tiny_model(seed=seed), byte_tokenizer()) for seed in (0, 1))
+@pytest.mark.parametrize(
+    ("model", "template", "differs"),
+    [
+        ({"seed": 1}, CHATML, "weights"),
+        ({"dtype": torch.bfloat16}, CHATML, "dtype: bfloat16, not float32"),
+        ({}, CHATML.replace("assistant", "bot"), "template"),
+    ],
+)
+def test_a_store_of_another_model_dtype_or_template_is_not_used_and_said_so(tmp_path, model, template, differs) -> None:
+    ours, other = HFEngine(tiny_model(), byte_tokenizer()), HFEngine(tiny_model(**model), byte_tokenizer(template))
     KVCacheLLM(engine=other, store=tmp_path, max_new_tokens=2).chat(pointed("abc " * 20, "d"))
-    with pytest.warns(CacheWarning, match=r"another model \(weights"):
+    with pytest.warns(CacheWarning, match=f"another model .*{differs}"):
         answer = KVCacheLLM(engine=ours, store=tmp_path, max_new_tokens=8).chat(pointed("abc " * 20, "d"))
     assert answer.raw["usage"]["cached_tokens"] == 0
     fresh = KVCacheLLM(engine=HFEngine(tiny_model(), byte_tokenizer()), max_new_tokens=8)
