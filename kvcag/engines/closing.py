@@ -25,6 +25,8 @@ _FAR = 1 << 15
 """Bytes after which a way that has not ended is given up."""
 _EFFORT = 1 << 11
 """Choices that one search looks at, at most: about a second."""
+_LONGEST = 24
+"""Bytes of a token, at most, where a text is spelt: longer ones are runs of one character."""
 _CLOSERS = b'}]")>'
 _IN_TEXT = b'"}])>'
 _MANY = 64
@@ -50,11 +52,10 @@ class Alphabet:
         self._decode = ll_tokenizer.decode_bytes
         names = [str(tokenizer.convert_ids_to_tokens(token) or f"<unused-{token}>") for token in special]
         self.tokenizer = LLTokenizer(TokenizerWrapper(_Bytes(names)), slices=[])
-        self._token_of: dict[tuple[int, ...], int] = {(symbol,): token for token, symbol in self._special.items()}
+        self._token_of: dict[bytes, int] = {}
         for token in ids:
             if token not in self._special and token not in self.end_ids:
-                self._token_of.setdefault(tuple(self._decode([token])), token)
-        self._longest = max(map(len, self._token_of))
+                self._token_of.setdefault(self._decode([token]), token)
 
     def spell(self, token: int) -> tuple[int, ...]:
         """The symbols of one token."""
@@ -73,15 +74,20 @@ class Alphabet:
         return _NUMBERED.sub(symbol, grammar)
 
     def tokens(self, symbols: Sequence[int]) -> list[int] | None:
-        """The fewest tokens that spell `symbols`; None if the vocabulary cannot."""
+        """The fewest tokens that spell `symbols`, none longer than `_LONGEST` bytes; None if the vocabulary cannot."""
+        special = {symbol: token for token, symbol in self._special.items()} if max(symbols, default=0) > _END else {}
+        text = bytes(0 if symbol > _END else symbol for symbol in symbols)
         best: list[tuple[int, int, int]] = [(0, 0, -1)]  # tokens needed up to here, where the last begins, and which
-        for end in range(1, len(symbols) + 1):
-            ways = []
-            for start in range(max(0, end - self._longest), end):
-                token = self._token_of.get(tuple(symbols[start:end]))
-                if token is not None and best[start][0] < _FAR:
-                    ways.append((best[start][0] + 1, start, token))
-            best.append(min(ways, default=(_FAR, 0, -1)))
+        floor = 0  # no token goes over a special one
+        for end, symbol in enumerate(symbols, 1):
+            least = (_FAR, 0, -1)
+            if symbol in special:
+                least, floor = (best[end - 1][0] + 1, end - 1, special[symbol]), end
+            else:
+                for start in range(max(floor, end - _LONGEST), end):
+                    if best[start][0] + 1 < least[0] and text[start:end] in self._token_of:
+                        least = (best[start][0] + 1, start, self._token_of[text[start:end]])
+            best.append(least)
         if best[-1][0] >= _FAR:
             return None
         found, at = list[int](), len(symbols)
@@ -221,6 +227,8 @@ class Closing:
         ranked = sorted(allowed, key=lambda symbol: _rank(symbol, closers))
         seen = set[tuple[object, ...]]()
         later: list[tuple[int, _Step]] = []
+        hints = [hint for hint in self._hints if self._matcher.validate_tokens(hint) == len(hint)]
+        yield from (_Step(hint) for hint in hints if self.ends_with(hint))
         for symbol in ranked if thorough else _spread(ranked):
             looks = self._after([symbol])
             if looks in seen:
@@ -233,9 +241,8 @@ class Closing:
                 later.append((3, _Step([symbol])))
             else:
                 yield _Step([symbol])
-        for hint in self._hints:  # what ends free text is not seen from its first symbol
-            if self._matcher.validate_tokens(hint) == len(hint) and self._after(hint) not in seen:
-                yield _Step(hint)
+        # what ends free text is not seen from its first symbol
+        yield from (_Step(hint) for hint in hints if self._after(hint) not in seen)
         yield from (step for _, step in sorted(later, key=lambda way: way[0]))
 
     def _after(self, symbols: list[int]) -> tuple[tuple[int, ...], tuple[int, ...], bool]:

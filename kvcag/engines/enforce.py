@@ -120,6 +120,7 @@ class Enforcement:
     ) -> None:
         self._matcher, self._closing, self._alphabet = matcher, closing, alphabet
         self._way = way
+        self._needs = len(way)  # tokens that the way takes, at most
         self._left = max_new_tokens
         self._mask = allocate_token_bitmask(1, vocabulary)
 
@@ -165,22 +166,26 @@ class Enforcement:
         tokens = self._alphabet.tokens(self._way)
         assert tokens  # ways that the vocabulary cannot spell are not kept
         self._way = self._way[len(self._closing.advance(tokens[0])) :]
+        self._needs = len(tokens) - 1
         return tokens[0]
 
     def _way_on(self, symbols: tuple[int, ...]) -> list[int] | None:
         """How the grammar can end, after these symbols, within the tokens that are left."""
-        way = self._way
+        way, needs = self._way, self._needs
         if tuple(way[: len(symbols)]) == symbols:
             way = way[len(symbols) :]
+            needs = len(way)
         elif not self._closing.ends_with(way):
             found = self._closing.quick()
             if found is None:
                 return None
-            way = found
-        if len(way) > self._left:  # a symbol is a token at most
+            way, needs = found, len(found)
+        if needs > self._left:  # a symbol is a token at most
             tokens = self._alphabet.tokens(way)
             if tokens is None or len(tokens) > self._left:
                 return None
+            needs = len(tokens)
+        self._needs = needs
         return way
 
 

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field
+from schemas import check_holds, schemas
 from tiny import byte_tokenizer, tiny_model
 
 from kvcag import KVCacheMemory
@@ -228,6 +229,10 @@ def test_free_text_is_closed_by_what_must_end_it(engine, constraint):
     assert text.endswith(("THE END.", '-fin"'))
 
 
+def test_an_end_that_begins_like_what_precedes_it_is_found(engine):
+    assert len(engine.constrain(Regex("([a-z]{1,12} ){4,400}end"), 90).shortest) == len("a a a a end")
+
+
 def test_a_long_minimum_is_found_and_an_endless_search_is_not_begun(engine):
     assert len(engine.constrain({"type": "string", "minLength": 5000}, 5002).shortest) == 5002
     with pytest.raises(ConstraintError, match="none was found"):
@@ -239,6 +244,18 @@ def test_echo_says_the_shortest_text():
     prompt = engine.template.prompt([{"role": "user", "content": "x"}])
     chunks = list(engine.stream(prompt, engine.sampling(), constraint=Part))
     assert Part.model_validate_json("".join(chunk.text for chunk in chunks))
+
+
+@settings(
+    max_examples=200,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(schema=schemas, budget=st.integers(2, 90), temperature=st.sampled_from([0.0, 1.0]))
+def test_two_hundred_random_schemas_hold_within_their_budgets(engine, schema, budget, temperature):
+    check_holds(engine, schema, budget, temperature=temperature, seed=0)
 
 
 ADDRESSES = st.fixed_dictionaries(

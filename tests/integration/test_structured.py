@@ -1,0 +1,128 @@
+"""Structured generation on the real model: schemas hold, caches change nothing, a session prefills what is new."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import accumulate
+
+import jsonschema
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from schemas import Schema, check_holds, schemas
+
+from kvcag import HFEngine, KVCacheMemory
+from kvcag.engines.constrain import Choices, Regex
+from kvcag.prompt import Prompt
+from kvcag.tools import plan_tools
+
+FACTS = [
+    "The harbour of Brindle has four piers, and the oldest of them is made of oak. It was built in 1874.",
+    "The ferry Marlin leaves pier 3 at 07:40 every day but Sunday. A ticket costs 12 crowns.",
+    "The lighthouse keeper is called Ines Falk. She keeps bees and sells honey at the red kiosk.",
+]
+
+
+@pytest.fixture
+def forwards(smollm2_engine: HFEngine) -> Iterator[list[int]]:
+    lengths: list[int] = []
+    hook = smollm2_engine.model.register_forward_pre_hook(
+        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    yield lengths
+    hook.remove()
+
+
+@settings(
+    max_examples=25, deadline=None, derandomize=True, database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
+@given(schema=schemas, budget=st.integers(3, 24))
+def test_random_schemas_hold_within_their_budgets(smollm2_engine, schema: Schema, budget: int):
+    check_holds(smollm2_engine, schema, budget)
+
+
+QUESTIONS = [
+    ("Who keeps the lighthouse?", Regex("[A-Z][a-z]{1,9} [A-Z][a-z]{1,6}")),
+    ("When does the ferry leave?", Regex("[0-2][0-9]:[0-5][0-9]")),
+    ("What does a ticket cost?", {"type": "integer", "minimum": 0, "maximum": 99}),
+    ("Is the oldest pier made of oak?", Choices(["yes", "no"])),
+    ("From which pier?", {"enum": ["pier 1", "pier 2", "pier 3", "pier 4"]}),
+    ("When was it built?", {"type": "array", "items": {"type": "integer"}, "minItems": 1, "maxItems": 1}),
+]
+
+
+def test_constrained_answers_over_a_cache_equal_those_of_a_full_prefill(smollm2_engine):
+    """Greedy, fp32, thirty prompts: each question over each of five contexts."""
+    engine = smollm2_engine
+    full = HFEngine(engine.model, engine.tokenizer, prefix_cache_bytes=0)
+    contexts = [FACTS[:1], FACTS[1:2], FACTS[:2], FACTS[1:], FACTS]
+    answers = set[str]()
+    for facts in contexts:
+        context = engine.build_kv_cache(facts)
+        for question, constraint in QUESTIONS:
+            prompt = engine.plan(question, context)
+            sampling = engine.sampling(max_new_tokens=8)
+            cached = list(engine.stream(prompt, sampling, context, constraint=constraint))
+            fresh = list(full.stream(Prompt((), (), prompt.token_ids), sampling, constraint=constraint))
+            assert [chunk.token_ids for chunk in cached] == [chunk.token_ids for chunk in fresh]
+            assert cached[-1].usage.cached_tokens >= len(context.token_ids)
+            assert fresh[-1].usage.cached_tokens == 0
+            answers.add("".join(chunk.text for chunk in cached))
+    assert len(answers) > 5, "the model had something to say"
+
+
+def test_ten_turns_over_two_thousand_tokens(smollm2_engine, forwards):
+    """Each token is prefilled once, and every answer is that of a full prefill of all that stands before it."""
+    engine = smollm2_engine
+    filler = " ".join(f"Berth {number} is let to boat {number * 7 % 100}." for number in range(150))
+    context = engine.build_kv_cache(" ".join([*FACTS, filler]))
+    assert 1800 < len(context.token_ids) < 2400
+    turns = [("Who keeps bees?", None), ("Is that so?", Choices(["yes", "no", "maybe"]))] * 5
+    forwards.clear()
+    with engine.session(context) as session:
+        starts = []
+        for question, constraint in turns:
+            session.generate(question, constraint=constraint, max_new_tokens=6)
+            starts.append(len(session.token_ids) - session.turns[-1].completion_tokens)
+        new = len(session.token_ids) - len(context.token_ids)
+        said = sum(turn.completion_tokens for turn in session.turns)
+        assert sum(forwards) == new - 1, "the new tokens of each turn, once, and nothing else"
+        assert session.prefilled_tokens == new - said + len(turns) - 1, "an answer's last token runs with the next turn"
+        ids = session.token_ids
+        answers = [
+            ids[start : start + turn.completion_tokens] for start, turn in zip(starts, session.turns, strict=True)
+        ]
+    with torch.no_grad():
+        logits = engine.model(input_ids=torch.tensor([ids])).logits[0]
+    for (_, constraint), start, answer in zip(turns, starts, answers, strict=True):
+        held = None if constraint is None else engine.constrain(constraint, 6).start(6)
+        for place, token in enumerate(answer, start - 1):
+            scores = logits[place : place + 1]
+            best = int((scores if held is None else held(torch.empty(0), scores)).argmax())
+            assert token == (best if held is None else held.take(best))
+    assert list(accumulate(map(len, answers)))[-1] == said
+
+
+def test_a_forced_call_and_a_structured_answer_over_merged_documents(smollm2_engine):
+    engine = smollm2_engine
+    memory = KVCacheMemory(engine, head="Answer from the documents.")
+    items = [memory.extract(fact) for fact in FACTS]
+    memory.add(items)
+    ids = [item.id for item in items]
+    tool = {
+        "name": "buy_ticket",
+        "description": "Buys a ticket for a ferry.",
+        "parameters": {
+            "type": "object",
+            "properties": {"ferry": {"type": "string", "maxLength": 12}, "pier": {"type": "integer", "maximum": 4}},
+            "required": ["ferry", "pier"],
+        },
+    }
+    plan = plan_tools(engine.template, [tool], "any", parallel=False)
+    messages = plan.messages([{"role": "user", "content": "Buy a ticket for the Marlin, please."}])
+    merged = memory.merge(ids, messages, strategy="query")
+    parsed = plan.parse(engine.generate(None, merged, constraint=plan.constraint, max_new_tokens=40))
+    assert [call.name for call in parsed.calls] == ["buy_ticket"]
+    jsonschema.validate(parsed.calls[0].arguments, tool["parameters"])
