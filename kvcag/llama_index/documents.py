@@ -12,11 +12,11 @@ CONTEXT = "kvcag-context-7d2f90c1"
 """Stands in a rendered template where the documents go."""
 
 
-def place(messages: Sequence[ChatMessage], texts: Sequence[str]) -> list[ChatMessage]:
+def place(messages: Sequence[ChatMessage], texts: Sequence[str], *, exact: bool = False) -> list[ChatMessage]:
     """The messages with the documents in the place of `CONTEXT`.
 
     Documents are cached at the first place; where a template shows its context again, they stand as plain text. The
-    line breaks around the place are those between the blocks.
+    line breaks around the place are those between the blocks. `exact` makes them one segment, see `document_blocks`.
     """
     placed: list[ChatMessage] = []
     pending = True
@@ -30,7 +30,7 @@ def place(messages: Sequence[ChatMessage], texts: Sequence[str]) -> list[ChatMes
                 before, _, rest = block.text.partition(CONTEXT)
                 after = rest.removeprefix("\n").replace(CONTEXT, "\n\n".join(texts))
                 blocks += [TextBlock(text=before.removesuffix("\n"))] if before else []
-                blocks += document_blocks(texts)
+                blocks += document_blocks(texts, exact=exact)
                 blocks += [TextBlock(text=after)] if after else []
                 pending = False
             else:

@@ -52,7 +52,7 @@ class KVCacheTransform(TransformComponent):
         synthesizer = synthesizer or CAGSynthesizer(llm)
         fields = {
             "fingerprint": synthesizer.cag.engine.fingerprint.digest,
-            "template": json.dumps(neutral(synthesizer.messages("", [""]))),
+            "template": json.dumps(neutral(synthesizer.messages("", ["…"]))),
             "collection": collection,
         }
         super().__init__(**fields)

@@ -39,8 +39,18 @@ _ROLES = {
 }
 
 
-def document_blocks(texts: Iterable[str]) -> list[ContentBlock]:
-    """Content blocks in which each text is a document of its own, a blank line after each."""
+def document_blocks(texts: Iterable[str], *, exact: bool = False) -> list[ContentBlock]:
+    """Content blocks in which each text is a document of its own, a blank line after each.
+
+    Args:
+        texts: the documents.
+        exact: close them all by one ordinary cache point instead: one segment, in this order.
+    """
+    if exact:
+        return [
+            *(TextBlock(text=f"{text}\n") for text in texts),
+            CachePoint(cache_control=CacheControl(type="ephemeral")),
+        ]
     return [block for text in texts for block in (TextBlock(text=f"{text}\n"), DOCUMENT_END)]
 
 

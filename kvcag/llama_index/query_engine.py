@@ -46,6 +46,9 @@ class CAGQueryEngine(RetrieverQueryEngine):
     ) -> CAGQueryEngine:
         """Over a whole corpus: every question is answered from all documents, which are encoded once.
 
+        They always stand in the same order, so they are one exact prefix, and the answer is that of a full prefill;
+        `exact=False` keeps each by itself, so that a corpus that changes a little is encoded again only in part.
+
         Args:
             documents: documents or nodes; small enough together for the model's context.
             llm: a `KVCacheLLM`; `Settings.llm` by default.
@@ -59,6 +62,7 @@ class CAGQueryEngine(RetrieverQueryEngine):
         if not documents:
             raise InvalidInputError("there are no documents: pass at least one")
         corpus = WholeCorpus(documents, callback_manager)
+        synthesizer = {"exact": True, **synthesizer}
         return cls.from_retriever(
             corpus, llm, node_postprocessors=node_postprocessors, callback_manager=callback_manager, **synthesizer
         )

@@ -51,7 +51,9 @@ class CAGSynthesizer(BaseSynthesizer):
         text_qa_template: asks; knows `context_str` and `query_str`.
         refine_template: asks again in later rounds; knows `context_msg`, `existing_answer` and `query_str`.
         order: `"retrieval"` keeps the order in which nodes come, best first, which answers best when they are merged.
-            `"canonical"` sorts them, so that the same nodes in any order are one exact prefix.
+            `"canonical"` sorts them, so that the same nodes in any order make the same context.
+        exact: keep the documents of a question together as one segment: the answer is that of a full prefill, and only
+            the same documents in the same order are found again.
         streaming: answer with a `StreamingResponse`.
         output_cls: answer with an object of this class.
         empty_response: the answer where there are no nodes.
@@ -68,6 +70,7 @@ class CAGSynthesizer(BaseSynthesizer):
         text_qa_template: BasePromptTemplate | None = None,
         refine_template: BasePromptTemplate | None = None,
         order: Order = "retrieval",
+        exact: bool = False,
         streaming: bool = False,
         output_cls: type[BaseModel] | None = None,
         empty_response: str | None = None,
@@ -88,6 +91,7 @@ class CAGSynthesizer(BaseSynthesizer):
         self._text_qa_template: BasePromptTemplate = text_qa_template or DEFAULT_TEXT_QA_PROMPT_SEL
         self._refine_template: BasePromptTemplate = refine_template or DEFAULT_REFINE_PROMPT_SEL
         self._order = order
+        self._exact = exact
 
     def _get_prompts(self) -> PromptDictType:
         return {"text_qa_template": self._text_qa_template, "refine_template": self._refine_template}
@@ -147,7 +151,7 @@ class CAGSynthesizer(BaseSynthesizer):
         else:
             template, variables = self._refine_template, {"context_msg": CONTEXT, "existing_answer": answer}
         rendered = self.cag._get_messages(template, query_str=query_str, **variables, **response_kwargs)
-        return place(rendered, texts)
+        return place(rendered, texts, exact=self._exact)
 
     # --- rounds ------------------------------------------------------------------------------------------------
 

@@ -177,6 +177,22 @@ def test_the_exact_strategy_is_a_full_prefill_and_encodes_only_the_tail_again(ti
     assert usage["prompt_tokens"] - usage["cached_tokens"] <= tail
 
 
+def test_a_whole_corpus_is_one_exact_prefix_that_outlives_the_engine(tmp_path) -> None:
+    def ask(question: str, store: object, **settings: object) -> tuple[str, dict]:
+        engine = HFEngine(tiny_model(), byte_tokenizer(), prefix_cache_bytes=0)
+        llm = KVCacheLLM(engine=engine, store=store, max_new_tokens=12)
+        synthesizer = CAGQueryEngine.from_documents(nodes(), llm, **settings)._response_synthesizer
+        answer = llm.chat(synthesizer.messages(question, TEXTS))
+        return answer.message.content, answer.raw["usage"]["context"]
+
+    ask("When?", tmp_path)
+    answer, context = ask("How tall?", tmp_path)
+    assert (context["mode"], context["recomputed_tokens"]) == ("exact", 0)
+    assert context["reused_tokens"] >= sum(map(len, TEXTS))
+    assert answer == ask("How tall?", None)[0]
+    assert ask("How tall?", None, exact=False)[1]["mode"] == "merged"
+
+
 def test_text_that_changed_under_the_same_id_is_never_answered_from_a_stale_cache(tiny_llm: KVCacheLLM) -> None:
     """A window of sentences under the same node id and hash, and metadata that is left out of the text or not."""
     windowed = nodes()
@@ -197,7 +213,7 @@ def test_text_that_changed_under_the_same_id_is_never_answered_from_a_stale_cach
     swapped.query("How tall?")
     assert texts() == {*TEXTS, *(f"{text} And more." for text in TEXTS)}
     shown = [TextNode(text=text, id_=str(i), metadata={"year": 1889}) for i, text in enumerate(TEXTS)]
-    CAGQueryEngine.from_documents(shown, tiny_llm).query("How tall?")
+    CAGQueryEngine.from_documents(shown, tiny_llm, exact=False).query("How tall?")
     assert {f"year: 1889\n\n{text}" for text in TEXTS} < texts()
 
 
