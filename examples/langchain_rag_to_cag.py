@@ -24,7 +24,8 @@ from kvcag.demo.corpus import python_topics
 from kvcag.demo.model import embedded_model
 from kvcag.langchain import ChatKVCAG, create_cag_documents_chain
 
-DOCUMENTS = [Document(topic.text, metadata={"title": topic.title}) for topic in python_topics()]
+TOPICS = ["break", "while", "imaginary", "power", "nonlocal", "del"]
+DOCUMENTS = [Document(topic.text, metadata={"title": topic.title}) for topic in python_topics(TOPICS)]
 QUESTIONS = [
     "What happens when 0.0 is raised to a negative power?",
     'What is the "while" statement used for?',
@@ -39,7 +40,7 @@ class SharedWords(BaseRetriever):
     """The documents that share the most words with the question. Any retriever will do."""
 
     documents: list[Document]
-    k: int = 4
+    k: int = 3
 
     def _get_relevant_documents(self, query: str, *, run_manager: CallbackManagerForRetrieverRun) -> list[Document]:
         asked = set(query.lower().split())

@@ -19,8 +19,12 @@ from retrievers import BM25, Faiss
 from kvcag import HFEngine
 from kvcag.demo.corpus import python_topics
 from kvcag.langchain import ChatKVCAG, create_cag_documents_chain
+from kvcag.langchain.messages import neutral
+from kvcag.stores.memory import MemoryStore
 
-TOPICS = [Document(topic.text, metadata={"title": topic.title}) for topic in python_topics(["break", "pass", "power"])]
+TOPICS = [
+    Document(topic.text, metadata={"title": topic.title}) for topic in python_topics(["break", "pass", "imaginary"])
+]
 PROMPT = ChatPromptTemplate.from_messages([("system", "Answer from:\n\n{context}"), ("human", "{input}")])
 EXAMPLE = Path(__file__).parents[2] / "examples" / "langchain_rag_to_cag.py"
 
@@ -36,14 +40,12 @@ def uncached(engine: HFEngine, token_ids: tuple[int, ...], length: int) -> str:
 
 
 def test_exact_answers_are_the_uncached_models_token_for_token(smollm2_engine: HFEngine) -> None:
-    llm = ChatKVCAG(engine=smollm2_engine, max_tokens=24, merge_strategy="exact")
+    llm = ChatKVCAG(engine=smollm2_engine, max_tokens=16, merge_strategy="exact", store=MemoryStore())
     asked = [
         SystemMessage(["Answer from:\n\n", *(t.page_content + "\n\n" for t in TOPICS)]),
-        HumanMessage("What is 0**0?"),
+        HumanMessage("What is pass?"),
     ]
-    from kvcag.langchain.messages import neutral
-
-    expected = uncached(smollm2_engine, smollm2_engine.template.prompt(neutral(asked)).token_ids, 24)
+    expected = uncached(smollm2_engine, smollm2_engine.template.prompt(neutral(asked)).token_ids, 16)
     cold, warm = llm.invoke(asked), llm.invoke(asked)
     assert (cold.text, warm.text) == (expected, expected)
     assert warm.response_metadata["kvcag"]["encoded_tokens"] == 0
@@ -51,12 +53,12 @@ def test_exact_answers_are_the_uncached_models_token_for_token(smollm2_engine: H
 
 @pytest.mark.parametrize("retriever", [BM25, Faiss])
 def test_retrieval_is_the_same_and_documents_are_encoded_once(smollm2_engine: HFEngine, retriever: Any) -> None:
-    llm = ChatKVCAG(engine=smollm2_engine, max_tokens=8)
+    llm = ChatKVCAG(engine=smollm2_engine, max_tokens=2, store=MemoryStore())
     found = retriever(documents=TOPICS, k=2)
     cag = create_retrieval_chain(found, create_cag_documents_chain(llm, PROMPT, output_parser=RunnablePassthrough()))
     rag = create_retrieval_chain(found, create_stuff_documents_chain(llm, PROMPT))
     encoded: dict[str, int] = {}
-    for question in ('What does the "break" statement do?', "What is a negative power of zero?", "break or pass?"):
+    for question in ('What does the "break" statement do?', "What does an imaginary literal yield?", "break or pass?"):
         state = cag.invoke({"input": question})
         assert state["context"] == rag.invoke({"input": question})["context"]
         report = state["answer"].response_metadata["kvcag"]
@@ -69,7 +71,7 @@ def test_recomputing_everything_gives_the_models_own_answer(smollm2_engine: HFEn
     given = {"context": TOPICS[::-1], "input": 'What does the "break" statement do?'}
     answers = [
         create_cag_documents_chain(
-            ChatKVCAG(engine=smollm2_engine, max_tokens=16, merge_strategy=strategy), PROMPT
+            ChatKVCAG(engine=smollm2_engine, max_tokens=8, merge_strategy=strategy, store=MemoryStore()), PROMPT
         ).invoke(given)
         for strategy in ("full", "exact")
     ]

@@ -15,6 +15,7 @@ from kvcag.shared import LazyEngine
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*is in beta.*",  # the v3 event stream, which is what is tested
+    "ignore:Benchmark fixture was not used",  # by test_stream_time, which wants it for recorded traffic
 )
 
 

@@ -14,10 +14,13 @@ from pydantic.v1 import BaseModel as BaseModelV1
 from typing_extensions import TypedDict
 
 from kvcag import HFEngine
+from kvcag.engines.base import Chunk, Usage
 from kvcag.engines.echo import EchoEngine
 from kvcag.errors import ConstraintBudgetError, InvalidInputError
 from kvcag.langchain import ChatKVCAG
+from kvcag.langchain.responses import generation_chunks
 from kvcag.langchain.tools import choice_of
+from kvcag.tools import plan_tools
 
 
 class Place(BaseModel):
@@ -108,6 +111,25 @@ def test_no_tool_is_called_where_none_may_be() -> None:
     echo = ChatKVCAG(engine=EchoEngine(), max_tokens=200)
     written = '{"name": "stay", "arguments": {}}'
     assert echo.bind_tools([stay], tool_choice="none").invoke(written).text == written
+
+
+@pytest.mark.parametrize(
+    "written", ['{"name": "stay", "arguments": {"days": [1,', '{"name": "sleep", "arguments": {}}']
+)
+def test_a_call_that_was_cut_or_names_no_tool_is_invalid(llm: ChatKVCAG, written: str) -> None:
+    plan = plan_tools(llm.engine.template, [{"name": "stay", "parameters": {"type": "object"}}])
+
+    def chunks() -> Any:
+        for character in written[:-1]:
+            yield Chunk(character)
+        yield Chunk(written[-1], finish_reason="length", usage=Usage(1, 0, 0, 1, 0.0, 0.0))
+
+    first, *rest = (chunk.message for chunk in generation_chunks(chunks(), "model", plan))
+    message = first.__add__(rest) if rest else first
+    assert (message.tool_calls, message.text) == ([], "")
+    [invalid] = message.invalid_tool_calls
+    assert written in invalid["args"]
+    assert message.response_metadata["finish_reason"] == "length"
 
 
 def test_a_tool_with_no_room_for_its_call_is_refused_before_any_work(llm: ChatKVCAG) -> None:
