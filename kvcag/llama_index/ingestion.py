@@ -32,6 +32,9 @@ class KVCacheTransform(TransformComponent):
             what its template says before the documents.
         docstore: the pipeline's.
         collection: whose documents these are, where several pipelines fill one store.
+
+    Raises:
+        InvalidInputError: the synthesizer keeps documents together.
     """
 
     fingerprint: str = Field(description="Which model encodes: its weights, dtype and chat template.")
@@ -50,6 +53,8 @@ class KVCacheTransform(TransformComponent):
         collection: str = "documents",
     ) -> None:
         synthesizer = synthesizer or CAGSynthesizer(llm)
+        if synthesizer.exact:
+            raise InvalidInputError("an exact synthesizer keeps documents together: nodes cannot be encoded one by one")
         fields = {
             "fingerprint": synthesizer.cag.engine.fingerprint.digest,
             "template": json.dumps(neutral(synthesizer.messages("", ["…"]))),

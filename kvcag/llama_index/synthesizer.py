@@ -91,7 +91,7 @@ class CAGSynthesizer(BaseSynthesizer):
         self._text_qa_template: BasePromptTemplate = text_qa_template or DEFAULT_TEXT_QA_PROMPT_SEL
         self._refine_template: BasePromptTemplate = refine_template or DEFAULT_REFINE_PROMPT_SEL
         self._order = order
-        self._exact = exact
+        self.exact = exact
 
     def _get_prompts(self) -> PromptDictType:
         return {"text_qa_template": self._text_qa_template, "refine_template": self._refine_template}
@@ -151,7 +151,7 @@ class CAGSynthesizer(BaseSynthesizer):
         else:
             template, variables = self._refine_template, {"context_msg": CONTEXT, "existing_answer": answer}
         rendered = self.cag._get_messages(template, query_str=query_str, **variables, **response_kwargs)
-        return place(rendered, texts, exact=self._exact)
+        return place(rendered, texts, exact=self.exact)
 
     # --- rounds ------------------------------------------------------------------------------------------------
 

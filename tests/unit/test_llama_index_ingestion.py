@@ -148,6 +148,9 @@ def test_nodes_go_through_unchanged_and_blank_ones_are_left_out(tmp_path: Path) 
     assert len(list(llm.memory.store.keys())) == 1
 
 
-def test_worker_processes_are_refused(tmp_path: Path) -> None:
+def test_what_cannot_encode_node_by_node_is_refused() -> None:
+    llm = KVCacheLLM(engine=model())
+    with pytest.raises(InvalidInputError, match="one by one"):
+        KVCacheTransform(synthesizer=CAGSynthesizer(llm, exact=True))
     with pytest.raises(InvalidInputError, match="without num_workers"):
         pickle.dumps(KVCacheTransform(KVCacheLLM(engine=model())))
