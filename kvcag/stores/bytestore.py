@@ -38,7 +38,9 @@ class ByteKVStore(KVStore):
     Args:
         store: where the bytes go.
         chunk_bytes: the most that one value holds.
-        quantize, namespace, salt: as for `DiskStore`.
+        quantize: as for `DiskStore`.
+        namespace: as for `DiskStore`.
+        salt: as for `DiskStore`.
     """
 
     def __init__(
