@@ -122,6 +122,7 @@ class Enforcement:
         self._way = way
         self._needs = len(way)  # tokens that the way takes, at most
         self._left = max_new_tokens
+        self._vocabulary = vocabulary
         self._mask = allocate_token_bitmask(1, vocabulary)
 
     @property
@@ -134,11 +135,12 @@ class Enforcement:
         fill_next_token_bitmask(self._matcher, self._mask)
         if self._matcher.is_error():
             raise EngineError(f"the grammar cannot go on: {_reason(self._matcher.get_error())}")
-        size = scores.shape[-1]
-        bits = np.unpackbits(self._mask.view(np.uint8), bitorder="little")[:size]
-        forbidden = torch.ones(size, dtype=torch.bool)
-        forbidden[: len(bits)] = torch.from_numpy(bits == 0)
-        return scores.masked_fill(forbidden.to(scores.device), -torch.inf)
+        bits = np.unpackbits(self._mask.view(np.uint8), bitorder="little", count=self._vocabulary)
+        forbidden = torch.from_numpy(bits == 0)
+        beyond = scores.shape[-1] - self._vocabulary  # a model may have logits for tokens that nobody has
+        if beyond > 0:
+            forbidden = torch.nn.functional.pad(forbidden, (0, beyond), value=True)
+        return scores.masked_fill(forbidden[: scores.shape[-1]].to(scores.device), -torch.inf)
 
     def take(self, token: int) -> int:
         """Go on with the token, or with another if the grammar could not be closed in time after it.
