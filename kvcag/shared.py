@@ -17,6 +17,8 @@ from kvcag.stores.base import KVStore
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.memory import MemoryStore
 
+DEFAULT_STORE_BYTES = 4 << 30
+
 
 class LazyEngine:
     """A model that is loaded when it is first needed, once for all who ask for the same one: see `of`.
@@ -77,17 +79,21 @@ class LazyEngine:
         return self._tokenizer
 
 
-def open_store(store: KVStore | str | PathLike[str] | None, engine: Engine) -> KVStore:
-    """A store as it is; a `DiskStore` at a path; for None the engine's own, in memory, for all over this engine."""
+def open_store(store: KVStore | str | PathLike[str] | None, engine: Engine, tenant: str = "") -> KVStore:
+    """A store as it is; a `DiskStore` at a path; for None one in memory, for all of a tenant's over this engine.
+
+    The one in memory holds `DEFAULT_STORE_BYTES` and forgets what was not used for longest; pass a `MemoryStore` for
+    another budget.
+    """
     if isinstance(store, KVStore):
         return store
     if store is not None:
-        return DiskStore(Path(store))
+        return DiskStore(Path(store), namespace=tenant)
     with _lock:
-        return _stores.setdefault(engine, MemoryStore())
+        return _stores.setdefault(engine, {}).setdefault(tenant, MemoryStore(DEFAULT_STORE_BYTES))
 
 
 _HUB = {"revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder"}
 _lazy: WeakValueDictionary[str, LazyEngine] = WeakValueDictionary()
-_stores: WeakKeyDictionary[Engine, MemoryStore] = WeakKeyDictionary()
+_stores: WeakKeyDictionary[Engine, dict[str, MemoryStore]] = WeakKeyDictionary()
 _lock = threading.Lock()

@@ -62,12 +62,13 @@ class LocalChatModel(BaseChatModel):
     """Leave `<think>…</think>` out of the answer."""
 
     store: KVStore | str | PathLike[str] | None = Field(default=None, exclude=True)
-    """Where documents are kept: a store, or a folder. None: in memory, for all chat models over the same engine."""
+    """Where documents are kept: a store, or a folder. None: in memory, up to 4 GiB, for all over the same engine."""
     merge_strategy: Strategy = "query"
     """How cached documents are put together: see `KVCacheMemory.merge`."""
     recompute_ratio: float = Field(default=0.2, ge=0, le=1)
     tenant: str = ""
-    """Keeps what this object reads apart from other tenants' in a shared engine: their timing tells them nothing."""
+    """Keeps what this object reads apart from what other tenants' read: their timing tells them nothing of it. A
+    `KVStore` is taken as it is: give each tenant its own."""
 
     _lazy: LazyEngine | None = PrivateAttr(default=None)
     _memories: dict[str, KVCacheMemory] = PrivateAttr(default_factory=dict)
@@ -157,7 +158,7 @@ class LocalChatModel(BaseChatModel):
                     f"{name!r} has no chat template, so its tokenizer cannot write down who said what. Use an instruct "
                     "model, or set one: engine.tokenizer.chat_template = …"
                 )
-            store = open_store(self.store, engine)
+            store = open_store(self.store, engine, self.tenant)
             warn_if_foreign(store, engine.fingerprint)
             self._memories.setdefault(name, KVCacheMemory(engine, store, tenant=self.tenant))
         return self._memories[name]

@@ -224,6 +224,18 @@ def test_a_folder_as_store_outlives_the_engine(tmp_path: Path) -> None:
         assert documents_encoded is expected
 
 
+@pytest.mark.parametrize("folder", [False, True])
+@pytest.mark.parametrize("asked", [with_docs("one. ", "two. "), "hello"], ids=["documents", "plain"])
+def test_tenants_share_weights_and_nothing_that_was_read(
+    tiny_engine: HFEngine, tmp_path: Path, folder: bool, asked: Any
+) -> None:
+    store = tmp_path if folder else None
+    ours, theirs = (ChatKVCAG(engine=tiny_engine, max_tokens=2, tenant=name, store=store) for name in "ab")
+    ours.invoke(asked)
+    assert read(theirs.invoke(asked)) == 0
+    assert read(ours.invoke(asked)) > 0
+
+
 def test_what_is_stored_never_changes_by_being_used(tiny_engine: HFEngine, tmp_path: Path) -> None:
     store = DiskStore(tmp_path)
     llm = ChatKVCAG(engine=tiny_engine, max_tokens=8, store=store)
