@@ -5,7 +5,7 @@ Which parts of a conversation are documents, each a segment that is encoded once
 1. Blocks that say so: text blocks with `cache_control={"type": "ephemeral"}`, `text-plain` blocks, and those that
    `kvcag.langchain.documents.with_documents` put there.
 2. Where nothing says so, system and human messages of two or more text blocks: every block is a segment, but for the
-   last block of the last human message, which is the question.
+   last one of a human message, which is what the human says.
 
 Texts are joined as they are: a block that shall not run into the next one ends with its own line break.
 """
@@ -43,11 +43,7 @@ def neutral(messages: Sequence[BaseMessage]) -> list[Message]:
         InvalidInputError: a message of a kind that is not a part of a conversation.
     """
     marked = any(noted_documents(message) is not None or any(_marks(message)) for message in messages)
-    last_human = max((i for i, message in enumerate(messages) if isinstance(message, HumanMessage)), default=-1)
-    return [
-        {**_frame(message), "content": _content(message, marked, asks=index == last_human)}
-        for index, message in enumerate(messages)
-    ]
+    return [{**_frame(message), "content": _content(message, marked)} for message in messages]
 
 
 def _frame(message: BaseMessage) -> dict[str, Any]:
@@ -73,7 +69,7 @@ def _frame(message: BaseMessage) -> dict[str, Any]:
     )
 
 
-def _content(message: BaseMessage, marked: bool, *, asks: bool) -> str | list[str]:
+def _content(message: BaseMessage, marked: bool) -> str | list[str]:
     """The text, or the parts with the documents among them."""
     blocks = _blocks(message)
     texts = [_text(block, message) for block in blocks]
@@ -82,7 +78,7 @@ def _content(message: BaseMessage, marked: bool, *, asks: bool) -> str | list[st
     if marked:
         documents = _marks(message)
     elif len(texts) > 1:
-        documents = [True] * (len(texts) - asks) + [False] * asks
+        documents = [True] * (len(texts) - 1) + [isinstance(message, SystemMessage)]
     else:
         documents = [False] * len(texts)
     if not any(documents):

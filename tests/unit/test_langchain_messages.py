@@ -75,14 +75,14 @@ def test_plain_text_blocks_are_documents() -> None:
     assert documents([HumanMessage([plain, text("q")])]) == ["doc"]
 
 
-def test_without_marks_every_block_but_the_last_question_is_a_segment() -> None:
+def test_without_marks_every_block_is_a_segment_but_what_the_human_says() -> None:
     conversation = [
         SystemMessage([text("a"), "b"]),
         HumanMessage([text("c"), text("d")]),
         AIMessage([text("x"), text("y")]),
         HumanMessage([text("e"), text("question")]),
     ]
-    assert documents(conversation) == ["a", "b", "c", "d", "e"]
+    assert documents(conversation) == ["a", "b", "c", "e"]
 
 
 def test_a_message_of_one_block_is_no_document() -> None:
