@@ -6,8 +6,8 @@ from tiny import SPECIAL, byte_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 HERMES = (
-    "{% if tools %}<|im_start|>system\n<tools>{% for tool in tools %}{{ '\n' + tool | tojson }}{% endfor %}{{ '\n' }}</tools>"
-    "<|im_end|>\n{% endif %}"
+    "{% if tools %}<|im_start|>system\n<tools>{% for tool in tools %}{{ '\n' + tool | tojson }}{% endfor %}"
+    "{{ '\n' }}</tools><|im_end|>\n{% endif %}"
     "{% for m in messages %}{% if m.role == 'tool' %}<|im_start|>user\n<tool_response>\n{{ m.content }}\n"
     "</tool_response><|im_end|>\n"
     "{% else %}<|im_start|>{{ m.role }}{% if m.content %}{{ '\n' + m.content }}{% endif %}"

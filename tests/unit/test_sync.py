@@ -123,7 +123,7 @@ def test_tenants_with_the_same_text_share_no_hit_and_no_file(tmp_path: Path) -> 
     reports, files = [], []
     for memory in memories:
         reports.append(usage_of(memory, *TEXTS))
-        files.append({path for path in tmp_path.rglob("*.safetensors")})
+        files.append(set(tmp_path.rglob("*.safetensors")))
     assert reports[0].context == reports[1].context  # the second tenant pays what the first paid: no timing tells
     assert reports[0].cached_tokens == reports[1].cached_tokens == 0
     assert len(files[1]) == 2 * len(files[0])
