@@ -35,8 +35,8 @@ def generation_chunks(
             text = parser.push(chunk.text) if parser else chunk.text
             written, shown = written + chunk.text, shown + text
             if chunk.usage is None:
-                if text:
-                    yield ChatGenerationChunk(message=AIMessageChunk(content=text))
+                # Also where the text is held back: between two steps, whoever reads can stop the model.
+                yield ChatGenerationChunk(message=AIMessageChunk(content=text))
                 continue
             calls: list[ToolCallChunk] = []
             if parser:

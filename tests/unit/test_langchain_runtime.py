@@ -24,6 +24,11 @@ from kvcag.langchain import ChatKVCAG
 DOCUMENTS = [SystemMessage(["one. ", "two. ", "Answer."]), HumanMessage("why?")]
 
 
+def says(text: str) -> str:
+    """Say something."""
+    return text
+
+
 @pytest.fixture
 def llm(tiny_engine: HFEngine) -> ChatKVCAG:
     return ChatKVCAG(engine=tiny_engine, max_tokens=8)
@@ -153,11 +158,13 @@ def test_closing_a_stream_stops_the_model_and_reports_once(llm: ChatKVCAG) -> No
     assert (handler.names.count("error"), threading.active_count(), steps()) == (1, threads, 0)
 
 
-async def test_cancelling_a_stream_stops_the_model_and_reports_once(llm: ChatKVCAG) -> None:
-    handler, started = Everything(), asyncio.Event()
+@pytest.mark.parametrize("forced", [False, True], ids=["text", "a call, which is held back"])
+async def test_cancelling_a_stream_stops_the_model_and_reports_once(llm: ChatKVCAG, forced: bool) -> None:
+    asked: Any = llm.bind_tools([says], tool_choice="any") if forced else llm
+    handler, started, steps = Everything(), asyncio.Event(), count_steps(llm.engine)
 
     async def consume() -> None:
-        async for _ in llm.astream("hello", config={"callbacks": [handler]}, max_tokens=1500):
+        async for _ in asked.astream("hello", config={"callbacks": [handler]}, max_tokens=1200):
             started.set()
 
     task = asyncio.create_task(consume())
@@ -165,10 +172,10 @@ async def test_cancelling_a_stream_stops_the_model_and_reports_once(llm: ChatKVC
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    await asyncio.sleep(0.1)  # the step that was running ends, and the stream is closed
-    steps = count_steps(llm.engine)
-    await asyncio.sleep(0.1)
-    assert (handler.names.count("error"), steps()) == (1, 0)
+    at_cancel = steps()
+    await asyncio.sleep(0.5)
+    assert steps() <= at_cancel + 1  # the step that was running
+    assert handler.names.count("error") == 1
 
 
 async def test_gradients_are_off_in_the_model_and_on_around_it(llm: ChatKVCAG) -> None:
