@@ -177,6 +177,8 @@ class Closing:
                 if not (step.loops and allowed == before):  # else the same symbol again: text of a minimum length
                     self._effort -= 1
                     step = next(self._choices(allowed), _Step([]))
+                elif len(path) % 32 == 0:
+                    self._effort -= 1
                 before = allowed
             if not step.symbols or len(path) > _FAR or self._effort < 0:
                 self._matcher.rollback(len(path))

@@ -36,6 +36,7 @@ try:
     from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
     from kvcag.engines.closing import Alphabet, Closing
+    from kvcag.engines.hints import hints
 except ModuleNotFoundError:
     raise MissingExtraError("constrained generation", "structured") from None
 
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from llguidance._lib import JsonCompileOptions
     from transformers import PreTrainedTokenizerBase
 
-_HINTS = 32
 _COMPILED = 128
 """Grammars kept per tokenizer; the least recently used goes first."""
 
@@ -241,7 +241,7 @@ class Grammars:
         over_bytes = LLMatcher(self._alphabet.tokenizer, self._alphabet.translate(grammar), log_level=0)
         if over_bytes.is_error():
             raise ConstraintError(f"the constraint cannot be used: {_reason(over_bytes.get_error())}")
-        closing = Closing(self._alphabet, over_bytes, _literals(grammar))
+        closing = Closing(self._alphabet, over_bytes, hints(grammar))
         return Constraint(matcher, closing, self._alphabet, self._vocabulary)
 
 
@@ -287,19 +287,6 @@ def _after_thinking(grammar: str) -> str:
     body = json.loads(grammar)["grammars"] if grammar.startswith("{") else [{"lark_grammar": grammar}]
     opening = "start: think LINES @answer\nthink[lazy]: /(.|\\n)*<\\/think>/\nLINES: /\\n*/"
     return json.dumps({"grammars": [{"name": "thinking", "lark_grammar": opening}, {**body[0], "name": "answer"}]})
-
-
-def _literals(grammar: str) -> list[list[int]]:
-    """Runs of characters that stand for themselves in a grammar's rules and in a schema's patterns."""
-    sources = [grammar]
-    if grammar.startswith("{"):
-        parts = json.loads(grammar)["grammars"]
-        sources = [part["lark_grammar"] for part in parts if part.get("lark_grammar")]
-        schemas = json.dumps([part.get("json_schema") for part in parts], ensure_ascii=False)
-        sources += [json.loads(f'"{pattern}"') for pattern in re.findall(r'"pattern": "((?:\\.|[^"\\])*)"', schemas)]
-    runs = dict.fromkeys(run for source in sources for run in re.findall(r"(?:\\.|[^\\\[\](){}|*+?.^$\n\"])+", source))
-    plain = [re.sub(r"\\(.)", r"\1", run).strip("/ ") for run in runs]
-    return [list(text.encode()) for text in plain if len(text) > 1][:_HINTS]
 
 
 def _reason(error: str) -> str:

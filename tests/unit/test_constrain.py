@@ -20,6 +20,7 @@ from kvcag import KVCacheMemory
 from kvcag.engines.constrain import Choices, Grammar, JsonSchema, Regex
 from kvcag.engines.echo import EchoEngine
 from kvcag.engines.hf import HFEngine
+from kvcag.engines.hints import examples
 from kvcag.errors import ConstraintBudgetError, ConstraintError
 from kvcag.prompt import Document
 
@@ -227,6 +228,26 @@ def test_after_thinking_the_constraint_holds():
 def test_free_text_is_closed_by_what_must_end_it(engine, constraint):
     text = engine.generate("x", constraint=constraint, max_new_tokens=20, temperature=1.0)
     assert text.endswith(("THE END.", '-fin"'))
+
+
+def test_a_pattern_that_is_not_anchored_is_closed(engine):
+    """Found by random schemas: nothing showed that a digit and an x would allow the string to end."""
+    schema = {"type": "array", "prefixItems": [{"type": "string", "pattern": r"\d+x"}], "items": False, "minItems": 1}
+    assert bytes(engine.constrain(schema, 9)._way) == b'["0x"]'
+    assert "0x" in engine.generate("x", constraint=schema, max_new_tokens=20)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "runs"),
+    [
+        (r"\d+x", ["0x"]),
+        (r"([a-z]{2,9} ){4}end", ["aa ", "end"]),
+        (r"^.*-fin$", ["-fin"]),
+        (r"a?[^b]\.[\d]{3}", ["a.000"]),
+    ],
+)
+def test_examples_of_a_pattern(pattern, runs):
+    assert examples(pattern) == runs
 
 
 def test_an_end_that_begins_like_what_precedes_it_is_found(engine):
