@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from os import PathLike
+from os import PathLike, fspath
 from typing import Any
 
+import torch
 from langchain_core.language_models import BaseChatModel, LangSmithParams, ModelProfile
 from langchain_core.messages import BaseMessage
 from langchain_core.utils.function_calling import convert_to_openai_tool
@@ -17,15 +18,19 @@ from kvcag.engines.base import Engine
 from kvcag.errors import ChatTemplateError, FingerprintMismatchError, InvalidInputError
 from kvcag.handles import ContextHandles
 from kvcag.langchain.messages import neutral
+from kvcag.langchain.tools import ask
 from kvcag.memory import KVCacheMemory
 from kvcag.notices import warn_if_foreign
 from kvcag.prompt import ChatTemplate
 from kvcag.shared import LazyEngine, open_store
 from kvcag.stores.base import KVStore
 
-_REMOTE_ONLY = {"api_key", "base_url", "timeout", "max_retries", "streaming"}
+_REMOTE_ONLY = {"api_key", "base_url", "timeout", "max_retries"}
 """Standard parameters of chat models that speak to a server. Accepted, so that changing the class is enough; there is
 no network here that they could be about."""
+
+_NOT_IN_ANSWERS = {"engine", "store", "tenant", "streaming"}
+"""Fields that change no answer; an engine is identified by its fingerprint."""
 
 _NOT_TEXT = ("image_inputs", "audio_inputs", "pdf_inputs", "video_inputs", "image_outputs", "audio_outputs")
 
@@ -60,6 +65,8 @@ class LocalChatModel(BaseChatModel):
     stop: list[str] | None = None
     strip_thinking: bool = False
     """Leave `<think>…</think>` out of the answer."""
+    streaming: bool = False
+    """True: `invoke` too gives its tokens to callbacks as they come. False, if given: `stream` gives one piece."""
 
     store: KVStore | str | PathLike[str] | None = Field(default=None, exclude=True)
     """Where documents are kept: a store, or a folder. None: in memory, up to 4 GiB, for all over the same engine."""
@@ -76,8 +83,13 @@ class LocalChatModel(BaseChatModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_remote_only(cls, values: Any) -> Any:
-        return {name: value for name, value in values.items() if name not in _REMOTE_ONLY}
+    def _as_settings(cls, values: Any) -> Any:
+        settings = {name: value for name, value in values.items() if name not in _REMOTE_ONLY}
+        if isinstance(settings.get("model"), PathLike):
+            settings["model"] = fspath(settings["model"])
+        if isinstance(settings.get("dtype"), torch.dtype):
+            settings["dtype"] = str(settings["dtype"]).removeprefix("torch.")
+        return settings
 
     @model_validator(mode="after")
     def _which_model(self) -> Self:
@@ -114,7 +126,7 @@ class LocalChatModel(BaseChatModel):
     @property
     def _identifying_params(self) -> dict[str, Any]:
         """Everything that can change an answer: LangChain's response cache goes by it."""
-        own = type(self).model_fields.keys() - BaseChatModel.model_fields.keys() - {"engine", "store", "tenant"}
+        own = type(self).model_fields.keys() - BaseChatModel.model_fields.keys() - _NOT_IN_ANSWERS
         params = {name: getattr(self, name) for name in sorted(own)}
         return {**params, "model_kwargs": self._shown_model_kwargs}
 
@@ -195,8 +207,9 @@ class LocalChatModel(BaseChatModel):
 
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """How many tokens the model reads for these messages, the chat template's own included."""
-        schemas = [convert_to_openai_tool(tool) for tool in tools or ()]
-        return len(self._template.prompt(neutral(messages), tools=schemas).token_ids)
+        template = self._template
+        asked = ask(template, neutral(messages), {"tools": [convert_to_openai_tool(tool) for tool in tools or ()]})
+        return len(template.prompt(asked.messages, tools=asked.tools).token_ids)
 
     @property
     def _template(self) -> ChatTemplate:

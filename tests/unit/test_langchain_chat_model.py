@@ -7,6 +7,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+import torch
 from langchain_core.language_models import FakeListChatModel
 from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage
 from langchain_core.rate_limiters import InMemoryRateLimiter
@@ -93,7 +94,7 @@ def test_weights_that_are_not_the_expected_ones_are_refused(tiny_engine: HFEngin
 def test_a_model_is_loaded_once_for_all_who_ask_for_it(tmp_path: Path) -> None:
     tiny_model().save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
-    one, two = (ChatKVCAG(model=str(tmp_path), max_tokens=length, device="cpu") for length in (3, 5))
+    one, two = (ChatKVCAG(model=tmp_path, max_tokens=length, device="cpu", dtype=torch.float32) for length in (3, 5))
     assert one.get_num_tokens("four") == 4
     assert not one._lazy.loaded
     one.invoke("hello")
@@ -126,6 +127,12 @@ async def test_all_ways_to_call_give_the_same_answer(llm: ChatKVCAG, asked: Any)
         ChatKVCAG(engine=llm.engine, max_tokens=8, disable_streaming=True).invoke(asked),
     ]
     assert [essence(way) for way in ways] == [essence(first)] * len(ways)
+
+
+def test_streaming_may_be_switched_on_for_invoke_and_off_for_stream(tiny_engine: HFEngine) -> None:
+    pieces = {switch: ChatKVCAG(engine=tiny_engine, max_tokens=8, streaming=switch) for switch in (True, False)}
+    assert len(list(pieces[True].stream("hello"))) > 2
+    assert len(list(pieces[False].stream("hello"))) == 1
 
 
 def test_one_chunk_carries_usage_and_model_and_it_is_the_last(llm: ChatKVCAG) -> None:

@@ -137,6 +137,13 @@ def test_a_tool_with_no_room_for_its_call_is_refused_before_any_work(llm: ChatKV
         llm.bind_tools([travel], tool_choice="any").invoke("Where to?", max_tokens=10)
 
 
+def test_tokens_of_tools_are_counted(llm: ChatKVCAG) -> None:
+    asked = [HumanMessage("Where to?")]
+    used = llm.bind_tools([stay], tool_choice="any").invoke(asked).usage_metadata["input_tokens"]
+    assert llm.get_num_tokens_from_messages(asked) < llm.get_num_tokens_from_messages(asked, tools=[stay])
+    assert llm.get_num_tokens_from_messages(asked, tools=[stay]) >= used
+
+
 def test_histories_with_calls_and_results_are_shown(llm: ChatKVCAG) -> None:
     call = {"name": "stay", "args": {}, "id": "c1", "type": "tool_call"}
     history = [
