@@ -35,7 +35,7 @@ def forwards(smollm2_engine: HFEngine) -> Iterator[list[int]]:
 
 
 @settings(
-    max_examples=25, deadline=None, derandomize=True, database=None,
+    max_examples=15, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 @given(schema=schemas, budget=st.integers(3, 24))
