@@ -90,10 +90,15 @@ def cache_of(layers: Iterable[LayerKV]) -> DynamicCache:
     cache = DynamicCache()
     for keys, values in layers:
         layer = DynamicLayer()
-        layer.lazy_initialization(keys, values)
+        _initialize(layer, keys)
         layer.keys, layer.values = keys, values
         cache.layers.append(layer)
     return cache
+
+
+def _initialize(layer: DynamicLayer, like: torch.Tensor) -> None:
+    """What `lazy_initialization` does; its signature is another one in transformers 4.57 than in 5."""
+    layer.dtype, layer.device, layer.is_initialized = like.dtype, like.device, True
 
 
 def clone(cache: Cache) -> DynamicCache:
@@ -145,7 +150,7 @@ def generation_cache(parts: Sequence[Sequence[LayerKV]], room: int) -> DynamicCa
         layer.fill(layers)
         cache.layers.append(layer)
     if not cache.layers:  # transformers makes a layer when the model first writes to it
-        cache.layer_class_to_replicate = cast(Any, functools.partial(_AppendLayer, room))
+        cache.layer_class_to_replicate = cast("Any", functools.partial(_AppendLayer, room))
     return cache
 
 
@@ -161,7 +166,7 @@ class _AppendLayer(DynamicLayer):
         self.length = 0
 
     def fill(self, parts: Sequence[LayerKV]) -> None:
-        self.lazy_initialization(*parts[0])
+        _initialize(self, parts[0][0])
         self._reserve(parts[0], sum(keys.shape[-2] for keys, _ in parts) + self.room)
         for keys, values in parts:
             self.update(keys, values)
@@ -172,7 +177,7 @@ class _AppendLayer(DynamicLayer):
         """Append `(batch, kv_heads, new_tokens, head_dim)` and return all that is held."""
         new = key_states.shape[-2]
         if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+            _initialize(self, key_states)
             self._reserve((key_states, value_states), new + self.room)
         end = self.length + new
         if end > self._keys.shape[-2]:
@@ -217,7 +222,7 @@ class _LazyLayer(DynamicLayer):
         if name not in ("keys", "values", "dtype", "device"):
             raise AttributeError(name)
         keys, values = self.load()
-        self.lazy_initialization(keys, values)
+        _initialize(self, keys)
         self.keys, self.values = keys, values
         return getattr(self, name)
 
@@ -287,7 +292,7 @@ class _HeldLayer(DynamicLayer):
 
     def __init__(self, kv: LayerKV) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.lazy_initialization(*kv)
+        _initialize(self, kv[0])
         self.keys, self.values = kv
 
 
