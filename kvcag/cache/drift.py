@@ -94,33 +94,32 @@ class _Tokens:
 
 @dataclass(frozen=True, slots=True)
 class _Drift:
-    """A linear model of the drift of one layer, for each KV head: of the document, and of the token within it."""
+    """A linear model of the drift to give to a token, by KV head: `features @ slope + offset` of its part."""
 
-    mean: torch.Tensor
-    """`(kv_heads, parts, features)`: the drift of each document."""
-    centre: torch.Tensor
-    """`(kv_heads, parts, features)`: the features of each document."""
-    scale: torch.Tensor
-    """`(kv_heads, 1, features)`: how far features are from their document's."""
     slope: torch.Tensor
-    """`(kv_heads, features, features)`: drift beyond the document's, from scaled features."""
+    """`(kv_heads, features, features)`."""
+    offset: torch.Tensor
+    """`(kv_heads, parts, features)`."""
 
     @classmethod
     def fit(cls, features: torch.Tensor, drift: torch.Tensor, part_of: torch.Tensor, averages: torch.Tensor) -> _Drift:
-        """From recomputed tokens: `features` and `drift` are `(kv_heads, tokens, features)`."""
+        """From recomputed tokens: `features` and `drift` are `(kv_heads, tokens, features)`.
+
+        A part's mean drift, and a ridge regression of what is left on how a token differs from its part's mean.
+        """
         mean, centre = averages @ drift, averages @ features
         x = features - centre[:, part_of]
         scale = x.square().mean(1, keepdim=True).sqrt().clamp(min=1e-6)
         x = x / scale
         gram = x.mT @ x
         gram.diagonal(dim1=-2, dim2=-1).add_(_PENALTY * x.shape[1])
-        slope = torch.cholesky_solve(x.mT @ (drift - mean[:, part_of]), torch.linalg.cholesky(gram))
-        return cls(mean, centre, scale, slope)
+        scaled = torch.cholesky_solve(x.mT @ (drift - mean[:, part_of]), torch.linalg.cholesky(gram))
+        slope = _RIDGE * scaled / scale.mT
+        return cls(slope, _MEAN * mean - centre @ slope)
 
     def of(self, features: torch.Tensor, part_of: torch.Tensor) -> torch.Tensor:
         """The drift to give to other tokens, `(kv_heads, tokens, features)`."""
-        x = (features - self.centre[:, part_of]) / self.scale
-        return _MEAN * self.mean[:, part_of] + _RIDGE * (x @ self.slope)
+        return torch.baddbmm(self.offset[:, part_of], features, self.slope)
 
 
 def _averages(part_of: torch.Tensor, parts: int) -> torch.Tensor:

@@ -53,7 +53,12 @@ REFUSED = {
     "llama dynamic": ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "dynamic-NTK"),
     "phi3 longrope": (
         {
-            "rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4},
+            "rope_scaling": {
+                "type": "longrope",
+                "rope_type": "longrope",
+                "short_factor": [1.0] * 4,
+                "long_factor": [2.0] * 4,
+            },
             "original_max_position_embeddings": 512,
         },
         "LongRoPE",
