@@ -15,7 +15,10 @@ from kvcag.context import MergedContext, MergeReport
 from kvcag.engines.hf import HFEngine
 from kvcag.items import KVCacheItem, ids_digest
 
-Strategy: TypeAlias = MergeStrategy | Literal["exact"]
+Strategy: TypeAlias = MergeStrategy | Literal["exact", "auto"]
+
+MAX_KL = 0.05
+"""Nats a token that `auto` lets a merged context be off, on the calibration's probes."""
 
 
 def compose(
@@ -26,6 +29,7 @@ def compose(
     strategy: Strategy,
     ratio: float,
     *,
+    max_kl: float = MAX_KL,
     encoded: int = 0,
     tenant: str = "",
 ) -> MergedContext:
@@ -38,12 +42,14 @@ def compose(
         tail_ids: what follows them.
         strategy: as `KVCacheMemory.merge` takes it.
         ratio: the recompute ratio.
+        max_kl: what `auto` allows.
         encoded: how many of these tokens the caller has just encoded, for the report.
         tenant: whose recent contexts may be reused.
     """
     context_ids = (*head_ids, *chain.from_iterable(item.token_ids.tolist() for item in items))
+    strategy, ratio, reason = _resolve(engine, strategy, ratio, max_kl)
     if strategy == "exact":
-        return exact_context(engine, context_ids, tail_ids, tenant)
+        return exact_context(engine, context_ids, tail_ids, tenant, reason)
     head, head_reused = engine.prefill(head_ids, tenant=tenant) if head_ids else ([], 0)
     parts = [Part(torch.tensor(head_ids, dtype=torch.long), head, 0, exact=True)] if head_ids else []
     for index, item in enumerate(items):
@@ -60,18 +66,38 @@ def compose(
         reused_tokens=len(context_ids) - recomputed - encoded,
         recomputed_tokens=recomputed,
         encoded_tokens=encoded,
+        reason=reason,
     )
     return _context(engine, merged.layers, context_ids, tail_ids, report)
 
 
 def exact_context(
-    engine: HFEngine, context_ids: tuple[int, ...], tail_ids: tuple[int, ...], tenant: str = ""
+    engine: HFEngine, context_ids: tuple[int, ...], tail_ids: tuple[int, ...], tenant: str = "", reason: str = ""
 ) -> MergedContext:
     """Head and documents encoded in this order, as far as they were not before."""
     layers, reused = engine.prefill(context_ids, tenant=tenant)
     encoded = len(context_ids) - reused
-    report = MergeReport("exact" if reused else "encoded", "exact", len(context_ids), reused, 0, encoded)
+    report = MergeReport("exact" if reused else "encoded", "exact", len(context_ids), reused, 0, encoded, reason)
     return _context(engine, layers, context_ids, tail_ids, report)
+
+
+def _resolve(
+    engine: HFEngine, strategy: Strategy, ratio: float, max_kl: float
+) -> tuple[MergeStrategy | Literal["exact"], float, str]:
+    """What `auto` stands for: the cheapest strategy that passed the calibration, else all tokens encoded in order."""
+    if strategy != "auto":
+        return strategy, ratio, ""
+    if engine.calibration is None:
+        return (
+            "exact",
+            1.0,
+            "auto: not calibrated, so all was encoded; engine.calibrate(documents) measures what may be merged",
+        )
+    verdict = engine.calibration.cheapest(max_kl)
+    if verdict is None:
+        return "exact", 1.0, f"auto: no strategy came within KL {max_kl:g} for less than a full prefill"
+    measured = f"KL {verdict.kl:.3f} of {max_kl:g} allowed, at {verdict.cost:.0%} of a full prefill"
+    return verdict.strategy, verdict.ratio, f"auto: {verdict.strategy} {verdict.ratio:g}, {measured}"
 
 
 def _context(

@@ -5,14 +5,16 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from itertools import chain
 from os import PathLike
 from typing import Any
 
 from kvcag.cache.hf import ContextCache, layers_of, share
-from kvcag.compose import Strategy, compose, exact_context
+from kvcag.compose import MAX_KL, Strategy, compose, exact_context
 from kvcag.config import KVCacheMemoryConfig, parse
 from kvcag.context import MergedContext
+from kvcag.corpus import Counter, SyncReport, sync
 from kvcag.engines.base import Chunk, Engine
 from kvcag.engines.constrain import ConstraintLike
 from kvcag.engines.hf import HFEngine
@@ -32,18 +34,6 @@ from kvcag.stores.memory import MemoryStore
 from kvcag.stores.planner import Planner
 from kvcag.texts import Texts, text_and_metadata, texts_of
 
-_CORPUS = "corpus"
-
-
-@dataclass(frozen=True, slots=True)
-class SyncReport:
-    """What `KVCacheMemory.sync` did: how many documents, and the ids of all that are kept, in the corpus's order."""
-
-    encoded: int
-    kept: int
-    dropped: int
-    ids: list[str]
-
 
 class KVCacheMemory:
     """Texts, encoded once each and put together per question.
@@ -60,6 +50,8 @@ class KVCacheMemory:
         separator: put after a text that does not end with a line break, so that documents do not run together.
         tenant: keeps what this memory encodes apart from other tenants' in the engine's recent contexts.
         memory_filename: the name of the manifest that `dump` writes.
+        promote_after: documents that were merged this often in the same order are encoded as a whole the next time
+            they are asked, where recent contexts have room for it, and are exact from then on. None: never.
         planner: decides per document whether loading is quicker than encoding, and says so in the report; see
             `kvcag.stores.planner.measure`. By default what is kept is loaded.
     """
@@ -73,6 +65,7 @@ class KVCacheMemory:
         separator: str = "\n\n",
         tenant: str = "",
         memory_filename: str = "kv_cache_memories.json",
+        promote_after: int | None = 2,
         planner: Planner | None = None,
     ) -> None:
         self.engine = engine
@@ -81,7 +74,9 @@ class KVCacheMemory:
         self.separator = separator
         self.tenant = tenant
         self.memory_filename = memory_filename
+        self.promote_after = promote_after
         self.planner = planner
+        self._merged = Counter()
         self._encoding = threading.Lock()
 
     @classmethod
@@ -198,6 +193,8 @@ class KVCacheMemory:
         strategy: Strategy = "query",
         ratio: float = 0.2,
         *,
+        max_kl: float = MAX_KL,
+        canonical: bool = False,
         skip_missing: bool = False,
     ) -> MergedContext:
         """Put items together for a question.
@@ -207,8 +204,12 @@ class KVCacheMemory:
             query: the question, or chat messages that end with it.
             strategy: `"exact"` encodes head and documents in this order; `"rotate"` recomputes nothing; `"anchor"`,
                 `"deviation"` and `"query"` recompute `ratio` of the tokens, chosen by that criterion; `"full"`
-                recomputes all.
+                recomputes all; `"auto"` takes the cheapest that `engine.calibrate` found to be within `max_kl`, or
+                encodes all, and takes what was encoded in this order before.
             ratio: the recompute ratio, recomputed over context tokens, in [0, 1].
+            max_kl: what `"auto"` allows, nats a token.
+            canonical: put the items into an order of their own, whatever the order of `ids`, so that the same ones
+                are the same context every time.
             skip_missing: leave unknown ids out.
 
         Raises:
@@ -222,9 +223,15 @@ class KVCacheMemory:
             raise InvalidInputError("there is nothing to merge: pass at least one id of an item in the memory")
         tokens = len(prompt.head_ids) + sum(len(item.token_ids) for item in items) + len(prompt.tail_ids)
         self.engine.check_fits(tokens, 1)
-        return self._compose(prompt.head_ids, items, prompt.tail_ids, strategy, ratio)
+        if canonical:
+            items.sort(key=lambda item: item.content_key)
+        if strategy == "auto" and (hot := self._hot(prompt.head_ids, items, prompt.tail_ids)):
+            return hot
+        return self._compose(prompt.head_ids, items, prompt.tail_ids, strategy, ratio, max_kl=max_kl)
 
-    def context_for(self, prompt: Prompt, strategy: Strategy = "query", ratio: float = 0.2) -> MergedContext:
+    def context_for(
+        self, prompt: Prompt, strategy: Strategy = "query", ratio: float = 0.2, max_kl: float = MAX_KL
+    ) -> MergedContext:
         """The context of a prompt with documents: reused as it is, merged from what is kept, or encoded and kept.
 
         Documents are found by their content. One that cannot be read is encoded again, with a `CacheWarning`. Of
@@ -244,9 +251,16 @@ class KVCacheMemory:
         encoded = sum(len(one.item.token_ids) for one in kept if one.created)
         if encoded:  # and the head with the first of them
             encoded += max(0, len(prompt.head_ids) - known)
-        context = self._compose(prompt.head_ids, items, prompt.tail_ids, strategy, ratio, encoded)
+        if not encoded and (hot := self._hot(prompt.head_ids, items, prompt.tail_ids)):
+            return hot
+        context = self._compose(
+            prompt.head_ids, items, prompt.tail_ids, strategy, ratio, max_kl=max_kl, encoded=encoded
+        )
         reasons = "; ".join(dict.fromkeys(one.reason for one in kept if one.reason))
-        return context if not reasons else replace(context, report=replace(context.report, reason=reasons))
+        if reasons:
+            reasons = "; ".join(filter(None, (context.report.reason, reasons)))
+            context = replace(context, report=replace(context.report, reason=reasons))
+        return context
 
     def keep(self, messages: Sequence[Message], metadata: Sequence[Mapping[str, Any]] | None = None) -> list[str]:
         """Encode the documents of messages before anybody asks, and return their ids, in order.
@@ -274,20 +288,8 @@ class KVCacheMemory:
             EmptyPromptError: a document is empty. Nothing was changed.
         """
         head_ids = self.engine.template.around(self.head, _PLACEHOLDER).head_ids
-        wanted: dict[str, tuple[Ids, str, dict[str, Any]]] = {}
-        for text, metadata in map(text_and_metadata, documents):
-            if not text.strip():
-                raise EmptyPromptError(f"document {len(wanted) + 1} of the corpus is empty: leave it out")
-            token_ids = self._segment(text)
-            wanted[self._keeper.key(head_ids, token_ids)] = (token_ids, text, {**metadata, _CORPUS: corpus})
-        new = [key for key in wanted if not self.store.contains(key)]
-        for key in new:
-            self._keeper.keep(head_ids, *wanted[key])
-        manifests = ((key, self.store.manifest(key)) for key in iter(self.store.keys()))
-        mine = [key for key, manifest in manifests if manifest and manifest.metadata.get(_CORPUS) == corpus]
-        gone = [key for key in mine if key not in wanted]
-        self.delete(gone)
-        return SyncReport(len(new), len(wanted) - len(new), len(gone), list(wanted))
+        read = [(self._segment(text), text, metadata) for text, metadata in map(text_and_metadata, documents)]
+        return sync(self._keeper, head_ids, read, corpus)
 
     def purge(self, source: str) -> list[str]:
         """Delete everything made from one text, for a request to delete, and return the ids.
@@ -306,6 +308,7 @@ class KVCacheMemory:
         *,
         strategy: Strategy = "query",
         ratio: float = 0.2,
+        max_kl: float = MAX_KL,
         tools: Sequence[Mapping[str, Any]] | None = None,
         sampling: Sampling | None = None,
         constraint: ConstraintLike | None = None,
@@ -328,7 +331,7 @@ class KVCacheMemory:
         context = None  # read, or read before, in this order: the engine finds the longest prefix by itself
         merging = prompt.document_ids and isinstance(self.engine, HFEngine) and strategy != "exact"
         if merging and self._known(prompt) < len(prompt.context_ids):
-            context = self.context_for(prompt, strategy, ratio)
+            context = self.context_for(prompt, strategy, ratio, max_kl)
         return self.engine.stream(prompt, settings, context, constraint=constraint, tenant=self.tenant, started=started)
 
     # --- inside ------------------------------------------------------------------------------------------------
@@ -352,9 +355,26 @@ class KVCacheMemory:
         tail_ids: Ids,
         strategy: Strategy,
         ratio: float,
+        *,
+        max_kl: float = MAX_KL,
         encoded: int = 0,
     ) -> MergedContext:
-        return compose(self._encoder, head_ids, items, tail_ids, strategy, ratio, encoded=encoded, tenant=self.tenant)
+        settings = {"max_kl": max_kl, "encoded": encoded, "tenant": self.tenant}
+        return compose(self._encoder, head_ids, items, tail_ids, strategy, ratio, **settings)  # type: ignore[arg-type]
+
+    def _hot(self, head_ids: Ids, items: Sequence[KVCacheItem], tail_ids: Ids) -> MergedContext | None:
+        """The exact context, where it is known, or is asked so often in this order that it is worth encoding."""
+        context_ids = (*head_ids, *chain.from_iterable(item.token_ids.tolist() for item in items))
+        known = self._encoder.prefixes.match(context_ids, self.tenant)[0] == len(context_ids)
+        if known:
+            return exact_context(self._encoder, context_ids, tail_ids, self.tenant)
+        fits = len(context_ids) * self._encoder.bytes_per_token <= self._encoder.prefixes.max_bytes
+        if self.promote_after is None or not fits or len(items) < 2:
+            return None
+        if self._merged.count(context_ids) <= self.promote_after:
+            return None
+        reason = f"merged {self.promote_after} times in this order, so encoded as a whole"
+        return exact_context(self._encoder, context_ids, tail_ids, self.tenant, reason)
 
     @property
     def _keeper(self) -> Keeper:

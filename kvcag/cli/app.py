@@ -8,6 +8,7 @@ import typer
 
 import kvcag
 from kvcag.cli.demo import demo
+from kvcag.cli.doctor import doctor
 from kvcag.cli.store import import_memos, verify
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ def _show_version(wanted: bool) -> None:
 
 
 app.command()(demo)
+app.command()(doctor)
 app.command()(verify)
 app.command("import-memos")(import_memos)
 

@@ -12,16 +12,19 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
+from typing_extensions import Unpack
 
 from kvcag.cache.hf import ContextCache, LayerKV, check_cacheable, cut, generation_cache, layers_of, owned
 from kvcag.cache.prefix import PrefixCache
 from kvcag.context import MergedContext
 from kvcag.engines.base import Chunk
+from kvcag.engines.calibrate import Calibration, CalibrationSettings, calibrate
 from kvcag.engines.constrain import ConstraintLike
 from kvcag.engines.continuation import plan, read_context
 from kvcag.engines.decode import Account, Decoding
+from kvcag.engines.loading import load
 from kvcag.engines.sampling import DEFAULT_MAX_NEW_TOKENS, Sampler, Sampling
 from kvcag.engines.session import Session
 from kvcag.engines.text import Detokenizer, StopStrings, ThinkingFilter
@@ -100,21 +103,13 @@ class HFEngine:
             defaults: see the class.
             **from_pretrained_kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
         """
-        name = str(model_name_or_path)
-        hub = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, **{key: value for key, value in from_pretrained_kwargs.items() if key in hub}
-        )
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **from_pretrained_kwargs)
-        if "device_map" not in from_pretrained_kwargs:
-            torch.nn.Module.to(model, _best_device() if device == "auto" else torch.device(device))
-        return cls(
-            model,
-            tokenizer,
-            prefix_cache_bytes=prefix_cache_bytes,
-            template_variables=template_variables,
-            defaults=defaults,
-        )
+        model, tokenizer = load(str(model_name_or_path), dtype, device, from_pretrained_kwargs)
+        kept = {
+            "prefix_cache_bytes": prefix_cache_bytes,
+            "template_variables": template_variables,
+            "defaults": defaults,
+        }
+        return cls(model, tokenizer, **kept)  # type: ignore[arg-type]
 
     # --- what it is --------------------------------------------------------------------------------------------
 
@@ -125,7 +120,7 @@ class HFEngine:
 
     @property
     def model_name(self) -> str:
-        """The hub id or folder the model came from."""
+        """The hub id or folder it came from."""
         return self.fingerprint.model_name
 
     @property
@@ -156,11 +151,7 @@ class HFEngine:
 
     def sampling(self, **given: Any) -> Sampling:
         """The settings of one call: what is given, else the engine's defaults."""
-        settings = {name: value for name, value in given.items() if value is not None}
-        defaults = dict(self.defaults)
-        if "temperature" in settings:  # a call that asks for a temperature is not greedy because the default is
-            defaults.pop("do_sample", None)
-        return Sampling.of(**{**defaults, **settings})
+        return Sampling.over(self.defaults, given)
 
     def check_fits(self, prompt_tokens: int, max_new_tokens: int | None) -> int:
         """How many tokens may be generated.
@@ -246,7 +237,7 @@ class HFEngine:
         reused, pieces = self.prefixes.match(token_ids, tenant)
         cache = generation_cache(pieces, room=len(token_ids) - reused)
         if reused < len(token_ids):
-            self._forward(token_ids[reused:], cache)
+            self.forward(token_ids[reused:], cache)
             self.prefixes.insert(token_ids, layers_of(cache), tenant)
         return layers_of(cache), reused
 
@@ -260,8 +251,25 @@ class HFEngine:
         self.check_fits(len(prefix_ids) + len(token_ids), 0)
         prefix = self.prefill(prefix_ids, tenant=tenant)[0] if prefix_ids else []
         cache = generation_cache([prefix] if prefix else [], room=len(token_ids))
-        self._forward(token_ids, cache)
+        self.forward(token_ids, cache)
         return owned(cut(layers_of(cache), len(prefix_ids)))
+
+    def calibrate(
+        self, documents: Sequence[str], questions: Sequence[str] = (), **settings: Unpack[CalibrationSettings]
+    ) -> Calibration:
+        """Compare merging strategies with a full prefill on probes made from your own documents.
+
+        The verdict is kept under the model's fingerprint, for `merge(strategy="auto")` here and in later processes.
+        Arguments and errors are those of `kvcag.engines.calibrate.calibrate`.
+        """
+        self.calibration = calibrate(self, documents, questions, **settings)
+        self.calibration.save()
+        return self.calibration
+
+    @cached_property
+    def calibration(self) -> Calibration | None:
+        """What was measured of this model by `calibrate`, now or in another process; None where nothing was."""
+        return Calibration.load(self.fingerprint.digest)
 
     # --- answering ---------------------------------------------------------------------------------------------
 
@@ -351,7 +359,7 @@ class HFEngine:
                 reused, pieces = given.longest(self.prefixes, token_ids[:-1], tenant)
                 kept = len(token_ids) - reused if given.exact and self.prefixes.max_bytes else 0
                 decoding = Decoding(
-                    self._forward,
+                    self.forward,
                     generation_cache(pieces, room=len(token_ids) - reused + max_new_tokens),
                     token_ids,
                     max_new_tokens=max_new_tokens,
@@ -376,7 +384,7 @@ class HFEngine:
 
         return run()
 
-    def _forward(self, token_ids: Sequence[int], cache: Cache) -> torch.Tensor:
+    def forward(self, token_ids: Sequence[int], cache: Cache) -> torch.Tensor:
         """Run tokens over `cache`, which grows by them; logits after the last, `(1, vocabulary)`."""
         last = {"logits_to_keep": 1} if self._takes_logits_to_keep else {}
         logits = torch.empty(0)
@@ -388,9 +396,3 @@ class HFEngine:
 
 
 _PLACEHOLDER: Message = {"role": "user", "content": "…"}
-
-
-def _best_device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

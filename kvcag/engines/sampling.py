@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +79,15 @@ class Sampling:
         if unknown:
             raise InvalidInputError(f"unknown argument {', '.join(unknown)}; known are {', '.join(sorted(known))}")
         return cls(**settings)
+
+    @classmethod
+    def over(cls, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Sampling:
+        """What is given, else the defaults. Raises as `of`."""
+        settings = {name: value for name, value in given.items() if value is not None}
+        kept = dict(defaults)
+        if "temperature" in settings:  # a call that asks for a temperature is not greedy because the default is
+            kept.pop("do_sample", None)
+        return cls.of(**{**kept, **settings})
 
     @property
     def greedy(self) -> bool:

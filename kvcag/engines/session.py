@@ -228,7 +228,7 @@ class Session:
             held = self._own(token_ids)
             reused = held.cache.get_seq_length()
             decoding = Decoding(
-                engine._forward,
+                engine.forward,
                 held.cache,
                 token_ids,
                 max_new_tokens=asked.budget,

@@ -25,6 +25,7 @@ LAYERS = [
     {"aio", "compose", "config", "stores", "texts"},
     {"notices", "shared"},
     {"keeping"},
+    {"corpus"},
     {"memory"},
     {"handles"},
     {"langchain", "llama_index"},

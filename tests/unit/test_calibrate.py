@@ -1,0 +1,131 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import byte_tokenizer, tiny_model
+
+from kvcag import HFEngine, KVCacheMemory, Sampling
+from kvcag.engines.calibrate import Calibration, Verdict
+from kvcag.errors import ContextLengthError, InvalidInputError
+from kvcag.prompt import Document
+
+TEXTS = ["Alice has a red bicycle.", "Bob has a green car.", "Carol has a boat.", "Dave has none of these."]
+HEAD = "Answer from the documents."
+
+
+@pytest.fixture(autouse=True)
+def _cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVCAG_CACHE", str(tmp_path))
+
+
+def calibrated(engine: HFEngine, **settings: Any) -> Calibration:
+    return engine.calibrate(TEXTS, **{"head": HEAD, "probes": 2, "documents_per_probe": 3, "tokens": 6, **settings})
+
+
+def verdict(strategy: Any, ratio: float, kl: float, cost: float) -> Verdict:
+    return Verdict(strategy=strategy, ratio=ratio, kl=kl, agreement=1.0, cost=cost)
+
+
+def known(engine: HFEngine, *verdicts: Verdict) -> HFEngine:
+    engine.calibration = Calibration(
+        fingerprint=engine.fingerprint.digest, probes=1, context_tokens=9, verdicts=list(verdicts)
+    )
+    return engine
+
+
+def test_recomputing_all_is_the_full_prefill_and_less_is_not(tiny_engine: HFEngine) -> None:
+    verdicts = {(v.strategy, v.ratio): v for v in calibrated(tiny_engine).verdicts}
+    assert verdicts["full", 1.0].kl <= 1e-6
+    assert verdicts["full", 1.0].agreement == 1.0
+    assert verdicts["rotate", 0.0].kl > verdicts["full", 1.0].kl
+    assert all(v.cost > 0 for v in verdicts.values())
+
+
+def test_the_verdict_is_kept_for_this_model_and_no_other(tiny_engine: HFEngine) -> None:
+    made = calibrated(tiny_engine)
+    assert HFEngine(tiny_engine.model, tiny_engine.tokenizer).calibration == made
+    assert HFEngine(tiny_model(seed=3), byte_tokenizer()).calibration is None
+
+
+def test_a_verdict_that_cannot_be_read_is_none(tiny_engine: HFEngine, tmp_path: Path) -> None:
+    calibrated(tiny_engine)
+    (file,) = (tmp_path / "calibrations").iterdir()
+    file.write_text(file.read_text()[:-20])
+    assert HFEngine(tiny_engine.model, tiny_engine.tokenizer).calibration is None
+
+
+def test_the_cheapest_that_passes_is_taken() -> None:
+    rows = [verdict("rotate", 0, 0.2, 0.05), verdict("query", 0.1, 0.04, 0.2), verdict("query", 0.2, 0.01, 0.3)]
+    made = Calibration(fingerprint="", probes=1, context_tokens=1, verdicts=[*rows, verdict("full", 1, 0.0, 1.2)])
+    assert made.cheapest(0.5) == rows[0]
+    assert made.cheapest(0.05) == rows[1]
+    assert made.cheapest(0.02) == rows[2]
+    assert made.cheapest(0.001) is None  # full passes, and costs more than a full prefill
+
+
+def test_auto_follows_the_verdict_and_says_so(tiny_engine: HFEngine) -> None:
+    memory = KVCacheMemory(known(tiny_engine, verdict("query", 0.1, 0.04, 0.2)), head=HEAD)
+    items = [memory.extract(text) for text in TEXTS]
+    memory.add(items)
+    ids = [item.id for item in items]
+    merged = memory.merge(ids, "Who?", strategy="auto").report
+    assert (merged.mode, merged.strategy) == ("merged", "query")
+    assert 0 < merged.recomputed_tokens <= 0.1 * merged.context_tokens
+    assert merged.reason == "auto: query 0.1, KL 0.040 of 0.05 allowed, at 20% of a full prefill"
+    strict = memory.merge(ids, "Who?", strategy="auto", max_kl=0.01).report
+    assert (strict.mode, strict.strategy) == ("exact", "exact")
+    assert "no strategy came within KL 0.01" in strict.reason
+
+
+def test_auto_encodes_all_where_nothing_is_known(tiny_engine: HFEngine) -> None:
+    memory = KVCacheMemory(tiny_engine, head=HEAD)
+    items = [memory.extract(text) for text in TEXTS]
+    memory.add(items)
+    report = memory.merge([item.id for item in items], "Who?", strategy="auto").report
+    assert report.strategy == "exact"
+    assert "engine.calibrate(documents)" in report.reason
+
+
+def test_too_little_to_put_together_is_refused(tiny_engine: HFEngine) -> None:
+    with pytest.raises(InvalidInputError, match="at least two documents"):
+        tiny_engine.calibrate(["one", "  "])
+    with pytest.raises(ContextLengthError):
+        HFEngine(tiny_model(max_position_embeddings=64), byte_tokenizer()).calibrate(TEXTS)
+
+
+def asked(*texts: str) -> list[dict[str, Any]]:
+    documents = [Document(f"{text}\n\n") for text in texts]
+    return [{"role": "system", "content": [f"{HEAD}\n\n", *documents]}, {"role": "user", "content": "Who?"}]
+
+
+def reports(memory: KVCacheMemory, *texts: str, times: int) -> list[Any]:
+    streams = (memory.stream(asked(*texts), sampling=Sampling(max_new_tokens=1)) for _ in range(times))
+    return [list(stream)[-1].usage.context for stream in streams]  # type: ignore[union-attr]
+
+
+def test_what_is_asked_again_and_again_becomes_exact(tiny_engine: HFEngine) -> None:
+    memory = KVCacheMemory(tiny_engine)
+    made = reports(memory, *TEXTS, times=5)
+    assert [report.mode for report in made] == ["merged", "merged", "merged", "exact", "exact"]
+    assert "merged 2 times in this order" in made[3].reason
+    assert made[4].encoded_tokens == made[4].recomputed_tokens == 0
+    assert reports(memory, *reversed(TEXTS), times=1)[0].mode == "merged"
+
+
+def test_nothing_is_promoted_without_room_or_against_the_setting(tiny_engine: HFEngine) -> None:
+    never = KVCacheMemory(tiny_engine, promote_after=None)
+    assert {report.mode for report in reports(never, *TEXTS, times=5)} == {"merged"}
+    full = HFEngine(tiny_engine.model, tiny_engine.tokenizer, prefix_cache_bytes=20 * tiny_engine.bytes_per_token)
+    assert {report.mode for report in reports(KVCacheMemory(full), *TEXTS, times=5)} == {"merged"}
+
+
+def test_canonical_order_makes_one_context_of_any_order(tiny_engine: HFEngine) -> None:
+    memory = KVCacheMemory(tiny_engine)
+    items = [memory.extract(text) for text in TEXTS]
+    memory.add(items)
+    ids = [item.id for item in items]
+    contexts = [memory.merge(order, "Who?", canonical=True) for order in (ids, ids[::-1], ids[1:] + ids[:1])]
+    assert len({tuple(context.token_ids.tolist()) for context in contexts}) == 1
+    assert sorted(contexts[0].token_ids.tolist()) == sorted(memory.merge(ids, "Who?").token_ids.tolist())
