@@ -29,7 +29,7 @@ from kvcag.langchain.responses import generation_chunks
 from kvcag.langchain.tools import ask, choice_of, parsing, response_format, schema_of
 
 _SAMPLING = ("temperature", "max_tokens", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
-_MERGING = ("merge_strategy", "recompute_ratio")
+_MERGING = ("merge_strategy", "recompute_ratio", "max_kl")
 _TOOLS = ("tools", "tool_choice", "parallel_tool_calls", "response_format")
 _TRACING_ONLY = ("stream", "ls_structured_output_format", "structured_output_format")
 
@@ -231,7 +231,7 @@ class ChatKVCAG(LocalChatModel):
             )
         settings = {name: given.get(name, getattr(self, name)) for name in (*_SAMPLING, *_MERGING)}
         memory = self.memory(given.get("model"))
-        strategy, ratio = settings.pop("merge_strategy"), settings.pop("recompute_ratio")
+        strategy, ratio, max_kl = (settings.pop(name) for name in _MERGING)
         stops = stop if stop is not None else self.stop
         sampling = memory.engine.sampling(**settings, stop=stops or None, strip_thinking=self.strip_thinking or None)
         conversation = neutral(messages)
@@ -242,6 +242,7 @@ class ChatKVCAG(LocalChatModel):
             asked.messages,
             strategy=strategy,
             ratio=ratio,
+            max_kl=max_kl,
             tools=asked.tools,
             sampling=sampling,
             constraint=asked.constraint,

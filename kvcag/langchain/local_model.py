@@ -13,7 +13,7 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, Field, PrivateAttr, SkipValidation, model_validator
 from typing_extensions import Self
 
-from kvcag.compose import Strategy
+from kvcag.compose import MAX_KL, Strategy
 from kvcag.engines.base import Engine
 from kvcag.errors import ChatTemplateError, FingerprintMismatchError, InvalidInputError
 from kvcag.handles import ContextHandles
@@ -73,6 +73,8 @@ class LocalChatModel(BaseChatModel):
     merge_strategy: Strategy = "query"
     """How cached documents are put together: see `KVCacheMemory.merge`."""
     recompute_ratio: float = Field(default=0.2, ge=0, le=1)
+    max_kl: float = Field(default=MAX_KL, ge=0)
+    """What `merge_strategy="auto"` allows, nats a token: see `HFEngine.calibrate`."""
     tenant: str = ""
     """Keeps what this object reads apart from what other tenants' read: their timing tells them nothing of it. A
     `KVStore` is taken as it is: give each tenant its own."""
