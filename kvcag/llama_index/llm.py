@@ -27,7 +27,7 @@ from llama_index.core.tools.types import BaseTool
 from pydantic import Field, PrivateAttr
 
 from kvcag.call_format import tool_messages
-from kvcag.compose import Strategy
+from kvcag.compose import MAX_KL, Strategy
 from kvcag.engines.base import Engine
 from kvcag.errors import InvalidInputError
 from kvcag.llama_index.messages import neutral
@@ -73,6 +73,7 @@ class KVCacheLLM(FunctionCallingLLM):
     store: str | None = Field(default=None, description="The folder where documents are kept, if it is one.")
     merge_strategy: Strategy = Field(default="query", description="How cached documents are put together.")
     recompute_ratio: float = Field(default=0.2, ge=0, le=1, description="The share of tokens a merge recomputes.")
+    max_kl: float = Field(default=MAX_KL, ge=0, description="What merge_strategy='auto' allows, nats a token.")
     max_new_tokens: int | None = Field(default=None, description="The most to generate; None: as the engine says.")
     temperature: float | None = Field(default=None, description="0 is greedy; None: as the engine says.")
     top_k: int | None = None
@@ -160,7 +161,8 @@ class KVCacheLLM(FunctionCallingLLM):
         Args:
             messages: text; an image or audio is refused.
             **kwargs: settings for this call: `max_new_tokens` (or `max_tokens`), `temperature`, `top_k`, `top_p`,
-                `min_p`, `repetition_penalty`, `seed`, `stop`, `strip_thinking`, `merge_strategy`, `recompute_ratio`.
+                `min_p`, `repetition_penalty`, `seed`, `stop`, `strip_thinking`, `merge_strategy`,
+                `recompute_ratio`, `max_kl`.
 
         Raises:
             InvalidInputError: an unknown setting, nothing to answer, or a prompt longer than the context.
@@ -284,6 +286,7 @@ class KVCacheLLM(FunctionCallingLLM):
         options: dict[str, Any] = {
             "strategy": given.pop("merge_strategy", self.merge_strategy),
             "ratio": given.pop("recompute_ratio", self.recompute_ratio),
+            "max_kl": given.pop("max_kl", self.max_kl),
         }
         memory = self.memory
         template = memory.engine.template
