@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 _NAME = "kvcag"
 
-_BLOCK = {"cpu": 256, "cuda": 1024}
-"""Queries that attend at a time, to the keys up to the last one's position. Their mask is one byte a key and query: 2
+_BLOCK = {"cpu": 64, "cuda": 1024}
+"""Queries that attend at a time, to the keys up to the last one's position. Their mask is one byte a key and query: 0.5
 and 8 MiB over 8,192 keys. Small blocks save work above the diagonal, large ones save kernel launches."""
 
 
