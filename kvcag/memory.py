@@ -50,8 +50,9 @@ class KVCacheMemory:
         separator: put after a text that does not end with a line break, so that documents do not run together.
         tenant: keeps what this memory encodes apart from other tenants' in the engine's recent contexts.
         memory_filename: the name of the manifest that `dump` writes.
-        promote_after: documents that were merged this often in the same order are encoded as a whole the next time
-            they are asked, where recent contexts have room for it, and are exact from then on. None: never.
+        promote_after: under `"auto"`, documents that were merged this often in the same order are encoded as a whole
+            the next time, where recent contexts have room for it, and are exact from then on. None: never. Other
+            strategies do what their name says every time, so that equal questions have equal answers.
         planner: decides per document whether loading is quicker than encoding, and says so in the report; see
             `kvcag.stores.planner.measure`. By default what is kept is loaded.
     """
@@ -251,7 +252,7 @@ class KVCacheMemory:
         encoded = sum(len(one.item.token_ids) for one in kept if one.created)
         if encoded:  # and the head with the first of them
             encoded += max(0, len(prompt.head_ids) - known)
-        if not encoded and (hot := self._hot(prompt.head_ids, items, prompt.tail_ids)):
+        if strategy == "auto" and not encoded and (hot := self._hot(prompt.head_ids, items, prompt.tail_ids)):
             return hot
         context = self._compose(
             prompt.head_ids, items, prompt.tail_ids, strategy, ratio, max_kl=max_kl, encoded=encoded

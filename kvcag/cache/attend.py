@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -53,9 +53,14 @@ class Call:
         return seen if self.window is None else seen & (key > at - self.window)
 
 
-Reader: TypeAlias = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, Call], None]
+Reader: TypeAlias = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, Call], "torch.Tensor | None"]
 """Called as `reader(layer_idx, query, key, value, call)` before a layer attends: `query` is `(1, heads, queries,
-head_dim)`; `key` and `value` hold all keys that the layer sees."""
+head_dim)`; `key` and `value` hold all keys that the layer sees. A reader that made the attention's output on its way,
+`(1, queries, heads, head_dim)`, returns it, and it is not made again. It may raise `EnoughError`."""
+
+
+class EnoughError(Exception):
+    """What a pass was for is done: the rest of it is not needed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +91,10 @@ def attend(
     """Run `token_ids` at `positions` (1-D int64 each, positions ascending) through every layer, over `cache`.
 
     The keys that the cache hands out must stand at positions 0, 1, 2, …. The model's attention implementation is
-    ours for the time of the pass only, and is put back when it raises, too.
+    ours for the time of the pass only, and is put back when it raises, too. `EnoughError` ends the pass quietly.
     """
     decoder, positions = decoder_of(model), positions.to(model.device)
-    with _implementation(decoder.config, positions, reader):
+    with suppress(EnoughError), _implementation(decoder.config, positions, reader):
         decoder(
             input_ids=token_ids[None].to(model.device),
             position_ids=positions[None],
@@ -130,10 +135,13 @@ def _attention(
         kwargs.get("sliding_window"),
         kwargs.get("softcap"),
     )
+    read = None
     if running.reader is not None:
-        running.reader(int(module.layer_idx), query, key, value, call)  # type: ignore[arg-type]
+        read = running.reader(int(module.layer_idx), query, key, value, call)  # type: ignore[arg-type]
     # Only a model's own eager function knows its attention sinks and soft caps, which sdpa cannot do.
     own = running.implementation == "eager" or bool({"softcap", "s_aux"} & {k for k in kwargs if kwargs[k] is not None})
+    if read is not None and not own:
+        return read, None
     outputs = []
     for block, keys in running.blocks:
         q, k, v, mask = query[:, :, block], key[:, :, :keys], value[:, :, :keys], call.mask(block, keys)

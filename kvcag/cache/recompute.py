@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvcag.cache.attend import attend
+from kvcag.cache.attend import EnoughError, attend
 from kvcag.cache.drift import DriftCorrection
 from kvcag.cache.hf import LayerKV, scatter_cache
 from kvcag.cache.select import Layout
@@ -26,4 +26,9 @@ def recompute(
     """
     watch = DriftCorrection(model, layout, positions).watch if correct else None
     cache = scatter_cache(layers, positions.to(model.device), watch)
-    attend(model, layout.token_ids[positions], positions, cache)
+
+    def stop_at_the_last(layer_idx: int, *_: object) -> None:
+        if layer_idx == len(layers) - 1:  # its keys and values are in place, and its output is nobody's
+            raise EnoughError
+
+    attend(model, layout.token_ids[positions], positions, cache, stop_at_the_last)

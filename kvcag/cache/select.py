@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
-from kvcag.cache.attend import Call, attend
+from kvcag.cache.attend import Call, EnoughError, attend
 from kvcag.cache.hf import LayerKV, peek_cache, scatter_cache
 
 if TYPE_CHECKING:
@@ -83,12 +82,11 @@ def deviation(
         for old, right in zip(held, new, strict=True):
             at = positions.to(old.device)
             scores[positions] += (right.float() - old[..., at, :].float()).square().sum(dim=(0, 1, 3)).cpu()
-        raise _EnoughError
+        raise EnoughError
 
     # Layer 0 sees no other token, so what the pass writes there is what stood there already.
     cache = scatter_cache(layers, positions, compare)
-    with suppress(_EnoughError):
-        attend(model, layout.token_ids[positions], positions, cache)
+    attend(model, layout.token_ids[positions], positions, cache)
     return scores
 
 
@@ -103,10 +101,13 @@ def query(model: PreTrainedModel, layers: Sequence[LayerKV], layout: Layout, tai
     length = len(layout.token_ids)
     scores: dict[torch.device, torch.Tensor] = {}
 
-    def read(layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> None:
-        attention = _attention_sums(q, k, call)[:, :length]
-        gain = (attention * v[0, :, :length].float().norm(dim=-1)).sum(0)
+    def read(layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
+        attention, output = _attention_sums(q, k, v, call)
+        gain = (attention[:, :length] * v[0, :, :length].float().norm(dim=-1)).sum(0)
         scores[k.device] = scores.get(k.device, 0) + gain
+        if layer_idx == len(layers) - 1:
+            raise EnoughError
+        return output
 
     positions = torch.arange(length, length + len(tail_ids))
     attend(model, tail_ids, positions, peek_cache(layers), read)
@@ -117,10 +118,16 @@ _WEIGHTS = {"cpu": 2**20, "cuda": 2**22}
 """Attention weights held at a time: 4 and 16 MiB in fp32, and about as much again three times while they are made."""
 
 
-def _attention_sums(q: torch.Tensor, k: torch.Tensor, call: Call) -> torch.Tensor:
-    """The attention that each key gets from all queries and the heads that share it, `(kv_heads, keys)`, fp32."""
+def _attention_sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """The attention that each key gets from all queries and the heads that share it, `(kv_heads, keys)`, fp32.
+
+    And the attention's output, which takes one product more: `(1, queries, heads, head_dim)`. The queries are the last
+    of the keys.
+    """
     kv_heads, keys = k.shape[1], k.shape[2]
     grouped = q.reshape(kv_heads, -1, q.shape[2], q.shape[3])
+    outputs = []
+    first = keys - q.shape[2] if call.window is None else 0  # every query sees what stands before the first of them
     sums = torch.zeros(kv_heads, keys, device=q.device)
     rows = max(1, _WEIGHTS.get(q.device.type, 2**20) // (q.shape[1] * keys))
     for start in range(0, q.shape[2], rows):
@@ -129,13 +136,12 @@ def _attention_sums(q: torch.Tensor, k: torch.Tensor, call: Call) -> torch.Tenso
         weights = (part @ k[0].transpose(-1, -2)).float() * call.scaling
         if call.softcap is not None:
             weights = call.softcap * (weights / call.softcap).tanh()
-        hidden = ~call.mask(block, keys).repeat(grouped.shape[1], 1)
-        sums += weights.masked_fill_(hidden, float("-inf")).softmax(-1).sum(1)
-    return sums
-
-
-class _EnoughError(Exception):
-    """The scores are complete: the rest of the pass is not needed."""
+        hidden = ~call.mask(block, keys)[:, first:].repeat(grouped.shape[1], 1)
+        weights[..., first:].masked_fill_(hidden, float("-inf"))
+        weights = weights.softmax(-1)
+        sums += weights.sum(1)
+        outputs.append((weights.to(v.dtype) @ v[0]).reshape(kv_heads, grouped.shape[1], -1, v.shape[-1]))
+    return sums, torch.cat(outputs, dim=2).flatten(0, 1).transpose(0, 1)[None]
 
 
 _Score = Callable[["PreTrainedModel", Sequence[LayerKV], Layout, torch.Tensor], torch.Tensor]

@@ -101,12 +101,13 @@ def asked(*texts: str) -> list[dict[str, Any]]:
 
 
 def reports(memory: KVCacheMemory, *texts: str, times: int) -> list[Any]:
-    streams = (memory.stream(asked(*texts), sampling=Sampling(max_new_tokens=1)) for _ in range(times))
+    settings = Sampling(max_new_tokens=1)
+    streams = (memory.stream(asked(*texts), strategy="auto", sampling=settings) for _ in range(times))
     return [list(stream)[-1].usage.context for stream in streams]  # type: ignore[union-attr]
 
 
 def test_what_is_asked_again_and_again_becomes_exact(tiny_engine: HFEngine) -> None:
-    memory = KVCacheMemory(tiny_engine)
+    memory = KVCacheMemory(known(tiny_engine, verdict("query", 0.1, 0.04, 0.2)))
     made = reports(memory, *TEXTS, times=5)
     assert [report.mode for report in made] == ["merged", "merged", "merged", "exact", "exact"]
     assert "merged 2 times in this order" in made[3].reason
@@ -115,10 +116,17 @@ def test_what_is_asked_again_and_again_becomes_exact(tiny_engine: HFEngine) -> N
 
 
 def test_nothing_is_promoted_without_room_or_against_the_setting(tiny_engine: HFEngine) -> None:
-    never = KVCacheMemory(tiny_engine, promote_after=None)
+    row = verdict("query", 0.1, 0.04, 0.2)
+    never = KVCacheMemory(known(tiny_engine, row), promote_after=None)
     assert {report.mode for report in reports(never, *TEXTS, times=5)} == {"merged"}
     full = HFEngine(tiny_engine.model, tiny_engine.tokenizer, prefix_cache_bytes=20 * tiny_engine.bytes_per_token)
-    assert {report.mode for report in reports(KVCacheMemory(full), *TEXTS, times=5)} == {"merged"}
+    assert {report.mode for report in reports(KVCacheMemory(known(full, row)), *TEXTS, times=5)} == {"merged"}
+
+
+def test_a_named_strategy_answers_the_same_every_time(tiny_engine: HFEngine) -> None:
+    memory = KVCacheMemory(tiny_engine)
+    streams = (memory.stream(asked(*TEXTS), sampling=Sampling(max_new_tokens=12)) for _ in range(5))
+    assert len({"".join(chunk.text for chunk in stream) for stream in streams}) == 1
 
 
 def test_canonical_order_makes_one_context_of_any_order(tiny_engine: HFEngine) -> None:
