@@ -179,7 +179,8 @@ def plot(rows: list[dict[str, Any]], title: str, out: Path) -> list[Path]:
         for strategy in dict.fromkeys(row["strategy"] for row in rows):
             points = sorted((row[key], max(row["kl"], 1e-6)) for row in rows if row["strategy"] == strategy)
             axis.plot(*zip(*points, strict=True), marker="o", label=strategy)
-        axis.set(xlabel=label, ylabel="KL from a full prefill (nats a token)", yscale="log", title=title)
+        axis.set(xlabel=label, ylabel="KL from a full prefill (nats a token)", yscale="log")
+        axis.set_title(title, fontsize="medium")
         axis.grid(alpha=0.3)
         axis.legend()
         files.append(out.with_name(f"{out.stem}-{suffix}.png"))
