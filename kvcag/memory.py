@@ -252,7 +252,7 @@ class KVCacheMemory:
         encoded = sum(len(one.item.token_ids) for one in kept if one.created)
         if encoded:  # and the head with the first of them
             encoded += max(0, len(prompt.head_ids) - known)
-        if strategy == "auto" and not encoded and (hot := self._hot(prompt.head_ids, items, prompt.tail_ids)):
+        if strategy == "auto" and (hot := self._hot(prompt.head_ids, items, prompt.tail_ids)):
             return hot
         context = self._compose(
             prompt.head_ids, items, prompt.tail_ids, strategy, ratio, max_kl=max_kl, encoded=encoded
