@@ -53,7 +53,7 @@ def compose(
     head, head_reused = engine.prefill(head_ids, tenant=tenant) if head_ids else ([], 0)
     parts = [Part(torch.tensor(head_ids, dtype=torch.long), head, 0, exact=True)] if head_ids else []
     for index, item in enumerate(items):
-        exact = index == 0 and item.prefix_digest == ids_digest(head_ids)
+        exact = index == 0 and item.exact and item.prefix_digest == ids_digest(head_ids)
         parts.append(Part(item.token_ids, layers_of(item.memory), item.base_position, exact=exact))
     with engine.exclusive() as model:
         merged = merge(model, parts, torch.tensor(tail_ids, dtype=torch.long), strategy=strategy, ratio=ratio)

@@ -55,6 +55,7 @@ class KVCacheItem(ActivationMemoryItem):
         fingerprint: the model that made it; None for an empty item.
         base_position: the position of its first token: how many tokens stood before it.
         prefix_digest: `ids_digest` of those tokens. Under the same prefix, the first document of a context is exact.
+        exact: `memory` is bit for bit what the model computed; False once it was quantised at rest.
     """
 
     memory: DynamicCache = Field(default_factory=DynamicCache)
@@ -63,6 +64,7 @@ class KVCacheItem(ActivationMemoryItem):
     fingerprint: ModelFingerprint | None = None
     base_position: int = 0
     prefix_digest: str = Field(default_factory=lambda: ids_digest(()))
+    exact: bool = True
 
     @model_validator(mode="after")
     def _one_id_per_position(self) -> KVCacheItem:

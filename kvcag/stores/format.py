@@ -196,6 +196,7 @@ class _Reader:
                 fingerprint=manifest.fingerprint,
                 base_position=manifest.base_position,
                 prefix_digest=manifest.prefix_digest,
+                exact=manifest.exact,
             )
         except ValidationError as error:
             raise CorruptItemError(self.name, f"its parts do not fit together ({error})") from error

@@ -46,6 +46,7 @@ class Manifest(BaseModel):
         layers: how many; each is the tensors `layers.<i>.keys` and `layers.<i>.values`.
         dtype: of the keys and values once loaded: `bfloat16`.
         quantize: how they are kept at rest.
+        exact: whether they come back bit for bit as the model computed them; not once they were quantised.
         checksums: XXH3-64, in hex, of each tensor's bytes. Empty for an item in memory.
     """
 
@@ -61,6 +62,7 @@ class Manifest(BaseModel):
     prefix_digest: str
     records: KVCacheRecords
     metadata: dict[str, Any]
+    exact: bool = True
     checksums: dict[str, str] = Field(default_factory=dict)
 
 
@@ -80,6 +82,7 @@ def manifest_of(item: KVCacheItem, quantize: Quantize = None) -> Manifest:
         quantize=quantize,
         base_position=item.base_position,
         prefix_digest=item.prefix_digest,
+        exact=item.exact and quantize is None,
         records=item.records,
         metadata=_json_only(item.metadata, item.id),
     )

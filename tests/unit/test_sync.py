@@ -128,3 +128,18 @@ def test_tenants_with_the_same_text_share_no_hit_and_no_file(tmp_path: Path) -> 
     assert reports[0].cached_tokens == reports[1].cached_tokens == 0
     assert len(files[1]) == 2 * len(files[0])
     assert not {path.name for path in files[0]} & {path.name for path in files[1] - files[0]}
+
+
+def test_a_document_that_was_quantised_is_not_called_exact(tiny_engine: HFEngine, tmp_path: Path) -> None:
+    """It was, where it stood first, and what was generated over it was remembered as exact."""
+    memory = KVCacheMemory(tiny_engine, DiskStore(tmp_path, quantize="int8"), head=HEAD)
+    item = memory.extract(TEXTS[0])
+    memory.add(item)
+    context = memory.merge([item.id], "Who?", strategy="rotate")
+    assert context.report.mode == "merged"
+    tiny_engine.generate(past_key_values=context, max_new_tokens=2)
+    assert tiny_engine.prefixes.match(context.token_ids.tolist())[0] == item.base_position
+    memory.dump(tmp_path / "dump")  # unquantised, and still what it was
+    other = KVCacheMemory(tiny_engine, head=HEAD)
+    other.load(tmp_path / "dump")
+    assert other.merge([item.id], "Who?", strategy="rotate").report.mode == "merged"
