@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import outlines
 import pytest
 import torch._dynamo
+from forwards import forward_lengths
 from outlines.inputs import Chat
 
 from kvcag import HFEngine
@@ -37,12 +38,8 @@ def _no_compiler() -> Iterator[None]:
 
 @pytest.fixture
 def forwards(smollm2_engine: HFEngine) -> Iterator[list[int]]:
-    lengths: list[int] = []
-    hook = smollm2_engine.model.register_forward_pre_hook(
-        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
-    yield lengths
-    hook.remove()
+    with forward_lengths(smollm2_engine.model) as lengths:
+        yield lengths
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from itertools import accumulate
 import jsonschema
 import pytest
 import torch
+from forwards import forward_lengths
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemas import Schema, check_holds, schemas
@@ -26,12 +27,8 @@ FACTS = [
 
 @pytest.fixture
 def forwards(smollm2_engine: HFEngine) -> Iterator[list[int]]:
-    lengths: list[int] = []
-    hook = smollm2_engine.model.register_forward_pre_hook(
-        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
-    yield lengths
-    hook.remove()
+    with forward_lengths(smollm2_engine.model) as lengths:
+        yield lengths
 
 
 @settings(

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import jsonschema
 import pytest
+from forwards import forward_lengths
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field
@@ -33,12 +34,8 @@ def engine() -> HFEngine:
 @pytest.fixture
 def forwards(engine: HFEngine) -> Iterator[list[int]]:
     """The length of each forward pass from now on."""
-    lengths: list[int] = []
-    hook = engine.model.register_forward_pre_hook(
-        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
-    yield lengths
-    hook.remove()
+    with forward_lengths(engine.model) as lengths:
+        yield lengths
 
 
 class Colour(str, enum.Enum):

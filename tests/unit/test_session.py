@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from forwards import forward_lengths
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import CHATML, byte_tokenizer, tiny_model
@@ -41,12 +42,8 @@ def fresh() -> HFEngine:
 @pytest.fixture
 def forwards(engine: HFEngine) -> Iterator[list[int]]:
     """The length of each forward pass."""
-    lengths: list[int] = []
-    hook = engine.model.register_forward_pre_hook(
-        lambda module, args, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
-    yield lengths
-    hook.remove()
+    with forward_lengths(engine.model) as lengths:
+        yield lengths
 
 
 def contexts(engine: HFEngine) -> dict[str, object]:
