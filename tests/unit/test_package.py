@@ -22,7 +22,7 @@ LAYERS = [
     {"prompt"},
     {"engines"},
     {"call_format", "tools"},
-    {"aio", "compose", "config", "stores", "texts"},
+    {"aio", "compose", "config", "sizing", "stores", "texts"},
     {"notices", "shared"},
     {"keeping"},
     {"corpus"},

@@ -1,0 +1,247 @@
+"""How much memory keys and values take, and when loading them is quicker than encoding. Reads configurations only.
+
+A KV head is kept once however many query heads read it (GQA), so it is KV heads that count. Layers with a sliding
+window count in full: caches here are cut, moved and put beside each other, so every layer keeps every token.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from kvcag.errors import InvalidInputError, UnsupportedModelError
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+"""Bytes of one number, for each dtype that a model's keys and values are kept in."""
+
+_SCALE_BYTES = 2
+"""int8 at rest: one bfloat16 scale for each token and head, of the keys and of the values (`kvcag.cache.quantize`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGeometry:
+    """What one layer keeps of one token: keys `(kv_heads, key_dim)` and values `(kv_heads, value_dim)`.
+
+    Attributes:
+        window: how many tokens it attends to; None: all of them. It keeps all of them in either case.
+    """
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    window: int | None = None
+
+    @property
+    def numbers(self) -> int:
+        """Numbers a token, keys and values together."""
+        return self.kv_heads * (self.key_dim + self.value_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class KVGeometry:
+    """What a model keeps of one token. Made by `kv_geometry`.
+
+    Attributes:
+        model: its name, for people.
+        layers: one for each layer that keeps keys and values of its own.
+        attention_heads: query heads; `attention_heads / kv_heads` of them share one KV head.
+        dtype: the checkpoint's own, as `"bfloat16"`; None where the configuration does not say.
+        context_length: the most tokens, prompt and answer together; None where the configuration does not say.
+    """
+
+    model: str
+    layers: tuple[LayerGeometry, ...]
+    attention_heads: int
+    dtype: str | None
+    context_length: int | None
+
+    @property
+    def sliding_layers(self) -> int:
+        """Layers with a window, which keep all tokens here all the same."""
+        return sum(layer.window is not None for layer in self.layers)
+
+    def bytes_per_token(self, dtype: str = "auto", *, int8: bool = False) -> int:
+        """Bytes of keys and values that one token takes, over all layers.
+
+        Args:
+            dtype: `"float32"`, `"float16"` or `"bfloat16"`; `"auto"` is the checkpoint's own.
+            int8: as a store with `quantize="int8"` keeps them: one byte a number, and the scales. At rest only: what
+                is loaded is in `dtype` again.
+
+        Raises:
+            InvalidInputError: another dtype, or `"auto"` where the configuration names none.
+        """
+        size = DTYPE_BYTES[self.check_dtype(dtype)]
+        if int8:
+            return sum(layer.numbers + 2 * layer.kv_heads * _SCALE_BYTES for layer in self.layers)
+        return sum(layer.numbers * size for layer in self.layers)
+
+    def check_dtype(self, dtype: str) -> str:
+        """The name of a dtype that can be counted. Raises as `bytes_per_token`."""
+        named = self.dtype if dtype == "auto" else dtype
+        if named is None:
+            raise InvalidInputError(f"the configuration of {self.model} names no dtype. Pass one, as dtype='bfloat16'.")
+        if named not in DTYPE_BYTES:
+            raise InvalidInputError(f"dtype {named!r} is not one of {', '.join(DTYPE_BYTES)}. Pass one of these.")
+        return named
+
+
+@dataclass(frozen=True, slots=True)
+class BreakEven:
+    """Loading beside encoding, for one document.
+
+    Attributes:
+        load_s: seconds to load its keys and values.
+        encode_s: seconds to encode its tokens again.
+        even_tokens: the length from which on loading is quicker; infinite where it never is.
+        even_bytes_per_s: the speed of loading at which both take the same time for this document, latency included;
+            infinite where the latency alone is longer than encoding.
+    """
+
+    load_s: float
+    encode_s: float
+    even_tokens: float
+    even_bytes_per_s: float
+
+    @property
+    def load(self) -> bool:
+        """Whether loading is quicker."""
+        return self.load_s <= self.encode_s
+
+
+def break_even(
+    tokens: int, bytes_per_token: int, prefill_tokens_per_s: float, load_bytes_per_s: float, latency_s: float = 0.0
+) -> BreakEven:
+    """Is a document of so many tokens loaded or encoded sooner?
+
+    Args:
+        tokens: of the document.
+        bytes_per_token: from `KVGeometry.bytes_per_token`, int8 where the store keeps int8.
+        prefill_tokens_per_s: of the model on its device. `kvcag.stores.measure` measures it here, and the next two.
+        load_bytes_per_s: of the place where the document lies.
+        latency_s: of that place, before its first byte.
+
+    Raises:
+        InvalidInputError: a number that is not positive (the latency may be 0).
+    """
+    given = {"tokens": tokens, "bytes_per_token": bytes_per_token}
+    given |= {"prefill_tokens_per_s": prefill_tokens_per_s, "load_bytes_per_s": load_bytes_per_s}  # type: ignore[dict-item]
+    for name, value in given.items():
+        if not value > 0:
+            raise InvalidInputError(f"{name} is {value}, and must be more than 0")
+    if not latency_s >= 0:
+        raise InvalidInputError(f"latency_s is {latency_s}, and must be 0 or more")
+    encode_s = tokens / prefill_tokens_per_s
+    saved_a_token = 1 / prefill_tokens_per_s - bytes_per_token / load_bytes_per_s
+    even_tokens = latency_s / saved_a_token if saved_a_token > 0 else math.inf
+    left_s = encode_s - latency_s
+    return BreakEven(
+        load_s=latency_s + tokens * bytes_per_token / load_bytes_per_s,
+        encode_s=encode_s,
+        even_tokens=even_tokens,
+        even_bytes_per_s=tokens * bytes_per_token / left_s if left_s > 0 else math.inf,
+    )
+
+
+def kv_geometry(model: str | PathLike[str] | Mapping[str, Any] | Any) -> KVGeometry:
+    """What a model keeps of one token, read off its configuration. Loads no weights.
+
+    Args:
+        model: a folder with a `config.json`, that file, what is in it, a `PreTrainedConfig`, or a hub id (of which
+            the configuration is fetched).
+
+    Raises:
+        InvalidInputError: there is no configuration, or it is no decoder's.
+        UnsupportedModelError: the model keeps something else than keys and values for each token.
+    """
+    config = _config(model)
+    name = getattr(config, "_name_or_path", "") or getattr(config, "model_type", "") or type(config).__name__
+    text = config.get_text_config(decoder=True)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder, whose caches cannot be kept. Use a decoder-only model."
+        )
+    count = getattr(text, "num_hidden_layers", None)
+    if not count:
+        raise InvalidInputError(f"the configuration of {name} names no num_hidden_layers: it is not a decoder's")
+    kinds = list(getattr(text, "layer_types", None) or ())
+    if any(word in kind for kind in kinds for word in _STATES) or text.model_type in _STATES:
+        raise UnsupportedModelError(
+            f"{name} has recurrent or linear-attention layers, whose state has one size for any length and cannot be "
+            "cut or merged. Use a model whose layers are all attention."
+        )
+    if getattr(text, "kv_lora_rank", None):
+        raise UnsupportedModelError(
+            f"{name} uses multi-head latent attention (MLA): it caches no key and value a head, and nothing that "
+            "could be merged. Use a model with grouped-query attention."
+        )
+    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text] * count
+    own = count - (getattr(text, "num_kv_shared_layers", None) or 0)
+    dtype = getattr(text, "dtype", None) or getattr(config, "dtype", None)
+    return KVGeometry(
+        model=str(name),
+        layers=tuple(_layer(layers[index], _window(text, kinds, index)) for index in range(own)),
+        attention_heads=int(layers[0].num_attention_heads),
+        dtype=str(dtype).removeprefix("torch.") if dtype else None,
+        context_length=getattr(text, "max_position_embeddings", None),
+    )
+
+
+_STATES = ("linear_attention", "mamba", "conv", "recurrent", "ssm", "hybrid", "rwkv")
+
+
+def _config(model: Any) -> Any:
+    from transformers import AutoConfig, PretrainedConfig
+
+    if isinstance(model, PretrainedConfig):
+        return model
+    if isinstance(model, Mapping):
+        return _of_mapping(model, "the configuration")
+    path = Path(model)
+    if path.is_file():
+        try:
+            return _of_mapping(json.loads(path.read_text(encoding="utf-8")), str(path))
+        except ValueError as broken:
+            raise InvalidInputError(f"{path} is not a model's config.json: {broken}") from broken
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise InvalidInputError(f"there is no config.json in {path}. Pass a model's folder, or a hub id.")
+    try:
+        return AutoConfig.from_pretrained(str(model))
+    except (OSError, ValueError) as failed:
+        reason = str(failed).strip().splitlines()[0]
+        raise InvalidInputError(
+            f"no configuration of {str(model)!r} was found, as a folder or on the hub: {reason} "
+            "Without a network, pass the folder or the config.json."
+        ) from failed
+
+
+def _of_mapping(described: Mapping[str, Any], where: str) -> Any:
+    from transformers import AutoConfig
+
+    settings = dict(described)
+    kind = settings.pop("model_type", None)
+    if not kind:
+        raise InvalidInputError(f"{where} names no model_type: it is not a model's config.json")
+    try:
+        return AutoConfig.for_model(kind, **settings)
+    except ValueError as unknown:
+        raise InvalidInputError(
+            f"{where} is of model_type {kind!r}, which this transformers does not know"
+        ) from unknown
+
+
+def _layer(config: Any, window: int | None) -> LayerGeometry:
+    heads = int(config.num_attention_heads)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return LayerGeometry(int(getattr(config, "num_key_value_heads", None) or heads), head_dim, head_dim, window)
+
+
+def _window(config: Any, kinds: list[str], index: int) -> int | None:
+    window = getattr(config, "sliding_window", None)
+    slides = kinds[index] == "sliding_attention" if kinds else getattr(config, "use_sliding_window", True)
+    return int(window) if window and slides else None
