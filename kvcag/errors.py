@@ -5,6 +5,7 @@ KVCAGError
 ├── InvalidInputError (ValueError)          an argument that cannot work
 │   ├── EmptyPromptError                    nothing to encode
 │   ├── ContextLengthError                  prompt + max_new_tokens exceed the model's context
+│   │   └── CorpusLengthError               … because of the texts that a cube put into it
 │   ├── ChatTemplateError                   the chat template cannot render these messages
 │   ├── UnsupportedContentError             images, audio, … in a message
 │   └── ConstraintError                     a schema, regex or grammar that cannot be used
@@ -65,6 +66,31 @@ class ContextLengthError(InvalidInputError):
         super().__init__(
             f"the prompt has {prompt_tokens} tokens; with max_new_tokens={max_new_tokens} that is {self.excess} more "
             f"than the model's context of {limit}. Pass fewer documents, or lower max_new_tokens."
+        )
+
+
+class CorpusLengthError(ContextLengthError):
+    """The texts that a cube answers from do not fit into the model's context.
+
+    Attributes:
+        texts: how many there are.
+    """
+
+    def __init__(self, texts: int, found: bool, error: ContextLengthError) -> None:
+        super().__init__(error.prompt_tokens, error.max_new_tokens, error.limit)
+        self.texts = texts
+        what, advice = (
+            (f"the {texts} texts that were found", "Ask for fewer: a smaller k.")
+            if found
+            else (
+                f"all {texts} texts of the cube",
+                "Give the cube texts that can be searched (texts=…, such as kvcag.langchain.VectorStoreTexts or "
+                "kvcag.llama_index.IndexTexts), or divide them among several cubes.",
+            )
+        )
+        self.args = (
+            f"{what} make a prompt of {self.prompt_tokens} tokens; with max_new_tokens={self.max_new_tokens} that is "
+            f"{self.excess} more than the model's context of {self.limit}. {advice}",
         )
 
 
@@ -131,12 +157,11 @@ class UnknownItemError(KVCAGError, LookupError):
         ids: the ids that were not found.
     """
 
-    def __init__(self, ids: Iterable[str]) -> None:
+    def __init__(
+        self, ids: Iterable[str], advice: str = "Add it first, or pass skip_missing=True to leave it out."
+    ) -> None:
         self.ids = list(ids)
-        super().__init__(
-            f"no item with id {', '.join(map(repr, self.ids))} is in the memory. Add it first, "
-            "or pass skip_missing=True to leave it out."
-        )
+        super().__init__(f"no item with id {', '.join(map(repr, self.ids))} is in the memory. {advice}")
 
 
 class StoreError(KVCAGError):

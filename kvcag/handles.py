@@ -43,7 +43,7 @@ class ContextHandles:
         if not shown:
             raise EmptyPromptError("the corpus is empty: there is nothing to encode")
         corpus = "".join(f"{text}\n\n" for text in shown)
-        [id] = self.memory.keep(_placed(instruction, corpus, [_PLACEHOLDER]), [{_INSTRUCTION: instruction}])
+        [id] = self.memory.keep(placed(instruction, [corpus], [_PLACEHOLDER]), [{_INSTRUCTION: instruction}])
         self._made[id] = instruction, corpus
         return id
 
@@ -54,7 +54,7 @@ class ContextHandles:
             InvalidInputError: no such context, here or in the store.
         """
         instruction, corpus = self._made.get(id) or self._stored(id)
-        return _placed(instruction, corpus, messages)
+        return placed(instruction, [corpus], messages)
 
     def _stored(self, id: str) -> tuple[str, str]:
         try:
@@ -79,10 +79,13 @@ class ContextHandles:
         return self._made[id]
 
 
-def _placed(instruction: str, corpus: str, messages: Sequence[Message]) -> list[Message]:
+def placed(instruction: str, documents: Sequence[str], messages: Sequence[Message]) -> list[Message]:
+    """Messages behind documents, each of which ends with a blank line; see `ContextHandles.place`."""
+    if not instruction and not documents:
+        return list(messages)
     rest = list(messages)
     system: list[object] = [f"{instruction}\n\n"] if instruction else []
-    system.append(Document(corpus))
+    system += map(Document, documents)
     while rest and rest[0]["role"] == "system":
         said = rest.pop(0)["content"]
         system += [said] if isinstance(said, str) else said or []

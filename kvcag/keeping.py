@@ -50,6 +50,11 @@ class Keeper:
         """The id under which a document is kept after a head."""
         return content_key(self.engine.fingerprint.digest, ids_digest(head_ids), token_ids)
 
+    def keys(self, head_ids: Ids, token_ids: Ids) -> list[str]:
+        """The ids under which it may be found: what was encoded after this head comes first, then after none."""
+        no_head = self.engine.template.around(None, [{"role": "user", "content": "…"}]).head_ids
+        return list(dict.fromkeys((self.key(head_ids, token_ids), self.key(no_head, token_ids))))
+
     def encode(self, head_ids: Ids, token_ids: Ids, text: str) -> KVCacheItem:
         """A document encoded after a head; it is not kept."""
         return KVCacheItem(
@@ -69,7 +74,7 @@ class Keeper:
         `CacheWarning`.
         """
         load, reason = True, ""
-        for known in dict.fromkeys((self.key(head_ids, token_ids), self.key(self._no_head, token_ids))):
+        for known in self.keys(head_ids, token_ids):
             try:
                 load, reason = self._worth_loading(known, len(token_ids))
                 item = self.store.get(known) if load else None
@@ -105,10 +110,6 @@ class Keeper:
             raise InvalidInputError(f"item {item.id!r} does not say which model made it: make it with extract()")
         if not self.engine.fingerprint.matches(item.fingerprint):
             raise FingerprintMismatchError(f"item {item.id!r}", self.engine.fingerprint.differences(item.fingerprint))
-
-    @property
-    def _no_head(self) -> Ids:
-        return self.engine.template.around(None, [{"role": "user", "content": "…"}]).head_ids
 
     def _worth_loading(self, key: str, tokens: int) -> tuple[bool, str]:
         """Whether to load an item rather than to encode it, and the reason, if a planner is asked and it is there."""

@@ -67,8 +67,15 @@ def dump_items(folder: str | os.PathLike[str], filename: str, items: Iterable[KV
         (root / file).unlink(missing_ok=True)
 
 
-def load_items(folder: str | os.PathLike[str], filename: str, expected: ModelFingerprint) -> list[KVCacheItem]:
+def load_items(
+    folder: str | os.PathLike[str], filename: str, expected: ModelFingerprint | None = None
+) -> list[KVCacheItem]:
     """Every item of a dump, read and checked; none where the folder is missing or empty.
+
+    Args:
+        folder: where it is.
+        filename: its manifest's name.
+        expected: the model that made the items; None takes any.
 
     Raises:
         CorruptItemError: the manifest or a file was cut or changed, or a file is missing.
