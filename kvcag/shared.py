@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
+import warnings
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from kvcag.engines.base import Engine
 from kvcag.engines.hf import HFEngine
+from kvcag.fingerprint import ModelFingerprint
+from kvcag.notices import CacheWarning
 from kvcag.stores.base import KVStore
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.memory import MemoryStore
@@ -93,6 +97,23 @@ def open_store(store: KVStore | str | PathLike[str] | None, engine: Engine, tena
         return _stores.setdefault(engine, {}).setdefault(tenant, MemoryStore(DEFAULT_STORE_BYTES))
 
 
+def warn_if_foreign(store: KVStore, fingerprint: ModelFingerprint) -> None:
+    """Warn if what a store holds was made by another model: it will stay as it is and not be used.
+
+    Looks at a few items, and is silent where one of them fits: models may share a store.
+    """
+    manifests = (store.manifest(key) for key in islice(store.keys(), _SAMPLE))
+    made_by = [manifest.fingerprint for manifest in manifests if manifest and manifest.fingerprint]
+    if made_by and not any(fingerprint.matches(other) for other in made_by):
+        warnings.warn(
+            f"the store's items were made by another model ({'; '.join(fingerprint.differences(made_by[0]))}). They "
+            "stay as they are and are not used. Give each model a store of its own, or load the model that made them.",
+            CacheWarning,
+            stacklevel=3,
+        )
+
+
+_SAMPLE = 8
 _HUB = {"revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder"}
 _lazy: WeakValueDictionary[str, LazyEngine] = WeakValueDictionary()
 _stores: WeakKeyDictionary[Engine, dict[str, MemoryStore]] = WeakKeyDictionary()

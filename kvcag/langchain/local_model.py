@@ -20,9 +20,8 @@ from kvcag.handles import ContextHandles
 from kvcag.langchain.messages import neutral
 from kvcag.langchain.tools import ask
 from kvcag.memory import KVCacheMemory
-from kvcag.notices import warn_if_foreign
 from kvcag.prompt import ChatTemplate
-from kvcag.shared import LazyEngine, open_store
+from kvcag.shared import LazyEngine, open_store, warn_if_foreign
 from kvcag.stores.base import KVStore
 
 _REMOTE_ONLY = {"api_key", "base_url", "timeout", "max_retries"}

@@ -34,9 +34,8 @@ from kvcag.llama_index.messages import neutral
 from kvcag.llama_index.responses import Answer, Opener, aeach, alast, each, last
 from kvcag.llama_index.tools import choice_of, selections, tool_specs
 from kvcag.memory import KVCacheMemory
-from kvcag.notices import warn_if_foreign
 from kvcag.prompt import Message, Prompt, as_messages
-from kvcag.shared import LazyEngine, open_store
+from kvcag.shared import LazyEngine, open_store, warn_if_foreign
 from kvcag.stores.base import KVStore
 from kvcag.tools import plan_tools
 

@@ -14,7 +14,7 @@ import kvcag
 
 ROOT = Path(kvcag.__file__).parent
 LAYERS = [
-    {"errors"},
+    {"errors", "notices"},
     {"fingerprint"},
     {"items"},
     {"cache"},
@@ -23,7 +23,7 @@ LAYERS = [
     {"engines"},
     {"call_format", "tools"},
     {"aio", "compose", "config", "sizing", "stores", "texts"},
-    {"notices", "shared"},
+    {"shared"},
     {"keeping"},
     {"corpus"},
     {"memory"},
