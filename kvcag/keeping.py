@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, TypeAlias
 
 import torch
 
-from kvcag.cache.hf import cache_of, layers_of
+from kvcag.cache.hf import LayerKV, cache_of, layers_of
 from kvcag.engines.hf import HFEngine
 from kvcag.errors import FingerprintMismatchError, InvalidInputError, StoreError
 from kvcag.items import KVCacheItem, KVCacheRecords, content_key, ids_digest
@@ -57,8 +57,12 @@ class Keeper:
 
     def encode(self, head_ids: Ids, token_ids: Ids, text: str) -> KVCacheItem:
         """A document encoded after a head; it is not kept."""
+        return self.item(self.engine.encode_after(head_ids, token_ids, tenant=self.tenant), head_ids, token_ids, text)
+
+    def item(self, layers: Sequence[LayerKV], head_ids: Ids, token_ids: Ids, text: str) -> KVCacheItem:
+        """The item of a document whose keys and values, encoded after a head, are `layers`."""
         return KVCacheItem(
-            memory=cache_of(self.engine.encode_after(head_ids, token_ids, tenant=self.tenant)),
+            memory=cache_of(layers),
             records=KVCacheRecords(text_memories=[text], composed_text_memory=text),
             metadata={"source_text": text, "extracted_at": datetime.now(timezone.utc).isoformat()},
             token_ids=torch.tensor(token_ids, dtype=torch.long),

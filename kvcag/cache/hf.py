@@ -137,14 +137,19 @@ def nbytes(layers: Iterable[LayerKV]) -> int:
     return sum(t.numel() * t.element_size() for kv in layers for t in kv)
 
 
-def generation_cache(parts: Sequence[Sequence[LayerKV]], room: int) -> DynamicCache:
+def generation_cache(
+    parts: Sequence[Sequence[LayerKV]], room: int, before_update: Callable[[], None] | None = None
+) -> DynamicCache:
     """The cache of one generation: a copy of `parts`, one after another, with room for `room` more tokens.
 
     New tokens are written in place instead of concatenating the whole context once a token, so a decode step costs
     the same after 10,000 tokens of context as after ten. It grows by doubling where the room does not suffice, shares
     nothing with `parts`, and is released with its last reference.
+
+    `before_update` is called whenever a layer is about to take new tokens in. What it raises breaks the forward pass
+    off there; `crop` puts the cache right again.
     """
-    cache = DynamicCache()
+    cache = DynamicCache() if before_update is None else _WatchedCache(before_update)
     for layers in zip(*parts, strict=True):
         layer = _AppendLayer(room)
         layer.fill(layers)
@@ -152,6 +157,16 @@ def generation_cache(parts: Sequence[Sequence[LayerKV]], room: int) -> DynamicCa
     if not cache.layers:  # transformers makes a layer when the model first writes to it
         cache.layer_class_to_replicate = cast("Any", functools.partial(_AppendLayer, room))
     return cache
+
+
+class _WatchedCache(DynamicCache):
+    def __init__(self, before_update: Callable[[], None]) -> None:
+        super().__init__()
+        self.before_update = before_update
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        self.before_update()
+        return super().update(*args, **kwargs)
 
 
 class _AppendLayer(DynamicLayer):

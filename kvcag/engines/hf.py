@@ -28,6 +28,7 @@ from kvcag.engines.loading import load
 from kvcag.engines.sampling import DEFAULT_MAX_NEW_TOKENS, Sampler, Sampling
 from kvcag.engines.session import Session
 from kvcag.engines.text import Detokenizer, StopStrings, ThinkingFilter
+from kvcag.engines.turns import Turns
 from kvcag.errors import ContextLengthError, EmptyPromptError
 from kvcag.fingerprint import ModelFingerprint
 from kvcag.prompt import ChatTemplate, Message, Prompt
@@ -76,7 +77,7 @@ class HFEngine:
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer, template_variables)
         self.prefixes = PrefixCache(prefix_cache_bytes)
-        self._turn = threading.RLock()
+        self.turns = Turns()
         self._prefilling = threading.Lock()
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -192,7 +193,7 @@ class HFEngine:
     @contextmanager
     def exclusive(self) -> Iterator[PreTrainedModel]:
         """The model for one caller alone, with gradients off; other threads wait for their turn."""
-        with self._turn, torch.no_grad():
+        with self.turns.taken(), torch.no_grad():
             yield self.model
 
     # --- encoding ----------------------------------------------------------------------------------------------

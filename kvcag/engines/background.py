@@ -1,0 +1,67 @@
+"""Encoding ahead of the questions, in pieces, and never in the way of an answer."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+from kvcag.cache.hf import LayerKV, crop, cut, generation_cache, layers_of, owned
+from kvcag.engines.hf import HFEngine
+from kvcag.engines.turns import Interrupted
+from kvcag.errors import EmptyPromptError
+
+
+def encode_in_background(
+    engine: HFEngine,
+    prefix_ids: Sequence[int],
+    token_ids: Sequence[int],
+    *,
+    stop: threading.Event,
+    tenant: str = "",
+    piece_tokens: int = 64,
+    quiet_s: float = 0.25,
+) -> tuple[list[LayerKV], int]:
+    """`HFEngine.encode_after`, while nobody asks anything.
+
+    A forward pass takes one piece. It waits until nobody has wanted the model for `quiet_s` seconds, and is broken off
+    between two layers when somebody does; what earlier pieces encoded is kept meanwhile, and the piece is begun again.
+
+    Args:
+        engine: the model.
+        prefix_ids: what stands before the tokens; kept among the recent contexts.
+        token_ids: what is encoded.
+        stop: gives up, between two layers.
+        tenant: whose recent contexts these are.
+        piece_tokens: tokens of one forward pass. A layer of it is what an answer may have to wait for.
+        quiet_s: for how long nobody has to have wanted the model.
+
+    Returns:
+        Keys and values of `token_ids` alone, `(1, kv_heads, seq_len, head_dim)` a layer, the caller's own; and how
+        often the work stepped aside.
+
+    Raises:
+        ContextLengthError: more tokens than the model's context.
+        Interrupted: `stop` was set.
+    """
+    if not token_ids:
+        raise EmptyPromptError("there are no tokens to encode")
+    ids = (*prefix_ids, *token_ids)
+    engine.check_fits(len(ids), 0)
+    known, pieces = engine.prefixes.match(prefix_ids, tenant)
+    cache = generation_cache(pieces, room=len(ids) - known, before_update=engine.turns.step_aside)
+    done, interruptions = known, 0
+    while done < len(ids):
+        piece = ids[done : done + piece_tokens]
+        try:
+            with engine.turns.spare(quiet_s, stop):
+                engine.forward(piece, cache)
+            done += len(piece)
+        except Interrupted:
+            if stop.is_set():
+                raise
+            interruptions += 1
+            crop(cache, done)
+    layers = layers_of(cache)
+    if known < len(prefix_ids):
+        engine.prefixes.insert(prefix_ids, cut(layers, 0, len(prefix_ids)), tenant)
+    return owned(cut(layers, len(prefix_ids))), interruptions

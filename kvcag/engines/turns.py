@@ -1,0 +1,93 @@
+"""Whose turn it is at the model: one caller at a time, and answers before whatever works ahead of them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_POLL_SECONDS = 0.1
+
+
+class Interrupted(Exception):  # noqa: N818 - a signal, and nothing went wrong
+    """Somebody wants the model: work that can wait steps aside."""
+
+
+class Turns:
+    """Hands the model to one thread at a time.
+
+    Answers take it with `taken`, in the order in which they come. Work that can wait takes it with `spare`: only once
+    nobody has wanted it for a while, and it gives it back between two layers when somebody does.
+    """
+
+    def __init__(self) -> None:
+        self._model = threading.RLock()
+        self._changed = threading.Condition()
+        self._wanted = 0
+        self._last_wanted = float("-inf")
+        self._spare: int | None = None
+        self._spare_since = float("-inf")
+        self._stop: threading.Event | None = None
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """The model for this thread alone. It may be taken again within."""
+        if self._spare == threading.get_ident():
+            yield
+            return
+        with self._changed:
+            self._wanted += 1
+        try:
+            with self._model:
+                yield
+        finally:
+            with self._changed:
+                self._wanted -= 1
+                self._last_wanted = time.monotonic()
+                self._changed.notify_all()
+
+    def announce(self) -> None:
+        """A question is on its way: what can wait shall step aside now, before the question reaches the model."""
+        with self._changed:
+            self._last_wanted = time.monotonic()
+
+    @contextmanager
+    def spare(self, quiet_s: float, stop: threading.Event) -> Iterator[None]:
+        """The model for work that can wait, once nobody has wanted it for `quiet_s` seconds.
+
+        The work calls `step_aside` as often as it can.
+
+        Raises:
+            Interrupted: `stop` is set.
+        """
+        self._await_quiet(quiet_s, stop)
+        self._spare, self._stop = threading.get_ident(), stop
+        try:
+            yield
+        finally:
+            self._spare = self._stop = None
+            self._model.release()
+
+    def step_aside(self) -> None:
+        """Called by whoever has the model to spare; elsewhere it does nothing.
+
+        Raises:
+            Interrupted: somebody wants the model, or the work shall stop.
+        """
+        if self._spare != threading.get_ident():
+            return
+        if self._wanted or self._last_wanted > self._spare_since or (self._stop is not None and self._stop.is_set()):
+            raise Interrupted
+
+    def _await_quiet(self, quiet_s: float, stop: threading.Event) -> None:
+        """Return holding the model."""
+        while not stop.is_set():
+            with self._changed:
+                now = time.monotonic()
+                left = self._last_wanted + quiet_s - now
+                if not self._wanted and left <= 0 and self._model.acquire(blocking=False):
+                    self._spare_since = now
+                    return
+                self._changed.wait(min(left, _POLL_SECONDS) if left > 0 else _POLL_SECONDS)
+        raise Interrupted
