@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from os import PathLike
@@ -77,6 +77,7 @@ class KVCacheMemory:
         self.memory_filename = memory_filename
         self.promote_after = promote_after
         self.planner = planner
+        self.watchers: list[Callable[[Prompt], None]] = []  # told of each prompt whose documents are looked for
         self._merged = Counter()
         self._encoding = threading.Lock()
 
@@ -331,6 +332,8 @@ class KVCacheMemory:
             constraint = self.engine.constrain(constraint, budget, prompt.thinking)
         context = None  # read, or read before, in this order: the engine finds the longest prefix by itself
         merging = prompt.document_ids and isinstance(self.engine, HFEngine) and strategy != "exact"
+        for watch in self.watchers if merging else ():
+            watch(prompt)
         if merging and self._known(prompt) < len(prompt.context_ids):
             context = self.context_for(prompt, strategy, ratio, max_kl)
         return self.engine.stream(prompt, settings, context, constraint=constraint, tenant=self.tenant, started=started)
