@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from kvcag.engines.waiting import CANCELLATION, Cancellation
 
 T = TypeVar("T")
 
@@ -14,13 +17,19 @@ _END = object()
 async def iterate(open_stream: Callable[[], Iterator[T]]) -> AsyncGenerator[T, None]:
     """Open a stream and read it, each step in a worker thread.
 
-    Closing or cancelling stops the stream after the step that is running; no thread outlives it.
+    Closing or cancelling stops the stream after the step that is running, and a step that waits for a server stops
+    waiting; no thread outlives it.
     """
-    stream = await asyncio.to_thread(open_stream)
+    going = Cancellation()
+    try:
+        stream = await _in_thread(going, open_stream)
+    except asyncio.CancelledError:
+        going.cancel()
+        raise
     step: asyncio.Task[object] | None = None
     try:
         while True:
-            step = asyncio.create_task(asyncio.to_thread(next, stream, _END))
+            step = asyncio.create_task(_in_thread(going, next, stream, _END))
             piece = await asyncio.shield(step)
             if piece is _END:
                 return
@@ -31,6 +40,14 @@ async def iterate(open_stream: Callable[[], Iterator[T]]) -> AsyncGenerator[T, N
                 stream.close()
             else:  # cancelled while the model was working: close it once the step has ended
                 step.add_done_callback(lambda done: _close(done, stream))
+                going.cancel()
+
+
+async def _in_thread(going: Cancellation, function: Callable[..., Any], *given: Any) -> Any:
+    """`asyncio.to_thread`, in a context that says how it learns that nobody waits for it any more."""
+    context = contextvars.copy_context()
+    context.run(CANCELLATION.set, going)
+    return await asyncio.get_running_loop().run_in_executor(None, context.run, function, *given)
 
 
 def _close(step: asyncio.Task[object], stream: Generator[T, None, None]) -> None:

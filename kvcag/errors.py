@@ -22,6 +22,9 @@ KVCAGError
 │   ├── StoreFullError                      larger than the store's budget
 │   └── StoreUnavailableError (OSError)     disk full, permission denied, remote gone
 ├── EngineError                             the model, or the server that runs it, failed
+│   ├── ServerError                         the server refused a request, or failed at it
+│   ├── ServerUnavailableError (ConnectionError)  down, restarting, overloaded, or gone while it answered
+│   └── ServerTimeoutError (TimeoutError)   silent for longer than it may be
 ├── ModelFetchError                         the embedded model could not be fetched or converted
 └── MissingExtraError (ImportError)         an optional dependency is not installed
 ```
@@ -210,6 +213,27 @@ class StoreUnavailableError(StoreError, OSError):
 
 class EngineError(KVCAGError):
     """The model, or the server that runs it, failed while it encoded or generated."""
+
+
+class ServerError(EngineError):
+    """A server refused a request, or failed at it.
+
+    Attributes:
+        status: the HTTP status.
+        detail: what the server said.
+    """
+
+    def __init__(self, what: str, status: int, detail: str) -> None:
+        self.status, self.detail = status, detail
+        super().__init__(f"{what} answered {status}: {detail}")
+
+
+class ServerUnavailableError(EngineError, ConnectionError):
+    """A server cannot be reached, is starting or overloaded, or went away while it answered."""
+
+
+class ServerTimeoutError(EngineError, TimeoutError):
+    """A server said nothing for longer than it may."""
 
 
 class ModelFetchError(KVCAGError):
