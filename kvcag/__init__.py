@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kvcag.config import KVCacheMemoryConfig as KVCacheMemoryConfig
     from kvcag.context import MergedContext as MergedContext
     from kvcag.context import MergeReport as MergeReport
+    from kvcag.cube.memory_cube import MemoryCube as MemoryCube
     from kvcag.engines.base import Chunk as Chunk
     from kvcag.engines.base import Usage as Usage
     from kvcag.engines.constrain import Choices as Choices
@@ -62,6 +63,7 @@ _HOMES = {
     "KVCacheMemory": "kvcag.memory",
     "KVCacheMemoryConfig": "kvcag.config",
     "KVCacheRecords": "kvcag.items",
+    "MemoryCube": "kvcag.cube.memory_cube",
     "MergeReport": "kvcag.context",
     "MergedContext": "kvcag.context",
     "ModelFingerprint": "kvcag.fingerprint",
@@ -93,6 +95,7 @@ __all__ = [
     "KVCacheMemory",
     "KVCacheMemoryConfig",
     "KVCacheRecords",
+    "MemoryCube",
     "MergeReport",
     "MergedContext",
     "ModelFingerprint",

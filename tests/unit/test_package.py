@@ -28,6 +28,7 @@ LAYERS = [
     {"corpus"},
     {"memory"},
     {"handles"},
+    {"cube"},
     {"langchain", "llama_index"},
     {"cli", "demo"},
 ]

@@ -1,0 +1,154 @@
+"""The activation side of a cube: caches that follow its texts."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from kvcag.cache.hf import cache_of, layers_of
+from kvcag.cube.texts import made_of, said, segment
+from kvcag.engines.hf import HFEngine
+from kvcag.errors import CorruptItemError, FormatError
+from kvcag.handles import placed
+from kvcag.items import KVCacheItem, KVCacheRecords
+from kvcag.keeping import Keeper
+from kvcag.memory import KVCacheMemory
+from kvcag.notices import CacheWarning
+from kvcag.prompt import Message, Prompt
+from kvcag.stores.manifest import Manifest
+
+_PLACEHOLDER: Message = {"role": "user", "content": "…"}
+
+
+class Caches:
+    """What a memory keeps of a cube's texts. Over an engine that keeps no caches, it holds none.
+
+    Args:
+        memory: keeps and merges them.
+    """
+
+    def __init__(self, memory: KVCacheMemory) -> None:
+        self.memory = memory
+
+    def prompt(self, segments: Sequence[str]) -> Prompt:
+        """The prompt in which segments stand behind the memory's head, with nothing asked yet."""
+        messages = placed(self.memory.head or "", segments, [_PLACEHOLDER])
+        return self.memory.engine.template.prompt(messages)
+
+    def held(self, prompt: Prompt) -> list[bool]:
+        """Which documents of a prompt need not be read: their caches are kept, or the context as a whole is."""
+        keeper = self._keeper
+        if keeper is None:
+            return [False] * len(prompt.document_ids)
+        known, _ = keeper.engine.prefixes.match(prompt.context_ids, self.memory.tenant)
+        if known == len(prompt.context_ids):
+            return [True] * len(prompt.document_ids)
+        contains = self.memory.store.contains
+        return [any(map(contains, keeper.keys(prompt.head_ids, token_ids))) for token_ids in prompt.document_ids]
+
+    def encode(self, document: str, metadata: dict[str, Any]) -> bool:
+        """Encode a document, if it is not kept yet. Says whether it was encoded now."""
+        keeper, prompt = self._keeper, self.prompt([document])
+        if keeper is not None:
+            keys = keeper.keys(prompt.head_ids, prompt.document_ids[0])
+            if any(map(self.memory.store.contains, keys)):
+                return False
+        self.memory.keep(placed(self.memory.head or "", [document], [_PLACEHOLDER]), [metadata])
+        return True
+
+    def drop(self, gone: set[str], live: set[str]) -> None:
+        """Delete what was made from texts that are gone, alone or with others, from every tier.
+
+        Recent contexts leave as a whole, since any of them may hold such a text. What was made from a live text alone
+        stays.
+
+        Args:
+            gone: texts, as they were given.
+            live: what the cube's texts say (`said`).
+        """
+        keeper = self._keeper
+        if keeper is None or not gone:
+            return
+        store = self.memory.store
+        said_then = {said(text) for text in gone}
+        stale = [key for key in list(store.keys()) if self._holds(key, said_then, live)]
+        for text in gone:  # also where a damaged file no longer says what it was made from
+            prompt = self.prompt([segment(text)])
+            stale += keeper.keys(prompt.head_ids, prompt.document_ids[0])
+        store.delete(stale)
+        keeper.engine.prefixes.clear(self.memory.tenant)
+
+    def made_of(self, live: set[str]) -> Iterator[KVCacheItem]:
+        """The items that were made from live texts and nothing else, one after another.
+
+        One that cannot be read is left out, with a `CacheWarning`.
+        """
+        store = self.memory.store
+        for key in list(store.keys()):
+            try:
+                manifest = store.manifest(key)
+                item = store.get(key) if manifest and made_of(_text(manifest), live) else None
+                if item is not None:
+                    layers_of(item.memory)  # a store may read them now, and find them damaged
+                    yield item
+            except (CorruptItemError, FormatError) as damaged:
+                warnings.warn(f"a cache was left out of the dump: {damaged}", CacheWarning, stacklevel=5)
+
+    def head(self) -> KVCacheItem | None:
+        """The head's own cache: with it, a first question elsewhere encodes nothing but its tail."""
+        keeper, head_ids = self._keeper, self.prompt(["…"]).head_ids
+        if keeper is None or not head_ids:
+            return None
+        layers, _ = keeper.engine.prefill(head_ids, tenant=self.memory.tenant)
+        text = self.memory.head or ""
+        return KVCacheItem(
+            id=keeper.key((), head_ids),
+            memory=cache_of(layers),
+            records=KVCacheRecords(text_memories=[text], composed_text_memory=text),
+            token_ids=torch.tensor(head_ids, dtype=torch.long),
+            fingerprint=keeper.engine.fingerprint,
+        )
+
+    def take(self, items: Iterable[KVCacheItem], head_id: str | None) -> dict[str, list[str]]:
+        """Keep the items that this model made. Returns the texts whose items others made, and how these differ."""
+        fingerprint, keeper = self.memory.engine.fingerprint, self._keeper
+        foreign, taken = dict[str, list[str]](), set[str]()
+        for item in items:
+            text = item.records.composed_text_memory
+            ours = keeper is not None and item.fingerprint is not None and fingerprint.matches(item.fingerprint)
+            if ours and item.id == head_id:
+                self._seed(item)
+            elif ours:
+                self.memory.store.put(item)
+                taken.add(text)
+            elif item.id != head_id and item.fingerprint is not None:
+                foreign[text] = fingerprint.differences(item.fingerprint)
+        return {text: differences for text, differences in foreign.items() if text not in taken}
+
+    def _seed(self, head: KVCacheItem) -> None:
+        """Put the head's cache among the recent contexts, where the engine looks for it."""
+        engine = self.memory.engine
+        assert isinstance(engine, HFEngine)
+        layers = [(keys.to(engine.device), values.to(engine.device)) for keys, values in layers_of(head.memory)]
+        engine.prefixes.insert(head.token_ids.tolist(), layers, self.memory.tenant)
+
+    def _holds(self, key: str, gone: set[str], live: set[str]) -> bool:
+        """Whether an item was made from what is gone, or can no longer say what it was made from."""
+        try:
+            manifest = self.memory.store.manifest(key)
+        except (CorruptItemError, FormatError):
+            return True
+        text = "" if manifest is None else said(_text(manifest))
+        return text not in live and any(one in text for one in gone)
+
+    @property
+    def _keeper(self) -> Keeper | None:
+        memory = self.memory
+        return Keeper(memory.engine, memory.store, memory.tenant) if isinstance(memory.engine, HFEngine) else None
+
+
+def _text(manifest: Manifest) -> str:
+    return manifest.records.composed_text_memory
