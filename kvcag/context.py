@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import DynamicCache
+from typing_extensions import Self
 
 from kvcag.fingerprint import ModelFingerprint
 
@@ -55,3 +57,43 @@ class MergedContext:
     tail_ids: torch.Tensor
     report: MergeReport
     fingerprint: ModelFingerprint
+
+
+@dataclass(frozen=True, slots=True)
+class ServedContext(MergedContext):
+    """Head and documents as the prompt of a server, which keeps the keys and values itself: `cache` is empty.
+
+    Attributes:
+        prompt: the text of `token_ids`: head and documents, all of them, in order.
+    """
+
+    prompt: str = ""
+
+
+class ContextPrompt(str):
+    """A context as text, for a server that keeps its keys and values. It knows its tokens, as a `ContextCache` does.
+
+    Attributes:
+        token_ids: 1-D int64, the tokens that the server is sent; the text is for people.
+        fingerprint: the model it belongs to.
+        messages: the chat messages it is the closed turns of; None where its last turn is open.
+    """
+
+    token_ids: torch.Tensor
+    fingerprint: ModelFingerprint
+    messages: list[dict[str, Any]] | None
+
+    @classmethod
+    def of(
+        cls,
+        text: str,
+        token_ids: Sequence[int],
+        fingerprint: ModelFingerprint,
+        messages: list[dict[str, Any]] | None = None,
+    ) -> Self:
+        """A text with its tokens."""
+        made = cls(text)
+        made.token_ids = torch.tensor(token_ids, dtype=torch.long)
+        made.fingerprint = fingerprint
+        made.messages = messages
+        return made

@@ -83,10 +83,29 @@ class KVCacheItem(ActivationMemoryItem):
 
 
 class VLLMKVCacheItem(ActivationMemoryItem):
-    """A prompt whose keys and values a vLLM server keeps itself."""
+    """One text whose keys and values a server keeps itself: what is needed to send it again, and to put it together.
+
+    Attributes:
+        memory: the prompt that the server was sent: what stood before the text, and the text.
+        records: the texts it was made from.
+        token_ids: 1-D int64, the text's own tokens, in order.
+        fingerprint: the model that was asked; None for an empty item.
+        base_position: how many tokens stood before the text.
+        prefix_digest: `ids_digest` of those tokens.
+    """
 
     memory: str = ""
     records: KVCacheRecords = Field(default_factory=KVCacheRecords)
+    token_ids: torch.Tensor = Field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    fingerprint: ModelFingerprint | None = None
+    base_position: int = 0
+    prefix_digest: str = Field(default_factory=lambda: ids_digest(()))
+
+    @property
+    def content_key(self) -> str:
+        """As a `KVCacheItem`'s."""
+        model = self.fingerprint.digest if self.fingerprint else ""
+        return content_key(model, self.prefix_digest, self.token_ids.tolist())
 
 
 class TextualMemoryItem(BaseModel):

@@ -10,8 +10,8 @@ from transformers.cache_utils import Cache
 
 from kvcag.cache.hf import ContextCache, LayerKV, cut, layers_of
 from kvcag.cache.prefix import PrefixCache
-from kvcag.context import MergedContext, MergeReport
-from kvcag.errors import FingerprintMismatchError, TokenMismatchError
+from kvcag.context import ContextPrompt, MergedContext, MergeReport
+from kvcag.errors import EmptyPromptError, FingerprintMismatchError, TokenMismatchError
 from kvcag.fingerprint import ModelFingerprint
 from kvcag.prompt import ChatTemplate, Message, Prompt, as_messages
 
@@ -82,8 +82,33 @@ def read_context(
     return Given(cut(layers_of(cache), 0, min(agreeing, len(token_ids) - 1)), exact, report)
 
 
+def context_ids(
+    template: ChatTemplate, prompt: str | Sequence[str] | Sequence[Message]
+) -> tuple[tuple[int, ...], list[dict[str, Any]] | None]:
+    """The tokens of a context to be continued, and the messages whose closed turns it is.
+
+    Args:
+        template: the model's chat template.
+        prompt: a str is an open system turn; a list of str is joined into one by blank lines; chat messages are taken
+            as they are, as closed turns.
+
+    Raises:
+        EmptyPromptError: there is nothing to encode.
+    """
+    parts: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
+    if all(isinstance(part, str) for part in parts):
+        text = "\n\n".join(part for part in parts if part.strip())
+        if not text:
+            raise EmptyPromptError("the prompt is empty: there is nothing to encode")
+        return template.around(None, [_PLACEHOLDER]).head_ids + template.encode(text), None
+    messages = [dict(message) for message in parts]
+    return template.prompt(messages, add_generation_prompt=False).token_ids, messages
+
+
 def plan(
-    template: ChatTemplate, messages: str | Sequence[Message] | None, past_key_values: Cache | MergedContext | None
+    template: ChatTemplate,
+    messages: str | Sequence[Message] | None,
+    past_key_values: Cache | MergedContext | ContextPrompt | None,
 ) -> Prompt:
     """The whole prompt that asks `messages`, the context's tokens included.
 
@@ -97,10 +122,10 @@ def plan(
         if not asked:
             return Prompt(context, (), tuple(past_key_values.tail_ids.tolist()))
         framed = template.around(None, asked)
-    elif past_key_values is None or past_key_values.get_seq_length() == 0:
+    elif past_key_values is None or _is_empty(past_key_values):
         return template.prompt(asked)
     else:
-        cached = known(past_key_values)
+        cached = past_key_values if isinstance(past_key_values, ContextPrompt) else known(past_key_values)
         context = tuple(cached.token_ids.tolist())
         if cached.messages is not None:
             return _continued(template, context, cached.messages, asked)
@@ -121,6 +146,10 @@ def _continued(
     return Prompt(context, (), tail, thinking=text.rstrip().endswith("<think>"))
 
 
+def _is_empty(context: Cache | ContextPrompt) -> bool:
+    return not (context if isinstance(context, ContextPrompt) else context.get_seq_length())
+
+
 def known(cache: Cache) -> ContextCache:
     """The cache, if it says which tokens it holds.
 
@@ -139,3 +168,6 @@ def known(cache: Cache) -> ContextCache:
 def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
     pairs = zip(left, right, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
+
+
+_PLACEHOLDER: Message = {"role": "user", "content": "…"}

@@ -22,14 +22,15 @@ from kvcag.context import MergedContext
 from kvcag.engines.base import Chunk
 from kvcag.engines.calibrate import Calibration, CalibrationSettings, calibrate
 from kvcag.engines.constrain import ConstraintLike
-from kvcag.engines.continuation import plan, read_context
+from kvcag.engines.continuation import context_ids, read_context
 from kvcag.engines.decode import Account, Decoding
+from kvcag.engines.generating import Generating
 from kvcag.engines.loading import load
-from kvcag.engines.sampling import DEFAULT_MAX_NEW_TOKENS, Sampler, Sampling
+from kvcag.engines.sampling import Sampler, Sampling
 from kvcag.engines.session import Session
 from kvcag.engines.text import Detokenizer, StopStrings, ThinkingFilter
 from kvcag.engines.turns import Turns
-from kvcag.errors import ContextLengthError, EmptyPromptError
+from kvcag.errors import EmptyPromptError
 from kvcag.fingerprint import ModelFingerprint
 from kvcag.prompt import ChatTemplate, Message, Prompt
 
@@ -42,7 +43,7 @@ _PREFILL_CHUNK = 2048
 _PREFIX_CACHE_BYTES = 2 << 30
 
 
-class HFEngine:
+class HFEngine(Generating):
     """Encodes text into KV caches, and answers from them.
 
     Every generation has a cache of its own, made on demand in the model's dtype and released at its end; what is
@@ -150,22 +151,6 @@ class HFEngine:
         layers, kv_heads, head_dim = map(int, self.fingerprint.geometry.split("x"))
         return 2 * layers * kv_heads * head_dim * torch.empty(0, dtype=self.model.dtype).element_size()
 
-    def sampling(self, **given: Any) -> Sampling:
-        """The settings of one call: what is given, else the engine's defaults."""
-        return Sampling.over(self.defaults, given)
-
-    def check_fits(self, prompt_tokens: int, max_new_tokens: int | None) -> int:
-        """How many tokens may be generated.
-
-        Raises:
-            ContextLengthError: the prompt and `max_new_tokens` exceed the model's context.
-        """
-        room = self.context_length - prompt_tokens
-        wanted = min(DEFAULT_MAX_NEW_TOKENS, max(room, 1)) if max_new_tokens is None else max_new_tokens
-        if wanted > room:
-            raise ContextLengthError(prompt_tokens, wanted, self.context_length)
-        return wanted
-
     def constrain(self, constraint: ConstraintLike, max_new_tokens: int, thinking: bool = False) -> Constraint:
         """Compile a constraint, or find it among those compiled before, and check that it fits the budget.
 
@@ -212,16 +197,7 @@ class HFEngine:
             EmptyPromptError: there is nothing to encode.
             ContextLengthError: it is longer than the model's context.
         """
-        parts: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
-        if all(isinstance(part, str) for part in parts):
-            text = "\n\n".join(part for part in parts if part.strip())
-            if not text:
-                raise EmptyPromptError("the prompt is empty: there is nothing to encode")
-            token_ids = self.template.around(None, [_PLACEHOLDER]).head_ids + self.template.encode(text)
-            messages = None
-        else:
-            messages = [dict(message) for message in parts]
-            token_ids = self.template.prompt(messages, add_generation_prompt=False).token_ids
+        token_ids, messages = context_ids(self.template, prompt)
         layers, _ = self.prefill(token_ids)
         return ContextCache.of(layers, torch.tensor(token_ids), self.fingerprint, messages)
 
@@ -274,56 +250,11 @@ class HFEngine:
 
     # --- answering ---------------------------------------------------------------------------------------------
 
-    def generate(
-        self,
-        messages: str | Sequence[Message] | None = None,
-        past_key_values: Cache | MergedContext | None = None,
-        *,
-        constraint: ConstraintLike | None = None,
-        **sampling: Any,
-    ) -> str:
-        """Answer messages, optionally over a cached context.
-
-        Args:
-            messages: chat messages, or a str for one user message. Over a context they continue it; None, over a
-                `MergedContext`, asks the question it was merged for.
-            past_key_values: a cache from `build_kv_cache` or `KVCacheMemory.get_cache`, or a `MergedContext`. It is
-                read, never written.
-            constraint: what the answer must be: a pydantic model, a JSON schema, `Regex`, `Choices` or `Grammar`.
-            **sampling: see `Sampling`.
-
-        Raises:
-            ConstraintError: the constraint cannot be used, or nothing that satisfies it fits `max_new_tokens`.
-            ContextLengthError: the prompt with `max_new_tokens` exceeds the model's context; nothing was prefilled.
-            CacheMismatchError: the cache is another model's, or does not say which tokens it holds.
-        """
-        return "".join(self.generate_stream(messages, past_key_values, constraint=constraint, **sampling))
-
-    def generate_stream(
-        self,
-        messages: str | Sequence[Message] | None = None,
-        past_key_values: Cache | MergedContext | None = None,
-        *,
-        constraint: ConstraintLike | None = None,
-        **sampling: Any,
-    ) -> Iterator[str]:
-        """`generate`, piece by piece. Arguments are checked at once; closing the stream stops the model."""
-        settings = self.sampling(**sampling)
-        prompt = self.plan(messages, past_key_values)
-        chunks = self.stream(prompt, settings, past_key_values, constraint=constraint)
-        return (chunk.text for chunk in chunks if chunk.text)
-
     def session(
         self, context: Cache | MergedContext | None = None, *, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> Session:
         """A conversation with a running cache, optionally over a context; see `Session`."""
         return Session(self, context, tools=tools)
-
-    def plan(
-        self, messages: str | Sequence[Message] | None, past_key_values: Cache | MergedContext | None = None
-    ) -> Prompt:
-        """The whole prompt, the context's tokens included, as `stream` takes it."""
-        return plan(self.template, messages, past_key_values)
 
     def stream(
         self,
@@ -394,6 +325,3 @@ class HFEngine:
                 chunk = torch.tensor([token_ids[start : start + _PREFILL_CHUNK]], device=self.device)
                 logits = model(input_ids=chunk, past_key_values=cache, use_cache=True, **last).logits
         return logits[:, -1]
-
-
-_PLACEHOLDER: Message = {"role": "user", "content": "…"}
