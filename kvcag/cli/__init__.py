@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import sys
 
+_EXTRA = ("platformdirs", "rich", "typer")
+
 
 def main() -> None:
-    """Run the command; an error that kvcag raised on purpose becomes one message on stderr and an exit code.
+    """Run the command.
 
-    Exit codes: 0 done, 1 it failed, 2 the arguments cannot work, 130 interrupted.
+    Exit codes: 0 done; 1 the answer is no (damaged, missing, of another model, not confirmed); 2 the arguments cannot
+    work; 3 it could not be done here and now (disk, network, an extra that is missing); 130 interrupted; 141 whoever
+    read stdout closed it.
     """
     try:
         from kvcag.cli.app import app
     except ModuleNotFoundError as missing:
-        if missing.name not in ("rich", "typer"):
+        if missing.name not in _EXTRA:
             raise
-        sys.exit("The kvcag command needs an optional dependency: pip install 'kvcag[cli]'")
-    from kvcag.errors import InvalidInputError, KVCAGError
-
-    try:
-        app()
-    except KVCAGError as error:
-        print(f"kvcag: {error}", file=sys.stderr)  # noqa: T201
-        sys.exit(2 if isinstance(error, InvalidInputError) else 1)
+        print("The kvcag command needs an optional dependency: pip install 'kvcag[cli]'", file=sys.stderr)  # noqa: T201
+        sys.exit(3)
+    app()

@@ -109,7 +109,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def _read(file: Path) -> Iterator[CorpusDocument]:
-    text = _decode(file)
+    text = read_text(file)
     if not text.strip():
         raise InvalidInputError(f"{file}: the file is empty. Fill it or leave it out.")
     if file.suffix.lower() == ".jsonl":
@@ -118,7 +118,12 @@ def _read(file: Path) -> Iterator[CorpusDocument]:
         yield CorpusDocument(str(file), text.strip())
 
 
-def _decode(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """The whole of a file.
+
+    Raises:
+        InvalidInputError: it cannot be read, or is not UTF-8; the message names the file and the line.
+    """
     try:
         content = file.read_bytes()
     except OSError as error:

@@ -7,45 +7,13 @@ from dataclasses import asdict
 from time import perf_counter
 from typing import Any
 
-import transformers
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from kvcag.demo.corpus import CorpusDocument
-from kvcag.demo.model import SMOLLM2, embedded_model
 from kvcag.demo.run import Comparison, Demonstration
-from kvcag.errors import InvalidInputError, KVCAGError
-
-
-def model(name: str | None, console: Console) -> tuple[str, str]:
-    """The name of a model and where to load it from: as given, or the embedded one, fetched if it is not there."""
-    transformers.utils.logging.disable_progress_bar()  # its bars would cut through ours
-    if name is not None:
-        return name, name
-    return SMOLLM2.name, str(embedded_model(say=console.print))
-
-
-def load(
-    name: str, folder: str, documents: Sequence[CorpusDocument], console: Console, **settings: Any
-) -> Demonstration:
-    """A demonstration, its model loaded.
-
-    Raises:
-        InvalidInputError: there is no such model, or transformers cannot load it.
-    """
-    try:
-        with console.status(f"loading {name}"):
-            return Demonstration(folder, documents, **settings)
-    except KVCAGError:
-        raise
-    except (OSError, ValueError) as refused:
-        reason = str(refused).strip().splitlines()[0]
-        raise InvalidInputError(
-            f"the model {name!r} could not be loaded: {reason} Name a folder that save_pretrained wrote, or a hub id."
-        ) from refused
 
 
 def run(

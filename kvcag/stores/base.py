@@ -154,4 +154,5 @@ def made_from(manifest: Manifest, source: str) -> bool:
     """Whether an item was made from `source`, alone or with other texts."""
     records = manifest.records
     texts = [*records.text_memories, records.composed_text_memory]
-    return source in texts or any(manifest.metadata.get(field) == source for field in SOURCE_FIELDS)
+    named = [manifest.metadata.get(field) for field in SOURCE_FIELDS]
+    return source in texts or any(source in value if isinstance(value, list) else source == value for value in named)

@@ -153,6 +153,10 @@ class DiskStore(KVStore):
         sizes = [file.bytes for file in self._files()]
         return StoreStats(len(sizes), sum(sizes), self.max_bytes, self._hits, self._misses, self._evictions)
 
+    def file(self, key: str) -> Path:
+        """Where an item's file is, or would be."""
+        return self._path(key)
+
     def pin(self, key: str) -> None:
         """Never evict this item, nor let it expire, until `unpin` or `delete`. For all processes."""
         path = self._path(key).with_suffix(_PIN)

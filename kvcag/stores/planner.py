@@ -7,14 +7,17 @@ import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from kvcag.cache.hf import cache_of, layers_of, nbytes
-from kvcag.engines.hf import HFEngine
 from kvcag.errors import InvalidInputError
 from kvcag.items import KVCacheItem
 from kvcag.stores.base import KVStore
+
+if TYPE_CHECKING:
+    from kvcag.engines.hf import HFEngine
 
 _SMALL, _LARGE = 4 << 10, 16 << 20
 _ROUNDS = 3
