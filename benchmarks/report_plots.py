@@ -29,7 +29,7 @@ def plots(result: dict[str, Any], out: Path) -> list[Path]:
 
 
 def over_context(rows: list[dict[str, Any]], key: str, label: str, title: str, path: Path) -> Path:
-    figure, axes = plt.subplots(figsize=(8, 6), layout="constrained")
+    figure, axes = axes_of(8, 6)
     for name in rows[-1]["systems"]:
         points = [
             (row["context_tokens"], row["systems"][name][key]) for row in rows if key in row["systems"].get(name, {})
@@ -44,11 +44,16 @@ def over_context(rows: list[dict[str, Any]], key: str, label: str, title: str, p
             lengths, [row["floors"]["exact_s"] for row in rows], color="black", lw=0.8, label="floor, ready cache"
         )
     axes.set(xlabel="context, tokens", ylabel=label, xscale="log", yscale="log", title=title)
+    axes.set_xticks(
+        [row["context_tokens"] for row in rows], [f"{row['context_tokens']:,}" for row in rows], minor=False
+    )
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter("{x:g}")
     return saved(figure, axes, path)
 
 
 def agreement(row: dict[str, Any], title: str, path: Path) -> Path:
-    figure, axes = plt.subplots(figsize=(8, 6), layout="constrained")
+    figure, axes = axes_of(8, 6)
     for name, system in row["systems"].items():
         if "ttft_s" in system:
             style = "s" if name.startswith("kvcag") else "o"
@@ -63,7 +68,7 @@ def agreement(row: dict[str, Any], title: str, path: Path) -> Path:
 
 
 def over_questions(row: dict[str, Any], title: str, path: Path) -> Path:
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = axes_of(8, 5)
     counts = range(1, 11)
     for name in (FULL, EXACT, ROTATE, TENTH):
         system = row["systems"].get(name, {})
@@ -76,6 +81,12 @@ def over_questions(row: dict[str, Any], title: str, path: Path) -> Path:
         title=f"{title}, {row['context_tokens']:,} tokens",
     )
     return saved(figure, axes, path)
+
+
+def axes_of(width: float, height: float) -> tuple[plt.Figure, plt.Axes]:
+    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
+    axes.set_prop_cycle(color=mpl.colormaps["tab20"].colors)  # more systems than the default has colours
+    return figure, axes
 
 
 def saved(figure: plt.Figure, axes: plt.Axes, path: Path) -> Path:
