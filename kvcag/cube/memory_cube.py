@@ -296,6 +296,21 @@ class MemoryCube(CubeTexts):
             return self._caches.encode(together, {"doc_id": texts[0].id} if len(texts) == 1 else {})
 
 
+def activation(memory: KVCacheMemory | MemoryCube, **given: object) -> KVCacheMemory:
+    """The memory that answers for an adapter, which was given it and not its parts as well.
+
+    Raises:
+        InvalidInputError: another engine or store was given than the memory's, or `memory` is neither of these.
+    """
+    if not isinstance(memory, KVCacheMemory | MemoryCube):
+        raise InvalidInputError(f"memory= is a MemoryCube or a KVCacheMemory, not a {type(memory).__name__}")
+    kept = memory.memory if isinstance(memory, MemoryCube) else memory
+    others = [name for name, value in given.items() if value and value != getattr(kept, name, None)]
+    if others:
+        raise InvalidInputError(f"memory= brings {', '.join(given)} with it: leave {', '.join(others)} out")
+    return kept
+
+
 def _asked(messages: Sequence[Message]) -> str:
     """What the user said last, as text."""
     said_last = [message["content"] for message in messages if message.get("role") == "user"]

@@ -17,6 +17,15 @@ except ModuleNotFoundError:
 
 from kvcag.langchain.chains import create_cag_documents_chain
 from kvcag.langchain.chat_model import ChatKVCAG
+from kvcag.langchain.cube import BuiltRetrieverTexts, CubeRetriever, RetrieverTexts, VectorStoreTexts
 from kvcag.langchain.middleware import KVCAGMiddleware
 
-__all__ = ["ChatKVCAG", "KVCAGMiddleware", "create_cag_documents_chain"]
+__all__ = [
+    "BuiltRetrieverTexts",
+    "ChatKVCAG",
+    "CubeRetriever",
+    "KVCAGMiddleware",
+    "RetrieverTexts",
+    "VectorStoreTexts",
+    "create_cag_documents_chain",
+]

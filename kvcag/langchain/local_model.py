@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field, PrivateAttr, SkipValidation, model_valid
 from typing_extensions import Self
 
 from kvcag.compose import MAX_KL, Strategy
+from kvcag.cube.memory_cube import MemoryCube, activation
 from kvcag.engines.base import Engine
 from kvcag.errors import ChatTemplateError, FingerprintMismatchError, InvalidInputError
 from kvcag.handles import ContextHandles
@@ -28,7 +29,7 @@ _REMOTE_ONLY = {"api_key", "base_url", "timeout", "max_retries"}
 """Standard parameters of chat models that speak to a server. Accepted, so that changing the class is enough; there is
 no network here that they could be about."""
 
-_NOT_IN_ANSWERS = {"engine", "store", "tenant", "streaming"}
+_NOT_IN_ANSWERS = {"engine", "kept", "store", "tenant", "streaming"}
 """Fields that change no answer; an engine is identified by its fingerprint."""
 
 _NOT_TEXT = ("image_inputs", "audio_inputs", "pdf_inputs", "video_inputs", "image_outputs", "audio_outputs")
@@ -37,7 +38,7 @@ _NOT_TEXT = ("image_inputs", "audio_inputs", "pdf_inputs", "video_inputs", "imag
 class LocalChatModel(BaseChatModel):
     """A chat model on an engine of this process. Making one loads no weights and needs no network."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, protected_namespaces=())
 
     model: str = ""
     """A hub id or a folder. Not needed with `engine`."""
@@ -67,6 +68,8 @@ class LocalChatModel(BaseChatModel):
     streaming: bool = False
     """True: `invoke` too gives its tokens to callbacks as they come. False, if given: `stream` gives one piece."""
 
+    kept: SkipValidation[KVCacheMemory | MemoryCube | None] = Field(default=None, alias="memory", exclude=True)
+    """Given as `memory`: a `MemoryCube` or a `KVCacheMemory` that answers, with its engine, store and tenant."""
     store: KVStore | str | PathLike[str] | None = Field(default=None, exclude=True)
     """Where documents are kept: a store, or a folder. None: in memory, up to 4 GiB, for all over the same engine."""
     merge_strategy: Strategy = "query"
@@ -94,6 +97,9 @@ class LocalChatModel(BaseChatModel):
 
     @model_validator(mode="after")
     def _which_model(self) -> Self:
+        if self.kept is not None:
+            memory = activation(self.kept, engine=self.engine, store=self.store, tenant=self.tenant)
+            self.engine, self.store, self.tenant = memory.engine, memory.store, memory.tenant
         if self.engine is None:
             if not self.model:
                 raise InvalidInputError("no model: pass model=, a hub id or a folder, or engine=, a live HFEngine")
@@ -171,6 +177,8 @@ class LocalChatModel(BaseChatModel):
                     f"{name!r} has no chat template, so its tokenizer cannot write down who said what. Use an instruct "
                     "model, or set one: engine.tokenizer.chat_template = …"
                 )
+            if self.kept is not None and engine is self.engine:
+                return self._memories.setdefault(name, activation(self.kept))
             store = open_store(self.store, engine, self.tenant)
             warn_if_foreign(store, engine.fingerprint)
             self._memories.setdefault(name, KVCacheMemory(engine, store, tenant=self.tenant))

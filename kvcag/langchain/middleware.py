@@ -12,8 +12,10 @@ from langchain_core.messages import HumanMessage, SystemMessage
 from langchain_core.prompts import BasePromptTemplate, format_document
 from langchain_core.retrievers import BaseRetriever
 
+from kvcag.cube.memory_cube import MemoryCube
 from kvcag.errors import InvalidInputError, UnsupportedModelError
 from kvcag.langchain.chat_model import ChatKVCAG
+from kvcag.langchain.cube import CubeRetriever
 from kvcag.langchain.documents import DOCUMENT_PROMPT, DOCUMENT_SEPARATOR, with_documents
 
 Behavior = Literal["ignore", "warn", "raise"]
@@ -32,13 +34,15 @@ class KVCAGMiddleware(AgentMiddleware[Any, Any, Any]):
         retriever: finds documents for what the user said last.
         corpus: the same documents for every question: one segment, in this order, so that it is reused exactly, and
             with it every turn of the conversation.
+        memory: a `MemoryCube`: what it finds for what the user said last; under its strategy `"exact"`, one segment.
+            A `ChatKVCAG(memory=cube)` uses and fills the cube's caches.
         document_prompt: renders one document; its `page_content` alone by default.
         document_separator: stands after each document.
         unsupported_model_behavior: what to do with a model that keeps no caches. `"ignore"` gives it the documents as
             text, `"warn"` says so too, `"raise"` refuses it.
 
     Raises:
-        InvalidInputError: neither or both of `retriever` and `corpus`.
+        InvalidInputError: none or several of `retriever`, `corpus` and `memory`.
     """
 
     def __init__(
@@ -46,14 +50,16 @@ class KVCAGMiddleware(AgentMiddleware[Any, Any, Any]):
         *,
         retriever: BaseRetriever | None = None,
         corpus: Sequence[Document] | None = None,
+        memory: MemoryCube | None = None,
         document_prompt: BasePromptTemplate[str] | None = None,
         document_separator: str = DOCUMENT_SEPARATOR,
         unsupported_model_behavior: Behavior = "warn",
     ) -> None:
         super().__init__()
-        if (retriever is None) == (corpus is None):
-            raise InvalidInputError("pass either a retriever or a corpus to KVCAGMiddleware")
-        self.retriever = retriever
+        if sum(given is not None for given in (retriever, corpus, memory)) != 1:
+            raise InvalidInputError("pass either a retriever or a corpus, or a memory, to KVCAGMiddleware")
+        self.retriever = retriever if memory is None else CubeRetriever(cube=memory)
+        self._together = memory.strategy == "exact" if memory is not None else retriever is None
         self.corpus = list(corpus or [])
         self.document_prompt = document_prompt or DOCUMENT_PROMPT
         self.document_separator = document_separator
@@ -77,7 +83,7 @@ class KVCAGMiddleware(AgentMiddleware[Any, Any, Any]):
         texts = [format_document(document, self.document_prompt) + self.document_separator for document in documents]
         if not texts:
             return request
-        if self.retriever is None:
+        if self._together:
             texts = ["".join(texts)]
         instruction = f"{request.system_message.text}\n\n" if request.system_message else ""
         system = request.system_message or SystemMessage("")

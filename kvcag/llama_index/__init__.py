@@ -8,6 +8,7 @@ except ImportError:
     raise MissingExtraError("kvcag.llama_index", "llama-index") from None
 
 from kvcag.llama_index.chat_engine import CAGCondensePlusContextChatEngine, CAGContextChatEngine
+from kvcag.llama_index.cube import BuiltRetrieverTexts, CubeRetriever, DocstoreTexts, IndexTexts, RetrieverTexts
 from kvcag.llama_index.ingestion import KVCacheTransform
 from kvcag.llama_index.llm import KVCacheLLM
 from kvcag.llama_index.memory_block import CAGMemoryBlock
@@ -17,13 +18,18 @@ from kvcag.llama_index.synthesizer import CAGSynthesizer, RoundsWarning
 
 __all__ = [
     "DOCUMENT_END",
+    "BuiltRetrieverTexts",
     "CAGCondensePlusContextChatEngine",
     "CAGContextChatEngine",
     "CAGMemoryBlock",
     "CAGQueryEngine",
     "CAGSynthesizer",
+    "CubeRetriever",
+    "DocstoreTexts",
+    "IndexTexts",
     "KVCacheLLM",
     "KVCacheTransform",
+    "RetrieverTexts",
     "RoundsWarning",
     "document_blocks",
 ]

@@ -28,6 +28,7 @@ from pydantic import Field, PrivateAttr
 
 from kvcag.call_format import tool_messages
 from kvcag.compose import MAX_KL, Strategy
+from kvcag.cube.memory_cube import MemoryCube, activation
 from kvcag.engines.base import Engine
 from kvcag.errors import InvalidInputError
 from kvcag.llama_index.messages import neutral
@@ -58,6 +59,7 @@ class KVCacheLLM(FunctionCallingLLM):
         model: a hub id or a folder. The weights are loaded when they are first needed, once for all LLMs with the same
             settings. Not needed with `engine`.
         engine: a live engine: an `HFEngine`, an `EchoEngine`, or anything that fits `kvcag.engines.base.Engine`.
+        memory: a `MemoryCube` or a `KVCacheMemory` that answers, with its engine and store, instead of these.
         store: where documents are kept: a `KVStore`, or a folder. None: in memory, for all LLMs over the same engine.
         model_kwargs: further arguments of `HFEngine.from_pretrained`. Not serialised: they may hold a hub token.
         **settings: the fields below, and those of LlamaIndex's `LLM`.
@@ -93,10 +95,13 @@ class KVCacheLLM(FunctionCallingLLM):
         model: str | PathLike[str] = "",
         *,
         engine: Engine | None = None,
+        memory: KVCacheMemory | MemoryCube | None = None,
         store: KVStore | str | PathLike[str] | None = None,
         model_kwargs: dict[str, Any] | None = None,
         **settings: Any,
     ) -> None:
+        kept = None if memory is None else activation(memory, model=model, engine=engine, store=store)
+        engine = kept.engine if kept is not None else engine
         unknown = sorted(settings.keys() - type(self).model_fields.keys())
         if unknown:
             raise InvalidInputError(f"unknown argument {', '.join(unknown)}; what a model takes goes into model_kwargs")
@@ -105,6 +110,7 @@ class KVCacheLLM(FunctionCallingLLM):
         folder = None if store is None or isinstance(store, KVStore) else str(store)
         super().__init__(model=str(model) or engine.model_name if engine else str(model), store=folder, **settings)
         self._engine = engine
+        self._memory = kept
         self._store = store if isinstance(store, KVStore) else None
         if engine is None:
             self._lazy = LazyEngine.of(self.model, dtype=self.dtype, device=self.device, **(model_kwargs or {}))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from llama_index.core.base.llms.types import ChatMessage, MessageRole, TextBlock
 from llama_index.core.memory import BaseMemoryBlock
 from llama_index.core.schema import BaseNode, MetadataMode
-from pydantic import Field, field_validator
+from pydantic import Field, SkipValidation, field_validator, model_validator
+from typing_extensions import Self
 
+from kvcag.cube.memory_cube import MemoryCube
+from kvcag.errors import InvalidInputError
 from kvcag.llama_index.messages import document_blocks
 
 
@@ -22,28 +26,56 @@ class CAGMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
 
     Its priority is 0, so `Memory` never cuts it, whatever `token_limit` says; messages that leave the short-term memory
     do not enter it.
+
+    With `memory` the documents are what a `MemoryCube` finds for what the user said last, so that they follow it. A
+    cube is not serialised with the block: read back, the block has to be given one again.
+
+    Raises:
+        InvalidInputError: neither or both of `documents` and `memory` (as pydantic's `ValidationError`).
     """
 
     name: str = Field(default="Documents", description="The name of the block.")
     accept_short_term_memory: bool = Field(default=False, description="Documents do not change with the conversation.")
-    documents: list[str] = Field(description="The documents' texts; nodes are taken as the LLM would read them.")
+    documents: list[str] | None = Field(
+        default=None, description="The documents' texts; nodes are taken as the LLM would read them."
+    )
+    memory: SkipValidation[MemoryCube | None] = Field(default=None, exclude=True, description="Where they are found.")
+    k: int | None = Field(default=None, description="The most documents to take from `memory`.")
     instruction: str = Field(
-        default="Answer from the documents below.", description="Stands before the documents; may be empty."
+        default="Answer from the documents below.",
+        description="Stands before the documents; may be empty. With `memory`, its own head by default.",
     )
 
     @field_validator("documents", mode="before")
     @classmethod
     def _texts(cls, documents: Any) -> Any:
-        return [
+        return documents and [
             document.get_content(metadata_mode=MetadataMode.LLM) if isinstance(document, BaseNode) else document
             for document in documents
         ]
 
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.documents is None) == (self.memory is None):
+            raise InvalidInputError("pass either documents or memory, a MemoryCube, to a CAGMemoryBlock")
+        if self.memory is not None and self.memory.memory.head and "instruction" not in self.model_fields_set:
+            self.instruction = self.memory.memory.head
+        return self
+
     async def _aget(self, messages: list[ChatMessage] | None = None, **block_kwargs: Any) -> list[ChatMessage]:
-        if not self.documents:
+        texts = self.documents or []
+        if self.memory is not None:
+            texts = [text.memory for text in await self.memory.asearch(_asked(messages or []), self.k)]
+        if not texts:
             return []
         opening = [TextBlock(text=f"{self.instruction}\n")] if self.instruction else []
-        return [ChatMessage(role=MessageRole.SYSTEM, blocks=[*opening, *document_blocks(self.documents)])]
+        exact = self.memory is not None and self.memory.strategy == "exact"
+        return [ChatMessage(role=MessageRole.SYSTEM, blocks=[*opening, *document_blocks(texts, exact=exact)])]
 
     async def _aput(self, messages: list[ChatMessage]) -> None:
         """Documents do not change with the conversation."""
+
+
+def _asked(messages: Sequence[ChatMessage]) -> str:
+    """What the user said last."""
+    return next((message.content or "" for message in reversed(messages) if message.role == MessageRole.USER), "")

@@ -12,7 +12,10 @@ from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
 
+from kvcag.cube.memory_cube import MemoryCube
 from kvcag.errors import InvalidInputError
+from kvcag.llama_index.cube import CubeRetriever
+from kvcag.llama_index.llm import KVCacheLLM
 from kvcag.llama_index.synthesizer import CAGSynthesizer
 
 
@@ -32,7 +35,7 @@ class WholeCorpus(BaseRetriever):
 
 
 class CAGQueryEngine(RetrieverQueryEngine):
-    """A `RetrieverQueryEngine` whose answers come from caches; see `from_documents` and `from_retriever`."""
+    """A `RetrieverQueryEngine` over caches; see `from_documents`, `from_retriever` and `from_memory`."""
 
     @classmethod
     def from_documents(
@@ -83,4 +86,35 @@ class CAGQueryEngine(RetrieverQueryEngine):
             response_synthesizer=CAGSynthesizer(llm, callback_manager=callback_manager, **synthesizer),
             node_postprocessors=node_postprocessors,
             callback_manager=callback_manager,
+        )
+
+    @classmethod
+    def from_memory(
+        cls,
+        memory: MemoryCube,
+        llm: LLM | None = None,
+        *,
+        k: int | None = None,
+        node_postprocessors: list[BaseNodePostprocessor] | None = None,
+        callback_manager: CallbackManager | None = None,
+        **synthesizer: Any,
+    ) -> CAGQueryEngine:
+        """Over a `MemoryCube`: what it finds for a question, which follows its texts, answered from its caches.
+
+        Args:
+            memory: the cube. Under its strategy `"exact"` the nodes of a question are kept together.
+            llm: a `KVCacheLLM`; one over the cube's own engine and caches by default.
+            k: the most nodes; None is the cube's own setting.
+            node_postprocessors: applied to every question's nodes.
+            callback_manager: where events go.
+            **synthesizer: further arguments of `CAGSynthesizer`.
+        """
+        retriever = CubeRetriever(memory, k, callback_manager)
+        synthesizer = {"exact": memory.strategy == "exact", **synthesizer}
+        return cls.from_retriever(
+            retriever,
+            llm or KVCacheLLM(memory=memory),
+            node_postprocessors=node_postprocessors,
+            callback_manager=callback_manager,
+            **synthesizer,
         )
