@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from transformers.cache_utils import Cache
 
@@ -13,9 +13,6 @@ from kvcag.engines.constrain import ConstraintLike
 from kvcag.engines.sampling import Sampling
 from kvcag.fingerprint import ModelFingerprint
 from kvcag.prompt import ChatTemplate, Prompt
-
-if TYPE_CHECKING:
-    from kvcag.engines.enforce import Constraint
 
 FinishReason = Literal["stop", "length"]
 """`stop`: an end-of-sequence token, a stop string or a constraint's end. `length`: `max_new_tokens` were generated."""
@@ -57,8 +54,8 @@ class Chunk:
 class Engine(Protocol):
     """Answers prompts. `KVCacheMemory` and the adapters need no more of an engine than this.
 
-    Two are here: `HFEngine`, whose caches can be kept and merged, and `EchoEngine`, which has no weights. An engine
-    that keeps its caches to itself, a server for instance, is given whole prompts and no context.
+    Three are here: `HFEngine`, whose caches can be kept and merged; `VLLMEngine`, a server that keeps its caches to
+    itself and is given whole prompts and no context; and `EchoEngine`, which has no weights.
     """
 
     @property
@@ -83,8 +80,8 @@ class Engine(Protocol):
     def check_fits(self, prompt_tokens: int, max_new_tokens: int | None) -> int:
         """How many tokens may be generated. Raises `ContextLengthError`."""
 
-    def constrain(self, constraint: ConstraintLike, max_new_tokens: int, thinking: bool = False) -> Constraint:
-        """Compile a constraint and check that it fits the budget. Raises `ConstraintError`."""
+    def constrain(self, constraint: ConstraintLike, max_new_tokens: int, thinking: bool = False) -> ConstraintLike:
+        """A constraint, ready for `stream`, and checked as far as can be. Raises `ConstraintError`."""
 
     def stream(
         self,

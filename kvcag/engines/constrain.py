@@ -50,7 +50,16 @@ class JsonSchema:
     closed: bool = False
 
 
-ConstraintLike: TypeAlias = "type[BaseModel] | Mapping[str, Any] | JsonSchema | Regex | Choices | Grammar | Constraint"
+@dataclass(frozen=True, slots=True)
+class ServerConstraint:
+    """A constraint as fields of a request. Made by `VLLMEngine.constrain`, and enforced by the server."""
+
+    fields: Mapping[str, Any]
+
+
+ConstraintLike: TypeAlias = (
+    "type[BaseModel] | Mapping[str, Any] | JsonSchema | Regex | Choices | Grammar | Constraint | ServerConstraint"
+)
 """What `constraint=` takes. A mapping is a JSON schema."""
 
 

@@ -1,0 +1,371 @@
+"""The engine over a vLLM server, or any other that speaks OpenAI's completions API."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from functools import cached_property
+from os import PathLike, fspath
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache
+from typing_extensions import Self
+
+from kvcag.context import ContextPrompt, MergedContext, ServedContext
+from kvcag.engines.base import Chunk, Usage
+from kvcag.engines.constrain import ConstraintLike, ServerConstraint
+from kvcag.engines.continuation import context_ids
+from kvcag.engines.generating import Generating
+from kvcag.engines.sampling import Sampling
+from kvcag.engines.vllm_answer import Asked, salt_of
+from kvcag.engines.vllm_constrain import server_constraint
+from kvcag.engines.vllm_server import PROBE, Server
+from kvcag.engines.vllm_tokenizer import ServerTokenizer
+from kvcag.engines.vllm_warm import Preloads
+from kvcag.engines.vllm_wire import Wire
+from kvcag.errors import (
+    EmptyPromptError,
+    FingerprintMismatchError,
+    InvalidInputError,
+    ServerError,
+    ServerUnavailableError,
+    TokenMismatchError,
+    UnsupportedModelError,
+)
+from kvcag.fingerprint import ModelFingerprint
+from kvcag.items import ids_digest
+from kvcag.notices import Notices
+from kvcag.prompt import ChatTemplate, Message, Prompt
+
+if TYPE_CHECKING:
+    import httpx
+
+
+DocumentOrder: TypeAlias = Literal["given", "canonical"]
+
+
+class VLLMEngine(Generating):
+    """Answers from a vLLM server, whose automatic prefix cache keeps the keys and values.
+
+    Prompts are sent as token ids, head first, documents in order, question last: what begins like an earlier prompt is
+    not read again. Nothing is merged. Making an engine needs no server; the first use does. Safe to use from several
+    threads; close it, or use it in a `with` block.
+
+    ```python
+    engine = VLLMEngine("http://127.0.0.1:8000/v1", tokenizer="Qwen/Qwen3-8B")
+    llm = ChatKVCAG(engine=engine)
+    ```
+
+    Any server with OpenAI's `/v1/completions` works; what it lacks is said once, with a `ServerWarning`.
+
+    Args:
+        base_url: where the API is, with `/v1` or without.
+        model: the model's name on the server; by default the only one that it serves.
+        tokenizer: a hub id, a folder or a live tokenizer, which has to be the server's and is compared with it once.
+            None asks the server (`/tokenize`, vLLM's), a request for every text that was not asked for lately.
+        api_key: sent as a bearer token.
+        context_length: the most tokens, prompt and answer together; by default what the server says.
+        document_order: `"given"`, or `"canonical"`: documents are put into an order of their own, the same whatever
+            order they were retrieved in, so that more prompts begin alike. For documents that may stand in any order
+            and end with a separator, as those of the adapters do.
+        salt_secret: a secret of this application. Tenants' salts are made from it, so that nobody who can ask the
+            server can make one, and this application shares no hits with others.
+        template_variables: passed to the chat template, as `enable_thinking=False`.
+        defaults: settings of every call that gives no others, as `{"temperature": 0.7}`.
+        timeout: seconds of silence, before the first token or between two, after which an answer is given up.
+        connect_timeout: seconds in which a connection must be made.
+        max_retries: how often a request that got no answer is made again, after 0.5, 1, 2, … seconds.
+        client: an `httpx.Client` of your own, for certificates, proxies or headers. Its timeouts count, and it is not
+            closed here.
+
+    Raises:
+        MissingExtraError: the extra `vllm` is not installed.
+        InvalidInputError: `base_url` is no URL, or a default is unknown or out of range.
+    """
+
+    def __init__(
+        self,
+        base_url: str = "http://127.0.0.1:8000/v1",
+        model: str = "",
+        *,
+        tokenizer: str | PathLike[str] | PreTrainedTokenizerBase | None = None,
+        api_key: str | None = None,
+        context_length: int | None = None,
+        document_order: DocumentOrder = "given",
+        salt_secret: str = "",
+        template_variables: Mapping[str, Any] | None = None,
+        defaults: Mapping[str, Any] | None = None,
+        timeout: float = 120.0,
+        connect_timeout: float = 5.0,
+        max_retries: int = 3,
+        client: httpx.Client | None = None,
+    ) -> None:
+        if document_order not in ("given", "canonical"):
+            raise InvalidInputError(f"document_order is 'given' or 'canonical', not {document_order!r}")
+        Sampling.of(**(defaults or {}))
+        self.defaults = dict(defaults or {})
+        self.document_order = document_order
+        self.wire = Wire(
+            base_url,
+            api_key=api_key,
+            timeout=timeout,
+            connect_timeout=connect_timeout,
+            max_retries=max_retries,
+            client=client,
+        )
+        self._model, self._context_length = model, context_length
+        self._given_tokenizer = tokenizer
+        self._template_variables = template_variables
+        self._salt_secret = salt_secret
+        self._notices = Notices()
+        self.server = Server(self.wire, model, self._notices)
+        self._preloads = Preloads(self.wire, self._resend, self.server.forget, self._notices)
+
+    def close(self) -> None:
+        """Close the connections; requests under way end. No thread is left."""
+        self.wire.close()
+        self._preloads.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- what it is --------------------------------------------------------------------------------------------
+
+    @property
+    def model_name(self) -> str:
+        """The model's name on the server."""
+        return self._model or self.server.facts.model
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the prompts: the one given, or the server's."""
+        given = self._given_tokenizer
+        if given is None:
+            return cast("PreTrainedTokenizerBase", ServerTokenizer(self.wire, self.model_name))
+        if isinstance(given, str | PathLike):
+            return cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(fspath(given)))
+        return given
+
+    @cached_property
+    def template(self) -> ChatTemplate:  # type: ignore[override]
+        """Makes prompts of messages."""
+        return ChatTemplate(self.tokenizer, self._template_variables)
+
+    @cached_property
+    def fingerprint(self) -> ModelFingerprint:
+        """Which model this is, as far as can be told from here: its name, and its tokens of a text and of a chat."""
+        return ModelFingerprint(
+            model_name=self.model_name,
+            architecture=type(self).__name__,
+            dtype="the server's",
+            geometry="",
+            rope="{}",
+            weights=hashlib.sha256(self.model_name.encode()).hexdigest(),
+            tokenizer=ids_digest(self.template.encode(str(PROBE[0]["content"]))),
+            template=ids_digest(self.template.prompt(PROBE).token_ids) if self.template.has_template else "",
+        )
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens, prompt and answer together."""
+        length = self._context_length or self.server.facts.context_length
+        if length is None:
+            self._notices.once(
+                f"{self.wire.root} does not say how long its context is, so only the server refuses a prompt that "
+                "is too long: pass context_length="
+            )
+        return length or 1 << 30
+
+    def check_server(self, timeout: float = 0.0) -> None:
+        """Wait until the server is ready, and check that it serves this model with these tokens.
+
+        Args:
+            timeout: seconds to wait while it starts.
+
+        Raises:
+            ServerUnavailableError: it is not ready in time.
+            InvalidInputError: it does not serve the model, or its tokenizer is another one.
+        """
+        until = time.monotonic() + timeout
+        while True:
+            try:
+                self.server.forget()
+                self._check_tokens()
+            except ServerUnavailableError:
+                if time.monotonic() >= until:
+                    raise
+                time.sleep(0.5)
+            else:
+                return
+
+    # --- ahead of the questions --------------------------------------------------------------------------------
+
+    def build_vllm_kv_cache(
+        self, prompt: str | Sequence[str] | Sequence[Message], *, tenant: str = ""
+    ) -> ContextPrompt:
+        """Have the server encode a context, to be continued by `generate`.
+
+        Args:
+            prompt: a str becomes the system turn; a list of str is joined into one by blank lines; chat messages are
+                taken as they are, as closed turns.
+            tenant: whose; see `stream`.
+
+        Returns:
+            The prompt that was sent, a str that knows its `token_ids`.
+
+        Raises:
+            EmptyPromptError: there is nothing to encode.
+            ContextLengthError: it is longer than the model's context.
+        """
+        token_ids, messages = context_ids(self.template, prompt)
+        self.preload(Prompt(token_ids, (), ()), tenant=tenant)
+        return self.prompt_of(token_ids, messages)
+
+    def preload(self, prompt: Prompt | ContextPrompt, *, tenant: str = "") -> Usage:
+        """Have the server encode a prompt, so that what begins with it is answered sooner; one token is generated.
+
+        It is remembered, and sent again when the server was restarted.
+
+        Raises:
+            EmptyPromptError: it has no tokens.
+            ContextLengthError: it leaves no room for an answer.
+        """
+        if isinstance(prompt, ContextPrompt):
+            self._check_model(prompt.fingerprint)
+            prompt = Prompt(tuple(prompt.token_ids.tolist()), (), ())
+        prompt = self._ordered(prompt)
+        usage = self._send(prompt, tenant)
+        self._preloads.add(prompt.token_ids, tenant)
+        return usage
+
+    def preloaded(self, prompt: Prompt, *, tenant: str = "") -> bool:
+        """Whether this engine had the server encode this very prompt."""
+        return self._preloads.contains(self._ordered(prompt).token_ids, tenant)
+
+    def forget(self, tenant: str = "") -> None:
+        """Send nothing of a tenant's again. What the server holds stays there until other blocks need the room."""
+        self._preloads.forget(tenant)
+
+    def prompt_of(self, token_ids: Sequence[int], messages: list[dict[str, Any]] | None = None) -> ContextPrompt:
+        """Tokens as the text of a prompt that knows them."""
+        text = self.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return ContextPrompt.of(str(text), token_ids, self.fingerprint, messages)
+
+    # --- answering ---------------------------------------------------------------------------------------------
+
+    def constrain(self, constraint: ConstraintLike, max_new_tokens: int, thinking: bool = False) -> ServerConstraint:
+        """A constraint in the server's words.
+
+        The server compiles it, so a malformed one raises when the answer is read; what the budget cuts is cut.
+
+        Raises:
+            ConstraintError: it is none, or the server cannot hold an answer to it.
+        """
+        return server_constraint(constraint, self.server.can(self._probe), thinking)
+
+    def stream(
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        past_key_values: Cache | MergedContext | ContextPrompt | None = None,
+        *,
+        constraint: ConstraintLike | None = None,
+        tenant: str = "",
+        started: float | None = None,
+    ) -> Generator[Chunk, None, None]:
+        """Answer a prompt of token ids. Closing the stream closes the request.
+
+        Args:
+            prompt: sent whole; what the server knows of its beginning, it reuses.
+            sampling: the settings.
+            past_key_values: a context that the prompt begins with, from `build_vllm_kv_cache` or `KVCacheMemory`.
+            constraint: what the answer must be.
+            tenant: whose. A hit is shared by those of the same tenant alone, on a server that knows `cache_salt`.
+            started: from when times count.
+
+        Raises:
+            ContextLengthError: the prompt with `max_new_tokens` exceeds the context.
+            ConstraintError: the constraint cannot be used.
+            CacheMismatchError: the context is another model's, or the prompt does not begin with it.
+            UnsupportedModelError: the context holds keys and values, which a server cannot be given.
+            ServerUnavailableError, ServerTimeoutError, ServerError: the server is down, silent, or refuses.
+        """
+        started = started or time.perf_counter()
+        if not prompt.token_ids:
+            raise EmptyPromptError("the prompt has no tokens")
+        if past_key_values is not None:
+            self._check_context(past_key_values, prompt)
+        prompt = self._ordered(prompt)
+        budget = self.check_fits(len(prompt.token_ids), sampling.max_new_tokens)
+        held = None if constraint is None else self.constrain(constraint, budget, prompt.thinking)
+        return self._answer(Asked(prompt, sampling, budget, started), tenant, held)
+
+    def _answer(self, asked: Asked, tenant: str, held: ServerConstraint | None) -> Generator[Chunk, None, None]:
+        self._check_tokens()
+        salt = salt_of(self._salt_secret, tenant) if self.server.knows_salt(tenant) else None
+        fields = held.fields if held else {}
+        body = asked.request(self.model_name, is_vllm=self.server.facts.is_vllm, salt=salt, fields=fields)
+        token_ids = asked.prompt.token_ids
+
+        def told(cached_tokens: int | None) -> None:
+            self.server.notice_hits(token_ids, tenant, cached_tokens)
+            self._preloads.answered(token_ids, tenant, cached_tokens)
+
+        try:
+            yield from asked.chunks(self.wire.events("/v1/completions", body), told)
+        except ServerError as refused:
+            raise self.server.explained(refused, held) from refused
+
+    # --- inside ------------------------------------------------------------------------------------------------
+
+    def _send(self, prompt: Prompt, tenant: str) -> Usage:
+        with closing(self.stream(prompt, Sampling(max_new_tokens=1), tenant=tenant)) as chunks:
+            *_, last = chunks
+        assert last.usage is not None
+        return last.usage
+
+    def _resend(self, token_ids: Sequence[int], tenant: str) -> None:
+        self._send(Prompt(tuple(token_ids), (), ()), tenant)
+
+    def _probe(self, fields: Mapping[str, Any]) -> str:
+        prompt = self.template.prompt([{"role": "user", "content": "Hello."}])
+        chunks = self._answer(Asked(prompt, Sampling(), 24, time.perf_counter()), "", ServerConstraint(fields))
+        return "".join(chunk.text for chunk in chunks)
+
+    def _ordered(self, prompt: Prompt) -> Prompt:
+        """The prompt with its documents in the order in which they are sent."""
+        if self.document_order == "given" or len(prompt.document_ids) < 2:
+            return prompt
+        texts = prompt.documents or ("",) * len(prompt.document_ids)
+        pairs = sorted(zip(prompt.document_ids, texts, strict=True), key=lambda pair: ids_digest(pair[0]))
+        ids, documents = zip(*pairs, strict=True)
+        return replace(prompt, document_ids=ids, documents=documents if prompt.documents else ())
+
+    def _check_context(self, context: Cache | MergedContext | ContextPrompt, prompt: Prompt) -> None:
+        if not isinstance(context, ServedContext | ContextPrompt):
+            raise UnsupportedModelError(
+                f"a server cannot be given a {type(context).__name__}: it keeps its keys and values itself. Pass what "
+                "build_vllm_kv_cache gave, a context of a KVCacheMemory over this engine, or the whole prompt."
+            )
+        self._check_model(context.fingerprint)
+        held = tuple(context.token_ids.tolist())
+        if prompt.token_ids[: len(held)] != held:
+            raise TokenMismatchError("the prompt does not begin with the context: begin it with context.token_ids")
+
+    def _check_model(self, made_by: ModelFingerprint) -> None:
+        if not self.fingerprint.matches(made_by):
+            raise FingerprintMismatchError("the context", self.fingerprint.differences(made_by))
+
+    def _check_tokens(self) -> None:
+        if self._given_tokenizer is not None:
+            self.server.check_tokens(self.template)
