@@ -16,6 +16,7 @@ from kvcag.cli.doctor import doctor
 from kvcag.cli.encode import encode, sync
 from kvcag.cli.group import DEBUG, Commands
 from kvcag.cli.items import inspect, ls, rm
+from kvcag.cli.size import size
 from kvcag.cli.store import import_memos, verify
 
 app = typer.Typer(
@@ -37,6 +38,7 @@ app.command()(rm)
 app.command()(sync)
 app.command()(verify)
 app.command()(doctor)
+app.command()(size)
 app.command()(bench)
 app.command("import-memos")(import_memos)
 

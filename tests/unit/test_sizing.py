@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from tiny import SMALL, byte_tokenizer, tiny_model
 from transformers import AutoConfig
+from typer.testing import CliRunner
 
 from kvcag import HFEngine, KVCacheMemory
 from kvcag.cache.hf import layers_of, nbytes
+from kvcag.cli.app import app
 from kvcag.errors import InvalidInputError, UnsupportedModelError
-from kvcag.sizing import DTYPE_BYTES, break_even, kv_geometry
+from kvcag.sizing import DTYPE_BYTES, KVGeometry, LayerGeometry, break_even, kv_geometry
 from kvcag.stores.disk import DiskStore
 
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -140,3 +144,91 @@ def test_speeds_must_be_positive(wrong: tuple[int, int, float, float, float]) ->
 
 def test_every_dtype_is_one_of_torchs() -> None:
     assert {name: torch.empty(0, dtype=getattr(torch, name)).element_size() for name in DTYPE_BYTES} == DTYPE_BYTES
+
+
+# --- the command, and the page's calculator -------------------------------------------------------------------------
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["size", *map(str, arguments)])
+    return done.exit_code, done.output
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    AutoConfig.for_model("llama", **SMALL, dtype="bfloat16").save_pretrained(tmp_path)
+    return tmp_path / "config.json"
+
+
+def test_the_command_says_it_in_json_and_to_people(config: Path) -> None:
+    code, said = run(config, "--tokens", 10, "--documents", 3, "--json")
+    made = json.loads(said)
+    assert (code, made["bytes_per_token"], made["bytes"], made["break_even"]) == (0, 192, 5760, {})
+    assert made["bytes_per_token_int8"] == 3 * 2 * 2 * (8 + 2)
+    code, said = run(config, "--tokens", 10, "--documents", 3)
+    assert code == 0
+    assert "3 layers, 2 KV heads of 8 numbers (2 query heads to each)" in said
+    assert "5.8 kB" in said
+
+
+@pytest.mark.parametrize(
+    ("speeds", "says"),
+    [
+        ((1000, 1e9, 0), "load: loading takes 0.0 ms, encoding 10.0 ms; loading is quicker at any length"),
+        ((1000, 1e9, 2), "load: loading takes 2.0 ms, encoding 10.0 ms; loading is quicker from 3 tokens on"),
+        (
+            (1000, 1e3, 0),
+            "encode: loading takes 1,920.0 ms, encoding 10.0 ms; loading is quicker above 192 kB",
+        ),
+        ((1000, 1e9, 20), "encode: loading takes 20.0 ms, encoding 10.0 ms; the latency alone is longer"),
+    ],
+)
+def test_the_command_says_which_is_sooner(config: Path, speeds: tuple[float, float, float], says: str) -> None:
+    options = ("--prefill-tokens-per-s", speeds[0], "--load-bytes-per-s", speeds[1], "--latency-ms", speeds[2])
+    code, said = run(config, "--tokens", 10, *options)
+    assert code == 0
+    assert f"bfloat16: {says}" in said
+    kept = json.loads(run(config, "--tokens", 10, *options, "--json")[1])["break_even"]["kept"]
+    assert kept["load"] is says.startswith("load")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("no/such/model",), "no/such/model"),
+        (("--dtype", "int4"), "float32, float16, bfloat16"),
+        (("--load-bytes-per-s", "3e9"), "belong"),
+        (("--prefill-tokens-per-s", "0", "--load-bytes-per-s", "1"), "more than 0"),
+    ],
+)
+def test_what_cannot_work_is_the_users_mistake(config: Path, arguments: tuple[str, ...], says: str) -> None:
+    code, said = run(*(arguments if "/" in arguments[0] else (config, *arguments)))
+    assert code == 2
+    assert says in said
+    assert "Traceback" not in said
+
+
+CALCULATOR = Path(__file__).parents[2] / "docs" / "js" / "sizing.js"
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="the calculator's script is compared where node is installed")
+def test_the_pages_calculator_reckons_as_we_do() -> None:
+    cases = [(36, 8, 128, "bfloat16", 6064, 27_800.0, 3e9, 0.0002), (3, 2, 8, "float32", 5, 1e6, 1e3, 0.0)]
+    script = f"""
+        const {{ MODELS, bytesPerToken, breakEven }} = require({json.dumps(str(CALCULATOR))});
+        const made = {json.dumps(cases)}.map(([layers, kvHeads, headDim, dtype, tokens, ...speeds]) => {{
+            const sizes = [false, true].map((int8) => bytesPerToken({{ layers, kvHeads, headDim }}, dtype, int8));
+            return [sizes, breakEven(tokens, sizes[0], ...speeds)];
+        }});
+        console.log(JSON.stringify([MODELS, made]));"""
+    done = subprocess.run(["node", "-e", script], capture_output=True, text=True, check=True)
+    models, made = json.loads(done.stdout)
+    assert len(models) >= 4
+    for (layers, heads, dim, dtype, tokens, prefill, load, latency), (sizes, even) in zip(cases, made, strict=True):
+        geometry = KVGeometry("m", (LayerGeometry(heads, dim, dim),) * layers, heads, None, None)
+        assert sizes == [geometry.bytes_per_token(dtype), geometry.bytes_per_token(dtype, int8=True)]
+        ours = break_even(tokens, sizes[0], prefill, load, latency)
+        assert even["loadS"] == pytest.approx(ours.load_s)
+        assert even["encodeS"] == pytest.approx(ours.encode_s)
+        for theirs, mine in ((even["evenTokens"], ours.even_tokens), (even["evenBytesPerS"], ours.even_bytes_per_s)):
+            assert theirs == (pytest.approx(mine) if math.isfinite(mine) else None)
