@@ -23,7 +23,7 @@ def encode(model: PreTrainedModel, token_ids: torch.Tensor, prefix: torch.Tensor
         return []
     prefix = token_ids[:0] if prefix is None else prefix
     cache = DynamicCache()
-    model(torch.cat([prefix, token_ids])[None], past_key_values=cache, use_cache=True)
+    model(torch.cat([prefix, token_ids])[None].to(model.device), past_key_values=cache, use_cache=True)
     return owned(cut(layers_of(cache), len(prefix)))
 
 

@@ -106,9 +106,10 @@ def attend(
 @contextmanager
 def _implementation(config: Any, positions: torch.Tensor, reader: Reader | None) -> Iterator[None]:
     before = config._attn_implementation
-    size = _BLOCK.get(positions.device.type, 512)
-    slices = [slice(start, min(start + size, len(positions))) for start in range(0, len(positions), size)]
-    blocks = [(block, int(positions[block.stop - 1]) + 1) for block in slices]
+    blocks = [
+        (block, int(positions[block.stop - 1]) + 1)
+        for block in _blocks(len(positions), _BLOCK.get(positions.device.type, 512))
+    ]
     token = _running.set(_Pass(positions, blocks, reader, before))
     config._attn_implementation = _NAME
     try:
@@ -116,6 +117,19 @@ def _implementation(config: Any, positions: torch.Tensor, reader: Reader | None)
     finally:
         config._attn_implementation = before
         _running.reset(token)
+
+
+def _blocks(queries: int, size: int) -> list[slice]:
+    """Queries that attend together. None but a lonely query leaves one over in a tile of 32.
+
+    There, PyTorch's memory-efficient kernel reads another stride than that of keys that are broadcast, and the last
+    query's output is wrong (pytorch#191937, seen with 2.11 on an H100).
+    """
+    blocks = [slice(start, min(start + size, queries)) for start in range(0, queries, size)]
+    start, stop = (blocks[-1].start, blocks[-1].stop) if blocks else (0, 0)
+    if stop - start > 1 and (stop - start) % 32 == 1:
+        blocks[-1:] = [slice(start, stop - 1), slice(stop - 1, stop)]
+    return blocks
 
 
 def _attention(

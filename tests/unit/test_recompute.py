@@ -102,3 +102,32 @@ def test_the_attention_implementation_is_put_back_when_the_pass_raises(model, st
     assert model.config._attn_implementation == "sdpa"
     assert all(equal(part.layers, kept) for part, kept in zip(parts, stored, strict=True))
     assert error(merge(model, parts, ids(3), strategy="full").layers, encode(model, tokens_of(parts))) < 1e-5
+
+
+@pytest.mark.parametrize("size", [64, 1024])
+@pytest.mark.parametrize("queries", [0, 1, 32, 33, 64, 65, 97, 705, 1025, 2049])
+def test_no_block_leaves_one_query_over(queries, size):
+    """pytorch#191937: with keys that are broadcast, the last query of 65, 129, … was wrong on a GPU."""
+    blocks = attend._blocks(queries, size)
+    assert [i for block in blocks for i in range(block.start, block.stop)] == list(range(queries))
+    lengths = [block.stop - block.start for block in blocks]
+    assert all(0 < n <= size and (n == 1 or n % 32 != 1) for n in lengths)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel runs on CUDA alone")
+@pytest.mark.parametrize("queries", [33, 65, 129, 705])
+def test_the_last_query_is_right_on_a_gpu(queries):
+    """pytorch#191937 again, on the real kernel."""
+    model = tiny_model("llama", hidden_size=256, head_dim=64, max_position_embeddings=4096).to("cuda")
+    token_ids = ids(800)
+    right = encode(model, token_ids)
+    layers = owned(right)
+    positions = torch.arange(800 - queries, 800)
+    for keys, values in layers:
+        keys[..., positions, :] = 0
+        values[..., positions, :] = 0
+    part_of = torch.zeros(800, dtype=torch.long)
+    recompute(model, layers, Layout(token_ids, part_of, part_of == 0), positions)
+    for one, other in zip(layers, right, strict=True):
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
