@@ -56,7 +56,8 @@ def compose(
         exact = index == 0 and item.exact and item.prefix_digest == ids_digest(head_ids)
         parts.append(Part(item.token_ids, layers_of(item.memory), item.base_position, exact=exact))
     with engine.exclusive() as model:
-        merged = merge(model, parts, torch.tensor(tail_ids, dtype=torch.long), strategy=strategy, ratio=ratio)
+        tail = torch.tensor(tail_ids, dtype=torch.long)
+        merged = merge(model, parts, tail, strategy=strategy, ratio=ratio, usual_drift=lambda: engine.usual_drift)
     recomputed = len(merged.recomputed)
     encoded = min(encoded + len(head_ids) - head_reused, len(context_ids) - recomputed)
     report = MergeReport(

@@ -4,11 +4,14 @@ A cached document does not know what stands before it now. The tokens that are r
 of it is common to their document, part of it depends on the token. Both are estimated while the tokens are
 recomputed, layer by layer, and given to the tokens that are not, so that the next layer's recomputed tokens already
 attend to corrected neighbours. It needs no forward pass of its own (figures: docs/merging.md).
+
+Where none is recomputed nothing shows it. Then each document is given the drift that documents usually have in this
+model, learned once from others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -43,17 +46,15 @@ class DriftCorrection:
     def __init__(self, model: PreTrainedModel, layout: Layout, positions: torch.Tensor) -> None:
         chosen = torch.zeros_like(layout.open)
         chosen[positions] = True
-        rest = (layout.open & ~chosen).nonzero()[:, 0]
-        device, size = model.device, _BLOCK.get(model.device.type, 1024)
-        self.chosen = _Tokens.at(model, layout, positions.to(device))
-        self.rest = [_Tokens.at(model, layout, block.to(device)) for block in torch.split(rest, size) if len(block)]
+        self.chosen = _Tokens.at(model, layout, positions.to(model.device))
+        self.rest = _in_blocks(model, layout, layout.open & ~chosen)
         self.averages = _averages(self.chosen.part_of, int(layout.part_of[-1]) + 1)
 
     def watch(self, layer_idx: int, held: LayerKV, new: LayerKV) -> None:
         """Estimate layer `layer_idx`'s drift from `new`, and correct the rest of `held` by it, in place."""
         if not self.rest:
             return
-        device, head_dim = held[0].device, held[0].shape[-1]
+        device = held[0].device
         chosen = self.chosen.to(device)
         cached = chosen.features(layer_idx, (t[..., chosen.positions, :] for t in held))
         now = chosen.features(layer_idx, new)
@@ -61,10 +62,7 @@ class DriftCorrection:
         for block in self.rest:
             rest = block.to(device)
             features = rest.features(layer_idx, (t[..., rest.positions, :] for t in held))
-            change = drift.of(features, rest.part_of)[None]
-            rest.move.turn(layer_idx, change[..., :head_dim])
-            held[0].index_add_(-2, rest.positions, change[..., :head_dim].to(held[0].dtype))
-            held[1].index_add_(-2, rest.positions, change[..., head_dim:].to(held[1].dtype))
+            rest.give(layer_idx, held, drift.of(features, rest.part_of)[None])
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +88,65 @@ class _Tokens:
         side_by_side = torch.cat([keys, values], dim=-1).float()
         self.move.turn(layer_idx, side_by_side[..., : keys.shape[-1]], back=True)
         return side_by_side[0]
+
+    def give(self, layer_idx: int, held: LayerKV, change: torch.Tensor) -> None:
+        """Add `(1, kv_heads, tokens, features)` to these tokens of `held`, in place; `change` is used up."""
+        head_dim = held[0].shape[-1]
+        keys, values = change[..., :head_dim], change[..., head_dim:]
+        self.move.turn(layer_idx, keys)
+        held[0].index_add_(-2, self.positions, keys.to(held[0].dtype))
+        held[1].index_add_(-2, self.positions, values.to(held[1].dtype))
+
+
+def _in_blocks(model: PreTrainedModel, layout: Layout, which: torch.Tensor) -> list[_Tokens]:
+    positions, size = which.nonzero()[:, 0], _BLOCK.get(model.device.type, 1024)
+    blocks = torch.split(positions, size)
+    return [_Tokens.at(model, layout, block.to(model.device)) for block in blocks if len(block)]
+
+
+@dataclass(frozen=True, slots=True)
+class UsualDrift:
+    """How keys and values change, on average, when documents stand before their own.
+
+    Attributes:
+        layers: `(kv_heads, key and value features)` a layer, fp32; keys as at position 0.
+    """
+
+    layers: list[torch.Tensor]
+
+    @classmethod
+    def between(
+        cls,
+        model: PreTrainedModel,
+        alone: Sequence[LayerKV],
+        alone_at: torch.Tensor,
+        together: Sequence[LayerKV],
+        together_at: torch.Tensor,
+    ) -> UsualDrift:
+        """The mean over tokens that were encoded behind a head alone, and behind other documents too.
+
+        Args:
+            model: what encoded them.
+            alone: keys and values of the tokens, each document behind the head.
+            alone_at: 1-D int64, the positions at which they were encoded there.
+            together: those of the same tokens, documents one behind another.
+            together_at: 1-D int64, their positions there.
+        """
+
+        def means(layers: Sequence[LayerKV], at: torch.Tensor) -> list[torch.Tensor]:
+            tokens = _Tokens(at, torch.zeros_like(at), Move(model, torch.zeros_like(at), at))
+            return [tokens.features(index, kv).mean(1) for index, kv in enumerate(layers)]
+
+        before, after = means(alone, alone_at), means(together, together_at)
+        return cls([now - was for was, now in zip(before, after, strict=True)])
+
+    def add_to(self, model: PreTrainedModel, layers: Sequence[LayerKV], layout: Layout) -> None:
+        """Give it to every open token of `layers`, in place."""
+        for tokens in _in_blocks(model, layout, layout.open):
+            for index, held in enumerate(layers):
+                here = tokens.to(held[0].device)
+                drift = self.layers[index].to(held[0].device)
+                here.give(index, held, drift[None, :, None].repeat(1, 1, len(here.positions), 1))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
+from kvcag.cache.drift import UsualDrift
 from kvcag.cache.hf import LayerKV, concat
 from kvcag.cache.recompute import recompute
 from kvcag.cache.rope import Move, check_mergeable
@@ -59,6 +60,7 @@ def merge(
     *,
     strategy: Strategy = "query",
     ratio: float = 0.2,
+    usual_drift: Callable[[], UsualDrift | None] | None = None,
 ) -> Merged:
     """Move each part to its place, and recompute the tokens that the strategy picks.
 
@@ -72,6 +74,8 @@ def merge(
         strategy: which tokens are recomputed (`kvcag.cache.select`).
         ratio: how many of them, as a share of all tokens of the parts, rounded down: 0 recomputes nothing, 1
             everything that is not exact. `rotate` and `full` do not look at it.
+        usual_drift: asked for where nothing is recomputed, and given to all that is not exact. Recomputed tokens show
+            their own documents' drift, which is better.
 
     Raises:
         InvalidInputError: an unknown strategy, a ratio outside [0, 1], or a part whose tokens and keys disagree.
@@ -88,6 +92,10 @@ def merge(
     chosen = select(model, layers, layout, tail_ids, strategy=strategy, ratio=ratio)
     if len(chosen):
         recompute(model, layers, layout, chosen)
+    elif usual_drift is not None and layout.open.any():
+        drift = usual_drift()
+        if drift is not None:
+            drift.add_to(model, layers, layout)
     return Merged(layers, chosen)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import statistics
 import time
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kvcag.cache.hf import generation_cache
 from kvcag.cache.merge import Part, Strategy, merge
+from kvcag.engines.learned import learned_file, write_learned
 from kvcag.errors import InvalidInputError
 from kvcag.prompt import as_messages
 
@@ -86,18 +86,13 @@ class Calibration(BaseModel):
 
     def save(self) -> Path:
         """Keep it for this model, in place of an earlier one."""
-        path = _path(self.fingerprint)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(self.model_dump_json(indent=1), encoding="utf-8")
-        temporary.replace(path)
-        return path
+        return write_learned(_file(self.fingerprint), self.model_dump_json(indent=1).encode())
 
     @classmethod
     def load(cls, fingerprint: str) -> Calibration | None:
         """What was kept for a model; None where nothing was, or what there is cannot be read."""
         try:
-            return cls.model_validate_json(_path(fingerprint).read_bytes())
+            return cls.model_validate_json(_file(fingerprint).read_bytes())
         except (FileNotFoundError, ValidationError):
             return None
 
@@ -193,9 +188,11 @@ class _Probe:
 
     def measure(self, strategy: Strategy, ratio: float) -> tuple[float, float, float]:
         """KL a token, agreement, and time to first token over that of the full prefill."""
+        drift = self.engine.usual_drift  # found once a model: no cost of the strategy that is measured first
         begin = time.perf_counter()
         with self.engine.exclusive() as model:
-            merged = merge(model, self.parts, torch.tensor(self.tail_ids), strategy=strategy, ratio=ratio)
+            tail_ids = torch.tensor(self.tail_ids)
+            merged = merge(model, self.parts, tail_ids, strategy=strategy, ratio=ratio, usual_drift=lambda: drift)
         cache, first = self._answer(merged.layers, self.tail_ids)
         seconds = time.perf_counter() - begin
         rest = self._run(cache, self.tokens[:-1]) if len(self.tokens) > 1 else first[:0]
@@ -216,6 +213,6 @@ class _Probe:
             return model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0].float()  # type: ignore[no-any-return]
 
 
-def _path(fingerprint: str) -> Path:
-    root = os.environ.get("KVCAG_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kvcag"
-    return Path(root).expanduser() / "calibrations" / f"{fingerprint}.json"
+
+def _file(fingerprint: str) -> Path:
+    return learned_file("calibrations", f"{fingerprint}.json")

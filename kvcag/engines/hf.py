@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 from typing_extensions import Unpack
 
+from kvcag.cache.drift import UsualDrift
 from kvcag.cache.hf import ContextCache, LayerKV, check_cacheable, cut, generation_cache, layers_of, owned
 from kvcag.cache.prefix import PrefixCache
 from kvcag.context import MergedContext
@@ -30,6 +31,7 @@ from kvcag.engines.sampling import Sampler, Sampling
 from kvcag.engines.session import Session
 from kvcag.engines.text import Detokenizer, StopStrings, ThinkingFilter
 from kvcag.engines.turns import Turns
+from kvcag.engines.usual_drift import usual_drift_of
 from kvcag.errors import EmptyPromptError
 from kvcag.fingerprint import ModelFingerprint
 from kvcag.prompt import ChatTemplate, Message, Prompt
@@ -247,6 +249,15 @@ class HFEngine(Generating):
     def calibration(self) -> Calibration | None:
         """What was measured of this model by `calibrate`, now or in another process; None where nothing was."""
         return Calibration.load(self.fingerprint.digest)
+
+    @cached_property
+    def usual_drift(self) -> UsualDrift | None:
+        """What usually changes in a document behind others, for merges that recompute nothing.
+
+        Learned once a model, at the cost of encoding some 2,300 tokens, and kept for later processes. None for a model
+        whose context is too short to learn it in.
+        """
+        return usual_drift_of(self)
 
     # --- answering ---------------------------------------------------------------------------------------------
 
