@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, SerializeAsAny, model_validator
 from transformers import DynamicCache
 
 from kvcag.fingerprint import ModelFingerprint
@@ -115,7 +115,7 @@ class TextualMemoryItem(BaseModel):
 
     id: str = Field(default_factory=_new_id)
     memory: str
-    metadata: BaseModel | dict[str, Any] = Field(default_factory=dict)
+    metadata: dict[str, Any] | SerializeAsAny[InstanceOf[BaseModel]] = Field(default_factory=dict)
 
 
 def content_key(model_digest: str, prefix_digest: str, token_ids: Iterable[int]) -> str:

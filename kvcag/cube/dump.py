@@ -16,7 +16,6 @@ alone.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -115,8 +114,9 @@ def read_settings(dir: str | os.PathLike[str]) -> CubeSettings:
 def _write(
     root: Path, settings: CubeSettings, texts: Sequence[TextualMemoryItem], items: Iterable[KVCacheItem]
 ) -> None:
-    with contextlib.suppress(StoreError):  # of a damaged dump nothing is cleared away before a sound one is there
-        _clear(root, keep=_read_manifest(root).folder)
+    before = _current(root)
+    if before is not None:  # of a damaged dump nothing is cleared away before a sound one is there
+        _clear(root, keep=before)
     folder = secrets.token_hex(16)
     temporary = root / f".{folder}.tmp"
     try:
@@ -139,10 +139,19 @@ def _write(
         with atomic_write(root / _MANIFEST) as path:
             path.write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
     except BaseException:
-        for unfinished in (temporary, root / folder):
-            shutil.rmtree(unfinished, ignore_errors=True)
+        if _current(root) != folder:  # else the manifest has its name already, and what it names must stay
+            for unfinished in (temporary, root / folder):
+                shutil.rmtree(unfinished, ignore_errors=True)
         raise
     _clear(root, keep=folder)
+
+
+def _current(root: Path) -> str | None:
+    """The folder of the dump that counts; None where there is none, or its manifest is damaged."""
+    try:
+        return _read_manifest(root).folder
+    except StoreError:
+        return None
 
 
 def _clear(root: Path, keep: str) -> None:

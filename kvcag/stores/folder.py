@@ -60,8 +60,10 @@ def dump_items(folder: str | os.PathLike[str], filename: str, items: Iterable[KV
         with atomic_write(root / filename) as temporary:
             temporary.write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
     except BaseException:
+        named = _files_of(root, root / filename)  # the manifest may have its name already, though it is not synced
         for entry in written:
-            (root / entry.file).unlink(missing_ok=True)
+            if entry.file not in named:
+                (root / entry.file).unlink(missing_ok=True)
         raise
     for file in replaced:
         (root / file).unlink(missing_ok=True)

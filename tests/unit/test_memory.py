@@ -165,6 +165,7 @@ class _LikeNode:
         ("text", {}),
         (_LikeDocument("text", {"page": 3}), {"page": 3}),
         (_LikeNode(), {"file": "a.md"}),
+        (TextualMemoryItem(memory="text", metadata={"source": "faq"}), {"source": "faq"}),  # they were lost
         (TextualMemoryItem(memory="text", metadata=_Meta(source="faq", tags=["a"])), {"source": "faq", "tags": ["a"]}),
     ],
 )
