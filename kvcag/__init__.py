@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     from kvcag.cube.memory_cube import MemoryCube as MemoryCube
     from kvcag.engines.base import Chunk as Chunk
     from kvcag.engines.base import Usage as Usage
+    from kvcag.engines.calibrate import Calibration as Calibration
     from kvcag.engines.constrain import Choices as Choices
     from kvcag.engines.constrain import Grammar as Grammar
     from kvcag.engines.constrain import JsonSchema as JsonSchema
     from kvcag.engines.constrain import Regex as Regex
     from kvcag.engines.hf import HFEngine as HFEngine
     from kvcag.engines.sampling import Sampling as Sampling
+    from kvcag.engines.session import Session as Session
     from kvcag.errors import KVCAGError as KVCAGError
     from kvcag.fingerprint import ModelFingerprint as ModelFingerprint
     from kvcag.items import ActivationMemoryItem as ActivationMemoryItem
@@ -42,12 +44,14 @@ if TYPE_CHECKING:
     from kvcag.prompt import ChatTemplate as ChatTemplate
     from kvcag.prompt import Document as Document
     from kvcag.prompt import Prompt as Prompt
+    from kvcag.tools import plan_tools as plan_tools
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "ActivationMemoryItem": "kvcag.items",
     "CacheWarning": "kvcag.notices",
+    "Calibration": "kvcag.engines.calibrate",
     "ChatTemplate": "kvcag.prompt",
     "Choices": "kvcag.engines.constrain",
     "Chunk": "kvcag.engines.base",
@@ -70,9 +74,11 @@ _HOMES = {
     "Prompt": "kvcag.prompt",
     "Regex": "kvcag.engines.constrain",
     "Sampling": "kvcag.engines.sampling",
+    "Session": "kvcag.engines.session",
     "TextualMemoryItem": "kvcag.items",
     "Usage": "kvcag.engines.base",
     "VLLMKVCacheItem": "kvcag.items",
+    "plan_tools": "kvcag.tools",
 }
 """Where each public name lives. They are imported when they are first used, since torch and transformers take seconds,
 and `kvcag --version` needs neither."""
@@ -80,6 +86,7 @@ and `kvcag --version` needs neither."""
 __all__ = [
     "ActivationMemoryItem",
     "CacheWarning",
+    "Calibration",
     "ChatTemplate",
     "Choices",
     "Chunk",
@@ -102,9 +109,11 @@ __all__ = [
     "Prompt",
     "Regex",
     "Sampling",
+    "Session",
     "TextualMemoryItem",
     "Usage",
     "VLLMKVCacheItem",
+    "plan_tools",
 ]
 
 
