@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 from kvcag.errors import EmptyPromptError
 from kvcag.keeping import Ids, Keeper
+from kvcag.served import Served
 from kvcag.stores.manifest import Manifest
 
 _CORPUS = "corpus"
@@ -43,7 +44,9 @@ class SyncPlan:
     gone: list[str]
 
 
-def plan(keeper: Keeper, head_ids: Ids, documents: Iterable[Read], mine: Callable[[Manifest], bool]) -> SyncPlan:
+def plan(
+    keeper: Keeper | Served, head_ids: Ids, documents: Iterable[Read], mine: Callable[[Manifest], bool]
+) -> SyncPlan:
     """Compare a corpus with what is kept. Nothing is changed.
 
     Args:
@@ -61,12 +64,12 @@ def plan(keeper: Keeper, head_ids: Ids, documents: Iterable[Read], mine: Callabl
             raise EmptyPromptError(f"document {number} of the corpus is empty: leave it out")
         wanted[keeper.key(head_ids, token_ids)] = (token_ids, text, metadata)
     store = keeper.store
-    new = [key for key in wanted if not store.contains(key)]
+    new = [key for key, (token_ids, *_) in wanted.items() if not keeper.at_hand(head_ids, token_ids)]
     manifests = ((key, store.manifest(key)) for key in iter(store.keys()) if key not in wanted)
     return SyncPlan(wanted, new, [key for key, manifest in manifests if manifest and mine(manifest)])
 
 
-def sync(keeper: Keeper, head_ids: Ids, documents: Iterable[Read], corpus: str) -> SyncReport:
+def sync(keeper: Keeper | Served, head_ids: Ids, documents: Iterable[Read], corpus: str) -> SyncReport:
     """Encode what is new, keep what is the same, drop what is gone.
 
     Args:

@@ -55,6 +55,10 @@ class Keeper:
         no_head = self.engine.template.around(None, [{"role": "user", "content": "…"}]).head_ids
         return list(dict.fromkeys((self.key(head_ids, token_ids), self.key(no_head, token_ids))))
 
+    def at_hand(self, head_ids: Ids, token_ids: Ids) -> bool:
+        """Whether a document need not be encoded to be kept."""
+        return self.store.contains(self.key(head_ids, token_ids))
+
     def encode(self, head_ids: Ids, token_ids: Ids, text: str) -> KVCacheItem:
         """A document encoded after a head; it is not kept."""
         return self.item(self.engine.encode_after(head_ids, token_ids, tenant=self.tenant), head_ids, token_ids, text)

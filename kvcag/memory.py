@@ -5,34 +5,38 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from dataclasses import replace
-from itertools import chain
 from os import PathLike
-from typing import Any
+from typing import Any, TypeAlias
 
-from kvcag.cache.hf import ContextCache, layers_of, share
-from kvcag.compose import MAX_KL, Strategy, compose, exact_context
+from kvcag.cache.hf import ContextCache
+from kvcag.compose import MAX_KL, Strategy
 from kvcag.config import KVCacheMemoryConfig, parse
-from kvcag.context import MergedContext
+from kvcag.context import ContextPrompt, MergedContext
 from kvcag.corpus import Counter, SyncReport, sync
 from kvcag.engines.base import Chunk, Engine
 from kvcag.engines.constrain import ConstraintLike
 from kvcag.engines.hf import HFEngine
 from kvcag.engines.sampling import Sampling
+from kvcag.engines.serving import Serving
 from kvcag.errors import (
     EmptyPromptError,
     InvalidInputError,
     UnknownItemError,
     UnsupportedModelError,
 )
-from kvcag.items import KVCacheItem
-from kvcag.keeping import Ids, Keeper
+from kvcag.items import ActivationMemoryItem, KVCacheItem, VLLMKVCacheItem
+from kvcag.keeping import Ids
+from kvcag.merging import Merging
 from kvcag.prompt import Message, Prompt, as_messages
+from kvcag.served import Served
 from kvcag.stores.base import KVStore
 from kvcag.stores.folder import dump_items, load_items
 from kvcag.stores.memory import MemoryStore
 from kvcag.stores.planner import Planner
 from kvcag.texts import Texts, text_and_metadata, texts_of
+
+Item: TypeAlias = KVCacheItem | VLLMKVCacheItem
+"""A text's keys and values, or, over a server, its prompt."""
 
 
 class KVCacheMemory:
@@ -43,8 +47,9 @@ class KVCacheMemory:
     positions. Safe to use from several threads.
 
     Args:
-        engine: the model that encodes and answers. One that keeps no caches (any `Engine` but `HFEngine`) answers
-            messages with documents by reading them.
+        engine: the model that encodes and answers. A server (`VLLMEngine`) is sent documents ahead and keeps their keys
+            and values itself: items are prompts then, and a merge is the prompt of all of them, in order. One that
+            keeps nothing (`EchoEngine`) answers messages with documents by reading them.
         store: where items live; in memory by default.
         head: the instruction that stands before the documents, in the system turn.
         separator: put after a text that does not end with a line break, so that documents do not run together.
@@ -78,7 +83,7 @@ class KVCacheMemory:
         self.promote_after = promote_after
         self.planner = planner
         self.watchers: list[Callable[[Prompt], None]] = []  # told of each prompt whose documents are looked for
-        self._merged = Counter()
+        self._asked = Counter()
         self._encoding = threading.Lock()
 
     @classmethod
@@ -89,7 +94,7 @@ class KVCacheMemory:
 
     # --- encoding ----------------------------------------------------------------------------------------------
 
-    def extract(self, text: Texts) -> KVCacheItem:
+    def extract(self, text: Texts) -> Item:
         """Encode a text. The item is not added.
 
         Args:
@@ -104,11 +109,11 @@ class KVCacheMemory:
         if not composed.strip():
             raise EmptyPromptError("the text is empty: there is nothing to encode")
         head_ids = self.engine.template.around(self.head, _PLACEHOLDER).head_ids
-        item = self._keeper.encode(head_ids, self._segment(composed), composed)
+        item = self._contexts.encode(head_ids, self._segment(composed), composed)
         item.records.text_memories = texts
         return item
 
-    def from_textual_memory(self, memory: object) -> KVCacheItem:
+    def from_textual_memory(self, memory: object) -> Item:
         """Encode a str, a LangChain `Document`, a LlamaIndex node, or anything with `.memory` and `.metadata`.
 
         The item has the memory's metadata, and is not added.
@@ -120,28 +125,28 @@ class KVCacheMemory:
 
     # --- keeping -----------------------------------------------------------------------------------------------
 
-    def add(self, items: KVCacheItem | Iterable[KVCacheItem]) -> None:
+    def add(self, items: Item | Iterable[Item]) -> None:
         """Keep items; one with the same id is replaced.
 
         Raises:
             FingerprintMismatchError: an item was made by another model. Nothing was added.
         """
-        new = [items] if isinstance(items, KVCacheItem) else list(items)
+        new: list[Any] = [items] if isinstance(items, ActivationMemoryItem) else list(items)
+        contexts = self._contexts
         for item in new:
-            self._keeper.check(item)
+            contexts.check(item)
         for item in new:
-            self.store.put(item.model_copy(update={"memory": share(item.memory)}))
+            contexts.put(item)
 
-    def get(self, id: str) -> KVCacheItem | None:
+    def get(self, id: str) -> Item | None:
         """The item, or None. It is to be read; generating with its `memory` leaves what is stored as it is."""
-        item = self.store.get(id)
-        return None if item is None else item.model_copy(update={"memory": share(item.memory)})
+        return self._contexts.get(id)
 
-    def get_by_ids(self, ids: Iterable[str]) -> list[KVCacheItem | None]:
+    def get_by_ids(self, ids: Iterable[str]) -> list[Item | None]:
         """The items in the order of `ids`, None for each that is missing."""
         return [self.get(id) for id in ids]
 
-    def get_all(self) -> list[KVCacheItem]:
+    def get_all(self) -> list[Item]:
         """Every item."""
         return [item for item in map(self.get, list(self.store.keys())) if item is not None]
 
@@ -155,7 +160,8 @@ class KVCacheMemory:
 
     def dump(self, dir: str | PathLike[str]) -> None:
         """Write every item to a folder. What stood there before is replaced in one step, or not at all."""
-        dump_items(dir, self.memory_filename, self.get_all())
+        stored = map(self.store.get, list(self.store.keys()))
+        dump_items(dir, self.memory_filename, [item for item in stored if item is not None])
 
     def load(self, dir: str | PathLike[str]) -> None:
         """Add every item of a folder that `dump` wrote. A folder that holds nothing adds nothing.
@@ -172,8 +178,8 @@ class KVCacheMemory:
 
     # --- putting together --------------------------------------------------------------------------------------
 
-    def get_cache(self, ids: str | Iterable[str], *, skip_missing: bool = False) -> ContextCache | None:
-        """Head and items as one cache, the caller's own, re-rotated and with nothing recomputed.
+    def get_cache(self, ids: str | Iterable[str], *, skip_missing: bool = False) -> ContextCache | ContextPrompt | None:
+        """Head and items as one cache, the caller's own, re-rotated, nothing recomputed; or as a server's prompt.
 
         To be continued by `engine.generate(messages, past_key_values=cache)`. None if there are no items.
 
@@ -184,9 +190,7 @@ class KVCacheMemory:
         if not items:
             return None
         prompt = self.engine.template.around(self.head, _PLACEHOLDER)
-        context = self._compose(prompt.head_ids, items, (), "rotate", 0.0)
-        exact = context.report.mode == "exact"
-        return ContextCache.of(layers_of(context.cache), context.token_ids, context.fingerprint, exact=exact)
+        return self._contexts.cache(prompt.head_ids, items)
 
     def merge(
         self,
@@ -227,9 +231,7 @@ class KVCacheMemory:
         self.engine.check_fits(tokens, 1)
         if canonical:
             items.sort(key=lambda item: item.content_key)
-        if strategy == "auto" and (hot := self._hot(prompt.head_ids, items, prompt.tail_ids)):
-            return hot
-        return self._compose(prompt.head_ids, items, prompt.tail_ids, strategy, ratio, max_kl=max_kl)
+        return self._contexts.merge(prompt.head_ids, items, prompt.tail_ids, strategy, ratio, max_kl)
 
     def context_for(
         self, prompt: Prompt, strategy: Strategy = "query", ratio: float = 0.2, max_kl: float = MAX_KL
@@ -240,29 +242,7 @@ class KVCacheMemory:
         questions that are asked at once, the first encodes what they share.
         """
         self.engine.check_fits(len(prompt.token_ids), 1)
-        with self._encoding:
-            known = self._known(prompt)
-            if strategy == "exact" or known == len(prompt.context_ids):
-                return exact_context(self._encoder, prompt.context_ids, prompt.tail_ids, self.tenant)
-            self.store.prefetch(self._keeper.key(prompt.head_ids, token_ids) for token_ids in prompt.document_ids)
-            kept = [
-                self._keeper.keep(prompt.head_ids, token_ids, text)
-                for token_ids, text in zip(prompt.document_ids, prompt.documents, strict=True)
-            ]
-        items = [one.item for one in kept]
-        encoded = sum(len(one.item.token_ids) for one in kept if one.created)
-        if encoded:  # and the head with the first of them
-            encoded += max(0, len(prompt.head_ids) - known)
-        if strategy == "auto" and (hot := self._hot(prompt.head_ids, items, prompt.tail_ids)):
-            return hot
-        context = self._compose(
-            prompt.head_ids, items, prompt.tail_ids, strategy, ratio, max_kl=max_kl, encoded=encoded
-        )
-        reasons = "; ".join(dict.fromkeys(one.reason for one in kept if one.reason))
-        if reasons:
-            reasons = "; ".join(filter(None, (context.report.reason, reasons)))
-            context = replace(context, report=replace(context.report, reason=reasons))
-        return context
+        return self._contexts.context_for(prompt, strategy, ratio, max_kl)
 
     def keep(self, messages: Sequence[Message], metadata: Sequence[Mapping[str, Any]] | None = None) -> list[str]:
         """Encode the documents of messages before anybody asks, and return their ids, in order.
@@ -272,12 +252,12 @@ class KVCacheMemory:
             metadata: one for each document, for what is encoded now.
         """
         prompt = self.engine.template.prompt(messages)
-        keys = [self._keeper.key(prompt.head_ids, token_ids) for token_ids in prompt.document_ids]
-        for at, key in enumerate(keys):
-            if not self.store.contains(key):
+        contexts = self._contexts
+        for at, token_ids in enumerate(prompt.document_ids):
+            if not contexts.at_hand(prompt.head_ids, token_ids):
                 known = metadata[at] if metadata else {}
-                self._keeper.keep(prompt.head_ids, prompt.document_ids[at], prompt.documents[at], known)
-        return keys
+                contexts.keep(prompt.head_ids, token_ids, prompt.documents[at], known)
+        return [contexts.key(prompt.head_ids, token_ids) for token_ids in prompt.document_ids]
 
     def sync(self, documents: Iterable[object], corpus: str = "default") -> SyncReport:
         """Bring what is kept in step with a corpus: encode what is new, keep what is the same, drop what is gone.
@@ -291,7 +271,7 @@ class KVCacheMemory:
         """
         head_ids = self.engine.template.around(self.head, _PLACEHOLDER).head_ids
         read = [(self._segment(text), text, metadata) for text, metadata in map(text_and_metadata, documents)]
-        return sync(self._keeper, head_ids, read, corpus)
+        return sync(self._contexts, head_ids, read, corpus)
 
     def purge(self, source: str) -> list[str]:
         """Delete everything made from one text, for a request to delete, and return the ids.
@@ -301,7 +281,7 @@ class KVCacheMemory:
         Args:
             source: the text itself, or what an item's metadata names as its source: a path, a URL, a document's id.
         """
-        self._encoder.prefixes.clear(self.tenant)
+        self._contexts.clear()
         return self.store.purge(source)
 
     def stream(
@@ -331,11 +311,11 @@ class KVCacheMemory:
         if constraint is not None:
             constraint = self.engine.constrain(constraint, budget, prompt.thinking)
         context = None  # read, or read before, in this order: the engine finds the longest prefix by itself
-        merging = prompt.document_ids and isinstance(self.engine, HFEngine) and strategy != "exact"
-        for watch in self.watchers if merging else ():
-            watch(prompt)
-        if merging and self._known(prompt) < len(prompt.context_ids):
-            context = self.context_for(prompt, strategy, ratio, max_kl)
+        if prompt.document_ids and isinstance(self.engine, HFEngine) and strategy != "exact":
+            for watch in self.watchers:
+                watch(prompt)
+            if self._merging(self.engine).known(prompt) < len(prompt.context_ids):
+                context = self.context_for(prompt, strategy, ratio, max_kl)
         return self.engine.stream(prompt, settings, context, constraint=constraint, tenant=self.tenant, started=started)
 
     # --- inside ------------------------------------------------------------------------------------------------
@@ -344,53 +324,24 @@ class KVCacheMemory:
         return self.engine.template.encode(text if text.endswith("\n") else text + self.separator)
 
     @property
-    def _encoder(self) -> HFEngine:
+    def _contexts(self) -> Merging | Served:
+        """What encodes, keeps and puts together over this engine."""
         if isinstance(self.engine, HFEngine):
-            return self.engine
+            return self._merging(self.engine)
+        if isinstance(self.engine, Serving):
+            return Served(self.engine, self.store, self.tenant)
         raise UnsupportedModelError(
             f"{type(self.engine).__name__} keeps no caches that could be taken out: use an HFEngine to encode, keep "
             "and merge. stream() answers with either."
         )
 
-    def _compose(
-        self,
-        head_ids: Ids,
-        items: Sequence[KVCacheItem],
-        tail_ids: Ids,
-        strategy: Strategy,
-        ratio: float,
-        *,
-        max_kl: float = MAX_KL,
-        encoded: int = 0,
-    ) -> MergedContext:
-        settings = {"max_kl": max_kl, "encoded": encoded, "tenant": self.tenant}
-        return compose(self._encoder, head_ids, items, tail_ids, strategy, ratio, **settings)  # type: ignore[arg-type]
+    def _merging(self, engine: HFEngine) -> Merging:
+        settings = self.planner, self.promote_after, self._asked, self._encoding
+        return Merging(engine, self.store, self.tenant, *settings)
 
-    def _hot(self, head_ids: Ids, items: Sequence[KVCacheItem], tail_ids: Ids) -> MergedContext | None:
-        """The exact context, where it is known, or is asked so often in this order that it is worth encoding."""
-        context_ids = (*head_ids, *chain.from_iterable(item.token_ids.tolist() for item in items))
-        known = self._encoder.prefixes.match(context_ids, self.tenant)[0] == len(context_ids)
-        if known:
-            return exact_context(self._encoder, context_ids, tail_ids, self.tenant)
-        fits = len(context_ids) * self._encoder.bytes_per_token <= self._encoder.prefixes.max_bytes
-        if self.promote_after is None or not fits or len(items) < 2:
-            return None
-        if self._merged.count(context_ids) <= self.promote_after:
-            return None
-        reason = f"merged {self.promote_after} times in this order, so encoded as a whole"
-        return exact_context(self._encoder, context_ids, tail_ids, self.tenant, reason)
-
-    @property
-    def _keeper(self) -> Keeper:
-        return Keeper(self._encoder, self.store, self.tenant, self.planner)
-
-    def _known(self, prompt: Prompt) -> int:
-        """How many of the context's tokens were read before, in this order."""
-        return self._encoder.prefixes.match(prompt.context_ids, self.tenant)[0]
-
-    def _items(self, ids: str | Iterable[str], skip_missing: bool) -> list[KVCacheItem]:
+    def _items(self, ids: str | Iterable[str], skip_missing: bool) -> list[Any]:
         wanted = [ids] if isinstance(ids, str) else list(ids)
-        found = [self.store.get(id) for id in wanted]
+        found = [self._contexts.get(id) for id in wanted]
         missing = [id for id, item in zip(wanted, found, strict=True) if item is None]
         if missing and not skip_missing:
             raise UnknownItemError(dict.fromkeys(missing))

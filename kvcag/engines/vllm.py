@@ -20,8 +20,8 @@ from kvcag.context import ContextPrompt, MergedContext, ServedContext
 from kvcag.engines.base import Chunk, Usage
 from kvcag.engines.constrain import ConstraintLike, ServerConstraint
 from kvcag.engines.continuation import context_ids
-from kvcag.engines.generating import Generating
 from kvcag.engines.sampling import Sampling
+from kvcag.engines.serving import Serving
 from kvcag.engines.vllm_answer import Asked, salt_of
 from kvcag.engines.vllm_constrain import server_constraint
 from kvcag.engines.vllm_server import PROBE, Server
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 DocumentOrder: TypeAlias = Literal["given", "canonical"]
 
 
-class VLLMEngine(Generating):
+class VLLMEngine(Serving):
     """Answers from a vLLM server, whose automatic prefix cache keeps the keys and values.
 
     Prompts are sent as token ids, head first, documents in order, question last: what begins like an earlier prompt is
@@ -248,9 +248,9 @@ class VLLMEngine(Generating):
         self._preloads.add(prompt.token_ids, tenant)
         return usage
 
-    def preloaded(self, prompt: Prompt, *, tenant: str = "") -> bool:
-        """Whether this engine had the server encode this very prompt."""
-        return self._preloads.contains(self._ordered(prompt).token_ids, tenant)
+    def preloaded(self, token_ids: Sequence[int], *, tenant: str = "") -> int:
+        """How many tokens at the beginning of these this engine had the server encode."""
+        return self._preloads.longest(token_ids, tenant)
 
     def forget(self, tenant: str = "") -> None:
         """Send nothing of a tenant's again. What the server holds stays there until other blocks need the room."""

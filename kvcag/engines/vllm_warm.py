@@ -63,11 +63,6 @@ class Preloads:
             for key in [key for key in self._sent if key[0] == tenant]:
                 del self._sent[key]
 
-    def contains(self, token_ids: Sequence[int], tenant: str) -> bool:
-        """Whether this very context was sent."""
-        with self._lock:
-            return (tenant, _packed(token_ids)) in self._sent
-
     def longest(self, token_ids: Sequence[int], tenant: str) -> int:
         """How many tokens, at the beginning of a prompt, were sent ahead."""
         packed = _packed(token_ids)

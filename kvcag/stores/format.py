@@ -226,7 +226,7 @@ class _Reader:
         return dequantize_int8(self.tensor(name), self.tensor(f"{name}.scale"), dtype)
 
     def _check_model(self, expected: ModelFingerprint | None) -> None:
-        if expected is None or not self.manifest.tokens:
+        if expected is None or not (self.manifest.tokens or self.manifest.fingerprint):
             return
         if self.manifest.fingerprint is None:
             raise FingerprintMismatchError(self.name, ["it names no model"])

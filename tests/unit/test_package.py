@@ -25,10 +25,12 @@ LAYERS = [
     {"aio", "compose", "config", "sizing", "stores", "texts"},
     {"shared"},
     {"keeping"},
+    {"served"},
     {"corpus"},
+    {"merging"},
     {"memory"},
     {"handles"},
-    {"cube"},
+    {"cube", "scheduler"},
     {"langchain", "llama_index"},
     {"cli", "demo"},
 ]
