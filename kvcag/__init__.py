@@ -44,12 +44,14 @@ if TYPE_CHECKING:
     from kvcag.prompt import ChatTemplate as ChatTemplate
     from kvcag.prompt import Document as Document
     from kvcag.prompt import Prompt as Prompt
+    from kvcag.scheduler.scheduler import CacheScheduler as CacheScheduler
     from kvcag.tools import plan_tools as plan_tools
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "ActivationMemoryItem": "kvcag.items",
+    "CacheScheduler": "kvcag.scheduler.scheduler",
     "CacheWarning": "kvcag.notices",
     "Calibration": "kvcag.engines.calibrate",
     "ChatTemplate": "kvcag.prompt",
@@ -85,6 +87,7 @@ and `kvcag --version` needs neither."""
 
 __all__ = [
     "ActivationMemoryItem",
+    "CacheScheduler",
     "CacheWarning",
     "Calibration",
     "ChatTemplate",

@@ -20,7 +20,8 @@ KVCAGError
 │   ├── FormatError                         not a file of ours, or of a newer version
 │   │   └── UnsafePickleError               a pickle that wants to run something
 │   ├── StoreFullError                      larger than the store's budget
-│   └── StoreUnavailableError (OSError)     disk full, permission denied, remote gone
+│   ├── StoreUnavailableError (OSError)     disk full, permission denied, remote gone
+│   └── SchedulerStateError                 a scheduler's database is damaged, locked or not one
 ├── EngineError                             the model, or the server that runs it, failed
 │   ├── ServerError                         the server refused a request, or failed at it
 │   ├── ServerUnavailableError (ConnectionError)  down, restarting, overloaded, or gone while it answered
@@ -209,6 +210,18 @@ class StoreFullError(StoreError):
 
 class StoreUnavailableError(StoreError, OSError):
     """The disk is full, permission was denied, or a remote did not answer. Nothing that was kept is lost."""
+
+
+class SchedulerStateError(StoreError):
+    """The database of a `CacheScheduler` is damaged, in use by another one, or no such database.
+
+    Attributes:
+        path: the database.
+    """
+
+    def __init__(self, path: str | PathLike[str], reason: str) -> None:
+        self.path = str(path)
+        super().__init__(f"the scheduler's state {self.path} {reason}")
 
 
 class EngineError(KVCAGError):

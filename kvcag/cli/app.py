@@ -16,6 +16,7 @@ from kvcag.cli.doctor import doctor
 from kvcag.cli.encode import encode, sync
 from kvcag.cli.group import DEBUG, Commands
 from kvcag.cli.items import inspect, ls, rm
+from kvcag.cli.scheduler import scheduler
 from kvcag.cli.size import size
 from kvcag.cli.store import import_memos, verify
 
@@ -41,6 +42,7 @@ app.command()(doctor)
 app.command()(size)
 app.command()(bench)
 app.command("import-memos")(import_memos)
+app.add_typer(scheduler, name="scheduler")
 
 
 def _show_version(wanted: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kvcag.cache.hf import LayerKV, crop, cut, generation_cache, layers_of, owned
 from kvcag.engines.hf import HFEngine
@@ -20,6 +20,8 @@ def encode_in_background(
     tenant: str = "",
     piece_tokens: int = 64,
     quiet_s: float = 0.25,
+    meanwhile: Callable[[], None] | None = None,
+    wanted: Callable[[], bool] | None = None,
 ) -> tuple[list[LayerKV], int]:
     """`HFEngine.encode_after`, while nobody asks anything.
 
@@ -34,6 +36,8 @@ def encode_in_background(
         tenant: whose recent contexts these are.
         piece_tokens: tokens of one forward pass. A layer of it is what an answer may have to wait for.
         quiet_s: for how long nobody has to have wanted the model.
+        meanwhile: called now and then while it waits for that.
+        wanted: asked after each interruption whether to go on.
 
     Returns:
         Keys and values of `token_ids` alone, `(1, kv_heads, seq_len, head_dim)` a layer, the caller's own; and how
@@ -41,7 +45,7 @@ def encode_in_background(
 
     Raises:
         ContextLengthError: more tokens than the model's context.
-        Interrupted: `stop` was set.
+        Interrupted: `stop` was set, or it is not wanted any more.
     """
     if not token_ids:
         raise EmptyPromptError("there are no tokens to encode")
@@ -53,11 +57,11 @@ def encode_in_background(
     while done < len(ids):
         piece = ids[done : done + piece_tokens]
         try:
-            with engine.turns.spare(quiet_s, stop):
+            with engine.turns.spare(quiet_s, stop, meanwhile):
                 engine.forward(piece, cache)
             done += len(piece)
         except Interrupted:
-            if stop.is_set():
+            if stop.is_set() or (wanted is not None and not wanted()):
                 raise
             interruptions += 1
             crop(cache, done)

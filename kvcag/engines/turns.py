@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 _POLL_SECONDS = 0.1
+_SHORTEST_POLL_SECONDS = 0.005
 
 
 class Interrupted(Exception):  # noqa: N818 - a signal, and nothing went wrong
@@ -23,7 +24,7 @@ class Turns:
 
     def __init__(self) -> None:
         self._model = threading.RLock()
-        self._changed = threading.Condition()
+        self._counting = threading.Lock()
         self._wanted = 0
         self._last_wanted = float("-inf")
         self._spare: int | None = None
@@ -36,32 +37,33 @@ class Turns:
         if self._spare == threading.get_ident():
             yield
             return
-        with self._changed:
+        with self._counting:
             self._wanted += 1
         try:
             with self._model:
                 yield
         finally:
-            with self._changed:
+            with self._counting:
                 self._wanted -= 1
                 self._last_wanted = time.monotonic()
-                self._changed.notify_all()
 
     def announce(self) -> None:
         """A question is on its way: what can wait shall step aside now, before the question reaches the model."""
-        with self._changed:
+        with self._counting:
             self._last_wanted = time.monotonic()
 
     @contextmanager
-    def spare(self, quiet_s: float, stop: threading.Event) -> Iterator[None]:
+    def spare(
+        self, quiet_s: float, stop: threading.Event, meanwhile: Callable[[], None] | None = None
+    ) -> Iterator[None]:
         """The model for work that can wait, once nobody has wanted it for `quiet_s` seconds.
 
-        The work calls `step_aside` as often as it can.
+        The work calls `step_aside` as often as it can. `meanwhile` is called now and then while it waits.
 
         Raises:
             Interrupted: `stop` is set.
         """
-        self._await_quiet(quiet_s, stop)
+        self._await_quiet(quiet_s, stop, meanwhile)
         self._spare, self._stop = threading.get_ident(), stop
         try:
             yield
@@ -80,14 +82,16 @@ class Turns:
         if self._wanted or self._last_wanted > self._spare_since or (self._stop is not None and self._stop.is_set()):
             raise Interrupted
 
-    def _await_quiet(self, quiet_s: float, stop: threading.Event) -> None:
+    def _await_quiet(self, quiet_s: float, stop: threading.Event, meanwhile: Callable[[], None] | None) -> None:
         """Return holding the model."""
         while not stop.is_set():
-            with self._changed:
+            with self._counting:
                 now = time.monotonic()
                 left = self._last_wanted + quiet_s - now
                 if not self._wanted and left <= 0 and self._model.acquire(blocking=False):
                     self._spare_since = now
                     return
-                self._changed.wait(min(left, _POLL_SECONDS) if left > 0 else _POLL_SECONDS)
+            stop.wait(min(max(left, _SHORTEST_POLL_SECONDS), _POLL_SECONDS))
+            if meanwhile is not None:
+                meanwhile()
         raise Interrupted
