@@ -19,6 +19,7 @@ from kvcag.langchain.chains import create_cag_documents_chain
 from kvcag.langchain.chat_model import ChatKVCAG
 from kvcag.langchain.cube import BuiltRetrieverTexts, CubeRetriever, RetrieverTexts, VectorStoreTexts
 from kvcag.langchain.middleware import KVCAGMiddleware
+from kvcag.langchain.watching import SchedulerCallback
 
 __all__ = [
     "BuiltRetrieverTexts",
@@ -26,6 +27,7 @@ __all__ = [
     "CubeRetriever",
     "KVCAGMiddleware",
     "RetrieverTexts",
+    "SchedulerCallback",
     "VectorStoreTexts",
     "create_cag_documents_chain",
 ]

@@ -15,6 +15,7 @@ from kvcag.llama_index.memory_block import CAGMemoryBlock
 from kvcag.llama_index.messages import DOCUMENT_END, document_blocks
 from kvcag.llama_index.query_engine import CAGQueryEngine
 from kvcag.llama_index.synthesizer import CAGSynthesizer, RoundsWarning
+from kvcag.llama_index.watching import SchedulerEventHandler
 
 __all__ = [
     "DOCUMENT_END",
@@ -31,5 +32,6 @@ __all__ = [
     "KVCacheTransform",
     "RetrieverTexts",
     "RoundsWarning",
+    "SchedulerEventHandler",
     "document_blocks",
 ]
