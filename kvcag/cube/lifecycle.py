@@ -45,6 +45,7 @@ class CubeTexts:
         """
         texts = read_all(documents)
         with self._lock:
+            self._look()
             new = [text for text in texts if self._known.get(text.id) != text]
             if self.texts is not None and new:
                 self.texts.add(new)
