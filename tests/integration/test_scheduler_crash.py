@@ -1,0 +1,54 @@
+"""Processes that die, and processes that end without closing. The long form is `benchmarks/scheduler_stress.py`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LEFT_OPEN = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from tiny import byte_tokenizer, tiny_model
+from kvcag import CacheScheduler, HFEngine, KVCacheMemory
+engine = HFEngine(tiny_model(max_position_embeddings=200_000), byte_tokenizer())
+scheduler = CacheScheduler(KVCacheMemory(engine), 1 << 30, state={state!r}, quiet_s=0, piece_tokens=1)
+scheduler.observe(["x" * 100_000, "x" * 100_000])
+while engine.turns._spare is None:
+    time.sleep(0.001)
+print("encoding", flush=True)
+"""
+
+
+def python(*arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=timeout, check=False
+    )
+
+
+@pytest.mark.skipif(os.name == "nt", reason="fork and kill are POSIX")
+def test_a_scheduler_killed_at_any_moment_loses_nothing_that_was_there(tmp_path: Path) -> None:
+    done = python(str(ROOT / "benchmarks" / "scheduler_stress.py"), str(tmp_path), "--moments", "25", timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 lost, 0 damaged, 0 over the budget, 0 files left over" in done.stdout
+
+
+def test_a_process_ends_though_its_scheduler_is_open_and_encoding(tmp_path: Path) -> None:
+    script = LEFT_OPEN.format(tests=str(ROOT / "tests"), state=str(tmp_path / "scheduler.sqlite"))
+    began = time.monotonic()
+    done = python("-c", script, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "encoding\n", "")
+    assert time.monotonic() - began < 60  # a hundred thousand tokens, one at a time, would take minutes
+    from kvcag.scheduler.counters import Counters
+    from kvcag.scheduler.state import State
+
+    counters, state = Counters(), State(tmp_path / "scheduler.sqlite", "model")
+    state.load(counters)
+    state.close()
+    assert [known.use.count for known in counters.known.values()] == [2]  # written down on the way out
