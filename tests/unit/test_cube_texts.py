@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
+from cube_sides import Embedding
 from hypothesis import given
 from hypothesis import strategies as st
 from langchain_core.documents import Document
 from langchain_core.vectorstores import InMemoryVectorStore
 from llama_index.core import SummaryIndex, VectorStoreIndex
-from llama_index.core.base.embeddings.base import BaseEmbedding
 from llama_index.core.schema import NodeWithScore, TextNode
 from llama_index.core.storage.docstore import SimpleDocumentStore
 from llama_index.retrievers.bm25 import BM25Retriever
@@ -27,19 +27,6 @@ TOWER = TextualMemoryItem(id="tower", memory="The tower is made of iron.", metad
 BRIDGE = TextualMemoryItem(id="bridge", memory="The bridge is made of steel.", metadata={"page": 2})
 HOUSE = TextualMemoryItem(id="house", memory="A house of wood stands by the lake.")
 QUESTION = "Which tower is made of iron?"
-
-
-class Embedding(BaseEmbedding):
-    """Hashed words, for LlamaIndex."""
-
-    def _get_text_embedding(self, text: str) -> list[float]:
-        return HashedWords().embed_query(text)
-
-    def _get_query_embedding(self, query: str) -> list[float]:
-        return self._get_text_embedding(query)
-
-    async def _aget_query_embedding(self, query: str) -> list[float]:
-        return self._get_text_embedding(query)
 
 
 class StrictStore(InMemoryVectorStore):
