@@ -47,7 +47,8 @@ class DriftCorrection:
         chosen = torch.zeros_like(layout.open)
         chosen[positions] = True
         self.chosen = _Tokens.at(model, layout, positions.to(model.device))
-        self.rest = _in_blocks(model, layout, layout.open & ~chosen)
+        rest = torch.split((layout.open & ~chosen).nonzero()[:, 0], _BLOCK.get(model.device.type, 1024))
+        self.rest = [_Tokens.at(model, layout, block.to(model.device)) for block in rest if len(block)]
         self.averages = _averages(self.chosen.part_of, int(layout.part_of[-1]) + 1)
 
     def watch(self, layer_idx: int, held: LayerKV, new: LayerKV) -> None:
@@ -98,12 +99,6 @@ class _Tokens:
         held[1].index_add_(-2, self.positions, values.to(held[1].dtype))
 
 
-def _in_blocks(model: PreTrainedModel, layout: Layout, which: torch.Tensor) -> list[_Tokens]:
-    positions, size = which.nonzero()[:, 0], _BLOCK.get(model.device.type, 1024)
-    blocks = torch.split(positions, size)
-    return [_Tokens.at(model, layout, block.to(model.device)) for block in blocks if len(block)]
-
-
 @dataclass(frozen=True, slots=True)
 class UsualDrift:
     """How keys and values change, on average, when documents stand before their own.
@@ -142,11 +137,21 @@ class UsualDrift:
 
     def add_to(self, model: PreTrainedModel, layers: Sequence[LayerKV], layout: Layout) -> None:
         """Give it to every open token of `layers`, in place."""
-        for tokens in _in_blocks(model, layout, layout.open):
-            for index, held in enumerate(layers):
-                here = tokens.to(held[0].device)
-                drift = self.layers[index].to(held[0].device)
-                here.give(index, held, drift[None, :, None].repeat(1, 1, len(here.positions), 1))
+        for run in _runs(layout.open):
+            positions = torch.arange(run.start, run.stop, device=model.device)
+            move = Move(model, torch.zeros_like(positions), positions)
+            for index, (keys, values) in enumerate(layers):
+                drift = self.layers[index].to(keys.device)[None, :, None]
+                turned = drift[..., : keys.shape[-1]].repeat(1, 1, len(positions), 1)
+                move.turn(index, turned)
+                keys[..., run, :] += turned
+                values[..., run, :] += drift[..., keys.shape[-1] :]
+
+
+def _runs(which: torch.Tensor) -> list[slice]:
+    """Where a 1-D bool tensor is true, one slice a run."""
+    edges = torch.nn.functional.pad(which.int(), (1, 1)).diff().nonzero()[:, 0].tolist()
+    return [slice(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,7 +127,7 @@ def test_the_last_query_is_right_on_a_gpu(queries):
         keys[..., positions, :] = 0
         values[..., positions, :] = 0
     part_of = torch.zeros(800, dtype=torch.long)
-    recompute(model, layers, Layout(token_ids, part_of, part_of == 0), positions)
+    recompute(model, layers, Layout(token_ids, part_of, part_of == 0), positions, correct=False)
     for one, other in zip(layers, right, strict=True):
         for a, b in zip(one, other, strict=True):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
