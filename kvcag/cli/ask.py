@@ -111,7 +111,8 @@ def summary(usage: Usage, report: MergeReport) -> str:
         parts.append(f"{report.recomputed_tokens:,} recomputed ({report.strategy})")
     if report.encoded_tokens:
         parts.append(f"{report.encoded_tokens:,} encoded")
-    return f"{', '.join(parts)}; {timing(usage)}{f' [{report.reason}]' if report.reason else ''}"
+    reason = report.reason.replace("engine.calibrate(documents)", "`kvcag doctor`")
+    return f"{', '.join(parts)}; {timing(usage)}{f' [{reason}]' if reason else ''}"
 
 
 def timing(usage: Usage) -> str:

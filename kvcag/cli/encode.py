@@ -49,8 +49,6 @@ def encode(
         kvcag encode notes/ --json | jq .encoded
     """
     reading = _read(paths)
-    if not reading.texts:
-        raise InvalidInputError(reading.skipped[0][1])
     keeper, head_ids = _keeper(model, store, namespace, head)
     planned = _plan(keeper, head_ids, reading.texts, split, lambda manifest: False)
     encoded = _encode(keeper, head_ids, planned)
@@ -79,9 +77,9 @@ def sync(
 
         kvcag sync notes/
     """
-    reading = _read([path])
+    reading = _read([path], empty_is_fine=True)
     keeper, head_ids = _keeper(model, store, namespace, head, create=not dry_run)
-    planned = _plan(keeper, head_ids, reading.texts, split, _made_here(keeper, head_ids, path))
+    planned = _plan(keeper, head_ids, reading.texts, split, _made_here(keeper, head_ids, path, reading.unreadable))
     encoded = 0
     if not dry_run:
         encoded = _encode(keeper, head_ids, planned)
@@ -92,10 +90,12 @@ def sync(
     _report(facts, f"would be: {line}" if dry_run else line, planned, reading, keeper, as_json)
 
 
-def _read(paths: Sequence[str]) -> Reading:
+def _read(paths: Sequence[str], *, empty_is_fine: bool = False) -> Reading:
     from kvcag.cli.files import read_paths
 
     reading = read_paths(paths)
+    if not reading.texts and not empty_is_fine:
+        raise InvalidInputError("; ".join(reason for _, reason in reading.skipped))
     for _, reason in reading.skipped:
         say(f"skipped: {reason}")
     if reading.others:
@@ -169,8 +169,8 @@ def _encode(keeper: Keeper, head_ids: Ids, planned: SyncPlan) -> int:
     return total
 
 
-def _made_here(keeper: Keeper, head_ids: Ids, path: str) -> Callable[[Manifest], bool]:
-    """Whether an item was made of this path, by this model, under this head."""
+def _made_here(keeper: Keeper, head_ids: Ids, path: str, unreadable: set[str]) -> Callable[[Manifest], bool]:
+    """Whether an item was made of this path, by this model, under this head, and not of a file unreadable today."""
     from kvcag.cli.entries import comes_from
     from kvcag.items import ids_digest
 
@@ -178,7 +178,8 @@ def _made_here(keeper: Keeper, head_ids: Ids, path: str) -> Callable[[Manifest],
 
     def made_here(manifest: Manifest) -> bool:
         same = manifest.fingerprint is not None and model.matches(manifest.fingerprint)
-        return same and manifest.prefix_digest == prefix and comes_from(manifest, path)
+        readable = manifest.metadata.get("source") not in unreadable
+        return same and readable and manifest.prefix_digest == prefix and comes_from(manifest, path)
 
     return made_here
 

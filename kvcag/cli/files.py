@@ -6,12 +6,13 @@ import glob
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kvcag.demo.corpus import parse_jsonl, read_text
-from kvcag.errors import InvalidInputError
+from kvcag.errors import EmptyPromptError, InvalidInputError
 
 SUFFIXES = (".jsonl", ".markdown", ".md", ".rst", ".text", ".txt")
 """What is read in folders. A file that is named is read whatever its suffix, if it is text."""
@@ -42,11 +43,13 @@ class Reading:
     Attributes:
         texts: in the order of their files.
         skipped: files found in folders that hold nothing to encode, each with the reason.
+        unreadable: the sources of those among them that hold something, but no text that can be read.
         others: how many files in folders have other suffixes.
     """
 
     texts: list[Text] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
+    unreadable: set[str] = field(default_factory=set)
     others: int = 0
 
 
@@ -70,6 +73,8 @@ def read_paths(paths: Iterable[str]) -> Reading:
                 if named:
                     raise
                 reading.skipped.append((str(file), str(refused)))
+                if not isinstance(refused, EmptyPromptError):
+                    reading.unreadable.add(source)
     return reading
 
 
@@ -140,11 +145,12 @@ def _below(folder: Path, reading: Reading) -> Iterator[Path]:
 def _texts(file: Path, source: str) -> Iterator[Text]:
     if file.suffix.lower() in _CONVERT:
         raise InvalidInputError(f"{file}: {file.suffix} files are not read. Convert it to text or Markdown first.")
+    with suppress(OSError), file.open("rb") as opened:
+        if b"\0" in opened.read(8192):
+            raise InvalidInputError(f"{file}: this is a binary file. Convert it to text first.")
     text = read_text(file)
-    if "\0" in text:
-        raise InvalidInputError(f"{file}: this is a binary file. Convert it to text first.")
     if not text.strip():
-        raise InvalidInputError(f"{file}: the file is empty. Fill it or leave it out.")
+        raise EmptyPromptError(f"{file}: the file is empty. Fill it or leave it out.")
     if file.suffix.lower() != ".jsonl":
         yield Text(text.strip(), {"source": source, "title": file.name})
         return

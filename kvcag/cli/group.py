@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from kvcag.errors import (
+    ContextLengthError,
     EngineError,
     InvalidInputError,
     KVCAGError,
@@ -18,6 +19,7 @@ from kvcag.errors import (
     ModelFetchError,
     StoreFullError,
     StoreUnavailableError,
+    UnknownItemError,
 )
 
 NEGATIVE = 1
@@ -46,7 +48,7 @@ class Commands(TyperGroup):
         except KVCAGError as error:
             if os.environ.get(DEBUG):
                 raise
-            say(str(error))
+            say(_in_words_of_the_shell(error))
             raise typer.Exit(exit_code(error)) from None
         except KeyboardInterrupt:
             say("interrupted")
@@ -63,6 +65,20 @@ def exit_code(error: KVCAGError) -> int:
     if isinstance(error, InvalidInputError):
         return USAGE
     return FAILED if isinstance(error, _FAILURES) else NEGATIVE
+
+
+def _in_words_of_the_shell(error: KVCAGError) -> str:
+    """The message; where the library's advice is an argument of its own, the command's instead."""
+    if isinstance(error, UnknownItemError):
+        return f"there is no item {', '.join(map(repr, error.ids))} here. `kvcag ls` lists what there is."
+    if isinstance(error, ContextLengthError):
+        return (
+            f"the prompt has {error.prompt_tokens:,} tokens, with --max-new-tokens {error.max_new_tokens:,} that is "
+            f"{error.excess:,} more than the model's context of {error.limit:,}. Choose fewer documents, or lower it."
+        )
+    if isinstance(error, StoreUnavailableError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def say(line: str) -> None:

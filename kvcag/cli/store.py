@@ -47,11 +47,10 @@ def verify(
             typer.echo(f"{file}: {reason.removeprefix(f'{file} ')}")
         for file in report.abandoned:
             typer.echo(f"{file}: its writer died before it was done")
-        done = ", deleted" if repair else ""
-        typer.echo(
-            f"{report.sound} items sound ({output.size(report.bytes)}), {len(report.damaged)} damaged{done}, "
-            f"{len(report.abandoned)} half written{done}, {len(report.foreign)} of other programs"
-        )
+        found = {"damaged": len(report.damaged), "half written": len(report.abandoned)}
+        bad = (f"{count} {what}{', deleted' if repair and count else ''}" for what, count in found.items())
+        sound = f"{report.sound} items sound ({output.size(report.bytes)})"
+        typer.echo(", ".join([sound, *bad, f"{len(report.foreign)} of other programs"]))
     if not (report.clean or repair):
         say("`kvcag verify --repair` deletes what is damaged; `kvcag encode` or `sync` encodes it again.")
         raise typer.Exit(NEGATIVE)

@@ -36,7 +36,7 @@ def test_verify_says_what_is_damaged_and_repair_clears_it(tmp_path: Path) -> Non
     assert "1 damaged, 1 half written" in said
     code, said = run("verify", "--repair", tmp_path)
     assert code == 0
-    assert "1 damaged, deleted" in said
+    assert "1 damaged, deleted, 1 half written, deleted" in said
     assert run("verify", tmp_path)[0] == 0
 
 
