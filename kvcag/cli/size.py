@@ -9,15 +9,12 @@ from typing import Annotated
 import typer
 
 from kvcag.cli import output
-from kvcag.cli.options import Json
+from kvcag.cli.options import Json, Model
 from kvcag.sizing import BreakEven, KVGeometry, break_even, kv_geometry
 
 
 def size(
-    model: Annotated[
-        str | None,
-        typer.Argument(help="A hub id, a folder, or a config.json. Default: the embedded SmolLM2-135M-Instruct."),
-    ] = None,
+    model: Model = None,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of one document.")] = 1000,
     documents: Annotated[int, typer.Option(min=1, help="How many of them.")] = 1,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16. auto: the checkpoint's own.")] = "auto",
@@ -34,9 +31,9 @@ def size(
 
     For example:
 
-        kvcag size Qwen/Qwen3-8B --tokens 6000 --documents 100
+        kvcag size --model Qwen/Qwen3-8B --tokens 6000 --documents 100
 
-        kvcag size config.json --prefill-tokens-per-s 9000 --load-bytes-per-s 3e9 --latency-ms 0.2
+        kvcag size --model config.json --prefill-tokens-per-s 9000 --load-bytes-per-s 3e9 --latency-ms 0.2
     """
     if (prefill is None) != (load is None):
         raise typer.BadParameter("--prefill-tokens-per-s and --load-bytes-per-s belong together: pass both, or neither")

@@ -161,11 +161,11 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_the_command_says_it_in_json_and_to_people(config: Path) -> None:
-    code, said = run(config, "--tokens", 10, "--documents", 3, "--json")
+    code, said = run("-m", config, "--tokens", 10, "--documents", 3, "--json")
     made = json.loads(said)
     assert (code, made["bytes_per_token"], made["bytes"], made["break_even"]) == (0, 192, 5760, {})
     assert made["bytes_per_token_int8"] == 3 * 2 * 2 * (8 + 2)
-    code, said = run(config, "--tokens", 10, "--documents", 3)
+    code, said = run("-m", config, "--tokens", 10, "--documents", 3)
     assert code == 0
     assert "3 layers, 2 KV heads of 8 numbers (2 query heads to each)" in said
     assert "5.8 kB" in said
@@ -185,24 +185,24 @@ def test_the_command_says_it_in_json_and_to_people(config: Path) -> None:
 )
 def test_the_command_says_which_is_sooner(config: Path, speeds: tuple[float, float, float], says: str) -> None:
     options = ("--prefill-tokens-per-s", speeds[0], "--load-bytes-per-s", speeds[1], "--latency-ms", speeds[2])
-    code, said = run(config, "--tokens", 10, *options)
+    code, said = run("-m", config, "--tokens", 10, *options)
     assert code == 0
     assert f"bfloat16: {says}" in said
-    kept = json.loads(run(config, "--tokens", 10, *options, "--json")[1])["break_even"]["kept"]
+    kept = json.loads(run("-m", config, "--tokens", 10, *options, "--json")[1])["break_even"]["kept"]
     assert kept["load"] is says.startswith("load")
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("no/such/model",), "no/such/model"),
+        (("-m", "no/such/model"), "no/such/model"),
         (("--dtype", "int4"), "float32, float16, bfloat16"),
         (("--load-bytes-per-s", "3e9"), "belong"),
         (("--prefill-tokens-per-s", "0", "--load-bytes-per-s", "1"), "more than 0"),
     ],
 )
 def test_what_cannot_work_is_the_users_mistake(config: Path, arguments: tuple[str, ...], says: str) -> None:
-    code, said = run(*(arguments if "/" in arguments[0] else (config, *arguments)))
+    code, said = run(*(arguments if "-m" in arguments else ("-m", config, *arguments)))
     assert code == 2
     assert says in said
     assert "Traceback" not in said
