@@ -195,6 +195,21 @@ def test_a_retriever_is_built_again_only_when_texts_changed(tiny_engine: HFEngin
     assert built == [2, 1]
 
 
+def test_what_is_deleted_while_it_is_found_does_not_come_back(tiny_engine: HFEngine) -> None:
+    class Slow(langchain.BuiltRetrieverTexts):
+        """Somebody deletes the best text between its being found and its being handed over."""
+
+        def search(self, question: str, k: int | None) -> list[TextualMemoryItem]:
+            found = super().search(question, k)
+            cube.delete("tower")
+            return found
+
+    cube = MemoryCube(tiny_engine, Slow(lambda documents: BM25(documents=documents)))
+    cube.add([TOWER, BRIDGE, HOUSE])
+    assert "tower" not in [text.id for text in cube.search(QUESTION)]
+    assert "tower" not in [text.id for text in cube.get_all()]
+
+
 def test_a_docstore_is_the_whole_corpus_and_is_followed(tiny_engine: HFEngine) -> None:
     docstore = SimpleDocumentStore()
     docstore.add_documents([TextNode(id_="tower", text=TOWER.memory, metadata={"page": 1})])
