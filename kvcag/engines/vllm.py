@@ -79,7 +79,8 @@ class VLLMEngine(Serving):
         defaults: settings of every call that gives no others, as `{"temperature": 0.7}`.
         timeout: seconds of silence, before the first token or between two, after which an answer is given up.
         connect_timeout: seconds in which a connection must be made.
-        max_retries: how often a request that got no answer is made again, after 0.5, 1, 2, … seconds.
+        max_retries: how often a request that got no answer is made again.
+        retry_wait: seconds before the first time; doubled before each other.
         client: an `httpx.Client` of your own, for certificates, proxies or headers. Its timeouts count, and it is not
             closed here.
 
@@ -103,6 +104,7 @@ class VLLMEngine(Serving):
         timeout: float = 120.0,
         connect_timeout: float = 5.0,
         max_retries: int = 3,
+        retry_wait: float = 0.5,
         client: httpx.Client | None = None,
     ) -> None:
         if document_order not in ("given", "canonical"):
@@ -116,6 +118,7 @@ class VLLMEngine(Serving):
             timeout=timeout,
             connect_timeout=connect_timeout,
             max_retries=max_retries,
+            retry_wait=retry_wait,
             client=client,
         )
         self._model, self._context_length = model, context_length
@@ -127,9 +130,9 @@ class VLLMEngine(Serving):
         self._preloads = Preloads(self.wire, self._resend, self.server.forget, self._notices)
 
     def close(self) -> None:
-        """Close the connections; requests under way end. No thread is left."""
-        self.wire.close()
+        """Close the connections. No thread is left."""
         self._preloads.close()
+        self.wire.close()
 
     def __enter__(self) -> Self:
         return self

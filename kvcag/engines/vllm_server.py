@@ -11,7 +11,7 @@ from typing import Any
 from kvcag.engines.constrain import ServerConstraint
 from kvcag.engines.vllm_constrain import Ability, ability
 from kvcag.engines.vllm_wire import Wire
-from kvcag.errors import ConstraintError, EngineError, InvalidInputError, ServerError
+from kvcag.errors import ConstraintError, InvalidInputError, ServerError
 from kvcag.notices import Notices
 from kvcag.prompt import ChatTemplate, Message
 
@@ -127,10 +127,8 @@ class Server:
                 "--enable-prompt-tokens-details"
             )
 
-    def explained(self, refused: ServerError, held: ServerConstraint | None) -> EngineError | InvalidInputError:
-        """A refusal as the error that it is."""
-        if refused.status == 404 and "model" in refused.detail:
-            return InvalidInputError(f"{self.wire.root} does not serve the model: {refused.detail}")
+    def explained(self, refused: ServerError, held: ServerConstraint | None) -> ServerError | ConstraintError:
+        """A refusal; of the constraint, if one was sent."""
         if held is not None and refused.status in (400, 422):
             shown = json.dumps(dict(held.fields), ensure_ascii=False)[:200]
             return ConstraintError(f"the server cannot use the constraint: {refused.detail} (it was sent {shown})")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from kvcag.engines.vllm_wire import Wire
+from kvcag.engines.waiting import CANCELLATION, Cancellation
 from kvcag.errors import KVCAGError
 from kvcag.notices import Notices
 
@@ -45,7 +46,7 @@ class Preloads:
         self._interruptions = 0
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
-        self._closing = False
+        self._closing = Cancellation()
 
     def add(self, token_ids: Sequence[int], tenant: str) -> None:
         """Remember a context that was sent."""
@@ -87,8 +88,8 @@ class Preloads:
             self._look(interrupted)
 
     def close(self) -> None:
-        """Stop sending, and wait for the thread. The wire is to be closed first: that ends the request under way."""
-        self._closing = True
+        """Stop sending, the request under way included, and wait for the thread."""
+        self._closing.cancel()
         with self._lock:
             thread = self._thread
         if thread is not None:
@@ -96,7 +97,7 @@ class Preloads:
 
     def _look(self, interrupted: bool) -> None:
         with self._lock:
-            if self._closing or not self._sent or self._thread is not None:
+            if self._closing.cancelled or not self._sent or self._thread is not None:
                 return
             self._thread = threading.Thread(
                 target=self._again, args=(interrupted,), name="kvcag-warm-again", daemon=True
@@ -104,6 +105,7 @@ class Preloads:
             self._thread.start()
 
     def _again(self, interrupted: bool) -> None:
+        CANCELLATION.set(self._closing)  # of this thread alone
         try:
             if not self._was_restarted(interrupted):
                 return
@@ -111,11 +113,11 @@ class Preloads:
             with self._lock:
                 contexts = list(reversed(self._sent))
             for tenant, packed in contexts:
-                if self._closing:
+                if self._closing.cancelled:
                     return
                 self._send(array("I", packed).tolist(), tenant)
         except KVCAGError as failed:
-            if not self._closing:
+            if not self._closing.cancelled:
                 with suppress(Warning):  # where warnings are errors, there is nobody here to catch one
                     self._notices.once(f"a context could not be sent again after a restart: {failed}")
         finally:

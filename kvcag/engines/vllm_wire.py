@@ -30,7 +30,7 @@ except ModuleNotFoundError:
 _RETRIED = {408, 425, 429, 500, 502, 503, 504}
 _OVERLOADED = {429, 502, 503, 504}
 _ABSENT = {404, 405, 501}
-_FIRST_WAIT, _LONGEST_WAIT = 0.5, 20.0  # seconds
+_LONGEST_WAIT = 20.0  # seconds
 _CONTEXT = re.compile(r"maximum context length is (\d+)")
 _ASKED = re.compile(r"contains (?:at least )?(\d+) input tokens|requested (\d+) tokens")
 _STARTED = re.compile(r"^process_start_time_seconds (\S+)$", re.MULTILINE)
@@ -48,6 +48,7 @@ class Wire:
         timeout: seconds of silence after which a server is given up.
         connect_timeout: seconds in which a connection must be made.
         max_retries: how often a request is made again.
+        retry_wait: seconds before the first time; doubled before each other.
         client: one of your own, for certificates, proxies or headers. It is not closed here, and its timeouts count.
 
     Attributes:
@@ -62,12 +63,13 @@ class Wire:
         timeout: float = 120.0,
         connect_timeout: float = 5.0,
         max_retries: int = 3,
+        retry_wait: float = 0.5,
         client: httpx.Client | None = None,
     ) -> None:
         self.root = base_url.rstrip("/").removesuffix("/v1")
         if not self.root.startswith(("http://", "https://")):
             raise InvalidInputError(f"base_url {base_url!r} is no URL: pass one like http://127.0.0.1:8000/v1")
-        self.max_retries = max_retries
+        self.max_retries, self.retry_wait = max_retries, retry_wait
         self.interruptions = 0
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._own, self._closed = client is None, False
@@ -98,7 +100,7 @@ class Wire:
             ServerTimeoutError: it fell silent.
             ContextLengthError, InvalidInputError, ServerError: it refused.
         """
-        retries = _Retries(self.max_retries)
+        retries = self._retries()
         while True:
             came = False
             try:
@@ -123,16 +125,19 @@ class Wire:
 
     def _json(self, method: str, path: str, body: Mapping[str, Any] | None) -> Any:
         try:
-            with closing(self._send(method, path, body, _Retries(self.max_retries))) as response:
-                with self._failures():
-                    response.read()
-                return response.json()
+            with closing(self._send(method, path, body, self._retries())) as response, self._failures():
+                response.read()
         except ServerError as refused:
-            if refused.status in _ABSENT and not _names_model(refused):
+            if refused.status in _ABSENT:
                 return None
             raise
+        try:
+            return response.json()
         except ValueError as malformed:
-            raise ServerError(self._shown(path), response.status_code, f"what is no JSON ({malformed})") from malformed
+            raise ServerError(self._shown(path), response.status_code, f"no JSON ({malformed})") from malformed
+
+    def _retries(self) -> _Retries:
+        return _Retries(self.max_retries, self.retry_wait)
 
     def _events(self, path: str, body: Mapping[str, Any], retries: _Retries) -> Generator[dict[str, Any], None, None]:
         going, ended = cancellation(), False
@@ -212,8 +217,8 @@ _BROKE = "The server went away while it answered; ask again once it is back."
 class _Retries:
     """How often one request may be made again, and how long to wait before."""
 
-    def __init__(self, most: int) -> None:
-        self._left, self._wait = most, _FIRST_WAIT
+    def __init__(self, most: int, first_wait: float) -> None:
+        self._left, self._wait = most, first_wait
 
     def wait_after(self, failure: KVCAGError, asked: str | None = None) -> None:
         """Wait before the next try, as long as the server asked for, if it did.
@@ -236,6 +241,8 @@ def refusal(where: str, status: int, text: str) -> InvalidInputError | EngineErr
         asked = _ASKED.search(detail)
         tokens = int(asked[1] or asked[2]) if asked else 0
         return ContextLengthError(tokens, 0, int(limit[1]))
+    if status == 404 and "model" in detail and "exist" in detail:  # else it is the path that is not there
+        return InvalidInputError(f"{where} has another model: {detail} Pass one that it serves as model=.")
     if status in (401, 403):
         return ServerError(where, status, f"{detail}. Pass the key that the server expects: api_key=")
     return ServerError(where, status, detail)
@@ -251,11 +258,6 @@ def _detail(text: str) -> str:
     if isinstance(inner, dict):
         inner = inner.get("message") or inner.get("detail") or inner
     return str(inner)
-
-
-def _names_model(refused: ServerError) -> bool:
-    """Whether a 404 is about the model and not about the path."""
-    return "model" in refused.detail and "not exist" in refused.detail
 
 
 def _shut(response: httpx.Response) -> None:
