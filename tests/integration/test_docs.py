@@ -154,6 +154,9 @@ def check_kvcag(words: list[str]) -> None:
     assert words, "kvcag without a command"
     assert words[0] in command.commands, f"there is no command {words[0]!r}"
     inner = command.commands[words[0]]
+    while len(words) > 1 and words[1] in getattr(inner, "commands", {}):  # `kvcag scheduler log`
+        words = words[1:]
+        inner = inner.commands[words[0]]
     context = inner.context_class(inner, info_name=words[0])
     given, rest, _ = inner.make_parser(context).parse_args(words[1:])
     assert not rest, f"{words}: {rest} is too much"
@@ -310,6 +313,13 @@ def test_the_site_needs_no_network(site: Path) -> None:
         if 'rel="canonical"' not in found
     ]
     assert not foreign
+
+
+def test_the_architecture_page_says_what_every_module_does(site: Path) -> None:
+    shown = (site / "architecture" / "index.html").read_text(encoding="utf-8")
+    package = ROOT / "kvcag"
+    names = {file.relative_to(package).with_suffix("").as_posix() for file in package.rglob("[!_]*.py")}
+    assert not {name for name in names if f"<td><code>{name}</code></td>" not in shown}
 
 
 def test_diagrams_are_drawn(site: Path) -> None:
