@@ -6,11 +6,14 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 ARGS   ?=
 
+SMOKE  := mkdir dist/clean/empty && cd dist/clean/empty && ../bin/python ../../../.ci/smoke.py ../../.. \
+          && cd .. && rm -rf empty
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs bench package clean
+.PHONY: help demo test test-min lint format docs bench package audit clean
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
 
 demo: $(VENV)/.installed-demo  ## a real model answers questions over a real corpus, with and without caches
 	@$(VENV)/bin/kvcag demo $(ARGS)
@@ -18,6 +21,9 @@ demo: $(VENV)/.installed-demo  ## a real model answers questions over a real cor
 test: $(VENV)/.installed-dev  ## the whole test suite, the real model included
 	@$(PY) -m kvcag.demo.model
 	$(PY) -m pytest -n auto --dist loadfile $(ARGS)
+
+test-min: $(VENV)/min/.installed  ## the unit tests with the lowest versions that pyproject.toml allows; torch stays
+	$(VENV)/min/bin/python -m pytest -n auto --dist loadfile tests/unit $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(PY) -m ruff check .
@@ -31,19 +37,25 @@ format: $(VENV)/.installed-dev  ## let ruff mend what it can
 docs: $(VENV)/.installed-dev  ## the documentation, into site/
 	$(PY) -m mkdocs build --strict
 
-bench: $(VENV)/.installed-dev  ## time to first token, cached and not, in one run
+bench: $(VENV)/.installed-dev $(VENV)/peers/kvpress  ## kvcag beside what people would use instead, and where its time goes
 	@$(PY) -m kvcag.demo.model
-	$(PY) benchmarks/ttft.py $(ARGS)
+	$(PY) benchmarks/report.py $(ARGS)
+	$(PY) benchmarks/profiling.py --out benchmarks/results/profile-cpu
 
-# The wheel is unpacked alone and imported from there: a file left out of it, or imported from the checkout, shows.
-package: $(VENV)/.installed-dev  ## build the sdist and the wheel into dist/, and import from the wheel
+# By plain pip, as a user would; --no-deps for the second, whose requirements are there.
+package: $(VENV)/.installed-dev  ## build sdist and wheel into dist/, install each into a clean environment, and try it
 	rm -rf dist
 	$(PY) -m build --quiet --outdir dist .
-	$(PY) -m pip install --quiet --no-deps --target dist/unpacked dist/*.whl
-	@cd dist/unpacked && PYTHONPATH=. ../../$(PY) -c "import kvcag, pathlib; \
-	  home = pathlib.Path(kvcag.__file__).parent; assert home.parent == pathlib.Path.cwd(), home; \
-	  assert (home / 'py.typed').is_file(); print('the wheel imports: kvcag', kvcag.__version__)"
-	rm -rf dist/unpacked
+	$(PY) -m venv dist/clean
+	dist/clean/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	  "$$(ls dist/*.whl)[cli]"
+	$(SMOKE)
+	dist/clean/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall dist/*.tar.gz
+	$(SMOKE)
+	rm -rf dist/clean
+
+audit: $(VENV)/.installed-dev  ## what is installed: requirements, files, licences, known flaws; asks nobody
+	$(PY) .ci/audit.py $(ARGS)
 
 clean:  ## remove what was built; .venv stays
 	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -68,3 +80,21 @@ $(VENV)/.installed-%: pyproject.toml constraints.txt | $(PY)
 	 then uv pip install --python $(PY) --constraint constraints.txt --editable '.[$*]'; \
 	 else $(PY) -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'; fi
 	@touch $@
+
+# The lowest version of every direct requirement, beside the torch that this machine gets (set-up above says how).
+$(VENV)/min/.installed: pyproject.toml constraints.txt | $(VENV)/.installed-dev
+	@echo "==> installing the lowest versions into $(VENV)/min"
+	@$(PY) -m uv venv --quiet --clear --seed --python $(PY) $(VENV)/min
+	@$(VENV)/min/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	@$(VENV)/min/bin/python -m pip freeze | grep '^torch==' > $(VENV)/min/torch.txt
+	@$(PY) -m uv pip install --quiet --python $(VENV)/min/bin/python --resolution lowest-direct \
+	  --override $(VENV)/min/torch.txt --editable '.[all,test]'
+	@touch $@
+
+# kvpress wants another transformers. Where it cannot be installed, the report leaves it out and says so.
+$(VENV)/peers/kvpress: benchmarks/peers/kvpress.txt constraints.txt | $(VENV)/.installed-dev
+	@echo "==> installing kvpress into $@"
+	@{ $(PY) -m uv venv --quiet --clear --seed --python $(PY) $@ \
+	   && $@/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch \
+	   && $(PY) -m uv pip install --quiet --python $@/bin/python --constraint constraints.txt -r $<; } \
+	 || { rm -rf $@; echo "kvpress could not be installed: the report goes without it"; }

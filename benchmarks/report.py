@@ -8,8 +8,8 @@ far as it can; then questions go round, each to every system before the next one
 else the machine does meets all alike. Greedy, 32 tokens an answer, end-of-sequence tokens ignored. Figures are medians;
 agreement is the share of an answer's tokens up to the first that differs from the full prefill's, as a mean.
 
-A length that is measured again replaces its old row: the others stay. Writes report.json, report.md and plots to
-`--out`, and the plots to docs/img/, from where docs/benchmarks.md shows them.
+Writes report.json, report.md and plots to `--out`, and the plots to docs/img/ for docs/benchmarks.md.
+A run that is cut keeps the lengths that it measured; with `--add` the next one goes on from there.
 """
 
 from __future__ import annotations
@@ -175,6 +175,9 @@ def main() -> None:
     parser.add_argument("--model", help="default: the embedded model")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "report")
+    parser.add_argument(
+        "--add", action="store_true", help="keep the lengths that report.json has and that are not asked"
+    )
     parser.add_argument("--only-write", action="store_true", help="measure nothing: tables and plots of report.json")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -182,7 +185,8 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     path = given.out / "report.json"
     model = given.model or str(embedded_model())
-    result = kept(path, {"model": Path(model).name, "dtype": given.dtype, "answer_tokens": TOKENS})
+    about = {"model": Path(model).name, "dtype": given.dtype, "answer_tokens": TOKENS}
+    result = kept(path, about) if given.add or given.only_write else {**about, "rows": []}
     if not given.only_write:
         run(result, model, given, path)
     (given.out / "report.md").write_text(markdown(result))
