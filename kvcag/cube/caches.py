@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -11,13 +12,15 @@ import torch
 from kvcag.cache.hf import cache_of, layers_of
 from kvcag.cube.texts import made_of, said, segment
 from kvcag.engines.hf import HFEngine
+from kvcag.engines.serving import Serving
 from kvcag.errors import CorruptItemError, FormatError
 from kvcag.handles import placed
 from kvcag.items import KVCacheItem, KVCacheRecords
-from kvcag.keeping import Keeper
+from kvcag.keeping import Ids, Keeper
 from kvcag.memory import KVCacheMemory
 from kvcag.notices import CacheWarning
 from kvcag.prompt import Message, Prompt
+from kvcag.served import Served
 from kvcag.stores.manifest import Manifest
 
 _PLACEHOLDER: Message = {"role": "user", "content": "…"}
@@ -39,23 +42,23 @@ class Caches:
         return self.memory.engine.template.prompt(messages)
 
     def held(self, prompt: Prompt) -> list[bool]:
-        """Which documents of a prompt need not be read: their caches are kept, or the context as a whole is."""
-        keeper = self._keeper
-        if keeper is None:
-            return [False] * len(prompt.document_ids)
-        known, _ = keeper.engine.prefixes.match(prompt.context_ids, self.memory.tenant)
-        if known == len(prompt.context_ids):
-            return [True] * len(prompt.document_ids)
-        contains = self.memory.store.contains
-        return [any(map(contains, keeper.keys(prompt.head_ids, token_ids))) for token_ids in prompt.document_ids]
+        """Which documents of a prompt need not be read: their caches are kept, or the context was read as it is."""
+        engine, tenant, contexts = self.memory.engine, self.memory.tenant, self._contexts
+        known = 0
+        if isinstance(engine, HFEngine):
+            known, _ = engine.prefixes.match(prompt.context_ids, tenant)
+        elif isinstance(engine, Serving):
+            known = engine.preloaded(prompt.context_ids, tenant=tenant)
+        ends = list(accumulate(map(len, prompt.document_ids), initial=len(prompt.head_ids)))[1:]
+        if isinstance(contexts, Keeper) and known < len(prompt.context_ids):
+            return [self._kept(contexts, prompt.head_ids, token_ids) for token_ids in prompt.document_ids]
+        return [end <= known for end in ends]
 
     def encode(self, document: str, metadata: dict[str, Any]) -> bool:
         """Encode a document, if it is not kept yet. Says whether it was encoded now."""
-        keeper, prompt = self._keeper, self.prompt([document])
-        if keeper is not None:
-            keys = keeper.keys(prompt.head_ids, prompt.document_ids[0])
-            if any(map(self.memory.store.contains, keys)):
-                return False
+        contexts, prompt = self._contexts, self.prompt([document])
+        if contexts is not None and self._kept(contexts, prompt.head_ids, prompt.document_ids[0]):
+            return False
         self.memory.keep(placed(self.memory.head or "", [document], [_PLACEHOLDER]), [metadata])
         return True
 
@@ -69,17 +72,19 @@ class Caches:
             gone: texts, as they were given.
             live: what the cube's texts say (`said`).
         """
-        keeper = self._keeper
-        if keeper is None or not gone:
+        if not gone:
             return
-        store = self.memory.store
+        store, contexts = self.memory.store, self._contexts
         said_then = {said(text) for text in gone}
         stale = [key for key in list(store.keys()) if self._holds(key, said_then, live)]
-        for text in gone:  # also where a damaged file no longer says what it was made from
-            prompt = self.prompt([segment(text)])
-            stale += keeper.keys(prompt.head_ids, prompt.document_ids[0])
+        if isinstance(contexts, Keeper):  # also where a damaged file no longer says what it was made from
+            prompts = [self.prompt([segment(text)]) for text in gone]
+            stale += chain.from_iterable(contexts.keys(one.head_ids, one.document_ids[0]) for one in prompts)
         store.delete(stale)
-        keeper.engine.prefixes.clear(self.memory.tenant)
+        if isinstance(contexts, Keeper):
+            contexts.engine.prefixes.clear(contexts.tenant)
+        elif contexts is not None:
+            contexts.clear()
 
     def made_of(self, live: set[str]) -> Iterator[KVCacheItem]:
         """The items that were made from live texts and nothing else, one after another.
@@ -99,8 +104,8 @@ class Caches:
 
     def head(self) -> KVCacheItem | None:
         """The head's own cache: with it, a first question elsewhere encodes nothing but its tail."""
-        keeper, head_ids = self._keeper, self.prompt(["…"]).head_ids
-        if keeper is None or not head_ids:
+        keeper, head_ids = self._contexts, self.prompt(["…"]).head_ids
+        if not isinstance(keeper, Keeper) or not head_ids:
             return None
         layers, _ = keeper.engine.prefill(head_ids, tenant=self.memory.tenant)
         text = self.memory.head or ""
@@ -114,11 +119,11 @@ class Caches:
 
     def take(self, items: Iterable[KVCacheItem], head_id: str | None) -> dict[str, list[str]]:
         """Keep the items that this model made. Returns the texts whose items others made, and how these differ."""
-        fingerprint, keeper = self.memory.engine.fingerprint, self._keeper
+        fingerprint, keeps = self.memory.engine.fingerprint, self._contexts is not None
         foreign, taken = dict[str, list[str]](), set[str]()
         for item in items:
             text = item.records.composed_text_memory
-            ours = keeper is not None and item.fingerprint is not None and fingerprint.matches(item.fingerprint)
+            ours = keeps and item.fingerprint is not None and fingerprint.matches(item.fingerprint)
             if ours and item.id == head_id:
                 self._seed(item)
             elif ours:
@@ -144,10 +149,19 @@ class Caches:
         text = "" if manifest is None else said(_text(manifest))
         return text not in live and any(one in text for one in gone)
 
+    @staticmethod
+    def _kept(contexts: Keeper | Served, head_ids: Ids, token_ids: Ids) -> bool:
+        if isinstance(contexts, Served):
+            return contexts.at_hand(head_ids, token_ids)
+        return any(map(contexts.store.contains, contexts.keys(head_ids, token_ids)))
+
     @property
-    def _keeper(self) -> Keeper | None:
-        memory = self.memory
-        return Keeper(memory.engine, memory.store, memory.tenant) if isinstance(memory.engine, HFEngine) else None
+    def _contexts(self) -> Keeper | Served | None:
+        """What keeps documents over this engine, if anything does."""
+        engine, place = self.memory.engine, (self.memory.store, self.memory.tenant)
+        if isinstance(engine, HFEngine):
+            return Keeper(engine, *place)
+        return Served(engine, *place) if isinstance(engine, Serving) else None
 
 
 def _text(manifest: Manifest) -> str:

@@ -325,9 +325,9 @@ def _plan(sources: Sequence[TextualMemoryItem], held: Sequence[bool], usage: Usa
     ids = [text.id for text in sources]
     each = held if len(held) == len(ids) else [all(held)] * len(ids)
     report = usage.context
-    read = report is None or report.encoded_tokens > head_tokens
+    read = not all(each) or not each or (report is not None and report.encoded_tokens > head_tokens)
     return CubePlan(
-        side="encoded" if report is None or read or not all(each) else "exact" if report.mode == "exact" else "merged",
+        side="encoded" if read else "exact" if report is None or report.mode == "exact" else "merged",
         cached=tuple(id for id, kept in zip(ids, each, strict=True) if kept),
         encoded=tuple(id for id, kept in zip(ids, each, strict=True) if not kept),
         report=report,
