@@ -56,7 +56,7 @@ class HFEngine(Generating):
         model: a decoder-only model whose layers are all attention. It is put into evaluation mode.
         tokenizer: its tokenizer.
         prefix_cache_bytes: how much of recent contexts to keep, so that a prompt which begins like an earlier one is
-            prefilled only from where it differs. 0 switches that off.
+            prefilled only from where it differs; 2 GiB by default. 0 switches that off.
         template_variables: passed to the chat template; see `ChatTemplate`.
         defaults: settings of `Sampling` for calls that do not give them.
 
