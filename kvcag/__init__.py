@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from kvcag.config import ExtractorLLM as ExtractorLLM
     from kvcag.config import HFLLMConfig as HFLLMConfig
     from kvcag.config import KVCacheMemoryConfig as KVCacheMemoryConfig
+    from kvcag.context import ContextPrompt as ContextPrompt
     from kvcag.context import MergedContext as MergedContext
     from kvcag.context import MergeReport as MergeReport
+    from kvcag.context import ServedContext as ServedContext
     from kvcag.cube.memory_cube import MemoryCube as MemoryCube
     from kvcag.engines.base import Chunk as Chunk
     from kvcag.engines.base import Usage as Usage
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from kvcag.engines.hf import HFEngine as HFEngine
     from kvcag.engines.sampling import Sampling as Sampling
     from kvcag.engines.session import Session as Session
+    from kvcag.engines.vllm import VLLMEngine as VLLMEngine
     from kvcag.errors import KVCAGError as KVCAGError
     from kvcag.fingerprint import ModelFingerprint as ModelFingerprint
     from kvcag.items import ActivationMemoryItem as ActivationMemoryItem
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
     from kvcag.items import VLLMKVCacheItem as VLLMKVCacheItem
     from kvcag.memory import KVCacheMemory as KVCacheMemory
     from kvcag.notices import CacheWarning as CacheWarning
+    from kvcag.notices import ServerWarning as ServerWarning
     from kvcag.prompt import ChatTemplate as ChatTemplate
     from kvcag.prompt import Document as Document
     from kvcag.prompt import Prompt as Prompt
@@ -58,6 +62,7 @@ _HOMES = {
     "Choices": "kvcag.engines.constrain",
     "Chunk": "kvcag.engines.base",
     "ContextCache": "kvcag.cache.hf",
+    "ContextPrompt": "kvcag.context",
     "Document": "kvcag.prompt",
     "ExtractorLLM": "kvcag.config",
     "Grammar": "kvcag.engines.constrain",
@@ -76,9 +81,12 @@ _HOMES = {
     "Prompt": "kvcag.prompt",
     "Regex": "kvcag.engines.constrain",
     "Sampling": "kvcag.engines.sampling",
+    "ServedContext": "kvcag.context",
+    "ServerWarning": "kvcag.notices",
     "Session": "kvcag.engines.session",
     "TextualMemoryItem": "kvcag.items",
     "Usage": "kvcag.engines.base",
+    "VLLMEngine": "kvcag.engines.vllm",
     "VLLMKVCacheItem": "kvcag.items",
     "plan_tools": "kvcag.tools",
 }
@@ -94,6 +102,7 @@ __all__ = [
     "Choices",
     "Chunk",
     "ContextCache",
+    "ContextPrompt",
     "Document",
     "ExtractorLLM",
     "Grammar",
@@ -112,9 +121,12 @@ __all__ = [
     "Prompt",
     "Regex",
     "Sampling",
+    "ServedContext",
+    "ServerWarning",
     "Session",
     "TextualMemoryItem",
     "Usage",
+    "VLLMEngine",
     "VLLMKVCacheItem",
     "plan_tools",
 ]
