@@ -73,28 +73,38 @@ class Alphabet:
 
         return _NUMBERED.sub(symbol, grammar)
 
-    def tokens(self, symbols: Sequence[int]) -> list[int] | None:
-        """The fewest tokens that spell `symbols`, none longer than `_LONGEST` bytes; None if the vocabulary cannot."""
-        special = {symbol: token for token, symbol in self._special.items()} if max(symbols, default=0) > _END else {}
+    def counts(self, symbols: Sequence[int]) -> list[int]:
+        """The fewest tokens that spell the symbols from each on, none longer than `_LONGEST` bytes.
+
+        One entry a symbol, and 0 for the end; at least `_FAR` where the vocabulary cannot spell the rest.
+        """
         text = bytes(0 if symbol > _END else symbol for symbol in symbols)
-        best: list[tuple[int, int, int]] = [(0, 0, -1)]  # tokens needed up to here, where the last begins, and which
-        floor = 0  # no token goes over a special one
-        for end, symbol in enumerate(symbols, 1):
-            least = (_FAR, 0, -1)
-            if symbol in special:
-                least, floor = (best[end - 1][0] + 1, end - 1, special[symbol]), end
-            else:
-                for start in range(max(floor, end - _LONGEST), end):
-                    if best[start][0] + 1 < least[0] and text[start:end] in self._token_of:
-                        least = (best[start][0] + 1, start, self._token_of[text[start:end]])
-            best.append(least)
-        if best[-1][0] >= _FAR:
+        best = [0] * (len(symbols) + 1)
+        stop = len(symbols)  # no token goes over a special one
+        for start in reversed(range(len(symbols))):
+            if symbols[start] > _END:
+                best[start], stop = best[start + 1] + 1, start
+                continue
+            ends = range(start + 1, min(stop, start + _LONGEST) + 1)
+            best[start] = 1 + min((best[end] for end in ends if text[start:end] in self._token_of), default=_FAR)
+        return best
+
+    def tokens(self, symbols: Sequence[int]) -> list[int] | None:
+        """The fewest tokens that spell `symbols`; None if the vocabulary cannot."""
+        best = self.counts(symbols)
+        if best[0] >= _FAR:
             return None
-        found, at = list[int](), len(symbols)
-        while at:
-            found.append(best[at][2])
-            at = best[at][1]
-        return found[::-1]
+        special = {symbol: token for token, symbol in self._special.items()} if max(symbols, default=0) > _END else {}
+        found, at = list[int](), 0
+        while at < len(symbols):
+            if symbols[at] in special:
+                found.append(special[symbols[at]])
+                at += 1
+                continue
+            pieces = ((bytes(symbols[at:end]), end) for end in range(at + 1, min(len(symbols), at + _LONGEST) + 1))
+            piece, at = next((p, end) for p, end in pieces if best[end] + 1 == best[at] and p in self._token_of)
+            found.append(self._token_of[piece])
+        return found
 
 
 class _Bytes:

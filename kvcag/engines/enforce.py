@@ -33,7 +33,7 @@ from kvcag.errors import ConstraintBudgetError, ConstraintError, EngineError, Mi
 try:
     from llguidance import LLMatcher
     from llguidance.hf import from_tokenizer
-    from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
+    from llguidance.numpy import allocate_token_bitmask
 
     from kvcag.engines.closing import Alphabet, Closing
     from kvcag.engines.hints import hints
@@ -120,10 +120,12 @@ class Enforcement:
     ) -> None:
         self._matcher, self._closing, self._alphabet = matcher, closing, alphabet
         self._way = way
-        self._needs = len(way)  # tokens that the way takes, at most
+        self._counts: list[int] | None = None  # the fewest tokens from each symbol of the way on, once it matters
         self._left = max_new_tokens
         self._vocabulary = vocabulary
         self._mask = allocate_token_bitmask(1, vocabulary)
+        # Taken once: numpy's way to an address costs as much as a simple mask. It lives as long as `_mask`.
+        self._address = self._mask.ctypes.data
 
     @property
     def complete(self) -> bool:
@@ -132,15 +134,16 @@ class Enforcement:
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Scores `(1, vocabulary)` with -inf for each token that the grammar forbids."""
-        fill_next_token_bitmask(self._matcher, self._mask)
+        self._matcher.unsafe_compute_mask_ptr(self._address, self._mask.nbytes)
         if self._matcher.is_error():
             raise EngineError(f"the grammar cannot go on: {_reason(self._matcher.get_error())}")
         bits = np.unpackbits(self._mask.view(np.uint8), bitorder="little", count=self._vocabulary)
-        forbidden = torch.from_numpy(bits == 0)
+        allowed = torch.from_numpy(bits.view(np.bool_))
         beyond = scores.shape[-1] - self._vocabulary  # a model may have logits for tokens that nobody has
         if beyond > 0:
-            forbidden = torch.nn.functional.pad(forbidden, (0, beyond), value=True)
-        return scores.masked_fill(forbidden[: scores.shape[-1]].to(scores.device), -torch.inf)
+            allowed = torch.nn.functional.pad(allowed, (0, beyond))
+        # `where` takes a third of the time of `masked_fill`
+        return torch.where(allowed[: scores.shape[-1]].to(scores.device), scores, -torch.inf)
 
     def take(self, token: int) -> int:
         """Go on with the token, or with another if the grammar could not be closed in time after it.
@@ -168,26 +171,24 @@ class Enforcement:
         tokens = self._alphabet.tokens(self._way)
         assert tokens  # ways that the vocabulary cannot spell are not kept
         self._way = self._way[len(self._closing.advance(tokens[0])) :]
-        self._needs = len(tokens) - 1
+        self._counts = None
         return tokens[0]
 
     def _way_on(self, symbols: tuple[int, ...]) -> list[int] | None:
         """How the grammar can end, after these symbols, within the tokens that are left."""
-        way, needs = self._way, self._needs
+        way, counts = self._way, self._counts
         if tuple(way[: len(symbols)]) == symbols:
-            way = way[len(symbols) :]
-            needs = len(way)
+            way, counts = way[len(symbols) :], counts and counts[len(symbols) :]
         elif not self._closing.ends_with(way):
             found = self._closing.quick()
             if found is None:
                 return None
-            way, needs = found, len(found)
-        if needs > self._left:  # a symbol is a token at most
-            tokens = self._alphabet.tokens(way)
-            if tokens is None or len(tokens) > self._left:
+            way, counts = found, None
+        if len(way) > self._left:  # a symbol is a token at most
+            counts = counts or self._alphabet.counts(way)
+            if counts[0] > self._left:
                 return None
-            needs = len(tokens)
-        self._needs = needs
+        self._counts = counts
         return way
 
 
