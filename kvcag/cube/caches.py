@@ -86,6 +86,11 @@ class Caches:
         elif contexts is not None:
             contexts.clear()
 
+    def keep_only(self, live: set[str]) -> None:
+        """Delete what was made from anything but live texts."""
+        store = self.memory.store
+        store.delete([key for key in list(store.keys()) if not self._is_made_of(key, live)])
+
     def made_of(self, live: set[str]) -> Iterator[KVCacheItem]:
         """The items that were made from live texts and nothing else, one after another.
 
@@ -148,6 +153,13 @@ class Caches:
             return True
         text = "" if manifest is None else said(_text(manifest))
         return text not in live and any(one in text for one in gone)
+
+    def _is_made_of(self, key: str, live: set[str]) -> bool:
+        try:
+            manifest = self.memory.store.manifest(key)
+        except (CorruptItemError, FormatError):
+            return False
+        return manifest is not None and made_of(_text(manifest), live)
 
     @staticmethod
     def _kept(contexts: Keeper | Served, head_ids: Ids, token_ids: Ids) -> bool:

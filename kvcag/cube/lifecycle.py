@@ -82,11 +82,30 @@ class CubeTexts:
             self._follow([], gone=listed)
 
     def sync(self, documents: object) -> None:
-        """Make these the cube's texts: add what is new, edit what changed, delete what is gone. Errors as `add`."""
+        """Make these the cube's texts: add what is new, edit what changed, delete what is gone. Errors as `add`.
+
+        Every cache that was made from anything else leaves the store, also what an earlier process kept there.
+        """
         texts = read_all(documents)
         with self._lock:
             self.add(texts)
             self.delete([id for id in self._known if id not in {text.id for text in texts}])
+            self._caches.keep_only({said(text.memory) for text in texts})
+
+    def purge(self, text: str) -> None:
+        """Delete every cache that was made from a text which the cube does not hold, for a request to delete.
+
+        `delete` does it for what the cube holds. An answer that was under way in a framework meanwhile may have kept
+        such a cache once more.
+
+        Raises:
+            InvalidInputError: the cube holds it.
+        """
+        with self._lock:
+            live = {said(known.memory) for known in self._known.values()}
+            if said(text) in live:
+                raise InvalidInputError("the cube holds this text: delete it by its id, and its caches go with it")
+            self._caches.drop({text}, live)
 
     def get(self, id: str) -> TextualMemoryItem | None:
         """A text, or None."""
@@ -133,6 +152,10 @@ class CubeTexts:
     async def adelete(self, ids: str | Sequence[str]) -> None:
         """`delete`, in a thread."""
         await asyncio.to_thread(self.delete, ids)
+
+    async def apurge(self, text: str) -> None:
+        """`purge`, in a thread."""
+        await asyncio.to_thread(self.purge, text)
 
     async def asearch(self, question: str, k: int | None = None) -> list[TextualMemoryItem]:
         """`search`, in a thread."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import byte_tokenizer, tiny_model
 
-from kvcag import HFEngine, MemoryCube
+from kvcag import Document, HFEngine, MemoryCube
 from kvcag.cache.hf import layers_of
 from kvcag.engines.echo import EchoEngine, whole_prompt
 from kvcag.errors import (
@@ -207,6 +207,29 @@ def test_sync_adds_edits_and_deletes(cube: MemoryCube) -> None:
     cube.sync([TextualMemoryItem(id="alice", memory="Alice sold it."), CAROL])
     assert [text.memory for text in cube.get_all()] == ["Alice sold it.", CAROL.memory]
     assert kept_texts(cube) == []
+
+
+def test_sync_clears_away_what_an_earlier_process_kept(tiny_engine: HFEngine, tmp_path: Path) -> None:
+    before = MemoryCube(tiny_engine, store=tmp_path)
+    before.add([ALICE, BOB])
+    before.encode()
+    before.ask("Both?", strategy="exact", max_new_tokens=2)
+    after = MemoryCube(tiny_engine, store=tmp_path)
+    after.sync([BOB, CAROL])
+    assert kept_texts(after) == [BOB.memory]  # what is still right is found
+    assert after.encode() == 1
+
+
+def test_what_came_back_after_its_deletion_can_be_purged(cube: MemoryCube) -> None:
+    cube.encode()
+    with pytest.raises(InvalidInputError, match="delete it by its id"):
+        cube.purge(ALICE.memory)
+    cube.delete("alice")
+    system = {"role": "system", "content": [Document(f"{ALICE.memory}\n\n")]}
+    list(cube.memory.stream([system, {"role": "user", "content": "Who?"}]))  # a framework had found it before
+    assert ALICE.memory in kept_texts(cube)
+    cube.purge(ALICE.memory)
+    assert kept_texts(cube) == [BOB.memory]
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
