@@ -7,7 +7,8 @@ and checkpoints; it changes with the text, the instruction and the model, so wha
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from kvcag.errors import EmptyPromptError, InvalidInputError, StoreError
 from kvcag.memory import KVCacheMemory
@@ -77,6 +78,11 @@ class ContextHandles:
             )
         self._made[id] = str(manifest.metadata[_INSTRUCTION]), manifest.records.composed_text_memory
         return self._made[id]
+
+
+def is_context(metadata: Mapping[str, Any]) -> bool:
+    """Whether an item with this metadata is a context, to which an id leads from bound arguments or checkpoints."""
+    return _INSTRUCTION in metadata
 
 
 def placed(instruction: str, documents: Sequence[str], messages: Sequence[Message]) -> list[Message]:

@@ -13,7 +13,7 @@ _HELP = {
     "retrieved_total": ("counter", "Texts that retrievers found."),
     "asked_total": ("counter", "Texts that stood in prompts."),
     "reused_tokens_total": ("counter", "Tokens of documents that were found in the store."),
-    "encoded_tokens_total": ("counter", "Tokens of documents that were encoded for a question, and put."),
+    "encoded_tokens_total": ("counter", "Tokens that were put: of documents that a question had to encode."),
     "promoted_total": ("counter", "Caches encoded ahead of a question, and kept."),
     "promoted_tokens_total": ("counter", "Their tokens."),
     "promoting_seconds_total": ("counter", "Seconds from beginning to encode to having kept, waiting included."),

@@ -192,6 +192,8 @@ class Promoter:
                 meanwhile=self._meanwhile,
                 wanted=lambda: not self._store.contains(key),
             )
+            with self._engine.turns.spare(self._quiet_s, self._stop, self._meanwhile):
+                pass  # a question that has come meanwhile does not wait for a disk, either
         except Interrupted:
             if self._stop.is_set():
                 raise

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from kvcag.cache.hf import layers_of, nbytes
 from kvcag.errors import StoreError, StoreFullError
 from kvcag.fingerprint import ModelFingerprint
+from kvcag.handles import is_context
 from kvcag.items import KVCacheItem
 from kvcag.scheduler.counters import Counters, digest_of
 from kvcag.scheduler.log import LogEntry
@@ -18,14 +20,12 @@ from kvcag.scheduler.working_set import Cached, WorkingSet
 from kvcag.stores.base import KVStore, StoreStats
 from kvcag.stores.manifest import Manifest
 
-_BY_CONTENT = "kv:sha256:"
-
 
 class ScheduledStore(KVStore):
     """A store whose items are a working set: what is put enters if it is worth its bytes, and what it displaces leaves.
 
-    What leaves is recorded before it is deleted, so a text is never lost. An item under an id of somebody's own, which
-    `KVCacheMemory.add` put, always enters and never leaves by itself.
+    What leaves is recorded before it is deleted, so a text is never lost. What somebody has to find again under its id,
+    an item that `KVCacheMemory.add` put or a context with a handle, always enters and never leaves by itself.
 
     Args:
         inner: where items live.
@@ -225,13 +225,13 @@ class ScheduledStore(KVStore):
     def _entry(self, item: KVCacheItem) -> Cached:
         size = nbytes(layers_of(item.memory))
         text = item.records.composed_text_memory
-        return Cached(item.id, digest_of(text), len(item.token_ids), size, item.id.startswith(_BY_CONTENT))
+        return Cached(item.id, digest_of(text), len(item.token_ids), size, _is_managed(item.id, item.metadata))
 
     def _found(self, manifest: Manifest) -> Cached:
         self._counters.met(manifest.records.composed_text_memory, manifest.tokens)
         digest = digest_of(manifest.records.composed_text_memory)
         size = manifest.tokens * self._bytes_per_token
-        return Cached(manifest.id, digest, manifest.tokens, size, manifest.id.startswith(_BY_CONTENT))
+        return Cached(manifest.id, digest, manifest.tokens, size, _is_managed(manifest.id, manifest.metadata))
 
     def _is_ours(self, manifest: Manifest) -> bool:
         return manifest.fingerprint is not None and self._fingerprint.matches(manifest.fingerprint)
@@ -242,3 +242,8 @@ class ScheduledStore(KVStore):
             return "its text was never asked for"
         times = f"{use.count} time{'s' * (use.count > 1)}"
         return f"its text was asked for {times}, last {now - use.last:.1f} rounds ago"
+
+
+def _is_managed(id: str, metadata: Mapping[str, Any]) -> bool:
+    """Whether nobody has to find it under its id: it was kept by its content, and is no context that has a handle."""
+    return id.startswith("kv:sha256:") and not is_context(metadata)

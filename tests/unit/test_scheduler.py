@@ -24,6 +24,7 @@ from kvcag.errors import (
     UnknownItemError,
     UnsupportedModelError,
 )
+from kvcag.handles import ContextHandles
 from kvcag.items import TextualMemoryItem
 from kvcag.prompt import Document
 from kvcag.scheduler import LRU, CacheScheduler
@@ -278,6 +279,18 @@ def test_what_somebody_added_by_hand_is_found_under_its_id_whatever_is_hot(
     with pytest.raises(StoreFullError):
         memory.add(memory.extract("y" * 698))
     assert scheduler.demote(mine.id) == [mine.id]  # on demand, everything goes
+
+
+def test_a_context_with_a_handle_outlives_the_process_whatever_is_hot(memory: KVCacheMemory) -> None:
+    """Its id is in bound arguments and checkpoints, and its text is in the store alone."""
+    handle = ContextHandles(memory).create(["The whole corpus. " * 20], "Use:")
+    with scheduler_of(memory, 450):
+        later = ContextHandles(memory).create(["Another one."], "Use:")
+        for _ in range(4):
+            ask(memory, *TEXTS)
+        assert ContextHandles(memory).place(handle, [{"role": "user", "content": "What?"}])
+        assert ContextHandles(memory).place(later, [{"role": "user", "content": "What?"}])
+        assert held_bytes(memory) <= 450 * PER_TOKEN
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

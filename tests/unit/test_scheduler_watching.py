@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from langchain.agents import create_agent
 from langchain_classic.chains import create_retrieval_chain
 from langchain_core.documents import Document
 from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
@@ -17,7 +18,7 @@ from llama_index.retrievers.bm25 import BM25Retriever
 from retrievers import BM25, Faiss
 
 from kvcag import CacheScheduler, HFEngine
-from kvcag.langchain import ChatKVCAG, SchedulerCallback, create_cag_documents_chain
+from kvcag.langchain import ChatKVCAG, KVCAGMiddleware, SchedulerCallback, create_cag_documents_chain
 from kvcag.llama_index import CAGQueryEngine, KVCacheLLM, SchedulerEventHandler
 from kvcag.stores.memory import MemoryStore
 
@@ -107,6 +108,15 @@ def test_an_edited_document_drops_its_cache(llm: ChatKVCAG, scheduler: CacheSche
     report = scheduler.run_once()
     assert len(report.dropped) == 1
     assert shown(scheduler) == {f"{TEXTS[0]}\n\n", "The keeper of the museum lost the key.\n\n"}
+
+
+def test_an_agents_middleware_is_watched(llm: ChatKVCAG, scheduler: CacheScheduler) -> None:
+    agent = create_agent(llm, middleware=[KVCAGMiddleware(retriever=BM25(documents=documents(), k=2))])
+    for _ in range(2):
+        agent.invoke({"messages": [("user", QUESTION)]}, config={"callbacks": [SchedulerCallback(scheduler)]})
+    metrics = scheduler.metrics()
+    assert (metrics.documents, metrics.retrieved_total, metrics.asked_total) == (2, 4, 4)
+    assert {known.use.count for known in scheduler._counters.known.values()} == {2}
 
 
 def nodes() -> list[TextNode]:
