@@ -20,6 +20,7 @@ from kvcag.keeping import Ids, Keeper
 from kvcag.memory import KVCacheMemory
 from kvcag.notices import CacheWarning
 from kvcag.prompt import Message, Prompt
+from kvcag.scheduler.store import ScheduledStore
 from kvcag.served import Served
 from kvcag.stores.manifest import Manifest
 
@@ -81,6 +82,9 @@ class Caches:
             prompts = [self.prompt([segment(text)]) for text in gone]
             stale += chain.from_iterable(contexts.keys(one.head_ids, one.document_ids[0]) for one in prompts)
         store.delete(stale)
+        if isinstance(store, ScheduledStore):  # which would remember the texts, and encode them ahead again
+            for text in gone:
+                store.purge(text)
         if isinstance(contexts, Keeper):
             contexts.engine.prefixes.clear(contexts.tenant)
         elif contexts is not None:

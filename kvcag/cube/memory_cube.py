@@ -20,6 +20,7 @@ from kvcag.compose import MAX_KL, Strategy
 from kvcag.cube.answer import CubeAnswer, CubePlan
 from kvcag.cube.dump import CubeSettings, read_dump, read_settings, write_dump
 from kvcag.cube.lifecycle import CubeTexts
+from kvcag.cube.retrieved import FoundTexts
 from kvcag.cube.texts import SearchableTexts, TextSide, said, segment
 from kvcag.engines.base import Chunk, Engine, Usage
 from kvcag.engines.constrain import ConstraintLike
@@ -192,7 +193,10 @@ class MemoryCube(CubeTexts):
                 f"{self.namespace!r}. Load it into a MemoryCube(..., namespace={dumped.settings.namespace!r})."
             )
         with self._lock:
-            self.add(dumped.texts)
+            if isinstance(self.texts, FoundTexts):  # a retriever finds its own: there is nothing to write to
+                self._follow(dumped.texts)
+            else:
+                self.add(dumped.texts)
             foreign = self._caches.take(dumped.items, dumped.settings.head_id)
         reasons = list(next(iter(foreign.values()), []))
         if dumped.settings.head != self.memory.head and dumped.items:

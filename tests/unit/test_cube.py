@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny import byte_tokenizer, tiny_model
 
-from kvcag import Document, HFEngine, MemoryCube
+from kvcag import CacheScheduler, Document, HFEngine, MemoryCube
 from kvcag.cache.hf import layers_of
 from kvcag.engines.echo import EchoEngine, whole_prompt
 from kvcag.errors import (
@@ -230,6 +230,18 @@ def test_what_came_back_after_its_deletion_can_be_purged(cube: MemoryCube) -> No
     assert ALICE.memory in kept_texts(cube)
     cube.purge(ALICE.memory)
     assert kept_texts(cube) == [BOB.memory]
+
+
+def test_a_scheduler_forgets_with_the_cube(cube: MemoryCube, tmp_path: Path) -> None:
+    """It would have encoded the text ahead again, which was asked for so often."""
+    with CacheScheduler(cube.memory, 1 << 20, state=tmp_path / "state.sqlite", every_s=None, quiet_s=0) as scheduler:
+        for _ in range(4):
+            cube.ask("Who?", max_new_tokens=2)
+        scheduler.run_once()
+        cube.delete("alice")
+        scheduler.run_once()
+        assert kept_texts(cube) == [BOB.memory]
+    assert not any(b"Alice" in file.read_bytes() for file in tmp_path.iterdir())
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------

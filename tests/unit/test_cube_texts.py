@@ -176,6 +176,18 @@ def test_a_retriever_is_read_and_never_written(tiny_engine: HFEngine, side: Text
     assert kept_texts(cube) == []
 
 
+def test_a_cube_beside_a_retriever_moves(tiny_engine: HFEngine, tmp_path: Any) -> None:
+    """What its retriever finds there cannot be written to."""
+    retriever = BM25(documents=[Document(text.memory, id=text.id) for text in (BRIDGE, HOUSE, TOWER)], k=1)
+    cube = MemoryCube(tiny_engine, langchain.RetrieverTexts(retriever))
+    cube.ask(QUESTION, max_new_tokens=2)
+    cube.dump(tmp_path)
+    tiny_engine.prefixes.clear()
+    moved = MemoryCube.from_dir(tmp_path, tiny_engine, langchain.RetrieverTexts(retriever))
+    assert [text.id for text in moved.get_all()] == ["tower"]
+    assert moved.ask(QUESTION, max_new_tokens=2).plan.side == "exact"
+
+
 def test_a_retriever_is_built_again_only_when_texts_changed(tiny_engine: HFEngine) -> None:
     built: list[int] = []
 
