@@ -1,0 +1,130 @@
+"""Do random schemas hold on the real model, and do a session's turns answer as full prefills do?
+
+    python benchmarks/structured.py [--schemas 200] [--budget 3 40] [--turns 10] [--out benchmarks/results/structured.json]
+
+Schemas are those of the test suite (`tests/schemas.py`, every keyword that a constraint holds), drawn with a fixed seed. Each
+output is validated by `jsonschema` and held against its budget; a schema whose shortest output does not fit is refused,
+and then answered with the budget that the refusal names.
+
+Turns: a session over some 2,000 tokens, free and constrained turns in turn, beside a fresh engine that reads the same
+tokens anew for each turn, one after the other in one run. Greedy, fp32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jsonschema
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+from kvcag import HFEngine
+from kvcag.demo.model import embedded_model
+from kvcag.engines.constrain import Choices
+from kvcag.errors import ConstraintBudgetError
+from kvcag.prompt import Prompt
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from schemas import Schema, schemas
+
+
+def holds(engine: HFEngine, schema: Schema, budget: int) -> dict[str, Any]:
+    """One schema's output: valid, and of at most `budget` tokens, or of what the refusal says is needed."""
+    refused = False
+    try:
+        engine.constrain(schema, budget)
+    except ConstraintBudgetError as error:
+        refused, budget = True, error.needed_tokens
+    sampling = engine.sampling(max_new_tokens=budget)
+    chunks = list(engine.stream(engine.plan("Say something."), sampling, constraint=schema))
+    text = "".join(chunk.text for chunk in chunks)
+    tokens = chunks[-1].usage.completion_tokens
+    jsonschema.validate(json.loads(text), schema)
+    if tokens > budget:
+        raise AssertionError(f"{tokens} tokens of {budget} for {schema}: {text}")
+    return {"budget": budget, "tokens": tokens, "refused_first": refused}
+
+
+def random_schemas(engine: HFEngine, count: int, budgets: tuple[int, int]) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = []
+    draw = random.Random(0)
+
+    @seed(0)
+    @settings(max_examples=count, deadline=None, database=None, phases=[Phase.generate],
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(schema=schemas)
+    def run(schema: Schema) -> None:
+        rows.append(holds(engine, schema, draw.randint(*budgets)))
+        if len(rows) % 20 == 0:
+            print(f"{len(rows)} schemas", file=sys.stderr)
+
+    run()
+    return {
+        "schemas": len(rows),
+        "valid": len(rows),  # the first that is not ends the run
+        "budgets": list(budgets),
+        "refused_for_their_budget": sum(row["refused_first"] for row in rows),
+        "tokens_of_all": sum(row["tokens"] for row in rows),
+    }
+
+
+def turns(engine: HFEngine, count: int) -> dict[str, Any]:
+    filler = " ".join(f"Berth {number} is let to boat {number * 7 % 100}." for number in range(150))
+    context = engine.build_kv_cache(f"The lighthouse keeper is called Ines Falk. She keeps bees. {filler}")
+    fresh = HFEngine(engine.model, engine.tokenizer, prefix_cache_bytes=0)
+    asked = [("Who keeps bees?", None), ("Is that so?", Choices(["yes", "no", "maybe"]))]
+    equal, mine, theirs = 0, [], []
+    with engine.session(context) as session:
+        for number in range(count):
+            question, constraint = asked[number % 2]
+            started = time.perf_counter()
+            session.generate(question, constraint=constraint, max_new_tokens=8)
+            mine.append(time.perf_counter() - started)
+            said = session.turns[-1].completion_tokens
+            before, answer = session.token_ids[:-said], session.token_ids[-said:]
+            started = time.perf_counter()
+            sampling = fresh.sampling(max_new_tokens=8)
+            chunks = list(fresh.stream(Prompt((), (), tuple(before)), sampling, constraint=constraint))
+            theirs.append(time.perf_counter() - started)
+            equal += tuple(answer) == tuple(token for chunk in chunks for token in chunk.token_ids)
+            print(f"turn {number + 1}", file=sys.stderr)
+        new = len(session.token_ids) - len(context.token_ids)
+        said = sum(turn.completion_tokens for turn in session.turns)
+        return {
+            "context_tokens": len(context.token_ids),
+            "turns": count,
+            "equal_to_a_full_prefill": equal,
+            "new_tokens_of_the_turns": new - said,
+            "prefilled_tokens": session.prefilled_tokens,
+            "of_them_last_tokens_of_answers": count - 1,
+            "seconds_a_turn": median(mine),
+            "seconds_a_full_prefill": median(theirs),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--schemas", type=int, default=200)
+    parser.add_argument("--budget", type=int, nargs=2, default=(3, 40), help="each schema's is drawn between these")
+    parser.add_argument("--turns", type=int, default=10)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "structured.json")
+    options = parser.parse_args()
+    engine = HFEngine.from_pretrained(embedded_model(), dtype="float32", device="cpu")
+    result = {
+        "turns": turns(engine, options.turns),
+        "schemas": random_schemas(engine, options.schemas, tuple(options.budget)),
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
