@@ -1,10 +1,10 @@
 """Do random schemas hold on the real model, and do a session's turns answer as full prefills do?
 
-    python benchmarks/structured.py [--schemas 200] [--budget 3 40] [--turns 10] [--out benchmarks/results/structured.json]
+    python benchmarks/structured.py [--schemas 200] [--budget 3 40] [--turns 10] [--out FILE]
 
-Schemas are those of the test suite (`tests/schemas.py`, every keyword that a constraint holds), drawn with a fixed seed. Each
-output is validated by `jsonschema` and held against its budget; a schema whose shortest output does not fit is refused,
-and then answered with the budget that the refusal names.
+Schemas are those of the test suite (`tests/schemas.py`, every keyword that a constraint holds), drawn with a fixed seed.
+Each output is validated by `jsonschema` and held against its budget; a schema whose shortest output does not fit is
+refused, and then answered with the budget that the refusal names.
 
 Turns: a session over some 2,000 tokens, free and constrained turns in turn, beside a fresh engine that reads the same
 tokens anew for each turn, one after the other in one run. Greedy, fp32.
@@ -23,7 +23,6 @@ from typing import Any
 
 import jsonschema
 from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis import strategies as st
 
 from kvcag import HFEngine
 from kvcag.demo.model import embedded_model
