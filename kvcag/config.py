@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakValueDictionary
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from kvcag.engines.hf import HFEngine
+
+if TYPE_CHECKING:
+    from kvcag.engines.vllm import VLLMEngine
 
 
 class HFLLMConfig(BaseModel):
@@ -45,17 +48,61 @@ class HFLLMConfig(BaseModel):
         )
 
 
+class VLLMLLMConfig(BaseModel):
+    """A model on a vLLM server, and how it generates: see `VLLMEngine`. MemOS samples there; 0 is greedy."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    model_name_or_path: str
+    api_base: str = "http://localhost:8088/v1"
+    api_key: str = ""
+    temperature: float = Field(default=0.7, ge=0)
+    max_tokens: int = Field(default=512, ge=1)
+    top_p: float = 0.95
+    top_k: int = 20
+    remove_think_prefix: bool = False
+    enable_thinking: bool | None = None
+    """Passed to the chat template, where it is set."""
+    model_schema: str | None = None
+    """As for `HFLLMConfig`."""
+
+    def engine(self) -> VLLMEngine:
+        """The server, with these settings as the engine's defaults. It need not run yet."""
+        from kvcag.engines.vllm import VLLMEngine  # an extra, needed by those who have a server
+
+        thinking = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
+        return VLLMEngine(
+            self.api_base,
+            self.model_name_or_path,
+            api_key=self.api_key or None,
+            template_variables=thinking,
+            defaults={
+                "temperature": self.temperature,
+                "max_new_tokens": self.max_tokens,
+                "top_p": self.top_p,
+                "top_k": self.top_k,
+                "strip_thinking": self.remove_think_prefix,
+            },
+        )
+
+
 class ExtractorLLM(BaseModel):
     """Which engine encodes. `huggingface_singleton` shares one engine among equal configurations."""
 
     model_config = ConfigDict(extra="forbid")
 
-    backend: Literal["huggingface", "huggingface_singleton"]
-    config: HFLLMConfig
+    backend: Literal["huggingface", "huggingface_singleton", "vllm"]
+    config: HFLLMConfig | VLLMLLMConfig
 
-    def engine(self) -> HFEngine:
-        """Load the model, or take the engine that an equal configuration loaded."""
-        if self.backend == "huggingface":
+    @field_validator("config", mode="before")
+    @classmethod
+    def _of_the_backend(cls, value: Any, info: ValidationInfo) -> Any:
+        made = VLLMLLMConfig if info.data.get("backend") == "vllm" else HFLLMConfig
+        return made.model_validate(value)
+
+    def engine(self) -> HFEngine | VLLMEngine:
+        """Load the model, or take the engine that an equal configuration loaded; or the server."""
+        if self.backend == "huggingface" or isinstance(self.config, VLLMLLMConfig):
             return self.config.engine()
         key = self.config.model_dump_json()
         with _shared_lock:

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 from tiny import byte_tokenizer, tiny_model
+from wire_server import WireServer
 
-from kvcag import KVCacheMemory, KVCacheMemoryConfig, Sampling
+from kvcag import HFEngine, KVCacheMemory, KVCacheMemoryConfig, Sampling
 
 
 @pytest.fixture
@@ -64,3 +65,17 @@ def test_a_wrong_configuration_is_refused(model_dir: Path, wrong: dict[str, Any]
 def test_a_filename_is_not_a_path(model_dir: Path) -> None:
     with pytest.raises(ValidationError, match="memory_filename"):
         KVCacheMemory.from_config({**config(model_dir), "memory_filename": "../kv.json"})
+
+
+def test_a_memos_configuration_of_a_server_reads_the_same(model_dir: Path) -> None:
+    settings = {"model_name_or_path": "tiny", "temperature": 0.5, "max_tokens": 7, "enable_thinking": False}
+    with WireServer(HFEngine(tiny_model(), byte_tokenizer())) as server:
+        extractor = {"backend": "vllm", "config": {**settings, "api_base": server.url}}
+        memory = KVCacheMemory.from_config({"extractor_llm": extractor, "head": "Read."})
+        assert memory.engine.sampling() == Sampling(max_new_tokens=7, temperature=0.5, top_k=20, top_p=0.95)
+        assert memory.engine.template.variables == {"enable_thinking": False}
+        item = memory.extract("text")
+        assert item.memory == "<|im_start|>system\nRead.\n\ntext\n\n"
+        memory.engine.close()
+    with pytest.raises(ValidationError, match="api_base"):
+        KVCacheMemory.from_config(config(model_dir, api_base="http://127.0.0.1"))
