@@ -2,7 +2,7 @@
 
     python benchmarks/structured.py [--schemas 200] [--budget 3 40] [--turns 10] [--out FILE]
 
-Schemas are those of the test suite (`tests/schemas.py`, every keyword that a constraint holds), drawn with a fixed seed.
+Schemas are the test suite's (`tests/schemas.py`, every keyword that a constraint holds), drawn with a fixed seed.
 Each output is validated by `jsonschema` and held against its budget; a schema whose shortest output does not fit is
 refused, and then answered with the budget that the refusal names.
 
