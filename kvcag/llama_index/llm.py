@@ -85,6 +85,8 @@ class KVCacheLLM(FunctionCallingLLM):
     stop: list[str] | None = Field(default=None, description="Strings that end the answer.")
     strip_thinking: bool | None = Field(default=None, description="Leave `<think>…</think>` out of the answer.")
 
+    tenant: str = Field(default="", description="Keeps what this reads apart from what other tenants' LLMs read.")
+
     _engine: Engine | None = PrivateAttr(default=None)
     _store: KVStore | None = PrivateAttr(default=None)
     _lazy: LazyEngine | None = PrivateAttr(default=None)
@@ -131,9 +133,9 @@ class KVCacheLLM(FunctionCallingLLM):
             if engine is None:
                 assert self._lazy is not None
                 engine = self._lazy.engine()
-            store = open_store(self._store or self.store, engine)
+            store = open_store(self._store or self.store, engine, self.tenant)
             warn_if_foreign(store, engine.fingerprint)
-            self._memory = KVCacheMemory(engine, store)
+            self._memory = KVCacheMemory(engine, store, tenant=self.tenant)
         return self._memory
 
     @property
