@@ -316,10 +316,11 @@ class CacheScheduler:
         with self._counters.lock:
             changed, self._counters.changed = self._counters.changed, []
             changed = [digest for digest in changed if digest not in self._counters.identities.values()]
+            for digest in changed:
+                self._counters.known.pop(digest, None)
+                self._counters.fresh.add(digest)
         dropped: list[str] = []
         for digest in changed:
-            self._counters.known.pop(digest, None)
-            self._counters.fresh.add(digest)
             with self._store.lock:
                 entries = self._store.let_go(self._working.of_text(digest), "dropped", "its text changed")
             dropped += [entry.key for entry in entries]

@@ -62,8 +62,8 @@ class WorkingSet:
         return self.policy.worth(self._use_of(entry.digest), entry.tokens, entry.bytes, now)
 
     def of_text(self, digest: str) -> list[Cached]:
-        """The caches of a text, one after each head."""
-        return [entry for entry in self.entries.values() if entry.digest == digest]
+        """The caches of a text, one after each head. May be asked while another thread adds."""
+        return [entry for entry in list(self.entries.values()) if entry.digest == digest]
 
     def can_hold(self, new: Cached) -> bool:
         """Whether it fits beside what never leaves."""
