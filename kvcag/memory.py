@@ -219,6 +219,7 @@ class KVCacheMemory:
             skip_missing: leave unknown ids out.
 
         Raises:
+            InvalidInputError: no ids, or a ratio out of range.
             UnknownItemError: an id is not in the memory, unless it may be skipped.
             ContextLengthError: head, documents and question exceed the model's context.
             UnsupportedModelError: the model's keys cannot be re-rotated.
@@ -240,6 +241,16 @@ class KVCacheMemory:
 
         Documents are found by their content. One that cannot be read is encoded again, with a `CacheWarning`. Of
         questions that are asked at once, the first encodes what they share.
+
+        Args:
+            prompt: from `engine.template.prompt`, of messages that hold documents.
+            strategy: as for `merge`; so are `ratio` and `max_kl`.
+            ratio: the recompute ratio, in [0, 1].
+            max_kl: what `"auto"` allows, nats a token.
+
+        Raises:
+            ContextLengthError: the prompt exceeds the model's context; nothing was encoded.
+            UnsupportedModelError: the model's keys cannot be re-rotated.
         """
         self.engine.check_fits(len(prompt.token_ids), 1)
         return self._contexts.context_for(prompt, strategy, ratio, max_kl)
@@ -298,6 +309,15 @@ class KVCacheMemory:
         """Answer messages whose documents (`kvcag.prompt.Document`) come from caches. What both adapters call.
 
         Without documents, the longest prefix that was encoded before is reused.
+
+        Args:
+            messages: chat messages, whose content may hold `Document` parts; a str for one user message; or a prompt.
+            strategy: how documents are put together, as for `merge`; so are `ratio` and `max_kl`.
+            ratio: the recompute ratio, in [0, 1].
+            max_kl: what `"auto"` allows, nats a token.
+            tools: shown by the chat template, if it shows tools.
+            sampling: from `engine.sampling(…)`; the engine's defaults where None.
+            constraint: what the answer must be.
 
         Raises:
             ContextLengthError: the prompt and the answer exceed the model's context; nothing was encoded.

@@ -119,7 +119,11 @@ class ChatTemplate:
         return Prompt(bos + self.encode(head), document_ids, self.encode(tail), thinking, texts)
 
     def verbatim(self, text: str) -> Prompt:
-        """A text that is in the model's own format already, with BOS before it where the model wants one."""
+        """A text that is in the model's own format already, with BOS before it where the model wants one.
+
+        Raises:
+            EmptyPromptError: the text is empty.
+        """
         token_ids, bos = self.encode(text), self._default_bos
         if not token_ids:
             raise EmptyPromptError("the prompt is empty: there is nothing to answer")
@@ -129,6 +133,10 @@ class ChatTemplate:
         """The prompt in whose system turn documents stand after `head`, without the documents.
 
         A system message among `messages` stands after the documents, in the same turn.
+
+        Raises:
+            EmptyPromptError: there is no message but system messages.
+            ChatTemplateError: the template refuses these messages.
         """
         opening = [f"{head}\n\n"] if head else []
         rest = list(messages)

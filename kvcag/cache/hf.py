@@ -54,7 +54,15 @@ class ContextCache(DynamicCache):
         *,
         exact: bool = True,
     ) -> ContextCache:
-        """A cache over `layers`, which it takes as they are."""
+        """A cache over `layers`, which it takes as they are.
+
+        Args:
+            layers: keys and values of each layer, `(1, kv_heads, seq_len, head_dim)`, keys rotated to their positions.
+            token_ids: 1-D int64, `(seq_len,)`: the tokens that they were made from.
+            fingerprint: of the model that made them, `engine.fingerprint`.
+            messages: the chat messages they hold, where their turns are closed.
+            exact: they are what the model computes for these tokens.
+        """
         cache = cls()
         cache.layers.extend(cache_of(layers).layers)
         cache.token_ids, cache.fingerprint = token_ids, fingerprint

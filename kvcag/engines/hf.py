@@ -224,6 +224,18 @@ class HFEngine(Generating):
         """Keys and values of `token_ids` alone, encoded after `prefix_ids`; the caller's own.
 
         The prefix is kept among the recent contexts, the tokens are not: they are kept as an item of their own.
+
+        Args:
+            prefix_ids: what stands before them; may be empty.
+            token_ids: the document's.
+            tenant: whose recent contexts the prefix may come from.
+
+        Returns:
+            Keys and values of each layer, `(1, kv_heads, len(token_ids), head_dim)`, keys rotated to their positions.
+
+        Raises:
+            EmptyPromptError: no tokens.
+            ContextLengthError: more tokens, with the prefix, than the model's context.
         """
         if not token_ids:
             raise EmptyPromptError("there are no tokens to encode")
@@ -282,9 +294,17 @@ class HFEngine(Generating):
         Over an exact context, or none, the longest prefix that was encoded before is reused, and the prompt and its
         answer are kept for the next. A context that agrees with the prompt only at first is reused as far as it agrees.
         The arguments are checked at once; the work is done as the stream is read, and stops when it is closed.
-        Times count from `started` (`time.perf_counter()`), where preparing the context belongs to the answer.
+
+        Args:
+            prompt: whole, the context's tokens included; see `plan`.
+            sampling: see `Engine.sampling`.
+            past_key_values: the context; it is read, never written.
+            constraint: what the answer must be.
+            tenant: whose recent contexts may be reused, and are added to.
+            started: what times count from (`time.perf_counter()`), where preparing the context belongs to the answer.
 
         Raises:
+            EmptyPromptError: the prompt has no tokens.
             ConstraintError: the constraint cannot be used, or nothing that satisfies it fits `max_new_tokens`.
             ContextLengthError: the prompt with `max_new_tokens` exceeds the model's context.
             CacheMismatchError: the context is another model's, or its ids are not those that the prompt begins with.

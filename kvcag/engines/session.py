@@ -200,7 +200,13 @@ class Session:
     def stream(
         self, message: str | Sequence[Message], *, constraint: ConstraintLike | None = None, **sampling: Any
     ) -> Generator[Chunk, None, None]:
-        """`generate`, piece by piece. Arguments are checked at once; closing the stream takes the turn back."""
+        """`generate`, piece by piece. Arguments are checked at once; closing the stream takes the turn back.
+
+        Raises:
+            EmptyPromptError: there is nothing to answer.
+            TokenMismatchError: the template renders a merged context's messages otherwise once something follows them.
+            ConstraintError, ContextLengthError, InvalidInputError: as `generate`.
+        """
         self._open()
         started = time.perf_counter()
         said = [_flat(each) for each in as_messages(message)]

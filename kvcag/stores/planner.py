@@ -59,7 +59,11 @@ class Planner:
         self.prefill_tokens_per_s, self.speeds = prefill_tokens_per_s, dict(speeds)
 
     def plan(self, tokens: int, size: int, place: str) -> Plan:
-        """For an item of so many tokens, whose keys and values take `size` bytes and lie in `place`."""
+        """For an item of so many tokens, whose keys and values take `size` bytes and lie in `place`.
+
+        Raises:
+            InvalidInputError: no speed of this place is known.
+        """
         if place not in self.speeds:
             raise InvalidInputError(f"no speed is known of {place!r}, only of {sorted(self.speeds)}")
         load, encode = self.speeds[place].seconds(size), tokens / self.prefill_tokens_per_s
