@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
 _HELP = {
@@ -56,13 +58,20 @@ class SchedulerMetrics:
         tokens = self.reused_tokens_total + self.encoded_tokens_total
         return self.reused_tokens_total / tokens if tokens else 0.0
 
-    def prometheus(self, prefix: str = "kvcag_scheduler") -> str:
-        """The figures in Prometheus' text format, for whatever serves `/metrics`."""
+    def prometheus(self, prefix: str = "kvcag_scheduler", labels: Mapping[str, str] | None = None) -> str:
+        """The figures in Prometheus' text format, for whatever serves `/metrics`.
+
+        Args:
+            prefix: begins every name.
+            labels: put on every figure, such as `{"tenant": "a"}` where each tenant has a scheduler.
+        """
+        shown = ",".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in (labels or {}).items())
+        labelled = f"{{{shown}}}" if shown else ""
         lines: list[str] = []
         for each in fields(self):
             kind, told = _HELP[each.name]
             name = f"{prefix}_{each.name}"
-            lines += [f"# HELP {name} {told}", f"# TYPE {name} {kind}", f"{name} {getattr(self, each.name)}"]
+            lines += [f"# HELP {name} {told}", f"# TYPE {name} {kind}", f"{name}{labelled} {getattr(self, each.name)}"]
         return "\n".join(lines) + "\n"
 
 

@@ -408,6 +408,8 @@ def test_figures_for_a_scrape(memory: KVCacheMemory, scheduler: CacheScheduler) 
     assert "kvcag_scheduler_asked_total 4" in lines
     assert f"kvcag_scheduler_cached_bytes {tokens * PER_TOKEN}" in lines
     assert all(line.startswith("# ") or float(line.split()[1]) >= 0 for line in lines)
+    labelled = metrics.prometheus("kv", {"tenant": 'a "b"', "n": "1"}).splitlines()
+    assert r'kv_asked_total{tenant="a \"b\"",n="1"} 4' in labelled
 
 
 def test_refusals(memory: KVCacheMemory, scheduler: CacheScheduler) -> None:
