@@ -6,11 +6,10 @@ import hashlib
 import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
 from functools import cached_property
 from os import PathLike, fspath
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
@@ -24,6 +23,7 @@ from kvcag.engines.sampling import Sampling
 from kvcag.engines.serving import Serving
 from kvcag.engines.vllm_answer import Asked, salt_of
 from kvcag.engines.vllm_constrain import server_constraint
+from kvcag.engines.vllm_order import DocumentOrder, Ordering
 from kvcag.engines.vllm_server import PROBE, Server
 from kvcag.engines.vllm_tokenizer import ServerTokenizer
 from kvcag.engines.vllm_warm import Preloads
@@ -31,7 +31,6 @@ from kvcag.engines.vllm_wire import Wire
 from kvcag.errors import (
     EmptyPromptError,
     FingerprintMismatchError,
-    InvalidInputError,
     ServerError,
     ServerUnavailableError,
     TokenMismatchError,
@@ -44,9 +43,6 @@ from kvcag.prompt import ChatTemplate, Message, Prompt
 
 if TYPE_CHECKING:
     import httpx
-
-
-DocumentOrder: TypeAlias = Literal["given", "canonical"]
 
 
 class VLLMEngine(Serving):
@@ -70,9 +66,9 @@ class VLLMEngine(Serving):
             None asks the server (`/tokenize`, vLLM's), a request for every text that was not asked for lately.
         api_key: sent as a bearer token.
         context_length: the most tokens, prompt and answer together; by default what the server says.
-        document_order: `"given"`, or `"canonical"`: documents are put into an order of their own, the same whatever
-            order they were retrieved in, so that more prompts begin alike. For documents that may stand in any order
-            and end with a separator, as those of the adapters do.
+        document_order: `"given"`; `"canonical"`, by their content, so that the same documents in any order are the same
+            prompt; or `"frequent"`, those first that are asked for most often, so that more prompts begin alike. For
+            documents that may stand in any order and end with a separator, as those of the adapters do.
         salt_secret: a secret of this application. Tenants' salts are made from it, so that nobody who can ask the
             server can make one, and this application shares no hits with others.
         template_variables: passed to the chat template, as `enable_thinking=False`.
@@ -107,11 +103,9 @@ class VLLMEngine(Serving):
         retry_wait: float = 0.5,
         client: httpx.Client | None = None,
     ) -> None:
-        if document_order not in ("given", "canonical"):
-            raise InvalidInputError(f"document_order is 'given' or 'canonical', not {document_order!r}")
         Sampling.of(**(defaults or {}))
         self.defaults = dict(defaults or {})
-        self.document_order = document_order
+        self.ordering = Ordering(document_order)
         self.wire = Wire(
             base_url,
             api_key=api_key,
@@ -246,7 +240,7 @@ class VLLMEngine(Serving):
         if isinstance(prompt, ContextPrompt):
             self._check_model(prompt.fingerprint)
             prompt = Prompt(tuple(prompt.token_ids.tolist()), (), ())
-        prompt = self._ordered(prompt)
+        prompt = self.ordering.arrange(prompt)
         usage = self._send(prompt, tenant)
         self._preloads.add(prompt.token_ids, tenant)
         return usage
@@ -308,7 +302,7 @@ class VLLMEngine(Serving):
             raise EmptyPromptError("the prompt has no tokens")
         if past_key_values is not None:
             self._check_context(past_key_values, prompt)
-        prompt = self._ordered(prompt)
+        prompt = self.ordering.arrange(prompt, count=True)
         budget = self.check_fits(len(prompt.token_ids), sampling.max_new_tokens)
         held = None if constraint is None else self.constrain(constraint, budget, prompt.thinking)
         return self._answer(Asked(prompt, sampling, budget, started), tenant, held)
@@ -344,15 +338,6 @@ class VLLMEngine(Serving):
         prompt = self.template.prompt([{"role": "user", "content": "Hello."}])
         chunks = self._answer(Asked(prompt, Sampling(), 24, time.perf_counter()), "", ServerConstraint(fields))
         return "".join(chunk.text for chunk in chunks)
-
-    def _ordered(self, prompt: Prompt) -> Prompt:
-        """The prompt with its documents in the order in which they are sent."""
-        if self.document_order == "given" or len(prompt.document_ids) < 2:
-            return prompt
-        texts = prompt.documents or ("",) * len(prompt.document_ids)
-        pairs = sorted(zip(prompt.document_ids, texts, strict=True), key=lambda pair: ids_digest(pair[0]))
-        ids, documents = zip(*pairs, strict=True)
-        return replace(prompt, document_ids=ids, documents=documents if prompt.documents else ())
 
     def _check_context(self, context: Cache | MergedContext | ContextPrompt, prompt: Prompt) -> None:
         if not isinstance(context, ServedContext | ContextPrompt):

@@ -30,7 +30,7 @@ except ModuleNotFoundError:
 _RETRIED = {408, 425, 429, 500, 502, 503, 504}
 _OVERLOADED = {429, 502, 503, 504}
 _ABSENT = {404, 405, 501}
-_LONGEST_WAIT = 20.0  # seconds
+_LONGEST_WAIT, _METRICS_SECONDS = 20.0, 5.0
 _CONTEXT = re.compile(r"maximum context length is (\d+)")
 _ASKED = re.compile(r"contains (?:at least )?(\d+) input tokens|requested (\d+) tokens")
 _STARTED = re.compile(r"^process_start_time_seconds (\S+)$", re.MULTILINE)
@@ -117,7 +117,7 @@ class Wire:
     def started_at(self) -> float | None:
         """When the server process started, in seconds since 1970; None where the server does not say."""
         try:
-            response = self._client.get(f"{self.root}/metrics", headers=self._headers)
+            response = self._client.get(f"{self.root}/metrics", headers=self._headers, timeout=_METRICS_SECONDS)
         except httpx.HTTPError:
             return None
         found = _STARTED.search(response.text) if response.is_success else None

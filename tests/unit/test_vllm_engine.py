@@ -17,6 +17,7 @@ from kvcag.engines.echo import EchoEngine, whole_prompt
 from kvcag.engines.sampling import Sampling
 from kvcag.engines.vllm import VLLMEngine
 from kvcag.engines.vllm_answer import salt_of
+from kvcag.engines.vllm_order import Ordering
 from kvcag.errors import (
     ContextLengthError,
     EmptyPromptError,
@@ -240,6 +241,31 @@ def test_documents_in_canonical_order_make_the_same_prompt_in_any_order(server: 
     with VLLMEngine(server.url) as engine:
         last_usage(engine, asked[0])
         assert server.prompts()[-1] == given
+
+
+def documents_of(order: str, asked: list[list[int]]) -> list[list[int]]:
+    """In which order questions about these documents are sent."""
+    ordering = Ordering(order)
+    prompts = [Prompt((0,), tuple((number,) for number in numbers), (9,)) for numbers in asked]
+    return [[ids[0] for ids in ordering.arrange(prompt, count=True).document_ids] for prompt in prompts]
+
+
+def test_frequent_documents_come_first_once_they_are_frequent() -> None:
+    asked = [[1, 2], [3, 2], [4, 2], [2, 5], [6, 2, 1]]
+    assert [numbers[0] for numbers in documents_of("frequent", asked)[1:]] == [2, 2, 2, 2]
+    assert documents_of("frequent", asked)[-1][1] == 1  # asked for once, and 6 never
+    assert documents_of("given", asked) == asked
+
+
+@given(st.lists(st.permutations([1, 2, 3, 4]), min_size=2, max_size=6))
+def test_canonical_order_depends_on_nothing_but_the_documents(asked: list[list[int]]) -> None:
+    assert len({tuple(numbers) for numbers in documents_of("canonical", asked)}) == 1
+
+
+@given(st.lists(st.lists(st.integers(1, 30), unique=True, max_size=6), max_size=30))
+def test_no_order_loses_a_document(asked: list[list[int]]) -> None:
+    for order in ("given", "canonical", "frequent"):
+        assert [sorted(numbers) for numbers in documents_of(order, asked)] == [sorted(numbers) for numbers in asked]
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -1,0 +1,59 @@
+"""Which share of documents a server finds cached at the beginning of its prompts, by the order they are sent in.
+
+    python benchmarks/document_order.py
+
+Questions retrieve a few of many documents, by Zipf's law; what is popular drifts. A document counts as found where it
+and all before it began an earlier prompt, which is what an automatic prefix cache without a limit would reuse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+
+from kvcag.engines.vllm_order import Ordering
+from kvcag.prompt import Prompt
+
+
+def retrievals(questions: int, documents: int, retrieved: int, seed: int) -> list[list[int]]:
+    """The documents of each question; every quarter of the questions, popularity moves on by a tenth."""
+    chosen = random.Random(seed)
+    weights = [1 / (rank + 1) for rank in range(documents)]
+    asked = []
+    for question in range(questions):
+        moved = question * 4 // questions * (documents // 10)
+        found: dict[int, None] = {}
+        while len(found) < retrieved:
+            found[(chosen.choices(range(documents), weights)[0] + moved) % documents] = None
+        asked.append(list(found))
+    return asked
+
+
+def found(order: str, asked: list[list[int]]) -> float:
+    """The share of documents found."""
+    ordering, begun, hits = Ordering(order), set(), 0
+    for numbers in asked:
+        prompt = Prompt((), tuple((number,) for number in numbers), (0,))
+        ids = ordering.arrange(prompt, count=True).document_ids
+        beginnings = [ids[: end + 1] for end in range(len(ids))]
+        hits += sum(beginning in begun for beginning in beginnings)
+        begun.update(beginnings)
+    return hits / sum(map(len, asked))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--questions", type=int, default=2000)
+    parser.add_argument("--documents", type=int, default=200)
+    parser.add_argument("--retrieved", type=int, nargs="+", default=[2, 5, 8])
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    print("documents a question | as retrieved | canonical | frequent first")
+    for retrieved in given.retrieved:
+        asked = retrievals(given.questions, given.documents, retrieved, given.seed)
+        shares = " | ".join(f"{found(order, asked):.0%}" for order in ("given", "canonical", "frequent"))
+        print(f"{retrieved} | {shares}")
+
+
+if __name__ == "__main__":
+    main()
