@@ -138,7 +138,7 @@ def _medians(repeat: int, ways: dict[str, Callable[[], None]]) -> dict[str, floa
 
 def _documents(engine: HFEngine, texts: Sequence[str], tokens: int) -> list[str]:
     """Texts that have about so many tokens together."""
-    ids = engine.template.encode("\n\n".join(texts))
+    ids = list(engine.template.encode("\n\n".join(texts)))
     ids = (ids * (1 + tokens // max(1, len(ids))))[:tokens]
     step = -(-len(ids) // _DOCUMENTS)
     return [str(engine.tokenizer.decode(ids[start : start + step])) for start in range(0, len(ids), step)]

@@ -20,7 +20,7 @@ from kvcag.errors import ContextLengthError, FingerprintMismatchError, InvalidIn
 from kvcag.items import KVCacheItem
 from kvcag.keeping import Keeper
 from kvcag.memory import KVCacheMemory
-from kvcag.prompt import Document, Prompt
+from kvcag.prompt import Document, Message, Prompt
 from kvcag.stores.disk import DiskStore
 
 
@@ -105,8 +105,8 @@ class Corpus:
     def _prompt(self, question: str) -> Prompt:
         documents = [Document(_closed(entry.manifest.records.composed_text_memory)) for entry in self.entries]
         opening = [f"{self.head}\n\n"] if self.head else []
-        messages = [{"role": "system", "content": [*opening, *documents]}, {"role": "user", "content": question}]
-        return self.engine.template.prompt(messages)
+        system: Message = {"role": "system", "content": [*opening, *documents]}
+        return self.engine.template.prompt([system, {"role": "user", "content": question}])
 
 
 def exact(item: KVCacheItem, tail_ids: Sequence[int], *, encoded: bool = False) -> MergedContext:
