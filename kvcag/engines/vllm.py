@@ -196,8 +196,7 @@ class VLLMEngine(Serving):
         until = time.monotonic() + timeout
         while True:
             try:
-                self.server.forget()
-                self._check_tokens()
+                self.server.check(self.template if self._given_tokenizer is not None else None)
             except ServerUnavailableError:
                 if time.monotonic() >= until:
                     raise

@@ -62,6 +62,14 @@ class Server:
         with self._asking:
             self._facts, self._can, self._same_tokens = None, None, False
 
+    def check(self, template: ChatTemplate | None) -> None:
+        """Ask what it is now, and compare a local tokenizer with its own, if there is one. Raises as `facts` does."""
+        with self._asking:
+            self.forget()
+            self._facts = self._read()
+            if template is not None:
+                self.check_tokens(template)
+
     @property
     def facts(self) -> Facts:
         """What it says of itself.

@@ -65,6 +65,8 @@ def test_a_server_that_is_down_is_named() -> None:
         assert isinstance(down.value, ConnectionError)
         with pytest.raises(ServerUnavailableError):
             engine.check_server(timeout=0.1)
+    with VLLMEngine("http://127.0.0.1:9", max_retries=0) as engine, pytest.raises(ServerUnavailableError):
+        engine.check_server()  # also where its own tokenizer would be asked
 
 
 def test_an_overloaded_server_is_asked_again(server: WireServer, engine: VLLMEngine) -> None:
