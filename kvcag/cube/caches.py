@@ -167,9 +167,9 @@ class Caches:
 
     @staticmethod
     def _kept(contexts: Keeper | Served, head_ids: Ids, token_ids: Ids) -> bool:
-        if isinstance(contexts, Served):
-            return contexts.at_hand(head_ids, token_ids)
-        return any(map(contexts.store.contains, contexts.keys(head_ids, token_ids)))
+        if contexts.at_hand(head_ids, token_ids):
+            return True
+        return isinstance(contexts, Keeper) and any(map(contexts.store.contains, contexts.keys(head_ids, token_ids)))
 
     @property
     def _contexts(self) -> Keeper | Served | None:
