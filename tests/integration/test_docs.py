@@ -8,6 +8,7 @@ import functools
 import gc
 import importlib
 import io
+import itertools
 import json
 import os
 import pydoc
@@ -135,14 +136,18 @@ def test_output_that_differs_is_noticed() -> None:
 
 
 def commands(block: Block) -> Iterator[list[str]]:
+    """Each command of a block: what a pipe, `&&` or `;` separates, without redirections and assignments."""
     for line in re.sub(r"\\\n", " ", block.body).splitlines():
-        words = shlex.split(line, comments=True)
-        while words and (re.fullmatch(r"\w+=.*", words[0]) or words[0] == "$"):
-            words.pop(0)
-        if "|" in words:
-            words = words[: words.index("|")]
-        if words:
-            yield words
+        words: list[str] = []
+        for word in [*shlex.split(line, comments=True), ";"]:
+            if word in ("|", "||", "&&", ";", "&"):
+                words = list(itertools.takewhile(lambda word: not re.match(r"\d?[<>]", word), words))
+                words = list(itertools.dropwhile(lambda word: re.match(r"\w+=|\$$", word), words))
+                if words:
+                    yield words
+                words = []
+            else:
+                words.append(word)
 
 
 def check_kvcag(words: list[str]) -> None:
@@ -205,6 +210,38 @@ def test_a_command_that_cannot_be_given_is_noticed(wrong: str) -> None:
     [[program, *words]] = commands(Block("sh", wrong, 1, False))
     with pytest.raises(Exception, match=r"no command|No such option|missing|targets|extras"):
         CHECKS[program](words)
+
+
+# --- figures --------------------------------------------------------------------------------------------------------
+
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def rows(page: str) -> set[tuple[str, ...]]:
+    """The rows of a page's tables."""
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    return {tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines if line.startswith("| ")}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/rag-or-cag.md"])
+def test_times_to_first_token_are_those_of_the_last_run(page: str) -> None:
+    shown = {row[:3] for row in rows(page)}
+    for row in json.loads((RESULTS / "ttft.json").read_text())["rows"]:
+        assert (f"{row['context_tokens']:,}", f"{row['full_s']:.2f} s", f"{row['cached_s']:.2f} s") in shown
+
+
+def test_the_sessions_on_cag_or_rag_are_those_of_the_last_run() -> None:
+    page = (ROOT / "docs" / "rag-or-cag.md").read_text(encoding="utf-8")
+    shown = {row[1] for row in rows("docs/rag-or-cag.md") if len(row) == 3}
+    session = json.loads((RESULTS / "langchain_rag.json").read_text())["summary"]
+    assert {f"{system['later_ttft_s']:.2f} s" for system in session.values()} <= shown
+    made = json.loads((RESULTS / "llama_index_rag.json").read_text())
+    rag, cag = (made["systems"][name]["ttft_s"] for name in ("rag", "cag"))
+    even = made["ingestion_s"] / (rag - cag)
+    assert f"{made['ingestion_s']:.1f} / ({rag:.2f} − {cag:.2f}) = {even:.0f} questions" in page
+    for row in json.loads((RESULTS / "fidelity" / "cpu-3000.json").read_text())["rows"]:
+        if row["strategy"] == "query":
+            assert f'{row["ratio"]:.0%} recomputed, 3,046 tokens": {row["ttft_over_full_prefill"]:.3f},' in page
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
