@@ -226,7 +226,8 @@ def test_what_came_back_after_its_deletion_can_be_purged(cube: MemoryCube) -> No
         cube.purge(ALICE.memory)
     cube.delete("alice")
     system = {"role": "system", "content": [Document(f"{ALICE.memory}\n\n")]}
-    list(cube.memory.stream([system, {"role": "user", "content": "Who?"}]))  # a framework had found it before
+    sampling = cube.memory.engine.sampling(max_new_tokens=1)
+    list(cube.memory.stream([system, {"role": "user", "content": "Who?"}], sampling=sampling))  # found before
     assert ALICE.memory in kept_texts(cube)
     cube.purge(ALICE.memory)
     assert kept_texts(cube) == [BOB.memory]
