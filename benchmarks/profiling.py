@@ -266,7 +266,7 @@ def report(result: dict[str, Any]) -> str:
         f"Ceilings: {ceilings['operations_per_s'] / 1e12:,.3g} TFLOP/s, {ceilings['bytes_per_s'] / 1e9:,.0f} GB/s."
     )
     texts = ["# Profile", "<!-- --8<-- [start:figures] -->", about]
-    for row in result["rows"]:
+    for row in sorted(result["rows"], key=lambda row: row["context_tokens"]):
         texts += row_report(row)
     return "\n\n".join([*texts, "<!-- --8<-- [end:figures] -->"]) + "\n"
 
@@ -275,7 +275,8 @@ def row_report(row: dict[str, Any]) -> list[str]:
     held, peak = row["bytes_held"] / 2**20, row.get("peak_bytes", 0) / 2**30
     texts = [
         f"### {row['context_tokens']:,} tokens of context, {row['question_tokens']} of question",
-        f"Keys and values: {held:,.0f} MiB, encoded once in {row['encode_once_s']:.2f} s."
+        f"Keys and values: {held:,.0f} MiB"
+        + (f", encoded once in {row['encode_once_s']:.2f} s." if "encode_once_s" in row else ".")
         + (f" Peak of the accelerator's memory: {peak:.1f} GiB." if peak else ""),
     ]
     timed = {**row.get("ttft_s", {}), **row.get("step_s", {}), **row.get("without_launches_s", {})}
@@ -304,7 +305,12 @@ def main() -> None:
     parser.add_argument("--context", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--out", type=Path, required=True, help="folder for profile.json and profile.md")
+    parser.add_argument("--only-write", action="store_true", help="measure nothing: profile.md of profile.json")
     given = parser.parse_args()
+    if given.only_write:
+        result = json.loads((given.out / "profile.json").read_text())
+        (given.out / "profile.md").write_text(report(result))
+        return
     device = torch.device(given.device)
     dtype = getattr(torch, given.dtype or ("bfloat16" if device.type == "cuda" else "float32"))
     described = machine(device)
