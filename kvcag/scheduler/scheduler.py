@@ -29,6 +29,7 @@ from kvcag.scheduler.policy import GDSF, Policy
 from kvcag.scheduler.promoting import Promoter
 from kvcag.scheduler.state import State
 from kvcag.scheduler.store import ScheduledStore
+from kvcag.scheduler.tidying import Tidier
 from kvcag.scheduler.working_set import WorkingSet
 from kvcag.texts import text_and_metadata
 
@@ -103,8 +104,7 @@ class CacheScheduler:
         identity: Callable[[Any], str | None] = own_identity,
     ) -> None:
         engine = _engine_of(memory, budget_bytes)
-        self.memory, self.every_s, self.cold_after, self.remember = memory, every_s, cold_after, remember
-        self.identity = identity
+        self.memory, self.every_s, self.identity = memory, every_s, identity
         self._turns, self._quiet_s = engine.turns, quiet_s
         self._counters, self._tally = Counters(), Tally()
         self._state = State(state, engine.fingerprint.digest)
@@ -120,6 +120,7 @@ class CacheScheduler:
             engine.bytes_per_token,
         )
         self._stop, self._wake, self._passing = threading.Event(), threading.Event(), threading.RLock()
+        self._tidier = Tidier(self._store, self._counters, self._state, cold_after, remember)
         self._promoter = Promoter(
             memory,
             engine,
@@ -134,7 +135,7 @@ class CacheScheduler:
             meanwhile=self._write_down_now_and_then,
         )
         self._written_at = time.monotonic()
-        self._tidy()
+        self._tidier.tidy()
         memory.store = self._store
         memory.watchers.append(self._asked)
         atexit.register(self.close)  # before the interpreter tears down what the thread stands on
@@ -180,7 +181,7 @@ class CacheScheduler:
         Answers go first here, too: it returns when all is encoded.
         """
         with self._pass():
-            demoted, dropped = self._tidy()
+            demoted, dropped = self._tidier.tidy()
             return PassReport(self._promoter.promote_hot(), demoted, dropped)
 
     def promote(self, texts: object) -> list[str]:
@@ -281,64 +282,15 @@ class CacheScheduler:
                     with self._turns.spare(self._quiet_s, self._stop, self._write_down_now_and_then):
                         pass  # the question that woke this is answered first
                     if asked:
-                        self._state.save(self._counters)
-                        self._drop_changed()
+                        self._tidier.drop_changed()
                     else:
-                        self._tidy()
+                        self._tidier.tidy()
                     self._promoter.promote_hot()
             except Interrupted:
                 return
             except Exception as error:
                 self._report(error)
                 self._stop.wait(self.every_s)
-
-    def _tidy(self) -> tuple[list[str], list[str]]:
-        """Everything but promotion; the ids of what was demoted and of what was dropped."""
-        self._state.save(self._counters)
-        dropped = self._drop_changed()
-        with self._store.lock:
-            self._store.reconcile()
-            now = self._counters.now
-            demoted = self._store.let_go(self._working.excess(now), "demoted", "over the budget")
-            if self.cold_after is not None:
-                cold = [
-                    e for e in self._working.entries.values() if e.managed and self._idle(e.digest) > self.cold_after
-                ]
-                demoted += self._store.let_go(cold, "demoted", f"not asked for in {self.cold_after:g} rounds")
-        self._forget_coldest()
-        return [entry.key for entry in demoted], dropped
-
-    def _idle(self, digest: str) -> float:
-        return self._counters.now - self._counters.use_of(digest).last
-
-    def _drop_changed(self) -> list[str]:
-        """Drop the caches of texts that another text took the place of."""
-        with self._counters.lock:
-            changed, self._counters.changed = self._counters.changed, []
-            changed = [digest for digest in changed if digest not in self._counters.identities.values()]
-            for digest in changed:
-                self._counters.known.pop(digest, None)
-                self._counters.fresh.add(digest)
-        dropped: list[str] = []
-        for digest in changed:
-            with self._store.lock:
-                entries = self._store.let_go(self._working.of_text(digest), "dropped", "its text changed")
-            dropped += [entry.key for entry in entries]
-        return dropped
-
-    def _forget_coldest(self) -> None:
-        """Count no more texts than are to be remembered."""
-        known = self._counters.known
-        if len(known) <= self.remember:
-            return
-        cached = {entry.digest for entry in self._working.entries.values()}
-        cold = sorted((k.use.last, digest) for digest, k in list(known.items()) if digest not in cached)
-        with self._counters.lock:
-            for _, digest in cold[: len(known) - self.remember]:
-                self._counters.forget(digest)
-                self._counters.fresh.add(digest)
-        self._state.save(self._counters)
-        self._state.forget_records(self.remember)
 
     def _write_down_now_and_then(self) -> None:
         """While an answer is waited for: what was counted is not lost to a crash on a busy day."""
