@@ -54,7 +54,8 @@ def compose(
     parts = [Part(torch.tensor(head_ids, dtype=torch.long), head, 0, exact=True)] if head_ids else []
     for index, item in enumerate(items):
         exact = index == 0 and item.exact and item.prefix_digest == ids_digest(head_ids)
-        parts.append(Part(item.token_ids, layers_of(item.memory), item.base_position, exact=exact))
+        layers = _beside(head, layers_of(item.memory), engine.device)
+        parts.append(Part(item.token_ids, layers, item.base_position, exact=exact))
     with engine.exclusive() as model:
         tail = torch.tensor(tail_ids, dtype=torch.long)
         merged = merge(model, parts, tail, strategy=strategy, ratio=ratio, usual_drift=lambda: engine.usual_drift)
@@ -70,6 +71,12 @@ def compose(
         reason=reason,
     )
     return _context(engine, merged.layers, context_ids, tail_ids, report)
+
+
+def _beside(head: Sequence[LayerKV], layers: Sequence[LayerKV], device: torch.device) -> list[LayerKV]:
+    """An item's layers where the head's are, or on `device`: a disk's or a remote's are read into the host's memory."""
+    places = [keys.device for keys, _ in head] or [device] * len(layers)
+    return [(keys.to(at), values.to(at)) for (keys, values), at in zip(layers, places, strict=True)]
 
 
 def exact_context(

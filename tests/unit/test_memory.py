@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ from kvcag.errors import (
     StoreUnavailableError,
     UnknownItemError,
 )
+from kvcag.stores.disk import DiskStore
 from kvcag.stores.memory import MemoryStore
 
 TEXTS = ["Alice has a red bicycle.", "Bob has a green car.", "Carol has a boat."]
@@ -388,3 +390,14 @@ def test_a_sound_store_warns_of_nothing(memory: KVCacheMemory) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert usage_of(memory, asked(*TEXTS)).completion_tokens > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("head", ["Answer.", None])
+def test_what_a_disk_kept_is_merged_on_the_models_device(tmp_path: Path, head: str | None) -> None:
+    """Its tensors came from the disk into the host's memory, and the head's were on the device."""
+    engine = HFEngine(tiny_model().to("cuda"), byte_tokenizer())
+    memory = KVCacheMemory(engine, DiskStore(tmp_path), head=head)
+    ids = memory.sync(["Alice has a red bicycle.", "Bob has a green car."]).ids
+    merged = memory.merge(ids, "Who?")
+    assert {keys.device.type for keys, _ in layers_of(merged.cache)} == {"cuda"}
