@@ -157,6 +157,12 @@ def test_the_reference_names_everything_public(package: str) -> None:
     assert not missing, f"docs/api.md lacks {package}: {', '.join(missing)}"
 
 
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "examples/README.md"])
+def test_links_outside_of_the_site_lead_somewhere(page: str) -> None:
+    targets = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / page).read_text(encoding="utf-8"))
+    assert not [t for t in targets if "://" not in t and not ((ROOT / page).parent / t).exists()]
+
+
 def test_troubleshooting_has_every_error() -> None:
     import kvcag.errors as errors
 
