@@ -1,6 +1,7 @@
 """Tools and structured output: the structure from a grammar, on models that have never seen either."""
 
 import json
+from importlib.metadata import version
 
 import pytest
 from llama_index.core.agent.workflow import FunctionAgent, ReActAgent, ToolCallResult
@@ -9,6 +10,7 @@ from llama_index.core.prompts import PromptTemplate
 from llama_index.core.response_synthesizers import BaseSynthesizer
 from llama_index.core.schema import NodeWithScore, TextNode
 from llama_index.core.tools import FunctionTool
+from packaging.version import Version
 from pydantic import BaseModel, Field
 from tiny import byte_tokenizer, tiny_model
 
@@ -92,6 +94,9 @@ def test_predict_and_call_calls(llm: KVCacheLLM) -> None:
     assert answer.response == str(source.raw_output) == str(sum(source.raw_input["kwargs"].values()))
 
 
+@pytest.mark.skipif(
+    Version(version("llama-index-core")) < Version("0.14.25"), reason="core's own loop loses the arguments there"
+)
 async def test_apredict_and_call_calls(llm: KVCacheLLM) -> None:
     answer = await llm.apredict_and_call([SHOUT], "Hi", tool_required=True)
     assert answer.response == answer.sources[0].raw_input["kwargs"]["text"].upper()
