@@ -153,7 +153,7 @@ def _plan(
 
 def _encode(keeper: Keeper, head_ids: Ids, planned: SyncPlan) -> int:
     """Encode and keep what is new; how many tokens that were."""
-    total, kept = sum(len(planned.wanted[key][0]) for key in planned.new), 0
+    total = sum(len(planned.wanted[key][0]) for key in planned.new)
     try:
         with output.progress("encoding", total, "tokens") as advance:
             for key in planned.new:
@@ -162,8 +162,8 @@ def _encode(keeper: Keeper, head_ids: Ids, planned: SyncPlan) -> int:
                 item = keeper.encode(head_ids, token_ids, text)
                 keeper.store.put(item.model_copy(update={"id": key, "metadata": {**item.metadata, **metadata}}))
                 advance(len(token_ids))
-                kept += 1
     except KeyboardInterrupt:
+        kept = sum(map(keeper.store.contains, planned.new))
         say(f"{kept} of {output.counted(len(planned.new), 'item')} encoded and kept; run it again to go on.")
         raise
     return total
@@ -171,12 +171,14 @@ def _encode(keeper: Keeper, head_ids: Ids, planned: SyncPlan) -> int:
 
 def _made_here(keeper: Keeper, head_ids: Ids, path: str, unreadable: set[str]) -> Callable[[Manifest], bool]:
     """Whether an item was made of this path, by this model, under this head, and not of a file unreadable today."""
-    from kvcag.cli.entries import comes_from
+    from kvcag.cli.entries import CONTEXT_OF, comes_from
     from kvcag.items import ids_digest
 
     prefix, model = ids_digest(head_ids), keeper.engine.fingerprint
 
     def made_here(manifest: Manifest) -> bool:
+        if CONTEXT_OF in manifest.metadata:  # leaves with the items that it holds
+            return False
         same = manifest.fingerprint is not None and model.matches(manifest.fingerprint)
         readable = manifest.metadata.get("source") not in unreadable
         return same and readable and manifest.prefix_digest == prefix and comes_from(manifest, path)

@@ -163,7 +163,8 @@ def choose(entries: Iterable[Entry], sources: Sequence[str] | None, older_than: 
 
 def comes_from(manifest: Manifest, pattern: str) -> bool:
     """Whether an item was made from a file, from below a folder, from what a glob matches, or names this source."""
-    named = [str(manifest.metadata[field]) for field in SOURCE_FIELDS if field in manifest.metadata]
+    values = [manifest.metadata[field] for field in SOURCE_FIELDS if field in manifest.metadata]
+    named = [str(each) for value in values for each in (value if isinstance(value, list) else [value])]
     absolute = os.path.abspath(pattern)
     return any(
         source in (pattern, absolute)

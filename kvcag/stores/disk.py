@@ -251,5 +251,8 @@ def _unlink(path: Path, inode: int) -> None:
 
 def _use(file: BinaryIO) -> None:
     """Set the access time. Where this user may only read, the order of eviction is left to those who may write."""
-    with contextlib.suppress(PermissionError):
+    try:
         os.utime(file.fileno(), ns=(time.time_ns(), os.fstat(file.fileno()).st_mtime_ns))
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,37 @@ def test_sync_drops_nothing_of_another_model_or_head_or_of_a_file_that_cannot_be
     (kvcag.folder / "notes" / "sub" / "b.txt").unlink()
     assert kvcag("sync", "notes", "--json").json["dropped"] == 1  # b.txt, of this model and head
     assert sources(kvcag) == ["a.md", "a.md", "a.md", "b.txt", "b.txt"]
+
+
+def test_sync_after_a_question_drops_the_context_with_the_text_it_held(kvcag: Kvcag) -> None:
+    kvcag("encode", "notes")
+    kvcag("ask", "Who?", "--max-new-tokens", 1)
+    assert kvcag("sync", "notes", "--json").json["dropped"] == 0
+    assert len(kvcag("ls", "--json", "--source", "notes/a.md").json) == 2  # the item, and the context that holds it
+    (kvcag.folder / "notes" / "a.md").unlink()
+    assert kvcag("sync", "notes", "--json").json["dropped"] == 1
+    assert [row["context_of"] for row in kvcag("ls", "--json").json] == [None]
+
+
+def test_a_store_on_a_read_only_file_system_is_read_and_not_written(kvcag: Kvcag) -> None:
+    id = kvcag("encode", "notes", "--json").json["ids"][0]
+    mounted = kvcag.folder / "mounted"
+    mounted.mkdir()
+    if subprocess.run(["mount", "--bind", kvcag.folder / "kv", mounted], capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount")
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", mounted], check=True)
+        assert kvcag("inspect", id, "--store", mounted).code == 0
+        assert kvcag("ask", "Who?", "--store", mounted, "--id", id, "--max-new-tokens", 1).code == 0
+        whole = kvcag("ask", "Who?", "--store", mounted, "--max-new-tokens", 1)
+        assert (whole.code, "not kept" in whole.err) == (0, True)
+        for refused in (["rm", id], ["encode", "README.md"]):
+            write(kvcag.folder / "README.md", "New.")
+            done = kvcag(*refused, "--store", mounted)
+            assert done.code == 3
+            assert "read-only" in done.err
+    finally:
+        subprocess.run(["umount", mounted], check=True)
 
 
 def test_a_dry_run_makes_no_store(kvcag: Kvcag) -> None:
