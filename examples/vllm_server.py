@@ -11,13 +11,12 @@ finds cached is in the usage of either framework. Needs `pip install "kvcag[lang
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 from llama_index.core import Document
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
+from llama_index.core.instrumentation.events import BaseEvent
 from llama_index.core.instrumentation.events.llm import LLMChatEndEvent
-from pydantic import Field
 
 from kvcag import HFEngine, VLLMEngine
 from kvcag.demo.corpus import python_topics
@@ -51,24 +50,23 @@ def ask_langchain(engine: Engine) -> list[dict]:
     return answers
 
 
-class Usages(BaseEventHandler):
-    """What each answer took, where LlamaIndex tells it: in the raw response of its events."""
-
-    seen: list[dict[str, Any]] = Field(default_factory=list)
-
-    def handle(self, event: Any, **_: Any) -> None:
-        if isinstance(event, LLMChatEndEvent) and event.response is not None:
-            self.seen.append(event.response.raw["usage"])
-
-
 def ask_llama_index(engine: Engine) -> list[dict]:
     """Questions over a whole corpus: the first reads it, the second does not."""
+    usages: list[dict] = []
+
+    class Usages(BaseEventHandler):
+        """What each answer took, where LlamaIndex tells it: in the raw response of its events."""
+
+        def handle(self, event: BaseEvent, **_: object) -> None:
+            if isinstance(event, LLMChatEndEvent) and event.response is not None:
+                usages.append(event.response.raw["usage"])
+
     llm = KVCacheLLM(engine=engine, max_new_tokens=24)
     query_engine = CAGQueryEngine.from_documents([Document(text=text) for text in TEXTS], llm=llm)
-    usages = Usages()
-    get_dispatcher().add_event_handler(usages)
+    get_dispatcher().add_event_handler(Usages())
     texts = [str(query_engine.query(question)) for question in QUESTIONS]
-    return [{"text": text, **usage} for text, usage in zip(texts, usages.seen, strict=True)]
+    get_dispatcher().event_handlers.pop()
+    return [{"text": text, **usage} for text, usage in zip(texts, usages, strict=True)]
 
 
 def main(url: str | None, model: str) -> dict[str, list[dict]]:

@@ -26,16 +26,19 @@ _SCHEMA = {
     "required": ["word"],
     "additionalProperties": False,
 }
+_GUIDANCE = "%llguidance {}\n"
+"""Llguidance alone knows this first line. Other backends take some Lark too, and hold answers to less than it says:
+vLLM falls back to llguidance where its first choice refuses a grammar."""
+
 _PROBES: dict[Ability, dict[str, Any]] = {
-    "lark": {"structured_outputs": {"grammar": f"start: %json {json.dumps(_SCHEMA)}"}},
+    "lark": {"structured_outputs": {"grammar": f"{_GUIDANCE}start: %json {json.dumps(_SCHEMA)}"}},
     "structured_outputs": {"structured_outputs": {"json": _SCHEMA}},
     "response_format": {
         "response_format": {"type": "json_schema", "json_schema": {"name": "probe", "schema": _SCHEMA}}
     },
 }
 _ADVICE = (
-    "vLLM from 0.10 on holds answers to anything; where --structured-outputs-config names a backend, let it be auto or "
-    "guidance."
+    "vLLM holds answers to anything; where --structured-outputs-config names a backend, let it be auto or guidance."
 )
 
 
@@ -62,7 +65,7 @@ def server_constraint(constraint: Any, can: Ability, thinking: bool) -> ServerCo
     Args:
         constraint: as `constraint=` takes it.
         can: what the server enforces.
-        thinking: the answer begins within a thinking block; the constraint holds after it is closed.
+        thinking: the answer begins within a thinking block.
 
     Raises:
         ConstraintError: it is none, or not well formed, or the server cannot enforce it.
@@ -70,16 +73,21 @@ def server_constraint(constraint: Any, can: Ability, thinking: bool) -> ServerCo
     if isinstance(constraint, ServerConstraint):
         return constraint
     constraint = _normal(constraint)
+    if thinking:
+        raise ConstraintError(
+            "the answer begins within a thinking block, and a server would hold the thinking to the constraint: switch "
+            "it off for this model, as with template_variables={'enable_thinking': False}"
+        )
     if can == "lark":
         lark = _lark(constraint)
-        return ServerConstraint({"structured_outputs": {"grammar": _after_thinking(lark) if thinking else lark}})
-    if can == "structured_outputs" and not thinking and not isinstance(constraint, Grammar):
+        return ServerConstraint({"structured_outputs": {"grammar": _GUIDANCE + lark}})
+    if can == "structured_outputs" and not isinstance(constraint, Grammar):
         return ServerConstraint({"structured_outputs": _structured(constraint)})
-    if can == "response_format" and not thinking and isinstance(constraint, JsonSchema):
+    if can == "response_format" and isinstance(constraint, JsonSchema):
         schema = {"name": "answer", "schema": _schema(constraint)}
         return ServerConstraint({"response_format": {"type": "json_schema", "json_schema": schema}})
-    what = f"a {type(constraint).__name__}" + (" after thinking" if thinking else "")
-    raise ConstraintError(f"the server cannot hold an answer to {what} (it can do: {can}). {_ADVICE}")
+    what = type(constraint).__name__
+    raise ConstraintError(f"the server cannot hold an answer to a {what} (it can do: {can}). {_ADVICE}")
 
 
 def _normal(constraint: Any) -> JsonSchema | Regex | Choices | Grammar:
@@ -137,12 +145,3 @@ def _schema(constraint: JsonSchema) -> dict[str, Any]:
     except (TypeError, ValueError) as malformed:
         raise ConstraintError(f"the schema is not JSON: {malformed}") from malformed
     return dict(schema)
-
-
-def _after_thinking(lark: str) -> str:
-    """The grammar, after a thinking block that is open already."""
-    renamed, count = re.subn(r"(?m)^start(?=\s*(\[[^\]]*\])?\s*:)", "answer_after_thinking", lark)
-    if count != 1:
-        raise ConstraintError("a grammar has one rule `start`, at the beginning of a line: it is the whole answer")
-    opening = "start: think LINES answer_after_thinking\nthink[lazy]: /(.|\\n)*<\\/think>/\nLINES: /\\n*/"
-    return f"{opening}\n{renamed}"

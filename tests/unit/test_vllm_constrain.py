@@ -51,7 +51,7 @@ def test_what_a_server_can_do_is_asked_once(server: WireServer, engine: VLLMEngi
         engine.generate("?", constraint=Choices(["yes"]), max_new_tokens=9)
     assert len(server.prompts()) == 3
     grammar = server.bodies[-1][1]["structured_outputs"]["grammar"]
-    assert grammar == 'start: "yes"'
+    assert grammar == '%llguidance {}\nstart: "yes"'  # else vLLM takes another backend, which means less by it
 
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS, ids=IDS)
@@ -120,21 +120,9 @@ def test_a_server_that_is_down_is_not_taken_for_one_that_can_do_nothing(server: 
         assert json.loads(engine.generate("?", constraint=SCHEMA, max_new_tokens=60))
 
 
-@pytest.mark.parametrize("constraint", [*CONSTRAINTS, Grammar('start: "a"\n')], ids=[*IDS, "grammar"])
-def test_a_constraint_holds_after_the_thinking(constraint) -> None:
-    """Over the same grammars as in this process: a thinking block is free, and ends."""
-    here = HFEngine(tiny_model(), byte_tokenizer())
-    grammar = server_constraint(constraint, "lark", thinking=True).fields["structured_outputs"]["grammar"]
-    compiled = here.constrain(Grammar(grammar), 400)
-    plain = here.constrain(constraint, 400).shortest
-    thought = here.template.encode("well, let me see</think>\n\n")
-    assert compiled.accepts([*thought, *plain])
-    assert not compiled.accepts(plain)
-
-
-def test_a_grammar_needs_its_start_to_stand_after_the_thinking() -> None:
-    with pytest.raises(ConstraintError, match="rule `start`"):
-        server_constraint(Grammar('begin: "a"'), "lark", thinking=True)
+def test_an_answer_that_begins_with_thinking_is_not_constrained() -> None:
+    with pytest.raises(ConstraintError, match="enable_thinking"):
+        server_constraint(Choices(["yes"]), "lark", thinking=True)
 
 
 @pytest.mark.parametrize("pattern", ["a/b", r"a\/b", r"a\\/b", "a\nb", "/"])

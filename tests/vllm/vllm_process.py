@@ -1,0 +1,86 @@
+"""A vLLM server process on 127.0.0.1, with the settings that work without an accelerator."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+from kvcag import VLLMEngine
+
+ROOT = Path(__file__).parents[2]
+PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
+START_SECONDS = 240
+
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; by default half of the memory
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",  # with two on a busy machine of two cores, decoding stalls
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONHASHSEED": "0",
+}
+
+
+class Vllm:
+    """A server process.
+
+    Attributes:
+        url: of its API.
+    """
+
+    def __init__(self, model: Path, log: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}/v1"
+        self.log = log
+        # The module and not the `vllm` command: that one asks for the version of a distribution that has another name.
+        settings = {
+            "model": str(model),
+            "served-model-name": "smollm2",
+            "host": "127.0.0.1",
+            "port": str(port),
+            "dtype": "float32",
+            "max-model-len": "2048",
+            "max-num-seqs": "2",
+            "block-size": "32",
+        }
+        options = [word for name, value in settings.items() for word in (f"--{name}", value)]
+        switches = ["--enforce-eager", "--enable-prompt-tokens-details"]
+        self._command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", *options, *switches]
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command,
+                env={**os.environ, **ENVIRONMENT},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # it has a process for the engine; both are stopped together
+            )
+        until = time.monotonic() + START_SECONDS
+        with VLLMEngine(self.url, max_retries=0) as probe:
+            while True:
+                assert self._process.poll() is None, self.log.read_text()[-3000:]
+                try:
+                    return probe.check_server()
+                except ConnectionError:
+                    assert time.monotonic() < until, self.log.read_text()[-3000:]
+                    time.sleep(1)
+
+    def stop(self) -> None:
+        """Stop it, as an operator does."""
+        if self._process is not None:
+            os.killpg(self._process.pid, signal.SIGTERM)
+            try:
+                self._process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait()
+            self._process = None
