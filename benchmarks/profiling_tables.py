@@ -42,7 +42,7 @@ def row_report(row: dict[str, Any]) -> list[str]:
     ]
     texts.append(table(["first token, or step", "ms", "floor, ms", "times the floor"], lines))
     spans = row.get("where_s", {})
-    names = sorted({part for parts in spans.values() for part in parts}, key=lambda n: -spans["exact"].get(n, 0))
+    names = sorted({part for parts in spans.values() for part in parts}, key=lambda n: (-spans["exact"].get(n, 0), n))
     lines = [[part, *(ms(spans[kind].get(part, 0)) for kind in spans)] for part in names]
     lines.append(["all", *(ms(sum(parts.values())) for parts in spans.values())])
     texts.append(table(["where it goes, ms", *spans], lines))
