@@ -14,6 +14,7 @@ from kvcag.errors import EmptyPromptError, InvalidInputError, StoreError
 from kvcag.memory import KVCacheMemory
 from kvcag.notices import CacheWarning
 from kvcag.prompt import Document, Message
+from kvcag.stores.base import MADE_OF
 
 _INSTRUCTION = "instruction"
 
@@ -29,12 +30,14 @@ class ContextHandles:
         self.memory = memory
         self._made: dict[str, tuple[str, str]] = {}
 
-    def create(self, texts: Iterable[str], instruction: str = "") -> str:
+    def create(self, texts: Iterable[str], instruction: str = "", sources: Iterable[str] = ()) -> str:
         """Encode texts, one after another, and return the id, `kv:sha256:…`.
 
         Args:
             texts: joined by blank lines, in this order.
             instruction: stands before them, in the same system turn.
+            sources: what else names the texts, paths or URLs; `KVCacheMemory.purge` finds the context by each of them,
+                and by each of the texts.
 
         Raises:
             EmptyPromptError: there is nothing to encode.
@@ -44,7 +47,8 @@ class ContextHandles:
         if not shown:
             raise EmptyPromptError("the corpus is empty: there is nothing to encode")
         corpus = "".join(f"{text}\n\n" for text in shown)
-        [id] = self.memory.keep(placed(instruction, [corpus], [_PLACEHOLDER]), [{_INSTRUCTION: instruction}])
+        metadata = {_INSTRUCTION: instruction, MADE_OF: [*shown, *sources]}
+        [id] = self.memory.keep(placed(instruction, [corpus], [_PLACEHOLDER]), [metadata])
         self._made[id] = instruction, corpus
         return id
 

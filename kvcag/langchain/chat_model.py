@@ -27,6 +27,7 @@ from kvcag.langchain.local_model import LocalChatModel
 from kvcag.langchain.messages import neutral
 from kvcag.langchain.responses import generation_chunks
 from kvcag.langchain.tools import ask, choice_of, parsing, response_format, schema_of
+from kvcag.stores.base import SOURCE_FIELDS
 
 _SAMPLING = ("temperature", "max_tokens", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 _MERGING = ("merge_strategy", "recompute_ratio", "max_kl")
@@ -94,8 +95,11 @@ class ChatKVCAG(LocalChatModel):
             documents: in the order in which they shall stand.
             instruction: stands before them in the system message; what the system message of a call says stands after.
         """
-        texts = (document if isinstance(document, str) else document.page_content for document in documents)
-        return self.contexts().create(texts, instruction)
+        listed = list(documents)
+        texts = [document if isinstance(document, str) else document.page_content for document in listed]
+        known = [document.metadata for document in listed if isinstance(document, Document)]
+        sources = [str(each[field]) for each in known for field in SOURCE_FIELDS if each.get(field)]
+        return self.contexts().create(texts, instruction, sources)
 
     async def acreate_context(self, documents: Iterable[Document | str], instruction: str = "") -> str:
         """`create_context`, in a worker thread."""

@@ -17,6 +17,9 @@ from kvcag.stores.manifest import Manifest
 SOURCE_FIELDS = ("source", "source_text", "file_path", "doc_id", "ref_doc_id")
 """Metadata fields that say what an item was made from: ours, LangChain's and LlamaIndex's."""
 
+MADE_OF = "made_of"
+"""The metadata field of a context of several documents: their texts, and what names them."""
+
 
 @dataclass(frozen=True, slots=True)
 class StoreStats:
@@ -154,5 +157,5 @@ def made_from(manifest: Manifest, source: str) -> bool:
     """Whether an item was made from `source`, alone or with other texts."""
     records = manifest.records
     texts = [*records.text_memories, records.composed_text_memory]
-    named = [manifest.metadata.get(field) for field in SOURCE_FIELDS]
+    named = [manifest.metadata.get(field) for field in (*SOURCE_FIELDS, MADE_OF)]
     return source in texts or any(source in value if isinstance(value, list) else source == value for value in named)

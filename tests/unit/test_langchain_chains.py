@@ -193,6 +193,15 @@ async def test_a_context_is_answered_from_exactly_and_named_by_its_content(llm: 
     assert answer.text == fresh.invoke(written).text
 
 
+@pytest.mark.parametrize("source", ["It is red.", "b"])
+def test_a_context_is_purged_with_any_of_its_documents(llm: ChatKVCAG, source: str) -> None:
+    """It was found by its whole text alone."""
+    context, other = llm.create_context(DOCUMENTS), llm.create_context(["something else"])
+    assert llm.memory().purge("no such source") == []
+    assert llm.memory().purge(source) == [context]
+    assert list(llm.memory().store.keys()) == [other]
+
+
 def test_a_context_outlives_the_process(tmp_path: Path) -> None:
     first, second = (
         ChatKVCAG(engine=HFEngine(tiny_model(), byte_tokenizer()), max_tokens=8, store=tmp_path) for _ in range(2)
