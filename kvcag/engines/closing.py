@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
@@ -128,6 +128,10 @@ class _Step(NamedTuple):
     loops: bool = False
 
 
+_Looks: TypeAlias = "tuple[tuple[int, ...], tuple[int, ...], bool]"
+"""How a state looks: what is forced, what is allowed then, and whether it ends there."""
+
+
 class Closing:
     """A grammar's state, as bytes, and how it can end from there.
 
@@ -178,6 +182,7 @@ class Closing:
         """Symbols that end the grammar: a short way, found quickly. None if none was found."""
         path: list[int] = []
         before, step = list[int](), _Step([])
+        been = set[_Looks]()
         while not self._matcher.is_accepting():
             forced = self._forced()
             if forced:
@@ -186,7 +191,7 @@ class Closing:
                 allowed = self._allowed()
                 if not (step.loops and allowed == before):  # else the same symbol again: text of a minimum length
                     self._effort -= 1
-                    step = next(self._choices(allowed), _Step([]))
+                    step = next(self._choices(allowed, been), _Step([]))
                 elif len(path) % 32 == 0:
                     self._effort -= 1
                 before = allowed
@@ -220,7 +225,7 @@ class Closing:
     def _best_branch(self, path: list[int]) -> list[int]:
         """The choice after which the end is nearest; empty if there is none."""
         ways = []
-        for step in list(self._choices(self._allowed(), thorough=True)):
+        for step in list(self._choices(self._allowed(), set(), thorough=True)):
             self._matcher.consume_tokens(step.symbols)
             rest = self.quick()
             self._matcher.rollback(len(step.symbols))
@@ -233,11 +238,14 @@ class Closing:
     def _forced(self) -> list[int]:
         return list(self._matcher.compute_ff_tokens())
 
-    def _choices(self, allowed: list[int], thorough: bool = False) -> Iterator[_Step]:
-        """What may come next, best first; of symbols that lead to the same state, one."""
+    def _choices(self, allowed: list[int], been: set[_Looks], thorough: bool = False) -> Iterator[_Step]:
+        """What may come next, best first; of symbols that lead to the same state, one.
+
+        What leads to a state that looks like one in `been` comes last: `a.a.a` of an e-mail address never ends.
+        """
         closers = _IN_TEXT if len(allowed) > _MANY else _CLOSERS
         ranked = sorted(allowed, key=lambda symbol: _rank(symbol, closers))
-        seen = set[tuple[object, ...]]()
+        seen = set[_Looks]()
         later: list[tuple[int, _Step]] = []
         hints = [hint for hint in self._hints if self._matcher.validate_tokens(hint) == len(hint)]
         yield from (_Step(hint) for hint in hints if self.ends_with(hint))
@@ -251,13 +259,16 @@ class Closing:
                 later.append((1 if forced else 2, _Step([symbol], loops=not forced)))
             elif _lengthens(symbol):
                 later.append((3, _Step([symbol])))
+            elif looks in been:
+                later.append((4, _Step([symbol])))
             else:
+                been.add(looks)
                 yield _Step([symbol])
         # what ends free text is not seen from its first symbol
         yield from (_Step(hint) for hint in hints if self._after(hint) not in seen)
         yield from (step for _, step in sorted(later, key=lambda way: way[0]))
 
-    def _after(self, symbols: list[int]) -> tuple[tuple[int, ...], tuple[int, ...], bool]:
+    def _after(self, symbols: list[int]) -> _Looks:
         """How the state looks after these symbols: what is forced, what is allowed then, and whether it ends there."""
         self._matcher.consume_tokens(symbols)
         forced = self._forced()

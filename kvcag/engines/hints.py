@@ -19,13 +19,18 @@ _ATOM = re.compile(
 )
 _CLASSES = {"d": "0", "w": "a", "s": " ", "D": "a", "W": "-", "S": "a", "n": "\n", "t": "\t", "r": "\r"}
 
+_FORMATS = {"email": "a@a.aa", "uri": "a:a"}
+"""A short text of each format in which no character shows that it leads anywhere."""
+
 
 def hints(grammar: str) -> list[list[int]]:
     """Bytes of the strings in a grammar's rules, and of what the parts of its regexes and patterns match."""
     if grammar.startswith("{"):
         parts = json.loads(grammar)["grammars"]
         rules = [part["lark_grammar"] for part in parts if part.get("lark_grammar")]
-        texts = [text for part in parts for pattern in _patterns(part.get("json_schema")) for text in examples(pattern)]
+        schemas = [part.get("json_schema") for part in parts]
+        texts = [text for schema in schemas for pattern in _said(schema, "pattern") for text in examples(pattern)]
+        texts += [_FORMATS[name] for schema in schemas for name in _said(schema, "format") if name in _FORMATS]
     else:
         rules, texts = [grammar], []
     for rule in rules:
@@ -56,11 +61,11 @@ def _character(atom: re.Match[str]) -> str:
     return _CLASSES.get(atom["escape"], atom["escape"])
 
 
-def _patterns(schema: object) -> list[str]:
-    """Every `pattern` in a JSON schema."""
+def _said(schema: object, keyword: str) -> list[str]:
+    """Every text under a keyword in a JSON schema."""
     if isinstance(schema, list):
-        return [pattern for part in schema for pattern in _patterns(part)]
+        return [text for part in schema for text in _said(part, keyword)]
     if not isinstance(schema, dict):
         return []
-    own = [schema["pattern"]] if isinstance(schema.get("pattern"), str) else []
-    return own + [pattern for part in schema.values() for pattern in _patterns(part)]
+    own = [schema[keyword]] if isinstance(schema.get(keyword), str) else []
+    return own + [text for part in schema.values() for text in _said(part, keyword)]
