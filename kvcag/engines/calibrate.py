@@ -213,6 +213,5 @@ class _Probe:
             return model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0].float()  # type: ignore[no-any-return]
 
 
-
 def _file(fingerprint: str) -> Path:
     return learned_file("calibrations", f"{fingerprint}.json")
