@@ -8,6 +8,7 @@ and one that leads back to the same choice (another character of a string, anoth
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
@@ -31,6 +32,8 @@ _CLOSERS = b'}]")>'
 _IN_TEXT = b'"}])>'
 _MANY = 64
 """More symbols than this may come next only within text, which a quotation mark closes sooner than a brace."""
+_OFTEN = 8
+"""How often a way may lead to what looks like the same state before something else is tried."""
 _SIBLINGS = 24
 """How many symbols are looked at where the grammar leaves a choice and a quick way is enough."""
 
@@ -182,7 +185,7 @@ class Closing:
         """Symbols that end the grammar: a short way, found quickly. None if none was found."""
         path: list[int] = []
         before, step = list[int](), _Step([])
-        been = set[_Looks]()
+        been = Counter[_Looks]()
         while not self._matcher.is_accepting():
             forced = self._forced()
             if forced:
@@ -225,7 +228,7 @@ class Closing:
     def _best_branch(self, path: list[int]) -> list[int]:
         """The choice after which the end is nearest; empty if there is none."""
         ways = []
-        for step in list(self._choices(self._allowed(), set(), thorough=True)):
+        for step in list(self._choices(self._allowed(), Counter(), thorough=True)):
             self._matcher.consume_tokens(step.symbols)
             rest = self.quick()
             self._matcher.rollback(len(step.symbols))
@@ -238,10 +241,11 @@ class Closing:
     def _forced(self) -> list[int]:
         return list(self._matcher.compute_ff_tokens())
 
-    def _choices(self, allowed: list[int], been: set[_Looks], thorough: bool = False) -> Iterator[_Step]:
+    def _choices(self, allowed: list[int], been: Counter[_Looks], thorough: bool = False) -> Iterator[_Step]:
         """What may come next, best first; of symbols that lead to the same state, one.
 
-        What leads to a state that looks like one in `been` comes last: `a.a.a` of an e-mail address never ends.
+        What leads, once more, to a state that looks like one that was led to often comes last: `a.a.a` of an e-mail
+        address never ends.
         """
         closers = _IN_TEXT if len(allowed) > _MANY else _CLOSERS
         ranked = sorted(allowed, key=lambda symbol: _rank(symbol, closers))
@@ -259,10 +263,10 @@ class Closing:
                 later.append((1 if forced else 2, _Step([symbol], loops=not forced)))
             elif _lengthens(symbol):
                 later.append((3, _Step([symbol])))
-            elif looks in been:
+            elif been[looks] >= _OFTEN:
                 later.append((4, _Step([symbol])))
             else:
-                been.add(looks)
+                been[looks] += 1
                 yield _Step([symbol])
         # what ends free text is not seen from its first symbol
         yield from (_Step(hint) for hint in hints if self._after(hint) not in seen)
