@@ -95,7 +95,7 @@ def test_strategies_account_for_every_token(kvcag, tiny_folder, corpus, strategy
         (["--model", "/nowhere/at/all"], "the model '/nowhere/at/all' could not be loaded"),
         (["--strategy", "sideways"], "sideways"),
         (["--max-new-tokens", "0"], "max-new-tokens"),
-        (["--max-new-tokens", "9000"], "max_new_tokens=9000"),
+        (["--max-new-tokens", "9000"], "--max-new-tokens 9,000"),
     ],
 )
 def test_what_cannot_work_is_one_message_and_exit_code_2(kvcag, tiny_folder, arguments, complaint):
