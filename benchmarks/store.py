@@ -90,14 +90,19 @@ def reading(item: KVCacheItem, directory: Path) -> dict[str, float]:
     def ours(store: DiskStore) -> None:
         touch([t for kv in layers_of(store.get("benchmark").memory) for t in kv])
 
+    def each_in_turn() -> None:
+        for keys, values in ((layer.keys, layer.values) for layer in lazy.get("benchmark").memory.layers):
+            touch([keys, values])
+
     names = ["safetensors open", "lazy open", "safetensors, all layers copied", "get, all layers copied"]
-    names += ["lazy get, all layers copied", "get, int8, all layers copied"]
+    names += ["lazy get, all layers copied", "lazy get, each layer copied in turn", "get, int8, all layers copied"]
     taken = side_by_side(
         plain_open,
         lambda: lazy.get("benchmark"),
         plain,
         lambda: ours(eager),
         lambda: ours(lazy),
+        each_in_turn,
         lambda: touch([t for kv in layers_of(read_item(directory / "int8").memory) for t in kv]),
     )
     return dict(zip(names, taken, strict=True))
@@ -139,6 +144,8 @@ def main() -> None:
         "put / safetensors + fsync": ms["put"] / ms["safetensors + fsync"],
         "get / safetensors, all layers copied": ms["get, all layers copied"] / ms["safetensors, all layers copied"],
         "lazy get / safetensors, all layers copied": ms["lazy get, all layers copied"]
+        / ms["safetensors, all layers copied"],
+        "lazy get / safetensors, each layer copied in turn": ms["lazy get, each layer copied in turn"]
         / ms["safetensors, all layers copied"],
         "bytes / keys and values": ours / size,
         "int8 bytes / bfloat16 bytes": int8 / plain,

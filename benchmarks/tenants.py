@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import pydoc_data.topics
 import secrets
 import tempfile
 from pathlib import Path
 from statistics import median
 
 from kvcag import Document, HFEngine, KVCacheMemory, Sampling
-from kvcag.demo.corpus import python_topics
 from kvcag.demo.model import embedded_model
 from kvcag.stores import DiskStore
 
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "tenants.json")
     options = parser.parse_args()
     engine = HFEngine.from_pretrained(embedded_model(), dtype="float32", device="cpu")
-    words = " ".join(topic.text for topic in python_topics()).split()
+    words = " ".join(pydoc_data.topics.topics.values()).split()
     pieces = iter([" ".join(words[at : at + WORDS]) + "\n\n" for at in range(0, len(words), WORDS)])
     salt = secrets.token_bytes(32)
     asked: dict[str, list[tuple[float, int]]] = {"same text": [], "other text": [], "own text again": []}
