@@ -66,7 +66,7 @@ class Rotation:
             out.copy_(keys)
         (a, b), (to_a, to_b) = self._pairs(keys, cos), self._pairs(out, cos)
         a, b = a.float(), b.float()
-        turned_a, turned_b = a * cos - b * sin, b * cos + a * sin
+        turned_a, turned_b = (a * cos).addcmul_(b, sin, value=-1), (b * cos).addcmul_(a, sin)
         to_a.copy_(turned_a)
         to_b.copy_(turned_b)
 

@@ -114,8 +114,9 @@ def query(model: PreTrainedModel, layers: Sequence[LayerKV], layout: Layout, tai
     return torch.stack([part.cpu() for part in scores.values()]).sum(0)
 
 
-_WEIGHTS = {"cpu": 2**20, "cuda": 2**22}
-"""Attention weights held at a time: 4 and 16 MiB in fp32, and about as much again three times while they are made."""
+_WEIGHTS = {"cpu": 2**20, "cuda": 2**25}
+"""Attention weights held at a time: 4 and 128 MiB in fp32, and about as much again three times while they are made.
+Products of a few rows at a time keep a GPU waiting: over 32,855 keys 21 ms a layer with 2**22, 4 with this."""
 
 
 def _attention_sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
