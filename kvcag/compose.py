@@ -83,6 +83,7 @@ def exact_context(
     engine: HFEngine, context_ids: tuple[int, ...], tail_ids: tuple[int, ...], tenant: str = "", reason: str = ""
 ) -> MergedContext:
     """Head and documents encoded in this order, as far as they were not before."""
+    engine.warn_unless_kept(len(context_ids))
     layers, reused = engine.prefill(context_ids, tenant=tenant)
     encoded = len(context_ids) - reused
     report = MergeReport("exact" if reused else "encoded", "exact", len(context_ids), reused, 0, encoded, reason)

@@ -104,17 +104,24 @@ class Merging(Keeper):
         max_kl: float = MAX_KL,
         encoded: int = 0,
     ) -> MergedContext:
-        settings = {"max_kl": max_kl, "encoded": encoded, "tenant": self.tenant}
-        return compose(self.engine, head_ids, items, tail_ids, strategy, ratio, **settings)  # type: ignore[arg-type]
+        return compose(
+            self.engine,
+            head_ids,
+            items,
+            tail_ids,
+            strategy,
+            ratio,
+            max_kl=max_kl,
+            encoded=encoded,
+            tenant=self.tenant,
+        )
 
     def _hot(self, head_ids: Ids, items: Sequence[KVCacheItem], tail_ids: Ids) -> MergedContext | None:
         """The exact context, where it is known, or is asked so often in this order that it is worth encoding."""
         context_ids = (*head_ids, *chain.from_iterable(item.token_ids.tolist() for item in items))
-        prefixes = self.engine.prefixes
-        if prefixes.match(context_ids, self.tenant)[0] == len(context_ids):
+        if self.engine.prefixes.match(context_ids, self.tenant)[0] == len(context_ids):
             return exact_context(self.engine, context_ids, tail_ids, self.tenant)
-        fits = len(context_ids) * self.engine.bytes_per_token <= prefixes.max_bytes
-        if self.promote_after is None or not fits or len(items) < 2:
+        if self.promote_after is None or not self.engine.keeps(len(context_ids)) or len(items) < 2:
             return None
         if self.asked.count(context_ids) <= self.promote_after:
             return None

@@ -6,7 +6,7 @@ import inspect
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 from typing_extensions import Unpack
 
+from kvcag.cache.attend import by_position, decoder_of
 from kvcag.cache.drift import UsualDrift
 from kvcag.cache.hf import ContextCache, LayerKV, check_cacheable, cut, generation_cache, layers_of, owned
 from kvcag.cache.prefix import PrefixCache
+from kvcag.cache.rope import check_mergeable
 from kvcag.context import MergedContext
 from kvcag.engines.base import Chunk
 from kvcag.engines.calibrate import Calibration, CalibrationSettings, calibrate
@@ -32,8 +34,9 @@ from kvcag.engines.session import Session
 from kvcag.engines.text import Detokenizer, StopStrings, ThinkingFilter
 from kvcag.engines.turns import Turns
 from kvcag.engines.usual_drift import usual_drift_of
-from kvcag.errors import EmptyPromptError
+from kvcag.errors import EmptyPromptError, UnsupportedModelError
 from kvcag.fingerprint import ModelFingerprint
+from kvcag.notices import CacheWarning, Notices
 from kvcag.prompt import ChatTemplate, Message, Prompt
 
 if TYPE_CHECKING:
@@ -82,6 +85,7 @@ class HFEngine(Generating):
         self.prefixes = PrefixCache(prefix_cache_bytes)
         self.turns = Turns()
         self._prefilling = threading.Lock()
+        self._notices = Notices()
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @classmethod
@@ -108,12 +112,13 @@ class HFEngine(Generating):
             **from_pretrained_kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
         """
         model, tokenizer = load(str(model_name_or_path), dtype, device, from_pretrained_kwargs)
-        kept = {
-            "prefix_cache_bytes": prefix_cache_bytes,
-            "template_variables": template_variables,
-            "defaults": defaults,
-        }
-        return cls(model, tokenizer, **kept)  # type: ignore[arg-type]
+        return cls(
+            model,
+            tokenizer,
+            prefix_cache_bytes=prefix_cache_bytes,
+            template_variables=template_variables,
+            defaults=defaults,
+        )
 
     # --- what it is --------------------------------------------------------------------------------------------
 
@@ -152,6 +157,21 @@ class HFEngine(Generating):
         """Bytes of keys and values that one token takes, over all layers."""
         layers, kv_heads, head_dim = map(int, self.fingerprint.geometry.split("x"))
         return 2 * layers * kv_heads * head_dim * torch.empty(0, dtype=self.model.dtype).element_size()
+
+    def keeps(self, tokens: int) -> bool:
+        """Whether a context of so many tokens fits among the recent ones."""
+        return tokens * self.bytes_per_token <= self.prefixes.max_bytes
+
+    def warn_unless_kept(self, tokens: int) -> None:
+        """Say, once, that a context of so many tokens is larger than what is kept of recent contexts altogether."""
+        room = self.prefixes.max_bytes
+        if room and not self.keeps(tokens):
+            self._notices.once(
+                f"a context of more than {room // self.bytes_per_token:,} tokens is larger than prefix_cache_bytes "
+                f"({room / 2**30:.2g} GiB), so it is not kept, and the next question over it reads it again. Make "
+                "prefix_cache_bytes larger, or keep the context yourself: build_kv_cache, or KVCacheMemory.",
+                CacheWarning,
+            )
 
     def constrain(self, constraint: ConstraintLike, max_new_tokens: int, thinking: bool = False) -> Constraint:
         """Compile a constraint, or find it among those compiled before, and check that it fits the budget.
@@ -316,11 +336,13 @@ class HFEngine(Generating):
         max_new_tokens = self.check_fits(len(token_ids), sampling.max_new_tokens)
         compiled = None if constraint is None else self.constrain(constraint, max_new_tokens, prompt.thinking)
         given = read_context(past_key_values, token_ids, self.fingerprint)
+        if past_key_values is None:
+            self.warn_unless_kept(len(token_ids))
 
         def run() -> Generator[Chunk, None, None]:
             with self._prefilling:  # of prompts that begin alike, asked at once, the first encodes what they share
                 reused, pieces = given.longest(self.prefixes, token_ids[:-1], tenant)
-                kept = len(token_ids) - reused if given.exact and self.prefixes.max_bytes else 0
+                kept = len(token_ids) - reused if given.exact and self.keeps(len(token_ids)) else 0
                 decoding = Decoding(
                     self.forward,
                     generation_cache(pieces, room=len(token_ids) - reused + max_new_tokens),
@@ -354,5 +376,22 @@ class HFEngine(Generating):
         for start in range(0, len(token_ids), _PREFILL_CHUNK):
             with self.exclusive() as model:
                 chunk = torch.tensor([token_ids[start : start + _PREFILL_CHUNK]], device=self.device)
-                logits = model(input_ids=chunk, past_key_values=cache, use_cache=True, **last).logits
+                with self._attention(cache.get_seq_length(), chunk.shape[1]):
+                    logits = model(input_ids=chunk, past_key_values=cache, use_cache=True, **last).logits
         return logits[:, -1]
+
+    def _attention(self, past: int, new: int) -> AbstractContextManager[None]:
+        """Ours for several tokens over a cache; for a whole prompt, or one token, sdpa needs no mask."""
+        if past == 0 or new == 1 or not self._by_position:
+            return nullcontext()
+        return by_position(self.model, torch.arange(past, past + new))
+
+    @cached_property
+    def _by_position(self) -> bool:
+        if decoder_of(self.model).config._attn_implementation != "sdpa":
+            return False
+        try:
+            check_mergeable(self.model)
+        except UnsupportedModelError:
+            return False
+        return True

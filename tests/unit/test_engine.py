@@ -11,8 +11,9 @@ import torch
 from tiny import CHATML, byte_tokenizer, tiny_model
 from transformers import DynamicCache
 
-from kvcag import ContextCache, HFEngine, Sampling
+from kvcag import CacheWarning, ContextCache, HFEngine, Sampling
 from kvcag.cache.hf import layers_of, nbytes
+from kvcag.cache.rope import check_mergeable
 from kvcag.errors import (
     ContextLengthError,
     EmptyPromptError,
@@ -203,6 +204,7 @@ def test_an_error_in_the_middle_of_a_step_is_not_kept(tiny_engine: HFEngine) -> 
     """The first layers had grown by the token, the last had not: such a cache must never be remembered."""
     cache = tiny_engine.build_kv_cache(TEXT)
     tiny_engine.prefixes.clear()
+    check_mergeable(tiny_engine.model)  # passes of its own, once
     calls = 0
 
     def fail(module: torch.nn.Module, args: Any) -> None:
@@ -410,3 +412,30 @@ def test_interleaved_streams_do_not_meet(tiny_engine: HFEngine) -> None:
         out[0].append(a)
         out[1].append(b)
     assert ["".join(pieces) for pieces in out] == [alone, alone]
+
+
+def test_a_context_too_large_to_be_kept_is_said_once() -> None:
+    engine = HFEngine(tiny_model(), byte_tokenizer())
+    engine.prefixes.max_bytes = 60 * engine.bytes_per_token
+    with pytest.warns(CacheWarning, match=r"more than 60 tokens .* prefix_cache_bytes"):
+        engine.generate("a" * 80, max_new_tokens=1)
+    engine.generate("b" * 80, max_new_tokens=1)  # a warning would be an error here
+    context = engine.build_kv_cache("c" * 80)
+    HFEngine(engine.model, engine.tokenizer, prefix_cache_bytes=engine.prefixes.max_bytes).generate(
+        "Why?", past_key_values=context, max_new_tokens=1
+    )  # who keeps the context himself is not told
+
+
+def test_an_engine_that_keeps_nothing_says_nothing(recwarn: pytest.WarningsRecorder) -> None:
+    HFEngine(tiny_model(), byte_tokenizer(), prefix_cache_bytes=0).generate("a" * 80, max_new_tokens=1)
+    assert not [w for w in recwarn if issubclass(w.category, CacheWarning)]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom"])
+def test_a_model_that_cannot_be_merged_goes_on_over_a_cache_all_the_same(family: str) -> None:
+    engine = HFEngine(tiny_model(family), byte_tokenizer())
+    fresh = HFEngine(engine.model, engine.tokenizer, prefix_cache_bytes=0)
+    asked = engine.generate(ASK, engine.build_kv_cache(TEXT), max_new_tokens=12)
+    assert asked == fresh.generate(ASK, fresh.build_kv_cache(TEXT), max_new_tokens=12)
+    longer = [*ASK, {"role": "assistant", "content": "A car."}, {"role": "user", "content": "Which one?"}]
+    assert engine.generate(longer, max_new_tokens=12) == fresh.generate(longer, max_new_tokens=12)

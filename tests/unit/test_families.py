@@ -4,11 +4,12 @@ import pytest
 import torch
 import transformers
 
+from kvcag import HFEngine
 from kvcag.cache.merge import check_mergeable, merge
 from kvcag.cache.rope import Move, rotations
 from kvcag.errors import UnsupportedModelError
 from tests.merging import encode, encode_at, error, ids, parts_of, tokens_of
-from tests.tiny import tiny_model
+from tests.tiny import byte_tokenizer, tiny_model
 
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -100,6 +101,15 @@ def test_full_is_a_full_prefill(model, parts):
     merged = merge(model, parts, ids(9, seed=9), strategy="full")
     assert error(merged.layers, encode(model, tokens_of(parts))) < 1e-5
     assert merged.recomputed.tolist() == list(range(7 + 33, 7 + 33 + 20 + 1 + 20 + 12))
+
+
+def test_going_on_over_a_cache_is_a_full_prefill(model):
+    engine = HFEngine(model, byte_tokenizer())
+    token_ids = ids(90)
+    engine.prefill(token_ids[:33].tolist())
+    layers, reused = engine.prefill(token_ids.tolist())
+    assert reused == 33
+    assert error(layers, encode(model, token_ids)) < 1e-5
 
 
 @pytest.mark.parametrize(("start", "end"), [(0, 3), (7, 0), (7, 400), (900, 31)])

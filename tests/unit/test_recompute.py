@@ -1,5 +1,7 @@
 """The scatter pass, and the model it runs on."""
 
+import threading
+
 import pytest
 import torch
 
@@ -102,6 +104,24 @@ def test_the_attention_implementation_is_put_back_when_the_pass_raises(model, st
     assert model.config._attn_implementation == "sdpa"
     assert all(equal(part.layers, kept) for part, kept in zip(parts, stored, strict=True))
     assert error(merge(model, parts, ids(3), strategy="full").layers, encode(model, tokens_of(parts))) < 1e-5
+
+
+def test_another_thread_may_run_the_model_meanwhile(model):
+    """The attention implementation is in the configuration, which all threads see."""
+    token_ids = ids(40)
+    padded = torch.ones(1, 40, dtype=torch.long)
+    padded[:, :5] = 0
+
+    def plain():
+        with torch.no_grad():
+            return model(token_ids[None], attention_mask=padded).logits
+
+    right, found = plain(), []
+    with attend.by_position(model, torch.arange(40)):
+        other = threading.Thread(target=lambda: found.append(plain()))
+        other.start()
+        other.join()
+    assert torch.equal(found[0], right)
 
 
 @pytest.mark.parametrize("size", [64, 1024])
