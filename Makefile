@@ -41,7 +41,7 @@ format: $(VENV)/.installed-dev  ## let ruff mend what it can
 	$(PY) -m ruff format .
 
 docs: $(VENV)/.installed-dev  ## the documentation, into site/
-	$(PY) -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 bench: $(VENV)/.installed-dev $(VENV)/peers/kvpress  ## kvcag beside what people would use instead, and where its time goes
 	@$(PY) -m kvcag.demo.model
