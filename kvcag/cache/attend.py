@@ -113,7 +113,8 @@ def by_position(model: PreTrainedModel, positions: torch.Tensor, reader: Reader 
     """Within it, a forward pass of `model` over a cache attends by position.
 
     Its tokens stand at `positions` (1-D int64, ascending), and the keys that the cache hands out, theirs included, at
-    0, 1, 2, …. For a model that `kvcag.cache.rope.check_mergeable` found to attend through transformers' interface alone.
+    0, 1, 2, …. For a model that `kvcag.cache.rope.check_mergeable` does not refuse: it attends through transformers'
+    interface alone.
     """
     config = decoder_of(model).config
     before = config._attn_implementation

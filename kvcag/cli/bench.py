@@ -37,15 +37,23 @@ _WAYS = {
 
 
 def bench(
+    ctx: typer.Context,
     model: Model = None,
     corpus: CorpusOption = None,
     tokens: Annotated[
         list[int] | None, typer.Option("--tokens", min=32, help="Context lengths; repeat. Default: 512, 1024 and 2048.")
     ] = None,
-    repeat: Annotated[int, typer.Option(min=1, help="Rounds, of which the median is shown.")] = 3,
+    repeat: Annotated[
+        int | None, typer.Option(min=1, help="Rounds, of which the median is shown. Default: 3, and 5 for --report.")
+    ] = None,
     ratio: Ratio = 0.2,
     report: Annotated[
-        bool, typer.Option("--report", help="Run a checkout's benchmarks/report.py instead, with everything it has.")
+        bool,
+        typer.Option(
+            "--report",
+            help="Run a checkout's benchmarks/report.py instead: beside other libraries, with tables and plots. "
+            "It takes --model, --tokens and --repeat; 40 minutes on two cores without --tokens.",
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -62,29 +70,35 @@ def bench(
         kvcag bench --model Qwen/Qwen3-0.6B --tokens 1024 --tokens 4096 --json > bench.json
     """
     if report:
-        raise typer.Exit(subprocess.call([sys.executable, str(_report_script())]))
+        sources = [ctx.get_parameter_source(name) for name in ("corpus", "ratio", "as_json")]
+        if any(source and source.name != "DEFAULT" for source in sources):
+            raise InvalidInputError(
+                "--report takes --model, --tokens and --repeat alone: it has a corpus and ratios of its own, and "
+                "writes files."
+            )
+        raise typer.Exit(_run_report(model, tokens, repeat))
     from kvcag.cli.loading import load_engine
     from kvcag.demo.corpus import load_corpus, python_topics
 
     texts = [document.text for document in (load_corpus(corpus) if corpus else python_topics())]
     engine = load_engine(model, prefix_cache_bytes=0)
-    lengths = tokens or [512, 1024, 2048]
+    lengths, rounds = tokens or [512, 1024, 2048], repeat or 3
     for length in lengths:
         engine.check_fits(length + 256, 1)
     rows = []
     with output.progress("measuring", len(lengths), "lengths") as advance:
         for length in lengths:
             advance(0, f"{length:,} tokens")
-            rows.append(_measure(engine, texts, length, repeat, ratio))
+            rows.append(_measure(engine, texts, length, rounds, ratio))
             advance(1)
     if as_json:
-        output.emit({"machine": _machine(engine), "repeat": repeat, "ratio": ratio, "rows": rows})
+        output.emit({"machine": _machine(engine), "repeat": rounds, "ratio": ratio, "rows": rows})
         return
     console = output.stdout()
     headings = ["context", *_WAYS.values(), "sooner, cached", "sooner, merged"]
     console.print(output.table(dict.fromkeys(headings, "right"), [_cells(row) for row in rows]))
     console.print(
-        f"\nseconds to the first token, medians of {repeat}; {', '.join(map(str, _machine(engine).values()))}"
+        f"\nseconds to the first token, medians of {rounds}; {', '.join(map(str, _machine(engine).values()))}"
     )
 
 
@@ -164,6 +178,13 @@ def _machine(engine: HFEngine) -> dict[str, Any]:
         "transformers": f"transformers {transformers.__version__}",
         "kvcag": f"kvcag {kvcag.__version__}",
     }
+
+
+def _run_report(model: str | None, tokens: list[int] | None, repeat: int | None) -> int:
+    """The exit code of benchmarks/report.py, which measures what `--tokens` says, and all its lengths otherwise."""
+    arguments = [*(["--model", model] if model else []), *(["--repeat", str(repeat)] if repeat else [])]
+    arguments += ["--context", *map(str, tokens)] if tokens else []
+    return subprocess.call([sys.executable, str(_report_script()), *arguments])
 
 
 def _report_script() -> Path:

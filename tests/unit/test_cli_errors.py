@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import subprocess
 
 import pytest
 from commands import Kvcag, write
@@ -44,6 +46,7 @@ def test_every_error_of_the_library_has_a_code() -> None:
         (["verify", "--store", "nowhere"], 2, "no such folder"),
         (["encode", "notes", "--store", "notes/a.md"], 3, "notes/a.md"),
         (["bench", "--tokens", "999999"], 2, "context of 2,048"),
+        (["bench", "--report", "--json"], 2, "--report takes --model, --tokens and --repeat alone"),
         (["doctor", "--corpus", "nowhere"], 2, "nowhere: no such file or folder"),
     ],
 )
@@ -92,6 +95,17 @@ def test_bench_measures_four_ways_to_a_first_token(kvcag: Kvcag) -> None:
         assert all(row[way] > 0 for way in ("full_s", "memory_s", "disk_s", "merged_s"))
     assert done["machine"]["dtype"] == "float32"
     assert "full prefill" in kvcag("bench", "--tokens", "64", "--repeat", "1").out
+
+
+def test_bench_runs_a_checkouts_report_with_what_it_was_given(kvcag: Kvcag) -> None:
+    write(kvcag.folder / "benchmarks" / "report.py", "import sys; print(sys.argv[1:]); sys.exit(5)")
+    done = kvcag.process(
+        "bench", "--report", "--tokens", "64", "--tokens", "128", "--repeat", "2", stdout=subprocess.PIPE
+    )
+    out, _ = done.communicate()
+    model = kvcag.environment["KVCAG_MODEL"]
+    assert ast.literal_eval(out.decode()) == ["--model", model, "--repeat", "2", "--context", "64", "128"]
+    assert done.returncode == 5
 
 
 def test_doctor_says_what_may_be_merged(kvcag: Kvcag) -> None:
