@@ -34,6 +34,9 @@ _BLOCK = {"cpu": 64, "cuda": 1024}
 """Queries that attend at a time, to the keys up to the last one's position. Their mask is one byte a key and query: 0.5
 and 8 MiB over 8,192 keys. Small blocks save work above the diagonal, large ones save kernel launches."""
 
+_RUN = {"cpu": 256, "cuda": 1024}
+"""The same of queries that stand one behind another, where a large block has little above its diagonal."""
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -119,7 +122,8 @@ def by_position(model: PreTrainedModel, positions: torch.Tensor, reader: Reader 
     config = decoder_of(model).config
     before = config._attn_implementation
     at = positions.tolist()
-    blocks = [(block, at[block.stop - 1] + 1) for block in _blocks(len(at), _BLOCK.get(model.device.type, 512))]
+    sizes = _RUN if at and at[-1] - at[0] + 1 == len(at) else _BLOCK
+    blocks = [(block, at[block.stop - 1] + 1) for block in _blocks(len(at), sizes.get(model.device.type, 512))]
     token = _running.set(_Pass(positions.to(model.device), blocks, reader, before))
     config._attn_implementation = _NAME_OVER_SDPA if before == "sdpa" else _NAME
     try:
