@@ -20,10 +20,8 @@ from kvcag.demo.model import embedded_model
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core, so a thread a worker
     torch.set_num_threads(1)
 
-
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # a shell's job in the background, which the tests' processes inherit
+# A shell starts jobs in the background with Ctrl-C ignored, and the processes that tests start inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -189,7 +189,7 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor,
 
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What is added to the scores, in rows that begin at multiples of 16: what CUDA's fused kernels read.
+    """What is added to the scores: eager functions take it so, and CUDA's fused kernels, with rows at multiples of 16.
 
     Given a bool mask, PyTorch makes this itself in each call, copied once more for the rows: half the call's time over
     32,855 keys on an H100 (2.9 ms against 1.6).
@@ -208,7 +208,7 @@ def _eager(
     scaling: float | None,
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
-    additive = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, torch.finfo(q.dtype).min)
+    additive = _additive(mask, q.dtype)
     given = kwargs if scaling is None else {"scaling": scaling, **kwargs}
     eager = sys.modules[type(module).__module__].eager_attention_forward
     out: torch.Tensor = eager(module, q, k, v, additive[None, None], **given)[0]
