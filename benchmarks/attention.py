@@ -25,7 +25,7 @@ from geometry import documents_of, endless
 from measuring import machine, seconds
 
 from kvcag import HFEngine
-from kvcag.cache.hf import LayerKV, cut, generation_cache, layers_of
+from kvcag.cache.hf import LayerKV, cache_argument, cut, generation_cache, layers_of
 from kvcag.demo.model import embedded_model
 
 PROMPT, KNOWN = 2130, (0, 14, 60, 1000)
@@ -40,7 +40,9 @@ def compare(engine: HFEngine, known: list[LayerKV], ids: list[int], repeat: int)
     for _ in range(repeat + 1):
         theirs, ours = (generation_cache([known] if known else [], room=len(ids)) for _ in range(2))
         with torch.no_grad():
-            bare = partial(engine.model, chunk, past_key_values=theirs, use_cache=True, logits_to_keep=1)
+            bare = partial(
+                engine.model, chunk, **cache_argument(engine.model, theirs), use_cache=True, logits_to_keep=1
+            )
             taken["transformers"].append(seconds(engine.device, bare))
         taken["kvcag"].append(seconds(engine.device, partial(engine.forward, ids, ours)))
         pairs = zip(layers_of(theirs), layers_of(ours), strict=True)

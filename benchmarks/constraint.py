@@ -17,8 +17,10 @@ from statistics import mean, median, quantiles
 from typing import Any
 
 import torch
+from transformers import DynamicCache
 
 from kvcag import HFEngine
+from kvcag.cache.hf import cache_argument
 from kvcag.demo.model import embedded_model
 from kvcag.engines.constrain import ConstraintLike, Regex
 from kvcag.engines.enforce import Grammars
@@ -97,12 +99,11 @@ def per_token(engine: HFEngine, constraint: ConstraintLike, tokens: int) -> dict
     """The mask and the choice's check, apart from the model, along one sampled answer."""
     held = engine.constrain(constraint, tokens).start(tokens)
     generator = torch.Generator().manual_seed(0)
-    masking, checking, model, cache = Timed(), Timed(), Timed(), None
+    masking, checking, model, cache = Timed(), Timed(), Timed(), DynamicCache()
     pending = torch.tensor([engine.plan("Describe the harbour.").token_ids])
     for _ in range(tokens):
         with torch.no_grad(), model:
-            out = engine.model(pending, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = out.past_key_values
+            out = engine.model(pending, **cache_argument(engine.model, cache), use_cache=True, logits_to_keep=1)
         with masking:
             scores = held(pending, out.logits[:, -1])
         drawn = int(torch.multinomial(scores.softmax(-1), 1, generator=generator))

@@ -31,7 +31,7 @@ import torch
 from transformers import DynamicCache
 
 from kvcag import HFEngine, KVCacheMemory
-from kvcag.cache.hf import layers_of, nbytes
+from kvcag.cache.hf import cache_argument, layers_of, nbytes
 from kvcag.demo.model import embedded_model
 
 HEAD = "You are a helpful assistant. Answer the question using only the passages below."
@@ -113,10 +113,10 @@ def full_prefill(model: Any, ids: torch.Tensor) -> tuple[float, torch.Tensor, to
     """TTFT, the greedy tokens, and the log-probabilities that they were chosen from."""
     cache = DynamicCache()
     ids = ids.to(model.device)
-    seconds, out = timed(model.device, lambda: model(ids[None], past_key_values=cache, logits_to_keep=1))
+    seconds, out = timed(model.device, lambda: model(ids[None], **cache_argument(model, cache), logits_to_keep=1))
     logits = [out.logits[0, -1]]
     while len(logits) < TOKENS:
-        logits.append(model(logits[-1].argmax()[None, None], past_key_values=cache).logits[0, -1])
+        logits.append(model(logits[-1].argmax()[None, None], **cache_argument(model, cache)).logits[0, -1])
     rows = torch.stack(logits)
     return seconds, rows.argmax(-1), rows.float().log_softmax(-1)
 
@@ -125,7 +125,7 @@ def full_prefill(model: Any, ids: torch.Tensor) -> tuple[float, torch.Tensor, to
 def over_cache(model: Any, cache: DynamicCache, tail: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
     """Log-probabilities over a merged cache, teacher-forced on `answer`."""
     ids = torch.cat([tail.to(model.device), answer[:-1]])
-    logits = model(ids[None], past_key_values=cache, logits_to_keep=len(answer)).logits[0]
+    logits = model(ids[None], **cache_argument(model, cache), logits_to_keep=len(answer)).logits[0]
     return logits.float().log_softmax(-1)
 
 
@@ -141,7 +141,7 @@ def measure(memory: KVCacheMemory, documents: list[str], question: str, rows: li
         def first_token(row: Row = row) -> Any:
             context = memory.merge(ids, question, strategy=row.strategy, ratio=row.ratio)
             with torch.no_grad():
-                model(context.tail_ids[None].to(device), past_key_values=context.cache, logits_to_keep=1)
+                model(context.tail_ids[None].to(device), **cache_argument(model, context.cache), logits_to_keep=1)
             return context
 
         seconds, _ = timed(device, first_token)

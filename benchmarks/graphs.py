@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel, StaticCache
 
-from kvcag.cache.hf import LayerKV
+from kvcag.cache.hf import LayerKV, cache_argument
 
 _NAME = "benchmark-grouped"
 
@@ -49,7 +49,7 @@ def static_pass(model: PreTrainedModel, layers: Sequence[LayerKV], new: int) -> 
             input_ids=token_ids,
             attention_mask=mask,
             position_ids=positions[None],
-            past_key_values=cache,
+            **cache_argument(model, cache),
             use_cache=True,
             logits_to_keep=1,
         )

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from kvcag.cache.hf import LayerKV, cache_of, layers_of
+from kvcag.cache.hf import LayerKV, cache_argument, cache_of, layers_of
 from kvcag.demo.model import embedded_model
 from kvcag.items import KVCacheItem
 from kvcag.stores.format import item_from_bytes, item_to_bytes
@@ -35,7 +35,7 @@ def decode(model: torch.nn.Module, cache: DynamicCache, first: int, forced: list
     """Log-probabilities, `(STEPS, vocab)`, decoding `forced`, or greedily. The cache grows."""
     token, steps = first, []
     for step in range(STEPS):
-        logits = model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
+        logits = model(torch.tensor([[token]]), **cache_argument(model, cache)).logits[0, -1]
         steps.append(logits.float().log_softmax(-1))
         token = forced[step] if forced is not None else int(logits.argmax())
     return torch.stack(steps)
@@ -56,7 +56,7 @@ def last_bits(states: torch.Tensor) -> torch.Tensor:
 def divergences(model: torch.nn.Module, ids: list[int]) -> dict[str, float]:
     """Of one context, whose last token is the first to be decoded."""
     cache = DynamicCache()
-    model(torch.tensor([ids[:-1]]), past_key_values=cache)
+    model(torch.tensor([ids[:-1]]), **cache_argument(model, cache))
     kept = [(keys.bfloat16(), values.bfloat16()) for keys, values in layers_of(cache)]
     (plain, plain_bytes), (int8, int8_bytes) = at_rest(kept, None), at_rest(kept, "int8")
     noisy = [(last_bits(keys), last_bits(values)) for keys, values in kept]

@@ -41,7 +41,7 @@ from langchain_core.runnables import Runnable, RunnableLambda
 from langchain_huggingface import ChatHuggingFace, HuggingFacePipeline
 
 from kvcag import ContextCache, HFEngine
-from kvcag.cache.hf import generation_cache, layers_of
+from kvcag.cache.hf import cache_argument, generation_cache, layers_of
 from kvcag.demo.corpus import python_topics
 from kvcag.demo.model import embedded_model
 from kvcag.langchain import ChatKVCAG, create_cag_documents_chain
@@ -119,7 +119,7 @@ def floor(engine: HFEngine, cache: ContextCache, question: str) -> float:
     """Seconds of the bare model over a question, behind a cache of the documents."""
     tail = torch.tensor([engine.plan(question, cache).tail_ids], device=engine.device)
     own = generation_cache([layers_of(cache)], room=tail.shape[1])
-    return timed(lambda: engine.model(input_ids=tail, past_key_values=own))
+    return timed(lambda: engine.model(input_ids=tail, **cache_argument(engine.model, own)))
 
 
 def timed(call: Callable[[], object]) -> float:

@@ -45,7 +45,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache
 
 from kvcag import HFEngine, KVCacheMemory, Sampling
-from kvcag.cache.hf import generation_cache, layers_of, nbytes
+from kvcag.cache.hf import cache_argument, generation_cache, layers_of, nbytes
 from kvcag.prompt import as_messages
 
 DOCUMENTS = 8
@@ -83,7 +83,9 @@ class Case:
 
     def bare(self, ids: torch.Tensor, cache: DynamicCache) -> None:
         with torch.no_grad():
-            self.engine.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.argmax()
+            self.engine.model(
+                input_ids=ids, **cache_argument(self.engine.model, cache), use_cache=True, logits_to_keep=1
+            ).logits.argmax()
 
     def ready(self) -> DynamicCache:
         """A cache of the context, its own."""

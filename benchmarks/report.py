@@ -43,7 +43,7 @@ from report_plots import plots
 from report_tables import markdown
 
 from kvcag import HFEngine
-from kvcag.cache.hf import generation_cache
+from kvcag.cache.hf import cache_argument, generation_cache
 from kvcag.demo.model import embedded_model
 
 ROOT = Path(__file__).parents[1]
@@ -123,7 +123,10 @@ def bare_pass(engine: HFEngine, context: tuple[int, ...], question: str) -> floa
     layers, _ = engine.prefill(context, tenant=Exact.name)
     tail = prompt_ids(engine, context, question)[:, len(context) :]
     cache = generation_cache([layers], room=tail.shape[1])
-    return seconds(engine.device, lambda: engine.model(tail, past_key_values=cache, use_cache=True, logits_to_keep=1))
+    return seconds(
+        engine.device,
+        lambda: engine.model(tail, **cache_argument(engine.model, cache), use_cache=True, logits_to_keep=1),
+    )
 
 
 def floors(engine: HFEngine, context: int, question: int, ceilings: Ceilings) -> dict[str, float]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from kvcag.cache.hf import LayerKV, cut, layers_of, owned
+from kvcag.cache.hf import LayerKV, cache_argument, cut, layers_of, owned
 from kvcag.cache.merge import Part
 
 
@@ -23,7 +23,7 @@ def encode(model: PreTrainedModel, token_ids: torch.Tensor, prefix: torch.Tensor
         return []
     prefix = token_ids[:0] if prefix is None else prefix
     cache = DynamicCache()
-    model(torch.cat([prefix, token_ids])[None].to(model.device), past_key_values=cache, use_cache=True)
+    model(torch.cat([prefix, token_ids])[None].to(model.device), **cache_argument(model, cache), use_cache=True)
     return owned(cut(layers_of(cache), len(prefix)))
 
 
@@ -32,7 +32,7 @@ def encode_at(model: PreTrainedModel, token_ids: torch.Tensor, position: int) ->
     """Keys and values of tokens that stand at `position` with nothing before them."""
     cache = DynamicCache()
     positions = torch.arange(position, position + len(token_ids))[None]
-    model(token_ids[None], position_ids=positions, past_key_values=cache, use_cache=True)
+    model(token_ids[None], position_ids=positions, **cache_argument(model, cache), use_cache=True)
     return layers_of(cache)
 
 

@@ -16,7 +16,7 @@ import torch
 from transformers import DynamicCache
 
 from kvcag import HFEngine
-from kvcag.cache.hf import layers_of, nbytes
+from kvcag.cache.hf import cache_argument, layers_of, nbytes
 from kvcag.engines.text import Detokenizer
 from peers.base import TOKENS, Answer, timed
 
@@ -38,7 +38,7 @@ class MemOS:
     def build_kv_cache(self, text: str) -> DynamicCache:
         ids = self.ids([{"role": "system", "content": OPENING + text}], add_generation_prompt=False)
         cache = DynamicCache()
-        self.model(input_ids=ids, use_cache=True, past_key_values=cache)
+        self.model(input_ids=ids, use_cache=True, **cache_argument(self.model, cache))
         return cache
 
     def ids(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> torch.Tensor:
@@ -64,7 +64,7 @@ class MemOS:
         detokenizer = Detokenizer(self.tokenizer)
         for _ in range(TOKENS):
             with torch.no_grad():
-                logits = self.model(input_ids=ids, use_cache=True, past_key_values=cache).logits
+                logits = self.model(input_ids=ids, use_cache=True, **cache_argument(self.model, cache)).logits
             ids = logits[:, -1].argmax(-1, keepdim=True)
             yield detokenizer.push(int(ids))
         yield detokenizer.flush()

@@ -11,7 +11,7 @@ from transformers import Cache, DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from kvcag import HFEngine
-from kvcag.cache.hf import layers_of, nbytes
+from kvcag.cache.hf import cache_argument, layers_of, nbytes
 from peers.base import TOKENS, Answer, context_ids, prompt_ids
 
 
@@ -56,7 +56,7 @@ class FullPrefill:
             do_sample=False,
             pad_token_id=0,
             streamer=first,
-            past_key_values=self.cache(),
+            **cache_argument(self.engine.model, self.cache()),
         )
         text = self.engine.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
         return Answer(text, first.at - started, time.perf_counter() - started)
@@ -98,7 +98,9 @@ class Deepcopied(FullPrefill):
         self.prefix = DynamicCache()
         with torch.no_grad():
             prefix = torch.tensor([list(ids)], device=self.engine.device)
-            self.engine.model(prefix, past_key_values=self.prefix, use_cache=True, logits_to_keep=1)
+            self.engine.model(
+                prefix, **cache_argument(self.engine.model, self.prefix), use_cache=True, logits_to_keep=1
+            )
 
     def cache(self) -> Cache:
         return copy.deepcopy(self.prefix)

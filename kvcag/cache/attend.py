@@ -23,6 +23,8 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from kvcag.cache.hf import cache_argument
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -103,11 +105,12 @@ def attend(
     ours for the time of the pass only, and is put back when it raises, too. `EnoughError` ends the pass quietly.
     """
     with suppress(EnoughError), by_position(model, positions, reader):
-        decoder_of(model)(
+        decoder = decoder_of(model)
+        decoder(
             input_ids=token_ids[None].to(model.device),
             position_ids=positions[None].to(model.device),
-            past_key_values=cache,
             use_cache=True,
+            **cache_argument(decoder, cache),
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -70,6 +71,19 @@ class ContextCache(DynamicCache):
         return cache
 
 
+def cache_argument(module: torch.nn.Module, cache: Cache) -> dict[str, Cache]:
+    """The keyword argument under which `module.forward` takes a cache.
+
+    transformers 5.24 renamed `past_key_values` to `cache`, warns about the old name, and removes it in 5.40.
+    """
+    return {_cache_name(type(module).forward): cache}
+
+
+@functools.cache
+def _cache_name(forward: Callable[..., Any]) -> str:
+    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+
+
 def layers_of(cache: Cache) -> list[LayerKV]:
     """The keys and values of each layer, not copied. Empty for a cache that holds nothing.
 
@@ -105,8 +119,9 @@ def cache_of(layers: Iterable[LayerKV]) -> DynamicCache:
 
 
 def _initialize(layer: DynamicLayer, like: torch.Tensor) -> None:
-    """What `lazy_initialization` does; its signature is another one in transformers 4.57 than in 5."""
-    layer.dtype, layer.device, layer.is_initialized = like.dtype, like.device, True
+    """What `lazy_initialization` does, without its empty tensors."""
+    layer.device, layer.is_initialized = like.device, True
+    layer.dtype = like.dtype  # type: ignore[attr-defined]  # read by transformers before 5.24
 
 
 def clone(cache: Cache) -> DynamicCache:

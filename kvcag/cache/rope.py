@@ -18,7 +18,7 @@ import torch
 from transformers import DynamicCache
 
 from kvcag.cache.attend import Call, attend, decoder_of
-from kvcag.cache.hf import LayerKV, check_cacheable, layers_of, owned, scatter_cache
+from kvcag.cache.hf import LayerKV, cache_argument, check_cacheable, layers_of, owned, scatter_cache
 from kvcag.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -205,11 +205,12 @@ def _measure(model: PreTrainedModel) -> list[Rotation]:
 def _encode(model: PreTrainedModel, ids: torch.Tensor, offset: int) -> list[LayerKV]:
     cache = DynamicCache()
     positions = torch.arange(offset, offset + len(ids))
-    decoder_of(model)(
+    decoder = decoder_of(model)
+    decoder(
         input_ids=ids[None].to(model.device),
         position_ids=positions[None].to(model.device),
-        past_key_values=cache,
         use_cache=True,
+        **cache_argument(decoder, cache),
     )
     return layers_of(cache)
 

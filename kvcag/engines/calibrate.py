@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from kvcag.cache.hf import generation_cache
+from kvcag.cache.hf import cache_argument, generation_cache
 from kvcag.cache.merge import Part, Strategy, merge
 from kvcag.engines.learned import learned_file, write_learned
 from kvcag.errors import InvalidInputError
@@ -210,7 +210,7 @@ class _Probe:
         """Logits after each of a few tokens, in fp32, `(tokens, vocabulary)`."""
         with self.engine.exclusive() as model:
             ids = torch.tensor([list(token_ids)], device=self.engine.device)
-            return model(input_ids=ids, past_key_values=cache, use_cache=True).logits[0].float()  # type: ignore[no-any-return]
+            return model(input_ids=ids, use_cache=True, **cache_argument(model, cache)).logits[0].float()  # type: ignore[no-any-return]
 
 
 def _file(fingerprint: str) -> Path:

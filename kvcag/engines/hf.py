@@ -18,7 +18,16 @@ from typing_extensions import Unpack
 
 from kvcag.cache.attend import by_position, decoder_of
 from kvcag.cache.drift import UsualDrift
-from kvcag.cache.hf import ContextCache, LayerKV, check_cacheable, cut, generation_cache, layers_of, owned
+from kvcag.cache.hf import (
+    ContextCache,
+    LayerKV,
+    cache_argument,
+    check_cacheable,
+    cut,
+    generation_cache,
+    layers_of,
+    owned,
+)
 from kvcag.cache.prefix import PrefixCache
 from kvcag.cache.rope import check_mergeable
 from kvcag.context import MergedContext
@@ -377,7 +386,7 @@ class HFEngine(Generating):
             with self.exclusive() as model:
                 chunk = torch.tensor([token_ids[start : start + _PREFILL_CHUNK]], device=self.device)
                 with self._attention(cache.get_seq_length(), chunk.shape[1]):
-                    logits = model(input_ids=chunk, past_key_values=cache, use_cache=True, **last).logits
+                    logits = model(input_ids=chunk, use_cache=True, **last, **cache_argument(model, cache)).logits
         return logits[:, -1]
 
     def _attention(self, past: int, new: int) -> AbstractContextManager[None]:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from langchain_core.messages import AIMessageChunk
-from langchain_core.messages.ai import InputTokenDetails, UsageMetadata
+from langchain_core.messages.ai import UsageMetadata
 from langchain_core.messages.tool import ToolCallChunk, tool_call_chunk
 from langchain_core.outputs import ChatGenerationChunk
 
@@ -76,12 +76,12 @@ def _call_chunks(parsed: Parsed, first: int) -> list[ToolCallChunk]:
 
 def _usage_metadata(usage: Usage) -> UsageMetadata:
     """`input_tokens` is the whole logical prompt, warm or cold."""
-    return UsageMetadata(
-        input_tokens=usage.prompt_tokens,
-        output_tokens=usage.completion_tokens,
-        total_tokens=usage.prompt_tokens + usage.completion_tokens,
-        input_token_details=InputTokenDetails(cache_read=usage.cached_tokens, cache_creation=usage.created_tokens),
-    )
+    return {
+        "input_tokens": usage.prompt_tokens,
+        "output_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "input_token_details": {"cache_read": usage.cached_tokens, "cache_creation": usage.created_tokens},
+    }
 
 
 def _report(usage: Usage) -> dict[str, Any]:

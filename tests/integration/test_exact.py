@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import DynamicCache
 
 from kvcag import HFEngine, KVCacheMemory, Sampling
-from kvcag.cache.hf import LayerKV, cut, layers_of
+from kvcag.cache.hf import LayerKV, cache_argument, cut, layers_of
 from kvcag.cache.merge import Part, merge
 from kvcag.demo.corpus import python_topics
 from kvcag.prompt import as_messages
@@ -33,10 +34,11 @@ def topics() -> list[str]:
 @torch.no_grad()
 def greedy_full(engine: HFEngine, token_ids: tuple[int, ...], steps: int) -> tuple[list[int], torch.Tensor]:
     """Greedy tokens and their logits from transformers alone: one prefill of all ids, then its own cache."""
-    out = engine.model(torch.tensor([token_ids]), use_cache=True)
+    cache = cache_argument(engine.model, DynamicCache())
+    out = engine.model(torch.tensor([token_ids]), **cache, use_cache=True)
     logits, tokens = [out.logits[0, -1]], [int(out.logits[0, -1].argmax())]
     while len(tokens) < steps:
-        out = engine.model(torch.tensor([[tokens[-1]]]), past_key_values=out.past_key_values, use_cache=True)
+        out = engine.model(torch.tensor([[tokens[-1]]]), **cache, use_cache=True)
         logits.append(out.logits[0, -1])
         tokens.append(int(out.logits[0, -1].argmax()))
     return tokens, torch.stack(logits)
@@ -46,7 +48,7 @@ def greedy_full(engine: HFEngine, token_ids: tuple[int, ...], steps: int) -> tup
 def forced(engine: HFEngine, tail: tuple[int, ...], cache: object, tokens: list[int]) -> torch.Tensor:
     """The logits of the same tokens over a cache."""
     fed = torch.tensor([[*tail, *tokens[:-1]]])
-    return engine.model(fed, past_key_values=copy.deepcopy(cache)).logits[0, len(tail) - 1 :]
+    return engine.model(fed, **cache_argument(engine.model, copy.deepcopy(cache))).logits[0, len(tail) - 1 :]
 
 
 def generated(engine: HFEngine, prompt: object, steps: int, context: object = None) -> list[int]:
@@ -111,7 +113,9 @@ def test_exact_merges_are_token_identical_and_full_recompute_is_a_prefill(
 def encoded_at(engine: HFEngine, token_ids: torch.Tensor, position: int) -> list[LayerKV]:
     """Keys and values of tokens that stand at `position`, with nothing before them."""
     positions = torch.arange(position, position + len(token_ids))[None]
-    return layers_of(engine.model(token_ids[None], position_ids=positions, use_cache=True).past_key_values)
+    cache = DynamicCache()
+    engine.model(token_ids[None], position_ids=positions, **cache_argument(engine.model, cache), use_cache=True)
+    return layers_of(cache)
 
 
 def off(got: torch.Tensor, wanted: torch.Tensor) -> float:

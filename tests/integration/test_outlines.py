@@ -13,6 +13,7 @@ from forwards import forward_lengths
 from outlines.inputs import Chat
 
 from kvcag import HFEngine
+from kvcag.cache.hf import cache_argument
 from kvcag.engines.constrain import Choices, Regex
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's, when it loads its compiler
@@ -59,7 +60,8 @@ def test_an_outlines_generator_runs_over_a_cache(smollm2_engine, forwards, quest
     prompt_ids = engine.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert prompt_ids[: len(context.token_ids)] == context.token_ids.tolist()
     forwards.clear()
-    over = generator(Chat(messages), max_new_tokens=8, do_sample=False, past_key_values=copy.deepcopy(context))
+    cache = cache_argument(engine.model, copy.deepcopy(context))
+    over = generator(Chat(messages), max_new_tokens=8, do_sample=False, **cache)
 
     assert over == without
     assert forwards[0] == len(prompt_ids) - len(context.token_ids), "the context was not read again"

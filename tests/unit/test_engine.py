@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from tiny import CHATML, byte_tokenizer, tiny_model
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from kvcag import CacheWarning, ContextCache, HFEngine, Sampling
-from kvcag.cache.hf import layers_of, nbytes
+from kvcag.cache.hf import cache_argument, layers_of, nbytes
 from kvcag.cache.rope import check_mergeable
 from kvcag.errors import (
     ContextLengthError,
@@ -136,7 +136,8 @@ def test_a_generations_cache_is_its_own_in_the_models_dtype_and_is_released() ->
     dtypes: set[torch.dtype] = set()
 
     def watch(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        for layer in kwargs["past_key_values"].layers:
+        [cache] = [value for value in kwargs.values() if isinstance(value, Cache)]
+        for layer in cache.layers:
             if layer.keys is not None:
                 seen.append(weakref.ref(layer.keys))
                 dtypes.add(layer.keys.dtype)
@@ -339,7 +340,7 @@ def test_an_empty_cache_is_no_cache(tiny_engine: HFEngine) -> None:
 def test_a_cache_that_does_not_know_its_tokens_is_refused(tiny_engine: HFEngine) -> None:
     cache = DynamicCache()
     with torch.no_grad():
-        tiny_engine.model(torch.tensor([[1, 2, 3]]), past_key_values=cache)
+        tiny_engine.model(torch.tensor([[1, 2, 3]]), **cache_argument(tiny_engine.model, cache))
     with pytest.raises(TokenMismatchError, match="does not say which tokens it holds"):
         tiny_engine.generate(ASK, cache)
     wrapped = ContextCache.of(layers_of(cache), torch.tensor([1, 2, 3]), tiny_engine.fingerprint)
@@ -349,7 +350,7 @@ def test_a_cache_that_does_not_know_its_tokens_is_refused(tiny_engine: HFEngine)
 def test_a_cache_that_grew_is_refused(tiny_engine: HFEngine) -> None:
     cache = tiny_engine.build_kv_cache(TEXT)
     with torch.no_grad():
-        tiny_engine.model(torch.tensor([[1]]), past_key_values=cache)
+        tiny_engine.model(torch.tensor([[1]]), **cache_argument(tiny_engine.model, cache))
     with pytest.raises(TokenMismatchError, match="something was generated into it"):
         tiny_engine.generate(ASK, cache)
 

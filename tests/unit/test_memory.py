@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
 from tiny import byte_tokenizer, tiny_model
+from transformers import DynamicCache
 
 from kvcag import (
     CacheWarning,
@@ -23,7 +24,7 @@ from kvcag import (
     Sampling,
     TextualMemoryItem,
 )
-from kvcag.cache.hf import layers_of
+from kvcag.cache.hf import cache_argument, layers_of
 from kvcag.errors import (
     ContextLengthError,
     EmptyPromptError,
@@ -61,7 +62,9 @@ def distance(engine: HFEngine, context: MergedContext) -> float:
     ids = torch.cat([context.token_ids, context.tail_ids])[None]
     full = engine.model(ids).logits[0, -len(context.tail_ids) :]
     cache = copy.deepcopy(context.cache)
-    return float((full - engine.model(context.tail_ids[None], past_key_values=cache).logits[0]).abs().max())
+    return float(
+        (full - engine.model(context.tail_ids[None], **cache_argument(engine.model, cache)).logits[0]).abs().max()
+    )
 
 
 # --- MemOS's API ----------------------------------------------------------------------------------------------------
@@ -221,7 +224,9 @@ def test_a_merged_context_is_its_parts_at_their_true_positions(order: list[int],
             ids = context.token_ids.clone()
             ids[head:start] = 7
             with torch.no_grad():
-                reference = layers_of(ENGINE.model(ids[None], use_cache=True).past_key_values)[0][0]
+                read = DynamicCache()
+                ENGINE.model(ids[None], **cache_argument(ENGINE.model, read))
+            reference = layers_of(read)[0][0]
             end = start + len(items[i].token_ids)
             wanted, got = reference[..., start:end, :], layers_of(context.cache)[0][0][..., start:end, :]
             assert float((wanted - got).norm() / wanted.norm()) <= 1e-4
@@ -258,7 +263,7 @@ def test_get_cache_of_one_id_is_not_the_stored_one(memory: KVCacheMemory) -> Non
         assert cache is not None
         memory.engine.generate(question, cache, max_new_tokens=4)
         with torch.no_grad():
-            memory.engine.model(torch.tensor([[1, 2, 3]]), past_key_values=cache)
+            memory.engine.model(torch.tensor([[1, 2, 3]]), **cache_argument(memory.engine.model, cache))
         for layer in cache.layers:
             layer.keys.zero_()
     stored = memory.get(item.id)
@@ -273,7 +278,7 @@ def test_generating_with_a_stored_items_own_memory_does_not_grow_it(memory: KVCa
     assert got is not None
     for held in (item, got):
         with torch.no_grad():
-            memory.engine.model(torch.tensor([[1, 2, 3]]), past_key_values=held.memory)
+            memory.engine.model(torch.tensor([[1, 2, 3]]), **cache_argument(memory.engine.model, held.memory))
     stored = memory.get(item.id)
     assert stored is not None
     assert stored.memory.get_seq_length() == len(item.token_ids)
@@ -287,8 +292,8 @@ def test_merging_two_is_not_an_uninitialised_cache(memory: KVCacheMemory) -> Non
     assert cache.get_seq_length() == len(cache.token_ids)
     assert all(layer.is_initialized for layer in cache.layers)
     with torch.no_grad():
-        out = memory.engine.model(torch.tensor([[1]]), past_key_values=cache)
-    assert out.past_key_values.get_seq_length() == len(cache.token_ids) + 1
+        memory.engine.model(torch.tensor([[1]]), **cache_argument(memory.engine.model, cache))
+    assert cache.get_seq_length() == len(cache.token_ids) + 1
 
 
 def test_a_merged_context_answers_its_own_question_or_another(memory: KVCacheMemory) -> None:

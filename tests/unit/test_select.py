@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvcag.cache import select as selection
-from kvcag.cache.hf import cache_of, layers_of, owned
+from kvcag.cache.hf import cache_argument, cache_of, layers_of, owned
 from kvcag.cache.merge import merge
 from kvcag.cache.select import Layout, anchor, deviation, query, select
 from tests.merging import encode, ids, parts_of, tokens_of
@@ -37,7 +37,7 @@ def test_the_query_score_is_attention_times_value_norm(model, rotated):
     """Against the attention maps that the model itself returns."""
     layers, layout = rotated
     with torch.no_grad():
-        maps = model(TAIL[None], past_key_values=cache_of(layers), output_attentions=True).attentions
+        maps = model(TAIL[None], **cache_argument(model, cache_of(layers)), output_attentions=True).attentions
     expected = torch.zeros(50)
     for weights, (_, values) in zip(maps, layers, strict=True):
         norms = values[0].norm(dim=-1).repeat_interleave(2, dim=0)
