@@ -19,8 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import kvcag
 from kvcag import HFEngine, KVCacheMemory
-from kvcag.engines.echo import EchoEngine
 from kvcag.stores.disk import DiskStore
+from kvcag.testing import EchoEngine
 
 LATE = "The library opens at nine."
 PLACE = "The library is in Harbour Street."

@@ -25,7 +25,7 @@ from geometry import documents_of, endless
 from measuring import machine, seconds
 
 from kvcag import HFEngine
-from kvcag.cache.hf import LayerKV, cache_argument, cut, generation_cache, layers_of
+from kvcag.cache.layers import LayerKV, cache_argument, cut, generation_cache, layers_of
 from kvcag.demo.model import embedded_model
 
 PROMPT, KNOWN = 2130, (0, 14, 60, 1000)

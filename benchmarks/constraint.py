@@ -20,7 +20,7 @@ import torch
 from transformers import DynamicCache
 
 from kvcag import HFEngine
-from kvcag.cache.hf import cache_argument
+from kvcag.cache.layers import cache_argument
 from kvcag.demo.model import embedded_model
 from kvcag.engines.constrain import ConstraintLike, Regex
 from kvcag.engines.enforce import Grammars

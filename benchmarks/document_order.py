@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import random
 
-from kvcag.engines.vllm_order import Ordering
-from kvcag.prompt import Prompt
+from kvcag.chat_template import Prompt
+from kvcag.engines.vllm.order import Ordering
 
 
 def retrievals(questions: int, documents: int, retrieved: int, seed: int) -> list[list[int]]:

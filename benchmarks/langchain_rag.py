@@ -41,7 +41,7 @@ from langchain_core.runnables import Runnable, RunnableLambda
 from langchain_huggingface import ChatHuggingFace, HuggingFacePipeline
 
 from kvcag import ContextCache, HFEngine
-from kvcag.cache.hf import cache_argument, generation_cache, layers_of
+from kvcag.cache.layers import cache_argument, generation_cache, layers_of
 from kvcag.demo.corpus import python_topics
 from kvcag.demo.model import embedded_model
 from kvcag.langchain import ChatKVCAG, create_cag_documents_chain

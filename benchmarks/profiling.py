@@ -45,8 +45,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache
 
 from kvcag import HFEngine, KVCacheMemory, Sampling
-from kvcag.cache.hf import cache_argument, generation_cache, layers_of, nbytes
-from kvcag.prompt import as_messages
+from kvcag.cache.layers import cache_argument, generation_cache, layers_of, nbytes
+from kvcag.chat_template import as_messages
 
 DOCUMENTS = 8
 STEPS = 16

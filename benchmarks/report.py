@@ -43,7 +43,7 @@ from report_plots import plots
 from report_tables import markdown
 
 from kvcag import HFEngine
-from kvcag.cache.hf import cache_argument, generation_cache
+from kvcag.cache.layers import cache_argument, generation_cache
 from kvcag.demo.model import embedded_model
 
 ROOT = Path(__file__).parents[1]

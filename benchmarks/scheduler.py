@@ -335,7 +335,7 @@ def supply(scheduler: Any, others: list[str]) -> None:
 
 def ask(memory: Any, documents: list[str], question: str) -> tuple[float, float]:
     """When the first token came, on the wall and in this process's CPU time."""
-    from kvcag.prompt import Document
+    from kvcag.chat_template import Document
 
     system = ["Answer from these passages.\n\n", *(Document(f"{text}\n\n") for text in documents)]
     messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]

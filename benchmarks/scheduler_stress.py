@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from kvcag import CacheScheduler, HFEngine, KVCacheMemory
-from kvcag.prompt import Document
+from kvcag.chat_template import Document
 from kvcag.scheduler.counters import digest_of
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.verification import verify

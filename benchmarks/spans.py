@@ -15,10 +15,10 @@ import torch
 
 import kvcag.cache.merge
 import kvcag.engines.hf
-from kvcag.cache.prefix import PrefixCache
+from kvcag.cache.prefix_cache import PrefixCache
+from kvcag.chat_template import ChatTemplate
+from kvcag.engines.decode import Detokenizer
 from kvcag.engines.sampling import Sampler
-from kvcag.engines.text import Detokenizer
-from kvcag.prompt import ChatTemplate
 
 ENGINE = [
     (ChatTemplate, "render", "chat template"),

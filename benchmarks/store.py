@@ -24,8 +24,8 @@ import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from kvcag.cache.hf import cache_of, layers_of
-from kvcag.items import KVCacheItem
+from kvcag.cache.layers import cache_of, layers_of
+from kvcag.core import KVCacheItem
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.format import read_item, write_item
 

@@ -27,11 +27,10 @@ from pathlib import Path
 
 import torch
 
-from kvcag.cache.hf import cache_of, layers_of
-from kvcag.items import KVCacheItem
+from kvcag.cache.layers import cache_of, layers_of
+from kvcag.core import KVCacheItem
 from kvcag.stores.disk import DiskStore
-from kvcag.stores.format import item_to_bytes
-from kvcag.stores.manifest import seal
+from kvcag.stores.format import item_to_bytes, seal
 from kvcag.stores.verification import verify
 
 torch.set_num_threads(1)  # before any fork

@@ -25,10 +25,10 @@ import jsonschema
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from kvcag import HFEngine
+from kvcag.chat_template import Prompt
 from kvcag.demo.model import embedded_model
 from kvcag.engines.constrain import Choices
 from kvcag.errors import ConstraintBudgetError
-from kvcag.prompt import Prompt
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from schemas import Schema, schemas

@@ -36,6 +36,8 @@ that `except ValueError` goes on working.
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Iterable
 from os import PathLike
 
@@ -258,3 +260,27 @@ class MissingExtraError(KVCAGError, ImportError):
 
     def __init__(self, feature: str, extra: str) -> None:
         super().__init__(f"{feature} needs an optional dependency: pip install 'kvcag[{extra}]'")
+
+
+class CacheWarning(UserWarning):
+    """A cache could not be used, and its text was encoded again. The answer is right; it came later."""
+
+
+class ServerWarning(CacheWarning):
+    """A server lacks something, or forgot what it was given: what the answer then does without is said, once."""
+
+
+class Notices:
+    """Says each thing once, whoever asks and however often."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+        self._lock = threading.Lock()
+
+    def once(self, message: str, category: type[Warning] = ServerWarning) -> None:
+        """Warn, unless this was said before."""
+        with self._lock:
+            if message in self._said:
+                return
+            self._said.add(message)
+        warnings.warn(message, category, stacklevel=4)

@@ -10,10 +10,9 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from kvcag.errors import EmptyPromptError, InvalidInputError, StoreError
+from kvcag.chat_template import Document, Message
+from kvcag.errors import CacheWarning, EmptyPromptError, InvalidInputError, StoreError
 from kvcag.memory import KVCacheMemory
-from kvcag.notices import CacheWarning
-from kvcag.prompt import Document, Message
 from kvcag.stores.base import MADE_OF
 
 _INSTRUCTION = "instruction"

@@ -4,36 +4,38 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from itertools import islice
 from os import PathLike
+from pathlib import Path
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
-from kvcag.cache.hf import ContextCache
-from kvcag.compose import MAX_KL, Strategy
+from kvcag.cache.layers import ContextCache
+from kvcag.chat_template import Message, Prompt, as_messages
 from kvcag.config import KVCacheMemoryConfig, parse
-from kvcag.context import ContextPrompt, MergedContext
-from kvcag.corpus import Counter, SyncReport, sync
-from kvcag.engines.base import Chunk, Engine
+from kvcag.contexts import MAX_KL, Merging, Strategy
+from kvcag.core import ActivationMemoryItem, Chunk, ContextPrompt, KVCacheItem, MergedContext, VLLMKVCacheItem
+from kvcag.document_cache import Counter, Ids, Served, SyncReport, sync
+from kvcag.documents import Texts, text_and_metadata, texts_of
+from kvcag.engines.base import Engine, Serving
 from kvcag.engines.constrain import ConstraintLike
 from kvcag.engines.hf import HFEngine
 from kvcag.engines.sampling import Sampling
-from kvcag.engines.serving import Serving
 from kvcag.errors import (
+    CacheWarning,
     EmptyPromptError,
     InvalidInputError,
     UnknownItemError,
     UnsupportedModelError,
 )
-from kvcag.items import ActivationMemoryItem, KVCacheItem, VLLMKVCacheItem
-from kvcag.keeping import Ids
-from kvcag.merging import Merging
-from kvcag.prompt import Message, Prompt, as_messages
-from kvcag.served import Served
+from kvcag.fingerprint import ModelFingerprint
 from kvcag.stores.base import KVStore
+from kvcag.stores.disk import DiskStore
 from kvcag.stores.folder import dump_items, load_items
 from kvcag.stores.memory import MemoryStore
 from kvcag.stores.planner import Planner
-from kvcag.texts import Texts, text_and_metadata, texts_of
 
 Item: TypeAlias = KVCacheItem | VLLMKVCacheItem
 """A text's keys and values, or, over a server, its prompt."""
@@ -306,7 +308,7 @@ class KVCacheMemory:
         sampling: Sampling | None = None,
         constraint: ConstraintLike | None = None,
     ) -> Generator[Chunk, None, None]:
-        """Answer messages whose documents (`kvcag.prompt.Document`) come from caches. What both adapters call.
+        """Answer messages whose documents (`kvcag.chat_template.Document`) come from caches. What both adapters call.
 
         Without documents, the longest prefix that was encoded before is reused.
 
@@ -369,3 +371,41 @@ class KVCacheMemory:
 
 
 _PLACEHOLDER: list[Message] = [{"role": "user", "content": "…"}]
+
+
+DEFAULT_STORE_BYTES = 4 << 30
+
+
+def open_store(store: KVStore | str | PathLike[str] | None, engine: Engine, tenant: str = "") -> KVStore:
+    """A store as it is; a `DiskStore` at a path; for None one in memory, for all of a tenant's over this engine.
+
+    The one in memory holds `DEFAULT_STORE_BYTES` and forgets what was not used for longest; pass a `MemoryStore` for
+    another budget.
+    """
+    if isinstance(store, KVStore):
+        return store
+    if store is not None:
+        return DiskStore(Path(store), namespace=tenant)
+    with _stores_lock:
+        return _stores.setdefault(engine, {}).setdefault(tenant, MemoryStore(DEFAULT_STORE_BYTES))
+
+
+def warn_if_foreign(store: KVStore, fingerprint: ModelFingerprint) -> None:
+    """Warn if what a store holds was made by another model: it will stay as it is and not be used.
+
+    Looks at a few items, and is silent where one of them fits: models may share a store.
+    """
+    manifests = (store.manifest(key) for key in islice(store.keys(), _SAMPLE))
+    made_by = [manifest.fingerprint for manifest in manifests if manifest and manifest.fingerprint]
+    if made_by and not any(fingerprint.matches(other) for other in made_by):
+        warnings.warn(
+            f"the store's items were made by another model ({'; '.join(fingerprint.differences(made_by[0]))}). They "
+            "stay as they are and are not used. Give each model a store of its own, or load the model that made them.",
+            CacheWarning,
+            stacklevel=3,
+        )
+
+
+_SAMPLE = 8
+_stores: WeakKeyDictionary[Engine, dict[str, MemoryStore]] = WeakKeyDictionary()
+_stores_lock = threading.Lock()

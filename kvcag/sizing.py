@@ -20,7 +20,7 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """Bytes of one number, for each dtype that a model's keys and values are kept in."""
 
 _SCALE_BYTES = 2
-"""int8 at rest: one bfloat16 scale for each token and head, of the keys and of the values (`kvcag.cache.quantize`)."""
+"""int8 at rest: one bfloat16 scale for each token and head, of the keys and of the values (`kvcag.cache.int8`)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from kvcag.cache.hf import LayerKV, cache_argument, cut, layers_of, owned
+from kvcag.cache.layers import LayerKV, cache_argument, cut, layers_of, owned
 from kvcag.cache.merge import Part
 
 

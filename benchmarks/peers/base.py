@@ -12,7 +12,7 @@ import torch
 from geometry import HEAD
 
 from kvcag import HFEngine
-from kvcag.prompt import as_messages
+from kvcag.chat_template import as_messages
 
 TOKENS = 32
 """Of each answer."""

@@ -9,8 +9,8 @@ from typing import Any
 from geometry import HEAD
 
 from kvcag import HFEngine, KVCacheMemory, Sampling
-from kvcag.cache.hf import layers_of, nbytes
-from kvcag.prompt import Document
+from kvcag.cache.layers import layers_of, nbytes
+from kvcag.chat_template import Document
 from peers.base import TOKENS, Answer, timed
 
 

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvcag.cache.drift import UsualDrift
-from kvcag.cache.hf import LayerKV, concat
-from kvcag.cache.recompute import recompute
+from kvcag.cache.layers import LayerKV, concat
+from kvcag.cache.recompute import UsualDrift, recompute
 from kvcag.cache.rope import Move, check_mergeable
 from kvcag.cache.select import STRATEGIES, Layout, Strategy, select
 from kvcag.errors import InvalidInputError

@@ -17,8 +17,8 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import DynamicCache
 
-from kvcag.cache.attend import Call, attend, decoder_of
-from kvcag.cache.hf import LayerKV, cache_argument, check_cacheable, layers_of, owned, scatter_cache
+from kvcag.cache.attention import Call, attend, decoder_of
+from kvcag.cache.layers import LayerKV, cache_argument, check_cacheable, layers_of, owned, scatter_cache
 from kvcag.errors import UnsupportedModelError
 
 if TYPE_CHECKING:

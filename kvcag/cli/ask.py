@@ -26,8 +26,7 @@ from kvcag.cli.options import (
 from kvcag.errors import EmptyPromptError
 
 if TYPE_CHECKING:
-    from kvcag.context import MergeReport
-    from kvcag.engines.base import Usage
+    from kvcag.core import MergeReport, Usage
 
 Ids = Annotated[
     list[str] | None, typer.Option("--id", metavar="ID", help="Answer from this item alone, or from several; repeat.")

@@ -21,7 +21,7 @@ from kvcag.cli.options import HEAD, Json, Model, Ratio
 from kvcag.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from kvcag.context import MergedContext
+    from kvcag.core import MergedContext
     from kvcag.engines.hf import HFEngine
 
 _QUESTION = "Which of the statements described above transfers control, and what happens to the local variables then?"
@@ -104,11 +104,11 @@ def bench(
 
 def _measure(engine: HFEngine, texts: Sequence[str], tokens: int, repeat: int, ratio: float) -> dict[str, Any]:
     """Medians, in seconds, of the four ways to a first token over about so many tokens."""
+    from kvcag.chat_template import Document
     from kvcag.cli.context import exact
+    from kvcag.document_cache import Keeper
     from kvcag.engines.sampling import Sampling
-    from kvcag.keeping import Keeper
     from kvcag.memory import KVCacheMemory
-    from kvcag.prompt import Document
     from kvcag.stores.disk import DiskStore
 
     documents = _documents(engine, texts, tokens)

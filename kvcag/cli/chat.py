@@ -30,8 +30,7 @@ from kvcag.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from kvcag.cli.context import Corpus
-    from kvcag.context import MergeReport
-    from kvcag.engines.base import Usage
+    from kvcag.core import MergeReport, Usage
     from kvcag.engines.session import Session
 
 _HELP = """/reset   forget the conversation; the documents stay

@@ -9,18 +9,17 @@ from pathlib import Path
 import torch
 import typer
 
+from kvcag.chat_template import Document, Message, Prompt
 from kvcag.cli import output
 from kvcag.cli.entries import CONTEXT_OF, Entry, choose, find, open_existing, read_entries
 from kvcag.cli.group import NEGATIVE, say
 from kvcag.cli.loading import load_engine
 from kvcag.cli.options import AnyStrategy, default_store
-from kvcag.context import MergedContext, MergeReport
+from kvcag.core import KVCacheItem, MergedContext, MergeReport
+from kvcag.document_cache import Keeper
 from kvcag.engines.hf import HFEngine
 from kvcag.errors import ContextLengthError, FingerprintMismatchError, InvalidInputError, StoreError
-from kvcag.items import KVCacheItem
-from kvcag.keeping import Keeper
 from kvcag.memory import KVCacheMemory
-from kvcag.prompt import Document, Message, Prompt
 from kvcag.stores.disk import DiskStore
 
 

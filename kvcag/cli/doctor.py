@@ -12,7 +12,7 @@ from kvcag.cli.group import NEGATIVE
 from kvcag.cli.options import Json, Model
 
 if TYPE_CHECKING:
-    from kvcag.engines.calibrate import Calibration, Verdict
+    from kvcag.calibration import Calibration, Verdict
 
 
 def doctor(

@@ -16,10 +16,9 @@ from kvcag.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from kvcag.cli.files import Reading, Text
-    from kvcag.corpus import Read, SyncPlan
-    from kvcag.keeping import Ids, Keeper
+    from kvcag.document_cache import Ids, Keeper, Read, SyncPlan
     from kvcag.stores.base import KVStore
-    from kvcag.stores.manifest import Manifest
+    from kvcag.stores.format import Manifest
 
 Split = Annotated[
     int | None, typer.Option("--split", min=16, metavar="TOKENS", help="Cut longer files at paragraphs, into so many.")
@@ -108,7 +107,7 @@ def _keeper(
 ) -> tuple[Keeper, Ids]:
     """Where texts go, and what stands before them. The store is opened first: it takes less long to fail."""
     from kvcag.cli.loading import load_engine
-    from kvcag.keeping import Keeper
+    from kvcag.document_cache import Keeper
     from kvcag.stores.disk import DiskStore
 
     opened = DiskStore(store or default_store(), namespace=namespace) if create else _look_into(store, namespace)
@@ -135,7 +134,7 @@ def _plan(
 ) -> SyncPlan:
     """What is new. Refuses what does not fit before anything is encoded."""
     from kvcag.cli.files import split
-    from kvcag.corpus import plan
+    from kvcag.document_cache import plan
 
     template, room = keeper.engine.template, keeper.engine.context_length - len(head_ids)
     pieces = texts if limit is None else [p for t in texts for p in split(t, limit, lambda s: len(template.encode(s)))]
@@ -172,7 +171,7 @@ def _encode(keeper: Keeper, head_ids: Ids, planned: SyncPlan) -> int:
 def _made_here(keeper: Keeper, head_ids: Ids, path: str, unreadable: set[str]) -> Callable[[Manifest], bool]:
     """Whether an item was made of this path, by this model, under this head, and not of a file unreadable today."""
     from kvcag.cli.entries import CONTEXT_OF, comes_from
-    from kvcag.items import ids_digest
+    from kvcag.core import ids_digest
 
     prefix, model = ids_digest(head_ids), keeper.engine.fingerprint
 

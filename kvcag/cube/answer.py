@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from kvcag.context import MergeReport
-from kvcag.engines.base import FinishReason, Usage
-from kvcag.items import TextualMemoryItem
+from kvcag.core import FinishReason, MergeReport, TextualMemoryItem, Usage
 
 Side: TypeAlias = Literal["exact", "merged", "encoded"]
 """`exact`: from caches, as the model made them, in this order. `merged`: from caches that were put together, a share of

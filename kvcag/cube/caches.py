@@ -9,20 +9,18 @@ from typing import Any
 
 import torch
 
-from kvcag.cache.hf import cache_of, layers_of
+from kvcag.cache.layers import cache_of, layers_of
+from kvcag.chat_template import Message, Prompt
+from kvcag.core import KVCacheItem, KVCacheRecords
 from kvcag.cube.texts import made_of, said, segment
+from kvcag.document_cache import Ids, Keeper, Served
+from kvcag.engines.base import Serving
 from kvcag.engines.hf import HFEngine
-from kvcag.engines.serving import Serving
-from kvcag.errors import CorruptItemError, FormatError
+from kvcag.errors import CacheWarning, CorruptItemError, FormatError
 from kvcag.handles import placed
-from kvcag.items import KVCacheItem, KVCacheRecords
-from kvcag.keeping import Ids, Keeper
 from kvcag.memory import KVCacheMemory
-from kvcag.notices import CacheWarning
-from kvcag.prompt import Message, Prompt
 from kvcag.scheduler.store import ScheduledStore
-from kvcag.served import Served
-from kvcag.stores.manifest import Manifest
+from kvcag.stores.format import Manifest
 
 _PLACEHOLDER: Message = {"role": "user", "content": "…"}
 

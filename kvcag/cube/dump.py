@@ -28,8 +28,8 @@ from pathlib import Path
 import xxhash
 from pydantic import BaseModel, ValidationError
 
+from kvcag.core import KVCacheItem, TextualMemoryItem
 from kvcag.errors import CorruptItemError, FormatError, StoreError
-from kvcag.items import KVCacheItem, TextualMemoryItem
 from kvcag.stores.files import atomic_write, locked, make_private, sync_directory, unavailable
 from kvcag.stores.folder import dump_items, load_items
 

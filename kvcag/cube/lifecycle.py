@@ -7,10 +7,10 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from kvcag.core import TextualMemoryItem
 from kvcag.cube.caches import Caches
 from kvcag.cube.texts import SearchableTexts, TextSide, distinct, read_all, said
 from kvcag.errors import InvalidInputError, UnknownItemError
-from kvcag.items import TextualMemoryItem
 from kvcag.memory import KVCacheMemory
 
 

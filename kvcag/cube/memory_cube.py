@@ -15,24 +15,23 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from kvcag.aio import iterate
-from kvcag.compose import MAX_KL, Strategy
+from kvcag.chat_template import Message, Prompt, as_messages
+from kvcag.contexts import MAX_KL, Strategy
+from kvcag.core import Chunk, TextualMemoryItem, Usage
 from kvcag.cube.answer import CubeAnswer, CubePlan
 from kvcag.cube.dump import CubeSettings, read_dump, read_settings, write_dump
 from kvcag.cube.lifecycle import CubeTexts
 from kvcag.cube.retrieved import FoundTexts
 from kvcag.cube.texts import SearchableTexts, TextSide, said, segment
-from kvcag.engines.base import Chunk, Engine, Usage
+from kvcag.engines.base import Engine
 from kvcag.engines.constrain import ConstraintLike
-from kvcag.errors import ContextLengthError, CorpusLengthError, InvalidInputError
+from kvcag.errors import CacheWarning, ContextLengthError, CorpusLengthError, InvalidInputError
 from kvcag.handles import placed
-from kvcag.items import TextualMemoryItem
 from kvcag.memory import KVCacheMemory
-from kvcag.notices import CacheWarning
-from kvcag.prompt import Message, Prompt, as_messages
 from kvcag.stores.base import KVStore
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.memory import MemoryStore
+from kvcag.streams import iterate
 
 
 class MemoryCube(CubeTexts):

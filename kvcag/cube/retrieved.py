@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
+from kvcag.core import TextualMemoryItem
 from kvcag.cube.texts import read
 from kvcag.errors import InvalidInputError
-from kvcag.items import TextualMemoryItem
 
 Find: TypeAlias = Callable[[str], Iterable[object]]
 """Gets a question, and gives what `read` can read, best first."""

@@ -7,9 +7,9 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Protocol, runtime_checkable
 
+from kvcag.core import TextualMemoryItem
+from kvcag.documents import text_and_metadata
 from kvcag.errors import EmptyPromptError
-from kvcag.items import TextualMemoryItem
-from kvcag.texts import text_and_metadata
 
 
 class TextSide(Protocol):

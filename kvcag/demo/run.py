@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 
-from kvcag.compose import Strategy
+from kvcag.chat_template import Document, Message, Prompt
+from kvcag.contexts import Strategy
+from kvcag.core import Chunk, Usage
 from kvcag.demo.corpus import CorpusDocument
-from kvcag.engines.base import Chunk, Usage
 from kvcag.engines.hf import HFEngine
 from kvcag.engines.sampling import Sampling
 from kvcag.memory import KVCacheMemory
-from kvcag.prompt import Document, Message, Prompt
 
 HEAD = "You are a helpful assistant. Answer the question using only the passages below."
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
-from kvcag.cache.hf import LayerKV, crop, cut, generation_cache, layers_of, owned
+from kvcag.cache.layers import LayerKV, crop, cut, generation_cache, layers_of, owned
 from kvcag.engines.hf import HFEngine
-from kvcag.engines.turns import Interrupted
+from kvcag.engines.model_lock import Interrupted
 from kvcag.errors import EmptyPromptError
 
 

@@ -16,9 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 from typing_extensions import Unpack
 
-from kvcag.cache.attend import by_position, decoder_of
-from kvcag.cache.drift import UsualDrift
-from kvcag.cache.hf import (
+from kvcag.cache.attention import by_position, decoder_of
+from kvcag.cache.layers import (
     ContextCache,
     LayerKV,
     cache_argument,
@@ -28,25 +27,21 @@ from kvcag.cache.hf import (
     layers_of,
     owned,
 )
-from kvcag.cache.prefix import PrefixCache
+from kvcag.cache.prefix_cache import PrefixCache
+from kvcag.cache.recompute import UsualDrift
 from kvcag.cache.rope import check_mergeable
-from kvcag.context import MergedContext
-from kvcag.engines.base import Chunk
-from kvcag.engines.calibrate import Calibration, CalibrationSettings, calibrate
+from kvcag.calibration import Calibration, CalibrationSettings, calibrate, usual_drift_of
+from kvcag.chat_template import ChatTemplate, Message, Prompt
+from kvcag.core import Chunk, MergedContext
+from kvcag.engines.base import Generating, context_ids
 from kvcag.engines.constrain import ConstraintLike
-from kvcag.engines.continuation import context_ids, read_context
-from kvcag.engines.decode import Account, Decoding
-from kvcag.engines.generating import Generating
+from kvcag.engines.decode import Account, Decoding, Detokenizer, StopStrings, ThinkingFilter, read_context
 from kvcag.engines.loading import load
+from kvcag.engines.model_lock import Turns
 from kvcag.engines.sampling import Sampler, Sampling
 from kvcag.engines.session import Session
-from kvcag.engines.text import Detokenizer, StopStrings, ThinkingFilter
-from kvcag.engines.turns import Turns
-from kvcag.engines.usual_drift import usual_drift_of
-from kvcag.errors import EmptyPromptError, UnsupportedModelError
+from kvcag.errors import CacheWarning, EmptyPromptError, Notices, UnsupportedModelError
 from kvcag.fingerprint import ModelFingerprint
-from kvcag.notices import CacheWarning, Notices
-from kvcag.prompt import ChatTemplate, Message, Prompt
 
 if TYPE_CHECKING:
     from kvcag.engines.enforce import Constraint, Grammars
@@ -280,7 +275,7 @@ class HFEngine(Generating):
         """Compare merging strategies with a full prefill on probes made from your own documents.
 
         The verdict is kept under the model's fingerprint, for `merge(strategy="auto")` here and in later processes.
-        Arguments and errors are those of `kvcag.engines.calibrate.calibrate`.
+        Arguments and errors are those of `kvcag.calibration.calibrate`.
         """
         self.calibration = calibrate(self, documents, questions, **settings)
         self.calibration.save()

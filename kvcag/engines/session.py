@@ -13,16 +13,14 @@ from typing import TYPE_CHECKING, Any
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-from kvcag.cache.hf import crop, cut, generation_cache, layers_of
-from kvcag.context import MergedContext
-from kvcag.engines.base import Chunk
+from kvcag.cache.layers import crop, cut, generation_cache, layers_of
+from kvcag.chat_template import Message, as_messages
+from kvcag.core import Chunk, MergedContext
+from kvcag.engines.base import known
 from kvcag.engines.constrain import ConstraintLike
-from kvcag.engines.continuation import known, read_context
-from kvcag.engines.decode import Account, Decoding
+from kvcag.engines.decode import Account, Decoding, Detokenizer, StopStrings, ThinkingFilter, read_context
 from kvcag.engines.sampling import Sampler, Sampling
-from kvcag.engines.text import Detokenizer, StopStrings, ThinkingFilter
 from kvcag.errors import EmptyPromptError, InvalidInputError, TokenMismatchError, UnsupportedContentError
-from kvcag.prompt import Message, as_messages
 
 if TYPE_CHECKING:
     from kvcag.engines.hf import HFEngine

@@ -11,7 +11,7 @@ from langchain_core.documents import Document
 from langchain_core.messages import BaseMessage, HumanMessage, SystemMessage
 
 from kvcag.errors import InvalidInputError
-from kvcag.langchain.documents import DocumentsPrompt, noted_documents, with_documents
+from kvcag.langchain.documents_chain import DocumentsPrompt, noted_documents, with_documents
 from kvcag.langchain.messages import neutral
 from kvcag.memory import KVCacheMemory
 

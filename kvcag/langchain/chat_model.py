@@ -19,15 +19,15 @@ from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from kvcag.aio import iterate
 from kvcag.errors import InvalidInputError
 from kvcag.langchain.ahead import encoding_ahead
-from kvcag.langchain.documents import DOCUMENT_SEPARATOR, DocumentsPrompt
+from kvcag.langchain.documents_chain import DOCUMENT_SEPARATOR, DocumentsPrompt
 from kvcag.langchain.local_model import LocalChatModel
 from kvcag.langchain.messages import neutral
 from kvcag.langchain.responses import generation_chunks
 from kvcag.langchain.tools import ask, choice_of, parsing, response_format, schema_of
 from kvcag.stores.base import SOURCE_FIELDS
+from kvcag.streams import iterate
 
 _SAMPLING = ("temperature", "max_tokens", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 _MERGING = ("merge_strategy", "recompute_ratio", "max_kl")

@@ -11,11 +11,11 @@ from langchain_core.retrievers import BaseRetriever
 from langchain_core.vectorstores import VectorStore
 from pydantic import SkipValidation
 
+from kvcag.core import TextualMemoryItem
 from kvcag.cube.memory_cube import MemoryCube
 from kvcag.cube.retrieved import BuiltTexts, FoundTexts
 from kvcag.cube.texts import read
-from kvcag.items import TextualMemoryItem
-from kvcag.texts import text_and_metadata
+from kvcag.documents import text_and_metadata
 
 
 class VectorStoreTexts:

@@ -13,16 +13,16 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, Field, PrivateAttr, SkipValidation, model_validator
 from typing_extensions import Self
 
-from kvcag.compose import MAX_KL, Strategy
+from kvcag.chat_template import ChatTemplate
+from kvcag.contexts import MAX_KL, Strategy
 from kvcag.cube.memory_cube import MemoryCube, activation
 from kvcag.engines.base import Engine
+from kvcag.engines.loading import LazyEngine
 from kvcag.errors import ChatTemplateError, FingerprintMismatchError, InvalidInputError
 from kvcag.handles import ContextHandles
 from kvcag.langchain.messages import neutral
 from kvcag.langchain.tools import ask
-from kvcag.memory import KVCacheMemory
-from kvcag.prompt import ChatTemplate
-from kvcag.shared import LazyEngine, open_store, warn_if_foreign
+from kvcag.memory import KVCacheMemory, open_store, warn_if_foreign
 from kvcag.stores.base import KVStore
 
 _REMOTE_ONLY = {"api_key", "base_url", "timeout", "max_retries"}

@@ -1,9 +1,9 @@
-"""LangChain's messages as the neutral ones of `kvcag.prompt`, with their documents found.
+"""LangChain's messages as the neutral ones of `kvcag.chat_template`, with their documents found.
 
 Which parts of a conversation are documents, each a segment that is encoded once under its own content:
 
 1. Blocks that say so: text blocks with `cache_control={"type": "ephemeral"}`, `text-plain` blocks, and those that
-   `kvcag.langchain.documents.with_documents` put there.
+   `kvcag.langchain.documents_chain.with_documents` put there.
 2. Where nothing says so, system and human messages of two or more text blocks: every block is a segment, but for the
    last one of a human message, which is what the human says.
 
@@ -25,9 +25,9 @@ from langchain_core.messages import (
     ToolMessage,
 )
 
+from kvcag.chat_template import Document, Message
 from kvcag.errors import InvalidInputError, UnsupportedContentError
-from kvcag.langchain.documents import noted_documents
-from kvcag.prompt import Document, Message
+from kvcag.langchain.documents_chain import noted_documents
 
 _OWN_BLOCKS = {
     "tool_use", "tool_call", "tool_call_chunk", "invalid_tool_call", "function_call",  # said again in tool_calls

@@ -16,7 +16,7 @@ from kvcag.cube.memory_cube import MemoryCube
 from kvcag.errors import InvalidInputError, UnsupportedModelError
 from kvcag.langchain.chat_model import ChatKVCAG
 from kvcag.langchain.cube import CubeRetriever
-from kvcag.langchain.documents import DOCUMENT_PROMPT, DOCUMENT_SEPARATOR, with_documents
+from kvcag.langchain.documents_chain import DOCUMENT_PROMPT, DOCUMENT_SEPARATOR, with_documents
 
 Behavior = Literal["ignore", "warn", "raise"]
 

@@ -13,7 +13,7 @@ from langchain_core.messages.ai import UsageMetadata
 from langchain_core.messages.tool import ToolCallChunk, tool_call_chunk
 from langchain_core.outputs import ChatGenerationChunk
 
-from kvcag.engines.base import Chunk, Usage
+from kvcag.core import Chunk, Usage
 from kvcag.tools import Parsed, ToolPlan
 
 

@@ -15,9 +15,9 @@ from langchain_core.utils.function_calling import convert_to_json_schema
 from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import BaseModel
 
+from kvcag.chat_template import ChatTemplate, Message
 from kvcag.engines.constrain import ConstraintLike, Grammar, JsonSchema, close_objects
 from kvcag.errors import InvalidInputError
-from kvcag.prompt import ChatTemplate, Message
 from kvcag.tools import ToolPlan, plan_tools, tool_messages
 
 _ANY = {"any", "required"}

@@ -9,7 +9,7 @@ from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document
 from langchain_core.prompts import BasePromptTemplate, format_document
 
-from kvcag.langchain.documents import DOCUMENT_PROMPT
+from kvcag.langchain.documents_chain import DOCUMENT_PROMPT
 from kvcag.scheduler import CacheScheduler
 
 

@@ -15,11 +15,11 @@ from llama_index.core.indices.base import BaseIndex
 from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle, TextNode
 from llama_index.core.storage.docstore.types import BaseDocumentStore
 
+from kvcag.core import TextualMemoryItem
 from kvcag.cube.memory_cube import MemoryCube
 from kvcag.cube.retrieved import BuiltTexts, FoundTexts
 from kvcag.cube.texts import read
-from kvcag.items import TextualMemoryItem
-from kvcag.texts import text_and_metadata
+from kvcag.documents import text_and_metadata
 
 
 class IndexTexts:

@@ -26,19 +26,18 @@ from llama_index.core.program.utils import get_program_for_llm
 from llama_index.core.tools.types import BaseTool
 from pydantic import Field, PrivateAttr
 
-from kvcag.call_format import tool_messages
-from kvcag.compose import MAX_KL, Strategy
+from kvcag.chat_template import Message, Prompt, as_messages
+from kvcag.contexts import MAX_KL, Strategy
 from kvcag.cube.memory_cube import MemoryCube, activation
 from kvcag.engines.base import Engine
+from kvcag.engines.loading import LazyEngine
 from kvcag.errors import InvalidInputError
 from kvcag.llama_index.messages import neutral
 from kvcag.llama_index.responses import Answer, Opener, aeach, alast, each, last
 from kvcag.llama_index.tools import choice_of, selections, tool_specs
-from kvcag.memory import KVCacheMemory
-from kvcag.prompt import Message, Prompt, as_messages
-from kvcag.shared import LazyEngine, open_store, warn_if_foreign
+from kvcag.memory import KVCacheMemory, open_store, warn_if_foreign
 from kvcag.stores.base import KVStore
-from kvcag.tools import plan_tools
+from kvcag.tools import plan_tools, tool_messages
 
 _SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "strip_thinking")
 

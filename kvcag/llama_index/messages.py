@@ -1,4 +1,4 @@
-"""LlamaIndex's messages as the neutral ones of `kvcag.prompt`, with what their cache points mean.
+"""LlamaIndex's messages as the neutral ones of `kvcag.chat_template`, with what their cache points mean.
 
 A `CachePoint` says: what stands before it in this message is worth keeping. It is encoded once, as one segment, and
 the answer stays that of a full prefill. `DOCUMENT_END`, a cache point of type `document`, says more: the text block
@@ -26,7 +26,7 @@ from llama_index.core.base.llms.types import (
     ToolCallBlock,
 )
 
-from kvcag.prompt import Document, Message
+from kvcag.chat_template import Document, Message
 
 DOCUMENT_END = CachePoint(cache_control=CacheControl(type="document"))
 """Ends a document: the text block just before it."""
@@ -102,7 +102,7 @@ def _content(message: ChatMessage) -> Any:
 
 
 def _read(block: ContentBlock) -> list[Any]:
-    """A block's texts; a part that `kvcag.prompt` refuses for what is no text."""
+    """A block's texts; a part that `kvcag.chat_template` refuses for what is no text."""
     if isinstance(block, TextBlock):
         return [block.text]
     if isinstance(block, CitableBlock):

@@ -17,8 +17,8 @@ from llama_index.core.base.llms.types import (
     ToolCallBlock,
 )
 
-from kvcag.aio import iterate
-from kvcag.engines.base import Chunk, Usage
+from kvcag.core import Chunk, Usage
+from kvcag.streams import iterate
 from kvcag.tools import CallParser, Parsed
 
 R = TypeVar("R", ChatResponse, CompletionResponse)

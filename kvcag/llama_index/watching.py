@@ -12,7 +12,7 @@ from llama_index.core.instrumentation.events.retrieval import RetrievalEndEvent,
 from llama_index.core.schema import MetadataMode
 from pydantic import PrivateAttr
 
-from kvcag.items import TextualMemoryItem
+from kvcag.core import TextualMemoryItem
 from kvcag.scheduler import CacheScheduler
 
 

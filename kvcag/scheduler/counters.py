@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvcag.items import ids_digest
-from kvcag.keeping import Ids
-from kvcag.prompt import Prompt
+from kvcag.chat_template import Prompt
+from kvcag.core import ids_digest
+from kvcag.document_cache import Ids
 from kvcag.scheduler.policy import Use
 from kvcag.stores.base import SOURCE_FIELDS
 

@@ -6,21 +6,21 @@ import threading
 import time
 from collections.abc import Callable
 
+from kvcag.chat_template import Message
+from kvcag.core import content_key, ids_digest
+from kvcag.document_cache import Ids, Keeper
+from kvcag.documents import text_and_metadata
 from kvcag.engines.background import encode_in_background
 from kvcag.engines.hf import HFEngine
-from kvcag.engines.turns import Interrupted
+from kvcag.engines.model_lock import Interrupted
 from kvcag.errors import ContextLengthError, EmptyPromptError, UnknownItemError
-from kvcag.items import content_key, ids_digest
-from kvcag.keeping import Ids, Keeper
 from kvcag.memory import KVCacheMemory
-from kvcag.prompt import Message
 from kvcag.scheduler.counters import Counters, Known, digest_of
 from kvcag.scheduler.metrics import Tally
 from kvcag.scheduler.policy import Use
 from kvcag.scheduler.state import State
 from kvcag.scheduler.store import ScheduledStore
 from kvcag.scheduler.working_set import Cached
-from kvcag.texts import text_and_metadata
 
 _MARGIN = 1.25
 """How many times more a text has to be worth than each cache that it displaces, to be encoded for that: otherwise two

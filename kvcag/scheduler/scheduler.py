@@ -16,12 +16,13 @@ from typing import Any
 from pydantic import BaseModel
 from typing_extensions import Self
 
+from kvcag.chat_template import Prompt
+from kvcag.core import KVCacheRecords
+from kvcag.documents import text_and_metadata
 from kvcag.engines.hf import HFEngine
-from kvcag.engines.turns import Interrupted
+from kvcag.engines.model_lock import Interrupted
 from kvcag.errors import InvalidInputError, UnsupportedModelError
-from kvcag.items import KVCacheRecords
 from kvcag.memory import KVCacheMemory
-from kvcag.prompt import Prompt
 from kvcag.scheduler.counters import Counters
 from kvcag.scheduler.log import LogEntry
 from kvcag.scheduler.metrics import SchedulerMetrics, Tally
@@ -31,7 +32,6 @@ from kvcag.scheduler.state import State
 from kvcag.scheduler.store import ScheduledStore
 from kvcag.scheduler.tidying import Tidier
 from kvcag.scheduler.working_set import WorkingSet
-from kvcag.texts import text_and_metadata
 
 _logger = logging.getLogger("kvcag.scheduler")
 _WRITE_DOWN_EVERY_S = 5.0

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from kvcag.core import KVCacheRecords
 from kvcag.errors import SchedulerStateError
-from kvcag.items import KVCacheRecords
 from kvcag.scheduler.counters import Counters, Known, Place, digest_of
 from kvcag.scheduler.log import DELETE_IT, VERSION, LogEntry, check_version, read_log, typed
 from kvcag.scheduler.policy import Use

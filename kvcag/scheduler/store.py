@@ -7,18 +7,18 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from kvcag.cache.hf import layers_of, nbytes
+from kvcag.cache.layers import layers_of, nbytes
+from kvcag.core import KVCacheItem
 from kvcag.errors import StoreError, StoreFullError
 from kvcag.fingerprint import ModelFingerprint
 from kvcag.handles import is_context
-from kvcag.items import KVCacheItem
 from kvcag.scheduler.counters import Counters, digest_of
 from kvcag.scheduler.log import LogEntry
 from kvcag.scheduler.metrics import Tally
 from kvcag.scheduler.state import State
 from kvcag.scheduler.working_set import Cached, WorkingSet
 from kvcag.stores.base import KVStore, StoreStats
-from kvcag.stores.manifest import Manifest
+from kvcag.stores.format import Manifest
 
 
 class ScheduledStore(KVStore):

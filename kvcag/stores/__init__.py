@@ -3,8 +3,7 @@
 from kvcag.stores.base import KVStore, StoreStats
 from kvcag.stores.bytestore import ByteKVStore
 from kvcag.stores.disk import DiskStore
-from kvcag.stores.format import read_item, read_manifest, write_item
-from kvcag.stores.manifest import Manifest
+from kvcag.stores.format import Manifest, read_item, read_manifest, write_item
 from kvcag.stores.memory import MemoryStore
 from kvcag.stores.planner import LoadSpeed, Plan, Planner, measure, measure_load
 from kvcag.stores.remote import FsspecStore

@@ -11,8 +11,8 @@ from types import TracebackType
 
 from typing_extensions import Self
 
-from kvcag.items import KVCacheItem
-from kvcag.stores.manifest import Manifest
+from kvcag.core import KVCacheItem
+from kvcag.stores.format import Manifest
 
 SOURCE_FIELDS = ("source", "source_text", "file_path", "doc_id", "ref_doc_id")
 """Metadata fields that say what an item was made from: ours, LangChain's and LlamaIndex's."""
@@ -37,9 +37,9 @@ class KVStore(ABC):
     """Items by their id.
 
     Every method may be called from many threads at once. A reader sees an item whole, or not at all. An item that was
-    handed out stays readable, whatever happens to the store meanwhile; it is for reading: who wants to write into its
-    tensors copies them first (`kvcag.cache.hf.clone`). An item may leave a store that has a budget or a time to live
-    at any time, so a missing item is an answer and not an error.
+    handed out stays readable, whatever happens to the store meanwhile. It is for reading: copy its tensors before you
+    write to them (`kvcag.cache.layers.clone`). An item may leave a store that has a budget or a time to live at any
+    time, so a missing item is an answer and not an error.
 
     All methods raise `StoreUnavailableError` when the place itself fails; nothing that was kept is lost by it.
     """

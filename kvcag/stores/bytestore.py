@@ -9,12 +9,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, Protocol
 
+from kvcag.core import KVCacheItem
 from kvcag.errors import CorruptItemError, InvalidInputError
-from kvcag.items import KVCacheItem
 from kvcag.stores.base import KVStore, StoreStats
 from kvcag.stores.files import remote_unavailable
-from kvcag.stores.format import item_from_bytes, item_to_bytes
-from kvcag.stores.manifest import Manifest, Quantize, parse_header
+from kvcag.stores.format import Manifest, Quantize, item_from_bytes, item_to_bytes, parse_header
 from kvcag.stores.names import Names
 
 _ATTEMPTS = 5

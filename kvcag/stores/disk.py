@@ -18,13 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from kvcag.cache.hf import layers_of, nbytes
+from kvcag.cache.layers import layers_of, nbytes
+from kvcag.core import KVCacheItem
 from kvcag.errors import CorruptItemError, FormatError, StoreFullError, StoreUnavailableError
-from kvcag.items import KVCacheItem
 from kvcag.stores.base import KVStore, StoreStats
 from kvcag.stores.files import locked, make_private, sync_directory, unavailable, unnoticed
-from kvcag.stores.format import item_from_file, read_id, read_manifest, write_item
-from kvcag.stores.manifest import Manifest, Quantize
+from kvcag.stores.format import Manifest, Quantize, item_from_file, read_id, read_manifest, write_item
 from kvcag.stores.names import SUFFIX, Names
 from kvcag.stores.verification import VerifyReport, verify
 

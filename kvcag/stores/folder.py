@@ -14,9 +14,9 @@ from pathlib import Path
 import xxhash
 from pydantic import BaseModel, ValidationError
 
+from kvcag.core import KVCacheItem
 from kvcag.errors import CorruptItemError, FormatError
 from kvcag.fingerprint import ModelFingerprint
-from kvcag.items import KVCacheItem
 from kvcag.stores.files import atomic_write, unavailable
 from kvcag.stores.format import read_item, write_item
 

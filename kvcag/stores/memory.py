@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-from kvcag.cache.hf import cache_of, layers_of, nbytes
+from kvcag.cache.layers import cache_of, layers_of, nbytes
+from kvcag.core import KVCacheItem
 from kvcag.errors import InvalidInputError, StoreFullError
-from kvcag.items import KVCacheItem
 from kvcag.stores.base import KVStore, StoreStats
-from kvcag.stores.manifest import Manifest, manifest_of
+from kvcag.stores.format import Manifest, manifest_of
 
 
 @dataclass(slots=True)

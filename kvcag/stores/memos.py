@@ -23,10 +23,10 @@ from pydantic import ValidationError
 from torch._utils import _rebuild_tensor_v2
 from transformers import DynamicCache
 
-from kvcag.cache.hf import LayerKV, cache_of, owned
+from kvcag.cache.layers import LayerKV, cache_of, owned
+from kvcag.core import KVCacheItem, KVCacheRecords
 from kvcag.errors import CorruptItemError, FormatError, TokenMismatchError, UnsafePickleError
 from kvcag.fingerprint import ModelFingerprint
-from kvcag.items import KVCacheItem, KVCacheRecords
 from kvcag.stores.files import unavailable
 
 

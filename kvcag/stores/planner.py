@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvcag.cache.hf import cache_of, layers_of, nbytes
+from kvcag.cache.layers import cache_of, layers_of, nbytes
+from kvcag.core import KVCacheItem
 from kvcag.errors import InvalidInputError
-from kvcag.items import KVCacheItem
 from kvcag.stores.base import KVStore
 
 if TYPE_CHECKING:

@@ -6,12 +6,11 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+from kvcag.core import KVCacheItem
 from kvcag.errors import CorruptItemError, FormatError, InvalidInputError, MissingExtraError
-from kvcag.items import KVCacheItem
 from kvcag.stores.base import KVStore, StoreStats
 from kvcag.stores.files import remote_unavailable
-from kvcag.stores.format import item_from_bytes, item_to_bytes
-from kvcag.stores.manifest import Manifest, Quantize, parse_header, parse_id
+from kvcag.stores.format import Manifest, Quantize, item_from_bytes, item_to_bytes, parse_header, parse_id
 from kvcag.stores.names import SUFFIX, Names
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from kvcag.cache.hf import cache_of, layers_of, owned
+from kvcag.cache.layers import cache_of, layers_of, owned
+from kvcag.core import KVCacheItem
 from kvcag.errors import InvalidInputError, StoreError, StoreFullError
-from kvcag.items import KVCacheItem
 from kvcag.stores.base import KVStore, StoreStats
-from kvcag.stores.manifest import Manifest
+from kvcag.stores.format import Manifest
 from kvcag.stores.memory import MemoryStore
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcag import HFEngine, MemoryCube
-from kvcag.items import TextualMemoryItem
+from kvcag.core import TextualMemoryItem
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "memory_cube.py"
 HEAD = "Answer the question using only these notes."

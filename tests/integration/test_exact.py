@@ -11,10 +11,10 @@ import torch
 from transformers import DynamicCache
 
 from kvcag import HFEngine, KVCacheMemory, Sampling
-from kvcag.cache.hf import LayerKV, cache_argument, cut, layers_of
+from kvcag.cache.layers import LayerKV, cache_argument, cut, layers_of
 from kvcag.cache.merge import Part, merge
+from kvcag.chat_template import as_messages
 from kvcag.demo.corpus import python_topics
-from kvcag.prompt import as_messages
 
 HEAD = "Answer from the documents."
 ASKED = [

@@ -13,7 +13,7 @@ from forwards import forward_lengths
 from outlines.inputs import Chat
 
 from kvcag import HFEngine
-from kvcag.cache.hf import cache_argument
+from kvcag.cache.layers import cache_argument
 from kvcag.engines.constrain import Choices, Regex
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's, when it loads its compiler

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from kvcag import HFEngine, KVCacheMemory
-from kvcag.context import MergeReport
+from kvcag.chat_template import Document, as_messages
+from kvcag.core import MergeReport
 from kvcag.engines.sampling import Sampling
-from kvcag.notices import CacheWarning
-from kvcag.prompt import Document, as_messages
+from kvcag.errors import CacheWarning
 from kvcag.stores import DiskStore, FsspecStore, KVStore, MemoryStore, TieredStore
 
 TEXTS = ("The harbour master is Ada Lovelace.\n\n", "The lighthouse was built in 1831.\n\n")

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from schemas import Schema, check_holds, schemas
 
 from kvcag import HFEngine, KVCacheMemory
+from kvcag.chat_template import Prompt
 from kvcag.engines.constrain import Choices, Regex
-from kvcag.prompt import Prompt
 from kvcag.tools import plan_tools
 
 FACTS = [

@@ -7,9 +7,9 @@ import pytest
 from tiny import byte_tokenizer, tiny_model
 
 from kvcag import HFEngine, KVCacheMemory, Sampling
-from kvcag.engines.calibrate import Calibration, Verdict
+from kvcag.calibration import Calibration, Verdict
+from kvcag.chat_template import Document
 from kvcag.errors import ContextLengthError, InvalidInputError
-from kvcag.prompt import Document
 
 TEXTS = ["Alice has a red bicycle.", "Bob has a green car.", "Carol has a boat.", "Dave has none of these."]
 HEAD = "Answer from the documents."

@@ -18,12 +18,12 @@ from schemas import check_holds, schemas
 from tiny import byte_tokenizer, tiny_model
 
 from kvcag import KVCacheMemory
+from kvcag.chat_template import Document
 from kvcag.engines.constrain import Choices, Grammar, JsonSchema, Regex
-from kvcag.engines.echo import EchoEngine
 from kvcag.engines.hf import HFEngine
 from kvcag.engines.hints import examples
 from kvcag.errors import ConstraintBudgetError, ConstraintError
-from kvcag.prompt import Document
+from kvcag.testing import EchoEngine
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ import torch
 from tiny import byte_tokenizer, tiny_model
 
 from kvcag import CacheScheduler, Document, HFEngine, MemoryCube
-from kvcag.cache.hf import layers_of
-from kvcag.engines.echo import EchoEngine, whole_prompt
+from kvcag.cache.layers import layers_of
+from kvcag.core import TextualMemoryItem
 from kvcag.errors import (
     ContextLengthError,
     CorpusLengthError,
@@ -25,8 +25,8 @@ from kvcag.errors import (
     UnknownItemError,
     UnsupportedModelError,
 )
-from kvcag.items import TextualMemoryItem
 from kvcag.stores import DiskStore, MemoryStore, TieredStore
+from kvcag.testing import EchoEngine, whole_prompt
 
 HEAD = "Answer from the notes."
 ALICE = TextualMemoryItem(id="alice", memory="Alice has a red bicycle.", metadata={"page": 1})

@@ -17,11 +17,11 @@ import torch
 from tiny import byte_tokenizer, tiny_model
 
 from kvcag import CacheWarning, HFEngine, MemoryCube
+from kvcag.core import TextualMemoryItem
 from kvcag.cube.dump import read_dump, read_settings
-from kvcag.engines.echo import EchoEngine, whole_prompt
 from kvcag.errors import CorruptItemError, FormatError, InvalidInputError, StoreError, StoreUnavailableError
-from kvcag.items import TextualMemoryItem
 from kvcag.stores import DiskStore
+from kvcag.testing import EchoEngine, whole_prompt
 
 HEAD = "Answer from the notes."
 TEXTS = {"alice": "Alice has a red bicycle.", "bob": "Bob has a green car."}

@@ -13,10 +13,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from tiny import byte_tokenizer, tiny_model
 
 from kvcag import HFEngine, KVCacheMemory, MemoryCube
-from kvcag.cache.hf import layers_of
+from kvcag.cache.layers import layers_of
+from kvcag.core import TextualMemoryItem
 from kvcag.cube.caches import Caches
 from kvcag.cube.dump import read_dump
-from kvcag.items import TextualMemoryItem
 from kvcag.stores import DiskStore, MemoryStore, TieredStore
 
 HEAD = "Notes:"

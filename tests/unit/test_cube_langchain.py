@@ -12,10 +12,10 @@ from langchain_core.vectorstores import InMemoryVectorStore
 from retrievers import HashedWords
 
 from kvcag import HFEngine, KVCacheMemory, MemoryCube
-from kvcag.engines.echo import EchoEngine, whole_prompt
-from kvcag.items import TextualMemoryItem
+from kvcag.core import TextualMemoryItem
 from kvcag.langchain import ChatKVCAG, CubeRetriever, KVCAGMiddleware, VectorStoreTexts, create_cag_documents_chain
 from kvcag.stores import MemoryStore
+from kvcag.testing import EchoEngine, whole_prompt
 
 TOWER = TextualMemoryItem(id="tower", memory="The tower is made of iron.")
 BRIDGE = TextualMemoryItem(id="bridge", memory="The bridge is made of steel.")

@@ -15,11 +15,11 @@ from llama_index.core.schema import TextNode
 from pydantic import ValidationError
 
 from kvcag import HFEngine, KVCacheMemory, MemoryCube
-from kvcag.engines.echo import EchoEngine, whole_prompt
+from kvcag.core import TextualMemoryItem
 from kvcag.errors import InvalidInputError
-from kvcag.items import TextualMemoryItem
 from kvcag.llama_index import CAGMemoryBlock, CAGQueryEngine, IndexTexts, KVCacheLLM
 from kvcag.stores import MemoryStore
+from kvcag.testing import EchoEngine, whole_prompt
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # see the fixture

@@ -10,9 +10,9 @@ from tiny import byte_tokenizer, tiny_model
 from wire_server import WireServer
 
 from kvcag import HFEngine, MemoryCube
-from kvcag.engines.vllm import VLLMEngine
-from kvcag.items import TextualMemoryItem
-from kvcag.notices import CacheWarning
+from kvcag.core import TextualMemoryItem
+from kvcag.engines.vllm.engine import VLLMEngine
+from kvcag.errors import CacheWarning
 
 TEXTS = [
     TextualMemoryItem(id="tower", memory="The tower is made of iron. " * 4),

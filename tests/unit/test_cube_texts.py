@@ -18,10 +18,10 @@ from llama_index.retrievers.bm25 import BM25Retriever
 from retrievers import BM25, HashedWords
 
 from kvcag import HFEngine, MemoryCube, langchain, llama_index
+from kvcag.core import TextualMemoryItem
 from kvcag.cube.texts import SearchableTexts, TextSide, distinct, made_of, read, said
-from kvcag.engines.echo import EchoEngine
 from kvcag.errors import CorpusLengthError, InvalidInputError
-from kvcag.items import TextualMemoryItem
+from kvcag.testing import EchoEngine
 
 TOWER = TextualMemoryItem(id="tower", memory="The tower is made of iron.", metadata={"page": 1})
 BRIDGE = TextualMemoryItem(id="bridge", memory="The bridge is made of steel.", metadata={"page": 2})

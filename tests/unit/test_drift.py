@@ -3,8 +3,8 @@
 import torch
 
 from kvcag.cache import drift as drifts
-from kvcag.cache.drift import DriftCorrection, _Drift
-from kvcag.cache.hf import owned
+from kvcag.cache.layers import owned
+from kvcag.cache.recompute import DriftCorrection, _Drift
 from kvcag.cache.rope import Move
 from kvcag.cache.select import Layout
 from tests.merging import equal, ids

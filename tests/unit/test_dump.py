@@ -11,7 +11,7 @@ import torch
 from tiny import byte_tokenizer, tiny_model
 
 from kvcag import HFEngine, KVCacheMemory
-from kvcag.cache.hf import layers_of
+from kvcag.cache.layers import layers_of
 from kvcag.errors import CorruptItemError, FingerprintMismatchError, FormatError, InvalidInputError, StoreError
 
 TEXTS = ["Alice has a red bicycle.", "Bob has a green car."]

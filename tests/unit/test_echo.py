@@ -2,11 +2,11 @@
 
 import pytest
 
+from kvcag.chat_template import Document, Prompt
 from kvcag.engines.constrain import Regex
-from kvcag.engines.echo import EchoEngine, last_user_message, whole_prompt
 from kvcag.errors import ContextLengthError, EmptyPromptError, InvalidInputError, UnsupportedModelError
 from kvcag.memory import KVCacheMemory
-from kvcag.prompt import Document, Prompt
+from kvcag.testing import EchoEngine, last_user_message, whole_prompt
 
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Wörld?"}]
 

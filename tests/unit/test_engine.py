@@ -12,8 +12,9 @@ from tiny import CHATML, byte_tokenizer, tiny_model
 from transformers import Cache, DynamicCache
 
 from kvcag import CacheWarning, ContextCache, HFEngine, Sampling
-from kvcag.cache.hf import cache_argument, layers_of, nbytes
+from kvcag.cache.layers import cache_argument, layers_of, nbytes
 from kvcag.cache.rope import check_mergeable
+from kvcag.chat_template import as_messages
 from kvcag.errors import (
     ContextLengthError,
     EmptyPromptError,
@@ -22,7 +23,6 @@ from kvcag.errors import (
     TokenMismatchError,
     UnsupportedModelError,
 )
-from kvcag.prompt import as_messages
 
 TEXT = "Alice has a red bicycle. Bob has a green car."
 ASK = [{"role": "user", "content": "What does Bob have?"}]

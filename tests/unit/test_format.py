@@ -16,7 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from stored import FINGERPRINT, assert_same, random_item
 
-from kvcag.cache.hf import cache_of, layers_of
+from kvcag.cache.layers import cache_of, layers_of
+from kvcag.core import KVCacheItem
 from kvcag.errors import (
     CorruptItemError,
     FingerprintMismatchError,
@@ -25,10 +26,8 @@ from kvcag.errors import (
     StoreError,
     StoreUnavailableError,
 )
-from kvcag.items import KVCacheItem
 from kvcag.stores.files import atomic_write
-from kvcag.stores.format import item_from_bytes, item_to_bytes, read_id, read_item, read_manifest, write_item
-from kvcag.stores.manifest import seal
+from kvcag.stores.format import item_from_bytes, item_to_bytes, read_id, read_item, read_manifest, seal, write_item
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

@@ -16,9 +16,9 @@ from langchain_core.runnables import RunnablePassthrough
 from tiny import byte_tokenizer, tiny_model
 
 from kvcag import CacheWarning, HFEngine
-from kvcag.engines.echo import EchoEngine, whole_prompt
 from kvcag.errors import EmptyPromptError, InvalidInputError
 from kvcag.langchain import ChatKVCAG, create_cag_documents_chain
+from kvcag.testing import EchoEngine, whole_prompt
 
 PROMPT = ChatPromptTemplate.from_messages([("system", "Use:\n\n{context}"), ("human", "{input}")])
 DOCUMENTS = [Document("The tower is tall.", metadata={"source": "a"}), Document("It is red.", metadata={"source": "b"})]

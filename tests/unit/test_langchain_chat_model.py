@@ -16,7 +16,6 @@ from pydantic import ValidationError
 from tiny import byte_tokenizer, tiny_model
 
 from kvcag import CacheWarning, HFEngine
-from kvcag.engines.echo import EchoEngine
 from kvcag.errors import (
     ChatTemplateError,
     ContextLengthError,
@@ -27,6 +26,7 @@ from kvcag.errors import (
 from kvcag.langchain import ChatKVCAG
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.memory import MemoryStore
+from kvcag.testing import EchoEngine
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from langchain_core.messages import (
     ToolMessage,
 )
 
+from kvcag.chat_template import Document
 from kvcag.errors import InvalidInputError, UnsupportedContentError
-from kvcag.langchain.documents import with_documents
+from kvcag.langchain.documents_chain import with_documents
 from kvcag.langchain.messages import neutral
-from kvcag.prompt import Document
 
 
 def documents(messages: list) -> list[str]:

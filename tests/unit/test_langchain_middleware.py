@@ -17,9 +17,9 @@ from langgraph.checkpoint.sqlite import SqliteSaver
 from pydantic import Field
 
 from kvcag import HFEngine
-from kvcag.engines.echo import EchoEngine, whole_prompt
 from kvcag.errors import InvalidInputError, UnsupportedModelError
 from kvcag.langchain import ChatKVCAG, KVCAGMiddleware
+from kvcag.testing import EchoEngine, whole_prompt
 
 CORPUS = [Document("The tower is tall."), Document("It is red.")]
 THREAD: Any = {"configurable": {"thread_id": "1"}}

@@ -18,8 +18,8 @@ from langchain_core.messages import HumanMessage, SystemMessage
 from tiny import byte_tokenizer, tiny_model
 
 from kvcag import HFEngine
-from kvcag.engines.echo import EchoEngine
 from kvcag.langchain import ChatKVCAG
+from kvcag.testing import EchoEngine
 
 DOCUMENTS = [SystemMessage(["one. ", "two. ", "Answer."]), HumanMessage("why?")]
 

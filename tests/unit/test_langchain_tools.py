@@ -14,12 +14,12 @@ from pydantic.v1 import BaseModel as BaseModelV1
 from typing_extensions import TypedDict
 
 from kvcag import HFEngine
-from kvcag.engines.base import Chunk, Usage
-from kvcag.engines.echo import EchoEngine
+from kvcag.core import Chunk, Usage
 from kvcag.errors import ConstraintBudgetError, InvalidInputError
 from kvcag.langchain import ChatKVCAG
 from kvcag.langchain.responses import generation_chunks
 from kvcag.langchain.tools import choice_of
+from kvcag.testing import EchoEngine
 from kvcag.tools import plan_tools
 
 

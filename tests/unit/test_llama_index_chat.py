@@ -20,7 +20,7 @@ from llama_index.core.tools import QueryEngineTool
 from llama_index.retrievers.bm25 import BM25Retriever
 
 from kvcag import HFEngine
-from kvcag.engines.echo import EchoEngine, last_user_message, whole_prompt
+from kvcag.chat_template import Document
 from kvcag.llama_index import (
     CAGCondensePlusContextChatEngine,
     CAGContextChatEngine,
@@ -30,7 +30,7 @@ from kvcag.llama_index import (
     KVCacheLLM,
 )
 from kvcag.llama_index.messages import neutral
-from kvcag.prompt import Document
+from kvcag.testing import EchoEngine, last_user_message, whole_prompt
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # see the fixture

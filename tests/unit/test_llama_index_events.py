@@ -13,8 +13,8 @@ from llama_index.core.schema import TextNode
 from llama_index.core.tools import FunctionTool
 from pydantic import Field
 
-from kvcag.engines.echo import EchoEngine
 from kvcag.llama_index import CAGQueryEngine, KVCacheLLM, document_blocks
+from kvcag.testing import EchoEngine
 
 
 class Seen(BaseEventHandler):

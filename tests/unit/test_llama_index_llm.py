@@ -18,12 +18,11 @@ from tiny import CHATML, byte_tokenizer, tiny_model
 from tokenizers.processors import TemplateProcessing
 
 from kvcag import HFEngine
-from kvcag.engines.base import Chunk
-from kvcag.engines.echo import EchoEngine, whole_prompt
-from kvcag.errors import ContextLengthError, EngineError, InvalidInputError
+from kvcag.core import Chunk
+from kvcag.errors import CacheWarning, ContextLengthError, EngineError, InvalidInputError
 from kvcag.llama_index import KVCacheLLM
-from kvcag.notices import CacheWarning
 from kvcag.stores.disk import DiskStore
+from kvcag.testing import EchoEngine, whole_prompt
 
 Way = Callable[..., Awaitable[str]]
 

@@ -13,11 +13,11 @@ from llama_index.core.base.llms.types import (
     ToolCallBlock,
 )
 
-from kvcag.engines.echo import EchoEngine
+from kvcag.chat_template import Document
 from kvcag.errors import UnsupportedContentError
 from kvcag.llama_index import DOCUMENT_END, KVCacheLLM, document_blocks
 from kvcag.llama_index.messages import neutral
-from kvcag.prompt import Document
+from kvcag.testing import EchoEngine
 
 POINT = CachePoint(cache_control=CacheControl(type="ephemeral"))
 

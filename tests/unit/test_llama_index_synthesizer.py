@@ -18,10 +18,10 @@ from llama_index.retrievers.bm25 import BM25Retriever
 from tiny import byte_tokenizer, tiny_model
 
 from kvcag import HFEngine
-from kvcag.engines.echo import EchoEngine, whole_prompt
 from kvcag.errors import InvalidInputError
 from kvcag.llama_index import CAGQueryEngine, CAGSynthesizer, KVCacheLLM, RoundsWarning
 from kvcag.llama_index.messages import neutral
+from kvcag.testing import EchoEngine, whole_prompt
 
 TEXTS = ["The tower is 330 metres tall.", "It was built in 1889 {by} Eiffel.", "It stands in Paris."]
 

@@ -15,9 +15,9 @@ from pydantic import BaseModel, Field
 from tiny import byte_tokenizer, tiny_model
 
 from kvcag import HFEngine
-from kvcag.engines.echo import EchoEngine
 from kvcag.errors import InvalidInputError
 from kvcag.llama_index import CAGSynthesizer, KVCacheLLM
+from kvcag.testing import EchoEngine
 
 pytest.importorskip("llguidance")
 

@@ -24,7 +24,7 @@ from kvcag import (
     Sampling,
     TextualMemoryItem,
 )
-from kvcag.cache.hf import cache_argument, layers_of
+from kvcag.cache.layers import cache_argument, layers_of
 from kvcag.errors import (
     ContextLengthError,
     EmptyPromptError,

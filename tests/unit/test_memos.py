@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 from stored import FINGERPRINT, random_item
 from transformers import DynamicCache
 
-from kvcag.cache.hf import layers_of
+from kvcag.cache.layers import layers_of
 from kvcag.errors import CorruptItemError, FormatError, StoreError, TokenMismatchError, UnsafePickleError
 from kvcag.stores.format import read_item, write_item
 from kvcag.stores.memos import read_memos_pickle

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcag.cache.hf import cut, owned
+from kvcag.cache.layers import cut, owned
 from kvcag.cache.merge import Part, merge
 from kvcag.cache.select import STRATEGIES
 from kvcag.errors import InvalidInputError

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcag.cache.hf import LayerKV, concat, nbytes
-from kvcag.cache.prefix import PrefixCache
+from kvcag.cache.layers import LayerKV, concat, nbytes
+from kvcag.cache.prefix_cache import PrefixCache
 
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=12)
 

@@ -4,8 +4,8 @@ import pytest
 from tiny import CHATML, byte_tokenizer
 
 from kvcag import ChatTemplate, Document
+from kvcag.chat_template import as_messages
 from kvcag.errors import ChatTemplateError, EmptyPromptError, InvalidInputError, UnsupportedContentError
-from kvcag.prompt import as_messages
 
 GEMMA = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}"

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stored import assert_same, random_item
 
-from kvcag.cache.hf import layers_of
-from kvcag.cache.quantize import dequantize_int8, quantize_int8
+from kvcag.cache.int8 import dequantize_int8, quantize_int8
+from kvcag.cache.layers import layers_of
 from kvcag.errors import InvalidInputError
 from kvcag.stores.format import read_item, read_manifest, write_item
 

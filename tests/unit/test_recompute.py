@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvcag.cache import attend
-from kvcag.cache.hf import cut, owned, peek_cache
+from kvcag.cache.layers import cut, owned, peek_cache
 from kvcag.cache.merge import merge
 from kvcag.cache.recompute import recompute
 from kvcag.cache.select import Layout

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from tiny import byte_tokenizer, tiny_model
 
 from kvcag import HFEngine, KVCacheMemory
-from kvcag.cache.hf import layers_of, nbytes
-from kvcag.engines.echo import EchoEngine
+from kvcag.cache.layers import layers_of, nbytes
+from kvcag.chat_template import Document
+from kvcag.core import TextualMemoryItem
 from kvcag.errors import (
     EmptyPromptError,
     InvalidInputError,
@@ -25,11 +26,10 @@ from kvcag.errors import (
     UnsupportedModelError,
 )
 from kvcag.handles import ContextHandles
-from kvcag.items import TextualMemoryItem
-from kvcag.prompt import Document
 from kvcag.scheduler import LRU, CacheScheduler
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.memory import MemoryStore
+from kvcag.testing import EchoEngine
 
 PER_TOKEN = 384  # bytes: 2 × 3 layers × 2 heads × 8 × 4
 TEXTS = [f"Document {number} says a little about {number}." for number in range(8)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvcag.prompt import Prompt
+from kvcag.chat_template import Prompt
 from kvcag.scheduler.counters import Counters, digest_of
 
 

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from kvcag import HFEngine, KVCacheMemory
 from kvcag.cli.app import app
+from kvcag.core import TextualMemoryItem
 from kvcag.errors import InvalidInputError, SchedulerStateError, StoreUnavailableError
-from kvcag.items import TextualMemoryItem
 from kvcag.scheduler import CacheScheduler, caches_of, log_of
 from kvcag.scheduler.counters import Counters
 from kvcag.scheduler.state import State
@@ -91,7 +91,7 @@ def test_an_answer_comes_though_the_state_is_locked(path: Path) -> None:
 
 
 def scheduler_document() -> str:
-    from kvcag.prompt import Document
+    from kvcag.chat_template import Document
 
     return Document("A document.\n\n")
 

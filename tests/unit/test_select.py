@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvcag.cache import select as selection
-from kvcag.cache.hf import cache_argument, cache_of, layers_of, owned
+from kvcag.cache.layers import cache_argument, cache_of, layers_of, owned
 from kvcag.cache.merge import merge
 from kvcag.cache.select import Layout, anchor, deviation, query, select
 from tests.merging import encode, ids, parts_of, tokens_of

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from tiny import CHATML, byte_tokenizer, tiny_model
 
 from kvcag import KVCacheMemory
-from kvcag.cache.hf import layers_of
+from kvcag.cache.layers import layers_of
+from kvcag.chat_template import Prompt
 from kvcag.engines.constrain import Choices
 from kvcag.engines.hf import HFEngine
 from kvcag.engines.session import Session
 from kvcag.errors import ConstraintError, ContextLengthError, EmptyPromptError, InvalidInputError, TokenMismatchError
-from kvcag.prompt import Prompt
 
 STRIPS_THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and not loop.last %}"

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from kvcag import HFEngine, KVCacheMemory
-from kvcag.cache.hf import layers_of, nbytes
+from kvcag.cache.layers import layers_of, nbytes
 from kvcag.cli.app import app
 from kvcag.errors import InvalidInputError, UnsupportedModelError
 from kvcag.sizing import DTYPE_BYTES, KVGeometry, LayerGeometry, break_even, kv_geometry

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from stored import assert_same, random_item
 
-from kvcag.cache.hf import layers_of
+from kvcag.cache.layers import layers_of
 from kvcag.errors import CorruptItemError, StoreFullError, StoreUnavailableError
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.files import atomic_write, unavailable

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stored import assert_same, random_item
 
-from kvcag.cache.hf import layers_of, nbytes
+from kvcag.cache.layers import layers_of, nbytes
 from kvcag.errors import InvalidInputError, StoreFullError
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.memory import MemoryStore

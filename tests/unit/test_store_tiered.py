@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from stored import assert_same, random_item
 
-from kvcag.cache.hf import layers_of, nbytes
+from kvcag.cache.layers import layers_of, nbytes
+from kvcag.core import KVCacheItem
 from kvcag.errors import CorruptItemError, InvalidInputError, StoreFullError, StoreUnavailableError
-from kvcag.items import KVCacheItem
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.memory import MemoryStore
 from kvcag.stores.planner import LoadSpeed, Planner, measure_load

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import byte_tokenizer
 
-from kvcag.engines.text import Detokenizer, StopStrings, ThinkingFilter
+from kvcag.engines.decode import Detokenizer, StopStrings, ThinkingFilter
 
 TOKENIZER = byte_tokenizer()
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from templates import HERMES, LLAMA, MISTRAL, with_markers
 from tiny import CHATML, byte_tokenizer, tiny_model
 
+from kvcag.chat_template import ChatTemplate, Document
 from kvcag.engines.hf import HFEngine
 from kvcag.errors import InvalidInputError
-from kvcag.prompt import ChatTemplate, Document
 from kvcag.tools import PLAIN, call_format, plan_tools, tool_messages
 
 WEATHER = {

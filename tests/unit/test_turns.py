@@ -11,9 +11,9 @@ import torch
 from tiny import byte_tokenizer, tiny_model
 
 from kvcag import HFEngine
-from kvcag.cache.hf import LayerKV
+from kvcag.cache.layers import LayerKV
 from kvcag.engines.background import encode_in_background
-from kvcag.engines.turns import Interrupted, Turns
+from kvcag.engines.model_lock import Interrupted, Turns
 
 HEAD, TEXT = tuple(range(40, 60)), tuple(range(60, 200))
 

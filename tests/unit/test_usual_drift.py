@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from kvcag import HFEngine, KVCacheMemory
-from kvcag.cache.drift import UsualDrift
-from kvcag.cache.hf import layers_of, owned
+from kvcag.cache.layers import layers_of, owned
 from kvcag.cache.merge import merge
-from kvcag.engines.usual_drift import PASSAGES
-from kvcag.notices import CacheWarning
+from kvcag.cache.recompute import UsualDrift
+from kvcag.calibration import PASSAGES
+from kvcag.errors import CacheWarning
 from tests.merging import encode, equal, ids, parts_of
 from tests.tiny import byte_tokenizer, tiny_model
 

@@ -16,7 +16,7 @@ from tiny import byte_tokenizer, tiny_model
 from wire_server import WireServer
 
 from kvcag import HFEngine
-from kvcag.engines.vllm import VLLMEngine
+from kvcag.engines.vllm.engine import VLLMEngine
 from kvcag.errors import ContextLengthError, ServerUnavailableError
 from kvcag.langchain import ChatKVCAG, create_cag_documents_chain
 from kvcag.llama_index import CAGQueryEngine, KVCacheLLM

@@ -12,8 +12,8 @@ from tiny import byte_tokenizer, tiny_model
 from wire_server import WireServer
 
 from kvcag import Choices, Grammar, HFEngine, JsonSchema, Regex
-from kvcag.engines.vllm import VLLMEngine
-from kvcag.engines.vllm_constrain import server_constraint
+from kvcag.engines.vllm.constrain import server_constraint
+from kvcag.engines.vllm.engine import VLLMEngine
 from kvcag.errors import ConstraintError, ServerUnavailableError
 
 

@@ -13,22 +13,22 @@ from tiny import CHATML, byte_tokenizer, tiny_model
 from wire_server import WireServer
 
 from kvcag import HFEngine
-from kvcag.engines.echo import EchoEngine, whole_prompt
+from kvcag.chat_template import Document, Prompt
 from kvcag.engines.sampling import Sampling
-from kvcag.engines.vllm import VLLMEngine
-from kvcag.engines.vllm_answer import salt_of
-from kvcag.engines.vllm_order import Ordering
+from kvcag.engines.vllm.answer import salt_of
+from kvcag.engines.vllm.engine import VLLMEngine
+from kvcag.engines.vllm.order import Ordering
 from kvcag.errors import (
     ContextLengthError,
     EmptyPromptError,
     FingerprintMismatchError,
     InvalidInputError,
     ServerError,
+    ServerWarning,
     TokenMismatchError,
     UnsupportedModelError,
 )
-from kvcag.notices import ServerWarning
-from kvcag.prompt import Document, Prompt
+from kvcag.testing import EchoEngine, whole_prompt
 
 CHAT = [
     {

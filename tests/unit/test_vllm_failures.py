@@ -13,9 +13,8 @@ from tiny import byte_tokenizer
 from wire_server import WireServer
 
 from kvcag import HFEngine
-from kvcag.aio import iterate
-from kvcag.engines.echo import EchoEngine
-from kvcag.engines.vllm import VLLMEngine
+from kvcag.chat_template import Prompt
+from kvcag.engines.vllm.engine import VLLMEngine
 from kvcag.errors import (
     ContextLengthError,
     EngineError,
@@ -24,7 +23,8 @@ from kvcag.errors import (
     ServerTimeoutError,
     ServerUnavailableError,
 )
-from kvcag.prompt import Prompt
+from kvcag.streams import iterate
+from kvcag.testing import EchoEngine
 
 QUICK = {"retry_wait": 0.02, "tokenizer": byte_tokenizer()}
 

@@ -11,8 +11,9 @@ from tiny import CHATML, byte_tokenizer, tiny_model
 from wire_server import WireServer
 
 from kvcag import HFEngine, KVCacheMemory, TextualMemoryItem, VLLMKVCacheItem
-from kvcag.context import ContextPrompt, ServedContext
-from kvcag.engines.vllm import VLLMEngine
+from kvcag.chat_template import Document
+from kvcag.core import ContextPrompt, ServedContext
+from kvcag.engines.vllm.engine import VLLMEngine
 from kvcag.errors import (
     ContextLengthError,
     EmptyPromptError,
@@ -21,7 +22,6 @@ from kvcag.errors import (
     UnknownItemError,
     UnsupportedModelError,
 )
-from kvcag.prompt import Document
 from kvcag.stores import DiskStore
 
 HEAD = "Answer from the documents."

@@ -19,11 +19,11 @@ from pydantic import BaseModel, Field
 from vllm_process import Vllm
 
 from kvcag import Choices, Document, Grammar, HFEngine, KVCacheMemory, Regex, VLLMEngine
-from kvcag.aio import iterate
 from kvcag.demo.corpus import python_topics
 from kvcag.errors import ConstraintError, ContextLengthError
 from kvcag.langchain import ChatKVCAG
 from kvcag.llama_index import KVCacheLLM
+from kvcag.streams import iterate
 
 Figures = Callable[[str], None]
 QUESTIONS = ["What happens when 0.0 is raised to a negative power?", 'What is the "while" statement used for?']

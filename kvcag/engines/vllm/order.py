@@ -7,9 +7,9 @@ from collections import OrderedDict
 from dataclasses import replace
 from typing import Literal, TypeAlias
 
+from kvcag.chat_template import Prompt
+from kvcag.core import ids_digest
 from kvcag.errors import InvalidInputError
-from kvcag.items import ids_digest
-from kvcag.prompt import Prompt
 
 DocumentOrder: TypeAlias = Literal["given", "canonical", "frequent"]
 

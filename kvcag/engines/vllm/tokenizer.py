@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
-from kvcag.engines.vllm_wire import Wire
+from kvcag.engines.vllm.client import Wire
 from kvcag.errors import InvalidInputError, ServerError
 
 _REMEMBERED = 4096

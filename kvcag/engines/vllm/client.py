@@ -10,7 +10,6 @@ from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from typing import Any
 
-from kvcag.engines.waiting import cancellation
 from kvcag.errors import (
     ContextLengthError,
     EngineError,
@@ -21,6 +20,7 @@ from kvcag.errors import (
     ServerTimeoutError,
     ServerUnavailableError,
 )
+from kvcag.streams import cancellation
 
 try:
     import httpx

@@ -11,12 +11,11 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
-from kvcag.engines.base import Chunk, FinishReason, Usage
-from kvcag.engines.decode import Account
+from kvcag.chat_template import Prompt
+from kvcag.core import Chunk, FinishReason, Usage
+from kvcag.engines.decode import Account, StopStrings, ThinkingFilter
 from kvcag.engines.sampling import Sampling
-from kvcag.engines.text import StopStrings, ThinkingFilter
 from kvcag.errors import EngineError
-from kvcag.prompt import Prompt
 
 _STOPS_OF_OPENAI = 4
 

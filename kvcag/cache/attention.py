@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvcag.cache.hf import cache_argument
+from kvcag.cache.layers import cache_argument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

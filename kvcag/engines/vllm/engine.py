@@ -15,31 +15,28 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 from typing_extensions import Self
 
-from kvcag.context import ContextPrompt, MergedContext, ServedContext
-from kvcag.engines.base import Chunk, Usage
+from kvcag.chat_template import ChatTemplate, Message, Prompt
+from kvcag.core import Chunk, ContextPrompt, MergedContext, ServedContext, Usage, ids_digest
+from kvcag.engines.base import Serving, context_ids
 from kvcag.engines.constrain import ConstraintLike, ServerConstraint
-from kvcag.engines.continuation import context_ids
 from kvcag.engines.sampling import Sampling
-from kvcag.engines.serving import Serving
-from kvcag.engines.vllm_answer import Asked, salt_of
-from kvcag.engines.vllm_constrain import server_constraint
-from kvcag.engines.vllm_order import DocumentOrder, Ordering
-from kvcag.engines.vllm_server import PROBE, Server
-from kvcag.engines.vllm_tokenizer import ServerTokenizer
-from kvcag.engines.vllm_warm import Preloads
-from kvcag.engines.vllm_wire import Wire
+from kvcag.engines.vllm.answer import Asked, salt_of
+from kvcag.engines.vllm.client import Wire
+from kvcag.engines.vllm.constrain import server_constraint
+from kvcag.engines.vllm.order import DocumentOrder, Ordering
+from kvcag.engines.vllm.server import PROBE, Server
+from kvcag.engines.vllm.tokenizer import ServerTokenizer
+from kvcag.engines.vllm.warm import Preloads
 from kvcag.errors import (
     EmptyPromptError,
     FingerprintMismatchError,
+    Notices,
     ServerError,
     ServerUnavailableError,
     TokenMismatchError,
     UnsupportedModelError,
 )
 from kvcag.fingerprint import ModelFingerprint
-from kvcag.items import ids_digest
-from kvcag.notices import Notices
-from kvcag.prompt import ChatTemplate, Message, Prompt
 
 if TYPE_CHECKING:
     import httpx

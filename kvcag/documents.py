@@ -7,9 +7,9 @@ from typing import Any, TypeAlias
 
 from pydantic import BaseModel
 
+from kvcag.chat_template import Message
+from kvcag.core import TextualMemoryItem
 from kvcag.errors import InvalidInputError
-from kvcag.items import TextualMemoryItem
-from kvcag.prompt import Message
 
 Texts: TypeAlias = str | Sequence[str] | Sequence[Message]
 

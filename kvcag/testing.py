@@ -20,14 +20,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.cache_utils import Cache
 
-from kvcag.context import MergedContext
-from kvcag.engines.base import Chunk, FinishReason, Usage
+from kvcag.chat_template import ChatTemplate, Prompt
+from kvcag.core import Chunk, FinishReason, MergedContext, Usage
 from kvcag.engines.constrain import ConstraintLike
+from kvcag.engines.decode import Detokenizer, StopStrings
 from kvcag.engines.sampling import Sampling
-from kvcag.engines.text import Detokenizer, StopStrings
 from kvcag.errors import ContextLengthError, EmptyPromptError, UnsupportedModelError
 from kvcag.fingerprint import ModelFingerprint
-from kvcag.prompt import ChatTemplate, Prompt
 
 if TYPE_CHECKING:
     from kvcag.engines.enforce import Constraint, Grammars

@@ -8,10 +8,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from kvcag.engines.vllm_wire import Wire
-from kvcag.engines.waiting import CANCELLATION, Cancellation
-from kvcag.errors import KVCAGError
-from kvcag.notices import Notices
+from kvcag.engines.vllm.client import Wire
+from kvcag.errors import KVCAGError, Notices
+from kvcag.streams import CANCELLATION, Cancellation
 
 _REMEMBERED = 1024
 """Contexts that are sent again; the least recently used are not."""

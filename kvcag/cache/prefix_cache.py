@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kvcag.cache.hf import LayerKV, cut, nbytes, owned
+from kvcag.cache.layers import LayerKV, cut, nbytes, owned
 
 
 @dataclass(slots=True, eq=False)

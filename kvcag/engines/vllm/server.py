@@ -8,12 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kvcag.chat_template import ChatTemplate, Message
 from kvcag.engines.constrain import ServerConstraint
-from kvcag.engines.vllm_constrain import Ability, ability
-from kvcag.engines.vllm_wire import Wire
-from kvcag.errors import ConstraintError, InvalidInputError, ServerError
-from kvcag.notices import Notices
-from kvcag.prompt import ChatTemplate, Message
+from kvcag.engines.vllm.client import Wire
+from kvcag.engines.vllm.constrain import Ability, ability
+from kvcag.errors import ConstraintError, InvalidInputError, Notices, ServerError
 
 PROBE: list[Message] = [
     {"role": "user", "content": "Ünïcode 12,345.67 naïve\n\n\tdef f(x): return x**2  # 日本語 🙂"},

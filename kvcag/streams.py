@@ -1,13 +1,14 @@
-"""A blocking stream for asynchronous callers: the event loop keeps ticking while the model works."""
+"""Blocking streams for asynchronous callers, and how a reader that leaves stops the work."""
 
 from __future__ import annotations
 
 import asyncio
 import contextvars
+import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
-
-from kvcag.engines.waiting import CANCELLATION, Cancellation
 
 T = TypeVar("T")
 
@@ -55,3 +56,54 @@ def _close(step: asyncio.Task[object], stream: Generator[T, None, None]) -> None
     if not step.cancelled():
         step.exception()  # taken, or asyncio complains that nobody looked at it
     stream.close()
+
+
+class Cancellation:
+    """Told by the reader, from its own thread; heard by what waits."""
+
+    def __init__(self) -> None:
+        self._cancelled = threading.Event()
+        self._wakers: list[Callable[[], None]] = []
+        self._lock = threading.Lock()
+
+    def cancel(self) -> None:
+        """Wake everything that waits, now and from now on."""
+        with self._lock:
+            self._cancelled.set()
+            wakers, self._wakers = self._wakers, []
+        for wake in wakers:
+            wake()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether the reader has gone."""
+        return self._cancelled.is_set()
+
+    def sleep(self, seconds: float) -> bool:
+        """Sleep, unless or until the reader goes. Whether it has gone."""
+        return self._cancelled.wait(seconds)
+
+    @contextmanager
+    def waking(self, wake: Callable[[], None]) -> Iterator[None]:
+        """While this is open, going calls `wake`, from the reader's thread."""
+        with self._lock:
+            gone = self._cancelled.is_set()
+            if not gone:
+                self._wakers.append(wake)
+        if gone:
+            wake()
+        try:
+            yield
+        finally:
+            with self._lock:
+                if wake in self._wakers:
+                    self._wakers.remove(wake)
+
+
+CANCELLATION: ContextVar[Cancellation | None] = ContextVar("kvcag_cancellation", default=None)
+"""The one of the step that runs now; None where the reader waits itself."""
+
+
+def cancellation() -> Cancellation:
+    """The one of the step that runs now; where nobody can go, one that nobody cancels."""
+    return CANCELLATION.get() or Cancellation()
