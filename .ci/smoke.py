@@ -63,10 +63,10 @@ def model() -> HFEngine:
 
 def keeps_and_merges() -> None:
     """Encoded by one memory, kept on disk, merged by another; with everything recomputed it is a full prefill."""
-    first = KVCacheMemory(model(), store=DiskStore("kv"), head="Answer from the documents.")
+    first = KVCacheMemory(model(), store=DiskStore("kv"), instruction="Answer from the documents.")
     items = [first.extract(text) for text in (LATE, PLACE)]
     first.add(items)
-    second = KVCacheMemory(model(), store=DiskStore("kv"), head="Answer from the documents.")
+    second = KVCacheMemory(model(), store=DiskStore("kv"), instruction="Answer from the documents.")
     ids = [item.id for item in items]
     for strategy in ("rotate", "query", "full"):
         context = second.merge(ids, "Where is the library?", strategy=strategy)

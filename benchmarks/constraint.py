@@ -100,7 +100,7 @@ def per_token(engine: HFEngine, constraint: ConstraintLike, tokens: int) -> dict
     held = engine.constrain(constraint, tokens).start(tokens)
     generator = torch.Generator().manual_seed(0)
     masking, checking, model, cache = Timed(), Timed(), Timed(), DynamicCache()
-    pending = torch.tensor([engine.plan("Describe the harbour.").token_ids])
+    pending = torch.tensor([engine.build_prompt("Describe the harbour.").token_ids])
     for _ in range(tokens):
         with torch.no_grad(), model:
             out = engine.model(pending, **cache_argument(engine.model, cache), use_cache=True, logits_to_keep=1)

@@ -223,7 +223,7 @@ def main() -> None:
     options = parser.parse_args()
 
     engine = HFEngine.from_pretrained(options.model or embedded_model(), options.dtype, options.device)
-    memory = KVCacheMemory(engine, head=HEAD)
+    memory = KVCacheMemory(engine, instruction=HEAD)
     rows = [
         Row(strategy, ratio)
         for strategy in options.strategy

@@ -277,7 +277,7 @@ def ttft(questions: int, think_s: float) -> dict[str, Any]:
     dice = random.Random(0)
     with CacheScheduler(scheduled, 8 << 30, quiet_s=0.1) as scheduler:
         for _ in range(3):
-            with engine.turns.taken():  # so that only these are hot when the questions begin
+            with engine.lock.acquire():  # so that only these are hot when the questions begin
                 ask(plain, asked[:6], "Begin.")
                 ask(plain, asked[6:], "Begin.")
         for number in range(questions):
@@ -289,14 +289,14 @@ def ttft(questions: int, think_s: float) -> dict[str, Any]:
                 if arm == "beside":
                     supply(scheduler, others)
                     time.sleep(pause)
-                    working += engine.turns._spare is not None
+                    working += engine.lock._idle_owner is not None
                     began, working_began = time.perf_counter(), time.process_time()
                     scheduler.observe(documents)
-                    with engine.turns.taken():  # the worker has stepped aside
+                    with engine.lock.acquire():  # the worker has stepped aside
                         waited.append(time.perf_counter() - began)
                     first = ask(scheduled, documents, QUESTIONS[number % 4])
                 else:
-                    with engine.turns.taken():  # nobody else gets the model meanwhile
+                    with engine.lock.acquire():  # nobody else gets the model meanwhile
                         time.sleep(pause)
                     began, working_began = time.perf_counter(), time.process_time()
                     first = ask(plain, documents, QUESTIONS[number % 4])

@@ -42,7 +42,7 @@ def holds(engine: HFEngine, schema: Schema, budget: int) -> dict[str, Any]:
     except ConstraintBudgetError as error:
         refused, budget = True, error.needed_tokens
     sampling = engine.sampling(max_new_tokens=budget)
-    chunks = list(engine.stream(engine.plan("Say something."), sampling, constraint=schema))
+    chunks = list(engine.stream(engine.build_prompt("Say something."), sampling, constraint=schema))
     text = "".join(chunk.text for chunk in chunks)
     tokens = chunks[-1].usage.completion_tokens
     jsonschema.validate(json.loads(text), schema)

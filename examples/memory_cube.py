@@ -35,7 +35,7 @@ def ask(cube: MemoryCube, question: str) -> CubeAnswer:
 
 def main(model: str, folder: str | Path) -> list[CubeAnswer]:
     engine = HFEngine.from_pretrained(model)
-    cube = MemoryCube(engine, head=HEAD, namespace="harbour")
+    cube = MemoryCube(engine, instruction=HEAD, namespace="harbour")
     cube.add([TextualMemoryItem(id=id, memory=text) for id, text in NOTES.items()])
     print(f"{cube.encode()} notes encoded\n")
     answers = [ask(cube, "Who painted the lighthouse?")]

@@ -1,13 +1,11 @@
 """kvcag: documents encoded once into KV caches, merged per question, answered from in LangChain and LlamaIndex.
 
 ```python
-from kvcag import HFEngine, KVCacheMemory
+import kvcag
 
-engine = HFEngine.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
-memory = KVCacheMemory(engine, head="Answer from the documents.")
-item = memory.extract("The Eiffel tower was completed in 1889.")
-memory.add(item)
-print(engine.generate(past_key_values=memory.merge([item.id], "When was the tower completed?")))
+memory = kvcag.KVCacheMemory("HuggingFaceTB/SmolLM2-135M-Instruct", store="kv/")
+memory.add(["The Eiffel tower was completed in 1889.", "It stands in Paris."])
+print(memory.ask("When was the tower completed?"))
 ```
 """
 
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvcag.cache.layers import ContextCache as ContextCache
     from kvcag.calibration import Calibration as Calibration
+    from kvcag.calibration import calibrate as calibrate
     from kvcag.chat_template import ChatTemplate as ChatTemplate
     from kvcag.chat_template import Document as Document
     from kvcag.chat_template import Prompt as Prompt
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from kvcag.config import HFLLMConfig as HFLLMConfig
     from kvcag.config import KVCacheMemoryConfig as KVCacheMemoryConfig
     from kvcag.core import ActivationMemoryItem as ActivationMemoryItem
+    from kvcag.core import Answer as Answer
     from kvcag.core import Chunk as Chunk
     from kvcag.core import ContextPrompt as ContextPrompt
     from kvcag.core import KVCacheItem as KVCacheItem
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from kvcag.core import Usage as Usage
     from kvcag.core import VLLMKVCacheItem as VLLMKVCacheItem
     from kvcag.cube.memory_cube import MemoryCube as MemoryCube
+    from kvcag.engines.base import Engine as Engine
     from kvcag.engines.constrain import Choices as Choices
     from kvcag.engines.constrain import Grammar as Grammar
     from kvcag.engines.constrain import JsonSchema as JsonSchema
@@ -49,21 +50,23 @@ if TYPE_CHECKING:
     from kvcag.fingerprint import ModelFingerprint as ModelFingerprint
     from kvcag.memory import KVCacheMemory as KVCacheMemory
     from kvcag.scheduler.scheduler import CacheScheduler as CacheScheduler
-    from kvcag.tools import plan_tools as plan_tools
+    from kvcag.tools import tool_spec as tool_spec
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "ActivationMemoryItem": "kvcag.core",
+    "Answer": "kvcag.core",
     "CacheScheduler": "kvcag.scheduler.scheduler",
     "CacheWarning": "kvcag.errors",
     "Calibration": "kvcag.calibration",
     "ChatTemplate": "kvcag.chat_template",
     "Choices": "kvcag.engines.constrain",
-    "Chunk": "kvcag.engines.base",
+    "Chunk": "kvcag.core",
     "ContextCache": "kvcag.cache.layers",
     "ContextPrompt": "kvcag.core",
     "Document": "kvcag.chat_template",
+    "Engine": "kvcag.engines.base",
     "ExtractorLLM": "kvcag.config",
     "Grammar": "kvcag.engines.constrain",
     "HFEngine": "kvcag.engines.hf",
@@ -85,16 +88,18 @@ _HOMES = {
     "ServerWarning": "kvcag.errors",
     "Session": "kvcag.engines.session",
     "TextualMemoryItem": "kvcag.core",
-    "Usage": "kvcag.engines.base",
+    "Usage": "kvcag.core",
     "VLLMEngine": "kvcag.engines.vllm.engine",
     "VLLMKVCacheItem": "kvcag.core",
-    "plan_tools": "kvcag.tools",
+    "calibrate": "kvcag.calibration",
+    "tool_spec": "kvcag.tools",
 }
 """Where each public name lives. They are imported when they are first used, since torch and transformers take seconds,
 and `kvcag --version` needs neither."""
 
 __all__ = [
     "ActivationMemoryItem",
+    "Answer",
     "CacheScheduler",
     "CacheWarning",
     "Calibration",
@@ -104,6 +109,7 @@ __all__ = [
     "ContextCache",
     "ContextPrompt",
     "Document",
+    "Engine",
     "ExtractorLLM",
     "Grammar",
     "HFEngine",
@@ -128,7 +134,8 @@ __all__ = [
     "Usage",
     "VLLMEngine",
     "VLLMKVCacheItem",
-    "plan_tools",
+    "calibrate",
+    "tool_spec",
 ]
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import random
 import statistics
+import threading
 import time
 import warnings
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, TypedDict
+from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -22,11 +24,9 @@ from kvcag.cache.merge import Part, Strategy, merge
 from kvcag.cache.recompute import UsualDrift
 from kvcag.chat_template import as_messages
 from kvcag.core import ids_digest
+from kvcag.engines.base import Engine
+from kvcag.engines.hf import HFEngine
 from kvcag.errors import CacheWarning, InvalidInputError
-
-if TYPE_CHECKING:
-    from kvcag.engines.hf import HFEngine
-
 
 Candidate: TypeAlias = tuple[Strategy, float]
 
@@ -43,18 +43,6 @@ CANDIDATES: tuple[Candidate, ...] = (
 
 Progress: TypeAlias = Callable[[int, int], None]
 """Called as `progress(done, total)`."""
-
-
-class CalibrationSettings(TypedDict, total=False):
-    """The settings of `calibrate`, all optional."""
-
-    head: str | None
-    probes: int
-    documents_per_probe: int
-    tokens: int
-    candidates: Sequence[Candidate]
-    seed: int
-    progress: Progress | None
 
 
 class Verdict(BaseModel):
@@ -108,7 +96,7 @@ def calibrate(
     documents: Sequence[str],
     questions: Sequence[str] = (),
     *,
-    head: str | None = None,
+    instruction: str | None = None,
     probes: int = 6,
     documents_per_probe: int = 4,
     tokens: int = 16,
@@ -116,13 +104,15 @@ def calibrate(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Calibration:
-    """Compare strategies with a full prefill, on contexts made from `documents`. Keeps nothing by itself.
+    """Compare merging strategies with a full prefill, on contexts made from your own documents.
+
+    The verdict is kept under the model's fingerprint, for `strategy="auto"` here and in later processes.
 
     Args:
         engine: the model.
         documents: at least two; a probe is some of them, in random order.
         questions: asked in turn; without them each probe asks about the beginning of one of its documents.
-        head: the instruction that will stand before the documents.
+        instruction: what will stand before the documents.
         probes: how many contexts to try.
         documents_per_probe: how many documents a context has.
         tokens: how many greedy tokens of the full prefill are compared.
@@ -145,13 +135,13 @@ def calibrate(
         chosen = draw.sample(texts, min(documents_per_probe, len(texts)))
         about = " ".join(chosen[-1].split()[:8])
         question = questions[probe % len(questions)] if questions else f"What do the documents say about: {about}?"
-        one = _Probe(engine, chosen, question, head, tokens)
+        one = _Probe(engine, chosen, question, instruction, tokens)
         lengths.append(len(one.context_ids))
         for candidate in candidates:
             measured[candidate].append(one.measure(*candidate))
         if progress:
             progress(probe + 1, probes)
-    return Calibration(
+    calibration = Calibration(
         fingerprint=engine.fingerprint.digest,
         probes=probes,
         context_tokens=int(statistics.mean(lengths)),
@@ -166,23 +156,38 @@ def calibrate(
             for (strategy, ratio), rows in measured.items()
         ],
     )
+    calibration.save()
+    _calibrations[engine] = calibration
+    return calibration
+
+
+def calibration_of(engine: Engine) -> Calibration | None:
+    """What `calibrate` measured of this model, now or in another process; None if it was never called."""
+    if engine not in _calibrations:
+        _calibrations[engine] = Calibration.load(engine.fingerprint.digest)
+    return _calibrations[engine]
+
+
+_calibrations: WeakKeyDictionary[Engine, Calibration | None] = WeakKeyDictionary()
 
 
 class _Probe:
     """One context and question: its full prefill, and what merging it gives."""
 
-    def __init__(self, engine: HFEngine, texts: Sequence[str], question: str, head: str | None, tokens: int) -> None:
+    def __init__(
+        self, engine: HFEngine, texts: Sequence[str], question: str, instruction: str | None, tokens: int
+    ) -> None:
         self.engine = engine
-        prompt = engine.template.around(head, as_messages(question))
+        prompt = engine.template.split_system(instruction, as_messages(question))
         segments = [engine.template.encode(text) for text in texts]
         self.tail_ids = prompt.tail_ids
         self.context_ids = tuple(chain(prompt.head_ids, *segments))
         engine.check_fits(len(self.context_ids) + len(self.tail_ids), tokens)
         before, _ = engine.prefill(prompt.head_ids)
-        self.parts = [Part(torch.tensor(prompt.head_ids), before, 0, exact=True)]
+        self.parts = [Part(torch.tensor(prompt.head_ids), before, 0, is_exact=True)]
         for index, ids in enumerate(segments):
             layers = engine.encode_after(prompt.head_ids, ids)
-            self.parts.append(Part(torch.tensor(ids), layers, len(prompt.head_ids), exact=index == 0))
+            self.parts.append(Part(torch.tensor(ids), layers, len(prompt.head_ids), is_exact=index == 0))
         begin = time.perf_counter()
         cache, first = self._answer([], (*self.context_ids, *self.tail_ids))
         self.full_s = time.perf_counter() - begin
@@ -194,7 +199,7 @@ class _Probe:
 
     def measure(self, strategy: Strategy, ratio: float) -> tuple[float, float, float]:
         """KL a token, agreement, and time to first token over that of the full prefill."""
-        drift = self.engine.usual_drift  # found once a model: no cost of the strategy that is measured first
+        drift = usual_drift_of(self.engine)  # found once a model: no cost of the strategy that is measured first
         begin = time.perf_counter()
         with self.engine.exclusive() as model:
             tail_ids = torch.tensor(self.tail_ids)
@@ -223,18 +228,30 @@ def _file(fingerprint: str) -> Path:
     return learned_file("calibrations", f"{fingerprint}.json")
 
 
-_HEAD = "Answer from the documents."
+_INSTRUCTION = "Answer from the documents."
 
 _TOKENS = 128
 """Of each passage, at most: the passages have about 115 with a vocabulary of words."""
 
 
 def usual_drift_of(engine: HFEngine) -> UsualDrift | None:
-    """What was kept for this model, else what the passages show, which is kept.
+    """How the keys and values of a document usually change behind other documents, for merges that recompute nothing.
 
-    None for a model in whose context no two passages fit.
+    Learned once a model, which encodes some 2,300 tokens, and kept for later processes. None for a model whose context
+    is too short for two of the passages.
     """
-    head = engine.template.around(_HEAD, as_messages("?")).head_ids
+    with _learning:
+        if engine not in _drifts:
+            _drifts[engine] = _usual_drift(engine)
+        return _drifts[engine]
+
+
+_drifts: WeakKeyDictionary[HFEngine, UsualDrift | None] = WeakKeyDictionary()
+_learning = threading.RLock()
+
+
+def _usual_drift(engine: HFEngine) -> UsualDrift | None:
+    head = engine.template.instruction_ids(_INSTRUCTION)
     passages = _passages(engine, engine.context_length - len(head))
     if len(passages) < 2:
         return None
@@ -270,8 +287,8 @@ def _passages(engine: HFEngine, room: int) -> list[tuple[int, ...]]:
 
 
 @torch.no_grad()
-def _learn(engine: HFEngine, head: Sequence[int], passages: list[tuple[int, ...]]) -> UsualDrift:
-    before, start = (_encode(engine, [], head) if head else []), len(head)
+def _learn(engine: HFEngine, head_ids: Sequence[int], passages: list[tuple[int, ...]]) -> UsualDrift:
+    before, start = (_encode(engine, [], head_ids) if head_ids else []), len(head_ids)
     first, *others = passages
     alone = concat([cut(_encode(engine, before, ids), start) for ids in others])
     together = cut(_encode(engine, before, list(chain(*passages))), start + len(first))

@@ -129,8 +129,8 @@ class ChatTemplate:
             raise EmptyPromptError("the prompt is empty: there is nothing to answer")
         return Prompt((), (), token_ids if token_ids[: len(bos)] == bos else bos + token_ids)
 
-    def around(self, head: str | None, messages: Sequence[Message]) -> Prompt:
-        """The prompt in whose system turn documents stand after `head`, without the documents.
+    def split_system(self, instruction: str | None, messages: Sequence[Message]) -> Prompt:
+        """The prompt in whose system turn documents stand after `instruction`, without the documents.
 
         A system message among `messages` stands after the documents, in the same turn.
 
@@ -138,7 +138,7 @@ class ChatTemplate:
             EmptyPromptError: there is no message but system messages.
             ChatTemplateError: the template refuses these messages.
         """
-        opening = [f"{head}\n\n"] if head else []
+        opening = [f"{instruction}\n\n"] if instruction else []
         rest = list(messages)
         closing: list[str] = []
         while rest and rest[0].get("role") == "system":
@@ -148,6 +148,10 @@ class ChatTemplate:
         system = {"role": "system", "content": [*opening, Document("…"), *closing]}
         framed = self.prompt([system, *rest])
         return Prompt(framed.head_ids, (), framed.tail_ids, framed.thinking)
+
+    def instruction_ids(self, instruction: str | None) -> tuple[int, ...]:
+        """The tokens that stand before the documents: the opening of the system turn and `instruction`."""
+        return self.split_system(instruction, [{"role": "user", "content": "…"}]).head_ids
 
     def render(
         self,

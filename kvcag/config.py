@@ -113,13 +113,13 @@ class ExtractorLLM(BaseModel):
 
 
 class KVCacheMemoryConfig(BaseModel):
-    """MemOS's configuration of a `KVCacheMemory`, and what it lacks: `head`."""
+    """MemOS's configuration of a `KVCacheMemory`, and what it lacks: `instruction`."""
 
     model_config = ConfigDict(extra="forbid")
 
     extractor_llm: ExtractorLLM
     memory_filename: str = Field(default="kv_cache_memories.json", pattern=r"^[^/\\]+$")
-    head: str | None = None
+    instruction: str | None = None
 
 
 _shared: WeakValueDictionary[str, HFEngine] = WeakValueDictionary()

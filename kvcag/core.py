@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, SerializeAsAny, model_validator
@@ -46,68 +46,78 @@ class ActivationMemoryItem(BaseModel):
     metadata: dict[str, Any] = Field(default_factory=dict)
 
 
-class KVCacheItem(ActivationMemoryItem):
-    """One text, encoded.
+class EncodedItem(ActivationMemoryItem):
+    """One text as a model keeps it. `id` is the content key unless another id is given.
 
     Attributes:
-        memory: its keys and values alone, `(1, kv_heads, seq_len, head_dim)` a layer, in the model's dtype. What
-            stood before it while it was encoded is not in it.
         records: the texts it was made from.
-        token_ids: 1-D int64, the tokens in `memory`, in order.
+        token_ids: 1-D int64, the text's tokens, in order.
         fingerprint: the model that made it; None for an empty item.
         base_position: the position of its first token: how many tokens stood before it.
-        prefix_digest: `ids_digest` of those tokens. Under the same prefix, the first document of a context is exact.
-        exact: `memory` is bit for bit what the model computed; False once it was quantised at rest.
+        prefix_digest: `ids_digest` of those tokens. Behind the same prefix, the first document of a context is exact.
     """
 
-    memory: DynamicCache = Field(default_factory=DynamicCache)
     records: KVCacheRecords = Field(default_factory=KVCacheRecords)
     token_ids: torch.Tensor = Field(default_factory=lambda: torch.empty(0, dtype=torch.long))
     fingerprint: ModelFingerprint | None = None
     base_position: int = 0
     prefix_digest: str = Field(default_factory=lambda: ids_digest(()))
-    exact: bool = True
 
     @model_validator(mode="after")
-    def _one_id_per_position(self) -> KVCacheItem:
+    def _check_tokens_and_id(self) -> Self:
         if self.token_ids.ndim != 1 or self.token_ids.dtype != torch.long:
             raise ValueError("token_ids must be a 1-D int64 tensor")
+        if "id" not in self.model_fields_set and self.fingerprint is not None:
+            self.id = self.content_key
+        return self
+
+    @property
+    def content_key(self) -> str:
+        """`content_key` of its tokens under its model."""
+        return content_key(self.fingerprint.digest if self.fingerprint else "", self.token_ids.tolist())
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.id}: {len(self.token_ids)} tokens of {_shortened(self._text)}>"
+
+    __str__ = __repr__
+
+    @property
+    def _text(self) -> str:
+        return self.records.composed_text_memory
+
+
+class KVCacheItem(EncodedItem):
+    """One text's keys and values.
+
+    Attributes:
+        memory: the keys and values of the text alone, `(1, kv_heads, seq_len, head_dim)` a layer, in the model's
+            dtype. What stood before it while it was encoded is not in it.
+        is_exact: `memory` is bit for bit what the model computed; False once it was quantised at rest.
+    """
+
+    memory: DynamicCache = Field(default_factory=DynamicCache)
+    is_exact: bool = True
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
         length = self.memory.get_seq_length()
         if length != len(self.token_ids):
             raise ValueError(f"memory holds {length} tokens and token_ids {len(self.token_ids)}: they must agree")
         return self
 
-    @property
-    def content_key(self) -> str:
-        """The same for the same tokens after the same prefix by the same model, and for nothing else."""
-        model = self.fingerprint.digest if self.fingerprint else ""
-        return content_key(model, self.prefix_digest, self.token_ids.tolist())
 
-
-class VLLMKVCacheItem(ActivationMemoryItem):
-    """One text whose keys and values a server keeps itself: what is needed to send it again, and to put it together.
+class VLLMKVCacheItem(EncodedItem):
+    """One text whose keys and values a server keeps: what is needed to send it again.
 
     Attributes:
         memory: the prompt that the server was sent: what stood before the text, and the text.
-        records: the texts it was made from.
-        token_ids: 1-D int64, the text's own tokens, in order.
-        fingerprint: the model that was asked; None for an empty item.
-        base_position: how many tokens stood before the text.
-        prefix_digest: `ids_digest` of those tokens.
     """
 
     memory: str = ""
-    records: KVCacheRecords = Field(default_factory=KVCacheRecords)
-    token_ids: torch.Tensor = Field(default_factory=lambda: torch.empty(0, dtype=torch.long))
-    fingerprint: ModelFingerprint | None = None
-    base_position: int = 0
-    prefix_digest: str = Field(default_factory=lambda: ids_digest(()))
 
-    @property
-    def content_key(self) -> str:
-        """As a `KVCacheItem`'s."""
-        model = self.fingerprint.digest if self.fingerprint else ""
-        return content_key(model, self.prefix_digest, self.token_ids.tolist())
+
+Item: TypeAlias = KVCacheItem | VLLMKVCacheItem
+"""One text, encoded by an engine of this process or by a server."""
 
 
 class TextualMemoryItem(BaseModel):
@@ -120,21 +130,39 @@ class TextualMemoryItem(BaseModel):
     metadata: dict[str, Any] | SerializeAsAny[InstanceOf[BaseModel]] = Field(default_factory=dict)
 
 
-def content_key(model_digest: str, prefix_digest: str, token_ids: Iterable[int]) -> str:
-    """`kv:sha256:…` for tokens encoded after a prefix by a model."""
-    return "kv:sha256:" + hashlib.sha256(f"{model_digest}{prefix_digest}{ids_digest(token_ids)}".encode()).hexdigest()
+def content_key(model_digest: str, token_ids: Iterable[int]) -> str:
+    """`kv:sha256:…`: the same for the same tokens under the same model, whatever stood before them.
+
+    What stood before them is in `prefix_digest`, which decides whether a use of the item is exact. Leaving it out of
+    the key lets every door find what another one encoded (`benchmarks/instruction_key.py` has what that costs).
+    """
+    return "kv:sha256:" + hashlib.sha256(f"{model_digest}{ids_digest(token_ids)}".encode()).hexdigest()
 
 
-Mode = Literal["exact", "merged", "encoded"]
-"""`exact`: an encoded prefix was found, in this order. `merged`: documents encoded one by one were put together.
-`encoded`: nothing could be reused."""
+def _shortened(text: str, length: int = 40) -> str:
+    line = " ".join(text.split())
+    return repr(line if len(line) <= length else f"{line[: length - 1]}…")
+
+
+Mode = Literal["prefix", "merged", "encoded"]
+"""`prefix`: the context begins as an earlier one did, and that part was reused. `merged`: documents encoded one by one
+were put together. `encoded`: nothing could be reused."""
 
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """What was reused and what was paid for. All counts are tokens of the context (head and documents, not the tail).
+    """What was reused and what was paid for. All counts are tokens of the context: instruction and documents.
 
     `reused_tokens + recomputed_tokens + encoded_tokens == context_tokens`.
+
+    Attributes:
+        mode: how the context was made.
+        strategy: the strategy that was used.
+        context_tokens: the length of the context.
+        reused_tokens: taken from caches.
+        recomputed_tokens: cached, and computed again for this question.
+        encoded_tokens: not cached before.
+        reason: why this strategy was used, if the caller did not ask for it.
     """
 
     mode: Mode
@@ -144,7 +172,11 @@ class MergeReport:
     recomputed_tokens: int
     encoded_tokens: int
     reason: str = ""
-    """Why this strategy was taken, where it was not simply asked for."""
+
+    @property
+    def is_exact(self) -> bool:
+        """The context is what a full prefill computes."""
+        return self.mode != "merged"
 
     @property
     def paid_tokens(self) -> int:
@@ -152,12 +184,12 @@ class MergeReport:
         return self.recomputed_tokens + self.encoded_tokens
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class MergedContext:
-    """Head and documents as one cache, and what remains to be prefilled.
+    """Instruction and documents as one cache, and what remains to be prefilled.
 
     Attributes:
-        cache: keys and values of head + documents; the caller's own, it shares no memory with what is stored.
+        cache: keys and values of instruction and documents; the caller's own, it shares no memory with the store.
         token_ids: 1-D int64, every token in `cache`, in order.
         tail_ids: 1-D int64, the rest of the template: it closes the documents' turn and holds the question and the
             generation prompt.
@@ -171,13 +203,20 @@ class MergedContext:
     report: MergeReport
     fingerprint: ModelFingerprint
 
+    def __repr__(self) -> str:
+        made = self.report
+        return (
+            f"<{type(self).__name__} {made.mode} ({made.strategy}): {made.context_tokens} tokens, "
+            f"{made.reused_tokens} reused, {made.recomputed_tokens} recomputed, {made.encoded_tokens} encoded>"
+        )
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, repr=False)
 class ServedContext(MergedContext):
-    """Head and documents as the prompt of a server, which keeps the keys and values itself: `cache` is empty.
+    """Instruction and documents as the prompt of a server, which keeps the keys and values itself: `cache` is empty.
 
     Attributes:
-        prompt: the text of `token_ids`: head and documents, all of them, in order.
+        prompt: the text of `token_ids`: instruction and documents, in order.
     """
 
     prompt: str = ""
@@ -247,3 +286,40 @@ class Chunk:
     token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A whole answer. `str(answer)` is its text.
+
+    Attributes:
+        text: what the model said.
+        usage: what it took.
+        finish_reason: why it ended.
+    """
+
+    text: str
+    usage: Usage
+    finish_reason: FinishReason
+
+    @classmethod
+    def of(cls, chunks: Iterable[Chunk]) -> Answer:
+        """The answer whose pieces these are."""
+        text, last = "", None
+        for last in chunks:
+            text += last.text
+        assert last is not None
+        assert last.usage is not None
+        assert last.finish_reason is not None
+        return cls(text, last.usage, last.finish_reason)
+
+    @property
+    def report(self) -> MergeReport | None:
+        """How the documents' context was made; None without documents."""
+        return self.usage.context
+
+    def __str__(self) -> str:
+        return self.text

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from pydantic import BaseModel
 
 from kvcag.chat_template import Message
-from kvcag.core import TextualMemoryItem
+from kvcag.core import EncodedItem, TextualMemoryItem
 from kvcag.errors import InvalidInputError
 
 Texts: TypeAlias = str | Sequence[str] | Sequence[Message]
@@ -27,6 +27,19 @@ def _line(message: Message) -> str:
     return f"{message['role']}: {message['content']}"
 
 
+def documents_of(documents: object) -> list[Any]:
+    """One document or several as a list. A str is one document, and so is whatever has a text of its own.
+
+    Raises:
+        InvalidInputError: neither a document nor an iterable of documents.
+    """
+    if isinstance(documents, str | EncodedItem | Mapping) or _has_text(documents):
+        return [documents]
+    if isinstance(documents, Iterable):
+        return list(documents)
+    raise _not_a_text(documents)
+
+
 def text_and_metadata(memory: object) -> tuple[str, dict[str, Any]]:
     """What a str, a `Document`, a node or a textual memory says, and what it says about itself."""
     if isinstance(memory, str):
@@ -34,14 +47,27 @@ def text_and_metadata(memory: object) -> tuple[str, dict[str, Any]]:
     metadata = getattr(memory, "metadata", None) or {}
     if isinstance(metadata, BaseModel):
         metadata = metadata.model_dump(mode="json")
-    for field in ("page_content", "memory"):  # LangChain's Document; MemOS's and our own textual memories
+    for field in _TEXT_FIELDS:
         text = getattr(memory, field, None)
         if isinstance(text, str):
             return text, dict(metadata)
-    get_content = getattr(memory, "get_content", None)  # LlamaIndex's nodes
+    get_content = getattr(memory, "get_content", None)
     if callable(get_content):
         return str(get_content()), dict(metadata)
-    raise InvalidInputError(
-        f"cannot read a text from {type(memory).__name__}: pass a str, a LangChain Document, a LlamaIndex node, "
+    raise _not_a_text(memory)
+
+
+_TEXT_FIELDS = ("page_content", "memory")
+"""Where LangChain's documents, and MemOS's and our own textual memories, have their text."""
+
+
+def _has_text(value: object) -> bool:
+    """LlamaIndex's nodes have `get_content`."""
+    return callable(getattr(value, "get_content", None)) or any(hasattr(value, field) for field in _TEXT_FIELDS)
+
+
+def _not_a_text(value: object) -> InvalidInputError:
+    return InvalidInputError(
+        f"cannot read a text from {type(value).__name__}: pass a str, a LangChain Document, a LlamaIndex node, "
         f"or a {TextualMemoryItem.__name__}"
     )

@@ -270,7 +270,7 @@ class ServerWarning(CacheWarning):
     """A server lacks something, or forgot what it was given: what the answer then does without is said, once."""
 
 
-class Notices:
+class WarnOnce:
     """Says each thing once, whoever asks and however often."""
 
     def __init__(self) -> None:

@@ -14,18 +14,19 @@ import time
 from collections.abc import Callable, Generator
 from functools import cached_property
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.cache_utils import Cache
 
 from kvcag.chat_template import ChatTemplate, Prompt
-from kvcag.core import Chunk, FinishReason, MergedContext, Usage
+from kvcag.core import Chunk, ContextPrompt, EncodedItem, FinishReason, MergedContext, Usage
+from kvcag.engines.base import Engine
 from kvcag.engines.constrain import ConstraintLike
 from kvcag.engines.decode import Detokenizer, StopStrings
 from kvcag.engines.sampling import Sampling
-from kvcag.errors import ContextLengthError, EmptyPromptError, UnsupportedModelError
+from kvcag.errors import EmptyPromptError, UnsupportedModelError
 from kvcag.fingerprint import ModelFingerprint
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def whole_prompt(prompt: str) -> str:
     return "\n".join(f"{role}: {content}" for role, content in _TURN.findall(prompt)) or prompt
 
 
-class EchoEngine:
+class EchoEngine(Engine):
     """Answers with what the user said last, or as `answer` says. One token is one byte.
 
     Remembers the prompts it was given, so that the beginning that a prompt shares with an earlier one counts as cached,
@@ -64,13 +65,25 @@ class EchoEngine:
         context_length: the most tokens, prompt and answer together.
     """
 
+    item_type = EncodedItem
+
     def __init__(self, answer: Answer = last_user_message, *, context_length: int = 1 << 16) -> None:
         self.answer = answer
-        self.context_length = context_length
+        self._context_length = context_length
+        self.defaults = {}
         self.tokenizer = _byte_tokenizer()
         self.template = ChatTemplate(self.tokenizer)
         self.prompts: list[tuple[str, tuple[int, ...]]] = []
         self._lock = threading.Lock()
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens, prompt and answer together."""
+        return self._context_length
+
+    def check_fits(self, prompt_tokens: int, max_new_tokens: int | None) -> int:
+        """How many tokens may be generated: all that fit, unless fewer are asked for."""
+        return super().check_fits(prompt_tokens, max_new_tokens or max(self.context_length - prompt_tokens, 1))
 
     @property
     def model_name(self) -> str:
@@ -91,30 +104,14 @@ class EchoEngine:
             template=hashlib.sha256(_CHATML.encode()).hexdigest(),
         )
 
-    def sampling(self, **given: Any) -> Sampling:
-        """The settings of one call. Only `max_new_tokens` and `stop` change what an echo says."""
-        return Sampling.of(**given)
-
-    def check_fits(self, prompt_tokens: int, max_new_tokens: int | None) -> int:
-        """How many tokens may be generated: all that fit, unless fewer are asked for.
-
-        Raises:
-            ContextLengthError: the prompt and `max_new_tokens` exceed `context_length`.
-        """
-        room = self.context_length - prompt_tokens
-        wanted = max(room, 1) if max_new_tokens is None else max_new_tokens
-        if wanted > room:
-            raise ContextLengthError(prompt_tokens, wanted, self.context_length)
-        return wanted
-
     def stream(
         self,
         prompt: Prompt,
         sampling: Sampling,
-        past_key_values: Cache | MergedContext | None = None,
+        past_key_values: Cache | MergedContext | ContextPrompt | None = None,
         *,
         constraint: ConstraintLike | None = None,
-        tenant: str = "",
+        namespace: str = "",
         started: float | None = None,
     ) -> Generator[Chunk, None, None]:
         """Answer a prompt, a chunk a byte; the shortest that fits where the answer breaks a constraint.
@@ -135,7 +132,7 @@ class EchoEngine:
         answer_ids = self.template.encode(self.answer(text))
         if compiled is not None and not compiled.accepts(answer_ids):
             answer_ids = compiled.shortest
-        cached = self._remember(prompt.token_ids, tenant)
+        cached = self._remember(prompt.token_ids, namespace)
         return self._say(prompt, answer_ids, budget, sampling, cached, started)
 
     def constrain(self, constraint: ConstraintLike, max_new_tokens: int, thinking: bool = False) -> Constraint:
@@ -178,11 +175,11 @@ class EchoEngine:
         text = stop.push(detokenizer.flush())
         yield Chunk(text if stop.found else text + stop.flush(), (), "stop" if stop.found else finish, usage())
 
-    def _remember(self, token_ids: tuple[int, ...], tenant: str) -> int:
+    def _remember(self, token_ids: tuple[int, ...], namespace: str) -> int:
         """Keep a prompt; how many of its tokens an earlier one began with."""
         with self._lock:
-            shared = [_common(token_ids, known) for whose, known in self.prompts if whose == tenant]
-            self.prompts.append((tenant, token_ids))
+            shared = [_common(token_ids, known) for whose, known in self.prompts if whose == namespace]
+            self.prompts.append((namespace, token_ids))
         return min(max(shared, default=0), len(token_ids) - 1)
 
 

@@ -183,10 +183,10 @@ __all__ = [
     "Parsed",
     "Tool",
     "ToolCall",
-    "ToolPlan",
+    "ToolSpec",
     "call_format",
-    "plan_tools",
     "tool_messages",
+    "tool_spec",
 ]
 
 
@@ -256,8 +256,8 @@ class Tool:
 
 
 @dataclass(frozen=True, slots=True)
-class ToolPlan:
-    """How a conversation with tools is prompted, constrained and read. Made by `plan_tools`.
+class ToolSpec:
+    """How a conversation with tools is prompted, constrained and read. Made by `tool_spec`.
 
     Attributes:
         template: the model's chat template.
@@ -425,7 +425,7 @@ class CallParser:
         rest: after `close`, the end of the content that `push` held back.
     """
 
-    def __init__(self, plan: ToolPlan) -> None:
+    def __init__(self, plan: ToolSpec) -> None:
         self._plan = plan
         self._text = ""
         self._given = 0
@@ -445,9 +445,9 @@ class CallParser:
         return parsed
 
 
-def plan_tools(
+def tool_spec(
     template: ChatTemplate, tools: Sequence[Mapping[str, Any]] | None, choice: str = "auto", parallel: bool = True
-) -> ToolPlan | None:
+) -> ToolSpec | None:
     """Prepare a conversation in which tools may be called.
 
     Args:
@@ -473,7 +473,7 @@ def plan_tools(
     chosen = tuple(tool for tool in offered if tool.name == choice)
     form = call_format(template)
     forced = choice != "auto"
-    return ToolPlan(template, offered, chosen or offered, forced, parallel and not chosen, form)
+    return ToolSpec(template, offered, chosen or offered, forced, parallel and not chosen, form)
 
 
 def _text_or_none(value: Any) -> str | None:

@@ -93,6 +93,6 @@ def check_holds(engine: HFEngine, schema: Schema, budget: int, **sampling: Any) 
             raise AssertionError("refused, though the shortest fits") from refused
         budget = refused.needed_tokens
     settings = engine.sampling(max_new_tokens=budget, **sampling)
-    chunks = list(engine.stream(engine.plan("Say something."), settings, constraint=schema))
+    chunks = list(engine.stream(engine.build_prompt("Say something."), settings, constraint=schema))
     jsonschema.validate(json.loads("".join(chunk.text for chunk in chunks)), schema)
     assert chunks[-1].usage.completion_tokens <= budget

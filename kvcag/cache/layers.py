@@ -36,14 +36,14 @@ class ContextCache(DynamicCache):
         fingerprint: the model that made it.
         messages: the chat messages it holds, where their turns are closed. None where it ends within the turn that
             carries the documents, so that a continuation has to close that turn first.
-        exact: it is what the model computes for these tokens; False where documents were merged without being
+        is_exact: it is what the model computes for these tokens; False where documents were merged without being
             recomputed.
     """
 
     token_ids: torch.Tensor
     fingerprint: ModelFingerprint
     messages: list[dict[str, Any]] | None
-    exact: bool
+    is_exact: bool
 
     @classmethod
     def of(
@@ -53,7 +53,7 @@ class ContextCache(DynamicCache):
         fingerprint: ModelFingerprint,
         messages: list[dict[str, Any]] | None = None,
         *,
-        exact: bool = True,
+        is_exact: bool = True,
     ) -> ContextCache:
         """A cache over `layers`, which it takes as they are.
 
@@ -62,12 +62,12 @@ class ContextCache(DynamicCache):
             token_ids: 1-D int64, `(seq_len,)`: the tokens that they were made from.
             fingerprint: of the model that made them, `engine.fingerprint`.
             messages: the chat messages they hold, where their turns are closed.
-            exact: they are what the model computes for these tokens.
+            is_exact: they are what the model computes for these tokens.
         """
         cache = cls()
         cache.layers.extend(cache_of(layers).layers)
         cache.token_ids, cache.fingerprint = token_ids, fingerprint
-        cache.messages, cache.exact = messages, exact
+        cache.messages, cache.is_exact = messages, is_exact
         return cache
 
 
@@ -141,7 +141,7 @@ def cut(layers: Sequence[LayerKV], start: int, end: int | None = None) -> list[L
     return [(keys[..., start:end, :], values[..., start:end, :]) for keys, values in layers]
 
 
-def owned(layers: Iterable[LayerKV]) -> list[LayerKV]:
+def contiguous_copy(layers: Iterable[LayerKV]) -> list[LayerKV]:
     """The same values in contiguous memory of their own: keeping a slice must not keep what it was cut from."""
     packed = torch.contiguous_format
     return [(keys.clone(memory_format=packed), values.clone(memory_format=packed)) for keys, values in layers]

@@ -10,7 +10,7 @@ import torch
 
 from kvcag.cache.layers import LayerKV, concat
 from kvcag.cache.recompute import UsualDrift, recompute
-from kvcag.cache.rope import Move, check_mergeable
+from kvcag.cache.rope import PositionShift, check_mergeable
 from kvcag.cache.select import STRATEGIES, Layout, Strategy, select
 from kvcag.errors import InvalidInputError
 
@@ -28,14 +28,14 @@ class Part:
         token_ids: 1-D int64.
         layers: keys, rotated to `base_position`, `base_position + 1`, …, and values. Never written to.
         base_position: the position of its first key as stored.
-        exact: its keys and values are right where it stands now: the head, and the first document if it was encoded
+        is_exact: its keys and values are right where it stands now: the head, and the first document if it was encoded
             after that head. Nothing is spent on it.
     """
 
     token_ids: torch.Tensor
     layers: Sequence[LayerKV]
     base_position: int
-    exact: bool
+    is_exact: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +86,7 @@ def merge(
     layout = Layout(
         token_ids=torch.cat([part.token_ids for part in parts]),
         part_of=torch.cat([torch.full((len(part.token_ids),), i) for i, part in enumerate(parts)]),
-        open=torch.cat([torch.full((len(part.token_ids),), not part.exact) for part in parts]),
+        open=torch.cat([torch.full((len(part.token_ids),), not part.is_exact) for part in parts]),
     )
     chosen = select(model, layers, layout, tail_ids, strategy=strategy, ratio=ratio)
     if len(chosen):
@@ -121,7 +121,9 @@ def _place(model: PreTrainedModel, parts: Sequence[Part]) -> list[LayerKV]:
     moved = (stood != torch.arange(len(stood))).nonzero()[:1, 0]
     if len(moved):  # what comes first is often the head and its document: not a bit of them changes
         first = int(moved)
-        move = Move(model, stood[first:].to(model.device), torch.arange(first, len(stood), device=model.device))
+        move = PositionShift(
+            model, stood[first:].to(model.device), torch.arange(first, len(stood), device=model.device)
+        )
         for index, (keys, _) in enumerate(layers):
             move.turn(index, keys[..., first:, :])
     return layers

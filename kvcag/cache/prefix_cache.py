@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kvcag.cache.layers import LayerKV, cut, nbytes, owned
+from kvcag.cache.layers import LayerKV, contiguous_copy, cut, nbytes
 
 
 @dataclass(slots=True, eq=False)
@@ -55,47 +55,47 @@ class PrefixCache:
         self._clock = 0
         self._lock = threading.Lock()
 
-    def match(self, token_ids: Sequence[int], tenant: str = "") -> tuple[int, list[list[LayerKV]]]:
+    def match(self, token_ids: Sequence[int], namespace: str = "") -> tuple[int, list[list[LayerKV]]]:
         """How many of `token_ids` are encoded, and their keys and values: pieces to be read, not written."""
         wanted = np.asarray(token_ids, dtype=np.int64)
         with self._lock:
             self._clock += 1
             matched, pieces = 0, []
-            for node, shared in self._path(wanted, tenant):
+            for node, shared in self._path(wanted, namespace):
                 node.used = self._clock
                 pieces.append(node.layers if shared == len(node.token_ids) else cut(node.layers, 0, shared))
                 matched += shared
             return matched, pieces
 
-    def insert(self, token_ids: Sequence[int], layers: Sequence[LayerKV], tenant: str = "") -> None:
+    def insert(self, token_ids: Sequence[int], layers: Sequence[LayerKV], namespace: str = "") -> None:
         """Keep a context: `layers` hold one key and one value for each of `token_ids`. Only what is new is copied."""
         wanted = np.asarray(token_ids, dtype=np.int64)
         if not len(wanted) or nbytes(layers) > self.max_bytes:
             return
         with self._lock:
             self._clock += 1
-            node = self._roots.setdefault(tenant, _Node(wanted[:0], [], None))
+            node = self._roots.setdefault(namespace, _Node(wanted[:0], [], None))
             matched = 0
-            for reached, shared in self._path(wanted, tenant):
+            for reached, shared in self._path(wanted, namespace):
                 matched += shared
                 node = reached if shared == len(reached.token_ids) else self._split(reached, shared)
                 node.used = self._clock
             if matched < len(wanted):
-                leaf = _Node(wanted[matched:].copy(), owned(cut(layers, matched)), node, used=self._clock)
+                leaf = _Node(wanted[matched:].copy(), contiguous_copy(cut(layers, matched)), node, used=self._clock)
                 node.children[int(wanted[matched])] = leaf
                 self.nbytes += leaf.nbytes
             self._evict()
 
-    def clear(self, tenant: str | None = None) -> None:
-        """Forget everything, or everything of one tenant."""
+    def clear(self, namespace: str | None = None) -> None:
+        """Forget everything, or everything of one namespace."""
         with self._lock:
-            for name in list(self._roots) if tenant is None else [tenant]:
+            for name in list(self._roots) if namespace is None else [namespace]:
                 self.nbytes -= sum(node.nbytes for node in _below(self._roots.pop(name, None)))
 
-    def _path(self, wanted: np.ndarray, tenant: str) -> list[tuple[_Node, int]]:
+    def _path(self, wanted: np.ndarray, namespace: str) -> list[tuple[_Node, int]]:
         """The nodes along `wanted`, each with how many of its tokens agree; all but the last agree in full."""
         path: list[tuple[_Node, int]] = []
-        node, at = self._roots.get(tenant), 0
+        node, at = self._roots.get(namespace), 0
         while node is not None and at < len(wanted):
             node = node.children.get(int(wanted[at]))
             if node is None:
@@ -130,7 +130,7 @@ class PrefixCache:
             del above.children[int(oldest.token_ids[0])]
             self.nbytes -= oldest.nbytes
             while above is not None and above.shares(oldest):  # its memory is free only when nobody else holds it
-                above.layers = owned(above.layers)
+                above.layers = contiguous_copy(above.layers)
                 above = above.parent
 
     def _leaves(self) -> Iterator[_Node]:

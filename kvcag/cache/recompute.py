@@ -10,7 +10,7 @@ import torch
 
 from kvcag.cache.attention import EnoughError, attend
 from kvcag.cache.layers import LayerKV, scatter_cache
-from kvcag.cache.rope import Move
+from kvcag.cache.rope import PositionShift
 from kvcag.cache.select import Layout
 
 if TYPE_CHECKING:
@@ -84,13 +84,13 @@ class _Tokens:
 
     positions: torch.Tensor
     part_of: torch.Tensor
-    move: Move
+    move: PositionShift
     """From position 0 to where they stand."""
 
     @classmethod
     def at(cls, model: PreTrainedModel, layout: Layout, positions: torch.Tensor) -> _Tokens:
         part_of = layout.part_of.to(positions.device)[positions]
-        return cls(positions, part_of, Move(model, torch.zeros_like(positions), positions))
+        return cls(positions, part_of, PositionShift(model, torch.zeros_like(positions), positions))
 
     def to(self, device: torch.device) -> _Tokens:
         return replace(self, positions=self.positions.to(device), part_of=self.part_of.to(device))
@@ -141,7 +141,7 @@ class UsualDrift:
         """
 
         def means(layers: Sequence[LayerKV], at: torch.Tensor) -> list[torch.Tensor]:
-            tokens = _Tokens(at, torch.zeros_like(at), Move(model, torch.zeros_like(at), at))
+            tokens = _Tokens(at, torch.zeros_like(at), PositionShift(model, torch.zeros_like(at), at))
             return [tokens.features(index, kv).mean(1) for index, kv in enumerate(layers)]
 
         before, after = means(alone, alone_at), means(together, together_at)
@@ -151,7 +151,7 @@ class UsualDrift:
         """Give it to every open token of `layers`, in place."""
         for run in _runs(layout.open):
             positions = torch.arange(run.start, run.stop, device=model.device)
-            move = Move(model, torch.zeros_like(positions), positions)
+            move = PositionShift(model, torch.zeros_like(positions), positions)
             for index, (keys, values) in enumerate(layers):
                 drift = self.layers[index].to(keys.device)[None, :, None]
                 turned = drift[..., : keys.shape[-1]].repeat(1, 1, len(positions), 1)

@@ -18,7 +18,7 @@ import torch
 from transformers import DynamicCache
 
 from kvcag.cache.attention import Call, attend, decoder_of
-from kvcag.cache.layers import LayerKV, cache_argument, check_cacheable, layers_of, owned, scatter_cache
+from kvcag.cache.layers import LayerKV, cache_argument, check_cacheable, contiguous_copy, layers_of, scatter_cache
 from kvcag.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def check_mergeable(model: PreTrainedModel) -> None:
     rotations(model)
 
 
-class Move:
+class PositionShift:
     """Tokens on their way from the positions `start` to the positions `end` (1-D int64), in any layer.
 
     The angles are computed once for all layers that share their frequencies.
@@ -256,7 +256,7 @@ def _check_scatter(model: PreTrainedModel, ids: torch.Tensor, right: list[LayerK
     config = decoder_of(model).config
     types = getattr(config, "layer_types", None)
     odd = torch.arange(1, _TOKENS, 2)
-    layers, windows = owned(right), {}
+    layers, windows = contiguous_copy(right), {}
 
     def note(layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> None:
         windows[layer_idx] = call.window

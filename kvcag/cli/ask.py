@@ -11,9 +11,9 @@ import typer
 
 from kvcag.cli import output
 from kvcag.cli.options import (
-    HEAD,
+    INSTRUCTION,
     AnyStrategy,
-    Head,
+    Instruction,
     Json,
     MaxNewTokens,
     Model,
@@ -50,7 +50,7 @@ def ask(
     source: Source = None,
     strategy: StrategyOption = None,
     ratio: Ratio = 0.2,
-    head: Head = HEAD,
+    instruction: Instruction = INSTRUCTION,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = 0.0,
     as_json: Json = False,
@@ -73,13 +73,13 @@ def ask(
         raise EmptyPromptError("the question is empty: there is nothing to answer")
     from kvcag.cli.context import open_corpus
 
-    corpus = open_corpus(model, store, namespace, head, ids, source)
+    corpus = open_corpus(model, store, namespace, instruction, ids, source)
     engine = corpus.engine
     started = time.perf_counter()
     context = corpus.context(question, strategy, ratio)
     sampling = engine.sampling(max_new_tokens=max_new_tokens, temperature=temperature)
     answer, usage = "", None
-    chunks = engine.stream(engine.plan(None, context), sampling, context, tenant=namespace, started=started)
+    chunks = engine.stream(engine.build_prompt(None, context), sampling, context, namespace=namespace, started=started)
     for chunk in chunks:
         answer += chunk.text
         usage = chunk.usage or usage

@@ -17,7 +17,7 @@ import typer
 import kvcag
 from kvcag.cli import output
 from kvcag.cli.demo import CorpusOption
-from kvcag.cli.options import HEAD, Json, Model, Ratio
+from kvcag.cli.options import INSTRUCTION, Json, Model, Ratio
 from kvcag.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -106,26 +106,25 @@ def _measure(engine: HFEngine, texts: Sequence[str], tokens: int, repeat: int, r
     """Medians, in seconds, of the four ways to a first token over about so many tokens."""
     from kvcag.chat_template import Document
     from kvcag.cli.context import exact
-    from kvcag.document_cache import Keeper
     from kvcag.engines.sampling import Sampling
     from kvcag.memory import KVCacheMemory
     from kvcag.stores.disk import DiskStore
 
     documents = _documents(engine, texts, tokens)
-    system = {"role": "system", "content": [f"{HEAD}\n\n", *(Document(f"{text}\n\n") for text in documents)]}
+    system = {"role": "system", "content": [f"{INSTRUCTION}\n\n", *(Document(f"{text}\n\n") for text in documents)]}
     prompt = engine.template.prompt([system, {"role": "user", "content": _QUESTION}])
-    memory = KVCacheMemory(engine, head=HEAD)
+    memory = KVCacheMemory(engine, instruction=INSTRUCTION)
     items = [memory.extract(text) for text in documents]
     memory.add(items)
 
     def first(context: MergedContext | None) -> None:
-        stream = engine.stream(prompt if context is None else engine.plan(None, context), Sampling(), context)
+        stream = engine.stream(prompt if context is None else engine.build_prompt(None, context), Sampling(), context)
         next(stream)
         stream.close()
 
     with tempfile.TemporaryDirectory() as folder:
         disk = DiskStore(folder)
-        whole = Keeper(engine, disk).encode((), prompt.context_ids, "")
+        whole = engine.encode_item((), prompt.context_ids)
         disk.put(whole)
         seconds = _medians(
             repeat,

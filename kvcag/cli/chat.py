@@ -14,9 +14,9 @@ from kvcag.cli import output
 from kvcag.cli.ask import Ids, StrategyOption, figures, summary, timing
 from kvcag.cli.group import say
 from kvcag.cli.options import (
-    HEAD,
+    INSTRUCTION,
     AnyStrategy,
-    Head,
+    Instruction,
     Json,
     MaxNewTokens,
     Model,
@@ -48,7 +48,7 @@ def chat(
     source: Source = None,
     strategy: StrategyOption = None,
     ratio: Ratio = 0.2,
-    head: Head = HEAD,
+    instruction: Instruction = INSTRUCTION,
     max_new_tokens: MaxNewTokens = None,
     temperature: Temperature = 0.0,
     as_json: Json = False,
@@ -68,7 +68,7 @@ def chat(
     """
     from kvcag.cli.context import open_corpus
 
-    corpus = open_corpus(model, store, namespace, head, ids, source)
+    corpus = open_corpus(model, store, namespace, instruction, ids, source)
     if sys.stdin.isatty():
         documents = output.counted(len(corpus.entries), "item")
         say(f"{documents} and {corpus.engine.model_name.rstrip('/').rpartition('/')[2]}; /help lists the commands")
@@ -172,7 +172,9 @@ class Conversation:
         if self.session is None:
             context = self.corpus.context(question, self.strategy, self.ratio)
             self._report = context.report
-            self.session = self.corpus.engine.session(context)
+            from kvcag.engines.session import Session
+
+            self.session = Session(self.corpus.engine, context)
         return self.session
 
     def _read(self) -> str | None:

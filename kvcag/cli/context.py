@@ -16,7 +16,7 @@ from kvcag.cli.group import NEGATIVE, say
 from kvcag.cli.loading import load_engine
 from kvcag.cli.options import AnyStrategy, default_store
 from kvcag.core import KVCacheItem, MergedContext, MergeReport
-from kvcag.document_cache import Keeper
+from kvcag.document_cache import DocumentCache
 from kvcag.engines.hf import HFEngine
 from kvcag.errors import ContextLengthError, FingerprintMismatchError, InvalidInputError, StoreError
 from kvcag.memory import KVCacheMemory
@@ -32,7 +32,7 @@ class Corpus:
         store: where the items live.
         entries: the chosen ones, in the order in which they are read.
         chosen: whether a person chose them; else they are all there are.
-        head: the instruction before them.
+        instruction: the instruction before them.
         namespace: whose they are.
     """
 
@@ -40,7 +40,7 @@ class Corpus:
     store: DiskStore
     entries: list[Entry]
     chosen: bool
-    head: str
+    instruction: str
     namespace: str
 
     def context(self, question: str, strategy: AnyStrategy | None, ratio: float) -> MergedContext:
@@ -57,7 +57,7 @@ class Corpus:
         try:
             if not self.chosen and strategy in (None, AnyStrategy.exact):
                 return self._whole(question)
-            memory = KVCacheMemory(self.engine, self.store, head=self.head, tenant=self.namespace)
+            memory = KVCacheMemory(self.engine, self.store, instruction=self.instruction, namespace=self.namespace)
             how = strategy or AnyStrategy.query
             return memory.merge([entry.id for entry in self.entries], question, how.value, ratio)
         except ContextLengthError as long:
@@ -70,15 +70,16 @@ class Corpus:
         """All items as one context: encoded in this order once, and kept as an item of its own."""
         prompt = self._prompt(question)
         self.engine.check_fits(len(prompt.token_ids), 1)
-        keeper = Keeper(self.engine, self.store, self.namespace)
-        key = keeper.key((), prompt.context_ids)
+        keeper = DocumentCache(self.engine, self.store, self.namespace)
+        key = keeper.key(prompt.context_ids)
         kept = self._kept(key)
         if kept is not None:
             return exact(kept, prompt.tail_ids)
         size = f"{output.counted(len(self.entries), 'item')}, {len(prompt.context_ids):,} tokens"
         with output.stderr().status(f"reading {size}, once"):
-            item = keeper.encode((), prompt.context_ids, "".join(prompt.documents))
-        self._keep(item.model_copy(update={"id": key}))
+            item = self.engine.encode_item((), prompt.context_ids)
+        item.records.composed_text_memory = "".join(prompt.documents)
+        self._keep(item)
         return exact(item, prompt.tail_ids, encoded=True)
 
     def _kept(self, key: str) -> KVCacheItem | None:
@@ -103,23 +104,23 @@ class Corpus:
 
     def _prompt(self, question: str) -> Prompt:
         documents = [Document(_closed(entry.manifest.records.composed_text_memory)) for entry in self.entries]
-        opening = [f"{self.head}\n\n"] if self.head else []
+        opening = [f"{self.instruction}\n\n"] if self.instruction else []
         system: Message = {"role": "system", "content": [*opening, *documents]}
         return self.engine.template.prompt([system, {"role": "user", "content": question}])
 
 
 def exact(item: KVCacheItem, tail_ids: Sequence[int], *, encoded: bool = False) -> MergedContext:
-    """An item that holds a whole context, head and documents, as a context to be continued by `tail_ids`.
+    """An item that holds a whole context, instruction and documents, as a context to be continued by `tail_ids`.
 
     Args:
-        item: made by `Keeper.encode` after no prefix.
+        item: made by `DocumentCache.encode` after no prefix.
         tail_ids: what follows the documents.
         encoded: it was encoded just now; else it is reused.
     """
     assert item.fingerprint is not None
     count = len(item.token_ids)
     reused = 0 if encoded else count
-    report = MergeReport("encoded" if encoded else "exact", "exact", count, reused, 0, count - reused)
+    report = MergeReport("encoded" if encoded else "prefix", "exact", count, reused, 0, count - reused)
     tail = torch.tensor(tail_ids, dtype=torch.long)
     return MergedContext(item.memory, item.token_ids, tail, report, item.fingerprint)
 
@@ -128,7 +129,7 @@ def open_corpus(
     model: str | None,
     store: Path | None,
     namespace: str,
-    head: str,
+    instruction: str,
     ids: Sequence[str] | None,
     sources: Sequence[str] | None,
 ) -> Corpus:
@@ -158,7 +159,7 @@ def open_corpus(
         raise FingerprintMismatchError(f"item {other.short} ({named})", differences)
     if len(own) < len(chosen):
         say(f"{output.counted(len(chosen) - len(own), 'item')} of other models left out")
-    return Corpus(engine, opened, own, bool(ids or sources), head, namespace)
+    return Corpus(engine, opened, own, bool(ids or sources), instruction, namespace)
 
 
 def _made_by(engine: HFEngine, entry: Entry) -> bool:

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 def doctor(
     model: Model = None,
     corpus: CorpusOption = None,
-    head: Annotated[str | None, typer.Option(help="The instruction that will stand before the documents.")] = None,
+    instruction: Annotated[
+        str | None, typer.Option(help="The instruction that will stand before the documents.")
+    ] = None,
     probes: Annotated[int, typer.Option(min=1, help="How many contexts to try.")] = 4,
     max_kl: Annotated[float, typer.Option(min=0, help="Nats a token that a merged context may be off.")] = 0.05,
     as_json: Json = False,
@@ -40,11 +42,14 @@ def doctor(
 
     engine = load_engine(model)
     from kvcag.cache.merge import check_mergeable
+    from kvcag.calibration import calibrate
 
     with engine.exclusive() as live:
         check_mergeable(live)
     with output.progress("probing", probes, "contexts") as advance:
-        calibration = engine.calibrate(documents, head=head, probes=probes, progress=lambda done, total: advance(1))
+        calibration = calibrate(
+            engine, documents, instruction=instruction, probes=probes, progress=lambda done, total: advance(1)
+        )
     best = calibration.cheapest(max_kl)
     if as_json:
         output.emit({**calibration.model_dump(), "max_kl": max_kl, "best": best.model_dump() if best else None})

@@ -11,12 +11,12 @@ import typer
 
 from kvcag.cli import output
 from kvcag.cli.group import say
-from kvcag.cli.options import HEAD, Head, Json, Model, Namespace, Store, default_store
+from kvcag.cli.options import INSTRUCTION, Instruction, Json, Model, Namespace, Store, default_store
 from kvcag.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from kvcag.cli.files import Reading, Text
-    from kvcag.document_cache import Ids, Keeper, Read, SyncPlan
+    from kvcag.document_cache import DocumentCache, Ids, Read, SyncDiff
     from kvcag.stores.base import KVStore
     from kvcag.stores.format import Manifest
 
@@ -30,7 +30,7 @@ def encode(
     model: Model = None,
     store: Store = None,
     namespace: Namespace = "",
-    head: Head = HEAD,
+    instruction: Instruction = INSTRUCTION,
     split: Split = None,
     as_json: Json = False,
 ) -> None:
@@ -48,7 +48,7 @@ def encode(
         kvcag encode notes/ --json | jq .encoded
     """
     reading = _read(paths)
-    keeper, head_ids = _keeper(model, store, namespace, head)
+    keeper, head_ids = _keeper(model, store, namespace, instruction)
     planned = _plan(keeper, head_ids, reading.texts, split, lambda manifest: False)
     encoded = _encode(keeper, head_ids, planned)
     done = {"encoded": len(planned.new), "kept": len(planned.wanted) - len(planned.new)}
@@ -61,14 +61,14 @@ def sync(
     model: Model = None,
     store: Store = None,
     namespace: Namespace = "",
-    head: Head = HEAD,
+    instruction: Instruction = INSTRUCTION,
     split: Split = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
     as_json: Json = False,
 ) -> None:
     """Bring what is kept of a path in step with it: encode what is new or changed, keep the rest, drop what is gone.
 
-    Only items that this model made of this path under the same head are dropped.
+    Only items that this model made of this path under the same instruction are dropped.
 
     For example:
 
@@ -77,7 +77,7 @@ def sync(
         kvcag sync notes/
     """
     reading = _read([path], empty_is_fine=True)
-    keeper, head_ids = _keeper(model, store, namespace, head, create=not dry_run)
+    keeper, head_ids = _keeper(model, store, namespace, instruction, create=not dry_run)
     planned = _plan(keeper, head_ids, reading.texts, split, _made_here(keeper, head_ids, path, reading.unreadable))
     encoded = 0
     if not dry_run:
@@ -103,17 +103,17 @@ def _read(paths: Sequence[str], *, empty_is_fine: bool = False) -> Reading:
 
 
 def _keeper(
-    model: str | None, store: Path | None, namespace: str, head: str, *, create: bool = True
-) -> tuple[Keeper, Ids]:
+    model: str | None, store: Path | None, namespace: str, instruction: str, *, create: bool = True
+) -> tuple[DocumentCache, Ids]:
     """Where texts go, and what stands before them. The store is opened first: it takes less long to fail."""
     from kvcag.cli.loading import load_engine
-    from kvcag.document_cache import Keeper
+    from kvcag.document_cache import DocumentCache
     from kvcag.stores.disk import DiskStore
 
     opened = DiskStore(store or default_store(), namespace=namespace) if create else _look_into(store, namespace)
     engine = load_engine(model)
-    head_ids = engine.template.around(head, [{"role": "user", "content": "…"}]).head_ids
-    return Keeper(engine, opened, namespace), head_ids
+    head_ids = engine.template.instruction_ids(instruction)
+    return DocumentCache(engine, opened, namespace), head_ids
 
 
 def _look_into(store: Path | None, namespace: str) -> KVStore:
@@ -126,15 +126,15 @@ def _look_into(store: Path | None, namespace: str) -> KVStore:
 
 
 def _plan(
-    keeper: Keeper,
+    keeper: DocumentCache,
     head_ids: Ids,
     texts: Sequence[Text],
     limit: int | None,
     mine: Callable[[Manifest], bool],
-) -> SyncPlan:
+) -> SyncDiff:
     """What is new. Refuses what does not fit before anything is encoded."""
     from kvcag.cli.files import split
-    from kvcag.document_cache import plan
+    from kvcag.document_cache import diff
 
     template, room = keeper.engine.template, keeper.engine.context_length - len(head_ids)
     pieces = texts if limit is None else [p for t in texts for p in split(t, limit, lambda s: len(template.encode(s)))]
@@ -144,13 +144,13 @@ def _plan(
         if len(token_ids) > room:
             raise InvalidInputError(
                 f"{piece.metadata['source']}: {len(token_ids):,} tokens, and the model's context holds {room:,} after "
-                f"the head. Cut it with --split {max(16, room // 8)}."
+                f"the instruction. Cut it with --split {max(16, room // 8)}."
             )
         read.append((token_ids, piece.text, piece.metadata))
-    return plan(keeper, head_ids, read, mine)
+    return diff(keeper, head_ids, read, mine)
 
 
-def _encode(keeper: Keeper, head_ids: Ids, planned: SyncPlan) -> int:
+def _encode(keeper: DocumentCache, head_ids: Ids, planned: SyncDiff) -> int:
     """Encode and keep what is new; how many tokens that were."""
     total = sum(len(planned.wanted[key][0]) for key in planned.new)
     try:
@@ -158,8 +158,7 @@ def _encode(keeper: Keeper, head_ids: Ids, planned: SyncPlan) -> int:
             for key in planned.new:
                 token_ids, text, metadata = planned.wanted[key]
                 advance(0, os.path.basename(metadata["source"]))
-                item = keeper.encode(head_ids, token_ids, text)
-                keeper.store.put(item.model_copy(update={"id": key, "metadata": {**item.metadata, **metadata}}))
+                keeper.put(keeper.encode(head_ids, token_ids, text, metadata))
                 advance(len(token_ids))
     except KeyboardInterrupt:
         kept = sum(map(keeper.store.contains, planned.new))
@@ -168,8 +167,8 @@ def _encode(keeper: Keeper, head_ids: Ids, planned: SyncPlan) -> int:
     return total
 
 
-def _made_here(keeper: Keeper, head_ids: Ids, path: str, unreadable: set[str]) -> Callable[[Manifest], bool]:
-    """Whether an item was made of this path, by this model, under this head, and not of a file unreadable today."""
+def _made_here(keeper: DocumentCache, head_ids: Ids, path: str, unreadable: set[str]) -> Callable[[Manifest], bool]:
+    """Whether an item was made of this path, by this model, and not of a file that cannot be read today."""
     from kvcag.cli.entries import CONTEXT_OF, comes_from
     from kvcag.core import ids_digest
 
@@ -185,7 +184,7 @@ def _made_here(keeper: Keeper, head_ids: Ids, path: str, unreadable: set[str]) -
     return made_here
 
 
-def _drop(keeper: Keeper, gone: Sequence[str]) -> None:
+def _drop(keeper: DocumentCache, gone: Sequence[str]) -> None:
     """Delete items, and the contexts that hold them."""
     from kvcag.cli.entries import CONTEXT_OF
 
@@ -200,7 +199,7 @@ def _drop(keeper: Keeper, gone: Sequence[str]) -> None:
 
 
 def _report(
-    facts: dict[str, Any], line: str, planned: SyncPlan, reading: Reading, keeper: Keeper, as_json: bool
+    facts: dict[str, Any], line: str, planned: SyncDiff, reading: Reading, keeper: DocumentCache, as_json: bool
 ) -> None:
     from kvcag.stores.disk import DiskStore
 

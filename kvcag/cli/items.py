@@ -116,12 +116,12 @@ def inspect(
         "shape": f"(1, {kv_heads}, {manifest.tokens}, {head_dim})",
         "dtype": manifest.dtype,
         "at_rest": manifest.quantize or manifest.dtype,
-        "exact": manifest.exact,
+        "exact": manifest.is_exact,
         "base_position": manifest.base_position,
         "prefix_digest": manifest.prefix_digest,
     }
     if as_json:
-        output.emit({**shown, **manifest.model_dump(mode="json", exclude={"id", "dtype", "layers", "exact"})})
+        output.emit({**shown, **manifest.model_dump(mode="json", exclude={"id", "dtype", "layers", "is_exact"})})
         return
     console = output.stdout()
     shown["bytes"] = output.size(entry.bytes)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-HEAD = "You are a helpful assistant. Answer the question using only the passages below."
+INSTRUCTION = "You are a helpful assistant. Answer the question using only the passages below."
 """The instruction before the documents, where none is given."""
 
 
@@ -66,9 +66,11 @@ Namespace = Annotated[
         help="Whose items these are. Namespaces share nothing.",
     ),
 ]
-Head = Annotated[
+Instruction = Annotated[
     str,
-    typer.Option("--head", envvar="KVCAG_HEAD", metavar="TEXT", help="The instruction that stands before documents."),
+    typer.Option(
+        "--instruction", envvar="KVCAG_HEAD", metavar="TEXT", help="The instruction that stands before documents."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout; everything else goes to stderr.")]
 Source = Annotated[

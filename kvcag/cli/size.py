@@ -85,8 +85,8 @@ def _show(
     first = geometry.layers[0]
     sharing = geometry.attention_heads // first.kv_heads
     console.print(
-        f"{geometry.model}: {len(geometry.layers)} layers, {output.counted(first.kv_heads, 'KV head')} of "
-        f"{first.key_dim} numbers ({output.counted(sharing, 'query head')} to each)"
+        f"{geometry.model}: {len(geometry.layers)} layers, {output.counted(first.kv_heads, 'KV instruction')} of "
+        f"{first.key_dim} numbers ({output.counted(sharing, 'query instruction')} to each)"
     )
     if geometry.sliding_layers:
         console.print(

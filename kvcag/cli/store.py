@@ -60,7 +60,7 @@ def import_memos(
     file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="What MemOS's KVCacheMemory.dump wrote.")],
     out: Annotated[Path, typer.Option("--out", file_okay=False, help="The folder for KVCacheMemory.load.")],
     model: Model = None,
-    head: Annotated[str | None, typer.Option(help="The instruction that stands before the documents.")] = None,
+    instruction: Annotated[str | None, typer.Option(help="The instruction that stands before the documents.")] = None,
     as_json: Json = False,
 ) -> None:
     """Take a dump of MemOS over, without running what is in it.
@@ -78,7 +78,7 @@ def import_memos(
     from kvcag.cli.loading import load_engine
     from kvcag.memory import KVCacheMemory
 
-    memory = KVCacheMemory(load_engine(model), head=head)
+    memory = KVCacheMemory(load_engine(model), instruction=instruction)
     taken: list[dict[str, object]] = []
     with output.progress("encoding", len(items), "items") as advance:
         for old in items:

@@ -13,7 +13,7 @@ their tokens recomputed. `encoded`: a text, or more, had no cache, and the model
 
 
 @dataclass(frozen=True, slots=True)
-class CubePlan:
+class AnswerReport:
     """How a question was answered.
 
     Attributes:
@@ -43,6 +43,6 @@ class CubeAnswer:
 
     text: str
     sources: list[TextualMemoryItem]
-    plan: CubePlan
+    plan: AnswerReport
     usage: Usage
     finish_reason: FinishReason

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate, chain
-from typing import Any
+from itertools import accumulate
+from typing import Any, cast
 
-import torch
-
-from kvcag.cache.layers import cache_of, layers_of
+from kvcag.cache.layers import layers_of
 from kvcag.chat_template import Message, Prompt
-from kvcag.core import KVCacheItem, KVCacheRecords
+from kvcag.core import EncodedItem, KVCacheItem, KVCacheRecords
 from kvcag.cube.texts import made_of, said, segment
-from kvcag.document_cache import Ids, Keeper, Served
-from kvcag.engines.base import Serving
 from kvcag.engines.hf import HFEngine
 from kvcag.errors import CacheWarning, CorruptItemError, FormatError
-from kvcag.handles import placed
-from kvcag.memory import KVCacheMemory
+from kvcag.memory import KVCacheMemory, insert_documents
 from kvcag.scheduler.store import ScheduledStore
 from kvcag.stores.format import Manifest
 
@@ -36,29 +31,25 @@ class Caches:
         self.memory = memory
 
     def prompt(self, segments: Sequence[str]) -> Prompt:
-        """The prompt in which segments stand behind the memory's head, with nothing asked yet."""
-        messages = placed(self.memory.head or "", segments, [_PLACEHOLDER])
+        """The prompt in which segments stand behind the memory's instruction, with nothing asked yet."""
+        messages = insert_documents(self.memory.instruction or "", segments, [_PLACEHOLDER])
         return self.memory.engine.template.prompt(messages)
 
     def held(self, prompt: Prompt) -> list[bool]:
         """Which documents of a prompt need not be read: their caches are kept, or the context was read as it is."""
-        engine, tenant, contexts = self.memory.engine, self.memory.tenant, self._contexts
-        known = 0
-        if isinstance(engine, HFEngine):
-            known, _ = engine.prefixes.match(prompt.context_ids, tenant)
-        elif isinstance(engine, Serving):
-            known = engine.preloaded(prompt.context_ids, tenant=tenant)
+        engine = self.memory.engine
+        known = engine.known_prefix(prompt.context_ids, self.memory.namespace)
         ends = list(accumulate(map(len, prompt.document_ids), initial=len(prompt.head_ids)))[1:]
-        if isinstance(contexts, Keeper) and known < len(prompt.context_ids):
-            return [self._kept(contexts, prompt.head_ids, token_ids) for token_ids in prompt.document_ids]
+        if engine.merges and known < len(prompt.context_ids):
+            return [self.memory.documents.contains(prompt.head_ids, token_ids) for token_ids in prompt.document_ids]
         return [end <= known for end in ends]
 
     def encode(self, document: str, metadata: dict[str, Any]) -> bool:
         """Encode a document, if it is not kept yet. Says whether it was encoded now."""
-        contexts, prompt = self._contexts, self.prompt([document])
-        if contexts is not None and self._kept(contexts, prompt.head_ids, prompt.document_ids[0]):
+        prompt = self.prompt([document])
+        if self.memory.documents.contains(prompt.head_ids, prompt.document_ids[0]):
             return False
-        self.memory.keep(placed(self.memory.head or "", [document], [_PLACEHOLDER]), [metadata])
+        self.memory.keep(insert_documents(self.memory.instruction or "", [document], [_PLACEHOLDER]), [metadata])
         return True
 
     def drop(self, gone: set[str], live: set[str]) -> None:
@@ -73,20 +64,17 @@ class Caches:
         """
         if not gone:
             return
-        store, contexts = self.memory.store, self._contexts
+        store, engine = self.memory.store, self.memory.engine
         said_then = {said(text) for text in gone}
         stale = [key for key in list(store.keys()) if self._holds(key, said_then, live)]
-        if isinstance(contexts, Keeper):  # also where a damaged file no longer says what it was made from
-            prompts = [self.prompt([segment(text)]) for text in gone]
-            stale += chain.from_iterable(contexts.keys(one.head_ids, one.document_ids[0]) for one in prompts)
+        # also where a damaged file no longer says what it was made from
+        prompts = [self.prompt([segment(text)]) for text in gone]
+        stale += [self.memory.documents.key(one.document_ids[0]) for one in prompts]
         store.delete(stale)
         if isinstance(store, ScheduledStore):  # which would remember the texts, and encode them ahead again
             for text in gone:
                 store.purge(text)
-        if isinstance(contexts, Keeper):
-            contexts.engine.prefixes.clear(contexts.tenant)
-        elif contexts is not None:
-            contexts.clear()
+        engine.forget(self.memory.namespace)
 
     def keep_only(self, live: set[str]) -> None:
         """Delete what was made from anything but live texts."""
@@ -109,24 +97,23 @@ class Caches:
             except (CorruptItemError, FormatError) as damaged:
                 warnings.warn(f"a cache was left out of the dump: {damaged}", CacheWarning, stacklevel=5)
 
-    def head(self) -> KVCacheItem | None:
-        """The head's own cache: with it, a first question elsewhere encodes nothing but its tail."""
-        keeper, head_ids = self._contexts, self.prompt(["…"]).head_ids
-        if not isinstance(keeper, Keeper) or not head_ids:
+    def instruction(self) -> KVCacheItem | None:
+        """The instruction's own cache: with it, a first question elsewhere encodes nothing but its tail."""
+        engine, head_ids = self.memory.engine, self.prompt(["…"]).head_ids
+        if not engine.merges or not head_ids:
             return None
-        layers, _ = keeper.engine.prefill(head_ids, tenant=self.memory.tenant)
-        text = self.memory.head or ""
+        context = engine.exact_context(head_ids, (), self.memory.namespace)
+        text = self.memory.instruction or ""
         return KVCacheItem(
-            id=keeper.key((), head_ids),
-            memory=cache_of(layers),
+            memory=context.cache,
             records=KVCacheRecords(text_memories=[text], composed_text_memory=text),
-            token_ids=torch.tensor(head_ids, dtype=torch.long),
-            fingerprint=keeper.engine.fingerprint,
+            token_ids=context.token_ids,
+            fingerprint=engine.fingerprint,
         )
 
     def take(self, items: Iterable[KVCacheItem], head_id: str | None) -> dict[str, list[str]]:
         """Keep the items that this model made. Returns the texts whose items others made, and how these differ."""
-        fingerprint, keeps = self.memory.engine.fingerprint, self._contexts is not None
+        fingerprint, keeps = self.memory.engine.fingerprint, self.memory.engine.item_type is not EncodedItem
         foreign, taken = dict[str, list[str]](), set[str]()
         for item in items:
             text = item.records.composed_text_memory
@@ -140,12 +127,13 @@ class Caches:
                 foreign[text] = fingerprint.differences(item.fingerprint)
         return {text: differences for text, differences in foreign.items() if text not in taken}
 
-    def _seed(self, head: KVCacheItem) -> None:
-        """Put the head's cache among the recent contexts, where the engine looks for it."""
+    def _seed(self, instruction: KVCacheItem) -> None:
+        """Put the instruction's cache among the recent contexts, where the engine looks for it."""
         engine = self.memory.engine
-        assert isinstance(engine, HFEngine)
-        layers = [(keys.to(engine.device), values.to(engine.device)) for keys, values in layers_of(head.memory)]
-        engine.prefixes.insert(head.token_ids.tolist(), layers, self.memory.tenant)
+        assert engine.merges
+        engine = cast("HFEngine", engine)
+        layers = [(keys.to(engine.device), values.to(engine.device)) for keys, values in layers_of(instruction.memory)]
+        engine.prefixes.insert(instruction.token_ids.tolist(), layers, self.memory.namespace)
 
     def _holds(self, key: str, gone: set[str], live: set[str]) -> bool:
         """Whether an item was made from what is gone, or can no longer say what it was made from."""
@@ -162,20 +150,6 @@ class Caches:
         except (CorruptItemError, FormatError):
             return False
         return manifest is not None and made_of(_text(manifest), live)
-
-    @staticmethod
-    def _kept(contexts: Keeper | Served, head_ids: Ids, token_ids: Ids) -> bool:
-        if contexts.at_hand(head_ids, token_ids):
-            return True
-        return isinstance(contexts, Keeper) and any(map(contexts.store.contains, contexts.keys(head_ids, token_ids)))
-
-    @property
-    def _contexts(self) -> Keeper | Served | None:
-        """What keeps documents over this engine, if anything does."""
-        engine, place = self.memory.engine, (self.memory.store, self.memory.tenant)
-        if isinstance(engine, HFEngine):
-            return Keeper(engine, *place)
-        return Served(engine, *place) if isinstance(engine, Serving) else None
 
 
 def _text(manifest: Manifest) -> str:

@@ -39,10 +39,10 @@ _FOLDER = re.compile(r"\.?[0-9a-f]{32}(\.tmp)?")
 
 
 class CubeSettings(BaseModel):
-    """What a dump says of its cube. `head_id` names the item that holds the head's own cache, where there is one."""
+    """What a dump says of its cube. `head_id` is the item of the instruction's own cache."""
 
     namespace: str = ""
-    head: str | None = None
+    instruction: str | None = None
     head_id: str | None = None
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from kvcag.chat_template import Message, Prompt, as_messages
 from kvcag.contexts import MAX_KL, Strategy
 from kvcag.core import Chunk, TextualMemoryItem, Usage
-from kvcag.cube.answer import CubeAnswer, CubePlan
+from kvcag.cube.answer import AnswerReport, CubeAnswer
 from kvcag.cube.dump import CubeSettings, read_dump, read_settings, write_dump
 from kvcag.cube.lifecycle import CubeTexts
 from kvcag.cube.retrieved import FoundTexts
@@ -26,8 +26,7 @@ from kvcag.cube.texts import SearchableTexts, TextSide, said, segment
 from kvcag.engines.base import Engine
 from kvcag.engines.constrain import ConstraintLike
 from kvcag.errors import CacheWarning, ContextLengthError, CorpusLengthError, InvalidInputError
-from kvcag.handles import placed
-from kvcag.memory import KVCacheMemory
+from kvcag.memory import KVCacheMemory, insert_documents
 from kvcag.stores.base import KVStore
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.memory import MemoryStore
@@ -38,7 +37,7 @@ class MemoryCube(CubeTexts):
     """Texts, the caches made from them, and one life for both. Safe to use from several threads.
 
     ```python
-    cube = MemoryCube(engine, head="Answer from the notes.")
+    cube = MemoryCube(engine, instruction="Answer from the notes.")
     cube.add(["The tower was completed in 1889.", "The bridge was opened in 1932."])
     cube.ask("When was the tower completed?").text
     cube.dump("cube/")
@@ -51,8 +50,7 @@ class MemoryCube(CubeTexts):
             None: the cube alone holds them, and every question is answered from all.
         store: where caches are kept: a `KVStore` of this cube's own, or a folder (a `DiskStore` with the cube's
             namespace). In memory by default.
-        head: the instruction that stands before the texts, in the system turn. Caches made behind one are found by
-            prompts that begin with the same alone; made without one, by any.
+        instruction: stands before the texts, in the system turn.
         namespace: whose cube it is: a user's, a corpus's. Two share no file, no hit and no recent context.
         strategy: how caches are put together (`KVCacheMemory.merge`). `"exact"` keeps the texts that a question is
             answered from together, as one cache: the answer is that of a full prefill, and an edit encodes all of
@@ -70,7 +68,7 @@ class MemoryCube(CubeTexts):
         texts: TextSide | None = None,
         store: KVStore | str | PathLike[str] | None = None,
         *,
-        head: str | None = None,
+        instruction: str | None = None,
         namespace: str = "",
         strategy: Strategy = "query",
         ratio: float = 0.2,
@@ -79,7 +77,7 @@ class MemoryCube(CubeTexts):
             store = MemoryStore()
         elif not isinstance(store, KVStore):
             store = DiskStore(Path(store), namespace=namespace)
-        super().__init__(KVCacheMemory(engine, store, head, tenant=namespace), texts)
+        super().__init__(KVCacheMemory(engine, store, instruction, namespace=namespace), texts)
         self.namespace = namespace
         self.strategy = strategy
         self.ratio = ratio
@@ -93,9 +91,11 @@ class MemoryCube(CubeTexts):
         store: KVStore | str | PathLike[str] | None = None,
         **settings: Any,
     ) -> MemoryCube:
-        """A cube as it was dumped, with its head and namespace. Arguments as for the class, errors as for `load`."""
+        """A cube as it was dumped, with its instruction and namespace. Arguments as for the class, errors as `load`."""
         dumped = read_settings(dir)
-        cube = cls(engine, texts, store, **{"head": dumped.head, "namespace": dumped.namespace, **settings})
+        cube = cls(
+            engine, texts, store, **{"instruction": dumped.instruction, "namespace": dumped.namespace, **settings}
+        )
         cube.load(dir)
         return cube
 
@@ -167,10 +167,14 @@ class MemoryCube(CubeTexts):
             StoreUnavailableError: the disk is full, permission was denied. What was there before is as it was.
         """
         texts = self.get_all()
-        head = self._caches.head()
-        settings = CubeSettings(namespace=self.namespace, head=self.memory.head, head_id=head.id if head else None)
+        instruction = self._caches.instruction()
+        settings = CubeSettings(
+            namespace=self.namespace,
+            instruction=self.memory.instruction,
+            head_id=instruction.id if instruction else None,
+        )
         items = self._caches.made_of({said(text.memory) for text in texts})
-        write_dump(dir, settings, texts, chain([head] if head else [], items))
+        write_dump(dir, settings, texts, chain([instruction] if instruction else [], items))
 
     def load(self, dir: str | PathLike[str]) -> None:
         """Add what a folder holds; texts of the same id are replaced. `texts` are given what they do not have yet.
@@ -198,8 +202,8 @@ class MemoryCube(CubeTexts):
                 self.add(dumped.texts)
             foreign = self._caches.take(dumped.items, dumped.settings.head_id)
         reasons = list(next(iter(foreign.values()), []))
-        if dumped.settings.head != self.memory.head and dumped.items:
-            reasons.append(f"head: {dumped.settings.head!r:.40}, not {self.memory.head!r:.40}")
+        if dumped.settings.instruction != self.memory.instruction and dumped.items:
+            reasons.append(f"instruction: {dumped.settings.instruction!r:.40}, not {self.memory.instruction!r:.40}")
         if reasons:
             warnings.warn(
                 f"the caches in {dir} were made otherwise ({'; '.join(reasons)}), so their texts are encoded again. "
@@ -283,7 +287,7 @@ class MemoryCube(CubeTexts):
         return CubeAnswer("".join(chunk.text for chunk in chunks), sources, plan, usage, reason)
 
     def _prompt(self, sources: Sequence[TextualMemoryItem], messages: list[Message], strategy: Strategy) -> Prompt:
-        documents = placed(self.memory.head or "", self._segments(sources, strategy), messages)
+        documents = insert_documents(self.memory.instruction or "", self._segments(sources, strategy), messages)
         return self.memory.engine.template.prompt(documents)
 
     def _segments(self, texts: Sequence[TextualMemoryItem], strategy: Strategy) -> list[str]:
@@ -323,14 +327,14 @@ def _asked(messages: Sequence[Message]) -> str:
     return "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in content)
 
 
-def _plan(sources: Sequence[TextualMemoryItem], held: Sequence[bool], usage: Usage, head_tokens: int) -> CubePlan:
+def _plan(sources: Sequence[TextualMemoryItem], held: Sequence[bool], usage: Usage, head_tokens: int) -> AnswerReport:
     """Which side answered: by what was kept when it was asked, and by the counters."""
     ids = [text.id for text in sources]
     each = held if len(held) == len(ids) else [all(held)] * len(ids)
     report = usage.context
     read = not all(each) or not each or (report is not None and report.encoded_tokens > head_tokens)
-    return CubePlan(
-        side="encoded" if read else "exact" if report is None or report.mode == "exact" else "merged",
+    return AnswerReport(
+        side="encoded" if read else "exact" if report is None or report.mode == "prefix" else "merged",
         cached=tuple(id for id, kept in zip(ids, each, strict=True) if kept),
         encoded=tuple(id for id, kept in zip(ids, each, strict=True) if not kept),
         report=report,

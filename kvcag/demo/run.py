@@ -17,7 +17,7 @@ from kvcag.engines.hf import HFEngine
 from kvcag.engines.sampling import Sampling
 from kvcag.memory import KVCacheMemory
 
-HEAD = "You are a helpful assistant. Answer the question using only the passages below."
+INSTRUCTION = "You are a helpful assistant. Answer the question using only the passages below."
 
 OnText = Callable[[str], None]
 
@@ -32,7 +32,7 @@ class Comparison:
         answer_full: from a full prefill of the same token ids.
         ttft_full_s: time to first token without caches.
         ttft_cached_s: time to first token from the caches, merging included.
-        context_tokens: head and documents.
+        context_tokens: instruction and documents.
         encoded_tokens: of those, encoded for this question.
         reused_tokens: of those, taken from caches as they are.
         recomputed_tokens: of those, computed again while merging.
@@ -91,7 +91,7 @@ class Demonstration:
         # Room for the corpus and for every question's answer after it, whatever the model's size.
         budget = 2 * self.uncached.context_length * self.uncached.bytes_per_token
         self.cached = HFEngine(self.uncached.model, self.uncached.tokenizer, prefix_cache_bytes=budget)
-        self.memory = KVCacheMemory(self.cached, head=HEAD)
+        self.memory = KVCacheMemory(self.cached, instruction=INSTRUCTION)
 
     def check(self, questions: Sequence[str]) -> None:
         """Refuse questions that do not fit, before anything is encoded."""
@@ -140,7 +140,7 @@ class Demonstration:
 
     def _messages(self, question: str) -> list[Message]:
         return [
-            {"role": "system", "content": [f"{HEAD}\n\n", *self.documents]},
+            {"role": "system", "content": [f"{INSTRUCTION}\n\n", *self.documents]},
             {"role": "user", "content": question},
         ]
 

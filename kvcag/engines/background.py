@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
-from kvcag.cache.layers import LayerKV, crop, cut, generation_cache, layers_of, owned
+from kvcag.cache.layers import LayerKV, contiguous_copy, crop, cut, generation_cache, layers_of
 from kvcag.engines.hf import HFEngine
 from kvcag.engines.model_lock import Interrupted
 from kvcag.errors import EmptyPromptError
@@ -17,7 +17,7 @@ def encode_in_background(
     token_ids: Sequence[int],
     *,
     stop: threading.Event,
-    tenant: str = "",
+    namespace: str = "",
     piece_tokens: int = 64,
     quiet_s: float = 0.25,
     meanwhile: Callable[[], None] | None = None,
@@ -33,7 +33,7 @@ def encode_in_background(
         prefix_ids: what stands before the tokens; kept among the recent contexts.
         token_ids: what is encoded.
         stop: gives up, between two layers.
-        tenant: whose recent contexts these are.
+        namespace: whose recent contexts these are.
         piece_tokens: tokens of one forward pass. A layer of it is what an answer may have to wait for.
         quiet_s: for how long nobody has to have wanted the model.
         meanwhile: called now and then while it waits for that.
@@ -51,13 +51,13 @@ def encode_in_background(
         raise EmptyPromptError("there are no tokens to encode")
     ids = (*prefix_ids, *token_ids)
     engine.check_fits(len(ids), 0)
-    known, pieces = engine.prefixes.match(prefix_ids, tenant)
-    cache = generation_cache(pieces, room=len(ids) - known, before_update=engine.turns.step_aside)
+    known, pieces = engine.prefixes.match(prefix_ids, namespace)
+    cache = generation_cache(pieces, room=len(ids) - known, before_update=engine.lock.step_aside)
     done, interruptions = known, 0
     while done < len(ids):
         piece = ids[done : done + piece_tokens]
         try:
-            with engine.turns.spare(quiet_s, stop, meanwhile):
+            with engine.lock.idle(quiet_s, stop, meanwhile):
                 engine.forward(piece, cache)
             done += len(piece)
         except Interrupted:
@@ -67,5 +67,5 @@ def encode_in_background(
             crop(cache, done)
     layers = layers_of(cache)
     if known < len(prefix_ids):
-        engine.prefixes.insert(prefix_ids, cut(layers, 0, len(prefix_ids)), tenant)
-    return owned(cut(layers, len(prefix_ids))), interruptions
+        engine.prefixes.insert(prefix_ids, cut(layers, 0, len(prefix_ids)), namespace)
+    return contiguous_copy(cut(layers, len(prefix_ids))), interruptions

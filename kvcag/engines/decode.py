@@ -13,10 +13,10 @@ from transformers.cache_utils import Cache
 from kvcag.cache.layers import LayerKV, cut, layers_of
 from kvcag.cache.prefix_cache import PrefixCache
 from kvcag.chat_template import Prompt
-from kvcag.core import Chunk, FinishReason, MergedContext, MergeReport, Usage
-from kvcag.engines.base import known
+from kvcag.core import Chunk, ContextPrompt, FinishReason, MergedContext, MergeReport, Usage
+from kvcag.engines.base import with_tokens
 from kvcag.engines.sampling import Sampler
-from kvcag.errors import FingerprintMismatchError, TokenMismatchError
+from kvcag.errors import FingerprintMismatchError, TokenMismatchError, UnsupportedModelError
 from kvcag.fingerprint import ModelFingerprint
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Account:
         if prompt.document_ids:
             size = len(prompt.context_ids)
             found = min(reused, size)
-            report = MergeReport("exact" if found else "encoded", "exact", size, found, 0, size - found)
+            report = MergeReport("prefix" if found else "encoded", "exact", size, found, 0, size - found)
         return cls(started, reused, kept, report)
 
 
@@ -158,7 +158,7 @@ _OPEN, _CLOSE = "<think>", "</think>"
 
 
 class Detokenizer:
-    """Turns tokens into text as they come. A character is given out when all of its bytes are there.
+    """ModelLock tokens into text as they come. A character is given out when all of its bytes are there.
 
     Decodes a short window that overlaps what was given out before, since a token's text depends on its neighbours
     (leading spaces, bytes of one character); the whole answer is never decoded again.
@@ -270,17 +270,17 @@ def _overlap(text: str, stop: str) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class ReusablePrefix:
     """The part of a context that a prompt begins with.
 
     Attributes:
         layers: its keys and values, to be read.
-        exact: they are what the model computes for these tokens, so what is generated after them may be kept.
+        is_exact: they are what the model computes for these tokens, so what is generated after them may be kept.
         report: how the context was made, if it says so.
     """
 
     layers: list[LayerKV]
-    exact: bool = True
+    is_exact: bool = True
     report: MergeReport | None = None
 
     @property
@@ -288,19 +288,23 @@ class Given:
         """Tokens in it."""
         return self.layers[0][0].shape[-2] if self.layers else 0
 
-    def longest(self, prefixes: PrefixCache, token_ids: Sequence[int], tenant: str) -> tuple[int, list[list[LayerKV]]]:
+    def longest(
+        self, prefixes: PrefixCache, token_ids: Sequence[int], namespace: str
+    ) -> tuple[int, list[list[LayerKV]]]:
         """How many of `token_ids` need not run, and their keys and values: this context, or a longer known prefix."""
         reused, pieces = self.length, [self.layers] if self.layers else []
-        if self.exact:
-            matched, found = prefixes.match(token_ids, tenant)
+        if self.is_exact:
+            matched, found = prefixes.match(token_ids, namespace)
             if matched > reused:
                 return matched, found
         return reused, pieces
 
 
-def read_context(
-    past_key_values: Cache | MergedContext | None, token_ids: Sequence[int], fingerprint: ModelFingerprint
-) -> Given:
+def reusable_prefix(
+    past_key_values: Cache | MergedContext | ContextPrompt | None,
+    token_ids: Sequence[int],
+    fingerprint: ModelFingerprint,
+) -> ReusablePrefix:
     """A context, cut to what the prompt begins with and to what leaves a token to run.
 
     Raises:
@@ -309,16 +313,18 @@ def read_context(
             differently.
     """
     if past_key_values is None:
-        return Given([])
+        return ReusablePrefix([])
+    if isinstance(past_key_values, ContextPrompt):
+        raise UnsupportedModelError("a context of a server holds no keys and values: pass it to that server's engine")
     report, exact = None, True
     if isinstance(past_key_values, MergedContext):
         report, cache, held = past_key_values.report, past_key_values.cache, past_key_values.token_ids
         made_by, exact = past_key_values.fingerprint, report.mode != "merged"
     elif past_key_values.get_seq_length() == 0:
-        return Given([])
+        return ReusablePrefix([])
     else:
-        own = known(past_key_values)
-        cache, held, made_by, exact = own, own.token_ids, own.fingerprint, own.exact
+        own = with_tokens(past_key_values)
+        cache, held, made_by, exact = own, own.token_ids, own.fingerprint, own.is_exact
     if not fingerprint.matches(made_by):
         raise FingerprintMismatchError("the cache", fingerprint.differences(made_by))
     if cache.get_seq_length() != len(held):
@@ -332,7 +338,7 @@ def read_context(
             f"the prompt agrees with the context's token_ids only in its first {agreeing} of {len(held)} tokens. "
             "Begin the prompt with context.token_ids."
         )
-    return Given(cut(layers_of(cache), 0, min(agreeing, len(token_ids) - 1)), exact, report)
+    return ReusablePrefix(cut(layers_of(cache), 0, min(agreeing, len(token_ids) - 1)), exact, report)
 
 
 def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:

@@ -12,35 +12,31 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
-from typing_extensions import Unpack
 
 from kvcag.cache.attention import by_position, decoder_of
 from kvcag.cache.layers import (
     ContextCache,
     LayerKV,
     cache_argument,
+    cache_of,
     check_cacheable,
+    contiguous_copy,
     cut,
     generation_cache,
     layers_of,
-    owned,
 )
 from kvcag.cache.prefix_cache import PrefixCache
-from kvcag.cache.recompute import UsualDrift
 from kvcag.cache.rope import check_mergeable
-from kvcag.calibration import Calibration, CalibrationSettings, calibrate, usual_drift_of
 from kvcag.chat_template import ChatTemplate, Message, Prompt
-from kvcag.core import Chunk, MergedContext
-from kvcag.engines.base import Generating, context_ids
+from kvcag.core import Chunk, ContextPrompt, KVCacheItem, MergedContext, MergeReport, Mode, ids_digest
+from kvcag.engines.base import Engine, context_ids
 from kvcag.engines.constrain import ConstraintLike
-from kvcag.engines.decode import Account, Decoding, Detokenizer, StopStrings, ThinkingFilter, read_context
-from kvcag.engines.loading import load
-from kvcag.engines.model_lock import Turns
+from kvcag.engines.decode import Account, Decoding, Detokenizer, StopStrings, ThinkingFilter, reusable_prefix
+from kvcag.engines.model_lock import ModelLock
 from kvcag.engines.sampling import Sampler, Sampling
-from kvcag.engines.session import Session
-from kvcag.errors import CacheWarning, EmptyPromptError, Notices, UnsupportedModelError
+from kvcag.errors import CacheWarning, EmptyPromptError, UnsupportedModelError, WarnOnce
 from kvcag.fingerprint import ModelFingerprint
 
 if TYPE_CHECKING:
@@ -52,7 +48,7 @@ _PREFILL_CHUNK = 2048
 _PREFIX_CACHE_BYTES = 2 << 30
 
 
-class HFEngine(Generating):
+class HFEngine(Engine):
     """Encodes text into KV caches, and answers from them.
 
     Every generation has a cache of its own, made on demand in the model's dtype and released at its end; what is
@@ -71,6 +67,9 @@ class HFEngine(Generating):
         UnsupportedModelError: the model keeps a recurrent state, or is an encoder-decoder.
     """
 
+    merges = True
+    item_type = KVCacheItem
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -87,9 +86,9 @@ class HFEngine(Generating):
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer, template_variables)
         self.prefixes = PrefixCache(prefix_cache_bytes)
-        self.turns = Turns()
+        self.lock = ModelLock()
         self._prefilling = threading.Lock()
-        self._notices = Notices()
+        self._notices = WarnOnce()
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @classmethod
@@ -115,7 +114,7 @@ class HFEngine(Generating):
             defaults: see the class.
             **from_pretrained_kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
         """
-        model, tokenizer = load(str(model_name_or_path), dtype, device, from_pretrained_kwargs)
+        model, tokenizer = _load(str(model_name_or_path), dtype, device, from_pretrained_kwargs)
         return cls(
             model,
             tokenizer,
@@ -204,7 +203,7 @@ class HFEngine(Generating):
     @contextmanager
     def exclusive(self) -> Iterator[PreTrainedModel]:
         """The model for one caller alone, with gradients off; other threads wait for their turn."""
-        with self.turns.taken(), torch.no_grad():
+        with self.lock.acquire(), torch.no_grad():
             yield self.model
 
     # --- encoding ----------------------------------------------------------------------------------------------
@@ -227,7 +226,7 @@ class HFEngine(Generating):
         layers, _ = self.prefill(token_ids)
         return ContextCache.of(layers, torch.tensor(token_ids), self.fingerprint, messages)
 
-    def prefill(self, token_ids: Sequence[int], *, tenant: str = "") -> tuple[list[LayerKV], int]:
+    def prefill(self, token_ids: Sequence[int], *, namespace: str = "") -> tuple[list[LayerKV], int]:
         """Keys and values of a prefix, the caller's own, and how many of its tokens were encoded before.
 
         Raises:
@@ -237,14 +236,59 @@ class HFEngine(Generating):
         if not token_ids:
             raise EmptyPromptError("there are no tokens to encode")
         self.check_fits(len(token_ids), 0)
-        reused, pieces = self.prefixes.match(token_ids, tenant)
+        reused, pieces = self.prefixes.match(token_ids, namespace)
         cache = generation_cache(pieces, room=len(token_ids) - reused)
         if reused < len(token_ids):
             self.forward(token_ids[reused:], cache)
-            self.prefixes.insert(token_ids, layers_of(cache), tenant)
+            self.prefixes.insert(token_ids, layers_of(cache), namespace)
         return layers_of(cache), reused
 
-    def encode_after(self, prefix_ids: Sequence[int], token_ids: Sequence[int], *, tenant: str = "") -> list[LayerKV]:
+    def encode_item(self, head_ids: Sequence[int], token_ids: Sequence[int], *, namespace: str = "") -> KVCacheItem:
+        """Encode one document behind `head_ids`, which are kept among the recent contexts."""
+        return self.item_of(self.encode_after(head_ids, token_ids, namespace=namespace), head_ids, token_ids)
+
+    def item_of(self, layers: Sequence[LayerKV], head_ids: Sequence[int], token_ids: Sequence[int]) -> KVCacheItem:
+        """The item of a document whose keys and values, encoded behind `head_ids`, are `layers`."""
+        return KVCacheItem(
+            memory=cache_of(layers),
+            token_ids=torch.tensor(token_ids, dtype=torch.long),
+            fingerprint=self.fingerprint,
+            base_position=len(head_ids),
+            prefix_digest=ids_digest(head_ids),
+        )
+
+    def exact_context(self, context_ids: Sequence[int], tail_ids: Sequence[int], namespace: str = "") -> MergedContext:
+        """The context, of which the longest prefix that was encoded before is reused."""
+        self.warn_unless_kept(len(context_ids))
+        layers, reused = self.prefill(context_ids, namespace=namespace)
+        encoded = len(context_ids) - reused
+        mode: Mode = "prefix" if reused else "encoded"
+        report = MergeReport(mode, "exact", len(context_ids), reused, 0, encoded)
+        return self.context_of(layers, context_ids, tail_ids, report)
+
+    def context_of(
+        self, layers: Sequence[LayerKV], context_ids: Sequence[int], tail_ids: Sequence[int], report: MergeReport
+    ) -> MergedContext:
+        """A context whose keys and values are `layers`, which it takes as they are."""
+        return MergedContext(
+            cache=cache_of(layers),
+            token_ids=torch.tensor(context_ids, dtype=torch.long),
+            tail_ids=torch.tensor(tail_ids, dtype=torch.long),
+            report=report,
+            fingerprint=self.fingerprint,
+        )
+
+    def known_prefix(self, token_ids: Sequence[int], namespace: str = "") -> int:
+        """How many tokens at the beginning of these are among the recent contexts."""
+        return self.prefixes.match(token_ids, namespace)[0]
+
+    def forget(self, namespace: str = "") -> None:
+        """Drop a namespace's recent contexts."""
+        self.prefixes.clear(namespace)
+
+    def encode_after(
+        self, prefix_ids: Sequence[int], token_ids: Sequence[int], *, namespace: str = ""
+    ) -> list[LayerKV]:
         """Keys and values of `token_ids` alone, encoded after `prefix_ids`; the caller's own.
 
         The prefix is kept among the recent contexts, the tokens are not: they are kept as an item of their own.
@@ -252,7 +296,7 @@ class HFEngine(Generating):
         Args:
             prefix_ids: what stands before them; may be empty.
             token_ids: the document's.
-            tenant: whose recent contexts the prefix may come from.
+            namespace: whose recent contexts the prefix may come from.
 
         Returns:
             Keys and values of each layer, `(1, kv_heads, len(token_ids), head_dim)`, keys rotated to their positions.
@@ -264,53 +308,21 @@ class HFEngine(Generating):
         if not token_ids:
             raise EmptyPromptError("there are no tokens to encode")
         self.check_fits(len(prefix_ids) + len(token_ids), 0)
-        prefix = self.prefill(prefix_ids, tenant=tenant)[0] if prefix_ids else []
+        prefix = self.prefill(prefix_ids, namespace=namespace)[0] if prefix_ids else []
         cache = generation_cache([prefix] if prefix else [], room=len(token_ids))
         self.forward(token_ids, cache)
-        return owned(cut(layers_of(cache), len(prefix_ids)))
-
-    def calibrate(
-        self, documents: Sequence[str], questions: Sequence[str] = (), **settings: Unpack[CalibrationSettings]
-    ) -> Calibration:
-        """Compare merging strategies with a full prefill on probes made from your own documents.
-
-        The verdict is kept under the model's fingerprint, for `merge(strategy="auto")` here and in later processes.
-        Arguments and errors are those of `kvcag.calibration.calibrate`.
-        """
-        self.calibration = calibrate(self, documents, questions, **settings)
-        self.calibration.save()
-        return self.calibration
-
-    @cached_property
-    def calibration(self) -> Calibration | None:
-        """What was measured of this model by `calibrate`, now or in another process; None where nothing was."""
-        return Calibration.load(self.fingerprint.digest)
-
-    @cached_property
-    def usual_drift(self) -> UsualDrift | None:
-        """What usually changes in a document behind others, for merges that recompute nothing.
-
-        Learned once a model, at the cost of encoding some 2,300 tokens, and kept for later processes. None for a model
-        whose context is too short to learn it in.
-        """
-        return usual_drift_of(self)
+        return contiguous_copy(cut(layers_of(cache), len(prefix_ids)))
 
     # --- answering ---------------------------------------------------------------------------------------------
-
-    def session(
-        self, context: Cache | MergedContext | None = None, *, tools: Sequence[Mapping[str, Any]] | None = None
-    ) -> Session:
-        """A conversation with a running cache, optionally over a context; see `Session`."""
-        return Session(self, context, tools=tools)
 
     def stream(
         self,
         prompt: Prompt,
         sampling: Sampling,
-        past_key_values: Cache | MergedContext | None = None,
+        past_key_values: Cache | MergedContext | ContextPrompt | None = None,
         *,
         constraint: ConstraintLike | None = None,
-        tenant: str = "",
+        namespace: str = "",
         started: float | None = None,
     ) -> Generator[Chunk, None, None]:
         """Answer a prompt of token ids, over a context that it begins with, if one is given.
@@ -318,20 +330,6 @@ class HFEngine(Generating):
         Over an exact context, or none, the longest prefix that was encoded before is reused, and the prompt and its
         answer are kept for the next. A context that agrees with the prompt only at first is reused as far as it agrees.
         The arguments are checked at once; the work is done as the stream is read, and stops when it is closed.
-
-        Args:
-            prompt: whole, the context's tokens included; see `plan`.
-            sampling: see `Engine.sampling`.
-            past_key_values: the context; it is read, never written.
-            constraint: what the answer must be.
-            tenant: whose recent contexts may be reused, and are added to.
-            started: what times count from (`time.perf_counter()`), where preparing the context belongs to the answer.
-
-        Raises:
-            EmptyPromptError: the prompt has no tokens.
-            ConstraintError: the constraint cannot be used, or nothing that satisfies it fits `max_new_tokens`.
-            ContextLengthError: the prompt with `max_new_tokens` exceeds the model's context.
-            CacheMismatchError: the context is another model's, or its ids are not those that the prompt begins with.
         """
         started = started or time.perf_counter()
         token_ids = prompt.token_ids
@@ -339,14 +337,14 @@ class HFEngine(Generating):
             raise EmptyPromptError("the prompt has no tokens")
         max_new_tokens = self.check_fits(len(token_ids), sampling.max_new_tokens)
         compiled = None if constraint is None else self.constrain(constraint, max_new_tokens, prompt.thinking)
-        given = read_context(past_key_values, token_ids, self.fingerprint)
+        given = reusable_prefix(past_key_values, token_ids, self.fingerprint)
         if past_key_values is None:
             self.warn_unless_kept(len(token_ids))
 
         def run() -> Generator[Chunk, None, None]:
             with self._prefilling:  # of prompts that begin alike, asked at once, the first encodes what they share
-                reused, pieces = given.longest(self.prefixes, token_ids[:-1], tenant)
-                kept = len(token_ids) - reused if given.exact and self.keeps(len(token_ids)) else 0
+                reused, pieces = given.longest(self.prefixes, token_ids[:-1], namespace)
+                kept = len(token_ids) - reused if given.is_exact and self.keeps(len(token_ids)) else 0
                 decoding = Decoding(
                     self.forward,
                     generation_cache(pieces, room=len(token_ids) - reused + max_new_tokens),
@@ -357,8 +355,8 @@ class HFEngine(Generating):
                     account=Account.of(prompt, given.report, reused, kept, started),
                 )
                 decoding.prefill()
-                if given.exact:
-                    self.prefixes.insert(token_ids, layers_of(decoding.cache), tenant)
+                if given.is_exact:
+                    self.prefixes.insert(token_ids, layers_of(decoding.cache), namespace)
             thinking = ThinkingFilter(prompt.thinking) if sampling.strip_thinking else None
             whole = False  # an error in the middle of a step leaves layers of different lengths
             try:
@@ -368,8 +366,8 @@ class HFEngine(Generating):
                     whole = False
                 whole = True
             finally:
-                if given.exact and whole:
-                    self.prefixes.insert(decoding.cached_ids, layers_of(decoding.cache), tenant)
+                if given.is_exact and whole:
+                    self.prefixes.insert(decoding.cached_ids, layers_of(decoding.cache), namespace)
 
         return run()
 
@@ -399,3 +397,25 @@ class HFEngine(Generating):
         except UnsupportedModelError:
             return False
         return True
+
+
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
+"""The arguments of `from_pretrained` that concern the hub: they go to configurations and tokenizers too."""
+
+
+def _load(
+    name: str, dtype: str | torch.dtype, device: str | torch.device, settings: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer. `settings` go to the model, those that concern the hub to the tokenizer too."""
+    hub = {key: settings[key] for key in HUB_ARGUMENTS if key in settings}
+    tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **settings)
+    if "device_map" not in settings:
+        torch.nn.Module.to(model, _best_device() if device == "auto" else torch.device(device))
+    return model, tokenizer
+
+
+def _best_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -1,4 +1,4 @@
-"""A model and its tokenizer, from a hub id or a folder, onto the best device."""
+"""A model that is loaded when it is first needed, once for all who ask for the same one."""
 
 from __future__ import annotations
 
@@ -7,29 +7,9 @@ import threading
 from typing import Any
 from weakref import WeakValueDictionary
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from kvcag.engines.hf import HFEngine
-
-_HUB = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
-
-
-def load(
-    name: str, dtype: str | torch.dtype, device: str | torch.device, settings: dict[str, Any]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Load both. `settings` go to the model; what concerns the hub goes to the tokenizer too."""
-    tokenizer = AutoTokenizer.from_pretrained(name, **{key: settings[key] for key in _HUB if key in settings})
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **settings)
-    if "device_map" not in settings:
-        torch.nn.Module.to(model, _best_device() if device == "auto" else torch.device(device))
-    return model, tokenizer
-
-
-def _best_device() -> torch.device:
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+from kvcag.engines.hf import HUB_ARGUMENTS, HFEngine
 
 
 class LazyEngine:
@@ -73,7 +53,7 @@ class LazyEngine:
         """The most tokens that the model attends to; None where its configuration is not on this machine yet."""
         if self._engine is not None:
             return self._engine.context_length
-        hub = {name: self._settings[name] for name in _HUB if name in self._settings}
+        hub = {name: self._settings[name] for name in HUB_ARGUMENTS if name in self._settings}
         try:
             config = AutoConfig.from_pretrained(self.model, **{**hub, "local_files_only": True})
         except OSError:
@@ -86,7 +66,7 @@ class LazyEngine:
         if self._engine is not None:
             return self._engine.tokenizer
         if self._tokenizer is None:
-            hub = {name: self._settings[name] for name in _HUB if name in self._settings}
+            hub = {name: self._settings[name] for name in HUB_ARGUMENTS if name in self._settings}
             self._tokenizer = AutoTokenizer.from_pretrained(self.model, **hub)
         return self._tokenizer
 

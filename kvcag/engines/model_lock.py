@@ -15,10 +15,10 @@ class Interrupted(Exception):  # noqa: N818 - a signal, and nothing went wrong
     """Somebody wants the model: work that can wait steps aside."""
 
 
-class Turns:
+class ModelLock:
     """Hands the model to one thread at a time.
 
-    Answers take it with `taken`, in the order in which they come. Work that can wait takes it with `spare`: only once
+    Answers take it with `acquire`, in the order in which they come. Work that can wait takes it with `idle`: only once
     nobody has wanted it for a while, and it gives it back between two layers when somebody does.
     """
 
@@ -27,14 +27,14 @@ class Turns:
         self._counting = threading.Lock()
         self._wanted = 0
         self._last_wanted = float("-inf")
-        self._spare: int | None = None
-        self._spare_since = float("-inf")
+        self._idle_owner: int | None = None
+        self._idle_since = float("-inf")
         self._stop: threading.Event | None = None
 
     @contextmanager
-    def taken(self) -> Iterator[None]:
+    def acquire(self) -> Iterator[None]:
         """The model for this thread alone. It may be taken again within."""
-        if self._spare == threading.get_ident():
+        if self._idle_owner == threading.get_ident():
             yield
             return
         with self._counting:
@@ -53,7 +53,7 @@ class Turns:
             self._last_wanted = time.monotonic()
 
     @contextmanager
-    def spare(
+    def idle(
         self, quiet_s: float, stop: threading.Event, meanwhile: Callable[[], None] | None = None
     ) -> Iterator[None]:
         """The model for work that can wait, once nobody has wanted it for `quiet_s` seconds.
@@ -64,11 +64,11 @@ class Turns:
             Interrupted: `stop` is set.
         """
         self._await_quiet(quiet_s, stop, meanwhile)
-        self._spare, self._stop = threading.get_ident(), stop
+        self._idle_owner, self._stop = threading.get_ident(), stop
         try:
             yield
         finally:
-            self._spare = self._stop = None
+            self._idle_owner = self._stop = None
             self._model.release()
 
     def step_aside(self) -> None:
@@ -77,9 +77,9 @@ class Turns:
         Raises:
             Interrupted: somebody wants the model, or the work shall stop.
         """
-        if self._spare != threading.get_ident():
+        if self._idle_owner != threading.get_ident():
             return
-        if self._wanted or self._last_wanted > self._spare_since or (self._stop is not None and self._stop.is_set()):
+        if self._wanted or self._last_wanted > self._idle_since or (self._stop is not None and self._stop.is_set()):
             raise Interrupted
 
     def _await_quiet(self, quiet_s: float, stop: threading.Event, meanwhile: Callable[[], None] | None) -> None:
@@ -89,7 +89,7 @@ class Turns:
                 now = time.monotonic()
                 left = self._last_wanted + quiet_s - now
                 if not self._wanted and left <= 0 and self._model.acquire(blocking=False):
-                    self._spare_since = now
+                    self._idle_since = now
                     return
             stop.wait(min(max(left, _SHORTEST_POLL_SECONDS), _POLL_SECONDS))
             if meanwhile is not None:

@@ -12,11 +12,11 @@ from langchain_core.messages import BaseMessage, HumanMessage, SystemMessage
 
 from kvcag.errors import InvalidInputError
 from kvcag.langchain.documents_chain import DocumentsPrompt, noted_documents, with_documents
-from kvcag.langchain.messages import neutral
+from kvcag.langchain.messages import to_messages
 from kvcag.memory import KVCacheMemory
 
 
-def encoding_ahead(
+def encode_ahead(
     memory: KVCacheMemory, documents: Iterable[Document], prompt: DocumentsPrompt | None, separator: str
 ) -> Iterator[str]:
     """Encode and keep documents, one a step, and give the id of each.
@@ -30,7 +30,7 @@ def encoding_ahead(
     for document in documents:
         messages = _asking(prompt, document) if prompt else _alone(document.page_content + separator)
         metadata = json.loads(json.dumps(document.metadata, default=str))
-        yield from memory.keep(neutral(messages), [metadata])
+        yield from memory.keep(to_messages(messages), [metadata])
 
 
 def _alone(text: str) -> list[BaseMessage]:

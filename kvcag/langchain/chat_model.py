@@ -20,10 +20,10 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from kvcag.errors import InvalidInputError
-from kvcag.langchain.ahead import encoding_ahead
+from kvcag.langchain.ahead import encode_ahead
 from kvcag.langchain.documents_chain import DOCUMENT_SEPARATOR, DocumentsPrompt
 from kvcag.langchain.local_model import LocalChatModel
-from kvcag.langchain.messages import neutral
+from kvcag.langchain.messages import to_messages
 from kvcag.langchain.responses import generation_chunks
 from kvcag.langchain.tools import ask, choice_of, parsing, response_format, schema_of
 from kvcag.stores.base import SOURCE_FIELDS
@@ -99,7 +99,7 @@ class ChatKVCAG(LocalChatModel):
         texts = [document if isinstance(document, str) else document.page_content for document in listed]
         known = [document.metadata for document in listed if isinstance(document, Document)]
         sources = [str(each[field]) for each in known for field in SOURCE_FIELDS if each.get(field)]
-        return self.contexts().create(texts, instruction, sources)
+        return self.memory().create_context(texts, instruction, sources)
 
     async def acreate_context(self, documents: Iterable[Document | str], instruction: str = "") -> str:
         """`create_context`, in a worker thread."""
@@ -111,7 +111,7 @@ class ChatKVCAG(LocalChatModel):
         listed = list(documents)
         shown = DocumentsPrompt(prompt=prompt, **settings) if prompt is not None else None
         separator = settings.get("document_separator", DOCUMENT_SEPARATOR)
-        return listed, lambda: encoding_ahead(self.memory(), listed, shown, separator)
+        return listed, lambda: encode_ahead(self.memory(), listed, shown, separator)
 
     # --- tools and structured output ---------------------------------------------------------------------------
 
@@ -238,12 +238,13 @@ class ChatKVCAG(LocalChatModel):
         strategy, ratio, max_kl = (settings.pop(name) for name in _MERGING)
         stops = stop if stop is not None else self.stop
         sampling = memory.engine.sampling(**settings, stop=stops or None, strip_thinking=self.strip_thinking or None)
-        conversation = neutral(messages)
+        conversation = to_messages(messages)
         if context := given.get("cached_content"):
-            conversation = self.contexts(given.get("model")).place(context, conversation)
+            conversation = memory.with_context(context, conversation)
         asked = ask(memory.engine.template, conversation, given)
         chunks = memory.stream(
             asked.messages,
+            (),
             strategy=strategy,
             ratio=ratio,
             max_kl=max_kl,

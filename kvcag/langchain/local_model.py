@@ -19,17 +19,16 @@ from kvcag.cube.memory_cube import MemoryCube, activation
 from kvcag.engines.base import Engine
 from kvcag.engines.loading import LazyEngine
 from kvcag.errors import ChatTemplateError, FingerprintMismatchError, InvalidInputError
-from kvcag.handles import ContextHandles
-from kvcag.langchain.messages import neutral
+from kvcag.langchain.messages import to_messages
 from kvcag.langchain.tools import ask
-from kvcag.memory import KVCacheMemory, open_store, warn_if_foreign
+from kvcag.memory import KVCacheMemory, open_store
 from kvcag.stores.base import KVStore
 
 _REMOTE_ONLY = {"api_key", "base_url", "timeout", "max_retries"}
 """Standard parameters of chat models that speak to a server. Accepted, so that changing the class is enough; there is
 no network here that they could be about."""
 
-_NOT_IN_ANSWERS = {"engine", "kept", "store", "tenant", "streaming"}
+_NOT_IN_ANSWERS = {"engine", "kept", "store", "namespace", "streaming"}
 """Fields that change no answer; an engine is identified by its fingerprint."""
 
 _NOT_TEXT = ("image_inputs", "audio_inputs", "pdf_inputs", "video_inputs", "image_outputs", "audio_outputs")
@@ -69,7 +68,7 @@ class LocalChatModel(BaseChatModel):
     """True: `invoke` too gives its tokens to callbacks as they come. False, if given: `stream` gives one piece."""
 
     kept: SkipValidation[KVCacheMemory | MemoryCube | None] = Field(default=None, alias="memory", exclude=True)
-    """Given as `memory`: a `MemoryCube` or a `KVCacheMemory` that answers, with its engine, store and tenant."""
+    """Given as `memory`: a `MemoryCube` or a `KVCacheMemory` that answers, with its engine, store and namespace."""
     store: KVStore | str | PathLike[str] | None = Field(default=None, exclude=True)
     """Where documents are kept: a store, or a folder. None: in memory, up to 4 GiB, for all over the same engine."""
     merge_strategy: Strategy = "query"
@@ -77,13 +76,12 @@ class LocalChatModel(BaseChatModel):
     recompute_ratio: float = Field(default=0.2, ge=0, le=1)
     max_kl: float = Field(default=MAX_KL, ge=0)
     """What `merge_strategy="auto"` allows, nats a token: see `HFEngine.calibrate`."""
-    tenant: str = ""
-    """Keeps what this object reads apart from what other tenants' read: their timing tells them nothing of it. A
-    `KVStore` is taken as it is: give each tenant its own."""
+    namespace: str = ""
+    """Keeps what this object reads apart from what other namespaces' read: their timing tells them nothing of it. A
+    `KVStore` is taken as it is: give each namespace its own."""
 
     _lazy: LazyEngine | None = PrivateAttr(default=None)
     _memories: dict[str, KVCacheMemory] = PrivateAttr(default_factory=dict)
-    _contexts: dict[str, ContextHandles] = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
@@ -98,8 +96,8 @@ class LocalChatModel(BaseChatModel):
     @model_validator(mode="after")
     def _which_model(self) -> Self:
         if self.kept is not None:
-            memory = activation(self.kept, engine=self.engine, store=self.store, tenant=self.tenant)
-            self.engine, self.store, self.tenant = memory.engine, memory.store, memory.tenant
+            memory = activation(self.kept, engine=self.engine, store=self.store, namespace=self.namespace)
+            self.engine, self.store, self.namespace = memory.engine, memory.store, memory.namespace
         if self.engine is None:
             if not self.model:
                 raise InvalidInputError("no model: pass model=, a hub id or a folder, or engine=, a live HFEngine")
@@ -179,15 +177,10 @@ class LocalChatModel(BaseChatModel):
                 )
             if self.kept is not None and engine is self.engine:
                 return self._memories.setdefault(name, activation(self.kept))
-            store = open_store(self.store, engine, self.tenant)
-            warn_if_foreign(store, engine.fingerprint)
-            self._memories.setdefault(name, KVCacheMemory(engine, store, tenant=self.tenant))
+            store = open_store(self.store, engine, self.namespace)
+            memory = self._memories.setdefault(name, KVCacheMemory(engine, store, namespace=self.namespace))
+            memory.documents.warn_if_foreign()
         return self._memories[name]
-
-    def contexts(self, model: str | None = None) -> ContextHandles:
-        """The corpora that have a handle: see `kvcag.handles`."""
-        memory = self.memory(model)
-        return self._contexts.setdefault(memory.engine.model_name, ContextHandles(memory))
 
     def _engine(self, model: str) -> Engine:
         own = model == self.model
@@ -217,7 +210,7 @@ class LocalChatModel(BaseChatModel):
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """How many tokens the model reads for these messages, the chat template's own included."""
         template = self._template
-        asked = ask(template, neutral(messages), {"tools": [convert_to_openai_tool(tool) for tool in tools or ()]})
+        asked = ask(template, to_messages(messages), {"tools": [convert_to_openai_tool(tool) for tool in tools or ()]})
         return len(template.prompt(asked.messages, tools=asked.tools).token_ids)
 
     @property

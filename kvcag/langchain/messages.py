@@ -35,7 +35,7 @@ _OWN_BLOCKS = {
 }  # fmt: skip
 
 
-def neutral(messages: Sequence[BaseMessage]) -> list[Message]:
+def to_messages(messages: Sequence[BaseMessage]) -> list[Message]:
     """Messages for `KVCacheMemory.stream`.
 
     Raises:

@@ -14,11 +14,11 @@ from langchain_core.messages.tool import ToolCallChunk, tool_call_chunk
 from langchain_core.outputs import ChatGenerationChunk
 
 from kvcag.core import Chunk, Usage
-from kvcag.tools import Parsed, ToolPlan
+from kvcag.tools import Parsed, ToolSpec
 
 
 def generation_chunks(
-    chunks: Generator[Chunk, None, None], model_name: str, plan: ToolPlan | None = None, *, json_answer: bool = False
+    chunks: Generator[Chunk, None, None], model_name: str, plan: ToolSpec | None = None, *, json_answer: bool = False
 ) -> Generator[ChatGenerationChunk, None, None]:
     """An answer in pieces. The last one alone says why it ended, what it took, which model it was and what it calls.
 
@@ -86,5 +86,5 @@ def _usage_metadata(usage: Usage) -> UsageMetadata:
 
 def _report(usage: Usage) -> dict[str, Any]:
     """How the answer was made: counts, names and seconds, nothing that a trace should not carry."""
-    made = asdict(usage.context) if usage.context else {"mode": "exact" if usage.cached_tokens else "encoded"}
+    made = asdict(usage.context) if usage.context else {"mode": "prefix" if usage.cached_tokens else "encoded"}
     return {**made, "ttft_s": usage.ttft_s, "total_s": usage.total_s}

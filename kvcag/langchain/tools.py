@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from kvcag.chat_template import ChatTemplate, Message
 from kvcag.engines.constrain import ConstraintLike, Grammar, JsonSchema, close_objects
 from kvcag.errors import InvalidInputError
-from kvcag.tools import ToolPlan, plan_tools, tool_messages
+from kvcag.tools import ToolSpec, tool_messages, tool_spec
 
 _ANY = {"any", "required"}
 
@@ -30,7 +30,7 @@ class Asked:
     messages: list[Message]
     tools: list[dict[str, Any]] | None
     constraint: ConstraintLike | None
-    plan: ToolPlan | None
+    plan: ToolSpec | None
 
 
 def ask(template: ChatTemplate, messages: Sequence[Message], given: Mapping[str, Any]) -> Asked:
@@ -38,7 +38,7 @@ def ask(template: ChatTemplate, messages: Sequence[Message], given: Mapping[str,
     tools = given.get("tools") or []
     choice = choice_of(given.get("tool_choice"), [tool["function"]["name"] for tool in tools])
     parallel = given.get("parallel_tool_calls")
-    plan = plan_tools(template, tools, choice, parallel=choice == "auto" if parallel is None else parallel)
+    plan = tool_spec(template, tools, choice, parallel=choice == "auto" if parallel is None else parallel)
     schema = schema_of(given.get("response_format"))
     answer = None if schema is None else JsonSchema(schema, closed=True)
     if plan is None:
@@ -120,7 +120,7 @@ def parsing(
     return RunnableMap(raw=llm) | parsed_or_not
 
 
-def _calls_or(answer: JsonSchema, plan: ToolPlan) -> Grammar:
+def _calls_or(answer: JsonSchema, plan: ToolSpec) -> Grammar:
     """Calls, or else an answer under a schema."""
     calls = replace(plan, forced=True).constraint.lark.removeprefix("start:")
     schema = {**close_objects(answer.schema), "x-guidance": {"whitespace_flexible": False}}

@@ -14,7 +14,7 @@ from llama_index.core.storage.docstore.types import BaseDocumentStore
 from pydantic import Field, PrivateAttr
 
 from kvcag.errors import InvalidInputError
-from kvcag.llama_index.messages import neutral
+from kvcag.llama_index.messages import to_messages
 from kvcag.llama_index.synthesizer import CAGSynthesizer
 
 
@@ -57,7 +57,7 @@ class KVCacheTransform(TransformComponent):
             raise InvalidInputError("an exact synthesizer keeps documents together: nodes cannot be encoded one by one")
         fields = {
             "fingerprint": synthesizer.cag.engine.fingerprint.digest,
-            "template": json.dumps(neutral(synthesizer.messages("", ["…"]))),
+            "template": json.dumps(to_messages(synthesizer.messages("", ["…"]))),
             "collection": collection,
         }
         super().__init__(**fields)
@@ -81,7 +81,7 @@ class KVCacheTransform(TransformComponent):
         kept: list[str] = []
         if said:
             kept = self._synthesizer.cag.memory.keep(
-                neutral(self._synthesizer.messages("", [text for text, _ in said])),
+                to_messages(self._synthesizer.messages("", [text for text, _ in said])),
                 [{"ref_doc_id": source, "collection": self.collection} for _, source in said],
             )
         live = set(self._docstore.get_all_document_hashes().values()) if self._docstore else None

@@ -32,12 +32,12 @@ from kvcag.cube.memory_cube import MemoryCube, activation
 from kvcag.engines.base import Engine
 from kvcag.engines.loading import LazyEngine
 from kvcag.errors import InvalidInputError
-from kvcag.llama_index.messages import neutral
+from kvcag.llama_index.messages import to_messages
 from kvcag.llama_index.responses import Answer, Opener, aeach, alast, each, last
 from kvcag.llama_index.tools import choice_of, selections, tool_specs
-from kvcag.memory import KVCacheMemory, open_store, warn_if_foreign
+from kvcag.memory import KVCacheMemory, open_store
 from kvcag.stores.base import KVStore
-from kvcag.tools import plan_tools, tool_messages
+from kvcag.tools import tool_messages, tool_spec
 
 _SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "strip_thinking")
 
@@ -84,7 +84,7 @@ class KVCacheLLM(FunctionCallingLLM):
     stop: list[str] | None = Field(default=None, description="Strings that end the answer.")
     strip_thinking: bool | None = Field(default=None, description="Leave `<think>…</think>` out of the answer.")
 
-    tenant: str = Field(default="", description="Keeps what this reads apart from what other tenants' LLMs read.")
+    namespace: str = Field(default="", description="Keeps what this reads apart from what other namespaces' LLMs read.")
 
     _engine: Engine | None = PrivateAttr(default=None)
     _store: KVStore | None = PrivateAttr(default=None)
@@ -132,9 +132,9 @@ class KVCacheLLM(FunctionCallingLLM):
             if engine is None:
                 assert self._lazy is not None
                 engine = self._lazy.engine()
-            store = open_store(self._store or self.store, engine, self.tenant)
-            warn_if_foreign(store, engine.fingerprint)
-            self._memory = KVCacheMemory(engine, store, tenant=self.tenant)
+            store = open_store(self._store or self.store, engine, self.namespace)
+            self._memory = KVCacheMemory(engine, store, namespace=self.namespace)
+            self._memory.documents.warn_if_foreign()
         return self._memory
 
     @property
@@ -156,7 +156,7 @@ class KVCacheLLM(FunctionCallingLLM):
 
     def count_tokens(self, messages: Sequence[ChatMessage]) -> int:
         """Tokens of the prompt that these messages make."""
-        return len(self.engine.template.prompt(neutral(messages)).token_ids)
+        return len(self.engine.template.prompt(to_messages(messages)).token_ids)
 
     # --- the eight methods -------------------------------------------------------------------------------------
 
@@ -173,25 +173,25 @@ class KVCacheLLM(FunctionCallingLLM):
         Raises:
             InvalidInputError: an unknown setting, nothing to answer, or a prompt longer than the context.
         """
-        opener, answer = self._call(neutral(messages), kwargs)
+        opener, answer = self._call(to_messages(messages), kwargs)
         return last(each(opener(), answer.chat))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """`chat`, piece by piece. Closing the stream stops the model."""
-        opener, answer = self._call(neutral(messages), kwargs)
+        opener, answer = self._call(to_messages(messages), kwargs)
         return each(opener(), answer.chat)
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """`chat`, in worker threads: the event loop keeps ticking, and cancelling stops the model."""
-        opener, answer = self._call(neutral(messages), kwargs)
+        opener, answer = self._call(to_messages(messages), kwargs)
         return await alast(aeach(opener, answer.chat))
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """`stream_chat`, in worker threads."""
-        opener, answer = self._call(neutral(messages), kwargs)
+        opener, answer = self._call(to_messages(messages), kwargs)
         chunks = await asyncio.to_thread(opener)
         return aeach(lambda: chunks, answer.chat)
 
@@ -297,11 +297,13 @@ class KVCacheLLM(FunctionCallingLLM):
         memory = self.memory
         template = memory.engine.template
         tools, choice = given.pop("tools", None), given.pop("tool_choice", None) or "auto"
-        plan = plan_tools(template, tools, choice, given.pop("parallel_tool_calls", True))
+        plan = tool_spec(template, tools, choice, given.pop("parallel_tool_calls", True))
         if plan is not None and not isinstance(messages, Prompt):
             messages = plan.messages(messages)
             options |= {"tools": plan.tools, "constraint": plan.constraint}
         elif not isinstance(messages, Prompt):
             messages = tool_messages(template, messages)
         options["sampling"] = memory.engine.sampling(**given)
-        return lambda: memory.stream(messages, **options), Answer(self.model, plan.parser() if plan else None)
+        return lambda: memory.stream(messages, None if isinstance(messages, Prompt) else (), **options), Answer(
+            self.model, plan.parser() if plan else None
+        )

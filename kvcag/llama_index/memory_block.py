@@ -43,7 +43,7 @@ class CAGMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
     k: int | None = Field(default=None, description="The most documents to take from `memory`.")
     instruction: str = Field(
         default="Answer from the documents below.",
-        description="Stands before the documents; may be empty. With `memory`, its own head by default.",
+        description="Stands before the documents; may be empty. With `memory`, its own instruction by default.",
     )
 
     @field_validator("documents", mode="before")
@@ -58,8 +58,8 @@ class CAGMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
     def _one_source(self) -> Self:
         if (self.documents is None) == (self.memory is None):
             raise InvalidInputError("pass either documents or memory, a MemoryCube, to a CAGMemoryBlock")
-        if self.memory is not None and self.memory.memory.head and "instruction" not in self.model_fields_set:
-            self.instruction = self.memory.memory.head
+        if self.memory is not None and self.memory.memory.instruction and "instruction" not in self.model_fields_set:
+            self.instruction = self.memory.memory.instruction
         return self
 
     async def _aget(self, messages: list[ChatMessage] | None = None, **block_kwargs: Any) -> list[ChatMessage]:

@@ -54,7 +54,7 @@ def document_blocks(texts: Iterable[str], *, exact: bool = False) -> list[Conten
     return [block for text in texts for block in (TextBlock(text=f"{text}\n"), DOCUMENT_END)]
 
 
-def neutral(messages: Sequence[ChatMessage]) -> list[Message]:
+def to_messages(messages: Sequence[ChatMessage]) -> list[Message]:
     """Messages for `KVCacheMemory.stream`."""
     return [{**_frame(message), "content": _content(message)} for message in messages]
 

@@ -19,7 +19,7 @@ def tool_specs(tools: Sequence[BaseTool]) -> list[dict[str, Any]]:
 
 
 def choice_of(tool_choice: str | Mapping[str, Any] | None, required: bool) -> str:
-    """The choice as `plan_tools` takes it: `auto`, `any`, `none`, or a tool's name.
+    """The choice as `tool_spec` takes it: `auto`, `any`, `none`, or a tool's name.
 
     Args:
         tool_choice: one of these, `required`, or OpenAI's `{"type": "function", "function": {"name": …}}`.

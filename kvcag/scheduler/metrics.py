@@ -63,7 +63,7 @@ class SchedulerMetrics:
 
         Args:
             prefix: begins every name.
-            labels: put on every figure, such as `{"tenant": "a"}` where each tenant has a scheduler.
+            labels: put on every figure, such as `{"namespace": "a"}` where each namespace has a scheduler.
         """
         shown = ",".join(f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in (labels or {}).items())
         labelled = f"{{{shown}}}" if shown else ""

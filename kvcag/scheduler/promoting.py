@@ -1,4 +1,4 @@
-"""Text → cache, ahead of the questions: what is hot, in which order, after which head."""
+"""Text → cache, ahead of the questions: what is hot, in which order, after which instruction."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from kvcag.chat_template import Message
-from kvcag.core import content_key, ids_digest
-from kvcag.document_cache import Ids, Keeper
+from kvcag.core import KVCacheRecords
+from kvcag.document_cache import Ids
 from kvcag.documents import text_and_metadata
 from kvcag.engines.background import encode_in_background
 from kvcag.engines.hf import HFEngine
@@ -34,7 +33,7 @@ class Promoter:
     """Encodes texts while nobody asks anything, and keeps them.
 
     Args:
-        memory: whose head and separator stand around texts until questions show what does.
+        memory: whose instruction and separator stand around texts until questions show what does.
         engine: the model.
         store: where they are kept.
         counters: how often they were asked for, and where they stood.
@@ -130,7 +129,7 @@ class Promoter:
         not_these = self._refused | {entry.digest for entry in list(self._store.working.entries.values())}
         texts = list(self._counters.known.items())
         for start in range(0, len(texts), _SCORED_AT_ONCE):
-            with self._engine.turns.spare(self._quiet_s, self._stop, self._meanwhile):
+            with self._engine.lock.idle(self._quiet_s, self._stop, self._meanwhile):
                 for digest, known in texts[start : start + _SCORED_AT_ONCE]:
                     hot = known.use.count >= self._promote_after and digest not in not_these
                     if hot and self._shown(known):
@@ -146,13 +145,13 @@ class Promoter:
         return known.asked or not self._counters.places or self._counters.place_for(known) is not None
 
     def _segment(self, digest: str, known: Known) -> tuple[Ids, str] | None:
-        """The head that a text will stand after, and the text as it will stand."""
+        """The instruction that a text will stand after, and the text as it will stand."""
         text = known.text if known.text is not None else self._state.text(digest)
         if text is None:
             return None
         place = self._counters.place_for(known)
         if place is None:
-            head_ids = self._engine.template.around(self._memory.head, _PLACEHOLDER).head_ids
+            head_ids = self._engine.template.instruction_ids(self._memory.instruction)
             ends = known.asked or text.endswith("\n")
             return head_ids, text if ends else text + self._memory.separator
         return place.head_ids, text if known.asked else text + (place.ending or "")
@@ -173,7 +172,7 @@ class Promoter:
             return None
         head_ids, text = segment
         token_ids = self._engine.template.encode(text)
-        key = content_key(self._engine.fingerprint.digest, ids_digest(head_ids), token_ids)
+        key = self._memory.documents.key(token_ids)
         if self._store.contains(key):
             self._store.reconcile()
             return key
@@ -186,13 +185,13 @@ class Promoter:
                 head_ids,
                 token_ids,
                 stop=self._stop,
-                tenant=self._memory.tenant,
+                namespace=self._memory.namespace,
                 piece_tokens=self._piece_tokens,
                 quiet_s=self._quiet_s,
                 meanwhile=self._meanwhile,
                 wanted=lambda: not self._store.contains(key),
             )
-            with self._engine.turns.spare(self._quiet_s, self._stop, self._meanwhile):
+            with self._engine.lock.idle(self._quiet_s, self._stop, self._meanwhile):
                 pass  # a question that has come meanwhile does not wait for a disk, either
         except Interrupted:
             if self._stop.is_set():
@@ -205,11 +204,8 @@ class Promoter:
             self._store.log("failed", entry, str(error))
             return None
         self._tally.add(interruptions=interruptions)
-        keeper = Keeper(self._engine, self._store, self._memory.tenant)
-        item = keeper.item(layers, head_ids, token_ids, text)
-        item.id = key
+        item = self._engine.item_of(layers, head_ids, token_ids)
+        item.records = KVCacheRecords(text_memories=[text], composed_text_memory=text)
+        item.metadata = {"source_text": text}
         kept = self._store.keep(item, "promoted", reason, force=force, seconds=time.monotonic() - began)
         return key if kept else None
-
-
-_PLACEHOLDER: list[Message] = [{"role": "user", "content": "…"}]

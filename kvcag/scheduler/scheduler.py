@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel
 from typing_extensions import Self
@@ -105,7 +105,7 @@ class CacheScheduler:
     ) -> None:
         engine = _engine_of(memory, budget_bytes)
         self.memory, self.every_s, self.identity = memory, every_s, identity
-        self._turns, self._quiet_s = engine.turns, quiet_s
+        self._lock, self._quiet_s = engine.lock, quiet_s
         self._counters, self._tally = Counters(), Tally()
         self._state = State(state, engine.fingerprint.digest)
         self._state.load(self._counters)
@@ -165,7 +165,7 @@ class CacheScheduler:
 
     def step_aside(self) -> None:
         """A question is on its way: whatever is being encoded ahead pauses at once. What is watched calls this."""
-        self._turns.announce()
+        self._lock.announce()
 
     def _asked(self, prompt: Prompt) -> None:
         self.step_aside()
@@ -279,7 +279,7 @@ class CacheScheduler:
             self._wake.clear()
             try:
                 with self._passing:
-                    with self._turns.spare(self._quiet_s, self._stop, self._write_down_now_and_then):
+                    with self._lock.idle(self._quiet_s, self._stop, self._write_down_now_and_then):
                         pass  # the question that woke this is answered first
                     if asked:
                         self._tidier.drop_changed()
@@ -326,12 +326,12 @@ def _engine_of(memory: KVCacheMemory, budget_bytes: int) -> HFEngine:
         raise InvalidInputError(f"budget_bytes is {budget_bytes}, and must be more than 0")
     if isinstance(memory.store, ScheduledStore):
         raise InvalidInputError("the memory has a scheduler already: close that one first")
-    if not isinstance(memory.engine, HFEngine):
+    if not memory.engine.merges:
         raise UnsupportedModelError(
             f"{type(memory.engine).__name__} keeps no caches that could be taken out, so there is nothing to schedule: "
             "use an HFEngine."
         )
-    return memory.engine
+    return cast("HFEngine", memory.engine)
 
 
 def _several(texts: object) -> list[object]:

@@ -11,7 +11,7 @@ from kvcag.cache.layers import layers_of, nbytes
 from kvcag.core import KVCacheItem
 from kvcag.errors import StoreError, StoreFullError
 from kvcag.fingerprint import ModelFingerprint
-from kvcag.handles import is_context
+from kvcag.memory import is_context
 from kvcag.scheduler.counters import Counters, digest_of
 from kvcag.scheduler.log import LogEntry
 from kvcag.scheduler.metrics import Tally

@@ -57,7 +57,7 @@ class Manifest(BaseModel):
         layers: how many; each is the tensors `layers.<i>.keys` and `layers.<i>.values`.
         dtype: of the keys and values once loaded: `bfloat16`.
         quantize: how they are kept at rest.
-        exact: whether they come back bit for bit as the model computed them; not once they were quantised.
+        is_exact: whether they come back bit for bit as the model computed them; not once they were quantised.
         checksums: XXH3-64, in hex, of each tensor's bytes. Empty for an item in memory.
     """
 
@@ -73,7 +73,7 @@ class Manifest(BaseModel):
     prefix_digest: str
     records: KVCacheRecords
     metadata: dict[str, Any]
-    exact: bool = True
+    is_exact: bool = True
     checksums: dict[str, str] = Field(default_factory=dict)
 
 
@@ -93,7 +93,7 @@ def manifest_of(item: KVCacheItem, quantize: Quantize = None) -> Manifest:
         quantize=quantize,
         base_position=item.base_position,
         prefix_digest=item.prefix_digest,
-        exact=item.exact and quantize is None,
+        is_exact=item.is_exact and quantize is None,
         records=item.records,
         metadata=_json_only(item.metadata, item.id),
     )
@@ -418,7 +418,7 @@ class _Reader:
                 fingerprint=manifest.fingerprint,
                 base_position=manifest.base_position,
                 prefix_digest=manifest.prefix_digest,
-                exact=manifest.exact,
+                is_exact=manifest.is_exact,
             )
         except ValidationError as error:
             raise CorruptItemError(self.name, f"its parts do not fit together ({error})") from error

@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from torch._utils import _rebuild_tensor_v2
 from transformers import DynamicCache
 
-from kvcag.cache.layers import LayerKV, cache_of, owned
+from kvcag.cache.layers import LayerKV, cache_of, contiguous_copy
 from kvcag.core import KVCacheItem, KVCacheRecords
 from kvcag.errors import CorruptItemError, FormatError, TokenMismatchError, UnsafePickleError
 from kvcag.fingerprint import ModelFingerprint
@@ -185,7 +185,7 @@ def _item(record: _Record) -> MemosItem:
     try:
         return MemosItem(
             id=str(fields["id"]),
-            memory=cache_of(owned(_layers(fields["memory"]))),
+            memory=cache_of(contiguous_copy(_layers(fields["memory"]))),
             records=KVCacheRecords.model_validate(records.fields if isinstance(records, _Record) else {}),
             metadata=_plain(fields.get("metadata") or {}),
         )

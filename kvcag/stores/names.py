@@ -1,4 +1,4 @@
-"""Under which name an item is kept: a hash that two tenants, or two servers with other salts, never share."""
+"""Under which name an item is kept: a hash that two namespaces, or two servers with other salts, never share."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from kvcag.cache.layers import cache_of, layers_of, owned
+from kvcag.cache.layers import cache_of, contiguous_copy, layers_of
 from kvcag.core import KVCacheItem
 from kvcag.errors import InvalidInputError, StoreError, StoreFullError
 from kvcag.stores.base import KVStore, StoreStats
@@ -193,7 +193,7 @@ class TieredStore(KVStore):
         for tier in reversed(self.tiers[:found]):
             kept = item
             if isinstance(tier, MemoryStore) and not tier.copies:  # it would keep a file mapped instead
-                kept = item.model_copy(update={"memory": cache_of(owned(layers))})
+                kept = item.model_copy(update={"memory": cache_of(contiguous_copy(layers))})
             try:
                 tier.put(kept)
                 item = tier.get(item.id) or item

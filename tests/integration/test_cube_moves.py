@@ -60,7 +60,7 @@ def asked_elsewhere(model: Path, folder: Path, dtype: str, strategy: str) -> dic
 
 
 def test_a_cube_moves_to_a_fresh_process(smollm2_engine: HFEngine, smollm2_path: Path, tmp_path: Path) -> None:
-    cube = MemoryCube(smollm2_engine, head=HEAD)
+    cube = MemoryCube(smollm2_engine, instruction=HEAD)
     cube.add([TextualMemoryItem(id=id, memory=text) for id, text in TEXTS.items()])
     assert cube.encode() == len(TEXTS)
     here = cube.ask(QUESTION, strategy="exact", max_new_tokens=28)  # kept together, too

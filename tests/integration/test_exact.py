@@ -67,7 +67,7 @@ def test_exact_answers_are_token_identical_on_fifty_prompts(smollm2_engine: HFEn
     for topic in topics:
         cache = engine.build_kv_cache(topic)
         for question in ASKED:
-            prompt = engine.plan(question, cache)
+            prompt = engine.build_prompt(question, cache)
             expected, logits = greedy_full(engine, prompt.token_ids, steps)
             largest = max(largest, float((logits - forced(engine, prompt.tail_ids, cache, expected)).abs().max()))
             assert generated(engine, prompt, steps, cache) == before_eos(engine, expected), (topic[:40], question)
@@ -81,7 +81,7 @@ def test_two_turns_of_chat_are_token_identical(smollm2_engine: HFEngine, topics:
     for topic in topics[:3]:
         messages = [{"role": "system", "content": topic}, *as_messages("What is this about?")]
         for follow_up in ("Say it in one sentence.", None):
-            prompt = engine.plan(messages)
+            prompt = engine.build_prompt(messages)
             expected, _ = greedy_full(engine, prompt.token_ids, 12)
             known, _ = engine.prefixes.match(prompt.token_ids)
             assert generated(engine, prompt, 12) == before_eos(engine, expected)
@@ -95,7 +95,7 @@ def test_two_turns_of_chat_are_token_identical(smollm2_engine: HFEngine, topics:
 def test_exact_merges_are_token_identical_and_full_recompute_is_a_prefill(
     smollm2_engine: HFEngine, topics: list[str]
 ) -> None:
-    memory = KVCacheMemory(smollm2_engine, head=HEAD)
+    memory = KVCacheMemory(smollm2_engine, instruction=HEAD)
     items = [memory.extract(topic) for topic in topics[:4]]
     memory.add(items)
     for strategy in ("exact", "full"):
@@ -104,7 +104,7 @@ def test_exact_merges_are_token_identical_and_full_recompute_is_a_prefill(
         expected, logits = greedy_full(smollm2_engine, ids, 12)
         over_cache = forced(smollm2_engine, tuple(context.tail_ids.tolist()), context.cache, expected)
         assert float((logits - over_cache).abs().max()) <= 1e-3
-        assert generated(smollm2_engine, smollm2_engine.plan(None, context), 12, context) == before_eos(
+        assert generated(smollm2_engine, smollm2_engine.build_prompt(None, context), 12, context) == before_eos(
             smollm2_engine, expected
         )
 
@@ -139,7 +139,7 @@ def test_each_key_of_a_merge_sits_at_its_true_position(smollm2_engine: HFEngine,
 
 
 def test_ten_generations_and_four_threads_leave_an_item_as_it_was(smollm2_engine: HFEngine, topics: list[str]) -> None:
-    memory = KVCacheMemory(smollm2_engine, head=HEAD)
+    memory = KVCacheMemory(smollm2_engine, instruction=HEAD)
     item = memory.extract(topics[0])
     memory.add(item)
     before = [tensor.clone() for kv in layers_of(item.memory) for tensor in kv]

@@ -19,7 +19,7 @@ from retrievers import BM25, Faiss
 from kvcag import HFEngine
 from kvcag.demo.corpus import python_topics
 from kvcag.langchain import ChatKVCAG, create_cag_documents_chain
-from kvcag.langchain.messages import neutral
+from kvcag.langchain.messages import to_messages
 from kvcag.stores.memory import MemoryStore
 
 TOPICS = [
@@ -45,7 +45,7 @@ def test_exact_answers_are_the_uncached_models_token_for_token(smollm2_engine: H
         SystemMessage(["Answer from:\n\n", *(t.page_content + "\n\n" for t in TOPICS)]),
         HumanMessage("What is pass?"),
     ]
-    expected = uncached(smollm2_engine, smollm2_engine.template.prompt(neutral(asked)).token_ids, 16)
+    expected = uncached(smollm2_engine, smollm2_engine.template.prompt(to_messages(asked)).token_ids, 16)
     cold, warm = llm.invoke(asked), llm.invoke(asked)
     assert (cold.text, warm.text) == (expected, expected)
     assert warm.response_metadata["kvcag"]["encoded_tokens"] == 0

@@ -19,7 +19,7 @@ from kvcag import CacheScheduler, HFEngine, KVCacheMemory
 engine = HFEngine(tiny_model(max_position_embeddings=200_000), byte_tokenizer())
 scheduler = CacheScheduler(KVCacheMemory(engine), 1 << 30, state={state!r}, quiet_s=0, piece_tokens=1)
 scheduler.observe(["x" * 100_000, "x" * 100_000])
-while engine.turns._spare is None:
+while engine.lock._idle_owner is None:
     time.sleep(0.001)
 print("encoding", flush=True)
 """

@@ -15,7 +15,7 @@ from schemas import Schema, check_holds, schemas
 from kvcag import HFEngine, KVCacheMemory
 from kvcag.chat_template import Prompt
 from kvcag.engines.constrain import Choices, Regex
-from kvcag.tools import plan_tools
+from kvcag.tools import tool_spec
 
 FACTS = [
     "The harbour of Brindle has four piers, and the oldest of them is made of oak. It was built in 1874.",
@@ -58,7 +58,7 @@ def test_constrained_answers_over_a_cache_equal_those_of_a_full_prefill(smollm2_
     for facts in contexts:
         context = engine.build_kv_cache(facts)
         for question, constraint in QUESTIONS:
-            prompt = engine.plan(question, context)
+            prompt = engine.build_prompt(question, context)
             sampling = engine.sampling(max_new_tokens=8)
             cached = list(engine.stream(prompt, sampling, context, constraint=constraint))
             fresh = list(full.stream(Prompt((), (), prompt.token_ids), sampling, constraint=constraint))
@@ -100,7 +100,7 @@ def test_ten_turns_over_two_thousand_tokens(smollm2_engine, forwards):
 
 def test_a_forced_call_and_a_structured_answer_over_merged_documents(smollm2_engine):
     engine = smollm2_engine
-    memory = KVCacheMemory(engine, head="Answer from the documents.")
+    memory = KVCacheMemory(engine, instruction="Answer from the documents.")
     items = [memory.extract(fact) for fact in FACTS]
     memory.add(items)
     ids = [item.id for item in items]
@@ -113,7 +113,7 @@ def test_a_forced_call_and_a_structured_answer_over_merged_documents(smollm2_eng
             "required": ["ferry", "pier"],
         },
     }
-    plan = plan_tools(engine.template, [tool], "any", parallel=False)
+    plan = tool_spec(engine.template, [tool], "any", parallel=False)
     messages = plan.messages([{"role": "user", "content": "Buy a ticket for the Marlin, please."}])
     merged = memory.merge(ids, messages, strategy="query")
     parsed = plan.parse(engine.generate(None, merged, constraint=plan.constraint, max_new_tokens=40))

@@ -80,7 +80,7 @@ def test_auto_follows_the_verdict_and_says_so(tiny_engine: HFEngine) -> None:
 
 
 def test_auto_encodes_all_where_nothing_is_known(tiny_engine: HFEngine) -> None:
-    memory = KVCacheMemory(tiny_engine, head=HEAD)
+    memory = KVCacheMemory(tiny_engine, instruction=HEAD)
     items = [memory.extract(text) for text in TEXTS]
     memory.add(items)
     report = memory.merge([item.id for item in items], "Who?", strategy="auto").report

@@ -63,7 +63,7 @@ def test_sync_drops_nothing_of_another_model_or_head_or_of_a_file_that_cannot_be
     other = saved_model(kvcag.folder / "other", seed=1)
     kvcag("encode", "notes")
     kvcag("encode", "notes", "--model", other)
-    kvcag("encode", "notes", "--head", "Be brief.")
+    kvcag("encode", "notes", "--instruction", "Be brief.")
     write(kvcag.folder / "notes" / "a.md", b"\xff\xfe")
     (kvcag.folder / "notes" / "sub" / "b.txt").unlink()
     assert kvcag("sync", "notes", "--json").json["dropped"] == 1  # b.txt, of this model and head

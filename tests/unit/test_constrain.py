@@ -115,12 +115,14 @@ def test_special_tokens_by_name_and_by_number(engine):
     for lark in ('start: <|im_start|> "a"', 'start: <[257]> "a"'):
         token = engine.tokenizer.convert_tokens_to_ids("<|im_start|>")
         constraint = Grammar(lark.replace("257", str(token)))
-        chunks = list(engine.stream(engine.plan("x"), engine.sampling(max_new_tokens=2), constraint=constraint))
+        chunks = list(engine.stream(engine.build_prompt("x"), engine.sampling(max_new_tokens=2), constraint=constraint))
         assert [id for chunk in chunks for id in chunk.token_ids] == [token, *engine.template.encode("a")]
 
 
 def test_a_constraint_ends_the_answer_by_itself(engine):
-    chunks = list(engine.stream(engine.plan("x"), engine.sampling(max_new_tokens=40), constraint=Choices(["abc"])))
+    chunks = list(
+        engine.stream(engine.build_prompt("x"), engine.sampling(max_new_tokens=40), constraint=Choices(["abc"]))
+    )
     assert "".join(chunk.text for chunk in chunks) == "abc"
     assert chunks[-1].finish_reason == "stop"
     assert chunks[-1].usage.completion_tokens == 3, "no step is spent on an end-of-sequence token"
@@ -132,7 +134,7 @@ def test_the_answer_is_closed_within_the_budget(engine, spare):
     schema = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
     needed = len('{"text":""}')
     chunks = list(
-        engine.stream(engine.plan("x"), engine.sampling(max_new_tokens=needed + spare), constraint={**schema})
+        engine.stream(engine.build_prompt("x"), engine.sampling(max_new_tokens=needed + spare), constraint={**schema})
     )
     jsonschema.validate(json.loads("".join(chunk.text for chunk in chunks)), schema)
     assert chunks[-1].usage.completion_tokens <= needed + spare

@@ -36,7 +36,7 @@ CAROL = TextualMemoryItem(id="carol", memory="Carol walks.")
 
 @pytest.fixture
 def cube(tiny_engine: HFEngine) -> MemoryCube:
-    made = MemoryCube(tiny_engine, head=HEAD)
+    made = MemoryCube(tiny_engine, instruction=HEAD)
     made.add([ALICE, BOB])
     return made
 
@@ -173,7 +173,7 @@ def test_every_tier_forgets(tiny_engine: HFEngine, tmp_path: Path) -> None:
 
 def test_a_damaged_cache_of_a_deleted_text_goes_too(tiny_engine: HFEngine, tmp_path: Path) -> None:
     """Its file no longer says what it was made from, and a store does not list it."""
-    cube = MemoryCube(tiny_engine, store=tmp_path / "kv", head=HEAD)
+    cube = MemoryCube(tiny_engine, store=tmp_path / "kv", instruction=HEAD)
     cube.add([ALICE])
     cube.encode()
     [file] = list((tmp_path / "kv").rglob("*.safetensors"))
@@ -260,7 +260,7 @@ def test_the_plan_says_which_side_answered(cube: MemoryCube) -> None:
 
 
 def test_exact_keeps_the_texts_together(tiny_engine: HFEngine) -> None:
-    cube = MemoryCube(tiny_engine, head=HEAD, strategy="exact")
+    cube = MemoryCube(tiny_engine, instruction=HEAD, strategy="exact")
     cube.add([ALICE, BOB])
     assert cube.encode() == 1
     answer = cube.ask("Who?", max_new_tokens=6)
@@ -282,7 +282,7 @@ def test_exact_is_exact_also_where_the_store_is_not(tmp_path: Path) -> None:
 
 
 def test_the_texts_stand_behind_the_head_and_before_what_is_asked() -> None:
-    cube = MemoryCube(EchoEngine(whole_prompt), head=HEAD)
+    cube = MemoryCube(EchoEngine(whole_prompt), instruction=HEAD)
     assert cube.ask("Who?").text == f"system: {HEAD}\n\n\nuser: Who?"
     cube.add([ALICE, BOB])
     turns = [
@@ -332,7 +332,7 @@ def test_a_stream_says_what_an_answer_says(cube: MemoryCube) -> None:
 
 
 async def test_asynchronous_twins(tiny_engine: HFEngine, tmp_path: Path) -> None:
-    cube = MemoryCube(tiny_engine, head=HEAD)
+    cube = MemoryCube(tiny_engine, instruction=HEAD)
     await cube.aadd([ALICE, BOB, CAROL])
     await cube.aedit("bob", "Bob sold his car.")
     await cube.adelete("carol")
@@ -344,7 +344,7 @@ async def test_asynchronous_twins(tiny_engine: HFEngine, tmp_path: Path) -> None
     streamed = [chunk async for chunk in cube.astream("Who?", max_new_tokens=5)]
     assert "".join(chunk.text for chunk in streamed) == answer.text
     await cube.adump(tmp_path)
-    other = MemoryCube(tiny_engine, head=HEAD)
+    other = MemoryCube(tiny_engine, instruction=HEAD)
     await other.aload(tmp_path)
     assert other.get_all() == cube.get_all()
 
@@ -388,7 +388,7 @@ def running(work: Any, times: int) -> Iterator[threading.Thread]:
 
 
 def test_questions_and_edits_at_once_leave_no_cache_of_what_is_gone(tiny_engine: HFEngine) -> None:
-    cube = MemoryCube(tiny_engine, head=HEAD)
+    cube = MemoryCube(tiny_engine, instruction=HEAD)
     cube.add([ALICE, BOB, CAROL])
     failures: list[BaseException] = []
 

@@ -37,7 +37,7 @@ def texts(**changed: str) -> list[TextualMemoryItem]:
 
 @pytest.fixture
 def cube(tiny_engine: HFEngine) -> MemoryCube:
-    made = MemoryCube(tiny_engine, head=HEAD)
+    made = MemoryCube(tiny_engine, instruction=HEAD)
     made.add(texts())
     made.encode()
     return made
@@ -91,7 +91,7 @@ def test_another_model_encodes_again_with_one_warning(dumped: Path, changed: dic
     assert [warning.category for warning in said] == [CacheWarning]
     assert "encoded again" in str(said[0].message)
     assert (answer.plan.side, answer.plan.encoded) == ("encoded", ("alice", "bob"))
-    alone = MemoryCube(fresh_engine(**changed), head=HEAD)
+    alone = MemoryCube(fresh_engine(**changed), instruction=HEAD)
     alone.add(texts())
     assert answer.text == alone.ask("Who?", max_new_tokens=4).text
     assert len(list(other.memory.store.keys())) == 2  # the other model's were not taken over
@@ -104,7 +104,7 @@ def test_an_engine_without_caches_reads_the_texts(dumped: Path) -> None:
 
 
 def test_another_head_is_said_once(dumped: Path) -> None:
-    other = MemoryCube(fresh_engine(), head="Another.")
+    other = MemoryCube(fresh_engine(), instruction="Another.")
     with pytest.warns(CacheWarning, match="head") as said:
         other.load(dumped)
     assert len(said) == 1
@@ -112,7 +112,7 @@ def test_another_head_is_said_once(dumped: Path) -> None:
 
 
 def test_a_cube_that_was_never_encoded_moves_without_a_warning(tiny_engine: HFEngine, tmp_path: Path) -> None:
-    cube = MemoryCube(tiny_engine, head=HEAD)
+    cube = MemoryCube(tiny_engine, instruction=HEAD)
     cube.add(texts())
     cube.dump(tmp_path)
     other = MemoryCube.from_dir(tmp_path, fresh_engine(seed=5))
@@ -120,7 +120,7 @@ def test_a_cube_that_was_never_encoded_moves_without_a_warning(tiny_engine: HFEn
 
 
 def test_loading_adds_and_replaces_by_id(dumped: Path) -> None:
-    other = MemoryCube(fresh_engine(), head=HEAD)
+    other = MemoryCube(fresh_engine(), instruction=HEAD)
     other.add([TextualMemoryItem(id="alice", memory="Alice sold it."), TextualMemoryItem(id="dan", memory="Dan.")])
     other.encode()
     other.load(dumped)
@@ -159,7 +159,7 @@ def test_a_cache_that_holds_more_than_the_cube_says_stays_here(cube: MemoryCube,
 
 
 def test_a_damaged_cache_is_left_out_and_its_text_is_not(tiny_engine: HFEngine, tmp_path: Path) -> None:
-    cube = MemoryCube(tiny_engine, store=DiskStore(tmp_path / "kv"), head=HEAD)
+    cube = MemoryCube(tiny_engine, store=DiskStore(tmp_path / "kv"), instruction=HEAD)
     cube.add(texts())
     cube.encode()
     file = sorted((tmp_path / "kv").rglob("*.safetensors"))[0]
@@ -249,7 +249,7 @@ def test_a_damaged_dump_is_named_and_the_cube_is_as_it_was(
 ) -> None:
     path = sorted(dumped.rglob(name))[-1]
     damage(path)
-    other = MemoryCube(fresh_engine(), head=HEAD)
+    other = MemoryCube(fresh_engine(), instruction=HEAD)
     other.add("What it had.")
     other.encode()
     before = other.get_all(), sorted(other.memory.store.keys())

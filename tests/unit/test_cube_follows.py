@@ -42,7 +42,7 @@ class Follows(RuleBasedStateMachine):
     def fresh(self, name: str) -> MemoryCube:
         tiers = [MemoryStore(), DiskStore(self.folder / name / "near"), DiskStore(self.folder / name / "far")]
         ENGINE.prefixes.clear()
-        return MemoryCube(ENGINE, store=TieredStore(tiers), head=HEAD)
+        return MemoryCube(ENGINE, store=TieredStore(tiers), instruction=HEAD)
 
     @rule(id=ids, text=said)
     def add(self, id: str, text: str) -> None:
@@ -128,7 +128,7 @@ class Follows(RuleBasedStateMachine):
         for text in self.cube.get_all():  # its context is what encoding it afresh gives
             prompt = Caches(self.cube.memory).prompt([f"{text.memory}\n\n"])
             context = self.cube.memory.context_for(prompt, "rotate")
-            fresh = KVCacheMemory(PLAIN, head=HEAD).context_for(prompt, "exact")
+            fresh = KVCacheMemory(PLAIN, instruction=HEAD).context_for(prompt, "exact")
             assert torch.equal(context.token_ids, fresh.token_ids)
             for kept, made in zip(layers_of(context.cache), layers_of(fresh.cache), strict=True):
                 torch.testing.assert_close(kept, made, rtol=1e-5, atol=1e-5)

@@ -40,7 +40,7 @@ def echo() -> MemoryCube:
 def test_a_chat_model_answers_with_the_cubes_engine_and_caches(cube: MemoryCube) -> None:
     llm = ChatKVCAG(memory=cube, max_tokens=4)
     assert llm.memory() is cube.memory
-    assert (llm.tenant, llm.engine) == ("mine", cube.memory.engine)
+    assert (llm.namespace, llm.engine) == ("mine", cube.memory.engine)
     prompt = ChatPromptTemplate.from_messages([("system", "Answer from:\n\n{context}"), ("human", "{input}")])
     chain = create_retrieval_chain(
         CubeRetriever(cube=cube), create_cag_documents_chain(llm, prompt, output_parser=lambda message: message)
@@ -53,7 +53,7 @@ def test_a_chat_model_answers_with_the_cubes_engine_and_caches(cube: MemoryCube)
 
 
 def test_a_kv_memory_is_taken_as_well(tiny_engine: HFEngine) -> None:
-    memory = KVCacheMemory(tiny_engine, head="Notes:")
+    memory = KVCacheMemory(tiny_engine, instruction="Notes:")
     assert ChatKVCAG(memory=memory).memory() is memory
 
 
@@ -98,7 +98,7 @@ async def test_an_agent_retrieves_by_what_was_said_last(tiny_engine: HFEngine) -
 
 
 def test_a_cube_that_keeps_texts_together_is_one_segment_for_an_agent(tiny_engine: HFEngine) -> None:
-    cube = MemoryCube(tiny_engine, head="Be brief.", strategy="exact")
+    cube = MemoryCube(tiny_engine, instruction="Be brief.", strategy="exact")
     cube.add([TOWER, BRIDGE])
     cube.encode()
     llm = ChatKVCAG(memory=cube, max_tokens=4)

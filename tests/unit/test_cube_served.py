@@ -28,7 +28,7 @@ def engine(tiny_engine: HFEngine) -> Iterator[VLLMEngine]:
 
 @pytest.fixture
 def cube(engine: VLLMEngine) -> MemoryCube:
-    made = MemoryCube(engine, head="Notes:", strategy="exact", namespace="mine")
+    made = MemoryCube(engine, instruction="Notes:", strategy="exact", namespace="mine")
     made.add(TEXTS)
     return made
 
@@ -51,10 +51,10 @@ def test_both_engines_give_one_answer(cube: MemoryCube) -> None:
 def test_what_is_deleted_is_kept_nowhere_and_never_sent_ahead_again(cube: MemoryCube, engine: VLLMEngine) -> None:
     cube.encode()
     together = cube._caches.prompt(["".join(f"{text.memory}\n\n" for text in TEXTS)]).context_ids
-    assert engine.preloaded(together, tenant="mine") == len(together)
+    assert engine.preloaded(together, namespace="mine") == len(together)
     cube.delete("tower")
     assert list(cube.memory.store.keys()) == []
-    assert engine.preloaded(together, tenant="mine") == 0
+    assert engine.preloaded(together, namespace="mine") == 0
     assert cube.ask("Which?", max_new_tokens=2).sources == TEXTS[1:]
 
 

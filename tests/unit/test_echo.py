@@ -52,8 +52,8 @@ def test_usage_counts_bytes_and_what_an_earlier_prompt_began_with() -> None:
 
 def test_tenants_do_not_see_each_others_prompts() -> None:
     engine = EchoEngine()
-    list(KVCacheMemory(engine, tenant="a").stream(CHAT))
-    *_, other = KVCacheMemory(engine, tenant="b").stream(CHAT)
+    list(KVCacheMemory(engine, namespace="a").stream(CHAT))
+    *_, other = KVCacheMemory(engine, namespace="b").stream(CHAT)
     assert other.usage
     assert other.usage.cached_tokens == 0
 

@@ -237,7 +237,7 @@ def test_tenants_share_weights_and_nothing_that_was_read(
     tiny_engine: HFEngine, tmp_path: Path, folder: bool, asked: Any
 ) -> None:
     store = tmp_path if folder else None
-    ours, theirs = (ChatKVCAG(engine=tiny_engine, max_tokens=2, tenant=name, store=store) for name in "ab")
+    ours, theirs = (ChatKVCAG(engine=tiny_engine, max_tokens=2, namespace=name, store=store) for name in "ab")
     ours.invoke(asked)
     assert read(theirs.invoke(asked)) == 0
     assert read(ours.invoke(asked)) > 0

@@ -14,12 +14,14 @@ from langchain_core.messages import (
 from kvcag.chat_template import Document
 from kvcag.errors import InvalidInputError, UnsupportedContentError
 from kvcag.langchain.documents_chain import with_documents
-from kvcag.langchain.messages import neutral
+from kvcag.langchain.messages import to_messages
 
 
 def documents(messages: list) -> list[str]:
     """The documents among the parts of neutral messages."""
-    return [part for m in neutral(messages) if isinstance(m["content"], list) for part in m["content"] if is_doc(part)]
+    return [
+        part for m in to_messages(messages) if isinstance(m["content"], list) for part in m["content"] if is_doc(part)
+    ]
 
 
 def is_doc(part: object) -> bool:
@@ -32,7 +34,7 @@ def text(text: str, **more: object) -> dict:
 
 def test_every_role_has_its_counterpart() -> None:
     call = {"name": "add", "args": {"a": 1}, "id": "c1", "type": "tool_call"}
-    assert neutral(
+    assert to_messages(
         [
             SystemMessage("s"),
             HumanMessage("h", name="ann"),
@@ -61,7 +63,7 @@ def test_an_ai_messages_own_blocks_are_not_read_as_text() -> None:
         text("some text"),
         {"type": "tool_use", "id": "c1", "name": "add", "input": {}},
     ]
-    assert neutral([AIMessage(blocks)])[0]["content"] == "some text"
+    assert to_messages([AIMessage(blocks)])[0]["content"] == "some text"
 
 
 def test_marked_blocks_are_the_documents_and_nothing_else_is() -> None:
@@ -86,12 +88,12 @@ def test_without_marks_every_block_is_a_segment_but_what_the_human_says() -> Non
 
 
 def test_a_message_of_one_block_is_no_document() -> None:
-    assert neutral([HumanMessage([text("hello")])]) == [{"role": "user", "content": "hello"}]
+    assert to_messages([HumanMessage([text("hello")])]) == [{"role": "user", "content": "hello"}]
 
 
 def test_documents_that_the_chain_put_there_are_found_by_its_note() -> None:
     message = with_documents(SystemMessage(""), "head ", ["one ", "two "], "tail")
-    assert [(str(part), is_doc(part)) for part in neutral([message])[0]["content"]] == [
+    assert [(str(part), is_doc(part)) for part in to_messages([message])[0]["content"]] == [
         ("head ", False),
         ("one ", True),
         ("two ", True),
@@ -111,9 +113,9 @@ def test_documents_that_the_chain_put_there_are_found_by_its_note() -> None:
 )
 def test_what_is_no_text_is_refused_by_name(block: dict) -> None:
     with pytest.raises(UnsupportedContentError, match=rf"human message holds a block of type '{block['type']}'.*Pass"):
-        neutral([HumanMessage([text("look"), block])])
+        to_messages([HumanMessage([text("look"), block])])
 
 
 def test_a_message_that_is_no_part_of_a_conversation_is_refused() -> None:
     with pytest.raises(InvalidInputError, match="RemoveMessage is not a part of a conversation"):
-        neutral([RemoveMessage(id="1")])
+        to_messages([RemoveMessage(id="1")])

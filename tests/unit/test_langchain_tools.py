@@ -20,7 +20,7 @@ from kvcag.langchain import ChatKVCAG
 from kvcag.langchain.responses import generation_chunks
 from kvcag.langchain.tools import choice_of
 from kvcag.testing import EchoEngine
-from kvcag.tools import plan_tools
+from kvcag.tools import tool_spec
 
 
 class Place(BaseModel):
@@ -117,7 +117,7 @@ def test_no_tool_is_called_where_none_may_be() -> None:
     "written", ['{"name": "stay", "arguments": {"days": [1,', '{"name": "sleep", "arguments": {}}']
 )
 def test_a_call_that_was_cut_or_names_no_tool_is_invalid(llm: ChatKVCAG, written: str) -> None:
-    plan = plan_tools(llm.engine.template, [{"name": "stay", "parameters": {"type": "object"}}])
+    plan = tool_spec(llm.engine.template, [{"name": "stay", "parameters": {"type": "object"}}])
 
     def chunks() -> Any:
         for character in written[:-1]:

@@ -29,7 +29,7 @@ from kvcag.llama_index import (
     CAGSynthesizer,
     KVCacheLLM,
 )
-from kvcag.llama_index.messages import neutral
+from kvcag.llama_index.messages import to_messages
 from kvcag.testing import EchoEngine, last_user_message, whole_prompt
 
 pytestmark = [
@@ -64,7 +64,7 @@ def _connections_go_with_their_test() -> Iterator[None]:
 
 
 def documents(messages: list[ChatMessage]) -> list[str]:
-    parts = [part for message in neutral(messages) for part in message["content"]]
+    parts = [part for message in to_messages(messages) for part in message["content"]]
     return [part.strip() for part in parts if isinstance(part, Document)]
 
 

@@ -16,14 +16,14 @@ from llama_index.core.base.llms.types import (
 from kvcag.chat_template import Document
 from kvcag.errors import UnsupportedContentError
 from kvcag.llama_index import DOCUMENT_END, KVCacheLLM, document_blocks
-from kvcag.llama_index.messages import neutral
+from kvcag.llama_index.messages import to_messages
 from kvcag.testing import EchoEngine
 
 POINT = CachePoint(cache_control=CacheControl(type="ephemeral"))
 
 
 def content(*blocks: object) -> object:
-    return neutral([ChatMessage(blocks=list(blocks))])[0]["content"]
+    return to_messages([ChatMessage(blocks=list(blocks))])[0]["content"]
 
 
 def joined(*blocks: object) -> str:
@@ -49,12 +49,12 @@ def documents(*blocks: object) -> list[str]:
     ],
 )
 def test_every_role_has_a_neutral_name(role: MessageRole, expected: str) -> None:
-    assert neutral([ChatMessage(role=role, content="x")]) == [{"role": expected, "content": "x"}]
+    assert to_messages([ChatMessage(role=role, content="x")]) == [{"role": expected, "content": "x"}]
 
 
 def test_text_blocks_are_joined_as_core_joins_them() -> None:
     message = ChatMessage(blocks=[TextBlock(text="a"), TextBlock(text="b")])
-    assert neutral([message])[0]["content"] == message.content == "a\nb"
+    assert to_messages([message])[0]["content"] == message.content == "a\nb"
 
 
 def test_a_cache_point_closes_one_segment_and_changes_no_text() -> None:
@@ -81,7 +81,7 @@ def test_each_document_is_a_segment_whatever_stands_around_it() -> None:
 def test_cache_points_survive_json() -> None:
     message = ChatMessage(blocks=[*document_blocks(["one"]), TextBlock(text="?")])
     again = ChatMessage.model_validate_json(message.model_dump_json())
-    assert neutral([again]) == neutral([message])
+    assert to_messages([again]) == to_messages([message])
     assert DOCUMENT_END in again.blocks
 
 
@@ -89,7 +89,7 @@ def test_tool_calls_and_results_keep_their_names() -> None:
     call = ToolCallBlock(tool_call_id="7", tool_name="add", tool_kwargs={"a": 1})
     asked = ChatMessage(role="assistant", blocks=[ThinkingBlock(content="hm"), call])
     told = ChatMessage(role="tool", content="2", additional_kwargs={"tool_call_id": "7", "name": "add", "other": 1})
-    assert neutral([asked, told]) == [
+    assert to_messages([asked, told]) == [
         {
             "role": "assistant",
             "content": "",

@@ -20,7 +20,7 @@ from tiny import byte_tokenizer, tiny_model
 from kvcag import HFEngine
 from kvcag.errors import InvalidInputError
 from kvcag.llama_index import CAGQueryEngine, CAGSynthesizer, KVCacheLLM, RoundsWarning
-from kvcag.llama_index.messages import neutral
+from kvcag.llama_index.messages import to_messages
 from kvcag.testing import EchoEngine, whole_prompt
 
 TEXTS = ["The tower is 330 metres tall.", "It was built in 1889 {by} Eiffel.", "It stands in Paris."]
@@ -60,7 +60,7 @@ def test_the_model_reads_what_rag_would_have_it_read(llm: KVCacheLLM) -> None:
 
 def test_every_text_is_a_document_of_its_own(llm: KVCacheLLM) -> None:
     messages = CAGSynthesizer(llm).messages("How tall?", TEXTS)
-    prompt = llm.engine.template.prompt(neutral(messages))
+    prompt = llm.engine.template.prompt(to_messages(messages))
     assert [document.strip() for document in prompt.documents] == TEXTS
 
 

@@ -43,7 +43,7 @@ ENGINE = HFEngine(tiny_model(), byte_tokenizer())
 
 @pytest.fixture
 def memory(tiny_engine: HFEngine) -> KVCacheMemory:
-    return KVCacheMemory(tiny_engine, head=HEAD)
+    return KVCacheMemory(tiny_engine, instruction=HEAD)
 
 
 def filled(memory: KVCacheMemory, texts: list[str] | None = None) -> list[KVCacheItem]:
@@ -90,7 +90,9 @@ def test_an_item_says_what_it_was_made_from(memory: KVCacheMemory) -> None:
     assert item.metadata["extracted_at"]
     assert memory.engine.tokenizer.decode(item.token_ids) == TEXTS[0] + "\n\n"
     assert item.memory.get_seq_length() == len(item.token_ids)
-    assert item.base_position == len(memory.engine.template.around(HEAD, [{"role": "user", "content": "x"}]).head_ids)
+    assert item.base_position == len(
+        memory.engine.template.split_system(HEAD, [{"role": "user", "content": "x"}]).head_ids
+    )
     assert item.fingerprint == memory.engine.fingerprint
 
 
@@ -207,7 +209,7 @@ def test_an_item_without_a_model_is_not_added(memory: KVCacheMemory) -> None:
 @given(order=st.lists(st.integers(0, 2), min_size=1, max_size=6), strategy=st.sampled_from(["exact", "rotate", "full"]))
 @settings(max_examples=40, deadline=None)
 def test_a_merged_context_is_its_parts_at_their_true_positions(order: list[int], strategy: Any) -> None:
-    memory = KVCacheMemory(ENGINE, head=HEAD)
+    memory = KVCacheMemory(ENGINE, instruction=HEAD)
     items = filled(memory)
     before = [bits(item) for item in items]
     context = memory.merge([items[i].id for i in order], "Who has a boat?", strategy=strategy)
@@ -301,7 +303,7 @@ def test_a_merged_context_answers_its_own_question_or_another(memory: KVCacheMem
     context = memory.merge(ids, "Who has a boat?")
     own = memory.engine.generate(past_key_values=context, max_new_tokens=8)
     same = memory.engine.generate("Who has a boat?", context, max_new_tokens=8)
-    other = memory.engine.plan("Who has a car?", context)
+    other = memory.engine.build_prompt("Who has a car?", context)
     assert own == same
     assert other.token_ids[: len(context.token_ids)] == tuple(context.token_ids.tolist())
 
@@ -402,7 +404,7 @@ def test_a_sound_store_warns_of_nothing(memory: KVCacheMemory) -> None:
 def test_what_a_disk_kept_is_merged_on_the_models_device(tmp_path: Path, head: str | None) -> None:
     """Its tensors came from the disk into the host's memory, and the head's were on the device."""
     engine = HFEngine(tiny_model().to("cuda"), byte_tokenizer())
-    memory = KVCacheMemory(engine, DiskStore(tmp_path), head=head)
+    memory = KVCacheMemory(engine, DiskStore(tmp_path), instruction=head)
     ids = memory.sync(["Alice has a red bicycle.", "Bob has a green car."]).ids
     merged = memory.merge(ids, "Who?")
     assert {keys.device.type for keys, _ in layers_of(merged.cache)} == {"cuda"}

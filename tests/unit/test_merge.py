@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcag.cache.layers import cut, owned
+from kvcag.cache.layers import contiguous_copy, cut
 from kvcag.cache.merge import Part, merge
 from kvcag.cache.select import STRATEGIES
 from kvcag.errors import InvalidInputError
@@ -37,7 +37,7 @@ def context(model, order) -> list[Part]:
 @given(models, orders, strategies, ratios)
 def test_length_budget_and_what_is_exact(model, order, strategy, ratio):
     parts = context(model, order)
-    before = [owned(part.layers) for part in parts]
+    before = [contiguous_copy(part.layers) for part in parts]
     merged = merge(model, parts, TAIL, strategy=strategy, ratio=ratio)
 
     tokens = tokens_of(parts)

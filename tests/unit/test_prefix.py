@@ -100,7 +100,7 @@ def test_what_was_inserted_is_a_copy() -> None:
 
 def test_tenants_share_nothing() -> None:
     cache = PrefixCache(1 << 20)
-    cache.insert([1, 2], layers_for([1, 2]), tenant="a")
+    cache.insert([1, 2], layers_for([1, 2]), namespace="a")
     assert cache.match([1, 2], "a")[0] == 2
     assert cache.match([1, 2], "b")[0] == 0
     assert cache.match([1, 2])[0] == 0

@@ -12,6 +12,7 @@ import torch
 from forwards import forward_lengths
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from kvcag.handles import ContextHandles
 from tiny import byte_tokenizer, tiny_model
 
 from kvcag import HFEngine, KVCacheMemory
@@ -25,7 +26,6 @@ from kvcag.errors import (
     UnknownItemError,
     UnsupportedModelError,
 )
-from kvcag.handles import ContextHandles
 from kvcag.scheduler import LRU, CacheScheduler
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.memory import MemoryStore
@@ -408,8 +408,8 @@ def test_figures_for_a_scrape(memory: KVCacheMemory, scheduler: CacheScheduler) 
     assert "kvcag_scheduler_asked_total 4" in lines
     assert f"kvcag_scheduler_cached_bytes {tokens * PER_TOKEN}" in lines
     assert all(line.startswith("# ") or float(line.split()[1]) >= 0 for line in lines)
-    labelled = metrics.prometheus("kv", {"tenant": 'a "b"', "n": "1"}).splitlines()
-    assert r'kv_asked_total{tenant="a \"b\"",n="1"} 4' in labelled
+    labelled = metrics.prometheus("kv", {"namespace": 'a "b"', "n": "1"}).splitlines()
+    assert r'kv_asked_total{namespace="a \"b\"",n="1"} 4' in labelled
 
 
 def test_refusals(memory: KVCacheMemory, scheduler: CacheScheduler) -> None:
@@ -435,7 +435,7 @@ def test_closing_stops_at_once_and_gives_the_memory_its_store_back(memory: KVCac
     scheduler = scheduler_of(memory, 9000, every_s=60.0, piece_tokens=1)
     for _ in range(2):
         scheduler.observe("x" * 2000)
-    until(lambda: memory.engine.turns._spare is not None)
+    until(lambda: memory.engine.lock._idle_owner is not None)
     began = time.monotonic()
     scheduler.close()
     scheduler.close()

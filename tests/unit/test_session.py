@@ -47,7 +47,7 @@ def forwards(engine: HFEngine) -> Iterator[list[int]]:
 
 
 def contexts(engine: HFEngine) -> dict[str, object]:
-    memory = KVCacheMemory(engine, head="Read.")
+    memory = KVCacheMemory(engine, instruction="Read.")
     items = [memory.extract(text) for text in ("The sky is green.", "Grass is blue.")]
     memory.add(items)
     return {

@@ -139,7 +139,7 @@ def test_an_eviction_leaves_what_was_put_meanwhile(store: DiskStore) -> None:
     assert_same(store.get("a"), random_item("a", seed=1))
 
 
-# --- tenants ----------------------------------------------------------------------------------------------------
+# --- namespaces ----------------------------------------------------------------------------------------------------
 
 
 def test_two_tenants_with_the_same_text_share_nothing(tmp_path: Path) -> None:

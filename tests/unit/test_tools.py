@@ -14,7 +14,7 @@ from tiny import CHATML, byte_tokenizer, tiny_model
 from kvcag.chat_template import ChatTemplate, Document
 from kvcag.engines.hf import HFEngine
 from kvcag.errors import InvalidInputError
-from kvcag.tools import PLAIN, call_format, plan_tools, tool_messages
+from kvcag.tools import PLAIN, call_format, tool_messages, tool_spec
 
 WEATHER = {
     "name": "weather",
@@ -66,7 +66,7 @@ def test_the_format_is_read_off_the_template():
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_forced_call_is_always_right(engines, name, choice, seed):
     engine = engines[name]
-    plan = plan_tools(engine.template, TOOLS, choice)
+    plan = tool_spec(engine.template, TOOLS, choice)
     prompt = engine.template.prompt(plan.messages(ASK), tools=plan.tools)
     sampling = engine.sampling(max_new_tokens=150, temperature=1.0, seed=seed)
     text = "".join(chunk.text for chunk in engine.stream(prompt, sampling, constraint=plan.constraint))
@@ -84,7 +84,7 @@ def test_a_forced_call_is_always_right(engines, name, choice, seed):
 
 def test_what_the_model_writes_is_what_the_template_writes(template):
     """A call in the history reads as the model would have written it."""
-    plan = plan_tools(template, TOOLS, "any")
+    plan = tool_spec(template, TOOLS, "any")
     turn = {"role": "assistant", "content": "", "tool_calls": SEVEN_CALLS}
     history = template.render(plan.messages([*ASK, turn]), tools=plan.tools, add_generation_prompt=False)
     parsed = plan.parse(history[history.rfind(plan.format.opening + plan.format.before_name) :])
@@ -92,7 +92,7 @@ def test_what_the_model_writes_is_what_the_template_writes(template):
 
 
 def test_every_template_shows_tools_calls_and_results(template):
-    plan = plan_tools(template, TOOLS)
+    plan = tool_spec(template, TOOLS)
     messages = [
         *ASK,
         {"role": "assistant", "content": "", "tool_calls": SEVEN_CALLS},
@@ -106,7 +106,7 @@ def test_every_template_shows_tools_calls_and_results(template):
 
 
 def test_the_instruction_follows_what_the_system_says_documents_included():
-    plan = plan_tools(TEMPLATES["plain"], TOOLS)
+    plan = tool_spec(TEMPLATES["plain"], TOOLS)
     documents = [{"role": "system", "content": ["Read: ", Document("fact")]}, *ASK]
     prompt = TEMPLATES["plain"].prompt(plan.messages(documents))
     without = TEMPLATES["plain"].prompt(documents)
@@ -118,7 +118,7 @@ def test_the_instruction_follows_what_the_system_says_documents_included():
 @pytest.mark.parametrize("name", list(TEMPLATES))
 def test_auto_is_text_or_a_right_call(engines, name):
     engine = engines[name]
-    plan = plan_tools(engine.template, TOOLS)
+    plan = tool_spec(engine.template, TOOLS)
     form = plan.format
     good = form.opening + form.write("weather", {"city": "Rome", "days": 3}).replace('": 3', '":3') + form.closing
     good = good.replace('{"city": "Rome", ', '{"city":"Rome",')
@@ -133,14 +133,14 @@ def test_auto_is_text_or_a_right_call(engines, name):
 
 
 def test_parse_tells_text_from_calls():
-    plan = plan_tools(TEMPLATES["hermes"], TOOLS)
+    plan = tool_spec(TEMPLATES["hermes"], TOOLS)
     call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
     parsed = plan.parse(f"Let me see.\n{call}\n{call.replace('weather', 'stop')}\n")
     assert parsed.content == "Let me see."
     assert [call.name for call in parsed.calls] == ["weather", "stop"]
     assert len({call.id for call in parsed.calls}) == 2
     assert plan.parse("no < call > here ").content == "no < call > here "
-    plain = plan_tools(TEMPLATES["plain"], TOOLS)
+    plain = tool_spec(TEMPLATES["plain"], TOOLS)
     assert plain.parse('{"name": "stop", "arguments": {}}\n{"name": "stop", "arguments": {}}').calls[1].name == "stop"
     assert plain.parse("text").content == "text"
 
@@ -158,7 +158,7 @@ def test_parse_tells_text_from_calls():
 )
 def test_a_cut_or_wrong_call_is_an_invalid_call(text, error, name):
     for template, opening in (("plain", ""), ("hermes", "<tool_call>\n")):
-        parsed = plan_tools(TEMPLATES[template], TOOLS).parse(opening + text)
+        parsed = tool_spec(TEMPLATES[template], TOOLS).parse(opening + text)
         assert parsed.calls == ()
         assert error in parsed.invalid_calls[0].error
         assert parsed.invalid_calls[0].name == name
@@ -168,7 +168,7 @@ def test_a_cut_or_wrong_call_is_an_invalid_call(text, error, name):
 @given(st.text(alphabet='<tool_ca>/{}"\n x', max_size=60), st.integers(1, 7))
 def test_a_parser_in_pieces_says_what_parse_says(text, size):
     for name in ("hermes", "plain", "mistral"):
-        plan = plan_tools(TEMPLATES[name], TOOLS)
+        plan = tool_spec(TEMPLATES[name], TOOLS)
         parser = plan.parser()
         given = [parser.push(text[i : i + size]) for i in range(0, len(text), size)]
         parsed = parser.close()
@@ -178,9 +178,9 @@ def test_a_parser_in_pieces_says_what_parse_says(text, size):
 
 def test_choices_are_checked():
     template = TEMPLATES["plain"]
-    assert plan_tools(template, TOOLS, "none") is None
-    assert plan_tools(template, []) is None
-    assert plan_tools(template, TOOLS, "required").forced
+    assert tool_spec(template, TOOLS, "none") is None
+    assert tool_spec(template, []) is None
+    assert tool_spec(template, TOOLS, "required").forced
     for tools, choice in (
         (TOOLS, "wether"),
         ([], "weather"),
@@ -190,7 +190,7 @@ def test_choices_are_checked():
         (["weather"], "auto"),
     ):
         with pytest.raises(InvalidInputError):
-            plan_tools(template, tools, choice)
+            tool_spec(template, tools, choice)
 
 
 def test_arguments_in_a_history_may_be_json_text():

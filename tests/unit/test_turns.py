@@ -13,7 +13,7 @@ from tiny import byte_tokenizer, tiny_model
 from kvcag import HFEngine
 from kvcag.cache.layers import LayerKV
 from kvcag.engines.background import encode_in_background
-from kvcag.engines.model_lock import Interrupted, Turns
+from kvcag.engines.model_lock import Interrupted, ModelLock
 
 HEAD, TEXT = tuple(range(40, 60)), tuple(range(60, 200))
 
@@ -49,9 +49,9 @@ def test_a_piece_that_was_broken_off_between_layers_is_begun_again(tiny_engine: 
         seen += 1
         if seen == upcoming:
             upcoming = next(asked, -1)
-            tiny_engine.turns.announce()
+            tiny_engine.lock.announce()
 
-    tiny_engine.turns.step_aside = before(question, tiny_engine.turns.step_aside)  # type: ignore[method-assign]
+    tiny_engine.lock.step_aside = before(question, tiny_engine.lock.step_aside)  # type: ignore[method-assign]
     layers, interruptions = encode_in_background(
         tiny_engine, HEAD, TEXT, stop=threading.Event(), piece_tokens=50, quiet_s=0
     )
@@ -74,22 +74,22 @@ def test_an_answer_gets_the_model_while_something_is_encoded_ahead(tiny_engine: 
         encoding = pool.submit(
             encode_in_background, tiny_engine, (), tuple(range(250)) * 8, stop=stop, piece_tokens=2, quiet_s=0.3
         )
-        while not tiny_engine.turns._spare:
+        while not tiny_engine.lock._idle_owner:
             time.sleep(0.001)
         assert tiny_engine.generate("What?", max_new_tokens=20) == expected
         assert not encoding.done()
-        assert tiny_engine.turns._spare is None  # it waits until it has been quiet for a while
+        assert tiny_engine.lock._idle_owner is None  # it waits until it has been quiet for a while
         stop.set()
         with pytest.raises(Interrupted):
             encoding.result()
 
 
 def test_spare_work_waits_for_a_silence() -> None:
-    turns, stop = Turns(), threading.Event()
-    with turns.taken():
+    turns, stop = ModelLock(), threading.Event()
+    with turns.acquire():
         pass
     began = time.monotonic()
-    with turns.spare(0.2, stop):
+    with turns.idle(0.2, stop):
         assert time.monotonic() - began >= 0.19
         turns.step_aside()
         turns.announce()
@@ -98,16 +98,16 @@ def test_spare_work_waits_for_a_silence() -> None:
 
 
 def test_spare_work_that_shall_stop_never_gets_the_model() -> None:
-    turns, stop = Turns(), threading.Event()
+    turns, stop = ModelLock(), threading.Event()
     turns.announce()
     threading.Timer(0.05, stop.set).start()
-    with pytest.raises(Interrupted), turns.spare(60, stop):
+    with pytest.raises(Interrupted), turns.idle(60, stop):
         pytest.fail("it was not quiet for a minute")
 
 
 def test_a_turn_may_be_taken_again_within_it_and_by_others_after_an_error() -> None:
-    turns = Turns()
-    with pytest.raises(ValueError, match="in the middle"), turns.taken(), turns.taken():
+    turns = ModelLock()
+    with pytest.raises(ValueError, match="in the middle"), turns.acquire(), turns.acquire():
         raise ValueError("in the middle")
     with ThreadPoolExecutor(1) as pool:
-        pool.submit(lambda: turns.taken().__enter__()).result(timeout=1)
+        pool.submit(lambda: turns.acquire().__enter__()).result(timeout=1)

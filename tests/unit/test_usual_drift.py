@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvcag import HFEngine, KVCacheMemory
-from kvcag.cache.layers import layers_of, owned
+from kvcag.cache.layers import contiguous_copy, layers_of
 from kvcag.cache.merge import merge
 from kvcag.cache.recompute import UsualDrift
 from kvcag.calibration import PASSAGES
@@ -89,7 +89,7 @@ def test_recomputed_tokens_show_their_own(strategy, ratio):
 
 def test_stored_parts_do_not_change():
     parts = parts_of(MODEL, HEAD, DOCUMENTS)
-    before = [owned(part.layers) for part in parts]
+    before = [contiguous_copy(part.layers) for part in parts]
     merge(MODEL, parts, TAIL, strategy="rotate", usual_drift=learned_from_these_documents)
     assert all(equal(part.layers, was) for part, was in zip(parts, before, strict=True))
 

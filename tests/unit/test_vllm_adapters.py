@@ -116,19 +116,21 @@ def test_closing_a_stream_closes_the_request(server: WireServer, engine: VLLMEng
         assert server.aborted.wait(5)
 
 
-def langchain_hit(engine: VLLMEngine, tenant: str) -> int:
-    message = ChatKVCAG(engine=engine, tenant=tenant, max_tokens=1).invoke([("system", TEXTS[0]), ("human", QUESTION)])
+def langchain_hit(engine: VLLMEngine, namespace: str) -> int:
+    message = ChatKVCAG(engine=engine, namespace=namespace, max_tokens=1).invoke(
+        [("system", TEXTS[0]), ("human", QUESTION)]
+    )
     return message.usage_metadata["input_token_details"]["cache_read"]
 
 
-def llama_index_hit(engine: VLLMEngine, tenant: str) -> int:
+def llama_index_hit(engine: VLLMEngine, namespace: str) -> int:
     messages = [ChatMessage(role="system", content=TEXTS[0]), ChatMessage(content=QUESTION)]
-    return KVCacheLLM(engine=engine, tenant=tenant, max_new_tokens=1).chat(messages).raw["usage"]["cached_tokens"]
+    return KVCacheLLM(engine=engine, namespace=namespace, max_new_tokens=1).chat(messages).raw["usage"]["cached_tokens"]
 
 
 @pytest.mark.parametrize("hit", [langchain_hit, llama_index_hit])
 def test_tenants_share_no_hit(engine: VLLMEngine, hit) -> None:
-    first, other, again = (hit(engine, tenant) for tenant in ("a", "b", "a"))
+    first, other, again = (hit(engine, namespace) for namespace in ("a", "b", "a"))
     assert (first, other) == (0, 0)
     assert again > 0
 

@@ -51,9 +51,9 @@ def engine(server: WireServer) -> Iterator[VLLMEngine]:
         yield made
 
 
-def last_usage(engine: VLLMEngine, messages=CHAT, tenant: str = "", **sampling):
+def last_usage(engine: VLLMEngine, messages=CHAT, namespace: str = "", **sampling):
     sampling.setdefault("max_new_tokens", 4)
-    *_, last = engine.stream(engine.template.prompt(messages), engine.sampling(**sampling), tenant=tenant)
+    *_, last = engine.stream(engine.template.prompt(messages), engine.sampling(**sampling), namespace=namespace)
     return last.usage
 
 
@@ -125,15 +125,15 @@ def test_a_prompt_with_documents_says_how_its_context_was_read(engine: VLLMEngin
 
 
 def test_tenants_share_no_hit(engine: VLLMEngine) -> None:
-    assert last_usage(engine, tenant="a").cached_tokens == 0
-    assert last_usage(engine, tenant="b").cached_tokens == 0
+    assert last_usage(engine, namespace="a").cached_tokens == 0
+    assert last_usage(engine, namespace="b").cached_tokens == 0
     assert last_usage(engine).cached_tokens == 0
-    assert last_usage(engine, tenant="a").cached_tokens > 0
+    assert last_usage(engine, namespace="a").cached_tokens > 0
 
 
 def test_salts_cannot_be_made_without_the_secret() -> None:
     assert salt_of("", "") is None
-    salts = {salt_of(secret, tenant) for secret in ("", "s") for tenant in ("", "a", "b")}
+    salts = {salt_of(secret, namespace) for secret in ("", "s") for namespace in ("", "a", "b")}
     assert len(salts - {None}) == 5
     assert {len(salt) for salt in salts if salt} == {43}  # 256 bits
 
@@ -197,7 +197,7 @@ def test_a_context_is_sent_ahead_and_continued(server: WireServer, engine: VLLME
     assert context.token_ids.tolist() == cache.token_ids.tolist() == server.prompts()[0]
     assert [body["max_tokens"] for path, body in server.bodies if path == "/v1/completions"] == [1]
     assert engine.generate("When?", context, max_new_tokens=8) == here.generate("When?", cache, max_new_tokens=8)
-    *_, last = engine.stream(engine.plan("When?", context), engine.sampling(max_new_tokens=1), context)
+    *_, last = engine.stream(engine.build_prompt("When?", context), engine.sampling(max_new_tokens=1), context)
     assert last.usage.cached_tokens >= len(context.token_ids) // 16 * 16
 
 
@@ -209,7 +209,7 @@ def test_a_context_is_what_hf_engine_makes_of_it(engine: VLLMEngine, given) -> N
     context, cache = engine.build_vllm_kv_cache(given), here.build_kv_cache(given)
     assert context.token_ids.tolist() == cache.token_ids.tolist()
     asked = [{"role": "user", "content": "And then?"}]
-    assert engine.plan(asked, context) == here.plan(asked, cache)
+    assert engine.build_prompt(asked, context) == here.plan(asked, cache)
 
 
 def test_a_context_of_another_model_or_another_prompt_is_refused(server: WireServer, engine: VLLMEngine) -> None:
@@ -289,8 +289,8 @@ def test_any_server_of_the_api_answers_and_what_it_lacks_is_said_once(tiny_engin
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             answers = {engine.generate(CHAT, max_new_tokens=9) for _ in range(3)}
-            usage = last_usage(engine, tenant="a")
-            last_usage(engine, tenant="b")
+            usage = last_usage(engine, namespace="a")
+            last_usage(engine, namespace="b")
         assert {warning.category for warning in said} == {ServerWarning}
         assert answers == {here.generate(CHAT, max_new_tokens=9)}
         lacks = [str(warning.message) for warning in said]

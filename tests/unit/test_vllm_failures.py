@@ -262,7 +262,7 @@ def test_after_a_restart_everything_that_was_sent_ahead_is_sent_again(server: Wi
     assert engine.generate("Count.", max_new_tokens=20) == "one two three"
     assert wait_until(lambda: all(one in server.prompts() for one in sent))
     context = engine.build_vllm_kv_cache("First. " * 100)
-    *_, last = engine.stream(engine.plan("Count.", context), engine.sampling(max_new_tokens=1), context)
+    *_, last = engine.stream(engine.build_prompt("Count.", context), engine.sampling(max_new_tokens=1), context)
     assert last.usage.cached_tokens >= len(context.token_ids) // 16 * 16
 
 

@@ -42,7 +42,7 @@ def engine(server: WireServer) -> Iterator[VLLMEngine]:
 
 @pytest.fixture
 def memory(engine: VLLMEngine) -> KVCacheMemory:
-    return KVCacheMemory(engine, head=HEAD)
+    return KVCacheMemory(engine, instruction=HEAD)
 
 
 def filled(memory: KVCacheMemory) -> list[str]:
@@ -96,7 +96,7 @@ def test_a_merge_is_the_prompt_of_all_items_in_order(engine: VLLMEngine, memory:
 
 def test_answers_over_a_merge_are_those_of_an_exact_merge_in_this_process(memory: KVCacheMemory) -> None:
     here = HFEngine(tiny_model(), byte_tokenizer())
-    own = KVCacheMemory(here, head=HEAD)
+    own = KVCacheMemory(here, instruction=HEAD)
     ours = own.merge(filled(own), "When was it completed?", "exact")
     theirs = memory.merge(filled(memory), "When was it completed?")
     assert ours.token_ids.tolist() == theirs.token_ids.tolist()
@@ -134,10 +134,10 @@ def test_what_cannot_be_merged_is_refused(memory: KVCacheMemory, tiny_engine: HF
 @pytest.mark.parametrize("kind", ["memory", "disk"])
 def test_a_dump_moves_the_prompts(engine: VLLMEngine, tmp_path: Path, kind: str) -> None:
     store = DiskStore(tmp_path / "store") if kind == "disk" else None
-    memory = KVCacheMemory(engine, store, head=HEAD)
+    memory = KVCacheMemory(engine, store, instruction=HEAD)
     ids = filled(memory)
     memory.dump(tmp_path / "dump")
-    other = KVCacheMemory(engine, head=HEAD)
+    other = KVCacheMemory(engine, instruction=HEAD)
     other.load(tmp_path / "dump")
     assert other.merge(ids, "When?").prompt == memory.merge(ids, "When?").prompt
     assert [item.metadata for item in other.get_by_ids(ids)] == [item.metadata for item in memory.get_by_ids(ids)]
@@ -189,10 +189,10 @@ def test_a_corpus_is_synced_and_purged(server: WireServer, memory: KVCacheMemory
 
 def test_the_tenant_of_a_memory_is_that_of_what_it_sends(server: WireServer, engine: VLLMEngine) -> None:
     asked = [{"role": "system", "content": [Document(TEXTS[0])]}, {"role": "user", "content": "When?"}]
-    for tenant in ("a", "b"):
-        memory = KVCacheMemory(engine, tenant=tenant)
+    for namespace in ("a", "b"):
+        memory = KVCacheMemory(engine, namespace=namespace)
         memory.keep(asked)
     salts = [body["cache_salt"] for path, body in server.bodies if path == "/v1/completions"]
     assert len(set(salts)) == len(salts) == 2
-    *_, last = KVCacheMemory(engine, tenant="c").stream(asked, sampling=engine.sampling(max_new_tokens=1))
+    *_, last = KVCacheMemory(engine, namespace="c").stream(asked, sampling=engine.sampling(max_new_tokens=1))
     assert last.usage.cached_tokens == 0

@@ -50,7 +50,7 @@ class Asked:
         Args:
             model: the model's name on the server.
             is_vllm: whether the server knows vLLM's own fields.
-            salt: the tenant's; its hits are shared with nobody who has another.
+            salt: the namespace's; its hits are shared with nobody who has another.
             fields: of a constraint.
         """
         sampling = self.sampling
@@ -130,15 +130,15 @@ class Asked:
         )
 
 
-def salt_of(secret: str, tenant: str) -> str | None:
-    """A tenant's salt: 256 bits that nobody can tell without the secret. None where there is neither.
+def salt_of(secret: str, namespace: str) -> str | None:
+    """A namespace's salt: 256 bits that nobody can tell without the secret. None where there is neither.
 
-    It goes into the hash of every block (vLLM's `cache_salt`), so that tenants share none and timing tells them nothing
+    It goes into the hash of every block (vLLM's `cache_salt`), so namespaces share none and timing tells nothing
     of each other.
     """
-    if not secret and not tenant:
+    if not secret and not namespace:
         return None
-    made = hmac.new(secret.encode(), tenant.encode(), hashlib.sha256).digest()
+    made = hmac.new(secret.encode(), namespace.encode(), hashlib.sha256).digest()
     return base64.urlsafe_b64encode(made).decode().rstrip("=")
 
 

@@ -36,7 +36,7 @@ _ASKED = re.compile(r"contains (?:at least )?(\d+) input tokens|requested (\d+) 
 _STARTED = re.compile(r"^process_start_time_seconds (\S+)$", re.MULTILINE)
 
 
-class Wire:
+class HTTPClient:
     """Requests to one server. Safe to use from several threads.
 
     What failed before anything came back is tried again, after a pause that doubles: a server that is down, starting

@@ -11,17 +11,27 @@ from os import PathLike, fspath
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+import torch
+from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 from typing_extensions import Self
 
 from kvcag.chat_template import ChatTemplate, Message, Prompt
-from kvcag.core import Chunk, ContextPrompt, MergedContext, ServedContext, Usage, ids_digest
-from kvcag.engines.base import Serving, context_ids
+from kvcag.core import (
+    Chunk,
+    ContextPrompt,
+    MergedContext,
+    MergeReport,
+    ServedContext,
+    Usage,
+    VLLMKVCacheItem,
+    ids_digest,
+)
+from kvcag.engines.base import Engine, context_ids
 from kvcag.engines.constrain import ConstraintLike, ServerConstraint
 from kvcag.engines.sampling import Sampling
 from kvcag.engines.vllm.answer import Asked, salt_of
-from kvcag.engines.vllm.client import Wire
+from kvcag.engines.vllm.client import HTTPClient
 from kvcag.engines.vllm.constrain import server_constraint
 from kvcag.engines.vllm.order import DocumentOrder, Ordering
 from kvcag.engines.vllm.server import PROBE, Server
@@ -30,11 +40,11 @@ from kvcag.engines.vllm.warm import Preloads
 from kvcag.errors import (
     EmptyPromptError,
     FingerprintMismatchError,
-    Notices,
     ServerError,
     ServerUnavailableError,
     TokenMismatchError,
     UnsupportedModelError,
+    WarnOnce,
 )
 from kvcag.fingerprint import ModelFingerprint
 
@@ -42,7 +52,7 @@ if TYPE_CHECKING:
     import httpx
 
 
-class VLLMEngine(Serving):
+class VLLMEngine(Engine):
     """Answers from a vLLM server, whose automatic prefix cache keeps the keys and values.
 
     Prompts are sent as token ids, head first, documents in order, question last: what begins like an earlier prompt is
@@ -66,7 +76,7 @@ class VLLMEngine(Serving):
         document_order: `"given"`; `"canonical"`, by their content, so that the same documents in any order are the same
             prompt; or `"frequent"`, those first that are asked for most often, so that more prompts begin alike. For
             documents that may stand in any order and end with a separator, as those of the adapters do.
-        salt_secret: a secret of this application. Tenants' salts are made from it, so that nobody who can ask the
+        salt_secret: a secret of this application. Namespaces' salts are made from it, so that nobody who can ask the
             server can make one, and this application shares no hits with others.
         template_variables: passed to the chat template, as `enable_thinking=False`.
         defaults: settings of every call that gives no others, as `{"temperature": 0.7}`.
@@ -81,6 +91,8 @@ class VLLMEngine(Serving):
         MissingExtraError: the extra `vllm` is not installed.
         InvalidInputError: `base_url` is no URL, or a default is unknown or out of range.
     """
+
+    item_type = VLLMKVCacheItem
 
     def __init__(
         self,
@@ -103,7 +115,7 @@ class VLLMEngine(Serving):
         Sampling.of(**(defaults or {}))
         self.defaults = dict(defaults or {})
         self.ordering = Ordering(document_order)
-        self.wire = Wire(
+        self.wire = HTTPClient(
             base_url,
             api_key=api_key,
             timeout=timeout,
@@ -116,7 +128,7 @@ class VLLMEngine(Serving):
         self._given_tokenizer = tokenizer
         self._template_variables = template_variables
         self._salt_secret = salt_secret
-        self._notices = Notices()
+        self._notices = WarnOnce()
         self.server = Server(self.wire, model, self._notices)
         self._preloads = Preloads(self.wire, self._resend, self.server.forget, self._notices)
 
@@ -204,14 +216,14 @@ class VLLMEngine(Serving):
     # --- ahead of the questions --------------------------------------------------------------------------------
 
     def build_vllm_kv_cache(
-        self, prompt: str | Sequence[str] | Sequence[Message], *, tenant: str = ""
+        self, prompt: str | Sequence[str] | Sequence[Message], *, namespace: str = ""
     ) -> ContextPrompt:
         """Have the server encode a context, to be continued by `generate`.
 
         Args:
             prompt: a str becomes the system turn; a list of str is joined into one by blank lines; chat messages are
                 taken as they are, as closed turns.
-            tenant: whose; see `stream`.
+            namespace: whose; see `stream`.
 
         Returns:
             The prompt that was sent, a str that knows its `token_ids`.
@@ -221,10 +233,10 @@ class VLLMEngine(Serving):
             ContextLengthError: it is longer than the model's context.
         """
         token_ids, messages = context_ids(self.template, prompt)
-        self.preload(Prompt(token_ids, (), ()), tenant=tenant)
+        self.preload(Prompt(token_ids, (), ()), namespace=namespace)
         return self.prompt_of(token_ids, messages)
 
-    def preload(self, prompt: Prompt | ContextPrompt, *, tenant: str = "") -> Usage:
+    def preload(self, prompt: Prompt | ContextPrompt, *, namespace: str = "") -> Usage:
         """Have the server encode a prompt, so that what begins with it is answered sooner; one token is generated.
 
         It is remembered, and sent again when the server was restarted.
@@ -237,17 +249,45 @@ class VLLMEngine(Serving):
             self._check_model(prompt.fingerprint)
             prompt = Prompt(tuple(prompt.token_ids.tolist()), (), ())
         prompt = self.ordering.arrange(prompt)
-        usage = self._send(prompt, tenant)
-        self._preloads.add(prompt.token_ids, tenant)
+        usage = self._send(prompt, namespace)
+        self._preloads.add(prompt.token_ids, namespace)
         return usage
 
-    def preloaded(self, token_ids: Sequence[int], *, tenant: str = "") -> int:
+    def known_prefix(self, token_ids: Sequence[int], namespace: str = "") -> int:
         """How many tokens at the beginning of these this engine had the server encode."""
-        return self._preloads.longest(token_ids, tenant)
+        return min(self._preloads.longest(token_ids, namespace), len(token_ids))
 
-    def forget(self, tenant: str = "") -> None:
-        """Send nothing of a tenant's again. What the server holds stays there until other blocks need the room."""
-        self._preloads.forget(tenant)
+    def still_holds(self, token_ids: Sequence[int], namespace: str = "") -> bool:
+        """Whether the server was sent these tokens by this engine."""
+        return self.known_prefix(token_ids, namespace) == len(token_ids)
+
+    def encode_item(self, head_ids: Sequence[int], token_ids: Sequence[int], *, namespace: str = "") -> VLLMKVCacheItem:
+        """Have the server encode a document behind `head_ids`, where it is reused when it comes first."""
+        whole = (*head_ids, *token_ids)
+        self.preload(Prompt(whole, (), ()), namespace=namespace)
+        return VLLMKVCacheItem(
+            memory=str(self.prompt_of(whole)),
+            token_ids=torch.tensor(token_ids, dtype=torch.long),
+            fingerprint=self.fingerprint,
+            base_position=len(head_ids),
+            prefix_digest=ids_digest(head_ids),
+        )
+
+    def exact_context(self, context_ids: Sequence[int], tail_ids: Sequence[int], namespace: str = "") -> MergedContext:
+        """Instruction and documents as the prompt that the server is sent, in order."""
+        size, sent = len(context_ids), self.known_prefix(context_ids, namespace)
+        return ServedContext(
+            cache=DynamicCache(),
+            token_ids=torch.tensor(context_ids, dtype=torch.long),
+            tail_ids=torch.tensor(tail_ids, dtype=torch.long),
+            report=MergeReport("prefix" if sent else "encoded", "exact", size, sent, 0, size - sent),
+            fingerprint=self.fingerprint,
+            prompt=str(self.prompt_of(context_ids)),
+        )
+
+    def forget(self, namespace: str = "") -> None:
+        """Send nothing of a namespace's again. What the server holds stays there until other blocks need the room."""
+        self._preloads.forget(namespace)
 
     def prompt_of(self, token_ids: Sequence[int], messages: list[dict[str, Any]] | None = None) -> ContextPrompt:
         """Tokens as the text of a prompt that knows them."""
@@ -273,7 +313,7 @@ class VLLMEngine(Serving):
         past_key_values: Cache | MergedContext | ContextPrompt | None = None,
         *,
         constraint: ConstraintLike | None = None,
-        tenant: str = "",
+        namespace: str = "",
         started: float | None = None,
     ) -> Generator[Chunk, None, None]:
         """Answer a prompt of token ids. Closing the stream closes the request.
@@ -283,7 +323,7 @@ class VLLMEngine(Serving):
             sampling: the settings.
             past_key_values: a context that the prompt begins with, from `build_vllm_kv_cache` or `KVCacheMemory`.
             constraint: what the answer must be.
-            tenant: whose. A hit is shared by those of the same tenant alone, on a server that knows `cache_salt`.
+            namespace: whose. A hit is shared by those of the same namespace alone, on a server that knows `cache_salt`.
             started: from when times count.
 
         Raises:
@@ -301,18 +341,18 @@ class VLLMEngine(Serving):
         prompt = self.ordering.arrange(prompt, count=True)
         budget = self.check_fits(len(prompt.token_ids), sampling.max_new_tokens)
         held = None if constraint is None else self.constrain(constraint, budget, prompt.thinking)
-        return self._answer(Asked(prompt, sampling, budget, started), tenant, held)
+        return self._answer(Asked(prompt, sampling, budget, started), namespace, held)
 
-    def _answer(self, asked: Asked, tenant: str, held: ServerConstraint | None) -> Generator[Chunk, None, None]:
+    def _answer(self, asked: Asked, namespace: str, held: ServerConstraint | None) -> Generator[Chunk, None, None]:
         self._check_tokens()
-        salt = salt_of(self._salt_secret, tenant) if self.server.knows_salt(tenant) else None
+        salt = salt_of(self._salt_secret, namespace) if self.server.knows_salt(namespace) else None
         fields = held.fields if held else {}
         body = asked.request(self.model_name, is_vllm=self.server.facts.is_vllm, salt=salt, fields=fields)
         token_ids = asked.prompt.token_ids
 
         def told(cached_tokens: int | None) -> None:
-            self.server.notice_hits(token_ids, tenant, cached_tokens)
-            self._preloads.answered(token_ids, tenant, cached_tokens)
+            self.server.notice_hits(token_ids, namespace, cached_tokens)
+            self._preloads.answered(token_ids, namespace, cached_tokens)
 
         try:
             yield from asked.chunks(self.wire.events("/v1/completions", body), told)
@@ -321,14 +361,14 @@ class VLLMEngine(Serving):
 
     # --- inside ------------------------------------------------------------------------------------------------
 
-    def _send(self, prompt: Prompt, tenant: str) -> Usage:
-        with closing(self.stream(prompt, Sampling(max_new_tokens=1), tenant=tenant)) as chunks:
+    def _send(self, prompt: Prompt, namespace: str) -> Usage:
+        with closing(self.stream(prompt, Sampling(max_new_tokens=1), namespace=namespace)) as chunks:
             *_, last = chunks
         assert last.usage is not None
         return last.usage
 
-    def _resend(self, token_ids: Sequence[int], tenant: str) -> None:
-        self._send(Prompt(tuple(token_ids), (), ()), tenant)
+    def _resend(self, token_ids: Sequence[int], namespace: str) -> None:
+        self._send(Prompt(tuple(token_ids), (), ()), namespace)
 
     def _probe(self, fields: Mapping[str, Any]) -> str:
         prompt = self.template.prompt([{"role": "user", "content": "Hello."}])

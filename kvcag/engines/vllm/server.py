@@ -10,9 +10,9 @@ from typing import Any
 
 from kvcag.chat_template import ChatTemplate, Message
 from kvcag.engines.constrain import ServerConstraint
-from kvcag.engines.vllm.client import Wire
+from kvcag.engines.vllm.client import HTTPClient
 from kvcag.engines.vllm.constrain import Ability, ability
-from kvcag.errors import ConstraintError, InvalidInputError, Notices, ServerError
+from kvcag.errors import ConstraintError, InvalidInputError, ServerError, WarnOnce
 
 PROBE: list[Message] = [
     {"role": "user", "content": "Ünïcode 12,345.67 naïve\n\n\tdef f(x): return x**2  # 日本語 🙂"},
@@ -48,7 +48,7 @@ class Server:
         notices: where it is said what it lacks.
     """
 
-    def __init__(self, wire: Wire, model: str, notices: Notices) -> None:
+    def __init__(self, wire: HTTPClient, model: str, notices: WarnOnce) -> None:
         self.wire, self._model, self._notices = wire, model, notices
         self._facts: Facts | None = None
         self._can: Ability | None = None
@@ -113,21 +113,21 @@ class Server:
                 )
             self._same_tokens = True
 
-    def knows_salt(self, tenant: str) -> bool:
-        """Whether it keeps tenants apart; said once where it does not."""
-        if tenant and not self.facts.is_vllm:
+    def knows_salt(self, namespace: str) -> bool:
+        """Whether it keeps namespaces apart; said once where it does not."""
+        if namespace and not self.facts.is_vllm:
             self._notices.once(
-                f"{self.wire.root} is no vLLM server, so its prefix cache knows no salt: tenants share hits, and how "
-                "long an answer takes tells whether another one asked before. Give each tenant a server of its own, or "
+                f"{self.wire.root} is no vLLM server, so its prefix cache knows no salt: namespaces share hits, "
+                "and an answer's time tells whether another one asked before. Give each namespace its own server, or "
                 "switch its prefix cache off."
             )
         return self.facts.is_vllm
 
-    def notice_hits(self, token_ids: tuple[int, ...], tenant: str, cached_tokens: int | None) -> None:
+    def notice_hits(self, token_ids: tuple[int, ...], namespace: str, cached_tokens: int | None) -> None:
         """Say so where the server must have had a hit and does not report it."""
-        begins_alike = self._last.get(tenant) == token_ids[:_SHOULD_HIT]
+        begins_alike = self._last.get(namespace) == token_ids[:_SHOULD_HIT]
         if len(token_ids) > _SHOULD_HIT:
-            self._last[tenant] = token_ids[:_SHOULD_HIT]
+            self._last[namespace] = token_ids[:_SHOULD_HIT]
         if cached_tokens is None and begins_alike:
             self._notices.once(
                 f"{self.wire.root} does not report cached tokens, so usage shows none: start vLLM with "

@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
-from kvcag.engines.vllm.client import Wire
+from kvcag.engines.vllm.client import HTTPClient
 from kvcag.errors import InvalidInputError, ServerError
 
 _REMEMBERED = 4096
@@ -34,7 +34,7 @@ class ServerTokenizer:
         InvalidInputError: the server has no `/tokenize`.
     """
 
-    def __init__(self, wire: Wire, model: str) -> None:
+    def __init__(self, wire: HTTPClient, model: str) -> None:
         self._wire, self._model = wire, model
         self._known: OrderedDict[tuple[str, bool], tuple[int, ...]] = OrderedDict()
         self._lock = threading.Lock()

@@ -8,8 +8,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from kvcag.engines.vllm.client import Wire
-from kvcag.errors import KVCAGError, Notices
+from kvcag.engines.vllm.client import HTTPClient
+from kvcag.errors import KVCAGError, WarnOnce
 from kvcag.streams import CANCELLATION, Cancellation
 
 _REMEMBERED = 1024
@@ -34,10 +34,10 @@ class Preloads:
 
     def __init__(
         self,
-        wire: Wire,
+        wire: HTTPClient,
         send: Callable[[Sequence[int], str], object],
         restarted: Callable[[], None],
-        notices: Notices,
+        notices: WarnOnce,
     ) -> None:
         self._wire, self._send, self._restarted, self._notices = wire, send, restarted, notices
         self._sent: OrderedDict[tuple[str, bytes], None] = OrderedDict()  # the least recently used first
@@ -47,42 +47,42 @@ class Preloads:
         self._thread: threading.Thread | None = None
         self._closing = Cancellation()
 
-    def add(self, token_ids: Sequence[int], tenant: str) -> None:
+    def add(self, token_ids: Sequence[int], namespace: str) -> None:
         """Remember a context that was sent."""
         if not self._starts and (started := self._wire.started_at()):
             self._starts.add(started)
         with self._lock:
-            self._sent[tenant, _packed(token_ids)] = None
-            self._sent.move_to_end((tenant, _packed(token_ids)))
+            self._sent[namespace, _packed(token_ids)] = None
+            self._sent.move_to_end((namespace, _packed(token_ids)))
             if len(self._sent) > _REMEMBERED:
                 self._sent.popitem(last=False)
 
-    def forget(self, tenant: str) -> None:
-        """Send nothing of a tenant's again."""
+    def forget(self, namespace: str) -> None:
+        """Send nothing of a namespace's again."""
         with self._lock:
-            for key in [key for key in self._sent if key[0] == tenant]:
+            for key in [key for key in self._sent if key[0] == namespace]:
                 del self._sent[key]
 
-    def longest(self, token_ids: Sequence[int], tenant: str) -> int:
+    def longest(self, token_ids: Sequence[int], namespace: str) -> int:
         """How many tokens, at the beginning of a prompt, were sent ahead."""
         packed = _packed(token_ids)
         with self._lock:
-            found = [key for key in self._sent if key[0] == tenant and packed.startswith(key[1])]
+            found = [key for key in self._sent if key[0] == namespace and packed.startswith(key[1])]
             for key in found:
                 self._sent.move_to_end(key)
         return max((len(known) for _, known in found), default=0) // array("I").itemsize
 
-    def answered(self, token_ids: Sequence[int], tenant: str, cached_tokens: int | None) -> None:
+    def answered(self, token_ids: Sequence[int], namespace: str, cached_tokens: int | None) -> None:
         """Look at an answer: if the server seems to have been restarted, find out and send everything again.
 
         Args:
             token_ids: the prompt.
-            tenant: whose.
+            namespace: whose.
             cached_tokens: how many of them the server had; None if it does not say.
         """
         interrupted = self._wire.interruptions != self._interruptions
         self._interruptions = self._wire.interruptions
-        short = cached_tokens is not None and self.longest(token_ids, tenant) - cached_tokens > _SHORTFALL
+        short = cached_tokens is not None and self.longest(token_ids, namespace) - cached_tokens > _SHORTFALL
         if interrupted or short:
             self._look(interrupted)
 
@@ -111,10 +111,10 @@ class Preloads:
             self._restarted()
             with self._lock:
                 contexts = list(reversed(self._sent))
-            for tenant, packed in contexts:
+            for namespace, packed in contexts:
                 if self._closing.cancelled:
                     return
-                self._send(array("I", packed).tolist(), tenant)
+                self._send(array("I", packed).tolist(), namespace)
         except KVCAGError as failed:
             if not self._closing.cancelled:
                 with suppress(Warning):  # where warnings are errors, there is nobody here to catch one

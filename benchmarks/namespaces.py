@@ -1,9 +1,9 @@
-"""Does a tenant's first question come sooner where another tenant has asked about the same text? It must not.
+"""Does a namespace's first question come sooner where another namespace has asked about the same text? It must not.
 
-    python benchmarks/tenants.py [--rounds 7] [--out benchmarks/results/tenants.json]
+    python benchmarks/namespaces.py [--rounds 7] [--out benchmarks/results/namespaces.json]
 
-One engine and one directory. In each round one tenant asks about three documents. Then, in turns, a second tenant asks
-about the same ones, a third about others of the same length, and the first tenant once more, to show what a hit is.
+One engine and one directory. In each round one namespace asks about three documents. Then a second namespace asks
+about the same ones, a third about others of the same length, and the first once more, to show what a hit is.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from kvcag.stores import DiskStore
 WORDS = 90
 
 
-def ask(engine: HFEngine, root: str, salt: bytes, tenant: str, documents: list[str]) -> tuple[float, int]:
+def ask(engine: HFEngine, root: str, salt: bytes, namespace: str, documents: list[str]) -> tuple[float, int]:
     """Seconds to the first token, and how many tokens were read from caches."""
-    memory = KVCacheMemory(engine, DiskStore(root, namespace=tenant, salt=salt), tenant=tenant)
+    memory = KVCacheMemory(engine, DiskStore(root, namespace=namespace, salt=salt), namespace=namespace)
     messages = [
         {"role": "system", "content": ["Read.\n\n", *map(Document, documents)]},
         {"role": "user", "content": "What is it about?"},
@@ -37,7 +37,7 @@ def ask(engine: HFEngine, root: str, salt: bytes, tenant: str, documents: list[s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "tenants.json")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "namespaces.json")
     options = parser.parse_args()
     engine = HFEngine.from_pretrained(embedded_model(), dtype="float32", device="cpu")
     words = " ".join(pydoc_data.topics.topics.values()).split()
@@ -54,8 +54,8 @@ def main() -> None:
                 ("other text", f"third-{number}", other),
                 ("own text again", f"first-{number}", same),
             ]
-            for name, tenant, documents in turns if number % 2 else [turns[1], turns[0], turns[2]]:
-                asked[name].append(ask(engine, root, salt, tenant, documents))
+            for name, namespace, documents in turns if number % 2 else [turns[1], turns[0], turns[2]]:
+                asked[name].append(ask(engine, root, salt, namespace, documents))
     result = {
         name: {
             "median_s": median(s for s, _ in rows),
