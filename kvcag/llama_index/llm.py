@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from os import PathLike
@@ -26,6 +25,7 @@ from llama_index.core.program.utils import get_program_for_llm
 from llama_index.core.tools.types import BaseTool
 from pydantic import Field, PrivateAttr
 
+from kvcag.aio import in_thread
 from kvcag.call_format import tool_messages
 from kvcag.compose import MAX_KL, Strategy
 from kvcag.cube.memory_cube import MemoryCube, activation
@@ -193,7 +193,7 @@ class KVCacheLLM(FunctionCallingLLM):
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """`stream_chat`, in worker threads."""
         opener, answer = self._call(neutral(messages), kwargs)
-        chunks = await asyncio.to_thread(opener)
+        chunks = await in_thread(opener)
         return aeach(lambda: chunks, answer.chat)
 
     @llm_completion_callback()
@@ -224,7 +224,7 @@ class KVCacheLLM(FunctionCallingLLM):
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         """`stream_complete`, in worker threads."""
         opener, answer = self._call(self._asked(prompt, formatted), kwargs)
-        chunks = await asyncio.to_thread(opener)
+        chunks = await in_thread(opener)
         return aeach(lambda: chunks, answer.completion)
 
     # --- tools -------------------------------------------------------------------------------------------------
