@@ -148,7 +148,7 @@ class KVCacheMemory:
 
     def get_all(self) -> list[Item]:
         """Every item."""
-        return [item for item in map(self.get, list(self.store.keys())) if item is not None]
+        return [item for key in list(self.store.keys()) if (item := self.get(key)) is not None]
 
     def delete(self, ids: str | Iterable[str]) -> None:
         """Forget items; ids that are missing are ignored."""
@@ -160,8 +160,8 @@ class KVCacheMemory:
 
     def dump(self, dir: str | PathLike[str]) -> None:
         """Write every item to a folder. What stood there before is replaced in one step, or not at all."""
-        stored = map(self.store.get, list(self.store.keys()))
-        dump_items(dir, self.memory_filename, [item for item in stored if item is not None])
+        stored = [item for key in list(self.store.keys()) if (item := self.store.get(key)) is not None]
+        dump_items(dir, self.memory_filename, stored)
 
     def load(self, dir: str | PathLike[str]) -> None:
         """Add every item of a folder that `dump` wrote. A folder that holds nothing adds nothing.
