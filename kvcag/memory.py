@@ -35,7 +35,7 @@ from kvcag.stores.base import MADE_OF, KVStore
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.folder import dump_items, load_items
 from kvcag.stores.memory import MemoryStore
-from kvcag.streams import in_thread, iterate
+from kvcag.streams import async_twin, iterate
 
 DEFAULT_STORE_BYTES = 4 << 30
 _INSTRUCTION = "instruction"
@@ -190,7 +190,7 @@ class KVCacheMemory:
 
     def get_all(self) -> list[Item]:
         """Every item, oldest first."""
-        items = [item for item in map(self.get, list(self.store.keys())) if item is not None]
+        items = [item for key in list(self.store.keys()) if (item := self.get(key)) is not None]
         return sorted(items, key=lambda item: (item.records.timestamp, item.id))
 
     def delete(self, ids: str | Iterable[str]) -> None:
@@ -203,8 +203,8 @@ class KVCacheMemory:
 
     def dump(self, dir: str | PathLike[str]) -> None:
         """Write every item to a folder. What stood there before is replaced in one step, or not at all."""
-        stored = map(self.store.get, list(self.store.keys()))
-        dump_items(dir, self.memory_filename, [item for item in stored if item is not None])
+        stored = [item for key in list(self.store.keys()) if (item := self.store.get(key)) is not None]
+        dump_items(dir, self.memory_filename, stored)
 
     def load(self, dir: str | PathLike[str]) -> None:
         """Add every item of a folder that `dump` wrote. A folder that holds nothing adds nothing.
@@ -415,10 +415,10 @@ class KVCacheMemory:
         async for chunk in iterate(lambda: self.stream(messages, ids, **answering)):
             yield chunk
 
-    aask = in_thread(ask)
-    aadd = in_thread(add)
-    amerge = in_thread(merge)
-    apurge = in_thread(purge)
+    aask = async_twin(ask)
+    aadd = async_twin(add)
+    amerge = async_twin(merge)
+    apurge = async_twin(purge)
 
     # --- a corpus by a short name ------------------------------------------------------------------------------
 

@@ -17,12 +17,21 @@ P = ParamSpec("P")
 _END = object()
 
 
-def in_thread(method: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
+async def in_thread(function: Callable[..., T], *given: Any, **named: Any) -> T:
+    """`asyncio.to_thread`, where every error reaches the caller.
+
+    Python before 3.12 cannot put a `StopIteration` into a future: whoever awaits it would wait for ever. It arrives as
+    a `RuntimeError`, as from a generator.
+    """
+    return await asyncio.to_thread(_called, function, *given, **named)
+
+
+def async_twin(method: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
     """The asynchronous twin of a blocking method: it runs in a worker thread."""
 
     @functools.wraps(method)
     async def twin(*args: P.args, **kwargs: P.kwargs) -> T:
-        return await asyncio.to_thread(method, *args, **kwargs)
+        return await in_thread(method, *args, **kwargs)
 
     twin.__doc__ = f"`{method.__name__}`, in a worker thread."
     return twin
@@ -36,14 +45,14 @@ async def iterate(open_stream: Callable[[], Iterator[T]]) -> AsyncGenerator[T, N
     """
     going = Cancellation()
     try:
-        stream = await _in_thread(going, open_stream)
+        stream = await _step(going, open_stream)
     except asyncio.CancelledError:
         going.cancel()
         raise
     step: asyncio.Task[object] | None = None
     try:
         while True:
-            step = asyncio.create_task(_in_thread(going, next, stream, _END))
+            step = asyncio.create_task(_step(going, next, stream, _END))
             piece = await asyncio.shield(step)
             if piece is _END:
                 return
@@ -57,11 +66,19 @@ async def iterate(open_stream: Callable[[], Iterator[T]]) -> AsyncGenerator[T, N
                 going.cancel()
 
 
-async def _in_thread(going: Cancellation, function: Callable[..., Any], *given: Any) -> Any:
-    """`asyncio.to_thread`, in a context that says how it learns that nobody waits for it any more."""
+async def _step(going: Cancellation, function: Callable[..., Any], *given: Any) -> Any:
+    """`in_thread`, in a context that tells the step when nobody waits for it any more."""
     context = contextvars.copy_context()
     context.run(CANCELLATION.set, going)
-    return await asyncio.get_running_loop().run_in_executor(None, context.run, function, *given)
+    return await asyncio.get_running_loop().run_in_executor(None, context.run, _called, function, *given)
+
+
+def _called(function: Callable[..., T], *given: Any, **named: Any) -> T:
+    """What a function returns, or its error as one that a future can hold."""
+    try:
+        return function(*given, **named)
+    except StopIteration as error:
+        raise RuntimeError(f"{getattr(function, '__qualname__', function)} raised StopIteration") from error
 
 
 def _close(step: asyncio.Task[object], stream: Generator[T, None, None]) -> None:

@@ -20,6 +20,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from kvcag.chat_template import Prompt
+from waits import joined
 from kvcag.engines.base import Engine
 from kvcag.engines.constrain import Choices, Grammar, JsonSchema, Regex
 from kvcag.engines.sampling import Sampling
@@ -97,7 +98,7 @@ class WireServer:
         self.started_at = time.time()
         self.http = _Server(("127.0.0.1", self.port), _handler(self))
         self.port = self.http.server_address[1]
-        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.02,), name="wire-server")
+        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.02,), name="wire-server", daemon=True)
         self.thread.start()
 
     def stop(self) -> None:
@@ -105,7 +106,7 @@ class WireServer:
         self.http.shutdown()
         self.http.cut()
         self.http.server_close()
-        self.thread.join()
+        joined([self.thread, *self.http.threads])
 
     def prompts(self) -> list[list[int]]:
         """The prompts that were sent, in order."""
@@ -127,16 +128,19 @@ class WireServer:
 
 
 class _Server(ThreadingHTTPServer):
-    daemon_threads = False  # so that closing waits for every thread
     allow_reuse_address = True
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
         super().__init__(address, handler)
         self.open: set[socket.socket] = set()
+        self.threads: list[threading.Thread] = []
 
     def process_request(self, request: Any, client_address: Any) -> None:
+        """As the base class, whose `server_close` waits for its threads without a limit."""
         self.open.add(request)
-        super().process_request(request, client_address)
+        thread = threading.Thread(target=self.process_request_thread, args=(request, client_address), daemon=True)
+        self.threads.append(thread)
+        thread.start()
 
     def shutdown_request(self, request: Any) -> None:
         self.open.discard(request)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kvcag.core import TextualMemoryItem
+from kvcag.aio import in_thread
 from kvcag.cube.caches import Caches
 from kvcag.cube.texts import SearchableTexts, TextSide, distinct, read_all, said
 from kvcag.errors import InvalidInputError, UnknownItemError
@@ -143,23 +143,23 @@ class CubeTexts:
 
     async def aadd(self, documents: object) -> list[str]:
         """`add`, in a thread."""
-        return await asyncio.to_thread(self.add, documents)
+        return await in_thread(self.add, documents)
 
     async def aedit(self, id: str, text: str, metadata: Mapping[str, Any] | None = None) -> None:
         """`edit`, in a thread."""
-        await asyncio.to_thread(self.edit, id, text, metadata)
+        await in_thread(self.edit, id, text, metadata)
 
     async def adelete(self, ids: str | Sequence[str]) -> None:
         """`delete`, in a thread."""
-        await asyncio.to_thread(self.delete, ids)
+        await in_thread(self.delete, ids)
 
     async def apurge(self, text: str) -> None:
         """`purge`, in a thread."""
-        await asyncio.to_thread(self.purge, text)
+        await in_thread(self.purge, text)
 
     async def asearch(self, question: str, k: int | None = None) -> list[TextualMemoryItem]:
         """`search`, in a thread."""
-        return await asyncio.to_thread(self.search, question, k)
+        return await in_thread(self.search, question, k)
 
     def _look(self) -> None:
         """Follow a place whose texts others may change, too."""

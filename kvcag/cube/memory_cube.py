@@ -6,7 +6,6 @@ texts: what was edited or deleted has no cache left, and what has no cache yet i
 
 from __future__ import annotations
 
-import asyncio
 import warnings
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import aclosing, closing
@@ -19,6 +18,7 @@ from kvcag.chat_template import Message, Prompt, as_messages
 from kvcag.contexts import MAX_KL, Strategy
 from kvcag.core import Chunk, TextualMemoryItem, Usage
 from kvcag.cube.answer import AnswerReport, CubeAnswer
+from kvcag.aio import in_thread, iterate
 from kvcag.cube.dump import CubeSettings, read_dump, read_settings, write_dump
 from kvcag.cube.lifecycle import CubeTexts
 from kvcag.cube.retrieved import FoundTexts
@@ -116,7 +116,7 @@ class MemoryCube(CubeTexts):
             together = [] if isinstance(self.texts, SearchableTexts) else [texts]
         else:
             together = [[text] for text in texts]
-        return sum(map(self._encode, together))
+        return sum(self._encode(each) for each in together)  # not map: a StopIteration would look like the end
 
     def ask(
         self,
@@ -216,7 +216,7 @@ class MemoryCube(CubeTexts):
 
     async def aask(self, question: str | Sequence[Message], k: int | None = None, **answering: Any) -> CubeAnswer:
         """`ask`, in worker threads; cancelling stops the model."""
-        sources, held, chunks = await asyncio.to_thread(self._open, question, k, **answering)
+        sources, held, chunks = await in_thread(self._open, question, k, **answering)
         async with aclosing(iterate(lambda: chunks)) as pieces:
             return self._answer(sources, held, [piece async for piece in pieces])
 
@@ -230,15 +230,15 @@ class MemoryCube(CubeTexts):
 
     async def aencode(self) -> int:
         """`encode`, in a thread."""
-        return await asyncio.to_thread(self.encode)
+        return await in_thread(self.encode)
 
     async def adump(self, dir: str | PathLike[str]) -> None:
         """`dump`, in a thread."""
-        await asyncio.to_thread(self.dump, dir)
+        await in_thread(self.dump, dir)
 
     async def aload(self, dir: str | PathLike[str]) -> None:
         """`load`, in a thread."""
-        await asyncio.to_thread(self.load, dir)
+        await in_thread(self.load, dir)
 
     # --- inside --------------------------------------------------------------------------------------------------
 

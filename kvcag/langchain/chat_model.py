@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import aclosing, closing
 from typing import Any, Literal
@@ -19,6 +18,7 @@ from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from kvcag.aio import in_thread, iterate
 from kvcag.errors import InvalidInputError
 from kvcag.langchain.ahead import encode_ahead
 from kvcag.langchain.documents_chain import DOCUMENT_SEPARATOR, DocumentsPrompt
@@ -103,7 +103,7 @@ class ChatKVCAG(LocalChatModel):
 
     async def acreate_context(self, documents: Iterable[Document | str], instruction: str = "") -> str:
         """`create_context`, in a worker thread."""
-        return await asyncio.to_thread(self.create_context, documents, instruction)
+        return await in_thread(self.create_context, documents, instruction)
 
     def _encoding_ahead(
         self, documents: Iterable[Document], prompt: BasePromptTemplate[Any] | None, settings: dict[str, Any]

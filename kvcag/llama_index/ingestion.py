@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import uuid
 from collections.abc import Iterable, Sequence
@@ -13,6 +12,7 @@ from llama_index.core.schema import BaseNode, MetadataMode, TransformComponent
 from llama_index.core.storage.docstore.types import BaseDocumentStore
 from pydantic import Field, PrivateAttr
 
+from kvcag.aio import in_thread
 from kvcag.errors import InvalidInputError
 from kvcag.llama_index.messages import to_messages
 from kvcag.llama_index.synthesizer import CAGSynthesizer
@@ -90,7 +90,7 @@ class KVCacheTransform(TransformComponent):
 
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """`__call__`, in a worker thread."""
-        return await asyncio.to_thread(self, nodes, **kwargs)
+        return await in_thread(self, nodes, **kwargs)
 
     def prune(self, live: Iterable[str]) -> list[str]:
         """Forget every document whose id is not among these; returns the ids of the items that left the store."""

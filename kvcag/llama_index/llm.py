@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from os import PathLike
@@ -28,6 +27,7 @@ from pydantic import Field, PrivateAttr
 
 from kvcag.chat_template import Message, Prompt, as_messages
 from kvcag.contexts import MAX_KL, Strategy
+from kvcag.aio import in_thread
 from kvcag.cube.memory_cube import MemoryCube, activation
 from kvcag.engines.base import Engine
 from kvcag.engines.loading import LazyEngine
@@ -192,7 +192,7 @@ class KVCacheLLM(FunctionCallingLLM):
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """`stream_chat`, in worker threads."""
         opener, answer = self._call(to_messages(messages), kwargs)
-        chunks = await asyncio.to_thread(opener)
+        chunks = await in_thread(opener)
         return aeach(lambda: chunks, answer.chat)
 
     @llm_completion_callback()
@@ -223,7 +223,7 @@ class KVCacheLLM(FunctionCallingLLM):
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         """`stream_complete`, in worker threads."""
         opener, answer = self._call(self._asked(prompt, formatted), kwargs)
-        chunks = await asyncio.to_thread(opener)
+        chunks = await in_thread(opener)
         return aeach(lambda: chunks, answer.completion)
 
     # --- tools -------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import warnings
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import aclosing, closing
@@ -23,6 +22,7 @@ from llama_index.core.types import RESPONSE_TEXT_TYPE
 from llama_index_instrumentation import get_dispatcher
 from pydantic import BaseModel
 
+from kvcag.aio import in_thread
 from kvcag.errors import InvalidInputError
 from kvcag.llama_index.documents import CONTEXT, place
 from kvcag.llama_index.llm import KVCacheLLM
@@ -124,7 +124,7 @@ class CAGSynthesizer(BaseSynthesizer):
     ) -> RESPONSE_TEXT_TYPE:
         """`get_response`, leaving the event loop free."""
         dispatcher.event(GetResponseStartEvent(query_str=query_str, text_chunks=list(text_chunks)))
-        rounds = await asyncio.to_thread(self._rounds, query_str, text_chunks, response_kwargs)
+        rounds = await in_thread(self._rounds, query_str, text_chunks, response_kwargs)
         if not rounds:
             return self._empty_response_agenerator() if self._streams else self._empty_response
         answer: str | None = None

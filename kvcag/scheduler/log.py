@@ -25,9 +25,9 @@ class LogEntry:
         at: when, seconds since the epoch.
         action: `promoted` (encoded ahead), `kept` (encoded for a question, and kept), `passed` (encoded for a question,
             and not kept), `found` (it was in the store), `demoted` (back to text), `dropped` (its text changed, or its
-            owner deleted it), `gone` (the store let it go by itself), `failed`.
-        key: the cache's id.
-        digest: the text's.
+            owner deleted it), `gone` (the store let it go by itself), `failed` (a text, or a whole pass).
+        key: the cache's id; empty for a whole pass.
+        digest: the text's; empty for a whole pass.
         tokens, bytes: its size.
         worth: what it was worth a byte, in the policy's measure.
         seconds: how long encoding took, waiting for answers included; 0 where nothing was encoded.

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, cast
@@ -22,6 +22,7 @@ from kvcag.documents import text_and_metadata
 from kvcag.engines.hf import HFEngine
 from kvcag.engines.model_lock import Interrupted
 from kvcag.errors import InvalidInputError, UnsupportedModelError
+from kvcag.errors import InvalidInputError, SchedulerStateError, UnsupportedModelError
 from kvcag.memory import KVCacheMemory
 from kvcag.scheduler.counters import Counters
 from kvcag.scheduler.log import LogEntry
@@ -250,7 +251,7 @@ class CacheScheduler:
         self._wake.set()
         atexit.unregister(self.close)
         if self._thread.is_alive() and self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join()  # it looks at `_stop` between two layers, and wherever it waits
         with self._passing:
             if self._asked not in self.memory.watchers:
                 return
@@ -301,6 +302,9 @@ class CacheScheduler:
     def _report(self, error: Exception) -> None:
         _logger.error("a pass of the scheduler failed, and is tried again: %s", error, exc_info=error)
         self._tally.count("failed", 0, 0.0)
+        reason = f"a pass failed, and is tried again: {type(error).__name__}: {error}"
+        with suppress(SchedulerStateError):  # the log may be what failed
+            self._state.log([LogEntry(time.time(), "failed", "", "", 0, 0, 0.0, 0.0, reason)])
 
     @contextmanager
     def _pass(self) -> Iterator[None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing_extensions import Self
 
 from kvcag.core import KVCacheItem
 from kvcag.stores.format import Manifest
+from kvcag.aio import in_thread
 
 SOURCE_FIELDS = ("source", "source_text", "file_path", "doc_id", "ref_doc_id")
 """Metadata fields that say what an item was made from: ours, LangChain's and LlamaIndex's."""
@@ -119,38 +119,38 @@ class KVStore(ABC):
 
     async def aget(self, key: str) -> KVCacheItem | None:
         """`get`, in a thread."""
-        return await asyncio.to_thread(self.get, key)
+        return await in_thread(self.get, key)
 
     async def aput(self, item: KVCacheItem) -> None:
         """`put`, in a thread."""
-        await asyncio.to_thread(self.put, item)
+        await in_thread(self.put, item)
 
     async def adelete(self, keys: Iterable[str]) -> None:
         """`delete`, in a thread."""
-        await asyncio.to_thread(self.delete, keys)
+        await in_thread(self.delete, keys)
 
     async def acontains(self, key: str) -> bool:
         """`contains`, in a thread."""
-        return await asyncio.to_thread(self.contains, key)
+        return await in_thread(self.contains, key)
 
     async def akeys(self) -> AsyncIterator[str]:
         """`keys`, some hundred at a time, in a thread."""
         keys = self.keys()
-        while some := await asyncio.to_thread(lambda: list(islice(keys, 256))):
+        while some := await in_thread(lambda: list(islice(keys, 256))):
             for key in some:
                 yield key
 
     async def amanifest(self, key: str) -> Manifest | None:
         """`manifest`, in a thread."""
-        return await asyncio.to_thread(self.manifest, key)
+        return await in_thread(self.manifest, key)
 
     async def astats(self) -> StoreStats:
         """`stats`, in a thread."""
-        return await asyncio.to_thread(self.stats)
+        return await in_thread(self.stats)
 
     async def apurge(self, source: str) -> list[str]:
         """`purge`, in a thread."""
-        return await asyncio.to_thread(self.purge, source)
+        return await in_thread(self.purge, source)
 
 
 def made_from(manifest: Manifest, source: str) -> bool:

@@ -6,7 +6,7 @@ import operator
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 
 from kvcag.cache.layers import cache_of, contiguous_copy, layers_of
 from kvcag.core import KVCacheItem
@@ -56,7 +56,7 @@ class TieredStore(KVStore):
         """
         with self._lock:
             coming = self._coming.get(key)
-        item = coming.result() if coming is not None else self._find(key)
+        item = self._find(key) if coming is None else self._result(coming, key)
         with self._lock:
             self._hits += item is not None
             self._misses += item is None
@@ -159,6 +159,12 @@ class TieredStore(KVStore):
             future = self._coming[key] = self._pool.submit(self._find, key)
         future.add_done_callback(lambda _: self._arrived(key))
         return future
+
+    def _result(self, coming: Future[KVCacheItem | None], key: str) -> KVCacheItem | None:
+        try:
+            return coming.result()
+        except CancelledError:  # by whoever asked for the prefetch, or by `close`
+            return self._find(key)
 
     def _find(self, key: str) -> KVCacheItem | None:
         with self._changing(key):

@@ -117,6 +117,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         capture_output=True,
         text=True,
         check=False,
+        timeout=300,
     )
     assert built.returncode == 0, built.stderr
     return out

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import DynamicCache
+from waits import run_together
 
 from kvcag import HFEngine, KVCacheMemory, Sampling
 from kvcag.cache.layers import LayerKV, cache_argument, cut, layers_of
@@ -153,10 +154,7 @@ def test_ten_generations_and_four_threads_leave_an_item_as_it_was(smollm2_engine
     for seed in range(6):
         ask(seed)
     threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(6, 10)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_together(threads, seconds=300)
     stored = memory.get(item.id)
     assert stored is not None
     after = [tensor for kv in layers_of(stored.memory) for tensor in kv]

@@ -14,6 +14,7 @@ from llama_index.core.schema import TextNode
 from llama_index.core.tools import FunctionTool
 from llama_index.retrievers.bm25 import BM25Retriever
 from pydantic import BaseModel, Field
+from waits import awaited
 
 from kvcag import HFEngine
 from kvcag.llama_index import CAGQueryEngine, CAGSynthesizer, KVCacheLLM
@@ -59,7 +60,7 @@ async def test_facts_are_found_in_merged_documents_and_the_event_loop_ticks(smol
     llm = KVCacheLLM(engine=smollm2_engine, max_new_tokens=24)
     retriever = BM25Retriever.from_defaults(nodes=nodes(), similarity_top_k=2)
     engine = CAGQueryEngine.from_retriever(retriever, llm)
-    asked = asyncio.create_task(engine.aquery("How tall is the Eiffel tower?"))
+    asked = asyncio.create_task(awaited(engine.aquery("How tall is the Eiffel tower?"), 120))
     ticks = 0
     while not asked.done():
         await asyncio.sleep(0.001)

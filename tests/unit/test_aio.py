@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from waits import awaited
 
 from kvcag import aio
 
@@ -64,6 +65,22 @@ async def test_an_error_while_opening_reaches_the_consumer() -> None:
         await anext(aio.iterate(fail))
 
 
+def ended() -> Iterator[int]:
+    raise StopIteration("no more")
+
+
+async def test_a_stop_iteration_reaches_the_caller_as_another_error() -> None:
+    """Before Python 3.12 a future cannot hold it, and whoever awaits the future waits for ever."""
+    with pytest.raises(RuntimeError, match="ended raised StopIteration"):
+        await awaited(aio.in_thread(ended), 5)
+    with pytest.raises(RuntimeError, match="ended raised StopIteration"):
+        await awaited(anext(aio.iterate(ended)), 5)
+
+
+async def test_a_call_in_a_thread_gets_its_arguments_and_gives_its_result() -> None:
+    assert await aio.in_thread(sorted, [2, 1, 3], reverse=True) == [3, 2, 1]
+
+
 async def test_closing_stops_the_stream() -> None:
     source = Source(1000)
     stream = aio.iterate(source.open)
@@ -84,7 +101,7 @@ async def test_cancelling_stops_the_stream_after_the_running_step() -> None:
     await asyncio.sleep(0.25)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await task
+        await awaited(task)
     await asyncio.wait_for(asyncio.to_thread(source.closed.wait), 1)
     given = source.given
     await asyncio.sleep(0.2)

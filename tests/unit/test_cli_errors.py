@@ -102,7 +102,7 @@ def test_bench_runs_a_checkouts_report_with_what_it_was_given(kvcag: Kvcag) -> N
     done = kvcag.process(
         "bench", "--report", "--tokens", "64", "--tokens", "128", "--repeat", "2", stdout=subprocess.PIPE
     )
-    out, _ = done.communicate()
+    out, _ = done.communicate(timeout=60)
     model = kvcag.environment["KVCAG_MODEL"]
     assert ast.literal_eval(out.decode()) == ["--model", model, "--repeat", "2", "--context", "64", "128"]
     assert done.returncode == 5

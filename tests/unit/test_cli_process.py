@@ -58,7 +58,7 @@ class Terminal:
     def close(self) -> None:
         if self.process.poll() is None:
             self.process.kill()
-        self.process.wait()
+        self.process.wait(PATIENCE)
         os.close(self._fd)
 
     def _read(self) -> str:
@@ -167,6 +167,10 @@ assert not loaded, loaded
 """
     names = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]
     done = subprocess.run(
-        [sys.executable, "-c", script.replace("{names}", repr(names))], capture_output=True, text=True, check=False
+        [sys.executable, "-c", script.replace("{names}", repr(names))],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr

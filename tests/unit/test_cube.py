@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny import byte_tokenizer, tiny_model
+from waits import run_together
 
 from kvcag import CacheScheduler, Document, HFEngine, MemoryCube
 from kvcag.cache.layers import layers_of
@@ -380,13 +380,6 @@ def test_what_is_kept_is_this_users_alone(tiny_engine: HFEngine, tmp_path: Path)
     assert {oct(path.stat().st_mode & 0o777) for path in paths if path.is_dir()} == {"0o700"}
 
 
-def running(work: Any, times: int) -> Iterator[threading.Thread]:
-    for number in range(times):
-        thread = threading.Thread(target=work, args=(number,))
-        thread.start()
-        yield thread
-
-
 def test_questions_and_edits_at_once_leave_no_cache_of_what_is_gone(tiny_engine: HFEngine) -> None:
     cube = MemoryCube(tiny_engine, instruction=HEAD)
     cube.add([ALICE, BOB, CAROL])
@@ -404,8 +397,7 @@ def test_questions_and_edits_at_once_leave_no_cache_of_what_is_gone(tiny_engine:
         except BaseException as error:
             failures.append(error)
 
-    for thread in list(running(work, 4)):
-        thread.join()
+    run_together(threading.Thread(target=work, args=(number,)) for number in range(4))
     assert not failures
     cube.encode()
     live = {text.memory for text in cube.get_all()}

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import byte_tokenizer, tiny_model
+from waits import joined
 
 from kvcag import CacheWarning, HFEngine, MemoryCube
 from kvcag.core import TextualMemoryItem
@@ -316,7 +317,7 @@ def test_a_dump_may_be_read_while_it_is_replaced(cube: MemoryCube, dumped: Path)
         while not stop.is_set():
             cube.dump(dumped)
 
-    thread = threading.Thread(target=replace)
+    thread = threading.Thread(target=replace, daemon=True)
     thread.start()
     try:
         for _ in range(25):
@@ -324,4 +325,4 @@ def test_a_dump_may_be_read_while_it_is_replaced(cube: MemoryCube, dumped: Path)
             assert (len(read.texts), len(read.items)) == (2, 3)
     finally:
         stop.set()
-        thread.join()
+        joined([thread])

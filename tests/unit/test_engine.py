@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny import CHATML, byte_tokenizer, tiny_model
 from transformers import Cache, DynamicCache
+from waits import run_together
 
 from kvcag import CacheWarning, ContextCache, HFEngine, Sampling
 from kvcag.cache.layers import cache_argument, layers_of, nbytes
@@ -125,10 +126,7 @@ def test_four_threads_answer_as_one_does(tiny_engine: HFEngine) -> None:
             together[i] = answer_ids(tiny_engine, asked[i], cache, max_new_tokens=12)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_together(threads)
     assert [together[i] for i in range(len(asked))] == alone
     assert all(torch.equal(a, b) for a, b in zip(before, bits(cache), strict=True))
 

@@ -16,6 +16,7 @@ from langchain_core.language_models import FakeListChatModel
 from langchain_core.load import dumps
 from langchain_core.messages import HumanMessage, SystemMessage
 from tiny import byte_tokenizer, tiny_model
+from waits import awaited, set_by
 
 from kvcag import HFEngine
 from kvcag.langchain import ChatKVCAG
@@ -168,10 +169,10 @@ async def test_cancelling_a_stream_stops_the_model_and_reports_once(llm: ChatKVC
             started.set()
 
     task = asyncio.create_task(consume())
-    await started.wait()
+    await set_by(task, started)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await task
+        await awaited(task)
     at_cancel = steps()
     await asyncio.sleep(0.5)
     assert steps() <= at_cancel + 1  # the step that was running
@@ -185,7 +186,7 @@ async def test_gradients_are_off_in_the_model_and_on_around_it(llm: ChatKVCAG) -
     async def consume() -> list[bool]:
         return [torch.is_grad_enabled() async for _ in llm.astream("hello")]
 
-    around = await asyncio.gather(*(consume() for _ in range(4)))
+    around = await awaited(asyncio.gather(*(consume() for _ in range(4))))
     assert modes
     assert not any(modes)
     assert all(all(seen) for seen in around)
@@ -204,9 +205,9 @@ async def test_the_event_loop_keeps_ticking_during_prefill() -> None:
             ticks += 1
 
     ticking = asyncio.create_task(tick())
-    await llm.ainvoke("a long question. " * 100)
+    await awaited(llm.ainvoke("a long question. " * 100))
     done = True
-    await ticking
+    await awaited(ticking)
     assert ticks >= 3
 
 

@@ -16,6 +16,7 @@ from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.prompts import PromptTemplate
 from tiny import CHATML, byte_tokenizer, tiny_model
 from tokenizers.processors import TemplateProcessing
+from waits import auntil, awaited
 
 from kvcag import HFEngine
 from kvcag.core import Chunk
@@ -208,7 +209,7 @@ async def test_the_event_loop_ticks_while_the_engine_works(way: Way) -> None:
     for _ in range(5):
         await asyncio.sleep(0.001)
     ticked.set()
-    assert await task == "free"
+    assert await awaited(task) == "free"
 
 
 class Watched(EchoEngine):
@@ -262,11 +263,10 @@ async def test_closing_an_asynchronous_stream_stops_the_engine(method: str) -> N
 async def test_cancelling_achat_stops_the_engine() -> None:
     engine = Watched()
     task = asyncio.create_task(KVCacheLLM(engine=engine).achat(user("x" * 50_000)))
-    while engine.given < 2:
-        await asyncio.sleep(0.001)
+    await auntil(lambda: engine.given >= 2)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await task
+        await awaited(task)
     assert await asyncio.to_thread(engine.closed.wait, 5)
     assert engine.given < 50_000
 

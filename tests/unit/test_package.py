@@ -134,7 +134,11 @@ assert not any(name.split(".")[0] in {absent} for name in sys.modules)
 """
     absent = {"langchain", "langchain_core", "langgraph", "llama_index", "llguidance", "typer", "outlines"}
     done = subprocess.run(
-        [sys.executable, "-c", script.replace("{absent}", repr(absent))], capture_output=True, text=True, check=False
+        [sys.executable, "-c", script.replace("{absent}", repr(absent))],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
 

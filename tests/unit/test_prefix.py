@@ -5,6 +5,7 @@ import threading
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waits import run_together
 
 from kvcag.cache.layers import LayerKV, concat, nbytes
 from kvcag.cache.prefix_cache import PrefixCache
@@ -119,8 +120,5 @@ def test_threads_never_see_half_a_split() -> None:
                 wrong.append(context)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_together(threads)
     assert wrong == []

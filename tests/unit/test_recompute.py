@@ -12,6 +12,7 @@ from kvcag.cache.recompute import recompute
 from kvcag.cache.select import Layout
 from tests.merging import encode, equal, error, ids, parts_of, tokens_of
 from tests.tiny import tiny_model
+from tests.waits import run_together
 
 DOCUMENTS = [ids(length, seed=length) for length in (20, 30, 25)]
 
@@ -119,8 +120,7 @@ def test_another_thread_may_run_the_model_meanwhile(model):
     right, found = plain(), []
     with attend.by_position(model, torch.arange(40)):
         other = threading.Thread(target=lambda: found.append(plain()))
-        other.start()
-        other.join()
+        run_together([other])
     assert torch.equal(found[0], right)
 
 

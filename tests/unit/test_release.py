@@ -74,7 +74,8 @@ def test_a_known_flaw_that_is_installed_is_found(tmp_path: Path) -> None:
     copied.write_text(read(".ci/audit.py"), encoding="utf-8")
     (tmp_path / "constraints.txt").write_text("pytest==0.1\n", encoding="utf-8")
     (copied.parent / "advisories.txt").write_text("pytest>=1  # CVE-0: none\nabsent-package<9\n", encoding="utf-8")
-    done = subprocess.run([sys.executable, copied, "--no-hashes"], capture_output=True, text=True, check=False)
+    command = [sys.executable, copied, "--no-hashes"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 1, done.stderr
     assert re.search(r"^advisories: pytest .+ is installed, and >=1 is refused$", done.stdout, flags=re.MULTILINE)
     assert re.search(r"^constraints: pytest .+ constraints.txt says ==0.1$", done.stdout, flags=re.MULTILINE)

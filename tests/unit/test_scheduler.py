@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kvcag.handles import ContextHandles
 from tiny import byte_tokenizer, tiny_model
+from waits import run_together, until
 
 from kvcag import HFEngine, KVCacheMemory
 from kvcag.cache.layers import layers_of, nbytes
@@ -201,13 +202,6 @@ def test_it_waits_for_the_answer_that_is_running(memory: KVCacheMemory) -> None:
             time.sleep(0.02)
         assert scheduler.metrics().promoted_total == 0
         until(lambda: scheduler.metrics().promoted_total == 4)
-
-
-def until(reached: object, seconds: float = 10.0) -> None:
-    end = time.monotonic() + seconds
-    while not reached():  # type: ignore[operator]
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.005)
 
 
 # --- demotion ---------------------------------------------------------------------------------------------------
@@ -473,10 +467,7 @@ def test_many_threads_ask_observe_and_demote_at_once(memory: KVCacheMemory) -> N
 
     with scheduler_of(memory, 150, every_s=0.01, quiet_s=0.001) as scheduler:
         threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        run_together(threads)
         assert failed == []
         assert held_bytes(memory) == scheduler.metrics().cached_bytes <= 150 * PER_TOKEN
         assert scheduler.metrics().failures_total == 0

@@ -221,7 +221,7 @@ def test_the_pages_calculator_reckons_as_we_do() -> None:
             return [sizes, breakEven(tokens, sizes[0], ...speeds)];
         }});
         console.log(JSON.stringify([MODELS, made]));"""
-    done = subprocess.run(["node", "-e", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(["node", "-e", script], capture_output=True, text=True, check=True, timeout=60)
     models, made = json.loads(done.stdout)
     assert len(models) >= 4
     for (layers, heads, dim, dtype, tokens, prefill, load, latency), (sizes, even) in zip(cases, made, strict=True):

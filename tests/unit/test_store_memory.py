@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from stored import assert_same, random_item
+from waits import run_together
 
 from kvcag.cache.layers import layers_of, nbytes
 from kvcag.errors import InvalidInputError, StoreFullError
@@ -178,10 +179,7 @@ def test_many_threads_keep_the_bytes_right() -> None:
             failed.append(error)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(30)
+    run_together(threads)
     assert not failed
     assert store.stats().bytes == SIZE * len(list(store.keys())) <= 5 * SIZE
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from stored import assert_same, random_item
+from waits import joined, until
 
 from kvcag.cache.layers import layers_of, nbytes
 from kvcag.core import KVCacheItem
@@ -70,10 +71,38 @@ def test_a_get_waits_for_the_prefetch_of_the_same_item_and_loads_it_once() -> No
     slow.put(random_item("a"))
     with TieredStore([MemoryStore(), slow]) as store:
         store.prefetch(["a"])
-        slow.asked.wait(30)
+        assert slow.asked.wait(30)
         threading.Timer(0.05, slow.go.set).start()
         assert_same(store.get("a"), random_item("a"))
         assert slow.loads == 1
+
+
+def test_a_get_is_told_of_the_error_of_the_prefetch_that_it_waits_for() -> None:
+    slow = SlowStore(error=RuntimeError("the device is lost"))
+    slow.put(random_item("a"))
+    with TieredStore([MemoryStore(), slow]) as store:
+        store.prefetch(["a"])
+        assert slow.asked.wait(30)
+        threading.Timer(0.05, slow.go.set).start()
+        with pytest.raises(RuntimeError, match="the device is lost"):
+            store.get("a")
+
+
+def test_a_get_reads_the_item_itself_where_the_prefetch_was_cancelled() -> None:
+    slow = SlowStore()
+    for id in "ab":
+        slow.put(random_item(id))
+    with TieredStore([MemoryStore(), slow], prefetch_threads=1) as store:
+        _, waiting = store.prefetch(["a", "b"])
+        assert slow.asked.wait(30)
+        found: list[KVCacheItem | None] = []
+        getting = threading.Thread(target=lambda: found.append(store.get("b")), daemon=True)
+        getting.start()
+        until(lambda: waiting._condition._waiters)  # type: ignore[attr-defined]
+        assert waiting.cancel()
+        slow.go.set()
+        joined([getting])
+        assert_same(found[0], random_item("b"))
 
 
 def test_an_item_that_is_deleted_while_it_is_fetched_does_not_come_back() -> None:
@@ -81,7 +110,7 @@ def test_an_item_that_is_deleted_while_it_is_fetched_does_not_come_back() -> Non
     slow.put(random_item("a"))
     with TieredStore([MemoryStore(), slow]) as store:
         (future,) = store.prefetch(["a"])
-        slow.asked.wait(30)
+        assert slow.asked.wait(30)
         threading.Timer(0.05, slow.go.set).start()
         store.delete(["a"])
         future.result(30)
@@ -170,10 +199,11 @@ def test_the_speed_of_a_store_is_measured_and_leaves_nothing_behind(tmp_path: Pa
 
 
 class SlowStore(MemoryStore):
-    """A place that gives an item when it is told to."""
+    """A place that gives an item, or an error, when it is told to."""
 
-    def __init__(self) -> None:
+    def __init__(self, error: Exception | None = None) -> None:
         super().__init__()
+        self.error = error
         self.asked, self.go, self.loads = threading.Event(), threading.Event(), 0
 
     def get(self, key: str) -> KVCacheItem | None:
@@ -181,6 +211,8 @@ class SlowStore(MemoryStore):
         self.loads += 1
         self.asked.set()
         assert self.go.wait(30)
+        if self.error is not None:
+            raise self.error
         return item
 
 

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from tiny import byte_tokenizer, tiny_model
+from waits import run_together, until
 
 from kvcag import HFEngine
 from kvcag.cache.layers import LayerKV
@@ -74,14 +75,13 @@ def test_an_answer_gets_the_model_while_something_is_encoded_ahead(tiny_engine: 
         encoding = pool.submit(
             encode_in_background, tiny_engine, (), tuple(range(250)) * 8, stop=stop, piece_tokens=2, quiet_s=0.3
         )
-        while not tiny_engine.lock._idle_owner:
-            time.sleep(0.001)
+        until(lambda: tiny_engine.lock._idle_owner)
         assert tiny_engine.generate("What?", max_new_tokens=20) == expected
         assert not encoding.done()
         assert tiny_engine.lock._idle_owner is None  # it waits until it has been quiet for a while
         stop.set()
         with pytest.raises(Interrupted):
-            encoding.result()
+            encoding.result(30)
 
 
 def test_spare_work_waits_for_a_silence() -> None:
@@ -109,5 +109,4 @@ def test_a_turn_may_be_taken_again_within_it_and_by_others_after_an_error() -> N
     turns = ModelLock()
     with pytest.raises(ValueError, match="in the middle"), turns.acquire(), turns.acquire():
         raise ValueError("in the middle")
-    with ThreadPoolExecutor(1) as pool:
-        pool.submit(lambda: turns.acquire().__enter__()).result(timeout=1)
+    run_together([threading.Thread(target=lambda: turns.acquire().__enter__())], seconds=1)

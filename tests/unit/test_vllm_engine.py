@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny import CHATML, byte_tokenizer, tiny_model
+from waits import run_together
 from wire_server import WireServer
 
 from kvcag import HFEngine
@@ -355,10 +356,7 @@ def test_many_threads_share_an_engine(server: WireServer, engine: VLLMEngine) ->
     threads = [
         threading.Thread(target=lambda: answers.append(engine.generate(CHAT, max_new_tokens=6))) for _ in range(8)
     ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_together(threads)
     assert answers == [alone] * 8
 
 

@@ -10,11 +10,15 @@ from collections.abc import Iterator
 
 import pytest
 from tiny import byte_tokenizer
+from waits import auntil, awaited, joined
 from wire_server import WireServer
 
 from kvcag import HFEngine
 from kvcag.chat_template import Prompt
 from kvcag.engines.vllm.engine import VLLMEngine
+from kvcag.aio import iterate
+from kvcag.engines import vllm_warm
+from kvcag.engines.echo import EchoEngine
 from kvcag.errors import (
     ContextLengthError,
     EngineError,
@@ -115,7 +119,7 @@ def test_a_server_that_is_starting_is_waited_for(server: WireServer, engine: VLL
     starting = threading.Timer(0.3, server.start)
     starting.start()
     engine.check_server(timeout=10)
-    starting.join()
+    joined([starting])
     assert engine.generate("Count.", max_new_tokens=20) == "one two three"
 
 
@@ -152,13 +156,12 @@ async def test_cancelling_before_the_first_word_closes_the_request_at_once(
             pass
 
     task = asyncio.create_task(consume())
-    while not server.prompts():
-        await asyncio.sleep(0.01)
+    await auntil(server.prompts)
     await asyncio.sleep(0.1)
     began = time.monotonic()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await task
+        await awaited(task)
     assert await asyncio.to_thread(wait_until, server.aborted.is_set)
     assert time.monotonic() - began < 5
     assert engine.wire.interruptions == 0  # it was not the server that went away
@@ -173,9 +176,9 @@ async def test_cancelling_while_a_request_waits_to_be_made_again_ends_the_wait(s
         began = time.monotonic()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await task
-        await stream.aclose()
-        await asyncio.get_running_loop().shutdown_default_executor()  # waits for the thread that waits
+            await awaited(task)
+        await awaited(stream.aclose())
+        await awaited(asyncio.get_running_loop().shutdown_default_executor())  # waits for the thread that waits
         assert time.monotonic() - began < 5
 
 
@@ -310,6 +313,30 @@ def test_a_server_restarted_with_another_tokenizer_is_found_out(tiny_engine: HFE
         assert wait_until(lambda: not engine.server._same_tokens)
         with pytest.raises(InvalidInputError, match="ids of the"):
             engine.generate("Count.")
+
+
+def test_closing_does_not_wait_for_ever_for_a_server_that_says_nothing(
+    server: WireServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client of the caller's own may have no time limit."""
+    monkeypatch.setattr(vllm_warm, "_CLOSING_SECONDS", 0.1)
+    engine = VLLMEngine(server.url, **QUICK)
+    asked, go = threading.Event(), threading.Event()
+    preload(engine, "First. ")
+    restart(server, engine)
+
+    def silent() -> None:
+        asked.set()
+        go.wait(30)
+
+    monkeypatch.setattr(engine.wire, "started_at", silent)
+    engine.generate("Count.", max_new_tokens=2)
+    assert asked.wait(30)
+    began = time.monotonic()
+    engine.close()
+    assert time.monotonic() - began < 5
+    go.set()
+    joined(thread for thread in threading.enumerate() if thread.name.startswith("kvcag"))
 
 
 def test_closing_an_engine_ends_sending_again(server: WireServer) -> None:

@@ -17,6 +17,7 @@ from langchain_core.tools import tool
 from llama_index.core.llms import ChatMessage
 from pydantic import BaseModel, Field
 from vllm_process import Vllm
+from waits import awaited
 
 from kvcag import Choices, Document, Grammar, HFEngine, KVCacheMemory, Regex, VLLMEngine
 from kvcag.demo.corpus import python_topics
@@ -207,11 +208,13 @@ async def test_cancelling_ends_the_request_on_the_server(vllm: Vllm, engine: VLL
             pass
 
     task = asyncio.create_task(consume())
+    until = time.monotonic() + 60
     while not await asyncio.to_thread(running, vllm):
+        assert time.monotonic() < until
         await asyncio.sleep(0.05)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await task
+        await awaited(task)
     until = time.monotonic() + 10
     while await asyncio.to_thread(running, vllm):
         assert time.monotonic() < until

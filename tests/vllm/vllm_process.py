@@ -82,5 +82,5 @@ class Vllm:
                 self._process.wait(30)
             except subprocess.TimeoutExpired:
                 os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait()
+                self._process.wait(30)
             self._process = None

@@ -19,6 +19,11 @@ _SHORTFALL = 512
 """Tokens of a context that may be missing from a hit before a restart is suspected: a server caches whole blocks."""
 
 
+_CLOSING_SECONDS = 5.0
+"""How long closing waits for the thread. A connection that is being made, or an answer that has not begun, cannot be
+woken: it ends by the client's own time limit, and a client may have none."""
+
+
 class Preloads:
     """Remembers contexts that were sent ahead, and sends them again after the server was started anew.
 
@@ -87,21 +92,20 @@ class Preloads:
             self._look(interrupted)
 
     def close(self) -> None:
-        """Stop sending, the request under way included, and wait for the thread."""
+        """Stop sending, the request under way included, and wait a few seconds for the thread."""
         self._closing.cancel()
         with self._lock:
             thread = self._thread
         if thread is not None:
-            thread.join()
+            thread.join(_CLOSING_SECONDS)
 
     def _look(self, interrupted: bool) -> None:
         with self._lock:
             if self._closing.cancelled or not self._sent or self._thread is not None:
                 return
-            self._thread = threading.Thread(
-                target=self._again, args=(interrupted,), name="kvcag-warm-again", daemon=True
-            )
-            self._thread.start()
+            thread = threading.Thread(target=self._again, args=(interrupted,), name="kvcag-warm-again", daemon=True)
+            thread.start()  # if it cannot be started, the next answer tries again
+            self._thread = thread
 
     def _again(self, interrupted: bool) -> None:
         CANCELLATION.set(self._closing)  # of this thread alone
