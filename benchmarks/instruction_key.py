@@ -128,14 +128,14 @@ def main() -> None:
 
     torch.set_num_threads(options.threads)
     engine = HFEngine.from_pretrained(embedded_model(), "float32", "cpu")
-    memories = {name: KVCacheMemory(engine, head=head) for name, head in INSTRUCTIONS.items()}
+    memories = {name: KVCacheMemory(engine, instruction=head) for name, head in INSTRUCTIONS.items()}
     result: dict[str, Any] = {
         "model": engine.fingerprint.model_name.rsplit("/", 1)[-1],
         "dtype": engine.fingerprint.dtype,
         "machine": machine(engine.model.device),
         "skipped_questions": options.skip,
         "head_tokens": {
-            name: len(engine.template.around(head, [{"role": "user", "content": "…"}]).head_ids)
+            name: len(engine.template.split_system(head, [{"role": "user", "content": "…"}]).head_ids)
             for name, head in INSTRUCTIONS.items()
         },
         "sizes": [],

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kvcag.core import TextualMemoryItem
-from kvcag.aio import in_thread
 from kvcag.cube.caches import Caches
 from kvcag.cube.texts import SearchableTexts, TextSide, distinct, read_all, said
 from kvcag.errors import InvalidInputError, UnknownItemError
 from kvcag.memory import KVCacheMemory
+from kvcag.streams import in_thread
 
 
 class CubeTexts:

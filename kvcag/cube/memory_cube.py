@@ -18,7 +18,6 @@ from kvcag.chat_template import Message, Prompt, as_messages
 from kvcag.contexts import MAX_KL, Strategy
 from kvcag.core import Chunk, TextualMemoryItem, Usage
 from kvcag.cube.answer import AnswerReport, CubeAnswer
-from kvcag.aio import in_thread, iterate
 from kvcag.cube.dump import CubeSettings, read_dump, read_settings, write_dump
 from kvcag.cube.lifecycle import CubeTexts
 from kvcag.cube.retrieved import FoundTexts
@@ -30,7 +29,7 @@ from kvcag.memory import KVCacheMemory, insert_documents
 from kvcag.stores.base import KVStore
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.memory import MemoryStore
-from kvcag.streams import iterate
+from kvcag.streams import in_thread, iterate
 
 
 class MemoryCube(CubeTexts):

@@ -18,7 +18,6 @@ from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from tqdm import tqdm  # type: ignore[import-untyped]
 
-from kvcag.aio import in_thread, iterate
 from kvcag.errors import InvalidInputError
 from kvcag.langchain.ahead import encode_ahead
 from kvcag.langchain.documents_chain import DOCUMENT_SEPARATOR, DocumentsPrompt
@@ -27,7 +26,7 @@ from kvcag.langchain.messages import to_messages
 from kvcag.langchain.responses import generation_chunks
 from kvcag.langchain.tools import ask, choice_of, parsing, response_format, schema_of
 from kvcag.stores.base import SOURCE_FIELDS
-from kvcag.streams import iterate
+from kvcag.streams import in_thread, iterate
 
 _SAMPLING = ("temperature", "max_tokens", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 _MERGING = ("merge_strategy", "recompute_ratio", "max_kl")

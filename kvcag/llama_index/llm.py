@@ -27,7 +27,6 @@ from pydantic import Field, PrivateAttr
 
 from kvcag.chat_template import Message, Prompt, as_messages
 from kvcag.contexts import MAX_KL, Strategy
-from kvcag.aio import in_thread
 from kvcag.cube.memory_cube import MemoryCube, activation
 from kvcag.engines.base import Engine
 from kvcag.engines.loading import LazyEngine
@@ -37,6 +36,7 @@ from kvcag.llama_index.responses import Answer, Opener, aeach, alast, each, last
 from kvcag.llama_index.tools import choice_of, selections, tool_specs
 from kvcag.memory import KVCacheMemory, open_store
 from kvcag.stores.base import KVStore
+from kvcag.streams import in_thread
 from kvcag.tools import tool_messages, tool_spec
 
 _SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "strip_thinking")

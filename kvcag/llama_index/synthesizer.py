@@ -22,10 +22,10 @@ from llama_index.core.types import RESPONSE_TEXT_TYPE
 from llama_index_instrumentation import get_dispatcher
 from pydantic import BaseModel
 
-from kvcag.aio import in_thread
 from kvcag.errors import InvalidInputError
 from kvcag.llama_index.documents import CONTEXT, place
 from kvcag.llama_index.llm import KVCacheLLM
+from kvcag.streams import in_thread
 
 Order: TypeAlias = Literal["retrieval", "canonical"]
 

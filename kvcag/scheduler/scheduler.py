@@ -21,7 +21,6 @@ from kvcag.core import KVCacheRecords
 from kvcag.documents import text_and_metadata
 from kvcag.engines.hf import HFEngine
 from kvcag.engines.model_lock import Interrupted
-from kvcag.errors import InvalidInputError, UnsupportedModelError
 from kvcag.errors import InvalidInputError, SchedulerStateError, UnsupportedModelError
 from kvcag.memory import KVCacheMemory
 from kvcag.scheduler.counters import Counters

@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from kvcag.core import KVCacheItem
 from kvcag.stores.format import Manifest
-from kvcag.aio import in_thread
+from kvcag.streams import in_thread
 
 SOURCE_FIELDS = ("source", "source_text", "file_path", "doc_id", "ref_doc_id")
 """Metadata fields that say what an item was made from: ours, LangChain's and LlamaIndex's."""

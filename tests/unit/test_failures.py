@@ -22,11 +22,11 @@ from tqdm import tqdm
 from waits import joined, run_together, until
 
 from kvcag import CacheScheduler, Document, HFEngine, KVCacheMemory, MemoryCube
-from kvcag.aio import in_thread, iterate
-from kvcag.items import KVCacheItem
+from kvcag.core import KVCacheItem
 from kvcag.langchain import ChatKVCAG
 from kvcag.llama_index import CAGContextChatEngine, CAGSynthesizer, KVCacheLLM
 from kvcag.stores.memory import MemoryStore
+from kvcag.streams import in_thread, iterate
 
 TEXTS = ["Alice has a red bicycle.", "Bob has a green car."]
 QUESTION = "Who has a car?"
@@ -77,7 +77,7 @@ class Failing:
 
 
 def memory_over(engine: HFEngine) -> KVCacheMemory:
-    return KVCacheMemory(engine, head="Answer from these.")
+    return KVCacheMemory(engine, instruction="Answer from these.")
 
 
 def cube_over(engine: HFEngine) -> MemoryCube:

@@ -15,10 +15,8 @@ from wire_server import WireServer
 
 from kvcag import HFEngine
 from kvcag.chat_template import Prompt
+from kvcag.engines.vllm import warm as vllm_warm
 from kvcag.engines.vllm.engine import VLLMEngine
-from kvcag.aio import iterate
-from kvcag.engines import vllm_warm
-from kvcag.engines.echo import EchoEngine
 from kvcag.errors import (
     ContextLengthError,
     EngineError,
