@@ -28,6 +28,7 @@ from kvcag import HFEngine
 from kvcag.chat_template import Prompt
 from kvcag.demo.model import embedded_model
 from kvcag.engines.constrain import Choices
+from kvcag.engines.session import Session
 from kvcag.errors import ConstraintBudgetError
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -80,7 +81,7 @@ def turns(engine: HFEngine, count: int) -> dict[str, Any]:
     fresh = HFEngine(engine.model, engine.tokenizer, prefix_cache_bytes=0)
     asked = [("Who keeps bees?", None), ("Is that so?", Choices(["yes", "no", "maybe"]))]
     equal, mine, theirs = 0, [], []
-    with engine.session(context) as session:
+    with Session(engine, context) as session:
         for number in range(count):
             question, constraint = asked[number % 2]
             started = time.perf_counter()

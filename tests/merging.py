@@ -40,7 +40,8 @@ def parts_of(model: PreTrainedModel, head: torch.Tensor, documents: Sequence[tor
     """A head, and documents that were each encoded directly after it."""
     encoded = [Part(head, encode(model, head), 0, True)]
     encoded += [
-        Part(document, encode(model, document, head), len(head), exact=i == 0) for i, document in enumerate(documents)
+        Part(document, encode(model, document, head), len(head), is_exact=i == 0)
+        for i, document in enumerate(documents)
     ]
     return encoded
 

@@ -126,7 +126,7 @@ def off(got: torch.Tensor, wanted: torch.Tensor) -> float:
 def test_each_key_of_a_merge_sits_at_its_true_position(smollm2_engine: HFEngine, topics: list[str]) -> None:
     """In every layer: a document that was encoded at 0 and moved equals the document encoded where it now stands."""
     documents = [torch.tensor(smollm2_engine.template.encode(topic)) for topic in topics[:3]]
-    parts = [Part(ids, encoded_at(smollm2_engine, ids, 0), 0, exact=i == 0) for i, ids in enumerate(documents)]
+    parts = [Part(ids, encoded_at(smollm2_engine, ids, 0), 0, is_exact=i == 0) for i, ids in enumerate(documents)]
     with smollm2_engine.exclusive() as model:
         merged = merge(model, parts, torch.tensor([1]), strategy="rotate").layers
     start = 0

@@ -15,6 +15,7 @@ from schemas import Schema, check_holds, schemas
 from kvcag import HFEngine, KVCacheMemory
 from kvcag.chat_template import Prompt
 from kvcag.engines.constrain import Choices, Regex
+from kvcag.engines.session import Session
 from kvcag.tools import tool_spec
 
 FACTS = [
@@ -77,7 +78,7 @@ def test_ten_turns_over_two_thousand_tokens(smollm2_engine, forwards):
     assert 1800 < len(context.token_ids) < 2400
     turns = [("Who keeps bees?", None), ("Is that so?", Choices(["yes", "no", "maybe"]))] * 5
     forwards.clear()
-    with engine.session(context) as session:
+    with Session(engine, context) as session:
         starts = []
         for question, constraint in turns:
             session.generate(question, constraint=constraint, max_new_tokens=6)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from waits import awaited
 
-from kvcag import aio
+from kvcag import streams
 
 
 class Source:
@@ -32,7 +32,7 @@ class Source:
 
 
 async def test_all_pieces_come_in_order() -> None:
-    assert [piece async for piece in aio.iterate(Source(5).open)] == [0, 1, 2, 3, 4]
+    assert [piece async for piece in streams.iterate(Source(5).open)] == [0, 1, 2, 3, 4]
 
 
 async def test_the_event_loop_ticks_while_the_stream_works() -> None:
@@ -45,13 +45,13 @@ async def test_the_event_loop_ticks_while_the_stream_works() -> None:
             await asyncio.sleep(0.005)
 
     ticking = asyncio.create_task(tick())
-    assert [piece async for piece in aio.iterate(Source(3, step=0.1).open)] == [0, 1, 2]
+    assert [piece async for piece in streams.iterate(Source(3, step=0.1).open)] == [0, 1, 2]
     ticking.cancel()
     assert ticks > 10
 
 
 async def test_an_error_reaches_the_consumer() -> None:
-    stream = aio.iterate(Source(5, fail_at=2).open)
+    stream = streams.iterate(Source(5, fail_at=2).open)
     assert [await anext(stream), await anext(stream)] == [0, 1]
     with pytest.raises(RuntimeError, match="boom"):
         await anext(stream)
@@ -62,7 +62,7 @@ async def test_an_error_while_opening_reaches_the_consumer() -> None:
         raise RuntimeError("no model")
 
     with pytest.raises(RuntimeError, match="no model"):
-        await anext(aio.iterate(fail))
+        await anext(streams.iterate(fail))
 
 
 def ended() -> Iterator[int]:
@@ -74,7 +74,7 @@ async def test_a_stop_iteration_reaches_the_caller_as_another_error() -> None:
     with pytest.raises(RuntimeError, match="ended raised StopIteration"):
         await awaited(aio.in_thread(ended), 5)
     with pytest.raises(RuntimeError, match="ended raised StopIteration"):
-        await awaited(anext(aio.iterate(ended)), 5)
+        await awaited(anext(streams.iterate(ended)), 5)
 
 
 async def test_a_call_in_a_thread_gets_its_arguments_and_gives_its_result() -> None:
@@ -83,7 +83,7 @@ async def test_a_call_in_a_thread_gets_its_arguments_and_gives_its_result() -> N
 
 async def test_closing_stops_the_stream() -> None:
     source = Source(1000)
-    stream = aio.iterate(source.open)
+    stream = streams.iterate(source.open)
     assert await anext(stream) == 0
     await stream.aclose()
     assert source.closed.is_set()
@@ -94,7 +94,7 @@ async def test_cancelling_stops_the_stream_after_the_running_step() -> None:
     source = Source(1000, step=0.1)
 
     async def consume() -> None:
-        async for _ in aio.iterate(source.open):
+        async for _ in streams.iterate(source.open):
             pass
 
     task = asyncio.create_task(consume())

@@ -7,7 +7,7 @@ import pytest
 from tiny import byte_tokenizer, tiny_model
 
 from kvcag import HFEngine, KVCacheMemory, Sampling
-from kvcag.calibration import Calibration, Verdict
+from kvcag.calibration import Calibration, Verdict, calibrate, calibration_of
 from kvcag.chat_template import Document
 from kvcag.errors import ContextLengthError, InvalidInputError
 
@@ -21,7 +21,7 @@ def _cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def calibrated(engine: HFEngine, **settings: Any) -> Calibration:
-    return engine.calibrate(TEXTS, **{"head": HEAD, "probes": 2, "documents_per_probe": 3, "tokens": 6, **settings})
+    return calibrate(engine, TEXTS, **{"head": HEAD, "probes": 2, "documents_per_probe": 3, "tokens": 6, **settings})
 
 
 def verdict(strategy: Any, ratio: float, kl: float, cost: float) -> Verdict:
@@ -53,7 +53,7 @@ def test_a_verdict_that_cannot_be_read_is_none(tiny_engine: HFEngine, tmp_path: 
     calibrated(tiny_engine)
     (file,) = (tmp_path / "calibrations").iterdir()
     file.write_text(file.read_text()[:-20])
-    assert HFEngine(tiny_engine.model, tiny_engine.tokenizer).calibration is None
+    assert calibration_of(HFEngine(tiny_engine.model, tiny_engine.tokenizer)) is None
 
 
 def test_the_cheapest_that_passes_is_taken() -> None:
@@ -85,14 +85,14 @@ def test_auto_encodes_all_where_nothing_is_known(tiny_engine: HFEngine) -> None:
     memory.add(items)
     report = memory.merge([item.id for item in items], "Who?", strategy="auto").report
     assert report.strategy == "exact"
-    assert "engine.calibrate(documents)" in report.reason
+    assert "calibrate(engine, documents)" in report.reason
 
 
 def test_too_little_to_put_together_is_refused(tiny_engine: HFEngine) -> None:
     with pytest.raises(InvalidInputError, match="at least two documents"):
-        tiny_engine.calibrate(["one", "  "])
+        calibrate(tiny_engine, ["one", "  "])
     with pytest.raises(ContextLengthError):
-        HFEngine(tiny_model(max_position_embeddings=64), byte_tokenizer()).calibrate(TEXTS)
+        calibrate(HFEngine(tiny_model(max_position_embeddings=64), byte_tokenizer()), TEXTS)
 
 
 def asked(*texts: str) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import torch
 from commands import Kvcag, saved_model, write
 
 from kvcag import HFEngine
-from kvcag.cli.options import HEAD
+from kvcag.cli.options import INSTRUCTION
 from kvcag.stores.disk import DiskStore
 
 NOTES = "The lighthouse of Varn is painted green.\n\nIts keeper is called Ode.\n\nShe has a dog.\n\n"
@@ -26,7 +26,7 @@ def notes(kvcag: Kvcag) -> list[str]:
 def uncached(folder: str, question: str, tokens: int) -> str:
     """What the bare model says, greedy, to the prompt that stands for the whole store."""
     engine = HFEngine.from_pretrained(folder)
-    text = f"<|im_start|>system\n{HEAD}\n\n{NOTES}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n"
+    text = f"<|im_start|>system\n{INSTRUCTION}\n\n{NOTES}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n"
     ids = torch.tensor([engine.template.encode(f"{text}<|im_start|>assistant\n")])
     out = engine.model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=258

@@ -23,6 +23,7 @@ from waits import joined, run_together, until
 
 from kvcag import CacheScheduler, Document, HFEngine, KVCacheMemory, MemoryCube
 from kvcag.core import KVCacheItem
+from kvcag.engines.session import Session
 from kvcag.langchain import ChatKVCAG
 from kvcag.llama_index import CAGContextChatEngine, CAGSynthesizer, KVCacheLLM
 from kvcag.stores.memory import MemoryStore
@@ -118,7 +119,7 @@ AsyncWay = Callable[[HFEngine], Awaitable[Any]]
 ANSWERING: dict[str, Way] = {
     "generate": lambda engine: engine.generate(QUESTION, max_new_tokens=8),
     "generate_stream": lambda engine: list(engine.generate_stream(QUESTION, max_new_tokens=8)),
-    "session": lambda engine: engine.session().generate(QUESTION, max_new_tokens=8),
+    "session": lambda engine: Session(engine).generate(QUESTION, max_new_tokens=8),
     "memory.stream": lambda engine: list(memory_over(engine).stream(QUESTION, sampling=sampled(engine))),
     "memory.stream, documents": lambda engine: list(
         memory_over(engine).stream(with_documents(engine), sampling=sampled(engine))

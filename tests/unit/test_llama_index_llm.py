@@ -315,7 +315,7 @@ def test_a_cache_point_is_exact_and_outlives_the_engine(tmp_path) -> None:
     warm = ask(pointed(corpus, "How tall?"), tmp_path)
     assert plain.message.content == cold.message.content == warm.message.content
     assert warm.raw["usage"]["cached_tokens"] >= len(corpus) > cold.raw["usage"]["cached_tokens"] == 0
-    assert warm.raw["usage"]["context"]["mode"] == "exact"
+    assert warm.raw["usage"]["context"]["mode"] == "prefix"
     assert warm.raw["usage"]["context"]["recomputed_tokens"] == 0
 
 

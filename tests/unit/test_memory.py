@@ -251,7 +251,7 @@ def test_the_tail_is_the_rest_of_the_template(memory: KVCacheMemory) -> None:
 
 def test_one_document_under_its_own_head_is_exact(memory: KVCacheMemory) -> None:
     context = memory.merge([filled(memory)[0].id], "Well?", strategy="query")
-    assert context.report.mode == "exact"
+    assert context.report.mode == "prefix"
     assert context.report.recomputed_tokens == 0
     assert distance(memory.engine, context) <= 1e-5
 
@@ -364,7 +364,7 @@ def test_documents_are_encoded_once_and_found_by_their_content(memory: KVCacheMe
 def test_a_context_that_was_encoded_in_this_order_is_exact(memory: KVCacheMemory) -> None:
     usage_of(memory, asked(*TEXTS), strategy="exact")
     again = usage_of(memory, asked(*TEXTS, question="Who has a car?"))
-    assert again.context.mode == "exact"
+    assert again.context.mode == "prefix"
     assert again.context.encoded_tokens == again.context.recomputed_tokens == 0
 
 

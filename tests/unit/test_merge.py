@@ -30,7 +30,7 @@ models = st.sampled_from([MODEL, SLIDING])
 
 def context(model, order) -> list[Part]:
     head, *documents = STORED[model]
-    return [head, *(dataclasses.replace(documents[i], exact=n == 0) for n, i in enumerate(order))]
+    return [head, *(dataclasses.replace(documents[i], is_exact=n == 0) for n, i in enumerate(order))]
 
 
 @settings(deadline=None, max_examples=60)

@@ -12,7 +12,6 @@ import torch
 from forwards import forward_lengths
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kvcag.handles import ContextHandles
 from tiny import byte_tokenizer, tiny_model
 from waits import run_together, until
 
@@ -277,13 +276,13 @@ def test_what_somebody_added_by_hand_is_found_under_its_id_whatever_is_hot(
 
 def test_a_context_with_a_handle_outlives_the_process_whatever_is_hot(memory: KVCacheMemory) -> None:
     """Its id is in bound arguments and checkpoints, and its text is in the store alone."""
-    handle = ContextHandles(memory).create(["The whole corpus. " * 20], "Use:")
+    handle = memory.create_context(["The whole corpus. " * 20], "Use:")
     with scheduler_of(memory, 450):
-        later = ContextHandles(memory).create(["Another one."], "Use:")
+        later = memory.create_context(["Another one."], "Use:")
         for _ in range(4):
             ask(memory, *TEXTS)
-        assert ContextHandles(memory).place(handle, [{"role": "user", "content": "What?"}])
-        assert ContextHandles(memory).place(later, [{"role": "user", "content": "What?"}])
+        assert memory.with_context(handle, [{"role": "user", "content": "What?"}])
+        assert memory.with_context(later, [{"role": "user", "content": "What?"}])
         assert held_bytes(memory) <= 450 * PER_TOKEN
 
 

@@ -162,7 +162,7 @@ def test_documents_kept_ahead_are_hit_by_the_question_that_begins_with_them(
     *_, last = memory.stream(asked, sampling=memory.engine.sampling(max_new_tokens=1))
     context = memory.engine.template.prompt(asked).context_ids
     assert last.usage.cached_tokens >= len(context) // 16 * 16
-    assert last.usage.context.mode == "exact"
+    assert last.usage.context.mode == "prefix"
     sent = len(server.prompts())
     assert memory.keep(asked) == keys
     assert len(server.prompts()) == sent  # it is at hand
