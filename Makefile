@@ -1,18 +1,24 @@
 # A fresh machine needs Python >= 3.10, pip and make: `make demo` and `make test` do the rest, inside .venv.
+# They install the exact versions of requirements.lock.
 # `make help` lists every command; `rm -rf .venv` starts over. ARGS reaches the command: make test ARGS="-k rope".
 
-PYTHON ?= python3
+PYTHON ?=
 VENV   := .venv
 PY     := $(VENV)/bin/python
+MIN    := $(VENV)/min/bin/python
+LATEST := $(VENV)/latest/bin/python
 VLLM   := .venv-vllm
 VLLM_PYTHON ?= python3.11
 ARGS   ?=
+
+UV     := $(PY) -m uv
+PYTEST := -n auto --dist loadfile --max-worker-restart 2
 
 SMOKE  := mkdir dist/clean/empty && cd dist/clean/empty && ../bin/python ../../../.ci/smoke.py ../../.. \
           && cd .. && rm -rf empty
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-vllm test-min lint format docs bench package audit clean
+.PHONY: help demo test test-vllm test-min test-latest test-python lint format docs bench package audit lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
@@ -22,10 +28,25 @@ demo: $(VENV)/.installed-demo  ## a real model answers questions over a real cor
 
 test: $(VENV)/.installed-dev  ## the whole test suite, the real model included
 	@$(PY) -m kvcag.demo.model
-	$(PY) -m pytest -n auto --dist loadfile $(ARGS)
+	$(PY) -m pytest $(PYTEST) --durations=10 $(ARGS)
 
 test-min: $(VENV)/min/.installed  ## the unit tests with the lowest versions that pyproject.toml allows; torch stays
-	$(VENV)/min/bin/python -m pytest -n auto --dist loadfile tests/unit $(ARGS)
+	$(MIN) -m pytest $(PYTEST) tests/unit $(ARGS)
+
+# A new environment each time, since the newest versions change daily. Deprecation warnings are shown and are not errors.
+test-latest: $(VENV)/torch.txt | $(VENV)/.installed-dev  ## the whole test suite with the newest versions; torch stays
+	@echo "==> installing the newest versions into $(VENV)/latest"
+	@$(UV) venv --quiet --clear --seed --python $(PY) $(VENV)/latest
+	@$(LATEST) -m pip install --quiet --disable-pip-version-check --constraint $< torch
+	@$(UV) pip install --quiet --python $(LATEST) --constraint $< --editable '.[dev]'
+	@$(LATEST) .ci/audit.py --drift
+	@$(LATEST) -m kvcag.demo.model
+	$(LATEST) -m pytest $(PYTEST) -W default::DeprecationWarning -W default::PendingDeprecationWarning \
+	  -W default::FutureWarning $(ARGS)
+
+test-python:  ## the unit tests with another Python: make test-python PYTHON=python3.13
+	@test -n "$(PYTHON)" || { echo "Name a Python: make test-python PYTHON=python3.13"; exit 1; }
+	$(MAKE) test VENV=$(VENV)/$(notdir $(PYTHON)) ARGS="tests/unit $(ARGS)"
 
 test-vllm: $(VENV)/.installed-dev $(VLLM)/.installed  ## a real vLLM server on this CPU; its 3.5 GB are installed the first time
 	@$(PY) -m kvcag.demo.model
@@ -53,15 +74,23 @@ package: $(VENV)/.installed-dev  ## build sdist and wheel into dist/, install ea
 	rm -rf dist
 	$(PY) -m build --quiet --outdir dist .
 	$(PY) -m venv dist/clean
-	dist/clean/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+	dist/clean/bin/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock \
 	  "$$(ls dist/*.whl)[cli]"
 	$(SMOKE)
 	dist/clean/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall dist/*.tar.gz
 	$(SMOKE)
 	rm -rf dist/clean
 
-audit: $(VENV)/.installed-dev  ## what is installed: requirements, files, licences, known flaws; asks nobody
+audit: $(VENV)/.installed-dev  ## what is installed: requirements, lock, files, licences, known flaws; asks nobody
 	$(PY) .ci/audit.py $(ARGS)
+
+# torch stays at the version that the lock names: to move it, edit that line first. What torch needs for CUDA is left out,
+# since it differs from build to build. The file is used
+# as constraints only, so a package without a line is still installed, and `make audit` names it.
+lock: $(VENV)/torch.txt | $(VENV)/bin/uv  ## renew requirements.lock: the newest versions that pyproject.toml allows
+	@$(UV) pip compile pyproject.toml --extra dev --universal --python-version 3.10 --upgrade --quiet \
+	  --constraint $< --annotation-style line --custom-compile-command "make lock" --output-file $(VENV)/new.lock
+	@grep -vE '^(cuda-|nvidia-|triton==)' $(VENV)/new.lock > requirements.lock
 
 clean:  ## remove what was built; .venv stays
 	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -71,38 +100,47 @@ clean:  ## remove what was built; .venv stays
 # A .venv made by hand is taken as it is. --seed: pip too, which installs torch below and fetches the model.
 $(PY):
 	@echo "==> making a virtual environment in $(VENV)"
-	@if command -v uv >/dev/null; then uv venv --quiet --seed --allow-existing --python '>=3.10' $(VENV); \
-	 else $(PYTHON) -m venv $(VENV); fi
+	@if command -v uv >/dev/null; \
+	 then uv venv --quiet --seed --allow-existing --python '$(or $(PYTHON),>=3.10)' $(VENV); \
+	 else $(or $(PYTHON),python3) -m venv $(VENV); fi
 
-# One stamp an extra, renewed when the requirements change. torch goes first and by pip: pip's own configuration says
-# which build this machine gets (uv does not read it), and with torch in place neither installer fetches another one.
-$(VENV)/.installed-%: pyproject.toml constraints.txt | $(PY)
+# One stamp per extra, renewed when the requirements or the lock change. The lock has every version, of indirect requirements
+# too. torch goes first and by pip: pip's own configuration says which build this machine gets (uv does not read it), and
+# with torch in place neither installer fetches another one.
+$(VENV)/.installed-%: pyproject.toml requirements.lock | $(PY)
 	@$(PY) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
 	  { echo "$(PY) is older than Python 3.10: remove $(VENV), then run make PYTHON=python3.12"; exit 1; }
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip
 	@echo "==> installing kvcag[$*] into $(VENV): a few minutes the first time, torch is large"
-	@$(PY) -m pip install --disable-pip-version-check --constraint constraints.txt torch
+	@$(PY) -m pip install --disable-pip-version-check --constraint requirements.lock torch
 	@if command -v uv >/dev/null; \
-	 then uv pip install --python $(PY) --constraint constraints.txt --editable '.[$*]'; \
-	 else $(PY) -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[$*]'; fi
+	 then uv pip install --python $(PY) --constraint requirements.lock --editable '.[$*]'; \
+	 else $(PY) -m pip install --disable-pip-version-check --constraint requirements.lock --editable '.[$*]'; fi
 	@touch $@
 
+# The one version that the environments beside .venv share with it.
+$(VENV)/torch.txt: requirements.lock | $(PY)
+	@grep '^torch==' $< > $@
+
+# For `make lock`, which has to work when the lock and pyproject.toml disagree and .installed-dev cannot be made.
+$(VENV)/bin/uv: | $(PY)
+	@$(PY) -m pip install --disable-pip-version-check --constraint requirements.lock uv
+
 # The lowest version of every direct requirement, beside the torch that this machine gets (set-up above says how).
-$(VENV)/min/.installed: pyproject.toml constraints.txt | $(VENV)/.installed-dev
+$(VENV)/min/.installed: pyproject.toml $(VENV)/torch.txt | $(VENV)/.installed-dev
 	@echo "==> installing the lowest versions into $(VENV)/min"
-	@$(PY) -m uv venv --quiet --clear --seed --python $(PY) $(VENV)/min
-	@$(VENV)/min/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
-	@$(VENV)/min/bin/python -m pip freeze | grep '^torch==' > $(VENV)/min/torch.txt
-	@$(PY) -m uv pip install --quiet --python $(VENV)/min/bin/python --resolution lowest-direct \
-	  --override $(VENV)/min/torch.txt --editable '.[all,test]'
+	@$(UV) venv --quiet --clear --seed --python $(PY) $(VENV)/min
+	@$(MIN) -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/torch.txt torch
+	@$(UV) pip install --quiet --python $(MIN) --resolution lowest-direct --override $(VENV)/torch.txt \
+	  --editable '.[all,test]'
 	@touch $@
 
 # kvpress wants another transformers. Where it cannot be installed, the report leaves it out and says so.
-$(VENV)/peers/kvpress: benchmarks/peers/kvpress.txt constraints.txt | $(VENV)/.installed-dev
+$(VENV)/peers/kvpress: benchmarks/peers/kvpress.txt $(VENV)/torch.txt | $(VENV)/.installed-dev
 	@echo "==> installing kvpress into $@"
-	@{ $(PY) -m uv venv --quiet --clear --seed --python $(PY) $@ \
-	   && $@/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch \
-	   && $(PY) -m uv pip install --quiet --python $@/bin/python --constraint constraints.txt -r $<; } \
+	@{ $(UV) venv --quiet --clear --seed --python $(PY) $@ \
+	   && $@/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(VENV)/torch.txt torch \
+	   && $(UV) pip install --quiet --python $@/bin/python --constraint $(VENV)/torch.txt -r $<; } \
 	 || { rm -rf $@; echo "kvpress could not be installed: the report goes without it"; }
 
 # Apart from all else: vLLM pins its own torch, which pip alone finds, and three libraries that do not fit that torch.

@@ -1,17 +1,19 @@
 """What pip-audit would look at, as far as it can be known without asking anybody.
 
     python .ci/audit.py [--no-hashes]
+    python .ci/audit.py --drift
 
 Of the environment that it runs in:
 
 1. requirements: nothing installed contradicts what another package asks for (`pip check`);
-2. constraints: the versions are those of constraints.txt;
+2. lock: requirements.lock has what pyproject.toml asks for, and the versions that are installed;
 3. files: every installed file has the SHA-256 that its package's RECORD gives;
 4. licences: what kvcag needs at run time, its extras included, is under a licence that allows what Apache-2.0 allows;
-5. advisories: no installed version is in .ci/advisories.txt. That pyproject.toml would allow one is noted.
+5. advisories: no installed version is in .ci/advisories.txt, and pyproject.toml does not start at one that is.
 
 It does not know what was published after advisories.txt was last edited. `pip-audit` does, where its service can be
-reached. Exit code 1 and a line for each finding.
+reached. Exit code 1 and a line for each finding. With --drift, one line says which versions differ from the lock; that
+fails nothing.
 """
 
 from __future__ import annotations
@@ -24,11 +26,17 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from importlib.metadata import Distribution, PackageNotFoundError, distribution, distributions
+from itertools import chain, groupby
 from pathlib import Path
 
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # mypy, pytest and build bring it
 
 ROOT = Path(__file__).parents[1]
 ALLOWED = re.compile(
@@ -48,11 +56,46 @@ def contradictions() -> Iterator[str]:
         yield from (f"requirements: {line}" for line in (done.stdout + done.stderr).splitlines())
 
 
-def unconstrained() -> Iterator[str]:
-    for wanted in requirements((ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()):
-        found = version_of(wanted.name)
-        if found is not None and not wanted.specifier.contains(found, prereleases=True):
-            yield f"constraints: {wanted.name} {found} is installed, constraints.txt says {wanted.specifier}"
+def lock() -> dict[str, list[Requirement]]:
+    """requirements.lock by package. A package has several lines where Pythons or systems get different versions."""
+    lines = requirements((ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines())
+    return {name: list(group) for name, group in groupby(lines, key=lambda line: canonicalize_name(line.name))}
+
+
+def direct() -> list[Requirement]:
+    """What pyproject.toml asks for, all extras included."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = requirements(chain(project["dependencies"], *project["optional-dependencies"].values()))
+    return [one for one in wanted if one.name != project["name"]]
+
+
+def unlocked() -> Iterator[str]:
+    """What pyproject.toml asks for and the lock does not give, for any Python."""
+    locked = lock()
+    for wanted in direct():
+        versions = [only.version for line in locked.get(canonicalize_name(wanted.name), []) for only in line.specifier]
+        if not versions:
+            yield f"lock: pyproject.toml asks for {wanted}, requirements.lock has no {wanted.name}: run make lock"
+        for version in versions:
+            if not wanted.specifier.contains(version, prereleases=True):
+                yield f"lock: pyproject.toml asks for {wanted}, requirements.lock has {version}: run make lock"
+
+
+def drifted() -> Iterator[tuple[str, str, str]]:
+    """The packages that are installed in another version than the lock's: name, the lock's version, the other."""
+    for name, lines in lock().items():
+        found = version_of(name)
+        for line in lines:
+            if found is not None and holds(line, "") and not line.specifier.contains(found, prereleases=True):
+                yield name, str(line.specifier).removeprefix("=="), found
+
+
+def unlike_the_lock() -> Iterator[str]:
+    for name, locked, found in drifted():
+        yield f"lock: {name} {found} is installed, requirements.lock has {locked}"
+    known = set(lock()) | {canonicalize_name(package.name) for package in needed("torch", set())} | {"kvcag"}
+    for name in sorted({canonicalize_name(package.name) for package in needed("kvcag", {"dev"})} - known):
+        yield f"lock: {name} {version_of(name)} is installed, requirements.lock has no {name}: run make lock"
 
 
 def version_of(name: str) -> str | None:
@@ -112,22 +155,25 @@ def licences() -> Iterator[str]:
 
 
 def advisories() -> Iterator[str]:
-    direct = {canonicalize_name(wanted.name): wanted for wanted in requirements(distribution("kvcag").requires or [])}
+    lowest = {canonicalize_name(one.name): s.version for one in direct() for s in one.specifier if s.operator == ">="}
     for bad in requirements((ROOT / ".ci" / "advisories.txt").read_text(encoding="utf-8").splitlines()):
-        found = version_of(bad.name)
+        found, allowed = version_of(bad.name), lowest.get(canonicalize_name(bad.name))
         if found is not None and bad.specifier.contains(found, prereleases=True):
             yield f"advisories: {bad.name} {found} is installed, and {bad.specifier} is refused"
-        wanted = direct.get(canonicalize_name(bad.name))
-        lowest = [s.version for s in wanted.specifier if s.operator == ">="] if wanted else []
-        if lowest and bad.specifier.contains(lowest[0]):
-            print(f"note: kvcag allows {bad.name} from {lowest[0]} on; {bad.specifier} has a published flaw")
+        if allowed is not None and bad.specifier.contains(allowed):
+            yield f"advisories: pyproject.toml allows {bad.name} {allowed}, and {bad.specifier} is refused"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-hashes", action="store_true", help="leave out the files, which take longest")
+    parser.add_argument("--drift", action="store_true", help="only say which versions differ from the lock")
     given = parser.parse_args()
-    checks = [contradictions(), unconstrained(), licences(), advisories()]
+    if given.drift:
+        changes = [f"{name} {locked} → {found}" for name, locked, found in drifted()]
+        print(f"drift: {len(changes)} versions differ from requirements.lock: {', '.join(changes) or 'none'}")
+        return 0
+    checks = [contradictions(), unlocked(), unlike_the_lock(), licences(), advisories()]
     if not given.no_hashes:
         checks.append(changed_files())
     findings = [finding for check in checks for finding in check]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from packaging.requirements import Requirement
 import kvcag
 
 ROOT = Path(__file__).parents[2]
+UTF8 = {"PYTHONUTF8": "1"}
 
 
 def read(name: str) -> str:
@@ -67,16 +69,75 @@ def test_every_requirement_has_a_lowest_version(text: str) -> None:
         assert {s.operator for s in wanted.specifier} & {">=", "==", "~="}, text
 
 
-def test_a_known_flaw_that_is_installed_is_found(tmp_path: Path) -> None:
-    """`make audit`, its list of advisories replaced by one that names a package that is here."""
-    copied = tmp_path / ".ci" / "audit.py"
+def audit(folder: Path, lock: str, project: str = "", advisories: str = "", option: str = "--no-hashes") -> list[str]:
+    """The lines that `make audit` says where requirements.lock and the other files that it reads have this text."""
+    copied = folder / ".ci" / "audit.py"
     copied.parent.mkdir()
     copied.write_text(read(".ci/audit.py"), encoding="utf-8")
-    (tmp_path / "constraints.txt").write_text("pytest==0.1\n", encoding="utf-8")
-    (copied.parent / "advisories.txt").write_text("pytest>=1  # CVE-0: none\nabsent-package<9\n", encoding="utf-8")
-    command = [sys.executable, copied, "--no-hashes"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == 1, done.stderr
-    assert re.search(r"^advisories: pytest .+ is installed, and >=1 is refused$", done.stdout, flags=re.MULTILINE)
-    assert re.search(r"^constraints: pytest .+ constraints.txt says ==0.1$", done.stdout, flags=re.MULTILINE)
-    assert "absent-package" not in done.stdout
+    (folder / "requirements.lock").write_text(lock, encoding="utf-8")
+    (folder / "pyproject.toml").write_text(project or read("pyproject.toml"), encoding="utf-8")
+    (copied.parent / "advisories.txt").write_text(advisories, encoding="utf-8")
+    command = [sys.executable, copied, option]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False, timeout=60, env={**os.environ, **UTF8})
+    assert not done.stderr
+    found = [line for line in done.stdout.splitlines() if re.match("(lock|advisories|requirements|licences): ", line)]
+    assert done.returncode == bool(found), done.stdout
+    return done.stdout.splitlines()
+
+
+def test_a_known_flaw_that_is_installed_or_allowed_is_found(tmp_path: Path) -> None:
+    project = """
+    [project]
+    name = "kvcag"
+    dependencies = ["numpy>=1.26"]
+    [project.optional-dependencies]
+    vllm = ["httpx>=0.27,<1"]
+    """
+    advisories = "pytest>=1  # CVE-0: none\nabsent-package<9\nhttpx<0.27.1\nnumpy<1.26\n"
+    said = audit(tmp_path, read("requirements.lock"), project, advisories)
+    assert [line for line in said if line.startswith("advisories: ")] == [
+        f"advisories: pytest {version('pytest')} is installed, and >=1 is refused",
+        "advisories: pyproject.toml allows httpx 0.27, and <0.27.1 is refused",
+    ]
+
+
+def test_a_version_that_is_not_the_locks_is_found(tmp_path: Path) -> None:
+    """Also the version of what only other packages ask for; a line for another Python or system is no matter."""
+    changed = re.sub(r"^pluggy==.*$", "pluggy==0.1", read("requirements.lock"), flags=re.MULTILINE)
+    changed = changed.replace("iniconfig==", "another-package==")
+    said = audit(tmp_path, changed + "pygments==0.1 ; sys_platform == 'emscripten'\n")
+    assert f"lock: pluggy {version('pluggy')} is installed, requirements.lock has 0.1" in said
+    missing = f"lock: iniconfig {version('iniconfig')} is installed, requirements.lock has no iniconfig: run make lock"
+    assert missing in said
+    assert not [line for line in said if "pygments" in line]
+
+
+def test_a_requirement_that_the_lock_does_not_give_is_found(tmp_path: Path) -> None:
+    project = """
+    [project]
+    name = "kvcag"
+    dependencies = ["numpy>=99"]
+    [project.optional-dependencies]
+    docs = ["kvcag[test]", "absent-package>=1", "mkdocs>=1"]
+    """
+    said = audit(
+        tmp_path, lock="mkdocs==1.6.1\nnumpy==2.2.6 ; python_version < '3.11'\nnumpy==2.4.6\n", project=project
+    )
+    found = [line for line in said if line.startswith("lock: pyproject.toml")]
+    assert found == [
+        "lock: pyproject.toml asks for numpy>=99, requirements.lock has 2.2.6: run make lock",
+        "lock: pyproject.toml asks for numpy>=99, requirements.lock has 2.4.6: run make lock",
+        "lock: pyproject.toml asks for absent-package>=1, requirements.lock has no absent-package: run make lock",
+    ]
+
+
+def test_drift_is_told_and_fails_nothing(tmp_path: Path) -> None:
+    said = audit(tmp_path, "pluggy==0.1\nabsent-package==1\n", option="--drift")
+    assert said == [f"drift: 1 versions differ from requirements.lock: pluggy 0.1 → {version('pluggy')}"]
+
+
+def test_the_lock_names_no_index_and_no_build_of_torch() -> None:
+    lock = read("requirements.lock")
+    assert not re.search(r"https?://|--(extra-)?index|--find-links", lock)
+    assert re.findall(r"^torch==.*?(?= |$)", lock, flags=re.MULTILINE) == [f"torch=={version('torch').split('+')[0]}"]
+    assert not re.search(r"^(nvidia-|cuda-|triton)", lock, flags=re.MULTILINE)
