@@ -28,6 +28,9 @@ KVCAGError
 │   └── ServerTimeoutError (TimeoutError)   silent for longer than it may be
 ├── ModelFetchError                         the embedded model could not be fetched or converted
 └── MissingExtraError (ImportError)         an optional dependency is not installed
+
+CacheWarning (UserWarning)                  a cache could not be used; the answer is right and took longer
+└── ServerWarning                           a server lacks something, or forgot a preloaded prompt
 ```
 
 Each message says what was wrong and what to do about it. Where a built-in exception fits, the class is one too, so
@@ -263,22 +266,22 @@ class MissingExtraError(KVCAGError, ImportError):
 
 
 class CacheWarning(UserWarning):
-    """A cache could not be used, and its text was encoded again. The answer is right; it came later."""
+    """A cache could not be used, and its text was encoded again. The answer is right; it took longer."""
 
 
 class ServerWarning(CacheWarning):
-    """A server lacks something, or forgot what it was given: what the answer then does without is said, once."""
+    """A server lacks something, or forgot a preloaded prompt: the message says what the answer does without."""
 
 
 class WarnOnce:
-    """Says each thing once, whoever asks and however often."""
+    """Warns once per message."""
 
     def __init__(self) -> None:
         self._said: set[str] = set()
         self._lock = threading.Lock()
 
     def once(self, message: str, category: type[Warning] = ServerWarning) -> None:
-        """Warn, unless this was said before."""
+        """Warn, unless this message was given before."""
         with self._lock:
             if message in self._said:
                 return

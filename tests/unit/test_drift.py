@@ -2,7 +2,7 @@
 
 import torch
 
-from kvcag.cache import recompute as drift as drifts
+from kvcag.cache import recompute as drifts
 from kvcag.cache.layers import contiguous_copy
 from kvcag.cache.recompute import DriftCorrection, _Drift
 from kvcag.cache.rope import PositionShift

@@ -199,8 +199,15 @@ def test_another_models_item_is_not_added(memory: KVCacheMemory) -> None:
 def test_an_item_without_a_model_is_not_added(memory: KVCacheMemory) -> None:
     with pytest.raises(InvalidInputError, match="does not say which model made it"):
         memory.add(KVCacheItem())
-    with pytest.raises(InvalidInputError, match="not str"):
-        memory.add("item")  # type: ignore[arg-type]
+    with pytest.raises(InvalidInputError, match="cannot read a text from int"):
+        memory.add(["a text", 3])
+    assert len(memory) == 0
+
+
+def test_a_str_is_one_document_and_never_its_letters(memory: KVCacheMemory) -> None:
+    [id] = memory.add("Hello")
+    assert memory.sync("Hello").ids == [id]
+    assert len(memory) == 1
 
 
 # --- putting together -----------------------------------------------------------------------------------------------
@@ -350,15 +357,15 @@ def usage_of(memory: KVCacheMemory, messages: Any, **options: Any) -> Any:
 
 
 def test_documents_are_encoded_once_and_found_by_their_content(memory: KVCacheMemory) -> None:
-    cold = usage_of(memory, asked(*TEXTS))
-    warm = usage_of(memory, asked(*TEXTS, question="Who has a car?"))
-    moved = usage_of(memory, asked(*reversed(TEXTS)))
+    cold = usage_of(memory, asked(*TEXTS), strategy="query")
+    warm = usage_of(memory, asked(*TEXTS, question="Who has a car?"), strategy="query")
+    moved = usage_of(memory, asked(*reversed(TEXTS)), strategy="query")
     assert cold.context.reused_tokens == cold.cached_tokens == 0
     assert warm.context.encoded_tokens == moved.context.encoded_tokens == 0
     assert warm.context.mode == moved.context.mode == "merged"
     for usage in (cold, warm, moved):
         assert usage.cached_tokens + usage.created_tokens <= usage.prompt_tokens
-    assert cold.prompt_tokens == usage_of(memory, asked(*TEXTS)).prompt_tokens
+    assert cold.prompt_tokens == usage_of(memory, asked(*TEXTS), strategy="query").prompt_tokens
 
 
 def test_a_context_that_was_encoded_in_this_order_is_exact(memory: KVCacheMemory) -> None:

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from kvcag.cache import attend
+from kvcag.cache import attention as attend
 from kvcag.cache.layers import contiguous_copy, cut, peek_cache
 from kvcag.cache.merge import merge
 from kvcag.cache.recompute import recompute

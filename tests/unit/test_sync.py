@@ -117,7 +117,7 @@ def test_a_measured_planner_knows_every_tier(tiny_engine: HFEngine, tmp_path: Pa
 def test_tenants_with_the_same_text_share_no_hit_and_no_file(tmp_path: Path) -> None:
     engine = HFEngine(tiny_model(), byte_tokenizer())
     memories = [
-        KVCacheMemory(engine, DiskStore(tmp_path, namespace=name, salt=name.encode()), head=HEAD, namespace=name)
+        KVCacheMemory(engine, DiskStore(tmp_path, namespace=name, salt=name.encode()), instruction=HEAD, namespace=name)
         for name in ("one", "two")
     ]
     reports, files = [], []

@@ -72,13 +72,13 @@ def ended() -> Iterator[int]:
 async def test_a_stop_iteration_reaches_the_caller_as_another_error() -> None:
     """Before Python 3.12 a future cannot hold it, and whoever awaits the future waits for ever."""
     with pytest.raises(RuntimeError, match="ended raised StopIteration"):
-        await awaited(aio.in_thread(ended), 5)
+        await awaited(streams.in_thread(ended), 5)
     with pytest.raises(RuntimeError, match="ended raised StopIteration"):
         await awaited(anext(streams.iterate(ended)), 5)
 
 
 async def test_a_call_in_a_thread_gets_its_arguments_and_gives_its_result() -> None:
-    assert await aio.in_thread(sorted, [2, 1, 3], reverse=True) == [3, 2, 1]
+    assert await streams.in_thread(sorted, [2, 1, 3], reverse=True) == [3, 2, 1]
 
 
 async def test_closing_stops_the_stream() -> None:
