@@ -180,6 +180,13 @@ class ChatTemplate:
                     f"the chat template refuses these messages ({', '.join(m['role'] for m in joined)}): {refused}"
                 ) from refused
 
+    @cached_property
+    def generation_ids(self) -> tuple[int, ...]:
+        """The tokens that open the assistant's turn, at the end of a prompt."""
+        question = [{"role": "user", "content": _PROBE}]
+        closed, opened = (self.render(question, add_generation_prompt=opens) for opens in (False, True))
+        return self.encode(opened.removeprefix(closed)) if opened.startswith(closed) else ()
+
     @property
     def has_template(self) -> bool:
         """Whether the tokenizer has a chat template; without one, prompts are plain completions."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, cast, get_args
+from weakref import WeakKeyDictionary
 
 import torch
 
-from kvcag.cache.layers import LayerKV, layers_of
-from kvcag.cache.merge import Part, check_mergeable, merge
+from kvcag.cache.layers import LayerKV, concat, layers_of
+from kvcag.cache.merge import Part, check_mergeable, merge, refine
 from kvcag.cache.merge import Strategy as MergeStrategy
+from kvcag.cache.select import Layout
 from kvcag.calibration import calibration_of, usual_drift_of
 from kvcag.chat_template import Prompt
 from kvcag.core import Item, KVCacheItem, MergedContext, MergeReport, ids_digest
@@ -31,21 +33,51 @@ MAX_KL = 0.05
 """Nats per token that `auto` lets a merged context be off, on the calibration's probes."""
 
 
-class UseCounts:
-    """Counts how often combinations of documents are asked for. Forgets those not asked for longest."""
+@dataclass
+class MergedBefore:
+    """What is known of a merged context that is among the engine's recent contexts.
+
+    Attributes:
+        layout: its tokens; `open` are those that no question has had recomputed.
+        tails: the tokens that followed it, one tuple for each question.
+    """
+
+    layout: Layout
+    tails: list[Ids]
+
+
+class MergeHistory:
+    """The merged contexts of an engine. Forgets those that were not used for longest."""
 
     def __init__(self, remembered: int = 256) -> None:
         self._remembered = remembered
-        self._counts: OrderedDict[Ids, int] = OrderedDict()
+        self._contexts: OrderedDict[tuple[str, Ids], MergedBefore] = OrderedDict()
         self._lock = threading.Lock()
 
-    def count(self, context_ids: Ids) -> int:
-        """How often a context was asked for, now included."""
+    @classmethod
+    def of(cls, engine: Engine) -> MergeHistory:
+        """The one of an engine."""
+        with _histories_lock:
+            return _histories.setdefault(engine, cls())
+
+    def get(self, namespace: str, context_ids: Ids) -> MergedBefore | None:
+        """What is known of a context, if it was merged before."""
         with self._lock:
-            self._counts[context_ids] = asked = self._counts.pop(context_ids, 0) + 1
-            if len(self._counts) > self._remembered:
-                self._counts.popitem(last=False)
-            return asked
+            found = self._contexts.get((namespace, context_ids))
+            if found is not None:
+                self._contexts.move_to_end((namespace, context_ids))
+            return found
+
+    def put(self, namespace: str, context_ids: Ids, merged: MergedBefore) -> None:
+        """Remember a context that was merged."""
+        with self._lock:
+            self._contexts[namespace, context_ids] = merged
+            if len(self._contexts) > self._remembered:
+                self._contexts.popitem(last=False)
+
+
+_histories: WeakKeyDictionary[Engine, MergeHistory] = WeakKeyDictionary()
+_histories_lock = threading.Lock()
 
 
 def check_strategy(strategy: str, ratio: float) -> None:
@@ -60,13 +92,35 @@ def check_strategy(strategy: str, ratio: float) -> None:
         raise InvalidInputError(f"ratio is {ratio}; it is the share of tokens to recompute, from 0 to 1.")
 
 
+def is_reusable(documents: DocumentCache, prompt: Prompt, strategy: Strategy) -> bool:
+    """Whether the engine's recent contexts, merged ones included, hold all that a prompt needs of its documents.
+
+    So it is where the context is known exactly; where the prompt continues a conversation over a merged context; and,
+    under `auto`, where the context was merged for this question, or refined for a second one: it is being encoded in
+    the background then, and is exact soon.
+    """
+    engine, namespace, context_ids = documents.engine, documents.namespace, prompt.context_ids
+    if engine.known_prefix(context_ids, namespace) == len(context_ids):
+        return True
+    merged = MergeHistory.of(engine).get(namespace, context_ids)
+    if merged is None:
+        return False
+    known = cast("HFEngine", engine).known_prefix(prompt.token_ids[:-1], namespace, merged=True) - len(context_ids)
+    if known < 0:
+        return False
+    answers = len(engine.template.generation_ids)
+    asked = [tail[: len(tail) - answers] for tail in merged.tails]
+    if any(len(tail) <= known and prompt.tail_ids[: len(tail)] == tail for tail in asked):
+        return len(prompt.tail_ids) > max(map(len, merged.tails)) or strategy == "auto"
+    return strategy == "auto" and len(merged.tails) > 1
+
+
 def context_of_prompt(
     documents: DocumentCache,
     prompt: Prompt,
     strategy: Strategy = "auto",
     ratio: float = DEFAULT_RATIO,
     max_kl: float = MAX_KL,
-    uses: UseCounts | None = None,
 ) -> MergedContext:
     """The context of a prompt with documents: reused, merged from cached documents, or encoded and kept.
 
@@ -76,29 +130,26 @@ def context_of_prompt(
         strategy: see `KVCacheMemory.merge`.
         ratio: the recompute ratio, in [0, 1].
         max_kl: what `auto` allows, in nats per token.
-        uses: what was asked for so far; None: `auto` never encodes documents as a whole.
     """
     check_strategy(strategy, ratio)
     engine, namespace = documents.engine, documents.namespace
-    with documents.encoding:
-        known = engine.known_prefix(prompt.context_ids, namespace)
-        chosen, ratio, reason = _choose(
-            engine, prompt.context_ids, len(prompt.document_ids), known, strategy, ratio, max_kl, uses
-        )
-        if chosen == "exact":
-            return _because(engine.exact_context(prompt.context_ids, prompt.tail_ids, namespace), reason)
-        documents.store.prefetch(documents.key(token_ids) for token_ids in prompt.document_ids)
-        found = [
-            documents.find_or_encode(prompt.head_ids, token_ids, text)
-            for token_ids, text in zip(prompt.document_ids, prompt.documents, strict=True)
-        ]
+    known = engine.known_prefix(prompt.context_ids, namespace)
+    chosen, ratio, reason = _choose(engine, prompt.context_ids, known, strategy, ratio, max_kl)
+    if chosen == "exact":
+        return _because(engine.exact_context(prompt.context_ids, prompt.tail_ids, namespace), reason)
+    model = cast("HFEngine", engine)
+    if strategy == "auto" and (refined := _refined(model, prompt.context_ids, prompt.tail_ids, ratio, namespace)):
+        return refined
+    documents.store.prefetch(documents.key(token_ids) for token_ids in prompt.document_ids)
+    found = [
+        documents.find_or_encode(prompt.head_ids, token_ids, text)
+        for token_ids, text in zip(prompt.document_ids, prompt.documents, strict=True)
+    ]
     items = [item for item, _ in found]
     encoded = sum(len(item.token_ids) for item, is_new in found if is_new)
     if encoded:  # the first of them encoded the instruction too
         encoded += max(0, len(prompt.head_ids) - known)
-    return _merged(
-        cast("HFEngine", engine), prompt.head_ids, items, prompt.tail_ids, chosen, ratio, namespace, encoded, reason
-    )
+    return _merged(model, prompt.head_ids, items, prompt.tail_ids, chosen, ratio, namespace, encoded, reason)
 
 
 def context_of_items(
@@ -109,7 +160,6 @@ def context_of_items(
     strategy: Strategy = "auto",
     ratio: float = DEFAULT_RATIO,
     max_kl: float = MAX_KL,
-    uses: UseCounts | None = None,
 ) -> MergedContext:
     """Instruction and items as one context, for the question in `tail_ids`. Arguments as for `context_of_prompt`.
 
@@ -123,7 +173,7 @@ def context_of_items(
         engine.check_item(item)
     context_ids = (*head_ids, *same_ids(items))
     known = engine.known_prefix(context_ids, namespace)
-    chosen, ratio, reason = _choose(engine, context_ids, len(items), known, strategy, ratio, max_kl, uses)
+    chosen, ratio, reason = _choose(engine, context_ids, known, strategy, ratio, max_kl)
     if chosen == "exact":
         return _because(engine.exact_context(context_ids, tail_ids, namespace), reason)
     return _merged(cast("HFEngine", engine), head_ids, items, tail_ids, chosen, ratio, namespace, 0, reason)
@@ -132,12 +182,10 @@ def context_of_items(
 def _choose(
     engine: Engine,
     context_ids: Ids,
-    documents: int,
     known: int,
     strategy: Strategy,
     ratio: float,
     max_kl: float,
-    uses: UseCounts | None,
 ) -> tuple[MergeStrategy | Literal["exact"], float, str]:
     """The strategy to use, its recompute ratio, and why, where it is not the one that was asked for."""
     if not engine.merges:
@@ -150,8 +198,6 @@ def _choose(
     if strategy != "auto":
         return strategy, ratio, ""
     model = cast("HFEngine", engine)
-    if uses is not None and documents > 1 and model.keeps(len(context_ids)) and uses.count(context_ids) > 1:
-        return "exact", 1.0, "auto: these documents were asked for together before, so they were encoded as a whole"
     try:
         check_mergeable(model.model)
     except UnsupportedModelError as refused:
@@ -198,6 +244,7 @@ def _merged(
         tail = torch.tensor(tail_ids, dtype=torch.long)
         merged = merge(model, parts, tail, strategy=strategy, ratio=ratio, usual_drift=drift)
     context_ids = (*head_ids, *same_ids(items))
+    MergeHistory.of(engine).put(namespace, context_ids, MergedBefore(merged.layout, [tuple(tail_ids)]))
     recomputed = len(merged.recomputed) + first_recomputed
     encoded = min(encoded + len(head_ids) - head_reused, len(context_ids) - recomputed)
     report = MergeReport(
@@ -210,6 +257,28 @@ def _merged(
         reason=reason,
     )
     return engine.context_of(merged.layers, context_ids, tail_ids, report)
+
+
+def _refined(engine: HFEngine, context_ids: Ids, tail_ids: Ids, ratio: float, namespace: str) -> MergedContext | None:
+    """A context that was merged for one question, refined for another; None where it is not among the recent ones.
+
+    From the next question on it is reused as it is, and it is encoded as a whole when the model is idle.
+    """
+    before = MergeHistory.of(engine).get(namespace, context_ids)
+    matched, pieces = engine.prefixes.match(context_ids, namespace, merged=True)
+    if before is None or matched < len(context_ids):
+        return None
+    layers = concat(pieces)
+    with engine.exclusive() as model:
+        chosen = refine(model, layers, before.layout, torch.tensor(tail_ids, dtype=torch.long), ratio=ratio)
+    engine.prefixes.replace_merged(context_ids, layers, namespace)
+    before.layout.open[chosen] = False
+    before.tails.append(tail_ids)
+    engine.encode_when_idle(context_ids, namespace)
+    reused = len(context_ids) - len(chosen)
+    reason = "merged for an earlier question, refined for this one"
+    report = MergeReport("merged", "query", len(context_ids), reused, len(chosen), 0, reason)
+    return engine.context_of(layers, context_ids, tail_ids, report)
 
 
 def _beside(head: Sequence[LayerKV], layers: Sequence[LayerKV], device: torch.device) -> list[LayerKV]:

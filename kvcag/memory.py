@@ -18,10 +18,10 @@ from kvcag.contexts import (
     DEFAULT_RATIO,
     MAX_KL,
     Strategy,
-    UseCounts,
     check_strategy,
     context_of_items,
     context_of_prompt,
+    is_reusable,
 )
 from kvcag.core import Answer, Chunk, ContextPrompt, EncodedItem, Item, MergedContext
 from kvcag.document_cache import DocumentCache, Ids, SyncReport, same_ids, sync
@@ -93,7 +93,6 @@ class KVCacheMemory:
         self.memory_filename = memory_filename
         self.watchers: list[Callable[[Prompt], None]] = []  # told of each prompt whose documents are looked for
         self.documents = DocumentCache(engine, self.store, namespace)
-        self._uses = UseCounts()
         self._handles: dict[str, tuple[str, str]] = {}
 
     @classmethod
@@ -320,9 +319,7 @@ class KVCacheMemory:
         self.engine.check_fits(len(prompt.head_ids) + len(same_ids(found)) + len(prompt.tail_ids), 1)
         if canonical:
             found.sort(key=lambda item: item.content_key)
-        return context_of_items(
-            self.documents, prompt.head_ids, found, prompt.tail_ids, strategy, ratio, max_kl, self._uses
-        )
+        return context_of_items(self.documents, prompt.head_ids, found, prompt.tail_ids, strategy, ratio, max_kl)
 
     def context_for(
         self, prompt: Prompt, strategy: Strategy = "auto", ratio: float = DEFAULT_RATIO, max_kl: float = MAX_KL
@@ -343,7 +340,7 @@ class KVCacheMemory:
             UnsupportedModelError: the model's keys cannot be re-rotated.
         """
         self.engine.check_fits(len(prompt.token_ids), 1)
-        return context_of_prompt(self.documents, prompt, strategy, ratio, max_kl, self._uses)
+        return context_of_prompt(self.documents, prompt, strategy, ratio, max_kl)
 
     # --- answering ---------------------------------------------------------------------------------------------
 
@@ -399,13 +396,20 @@ class KVCacheMemory:
         if constraint is not None:
             constraint = self.engine.constrain(constraint, budget, prompt.thinking)
         context = None  # the engine finds the longest known prefix by itself
-        if prompt.document_ids and self.engine.merges and strategy != "exact":
+        merges = bool(prompt.document_ids) and self.engine.merges and strategy != "exact"
+        if merges:
             for watch in self.watchers:
                 watch(prompt)
-            if self.engine.known_prefix(prompt.context_ids, self.namespace) < len(prompt.context_ids):
+            if not is_reusable(self.documents, prompt, strategy):
                 context = self.context_for(prompt, strategy, ratio, max_kl)
         return self.engine.stream(
-            prompt, sampling, context, constraint=constraint, namespace=self.namespace, started=started
+            prompt,
+            sampling,
+            context,
+            constraint=constraint,
+            namespace=self.namespace,
+            started=started,
+            accept_merged=merges,
         )
 
     async def astream(

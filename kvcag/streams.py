@@ -7,6 +7,7 @@ import contextvars
 import functools
 import threading
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeVar
@@ -18,12 +19,18 @@ _END = object()
 
 
 async def in_thread(function: Callable[..., T], *given: Any, **named: Any) -> T:
-    """`asyncio.to_thread`, where every error reaches the caller.
+    """Call a blocking function in a thread of its own, and wait for it without blocking the event loop.
 
-    Python before 3.12 cannot put a `StopIteration` into a future: whoever awaits it would wait for ever. It arrives as
-    a `RuntimeError`, as from a generator.
+    Cancelling the caller cancels the work (`Cancellation`), also while it waits for the model.
     """
-    return await asyncio.to_thread(_called, function, *given, **named)
+    worker = _Worker()
+    try:
+        return await worker.run(function, *given, **named)  # type: ignore[no-any-return]
+    except asyncio.CancelledError:
+        worker.left.cancel()
+        raise
+    finally:
+        worker.close()
 
 
 def async_twin(method: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
@@ -38,58 +45,82 @@ def async_twin(method: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
 
 
 async def iterate(open_stream: Callable[[], Iterator[T]]) -> AsyncGenerator[T, None]:
-    """Open a stream and read it, each step in a worker thread.
+    """Open a stream and read it in a thread of its own.
 
-    Closing or cancelling stops the stream after the step that is running, and a step that waits for a server stops
-    waiting; no thread outlives it.
+    Closing or cancelling stops the work: between two layers of the model, or at once while it waits for the model or
+    for a server. No thread outlives it.
     """
-    going = Cancellation()
+    worker = _Worker()
+    step: asyncio.Future[Any] | None = None
+    stream: Iterator[T] | None = None
     try:
-        stream = await _step(going, open_stream)
-    except asyncio.CancelledError:
-        going.cancel()
-        raise
-    step: asyncio.Task[object] | None = None
-    try:
+        step = worker.run(open_stream)
+        stream = await asyncio.shield(step)
         while True:
-            step = asyncio.create_task(_step(going, next, stream, _END))
+            step = worker.run(next, stream, _END)
             piece = await asyncio.shield(step)
             if piece is _END:
                 return
-            yield piece  # type: ignore[misc]
+            yield piece
     finally:
-        if isinstance(stream, Generator):
-            if step is None or step.done():
-                stream.close()
-            else:  # cancelled while the model was working: close it once the step has ended
-                step.add_done_callback(lambda done: _close(done, stream))
-                going.cancel()
+        if step is not None and not step.done():  # the reader left while the model worked
+            worker.left.cancel()
+            step.add_done_callback(lambda done: _close(done, stream))
+        elif isinstance(stream, Generator):
+            stream.close()
+        worker.close()
 
 
-async def _step(going: Cancellation, function: Callable[..., Any], *given: Any) -> Any:
-    """`in_thread`, in a context that tells the step when nobody waits for it any more."""
-    context = contextvars.copy_context()
-    context.run(CANCELLATION.set, going)
-    return await asyncio.get_running_loop().run_in_executor(None, context.run, _called, function, *given)
+class _Worker:
+    """One thread, which ends when its work is done, and the way to cancel that work.
+
+    Not the event loop's own executor: its few threads would all wait for the model where many clients ask at once.
+    """
+
+    def __init__(self) -> None:
+        self.left = Cancellation()
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="kvcag")
+
+    def run(self, function: Callable[..., Any], *given: Any, **named: Any) -> asyncio.Future[Any]:
+        """Call a function in the thread, in a copy of the caller's context that carries the cancellation."""
+        context = contextvars.copy_context()
+        context.run(CANCELLATION.set, self.left)
+        call = functools.partial(context.run, _called, function, *given, **named)
+        return asyncio.get_running_loop().run_in_executor(self._executor, call)
+
+    def close(self) -> None:
+        self._executor.shutdown(wait=False)
 
 
 def _called(function: Callable[..., T], *given: Any, **named: Any) -> T:
-    """What a function returns, or its error as one that a future can hold."""
+    """What a function returns, or its error as one that a future can hold.
+
+    Python before 3.12 cannot put a `StopIteration` into a future: whoever awaits it would wait for ever.
+    """
     try:
         return function(*given, **named)
     except StopIteration as error:
         raise RuntimeError(f"{getattr(function, '__qualname__', function)} raised StopIteration") from error
 
 
-def _close(step: asyncio.Task[object], stream: Generator[T, None, None]) -> None:
-    """Close a stream whose reader has gone, and drop what the step ended with."""
-    if not step.cancelled():
-        step.exception()  # taken, or asyncio complains that nobody looked at it
-    stream.close()
+def _close(step: asyncio.Future[Any], stream: Iterator[Any] | None) -> None:
+    """Close a stream whose reader has left, and drop what its last step ended with."""
+    if not step.cancelled() and step.exception() is None and stream is None:
+        stream = step.result()
+    if isinstance(stream, Generator):
+        stream.close()
+
+
+class Cancelled(Exception):  # noqa: N818 - a signal; nothing went wrong
+    """The reader of an answer left: the work for it stops."""
 
 
 class Cancellation:
-    """Told by the reader, from its own thread; heard by what waits."""
+    """How the thread that works for a reader learns that the reader has left.
+
+    A generator can be closed only between two steps, and a step may take long. So the reader's thread leaves a
+    `Cancellation` in the context in which the steps run.
+    """
 
     def __init__(self) -> None:
         self._cancelled = threading.Event()
@@ -97,7 +128,7 @@ class Cancellation:
         self._lock = threading.Lock()
 
     def cancel(self) -> None:
-        """Wake everything that waits, now and from now on."""
+        """Called by the reader: wakes everything that waits, now and from now on."""
         with self._lock:
             self._cancelled.set()
             wakers, self._wakers = self._wakers, []
@@ -106,16 +137,21 @@ class Cancellation:
 
     @property
     def cancelled(self) -> bool:
-        """Whether the reader has gone."""
+        """Whether the reader has left."""
         return self._cancelled.is_set()
 
+    def check(self) -> None:
+        """Raise `Cancelled` if the reader has left."""
+        if self._cancelled.is_set():
+            raise Cancelled
+
     def sleep(self, seconds: float) -> bool:
-        """Sleep, unless or until the reader goes. Whether it has gone."""
+        """Sleep until the time is over or the reader leaves. Returns whether the reader has left."""
         return self._cancelled.wait(seconds)
 
     @contextmanager
     def waking(self, wake: Callable[[], None]) -> Iterator[None]:
-        """While this is open, going calls `wake`, from the reader's thread."""
+        """While this is open, `cancel` calls `wake`, from the reader's thread."""
         with self._lock:
             gone = self._cancelled.is_set()
             if not gone:
@@ -131,9 +167,28 @@ class Cancellation:
 
 
 CANCELLATION: ContextVar[Cancellation | None] = ContextVar("kvcag_cancellation", default=None)
-"""The one of the step that runs now; None where the reader waits itself."""
+"""The current step's; None where the reader itself waits."""
 
 
 def cancellation() -> Cancellation:
-    """The one of the step that runs now; where nobody can go, one that nobody cancels."""
+    """The current step's cancellation, or one that never fires."""
     return CANCELLATION.get() or Cancellation()
+
+
+@contextmanager
+def holding(lock: threading.Lock) -> Iterator[None]:
+    """Hold a lock that another answer may hold for long.
+
+    Raises:
+        Cancelled: the reader left while this thread waited.
+    """
+    left = cancellation()
+    while not lock.acquire(timeout=_POLL_SECONDS):
+        left.check()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+_POLL_SECONDS = 0.02

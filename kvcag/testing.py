@@ -113,6 +113,7 @@ class EchoEngine(Engine):
         constraint: ConstraintLike | None = None,
         namespace: str = "",
         started: float | None = None,
+        accept_merged: bool = False,
     ) -> Generator[Chunk, None, None]:
         """Answer a prompt, a chunk a byte; the shortest that fits where the answer breaks a constraint.
 

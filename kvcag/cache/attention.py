@@ -10,11 +10,13 @@ last position, and neither the mask nor the weights of a whole context are ever 
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -28,9 +30,9 @@ from kvcag.cache.layers import cache_argument
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_NAME, _NAME_OVER_SDPA = "kvcag", "kvcag_sdpa"
-"""Ours, by the model's own implementation. Where that is `sdpa`, another thread that runs the model meanwhile, without
-the engine, gets it as ever; in other models it fails, since what it would get is not known."""
+_NAME, OVER_SDPA = "kvcag", "kvcag_sdpa"
+"""Ours, by the model's own implementation. Where that is `sdpa`, a pass of others at the same time is
+given `sdpa`. In other models such a pass fails."""
 
 _BLOCK = {"cpu": 64, "cuda": 1024}
 """Queries that attend at a time, to the keys up to the last one's position. Their mask is one byte a key and query: 0.5
@@ -122,18 +124,43 @@ def by_position(model: PreTrainedModel, positions: torch.Tensor, reader: Reader 
     0, 1, 2, …. For a model that `kvcag.cache.rope.check_mergeable` does not refuse: it attends through transformers'
     interface alone.
     """
-    config = decoder_of(model).config
-    before = config._attn_implementation
+    decoder = decoder_of(model)
     at = positions.tolist()
     sizes = _RUN if at and at[-1] - at[0] + 1 == len(at) else _BLOCK
     blocks = [(block, at[block.stop - 1] + 1) for block in _blocks(len(at), sizes.get(model.device.type, 512))]
-    token = _running.set(_Pass(positions.to(model.device), blocks, reader, before))
-    config._attn_implementation = _NAME_OVER_SDPA if before == "sdpa" else _NAME
+    with _ours(decoder) as own:
+        token = _running.set(_Pass(positions.to(model.device), blocks, reader, own))
+        try:
+            yield
+        finally:
+            _running.reset(token)
+
+
+@contextmanager
+def _ours(decoder: torch.nn.Module) -> Iterator[str]:
+    """The decoder attends through us from the first of several passes at a time to the end of the last one.
+
+    Gives the name of its own implementation.
+    """
+    config: Any = decoder.config
+    with _swapping:
+        own, passes = _swapped.get(decoder, (config._attn_implementation, 0))
+        _swapped[decoder] = own, passes + 1
+        config._attn_implementation = OVER_SDPA if own == "sdpa" else _NAME
     try:
-        yield
+        yield own
     finally:
-        config._attn_implementation = before
-        _running.reset(token)
+        with _swapping:
+            _, passes = _swapped.pop(decoder)
+            if passes > 1:
+                _swapped[decoder] = own, passes - 1
+            else:
+                config._attn_implementation = own
+
+
+_swapped: WeakKeyDictionary[torch.nn.Module, tuple[str, int]] = WeakKeyDictionary()
+"""The own implementation of each decoder that attends through us now, and in how many passes."""
+_swapping = threading.Lock()
 
 
 def _blocks(queries: int, size: int) -> list[slice]:
@@ -173,6 +200,8 @@ def _attention(
     own = running.implementation == "eager" or bool({"softcap", "s_aux"} & {k for k in kwargs if kwargs[k] is not None})
     if read is not None and not own:
         return read, None
+    if query.shape[2] == 1 and call.window is None and not own:
+        return _one_query(query, key, value, call.scaling), None
     outputs = []
     for block, keys in running.blocks:
         q, k, v, mask = query[:, :, block], key[:, :, :keys], value[:, :, :keys], call.mask(block, keys)
@@ -189,6 +218,18 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor,
     k, v = (t[0, :, None].expand(-1, grouped.shape[1], -1, -1) for t in (k, v))
     out = scaled_dot_product_attention(grouped, k, v, attn_mask=mask[None, None], scale=scaling)
     return out.reshape(1, -1, queries, v.shape[-1]).transpose(1, 2)
+
+
+def _one_query(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
+    """The heads that share a KV head are that head's queries: each key is read once, and needs no mask.
+
+    On a CPU in bf16, PyTorch's kernel takes seven times longer for the same keys repeated once a head
+    (`benchmarks/cpu_decode.py`).
+    """
+    batch, heads, _, head_dim = q.shape
+    grouped = q.view(batch, k.shape[1], -1, head_dim)
+    out = scaled_dot_product_attention(grouped, k, v, scale=scaling)
+    return out.reshape(batch, 1, heads, v.shape[-1])
 
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -228,5 +269,5 @@ def _mask_over_sdpa(*args: Any, **kwargs: Any) -> torch.Tensor | None:
 
 
 AttentionInterface.register(_NAME, _attention)
-AttentionInterface.register(_NAME_OVER_SDPA, _attention_over_sdpa)
-AttentionMaskInterface.register(_NAME_OVER_SDPA, _mask_over_sdpa)
+AttentionInterface.register(OVER_SDPA, _attention_over_sdpa)
+AttentionMaskInterface.register(OVER_SDPA, _mask_over_sdpa)

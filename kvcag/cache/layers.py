@@ -10,6 +10,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
@@ -160,19 +161,14 @@ def nbytes(layers: Iterable[LayerKV]) -> int:
     return sum(t.numel() * t.element_size() for kv in layers for t in kv)
 
 
-def generation_cache(
-    parts: Sequence[Sequence[LayerKV]], room: int, before_update: Callable[[], None] | None = None
-) -> DynamicCache:
+def generation_cache(parts: Sequence[Sequence[LayerKV]], room: int) -> DynamicCache:
     """The cache of one generation: a copy of `parts`, one after another, with room for `room` more tokens.
 
     New tokens are written in place instead of concatenating the whole context once a token, so a decode step costs
     the same after 10,000 tokens of context as after ten. It grows by doubling where the room does not suffice, shares
     nothing with `parts`, and is released with its last reference.
-
-    `before_update` is called whenever a layer is about to take new tokens in. What it raises breaks the forward pass
-    off there; `crop` puts the cache right again.
     """
-    cache = DynamicCache() if before_update is None else _WatchedCache(before_update)
+    cache = _PausingCache()
     for layers in zip(*parts, strict=True):
         layer = _AppendLayer(room)
         layer.fill(layers)
@@ -182,13 +178,16 @@ def generation_cache(
     return cache
 
 
-class _WatchedCache(DynamicCache):
-    def __init__(self, before_update: Callable[[], None]) -> None:
-        super().__init__()
-        self.before_update = before_update
+BETWEEN_LAYERS: ContextVar[Callable[[], None] | None] = ContextVar("kvcag_between_layers", default=None)
+"""Called before each layer of a forward pass writes to its cache. An error that it raises ends the pass there, and
+`crop` puts the cache right again."""
 
+
+class _PausingCache(DynamicCache):
     def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        self.before_update()
+        between = BETWEEN_LAYERS.get()
+        if between is not None:
+            between()
         return super().update(*args, **kwargs)
 
 
@@ -317,7 +316,7 @@ def peek_cache(layers: Sequence[LayerKV]) -> DynamicCache:
 
 
 def _cache(layers: Iterable[DynamicLayer]) -> DynamicCache:
-    cache = DynamicCache()
+    cache = _PausingCache()
     cache.layers.extend(layers)
     return cache
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,10 +45,12 @@ class Merged:
     Attributes:
         layers: fresh memory, `(1, kv_heads, sum of lengths, head_dim)` each.
         recomputed: 1-D int64, the positions whose keys and values were recomputed, ascending.
+        layout: the tokens; `open` are those that are an approximation.
     """
 
     layers: list[LayerKV]
     recomputed: torch.Tensor
+    layout: Layout
 
 
 @torch.no_grad()
@@ -95,7 +97,33 @@ def merge(
         drift = usual_drift()
         if drift is not None:
             drift.add_to(model, layers, layout)
-    return Merged(layers, chosen)
+    still_open = layout.open.clone()
+    still_open[chosen] = False
+    return Merged(layers, chosen, replace(layout, open=still_open))
+
+
+@torch.no_grad()
+def refine(
+    model: PreTrainedModel, layers: list[LayerKV], layout: Layout, tail_ids: torch.Tensor, *, ratio: float
+) -> torch.Tensor:
+    """Recompute, in place, what another question needs of a context that was merged for an earlier one.
+
+    The caller keeps everyone else from the model for the time of the call.
+
+    Args:
+        model: the model that made the context.
+        layers: the merged context, written to.
+        layout: its tokens; `open` are those that no question has had recomputed yet.
+        tail_ids: 1-D int64, the question.
+        ratio: how many tokens to recompute, as a share of all.
+
+    Returns:
+        The recomputed positions, 1-D int64, ascending.
+    """
+    chosen = select(model, layers, layout, tail_ids, strategy="query", ratio=ratio)
+    if len(chosen):
+        recompute(model, layers, layout, chosen)
+    return chosen
 
 
 def _check(parts: Sequence[Part], strategy: str, ratio: float) -> None:

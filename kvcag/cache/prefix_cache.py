@@ -1,7 +1,10 @@
-"""Recent contexts, kept so that the next one that begins alike is not encoded again.
+"""Recent contexts, kept so that the next prompt that begins like one of them is not encoded again.
 
 A radix tree over token ids whose edges hold keys and values, so that contexts which share a beginning share its
 tensors (the idea is SGLang's RadixAttention, Zheng et al. 2024). A match may end anywhere, down to the token.
+
+Contexts that were merged, and what was generated over them, are in trees of their own: an approximation never stands
+where an exact prefix is looked for.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ class _Node:
     parent: _Node | None
     children: dict[int, _Node] = field(default_factory=dict)
     used: int = 0
+    is_exact: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -42,7 +46,8 @@ class PrefixCache:
     """Finds the longest encoded prefix of a prompt.
 
     What is inserted is copied, and what is found is only ever read: no generation sees another's cache. The least
-    recently used ends of contexts go first when the budget is full. Safe to use from several threads.
+    recently used ends of contexts go first when the budget is full, a merged
+    one before an exact one of the same age. Safe to use from several threads.
 
     Args:
         max_bytes: the most to keep; 0 keeps nothing.
@@ -51,51 +56,85 @@ class PrefixCache:
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.nbytes = 0
-        self._roots: dict[str, _Node] = {}
+        self._roots: dict[tuple[str, bool], _Node] = {}
         self._clock = 0
         self._lock = threading.Lock()
 
-    def match(self, token_ids: Sequence[int], namespace: str = "") -> tuple[int, list[list[LayerKV]]]:
-        """How many of `token_ids` are encoded, and their keys and values: pieces to be read, not written."""
+    def match(
+        self, token_ids: Sequence[int], namespace: str = "", *, merged: bool = False
+    ) -> tuple[int, list[list[LayerKV]]]:
+        """How many of `token_ids` are cached, and their keys and values: pieces to be read, not written.
+
+        Args:
+            token_ids: the prompt's.
+            namespace: whose contexts.
+            merged: look among the merged contexts instead of the exact ones.
+        """
         wanted = np.asarray(token_ids, dtype=np.int64)
         with self._lock:
             self._clock += 1
             matched, pieces = 0, []
-            for node, shared in self._path(wanted, namespace):
+            for node, shared in self._path(wanted, namespace, merged):
                 node.used = self._clock
                 pieces.append(node.layers if shared == len(node.token_ids) else cut(node.layers, 0, shared))
                 matched += shared
             return matched, pieces
 
-    def insert(self, token_ids: Sequence[int], layers: Sequence[LayerKV], namespace: str = "") -> None:
-        """Keep a context: `layers` hold one key and one value for each of `token_ids`. Only what is new is copied."""
+    def insert(
+        self, token_ids: Sequence[int], layers: Sequence[LayerKV], namespace: str = "", *, merged: bool = False
+    ) -> None:
+        """Keep a context. Only what is new is copied.
+
+        Args:
+            token_ids: the context's.
+            layers: one key and one value for each token, `(1, kv_heads, seq_len, head_dim)` a layer.
+            namespace: whose it is.
+            merged: it is an approximation, or was generated over one.
+        """
         wanted = np.asarray(token_ids, dtype=np.int64)
         if not len(wanted) or nbytes(layers) > self.max_bytes:
             return
         with self._lock:
             self._clock += 1
-            node = self._roots.setdefault(namespace, _Node(wanted[:0], [], None))
+            node = self._roots.setdefault((namespace, merged), _Node(wanted[:0], [], None, is_exact=not merged))
             matched = 0
-            for reached, shared in self._path(wanted, namespace):
+            for reached, shared in self._path(wanted, namespace, merged):
                 matched += shared
                 node = reached if shared == len(reached.token_ids) else self._split(reached, shared)
                 node.used = self._clock
             if matched < len(wanted):
-                leaf = _Node(wanted[matched:].copy(), contiguous_copy(cut(layers, matched)), node, used=self._clock)
+                kept = contiguous_copy(cut(layers, matched))
+                leaf = _Node(wanted[matched:].copy(), kept, node, used=self._clock, is_exact=not merged)
                 node.children[int(wanted[matched])] = leaf
                 self.nbytes += leaf.nbytes
             self._evict()
 
+    def replace_merged(self, token_ids: Sequence[int], layers: Sequence[LayerKV], namespace: str = "") -> None:
+        """Put better keys and values in the place of those of a merged context; what follows it stays.
+
+        Where the context is not kept any more, nothing happens.
+        """
+        wanted = np.asarray(token_ids, dtype=np.int64)
+        with self._lock:
+            path = self._path(wanted, namespace, merged=True)
+            if sum(shared for _, shared in path) < len(wanted):
+                return
+            start = 0
+            for reached, shared in path:
+                node = reached if shared == len(reached.token_ids) else self._split(reached, shared)
+                node.layers = contiguous_copy(cut(layers, start, start + shared))
+                start += shared
+
     def clear(self, namespace: str | None = None) -> None:
         """Forget everything, or everything of one namespace."""
         with self._lock:
-            for name in list(self._roots) if namespace is None else [namespace]:
-                self.nbytes -= sum(node.nbytes for node in _below(self._roots.pop(name, None)))
+            for name in [name for name in self._roots if namespace is None or name[0] == namespace]:
+                self.nbytes -= sum(node.nbytes for node in _below(self._roots.pop(name)))
 
-    def _path(self, wanted: np.ndarray, namespace: str) -> list[tuple[_Node, int]]:
+    def _path(self, wanted: np.ndarray, namespace: str, merged: bool) -> list[tuple[_Node, int]]:
         """The nodes along `wanted`, each with how many of its tokens agree; all but the last agree in full."""
         path: list[tuple[_Node, int]] = []
-        node, at = self._roots.get(namespace), 0
+        node, at = self._roots.get((namespace, merged)), 0
         while node is not None and at < len(wanted):
             node = node.children.get(int(wanted[at]))
             if node is None:
@@ -115,7 +154,7 @@ class PrefixCache:
         Both go on sharing the memory of the one, so that a question over a long corpus does not wait for a copy of it.
         """
         assert node.parent is not None
-        upper = _Node(node.token_ids[:at], cut(node.layers, 0, at), node.parent, used=node.used)
+        upper = _Node(node.token_ids[:at], cut(node.layers, 0, at), node.parent, used=node.used, is_exact=node.is_exact)
         node.parent.children[int(upper.token_ids[0])] = upper
         node.token_ids, node.layers = node.token_ids[at:], cut(node.layers, at)
         node.parent = upper
@@ -124,7 +163,7 @@ class PrefixCache:
 
     def _evict(self) -> None:
         while self.nbytes > self.max_bytes:
-            oldest = min(self._leaves(), key=lambda leaf: leaf.used)
+            oldest = min(self._leaves(), key=lambda leaf: (leaf.used, leaf.is_exact))
             above = oldest.parent
             assert above is not None
             del above.children[int(oldest.token_ids[0])]

@@ -18,7 +18,15 @@ import torch
 from transformers import DynamicCache
 
 from kvcag.cache.attention import Call, attend, decoder_of
-from kvcag.cache.layers import LayerKV, cache_argument, check_cacheable, contiguous_copy, layers_of, scatter_cache
+from kvcag.cache.layers import (
+    BETWEEN_LAYERS,
+    LayerKV,
+    cache_argument,
+    check_cacheable,
+    contiguous_copy,
+    layers_of,
+    scatter_cache,
+)
 from kvcag.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -176,8 +184,16 @@ _OFFSET = 57
 """Far enough that the slowest frequencies of two layer types (θ 10,000 and 1,000,000) still tell."""
 
 
-@torch.no_grad()
 def _measure(model: PreTrainedModel) -> list[Rotation]:
+    token = BETWEEN_LAYERS.set(None)  # a few tokens, once a model: whoever asks for it holds a lock on the result
+    try:
+        return _probe(model)
+    finally:
+        BETWEEN_LAYERS.reset(token)
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel) -> list[Rotation]:
     config = decoder_of(model).config
     ids = (torch.arange(_TOKENS) * 7919 + 11) % config.vocab_size
     here, there = _encode(model, ids, 0), _encode(model, ids, _OFFSET)

@@ -155,6 +155,7 @@ class Engine(ABC):
         constraint: ConstraintLike | None = None,
         namespace: str = "",
         started: float | None = None,
+        accept_merged: bool = False,
     ) -> Generator[Chunk, None, None]:
         """Answer a prompt. Arguments are checked at once; the model runs as the stream is read; closing stops it.
 
@@ -164,6 +165,7 @@ class Engine(ABC):
             past_key_values: a context that the prompt begins with. It is read, never written.
             constraint: what the answer must be.
             namespace: whose recent contexts may be reused, and are added to.
+            accept_merged: a recent context that was merged may be reused too; the report says so.
             started: what times count from (`time.perf_counter()`), where preparing the context belongs to the answer.
 
         Raises:

@@ -44,18 +44,23 @@ class Account:
     context: MergeReport | None = None
 
     @classmethod
-    def of(cls, prompt: Prompt, report: MergeReport | None, reused: int, kept: int, started: float) -> Account:
-        """Of a prompt that needs not run `reused` of its tokens, and `kept` others of which are encoded and kept.
+    def of(cls, prompt: Prompt, report: MergeReport | None, prefix: FoundPrefix, kept: int, started: float) -> Account:
+        """Of a prompt that begins with `prefix`, and `kept` of whose other tokens are encoded and kept.
 
-        Making the context may have paid for some of the reused ones. Where there is no report and the prompt has
-        documents, they are read in this order, or were before: that is exact.
+        Making the context may have paid for some of the prefix. Without a report, the documents are read in this
+        order or were before; or they were merged for an earlier question.
         """
+        reused = prefix.length
         if report is not None:
             return cls(started, reused - report.paid_tokens, report.encoded_tokens + kept, report)
         if prompt.document_ids:
             size = len(prompt.context_ids)
             found = min(reused, size)
-            report = MergeReport("prefix" if found else "encoded", "exact", size, found, 0, size - found)
+            if prefix.is_merged:
+                reason = f"merged for an earlier question, {reused:,} tokens reused"
+                report = MergeReport("merged", "reused", size, found, 0, size - found, reason)
+            else:
+                report = MergeReport("prefix" if found else "encoded", "exact", size, found, 0, size - found)
         return cls(started, reused, kept, report)
 
 
@@ -288,16 +293,33 @@ class ReusablePrefix:
         """Tokens in it."""
         return self.layers[0][0].shape[-2] if self.layers else 0
 
-    def longest(
-        self, prefixes: PrefixCache, token_ids: Sequence[int], namespace: str
-    ) -> tuple[int, list[list[LayerKV]]]:
-        """How many of `token_ids` need not run, and their keys and values: this context, or a longer known prefix."""
-        reused, pieces = self.length, [self.layers] if self.layers else []
+    def longest(self, prefixes: PrefixCache, token_ids: Sequence[int], namespace: str, *, merged: bool) -> FoundPrefix:
+        """This context, or a longer recent one that `token_ids` begin with; merged ones count if `merged`."""
+        best = FoundPrefix(self.length, [self.layers] if self.layers else [], is_merged=not self.is_exact)
         if self.is_exact:
-            matched, found = prefixes.match(token_ids, namespace)
-            if matched > reused:
-                return matched, found
-        return reused, pieces
+            best = best.or_longer(FoundPrefix(*prefixes.match(token_ids, namespace), is_merged=False))
+        if merged:
+            best = best.or_longer(FoundPrefix(*prefixes.match(token_ids, namespace, merged=True), is_merged=True))
+        return best
+
+
+@dataclass(frozen=True, slots=True)
+class FoundPrefix:
+    """What a prompt need not prefill.
+
+    Attributes:
+        length: how many tokens at its beginning.
+        pieces: their keys and values, one piece after another, to be read.
+        is_merged: they are an approximation.
+    """
+
+    length: int
+    pieces: list[list[LayerKV]]
+    is_merged: bool
+
+    def or_longer(self, other: FoundPrefix) -> FoundPrefix:
+        """The other one only if it is longer."""
+        return other if other.length > self.length else self
 
 
 def reusable_prefix(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import cached_property
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from kvcag.cache.attention import by_position, decoder_of
+from kvcag.cache.attention import OVER_SDPA, by_position, decoder_of
 from kvcag.cache.layers import (
+    BETWEEN_LAYERS,
     ContextCache,
     LayerKV,
     cache_argument,
@@ -34,18 +36,27 @@ from kvcag.core import Chunk, ContextPrompt, KVCacheItem, MergedContext, MergeRe
 from kvcag.engines.base import Engine, context_ids
 from kvcag.engines.constrain import ConstraintLike
 from kvcag.engines.decode import Account, Decoding, Detokenizer, StopStrings, ThinkingFilter, reusable_prefix
+from kvcag.engines.idle import IdleWork
+from kvcag.engines.in_flight import InFlight
 from kvcag.engines.model_lock import ModelLock
 from kvcag.engines.sampling import Sampler, Sampling
 from kvcag.errors import CacheWarning, EmptyPromptError, UnsupportedModelError, WarnOnce
 from kvcag.fingerprint import ModelFingerprint
+from kvcag.streams import cancellation
 
 if TYPE_CHECKING:
     from kvcag.engines.enforce import Constraint, Grammars
 
-_PREFILL_CHUNK = 2048
-"""Tokens of one forward pass while encoding: bounds the activations, and how long a closed stream still computes."""
+_FIRST_CHUNK, _SHORTEST_CHUNK, _LONGEST_CHUNK = 512, 64, 2048
+"""Tokens of one forward pass while encoding. On a CPU the length follows from the last pass's time per layer."""
+
+_LAYER_SECONDS = 0.1
+"""How long one layer of a pass may take: other answers, and a reader who leaves, wait for so long."""
 
 _PREFIX_CACHE_BYTES = 2 << 30
+
+
+_IN_BACKGROUND: ContextVar[bool] = ContextVar("kvcag_in_background", default=False)
 
 
 class HFEngine(Engine):
@@ -87,7 +98,9 @@ class HFEngine(Engine):
         self.template = ChatTemplate(tokenizer, template_variables)
         self.prefixes = PrefixCache(prefix_cache_bytes)
         self.lock = ModelLock()
-        self._prefilling = threading.Lock()
+        self._in_flight = InFlight()
+        self._idle = IdleWork()
+        self._chunk_tokens = _FIRST_CHUNK
         self._notices = WarnOnce()
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
 
@@ -202,9 +215,16 @@ class HFEngine(Engine):
 
     @contextmanager
     def exclusive(self) -> Iterator[PreTrainedModel]:
-        """The model for one caller alone, with gradients off; other threads wait for their turn."""
-        with self.lock.acquire(), torch.no_grad():
-            yield self.model
+        """The model for this thread, with gradients off. Between two layers it lets other threads go first.
+
+        Within `in_background`, it waits until no answer needs the model.
+        """
+        with self.lock.acquire(background=_IN_BACKGROUND.get()), torch.no_grad():
+            token = BETWEEN_LAYERS.set(self.lock.pause if self._attends_by_sdpa else cancellation().check)
+            try:
+                yield self.model
+            finally:
+                BETWEEN_LAYERS.reset(token)
 
     # --- encoding ----------------------------------------------------------------------------------------------
 
@@ -236,12 +256,34 @@ class HFEngine(Engine):
         if not token_ids:
             raise EmptyPromptError("there are no tokens to encode")
         self.check_fits(len(token_ids), 0)
-        reused, pieces = self.prefixes.match(token_ids, namespace)
-        cache = generation_cache(pieces, room=len(token_ids) - reused)
-        if reused < len(token_ids):
-            self.forward(token_ids[reused:], cache)
-            self.prefixes.insert(token_ids, layers_of(cache), namespace)
+        with self._in_flight.prefill(token_ids, namespace, self.known_prefix, background=_IN_BACKGROUND.get()):
+            reused, pieces = self.prefixes.match(token_ids, namespace)
+            cache = generation_cache(pieces, room=len(token_ids) - reused)
+            if reused < len(token_ids):
+                self.forward(token_ids[reused:], cache)
+                self.prefixes.insert(token_ids, layers_of(cache), namespace)
         return layers_of(cache), reused
+
+    def encode_when_idle(self, token_ids: Sequence[int], namespace: str = "") -> None:
+        """Encode a context in the background and keep it among the recent contexts. Returns at once.
+
+        `forget` cancels it. An error is logged: the context is then encoded when it is asked for.
+        """
+        if self.keeps(len(token_ids)):
+            self._idle.encode(tuple(token_ids), namespace, self._encode_in_background)
+
+    def _encode_in_background(self, token_ids: tuple[int, ...], namespace: str) -> None:
+        with self.in_background():
+            self.prefill(token_ids, namespace=namespace)
+
+    @contextmanager
+    def in_background(self) -> Iterator[None]:
+        """Within it, this thread's work on the model gives way to answers: it waits while one needs the model."""
+        token = _IN_BACKGROUND.set(True)
+        try:
+            yield
+        finally:
+            _IN_BACKGROUND.reset(token)
 
     def encode_item(self, head_ids: Sequence[int], token_ids: Sequence[int], *, namespace: str = "") -> KVCacheItem:
         """Encode one document behind `head_ids`, which are kept among the recent contexts."""
@@ -278,12 +320,14 @@ class HFEngine(Engine):
             fingerprint=self.fingerprint,
         )
 
-    def known_prefix(self, token_ids: Sequence[int], namespace: str = "") -> int:
-        """How many tokens at the beginning of these are among the recent contexts."""
-        return self.prefixes.match(token_ids, namespace)[0]
+    def known_prefix(self, token_ids: Sequence[int], namespace: str = "", *, merged: bool = False) -> int:
+        """How many tokens at the beginning of these are among the recent contexts; merged ones count if `merged`."""
+        exact = self.prefixes.match(token_ids, namespace)[0]
+        return max(exact, self.prefixes.match(token_ids, namespace, merged=True)[0]) if merged else exact
 
     def forget(self, namespace: str = "") -> None:
-        """Drop a namespace's recent contexts."""
+        """Drop a namespace's recent contexts, and what is encoded for it in the background."""
+        self._idle.cancel(namespace)
         self.prefixes.clear(namespace)
 
     def encode_after(
@@ -324,6 +368,7 @@ class HFEngine(Engine):
         constraint: ConstraintLike | None = None,
         namespace: str = "",
         started: float | None = None,
+        accept_merged: bool = False,
     ) -> Generator[Chunk, None, None]:
         """Answer a prompt of token ids, over a context that it begins with, if one is given.
 
@@ -342,9 +387,11 @@ class HFEngine(Engine):
             self.warn_unless_kept(len(token_ids))
 
         def run() -> Generator[Chunk, None, None]:
-            with self._prefilling:  # of prompts that begin alike, asked at once, the first encodes what they share
-                reused, pieces = given.longest(self.prefixes, token_ids[:-1], namespace)
-                kept = len(token_ids) - reused if given.is_exact and self.keeps(len(token_ids)) else 0
+            known = functools.partial(self.known_prefix, merged=accept_merged)
+            with self._in_flight.prefill(token_ids[:-1], namespace, known):
+                prefix = given.longest(self.prefixes, token_ids[:-1], namespace, merged=accept_merged)
+                reused, pieces = prefix.length, prefix.pieces
+                kept = len(token_ids) - reused if self.keeps(len(token_ids)) else 0
                 decoding = Decoding(
                     self.forward,
                     generation_cache(pieces, room=len(token_ids) - reused + max_new_tokens),
@@ -352,11 +399,10 @@ class HFEngine(Engine):
                     max_new_tokens=max_new_tokens,
                     eos_ids=self.eos_ids,
                     sampler=Sampler(sampling, self.device, compiled.start(max_new_tokens) if compiled else None),
-                    account=Account.of(prompt, given.report, reused, kept, started),
+                    account=Account.of(prompt, given.report, prefix, kept, started),
                 )
                 decoding.prefill()
-                if given.is_exact:
-                    self.prefixes.insert(token_ids, layers_of(decoding.cache), namespace)
+                self.prefixes.insert(token_ids, layers_of(decoding.cache), namespace, merged=prefix.is_merged)
             thinking = ThinkingFilter(prompt.thinking) if sampling.strip_thinking else None
             whole = False  # an error in the middle of a step leaves layers of different lengths
             try:
@@ -366,31 +412,52 @@ class HFEngine(Engine):
                     whole = False
                 whole = True
             finally:
-                if given.is_exact and whole:
-                    self.prefixes.insert(decoding.cached_ids, layers_of(decoding.cache), namespace)
+                if whole:
+                    cached_ids, layers = decoding.cached_ids, layers_of(decoding.cache)
+                    self.prefixes.insert(cached_ids, layers, namespace, merged=prefix.is_merged)
 
         return run()
 
     def forward(self, token_ids: Sequence[int], cache: Cache) -> torch.Tensor:
         """Run tokens over `cache`, which grows by them; logits after the last, `(1, vocabulary)`."""
         last = {"logits_to_keep": 1} if self._takes_logits_to_keep else {}
-        logits = torch.empty(0)
-        for start in range(0, len(token_ids), _PREFILL_CHUNK):
+        logits, start = torch.empty(0), 0
+        while start < len(token_ids):
             with self.exclusive() as model:
-                chunk = torch.tensor([token_ids[start : start + _PREFILL_CHUNK]], device=self.device)
+                chunk = torch.tensor([token_ids[start : start + self._chunk_tokens]], device=self.device)
+                began = time.thread_time()
                 with self._attention(cache.get_seq_length(), chunk.shape[1]):
                     logits = model(input_ids=chunk, use_cache=True, **last, **cache_argument(model, cache)).logits
+                self._fit_chunk(chunk.shape[1], time.thread_time() - began)
+            start += chunk.shape[1]
         return logits[:, -1]
 
+    def _fit_chunk(self, tokens: int, seconds: float) -> None:
+        """Let the next passes be as long as a layer's time allows; `seconds` is what this one computed."""
+        if self.device.type != "cpu":
+            self._chunk_tokens = _LONGEST_CHUNK
+        elif tokens == self._chunk_tokens:
+            allowed = tokens * _LAYER_SECONDS * self._layers / max(seconds, 1e-9)
+            self._chunk_tokens = int(min(max(allowed, tokens / 2, _SHORTEST_CHUNK), tokens * 2, _LONGEST_CHUNK))
+
+    @cached_property
+    def _layers(self) -> int:
+        return int(self.fingerprint.geometry.split("x")[0])
+
     def _attention(self, past: int, new: int) -> AbstractContextManager[None]:
-        """Ours for several tokens over a cache; for a whole prompt, or one token, sdpa needs no mask."""
-        if past == 0 or new == 1 or not self._by_position:
+        """Ours for tokens over a cache. A whole prompt needs no mask, and so does one token on a GPU."""
+        if past == 0 or not self._by_position or (new == 1 and self.device.type != "cpu"):
             return nullcontext()
         return by_position(self.model, torch.arange(past, past + new))
 
+    @property
+    def _attends_by_sdpa(self) -> bool:
+        """Whether passes of several threads may be in the model at a time (`kvcag.cache.attention`)."""
+        return decoder_of(self.model).config._attn_implementation in ("sdpa", OVER_SDPA)
+
     @cached_property
     def _by_position(self) -> bool:
-        if decoder_of(self.model).config._attn_implementation != "sdpa":
+        if not self._attends_by_sdpa:
             return False
         try:
             check_mergeable(self.model)

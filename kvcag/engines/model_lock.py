@@ -1,97 +1,100 @@
-"""Whose turn it is at the model: one caller at a time, and answers before whatever works ahead of them."""
+"""The model for one thread at a time: answers in turn, and background work only while no answer needs it."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-_POLL_SECONDS = 0.1
-_SHORTEST_POLL_SECONDS = 0.005
+from kvcag.streams import cancellation
 
-
-class Interrupted(Exception):  # noqa: N818 - a signal, and nothing went wrong
-    """Somebody wants the model: work that can wait steps aside."""
+_QUIET_SECONDS = 0.05
+"""Background work goes on once no answer has used the model for so long, so that it does not come between two steps."""
 
 
 class ModelLock:
-    """Hands the model to one thread at a time.
+    """Hands the model to one thread at a time, in the order in which they ask.
 
-    Answers take it with `acquire`, in the order in which they come. Work that can wait takes it with `idle`: only once
-    nobody has wanted it for a while, and it gives it back between two layers when somebody does.
+    Whoever holds the model calls `pause` between two layers, where it lets the others go first. So a long prefill
+    delays another answer's step by one layer, and not by the whole prefill. Background work waits until no answer wants
+    the model. A thread whose reader has left (`kvcag.streams.Cancellation`) stops waiting at once.
     """
 
     def __init__(self) -> None:
-        self._model = threading.RLock()
-        self._counting = threading.Lock()
-        self._wanted = 0
-        self._last_wanted = float("-inf")
-        self._idle_owner: int | None = None
-        self._idle_since = float("-inf")
-        self._stop: threading.Event | None = None
+        self._changed = threading.Condition()
+        self._answers: deque[int] = deque()  # the threads that wait, in order
+        self._background: deque[int] = deque()
+        self._holder: int | None = None
+        self._holds_in_background = False
+        self._last_answer = float("-inf")
 
     @contextmanager
-    def acquire(self) -> Iterator[None]:
-        """The model for this thread alone. It may be taken again within."""
-        if self._idle_owner == threading.get_ident():
-            yield
-            return
-        with self._counting:
-            self._wanted += 1
-        try:
-            with self._model:
-                yield
-        finally:
-            with self._counting:
-                self._wanted -= 1
-                self._last_wanted = time.monotonic()
+    def acquire(self, *, background: bool = False) -> Iterator[None]:
+        """The model for this thread alone. A thread that has it may acquire it again.
 
-    def announce(self) -> None:
-        """A question is on its way: what can wait shall step aside now, before the question reaches the model."""
-        with self._counting:
-            self._last_wanted = time.monotonic()
-
-    @contextmanager
-    def idle(
-        self, quiet_s: float, stop: threading.Event, meanwhile: Callable[[], None] | None = None
-    ) -> Iterator[None]:
-        """The model for work that can wait, once nobody has wanted it for `quiet_s` seconds.
-
-        The work calls `step_aside` as often as it can. `meanwhile` is called now and then while it waits.
+        Args:
+            background: wait until no answer wants the model, and give it up between two layers when one does.
 
         Raises:
-            Interrupted: `stop` is set.
+            Cancelled: the reader left while this thread waited.
         """
-        self._await_quiet(quiet_s, stop, meanwhile)
-        self._idle_owner, self._stop = threading.get_ident(), stop
+        if self._holder == threading.get_ident():
+            yield
+            return
+        self._enter(background)
         try:
             yield
         finally:
-            self._idle_owner = self._stop = None
-            self._model.release()
+            self._leave()
 
-    def step_aside(self) -> None:
-        """Called by whoever has the model to spare; elsewhere it does nothing.
+    def pause(self) -> None:
+        """Called between two layers: lets the threads that wait go first.
 
         Raises:
-            Interrupted: somebody wants the model, or the work shall stop.
+            Cancelled: the reader of this thread's answer left.
         """
-        if self._idle_owner != threading.get_ident():
-            return
-        if self._wanted or self._last_wanted > self._idle_since or (self._stop is not None and self._stop.is_set()):
-            raise Interrupted
+        cancellation().check()
+        waiting = self._answers or (self._background and self._holds_in_background)
+        if waiting and self._holder == threading.get_ident():
+            background = self._holds_in_background
+            self._leave()
+            self._enter(background)
 
-    def _await_quiet(self, quiet_s: float, stop: threading.Event, meanwhile: Callable[[], None] | None) -> None:
-        """Return holding the model."""
-        while not stop.is_set():
-            with self._counting:
-                now = time.monotonic()
-                left = self._last_wanted + quiet_s - now
-                if not self._wanted and left <= 0 and self._model.acquire(blocking=False):
-                    self._idle_since = now
-                    return
-            stop.wait(min(max(left, _SHORTEST_POLL_SECONDS), _POLL_SECONDS))
-            if meanwhile is not None:
-                meanwhile()
-        raise Interrupted
+    def _enter(self, background: bool) -> None:
+        me, queue = threading.get_ident(), self._background if background else self._answers
+        left = cancellation()
+        with self._changed, left.waking(self._wake):
+            queue.append(me)
+            try:
+                while self._holder is not None or not self._is_next(me, background):
+                    left.check()
+                    self._changed.wait(max(self._quiet_for(), 0.001) if background and self._holder is None else None)
+                left.check()
+                self._holder, self._holds_in_background = me, background
+            finally:
+                queue.remove(me)
+                self._changed.notify_all()
+
+    def _leave(self) -> None:
+        with self._changed:
+            if self._holder != threading.get_ident():
+                return  # cancelled while it had paused
+            if not self._holds_in_background:
+                self._last_answer = time.monotonic()
+            self._holder = None
+            self._changed.notify_all()
+
+    def _is_next(self, me: int, background: bool) -> bool:
+        if not background:
+            return self._answers[0] == me
+        return not self._answers and self._background[0] == me and self._quiet_for() <= 0
+
+    def _quiet_for(self) -> float:
+        """Seconds until background work may go on."""
+        return self._last_answer + _QUIET_SECONDS - time.monotonic()
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()

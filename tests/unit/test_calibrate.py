@@ -10,6 +10,7 @@ from kvcag import HFEngine, KVCacheMemory, Sampling
 from kvcag.calibration import Calibration, Verdict, _calibrations, calibrate, calibration_of
 from kvcag.chat_template import Document
 from kvcag.errors import ContextLengthError, InvalidInputError
+from tests.waits import until
 
 TEXTS = ["Alice has a red bicycle.", "Bob has a green car.", "Carol has a boat.", "Dave has none of these."]
 HEAD = "Answer from the documents."
@@ -97,23 +98,31 @@ def test_too_little_to_put_together_is_refused(tiny_engine: HFEngine) -> None:
         calibrate(HFEngine(tiny_model(max_position_embeddings=64), byte_tokenizer()), TEXTS)
 
 
-def asked(*texts: str) -> list[dict[str, Any]]:
+def asked(*texts: str, question: str = "Who?") -> list[dict[str, Any]]:
     documents = [Document(f"{text}\n\n") for text in texts]
-    return [{"role": "system", "content": [f"{HEAD}\n\n", *documents]}, {"role": "user", "content": "Who?"}]
+    return [{"role": "system", "content": [f"{HEAD}\n\n", *documents]}, {"role": "user", "content": question}]
 
 
-def reports(memory: KVCacheMemory, *texts: str, times: int) -> list[Any]:
+def reports(memory: KVCacheMemory, *texts: str, times: int, question: str = "Who?") -> list[Any]:
     settings = Sampling(max_new_tokens=1)
-    streams = (memory.stream(asked(*texts), strategy="auto", sampling=settings) for _ in range(times))
+    streams = (
+        memory.stream(asked(*texts, question=question), strategy="auto", sampling=settings) for _ in range(times)
+    )
     return [list(stream)[-1].usage.context for stream in streams]  # type: ignore[union-attr]
 
 
 def test_what_is_asked_again_and_again_becomes_exact(tiny_engine: HFEngine) -> None:
     memory = KVCacheMemory(known(tiny_engine, verdict("query", 0.1, 0.04, 0.2)))
-    made = reports(memory, *TEXTS, times=5)
-    assert [report.mode for report in made] == ["merged", "prefix", "prefix", "prefix", "prefix"]
-    assert "asked for together before" in made[1].reason
-    assert made[4].encoded_tokens == made[4].recomputed_tokens == 0
+    first, same, other = (reports(memory, *TEXTS, times=1, question=asks)[0] for asks in ("Who?", "Who?", "What?"))
+    assert [first.mode, same.mode, other.mode] == ["merged"] * 3
+    assert first.recomputed_tokens > same.recomputed_tokens == 0
+    assert same.reason.startswith("merged for an earlier question")
+    assert "refined for this one" in other.reason
+    prompt = tiny_engine.template.prompt(asked(*TEXTS))
+    until(lambda: tiny_engine.known_prefix(prompt.context_ids) == len(prompt.context_ids))  # encoded when idle
+    [last] = reports(memory, *TEXTS, times=1, question="Where?")
+    assert last.is_exact
+    assert last.encoded_tokens == last.recomputed_tokens == 0
     assert reports(memory, *reversed(TEXTS), times=1)[0].mode == "merged"
 
 

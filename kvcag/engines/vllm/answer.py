@@ -13,7 +13,7 @@ from typing import Any
 
 from kvcag.chat_template import Prompt
 from kvcag.core import Chunk, FinishReason, Usage
-from kvcag.engines.decode import Account, StopStrings, ThinkingFilter
+from kvcag.engines.decode import Account, FoundPrefix, StopStrings, ThinkingFilter
 from kvcag.engines.sampling import Sampling
 from kvcag.errors import EngineError
 
@@ -117,7 +117,7 @@ class Asked:
         reported = _cached(usage)
         cached = min(reported or 0, size - 1)
         created = 0 if reported is None else size - cached
-        account = Account.of(self.prompt, None, cached, created, self.started)
+        account = Account.of(self.prompt, None, FoundPrefix(cached, [], is_merged=False), created, self.started)
         now = time.perf_counter()
         return Usage(
             prompt_tokens=size,

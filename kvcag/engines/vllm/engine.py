@@ -315,6 +315,7 @@ class VLLMEngine(Engine):
         constraint: ConstraintLike | None = None,
         namespace: str = "",
         started: float | None = None,
+        accept_merged: bool = False,
     ) -> Generator[Chunk, None, None]:
         """Answer a prompt of token ids. Closing the stream closes the request.
 
@@ -325,6 +326,7 @@ class VLLMEngine(Engine):
             constraint: what the answer must be.
             namespace: whose. A hit is shared by those of the same namespace alone, on a server that knows `cache_salt`.
             started: from when times count.
+            accept_merged: does nothing here: a server merges nothing.
 
         Raises:
             ContextLengthError: the prompt with `max_new_tokens` exceeds the context.
