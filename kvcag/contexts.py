@@ -17,7 +17,7 @@ from kvcag.cache.merge import Strategy as MergeStrategy
 from kvcag.cache.select import Layout
 from kvcag.calibration import calibration_of, usual_drift_of
 from kvcag.chat_template import Prompt
-from kvcag.core import Item, KVCacheItem, MergedContext, MergeReport, ids_digest
+from kvcag.core import Item, KVCacheItem, MergedContext, MergeReport, Mode, ids_digest
 from kvcag.document_cache import DocumentCache, Ids, same_ids
 from kvcag.engines.base import Engine
 from kvcag.engines.hf import HFEngine
@@ -92,27 +92,27 @@ def check_strategy(strategy: str, ratio: float) -> None:
         raise InvalidInputError(f"ratio is {ratio}; it is the share of tokens to recompute, from 0 to 1.")
 
 
-def is_reusable(documents: DocumentCache, prompt: Prompt, strategy: Strategy) -> bool:
-    """Whether the engine's recent contexts, merged ones included, hold all that a prompt needs of its documents.
+def reusable(documents: DocumentCache, prompt: Prompt, strategy: Strategy) -> Mode | None:
+    """How the engine's recent contexts hold all that a prompt needs of its documents; None if they do not.
 
-    So it is where the context is known exactly; where the prompt continues a conversation over a merged context; and,
+    They do where the context is known exactly; where the prompt continues a conversation over a merged context; and,
     under `auto`, where the context was merged for this question, or refined for a second one: it is being encoded in
     the background then, and is exact soon.
     """
     engine, namespace, context_ids = documents.engine, documents.namespace, prompt.context_ids
     if engine.known_prefix(context_ids, namespace) == len(context_ids):
-        return True
+        return "prefix"
     merged = MergeHistory.of(engine).get(namespace, context_ids)
     if merged is None:
-        return False
+        return None
     known = cast("HFEngine", engine).known_prefix(prompt.token_ids[:-1], namespace, merged=True) - len(context_ids)
     if known < 0:
-        return False
+        return None
     answers = len(engine.template.generation_ids)
     asked = [tail[: len(tail) - answers] for tail in merged.tails]
-    if any(len(tail) <= known and prompt.tail_ids[: len(tail)] == tail for tail in asked):
-        return len(prompt.tail_ids) > max(map(len, merged.tails)) or strategy == "auto"
-    return strategy == "auto" and len(merged.tails) > 1
+    again = [len(tail) for tail in asked if len(tail) <= known and prompt.tail_ids[: len(tail)] == tail]
+    follows = any(len(prompt.tail_ids) > length + answers for length in again)
+    return "merged" if follows or (strategy == "auto" and (again or len(asked) > 1)) else None
 
 
 def context_of_prompt(

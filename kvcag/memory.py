@@ -21,7 +21,7 @@ from kvcag.contexts import (
     check_strategy,
     context_of_items,
     context_of_prompt,
-    is_reusable,
+    reusable,
 )
 from kvcag.core import Answer, Chunk, ContextPrompt, EncodedItem, Item, MergedContext
 from kvcag.document_cache import DocumentCache, Ids, SyncReport, same_ids, sync
@@ -396,11 +396,12 @@ class KVCacheMemory:
         if constraint is not None:
             constraint = self.engine.constrain(constraint, budget, prompt.thinking)
         context = None  # the engine finds the longest known prefix by itself
-        merges = bool(prompt.document_ids) and self.engine.merges and strategy != "exact"
-        if merges:
+        known = None
+        if prompt.document_ids and self.engine.merges and strategy != "exact":
             for watch in self.watchers:
                 watch(prompt)
-            if not is_reusable(self.documents, prompt, strategy):
+            known = reusable(self.documents, prompt, strategy)
+            if known is None:
                 context = self.context_for(prompt, strategy, ratio, max_kl)
         return self.engine.stream(
             prompt,
@@ -409,7 +410,7 @@ class KVCacheMemory:
             constraint=constraint,
             namespace=self.namespace,
             started=started,
-            accept_merged=merges,
+            accept_merged=known == "merged",
         )
 
     async def astream(
