@@ -285,7 +285,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)
                 return
-            self._chunk(f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n")
+            self._chunk(f"data: {event if isinstance(event, str) else json.dumps(event, ensure_ascii=False)}\n\n")
         self._chunk("")
 
     def _events(self, body: dict[str, Any], ids: list[int], cached: int) -> Iterator[dict[str, Any] | str]:

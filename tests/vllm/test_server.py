@@ -121,8 +121,8 @@ def test_items_are_sent_ahead_and_their_merge_is_all_of_them(engine: VLLMEngine,
         context = memory.merge([item.id for item in items], QUESTIONS[0], "exact")
         answers.append(memory.engine.generate(None, context, max_new_tokens=16))
         if memory.engine is engine:
-            plan = engine.build_prompt(None, context)
-            *_, last = engine.stream(plan, engine.sampling(max_new_tokens=1), context)
+            prompt = engine.build_prompt(None, context)
+            *_, last = engine.stream(prompt, engine.sampling(max_new_tokens=1), context)
             assert last.usage.cached_tokens > len(items[0].token_ids)
             assert all(text.strip() in context.prompt for text in texts)
     assert answers[0] == answers[1]

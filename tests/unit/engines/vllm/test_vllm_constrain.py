@@ -12,7 +12,7 @@ from tiny import byte_tokenizer, tiny_model
 from wire_server import WireServer
 
 from kvcag import Choices, Grammar, HFEngine, JsonSchema, Regex
-from kvcag.engines.vllm.constrain import server_constraint
+from kvcag.engines.vllm.client import server_constraint
 from kvcag.engines.vllm.engine import VLLMEngine
 from kvcag.errors import ConstraintError, ServerUnavailableError
 
@@ -80,7 +80,7 @@ def test_a_server_of_the_api_alone_is_sent_a_response_format(tiny_engine: HFEngi
             answer = engine.generate("?", constraint=SCHEMA, max_new_tokens=60)
         assert isinstance(json.loads(answer)["n"], int)
         assert server.bodies[-1][1]["response_format"]["type"] == "json_schema"
-        with pytest.raises(ConstraintError, match="Regex"):
+        with pytest.raises(ConstraintError, match="regex"):
             engine.generate("?", constraint=Regex("a"))
 
 

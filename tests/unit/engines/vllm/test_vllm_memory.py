@@ -184,7 +184,7 @@ def test_a_corpus_is_synced_and_purged(server: WireServer, memory: KVCacheMemory
     assert memory.purge(TEXTS[1]) == report.ids[:1]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert memory.engine.preloaded(server.prompts()[0]) == 0  # nothing of it is sent again
+        assert memory.engine.known_prefix(server.prompts()[0]) == 0  # nothing of it is sent again
 
 
 def test_the_tenant_of_a_memory_is_that_of_what_it_sends(server: WireServer, engine: VLLMEngine) -> None:
