@@ -1,4 +1,4 @@
-"""The adapters over a real vLLM server: what issue 9 promises, seen through the frameworks' own usage."""
+"""The adapters over a real vLLM server, measured by the frameworks' own usage."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_the_second_question_through_llama_index_finds_the_corpus_cached(engine:
     assert usage[0]["ttft_s"] >= 5 * usage[1]["ttft_s"]
 
 
-def test_tenants_share_no_hit(engine: VLLMEngine, figures: Figures) -> None:
+def test_namespaces_share_no_hit(engine: VLLMEngine, figures: Figures) -> None:
     messages = [{"role": "system", "content": CORPUS[:3000]}, {"role": "user", "content": "When?"}]
     read = {}
     for namespace in ("a", "b", "a", "b"):

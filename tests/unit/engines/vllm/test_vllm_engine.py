@@ -1,4 +1,4 @@
-"""VLLMEngine over a server of the same wire format: what is sent, what comes back, and what it says of its cost."""
+"""VLLMEngine over a server with vLLM's wire format: requests, answers and usage."""
 
 from __future__ import annotations
 
@@ -120,10 +120,10 @@ def test_a_prompt_with_documents_says_how_its_context_was_read(engine: VLLMEngin
     assert (cold.mode, cold.context_tokens, cold.encoded_tokens) == ("encoded", size, size)
     assert (warm.mode, warm.strategy, warm.recomputed_tokens) == ("prefix", "exact", 0)
     assert warm.reused_tokens + warm.encoded_tokens == size
-    assert warm.reused_tokens == size  # the blocks that hold it are whole, but for the tail
+    assert warm.reused_tokens == size  # the tail completes its last block
 
 
-def test_tenants_share_no_hit(engine: VLLMEngine) -> None:
+def test_namespaces_share_no_hit(engine: VLLMEngine) -> None:
     assert last_usage(engine, namespace="a").cached_tokens == 0
     assert last_usage(engine, namespace="b").cached_tokens == 0
     assert last_usage(engine).cached_tokens == 0
@@ -243,7 +243,7 @@ def test_documents_in_canonical_order_make_the_same_prompt_in_any_order(server: 
 
 
 def documents_of(order: str, asked: list[list[int]]) -> list[list[int]]:
-    """In which order questions about these documents are sent."""
+    """The order in which the documents of each question are sent."""
     sorter = DocumentSorter(order)
     prompts = [Prompt((0,), tuple((number,) for number in numbers), (9,)) for numbers in asked]
     return [[ids[0] for ids in sorter.arrange(prompt, count=True).document_ids] for prompt in prompts]
@@ -252,7 +252,7 @@ def documents_of(order: str, asked: list[list[int]]) -> list[list[int]]:
 def test_frequent_documents_come_first_once_they_are_frequent() -> None:
     asked = [[1, 2], [3, 2], [4, 2], [2, 5], [6, 2, 1]]
     assert [numbers[0] for numbers in documents_of("frequent", asked)[1:]] == [2, 2, 2, 2]
-    assert documents_of("frequent", asked)[-1][1] == 1  # asked for once, and 6 never
+    assert documents_of("frequent", asked)[-1][1] == 1  # asked for once; 6 never
     assert documents_of("given", asked) == asked
 
 

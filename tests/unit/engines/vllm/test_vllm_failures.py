@@ -1,4 +1,4 @@
-"""A server that is down, slow, overloaded, restarted or wrong: typed errors, retries, and nothing left behind."""
+"""A server that is down, slow, overloaded, restarted or wrong: typed errors, retries, and no thread left."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from wire_server import WireServer
 
 from kvcag import HFEngine
 from kvcag.chat_template import Prompt
-from kvcag.engines.vllm.engine import Preloads, VLLMEngine
+from kvcag.engines.vllm.client import Preloads
+from kvcag.engines.vllm.engine import VLLMEngine
 from kvcag.errors import (
     ContextLengthError,
     EngineError,
@@ -67,7 +68,7 @@ def test_a_server_that_is_down_is_named() -> None:
         with pytest.raises(ServerUnavailableError):
             engine.check_server(timeout=0.1)
     with VLLMEngine("http://127.0.0.1:9", max_retries=0) as engine, pytest.raises(ServerUnavailableError):
-        engine.check_server()  # also where its own tokenizer would be asked
+        engine.check_server()  # also without a local tokenizer
 
 
 def test_an_overloaded_server_is_asked_again(server: WireServer, engine: VLLMEngine) -> None:
@@ -107,7 +108,7 @@ def test_an_answer_that_breaks_off_in_the_middle_is_no_answer(server: WireServer
     with pytest.raises(ServerUnavailableError, match="stopped while it answered"):
         said.extend(chunk.text for chunk in engine.stream(prompt(engine), engine.sampling()))
     assert "".join(said) == "one "
-    assert len(server.prompts()) == 1  # what was said cannot be unsaid
+    assert len(server.prompts()) == 1  # a part of the answer was read already
     assert engine.generate("Count.", max_new_tokens=20) == "one two three"
 
 
@@ -161,7 +162,7 @@ async def test_cancelling_before_the_first_word_closes_the_request_at_once(
         await awaited(task)
     assert await asyncio.to_thread(wait_until, server.aborted.is_set)
     assert time.monotonic() - began < 5
-    assert engine._http.interruptions == 0  # it was not the server that went away
+    assert engine._http.interruptions == 0  # the server did not go away
 
 
 async def test_cancelling_while_a_request_waits_to_be_made_again_ends_the_wait(server: WireServer) -> None:
@@ -175,7 +176,7 @@ async def test_cancelling_while_a_request_waits_to_be_made_again_ends_the_wait(s
         with pytest.raises(asyncio.CancelledError):
             await awaited(task)
         await awaited(stream.aclose())
-        await awaited(asyncio.get_running_loop().shutdown_default_executor())  # waits for the thread that waits
+        await awaited(asyncio.get_running_loop().shutdown_default_executor())  # waits for the worker thread
         assert time.monotonic() - began < 5
 
 
@@ -210,7 +211,7 @@ def test_an_error_within_the_stream_is_an_error(server: WireServer, engine: VLLM
         engine.generate("Count.")
     assert refused.value.status == 400
     server.faults.error_event = {"message": "EngineCore encountered an issue.", "code": 500}
-    assert engine.generate("Count.", max_new_tokens=20) == "one two three"  # and of the server's failures it recovers
+    assert engine.generate("Count.", max_new_tokens=20) == "one two three"  # failures of the server are repeated
 
 
 def test_events_that_are_no_json_are_an_error(server: WireServer, engine: VLLMEngine) -> None:
@@ -277,11 +278,11 @@ def test_after_a_restart_everything_that_was_sent_ahead_is_sent_again(server: Wi
 
 
 def test_a_restart_between_two_questions_is_seen_by_what_the_server_forgot(server: WireServer) -> None:
-    """No connection is refused and none breaks: only the missing hit says so."""
+    """No connection is refused and none breaks: only the missing cached tokens show it."""
     with VLLMEngine(server.url, **QUICK) as engine:
         preload(engine, "First. ", "Second. ")
         context = engine.build_vllm_kv_cache("Third. " * 100)
-        engine._http._client.close()  # what keeps connections alive forgets them, as after a minute of idling
+        engine._http._client.close()  # drops idle connections, as after a minute
         engine._http._client = type(engine._http._client)()
         sent = server.prompts()
         server.stop()
@@ -325,7 +326,7 @@ def test_a_server_restarted_with_another_tokenizer_is_found_out(tiny_engine: HFE
 def test_closing_does_not_wait_for_ever_for_a_server_that_says_nothing(
     server: WireServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A client of the caller's own may have no time limit."""
+    """A caller's own client may have no timeout."""
     monkeypatch.setattr(Preloads, "CLOSING_SECONDS", 0.1)
     engine = VLLMEngine(server.url, **QUICK)
     asked, go = threading.Event(), threading.Event()
