@@ -1,4 +1,4 @@
-"""The adapters over a real vLLM server: what issue 9 promises, seen through the frameworks' own usage."""
+"""The adapters over a real vLLM server, measured by the frameworks' own usage."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_the_second_question_through_llama_index_finds_the_corpus_cached(engine:
     assert usage[0]["ttft_s"] >= 5 * usage[1]["ttft_s"]
 
 
-def test_tenants_share_no_hit(engine: VLLMEngine, figures: Figures) -> None:
+def test_namespaces_share_no_hit(engine: VLLMEngine, figures: Figures) -> None:
     messages = [{"role": "system", "content": CORPUS[:3000]}, {"role": "user", "content": "When?"}]
     read = {}
     for namespace in ("a", "b", "a", "b"):
@@ -121,8 +121,8 @@ def test_items_are_sent_ahead_and_their_merge_is_all_of_them(engine: VLLMEngine,
         context = memory.merge([item.id for item in items], QUESTIONS[0], "exact")
         answers.append(memory.engine.generate(None, context, max_new_tokens=16))
         if memory.engine is engine:
-            plan = engine.build_prompt(None, context)
-            *_, last = engine.stream(plan, engine.sampling(max_new_tokens=1), context)
+            prompt = engine.build_prompt(None, context)
+            *_, last = engine.stream(prompt, engine.sampling(max_new_tokens=1), context)
             assert last.usage.cached_tokens > len(items[0].token_ids)
             assert all(text.strip() in context.prompt for text in texts)
     assert answers[0] == answers[1]

@@ -1,4 +1,4 @@
-"""ChatKVCAG and KVCacheLLM over a server: as over a model of this process, with the server's figures."""
+"""ChatKVCAG and KVCacheLLM over a server answer as over a model of this process, and show the server's usage."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def llama_index_hit(engine: VLLMEngine, namespace: str) -> int:
 
 
 @pytest.mark.parametrize("hit", [langchain_hit, llama_index_hit])
-def test_tenants_share_no_hit(engine: VLLMEngine, hit) -> None:
+def test_namespaces_share_no_hit(engine: VLLMEngine, hit) -> None:
     first, other, again = (hit(engine, namespace) for namespace in ("a", "b", "a"))
     assert (first, other) == (0, 0)
     assert again > 0
@@ -159,7 +159,7 @@ def test_errors_reach_the_consumer_as_they_are(server: WireServer, engine: VLLME
 
 
 def test_what_identifies_a_chat_changes_with_the_servers_model(server: WireServer, engine: VLLMEngine) -> None:
-    """LangChain's response cache goes by it."""
+    """It is the key of LangChain's response cache."""
     one = ChatKVCAG(engine=engine)
     server.model = "other"
     with VLLMEngine(server.url, tokenizer=byte_tokenizer()) as other:

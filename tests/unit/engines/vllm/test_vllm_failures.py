@@ -1,4 +1,4 @@
-"""A server that is down, slow, overloaded, restarted or wrong: typed errors, retries, and nothing left behind."""
+"""A server that is down, slow, overloaded, restarted or wrong: typed errors, retries, and no thread left."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from wire_server import WireServer
 
 from kvcag import HFEngine
 from kvcag.chat_template import Prompt
-from kvcag.engines.vllm import warm as vllm_warm
+from kvcag.engines.vllm.client import Preloads
 from kvcag.engines.vllm.engine import VLLMEngine
 from kvcag.errors import (
     ContextLengthError,
@@ -68,7 +68,7 @@ def test_a_server_that_is_down_is_named() -> None:
         with pytest.raises(ServerUnavailableError):
             engine.check_server(timeout=0.1)
     with VLLMEngine("http://127.0.0.1:9", max_retries=0) as engine, pytest.raises(ServerUnavailableError):
-        engine.check_server()  # also where its own tokenizer would be asked
+        engine.check_server()  # also without a local tokenizer
 
 
 def test_an_overloaded_server_is_asked_again(server: WireServer, engine: VLLMEngine) -> None:
@@ -105,10 +105,10 @@ def test_an_answer_that_broke_off_before_its_first_word_is_asked_again(server: W
 def test_an_answer_that_breaks_off_in_the_middle_is_no_answer(server: WireServer, engine: VLLMEngine) -> None:
     server.faults.drop_after = 4
     said: list[str] = []
-    with pytest.raises(ServerUnavailableError, match="went away while it answered"):
+    with pytest.raises(ServerUnavailableError, match="stopped while it answered"):
         said.extend(chunk.text for chunk in engine.stream(prompt(engine), engine.sampling()))
     assert "".join(said) == "one "
-    assert len(server.prompts()) == 1  # what was said cannot be unsaid
+    assert len(server.prompts()) == 1  # a part of the answer was read already
     assert engine.generate("Count.", max_new_tokens=20) == "one two three"
 
 
@@ -162,7 +162,7 @@ async def test_cancelling_before_the_first_word_closes_the_request_at_once(
         await awaited(task)
     assert await asyncio.to_thread(wait_until, server.aborted.is_set)
     assert time.monotonic() - began < 5
-    assert engine.wire.interruptions == 0  # it was not the server that went away
+    assert engine._http.interruptions == 0  # the server did not go away
 
 
 async def test_cancelling_while_a_request_waits_to_be_made_again_ends_the_wait(server: WireServer) -> None:
@@ -176,7 +176,7 @@ async def test_cancelling_while_a_request_waits_to_be_made_again_ends_the_wait(s
         with pytest.raises(asyncio.CancelledError):
             await awaited(task)
         await awaited(stream.aclose())
-        await awaited(asyncio.get_running_loop().shutdown_default_executor())  # waits for the thread that waits
+        await awaited(asyncio.get_running_loop().shutdown_default_executor())  # waits for the worker thread
         assert time.monotonic() - began < 5
 
 
@@ -211,13 +211,23 @@ def test_an_error_within_the_stream_is_an_error(server: WireServer, engine: VLLM
         engine.generate("Count.")
     assert refused.value.status == 400
     server.faults.error_event = {"message": "EngineCore encountered an issue.", "code": 500}
-    assert engine.generate("Count.", max_new_tokens=20) == "one two three"  # and of the server's failures it recovers
+    assert engine.generate("Count.", max_new_tokens=20) == "one two three"  # failures of the server are repeated
 
 
 def test_events_that_are_no_json_are_an_error(server: WireServer, engine: VLLMEngine) -> None:
     server.faults.garbage = True
-    with pytest.raises(ServerError, match="no JSON"):
+    with pytest.raises(ServerError, match="not JSON"):
         engine.generate("Count.")
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085"])
+def test_a_line_separator_in_an_answer_ends_no_event(separator: str) -> None:
+    """JSON may hold them as they are, and `str.splitlines` breaks lines at them."""
+    with (
+        WireServer(EchoEngine(lambda _: f"one{separator}two")) as server,
+        VLLMEngine(server.url, **QUICK) as engine,
+    ):
+        assert engine.generate("?", max_new_tokens=20) == f"one{separator}two"
 
 
 def test_a_refusal_is_not_repeated(server: WireServer, engine: VLLMEngine) -> None:
@@ -268,18 +278,18 @@ def test_after_a_restart_everything_that_was_sent_ahead_is_sent_again(server: Wi
 
 
 def test_a_restart_between_two_questions_is_seen_by_what_the_server_forgot(server: WireServer) -> None:
-    """No connection is refused and none breaks: only the missing hit says so."""
+    """No connection is refused and none breaks: only the missing cached tokens show it."""
     with VLLMEngine(server.url, **QUICK) as engine:
         preload(engine, "First. ", "Second. ")
         context = engine.build_vllm_kv_cache("Third. " * 100)
-        engine.wire._client.close()  # what keeps connections alive forgets them, as after a minute of idling
-        engine.wire._client = type(engine.wire._client)()
+        engine._http._client.close()  # drops idle connections, as after a minute
+        engine._http._client = type(engine._http._client)()
         sent = server.prompts()
         server.stop()
         server.bodies.clear()
         server.start()
         engine.generate("Count.", context, max_new_tokens=2)
-        assert engine.wire.interruptions == 0
+        assert engine._http.interruptions == 0
         assert wait_until(lambda: all(one in server.prompts() for one in sent))
 
 
@@ -308,16 +318,16 @@ def test_a_server_restarted_with_another_tokenizer_is_found_out(tiny_engine: HFE
         server.engine.template.tokenizer.add_tokens(["Count", "def"])
         restart(server, engine)
         engine.generate("Count.", max_new_tokens=2)
-        assert wait_until(lambda: not engine.server._same_tokens)
-        with pytest.raises(InvalidInputError, match="ids of the"):
+        assert wait_until(lambda: not engine._tokens_checked)
+        with pytest.raises(InvalidInputError, match="different token ids"):
             engine.generate("Count.")
 
 
 def test_closing_does_not_wait_for_ever_for_a_server_that_says_nothing(
     server: WireServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A client of the caller's own may have no time limit."""
-    monkeypatch.setattr(vllm_warm, "_CLOSING_SECONDS", 0.1)
+    """A caller's own client may have no timeout."""
+    monkeypatch.setattr(Preloads, "CLOSING_SECONDS", 0.1)
     engine = VLLMEngine(server.url, **QUICK)
     asked, go = threading.Event(), threading.Event()
     preload(engine, "First. ")
@@ -327,7 +337,7 @@ def test_closing_does_not_wait_for_ever_for_a_server_that_says_nothing(
         asked.set()
         go.wait(30)
 
-    monkeypatch.setattr(engine.wire, "started_at", silent)
+    monkeypatch.setattr(engine._http, "start_time", silent)
     engine.generate("Count.", max_new_tokens=2)
     assert asked.wait(30)
     began = time.monotonic()

@@ -1,4 +1,4 @@
-"""VLLMEngine over a server of the same wire format: what is sent, what comes back, and what it says of its cost."""
+"""VLLMEngine over a server with vLLM's wire format: requests, answers and usage."""
 
 from __future__ import annotations
 
@@ -16,9 +16,7 @@ from wire_server import WireServer
 from kvcag import HFEngine
 from kvcag.chat_template import Document, Prompt
 from kvcag.engines.sampling import Sampling
-from kvcag.engines.vllm.answer import salt_of
-from kvcag.engines.vllm.engine import VLLMEngine
-from kvcag.engines.vllm.order import Ordering
+from kvcag.engines.vllm.engine import DocumentSorter, VLLMEngine, cache_salt
 from kvcag.errors import (
     ContextLengthError,
     EmptyPromptError,
@@ -120,12 +118,12 @@ def test_a_prompt_with_documents_says_how_its_context_was_read(engine: VLLMEngin
     cold, warm = last_usage(engine, asked).context, last_usage(engine, asked).context
     size = len(prompt.context_ids)
     assert (cold.mode, cold.context_tokens, cold.encoded_tokens) == ("encoded", size, size)
-    assert (warm.mode, warm.strategy, warm.recomputed_tokens) == ("exact", "exact", 0)
+    assert (warm.mode, warm.strategy, warm.recomputed_tokens) == ("prefix", "exact", 0)
     assert warm.reused_tokens + warm.encoded_tokens == size
-    assert warm.reused_tokens == size  # the blocks that hold it are whole, but for the tail
+    assert warm.reused_tokens == size  # the tail completes its last block
 
 
-def test_tenants_share_no_hit(engine: VLLMEngine) -> None:
+def test_namespaces_share_no_hit(engine: VLLMEngine) -> None:
     assert last_usage(engine, namespace="a").cached_tokens == 0
     assert last_usage(engine, namespace="b").cached_tokens == 0
     assert last_usage(engine).cached_tokens == 0
@@ -133,8 +131,8 @@ def test_tenants_share_no_hit(engine: VLLMEngine) -> None:
 
 
 def test_salts_cannot_be_made_without_the_secret() -> None:
-    assert salt_of("", "") is None
-    salts = {salt_of(secret, namespace) for secret in ("", "s") for namespace in ("", "a", "b")}
+    assert cache_salt("", "") is None
+    salts = {cache_salt(secret, namespace) for secret in ("", "s") for namespace in ("", "a", "b")}
     assert len(salts - {None}) == 5
     assert {len(salt) for salt in salts if salt} == {43}  # 256 bits
 
@@ -175,7 +173,7 @@ def test_what_cannot_work_is_refused_before_anything_is_sent(server: WireServer,
         engine.sampling(tempo=1)
     with pytest.raises(InvalidInputError, match="document_order"):
         VLLMEngine(server.url, document_order="best")
-    with pytest.raises(InvalidInputError, match="no URL"):
+    with pytest.raises(InvalidInputError, match="not a URL"):
         VLLMEngine("127.0.0.1:8000")
     assert not server.prompts()
 
@@ -210,7 +208,7 @@ def test_a_context_is_what_hf_engine_makes_of_it(engine: VLLMEngine, given) -> N
     context, cache = engine.build_vllm_kv_cache(given), here.build_kv_cache(given)
     assert context.token_ids.tolist() == cache.token_ids.tolist()
     asked = [{"role": "user", "content": "And then?"}]
-    assert engine.build_prompt(asked, context) == here.plan(asked, cache)
+    assert engine.build_prompt(asked, context) == here.build_prompt(asked, cache)
 
 
 def test_a_context_of_another_model_or_another_prompt_is_refused(server: WireServer, engine: VLLMEngine) -> None:
@@ -245,16 +243,16 @@ def test_documents_in_canonical_order_make_the_same_prompt_in_any_order(server: 
 
 
 def documents_of(order: str, asked: list[list[int]]) -> list[list[int]]:
-    """In which order questions about these documents are sent."""
-    ordering = Ordering(order)
+    """The order in which the documents of each question are sent."""
+    sorter = DocumentSorter(order)
     prompts = [Prompt((0,), tuple((number,) for number in numbers), (9,)) for numbers in asked]
-    return [[ids[0] for ids in ordering.arrange(prompt, count=True).document_ids] for prompt in prompts]
+    return [[ids[0] for ids in sorter.arrange(prompt, count=True).document_ids] for prompt in prompts]
 
 
 def test_frequent_documents_come_first_once_they_are_frequent() -> None:
     asked = [[1, 2], [3, 2], [4, 2], [2, 5], [6, 2, 1]]
     assert [numbers[0] for numbers in documents_of("frequent", asked)[1:]] == [2, 2, 2, 2]
-    assert documents_of("frequent", asked)[-1][1] == 1  # asked for once, and 6 never
+    assert documents_of("frequent", asked)[-1][1] == 1  # asked for once; 6 never
     assert documents_of("given", asked) == asked
 
 
@@ -296,7 +294,7 @@ def test_any_server_of_the_api_answers_and_what_it_lacks_is_said_once(tiny_engin
         assert answers == {here.generate(CHAT, max_new_tokens=9)}
         lacks = [str(warning.message) for warning in said]
         assert len(lacks) == len(set(lacks)) == 4
-        for each in ("how long its context is", "no /tokenize", "does not report cached tokens", "knows no salt"):
+        for each in ("how long its context is", "no /tokenize", "does not report cached tokens", "no cache salts"):
             assert any(each in one for one in lacks), each
         assert (usage.cached_tokens, usage.created_tokens) == (0, 0)
         assert not {"top_k", "min_p", "repetition_penalty", "cache_salt"} & server.bodies[-1][1].keys()
@@ -315,7 +313,7 @@ def test_a_server_without_tokenize_needs_a_tokenizer(tiny_engine: HFEngine) -> N
     with (
         WireServer(tiny_engine, flavour="openai") as server,
         VLLMEngine(server.url) as engine,
-        pytest.raises(InvalidInputError, match="pass tokenizer="),
+        pytest.raises(InvalidInputError, match="Pass tokenizer="),
     ):
         engine.generate("?")
 
@@ -323,7 +321,10 @@ def test_a_server_without_tokenize_needs_a_tokenizer(tiny_engine: HFEngine) -> N
 def test_another_models_tokenizer_is_refused(server: WireServer) -> None:
     other = byte_tokenizer()
     other.add_tokens(["tower", "def"])
-    with VLLMEngine(server.url, tokenizer=other) as engine, pytest.raises(InvalidInputError, match="ids of the"):
+    with (
+        VLLMEngine(server.url, tokenizer=other) as engine,
+        pytest.raises(InvalidInputError, match="different token ids"),
+    ):
         engine.generate(CHAT)
     assert not server.prompts()
 

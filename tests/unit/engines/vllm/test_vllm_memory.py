@@ -87,7 +87,7 @@ def test_a_merge_is_the_prompt_of_all_items_in_order(engine: VLLMEngine, memory:
     assert context.token_ids.tolist() == byte_tokenizer()(context.prompt)["input_ids"]
     assert context.report.strategy == "exact"
     assert context.report.reused_tokens + context.report.encoded_tokens == context.report.context_tokens
-    sent = byte_tokenizer()(memory.get(third).memory)["input_ids"]  # it was sent behind the head
+    sent = byte_tokenizer()(memory.get(third).memory)["input_ids"]  # it was sent behind the instruction
     assert context.report.reused_tokens == len(sent)
     asked = memory.get_cache([third, first, second])
     assert isinstance(asked, ContextPrompt)
@@ -165,7 +165,7 @@ def test_documents_kept_ahead_are_hit_by_the_question_that_begins_with_them(
     assert last.usage.context.mode == "prefix"
     sent = len(server.prompts())
     assert memory.keep(asked) == keys
-    assert len(server.prompts()) == sent  # it is at hand
+    assert len(server.prompts()) == sent  # the server has it
 
 
 def test_what_was_kept_by_another_process_is_sent_again(server: WireServer, tmp_path: Path) -> None:
@@ -184,10 +184,10 @@ def test_a_corpus_is_synced_and_purged(server: WireServer, memory: KVCacheMemory
     assert memory.purge(TEXTS[1]) == report.ids[:1]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert memory.engine.preloaded(server.prompts()[0]) == 0  # nothing of it is sent again
+        assert memory.engine.known_prefix(server.prompts()[0]) == 0  # it is not sent again
 
 
-def test_the_tenant_of_a_memory_is_that_of_what_it_sends(server: WireServer, engine: VLLMEngine) -> None:
+def test_a_memory_sends_the_salt_of_its_namespace(server: WireServer, engine: VLLMEngine) -> None:
     asked = [{"role": "system", "content": [Document(TEXTS[0])]}, {"role": "user", "content": "When?"}]
     for namespace in ("a", "b"):
         memory = KVCacheMemory(engine, namespace=namespace)

@@ -1,4 +1,4 @@
-"""Constraints that a server enforces: sent as it takes them, and refused where it would ignore them."""
+"""Constraints are sent in a form that the server enforces, and refused if it would ignore them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tiny import byte_tokenizer, tiny_model
 from wire_server import WireServer
 
 from kvcag import Choices, Grammar, HFEngine, JsonSchema, Regex
-from kvcag.engines.vllm.constrain import server_constraint
+from kvcag.engines.vllm.client import server_constraint
 from kvcag.engines.vllm.engine import VLLMEngine
 from kvcag.errors import ConstraintError, ServerUnavailableError
 
@@ -51,7 +51,7 @@ def test_what_a_server_can_do_is_asked_once(server: WireServer, engine: VLLMEngi
         engine.generate("?", constraint=Choices(["yes"]), max_new_tokens=9)
     assert len(server.prompts()) == 3
     grammar = server.bodies[-1][1]["structured_outputs"]["grammar"]
-    assert grammar == '%llguidance {}\nstart: "yes"'  # else vLLM takes another backend, which means less by it
+    assert grammar == '%llguidance {}\nstart: "yes"'  # otherwise vLLM may use a backend that enforces less
 
 
 @pytest.mark.parametrize("constraint", CONSTRAINTS, ids=IDS)
@@ -80,16 +80,16 @@ def test_a_server_of_the_api_alone_is_sent_a_response_format(tiny_engine: HFEngi
             answer = engine.generate("?", constraint=SCHEMA, max_new_tokens=60)
         assert isinstance(json.loads(answer)["n"], int)
         assert server.bodies[-1][1]["response_format"]["type"] == "json_schema"
-        with pytest.raises(ConstraintError, match="Regex"):
+        with pytest.raises(ConstraintError, match="regex"):
             engine.generate("?", constraint=Regex("a"))
 
 
 def test_a_server_that_would_ignore_a_constraint_is_not_asked(server: WireServer, engine: VLLMEngine) -> None:
-    """As vLLM ignores `guided_json`: the answer would be free, and nobody would know."""
+    """vLLM ignores `guided_json`, for example: the answer would be free and look constrained."""
     server.constrains = None
     with pytest.raises(ConstraintError, match="none"):
         engine.generate("?", constraint=SCHEMA)
-    assert len(server.prompts()) == 3  # the three ways in which it might have been done
+    assert len(server.prompts()) == 3  # one for each form of constraint
 
 
 def test_a_constraint_that_the_server_refuses_says_why(engine: VLLMEngine) -> None:
