@@ -1,4 +1,4 @@
-"""What it costs to go on over a cache: transformers' own attention beside ours (kvcag/cache/attend.py), in one run.
+"""What it costs to go on over a cache: transformers' own attention beside ours (kvcag/cache/attention.py), in one run.
 
     python benchmarks/attention.py [--repeat 5] [--out benchmarks/results/attention.json]
 

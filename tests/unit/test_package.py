@@ -2,38 +2,36 @@ from __future__ import annotations
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
 import kvcag
 
 ROOT = Path(kvcag.__file__).parent
-FLOORS = [
-    {"errors", "fingerprint", "streams"},
-    {"chat_template", "core"},
-    {"cache"},
-    {"documents", "engines", "stores"},
-    {"calibration", "config", "document_cache", "sizing", "testing", "tools"},
-    {"contexts"},
-    {"memory"},
-    {"cube", "scheduler"},
-    {"langchain", "llama_index"},
-    {"cli", "demo"},
-]
-"""From the bottom up. A module imports from its own floor and from floors below."""
+def structure() -> ModuleType:
+    """`.ci/structure.py`, which anyone can run."""
+    spec = importlib.util.spec_from_file_location("structure", ROOT.parent / ".ci" / "structure.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+STRUCTURE = structure()
+FLOORS: list[set[str]] = STRUCTURE.FLOORS
 
 
 def modules() -> list[Path]:
-    return [path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py"]
-
-
-def dotted(path: Path) -> str:
-    return "kvcag." + path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
+    return list(STRUCTURE.modules(ROOT).values())
 
 
 def floor(name: str) -> int | None:
@@ -41,64 +39,44 @@ def floor(name: str) -> int | None:
     return next((i for i, names in enumerate(FLOORS) if len(parts) > 1 and parts[1] in names), None)
 
 
-def imported(path: Path) -> set[str]:
-    """Modules that are imported at run time, at the top or within a function."""
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for_types = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-        for inner in ast.walk(node)
-    }
-    names: set[str] = set()
-    for node in ast.walk(tree):
-        if id(node) in for_types:
-            continue
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return names
-
-
-def graph() -> dict[str, set[str]]:
-    paths = {dotted(path): path for path in modules()}
-    return {name: (imported(path) & paths.keys()) - {name} for name, path in paths.items()}
-
-
 def test_there_are_at_most_ten_floors() -> None:
-    assert len(FLOORS) <= 10
+    assert STRUCTURE.height(ROOT) <= len(FLOORS) <= 10
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_downward(path: Path) -> None:
-    mine = floor(dotted(path))
-    assert mine is not None, f"{dotted(path)} is on no floor: put it into FLOORS, and into docs/architecture.md"
-    for name in imported(path):
-        if name.startswith("kvcag."):
-            theirs = floor(name)
-            assert theirs is not None, name
-            assert theirs <= mine, f"{dotted(path)} imports {name}, which is above it"
+    name = STRUCTURE.dotted(path, ROOT)
+    mine = floor(name)
+    assert mine is not None, f"{name} is on no floor: put it into .ci/structure.py, and into docs/architecture.md"
+    for other in STRUCTURE.imported(path):
+        if other.startswith("kvcag."):
+            theirs = floor(other)
+            assert theirs is not None, other
+            assert theirs <= mine, f"{name} imports {other}, which is above it"
 
 
 def test_no_module_imports_itself_through_others() -> None:
     """Not within a package either, and not by an import that hides in a function."""
-    edges = {name: {other for other in others if not is_parent(other, name)} for name, others in graph().items()}
-    done: set[str] = set()
-
-    def visit(name: str, path: tuple[str, ...]) -> None:
-        assert name not in path, f"a circle: {' → '.join((*path[path.index(name) :], name))}"
-        if name not in done:
-            for other in sorted(edges[name]):
-                visit(other, (*path, name))
-            done.add(name)
-
-    for name in sorted(edges):
-        visit(name, ())
+    assert STRUCTURE.circles(STRUCTURE.graph(ROOT)) == []
 
 
-def is_parent(package: str, name: str) -> bool:
-    return name.startswith(f"{package}.")
+def test_circles_are_found(tmp_path: Path) -> None:
+    package = tmp_path / "loop"
+    package.mkdir()
+    for name, text in {"__init__": "", "a": "from loop import b", "b": "def late():\n    import loop.c", "c": ""}.items():
+        (package / f"{name}.py").write_text(text, encoding="utf-8")
+    assert STRUCTURE.circles(STRUCTURE.graph(package)) == []
+    (package / "c.py").write_text("from loop.a import x", encoding="utf-8")
+    assert STRUCTURE.circles(STRUCTURE.graph(package)) == [["loop.a", "loop.b", "loop.c", "loop.a"]]
+
+
+def test_the_architecture_page_draws_the_floors_as_they_are() -> None:
+    page = (ROOT.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert len(page.splitlines()) <= 60
+    drawn = [set(re.findall(r"`([a-z_]+)/?`", row)) for row in re.findall(r"^\| \d+ \| (.+?) \|", page, re.MULTILINE)]
+    there = {path.stem if path.parent == ROOT else path.relative_to(ROOT).parts[0] for path in modules()}
+    assert drawn == FLOORS[::-1]
+    assert set().union(*FLOORS) == there
 
 
 def test_only_one_module_touches_transformers_cache_classes() -> None:
