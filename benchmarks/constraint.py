@@ -23,7 +23,7 @@ from kvcag import HFEngine
 from kvcag.cache.layers import cache_argument
 from kvcag.demo.model import embedded_model
 from kvcag.engines.constrain import ConstraintLike, Regex
-from kvcag.engines.enforce import Grammars
+from kvcag.engines.constrain import ConstraintCompiler
 
 ITEM = {
     "type": "object",
@@ -86,7 +86,7 @@ def compiling(engine: HFEngine, count: int = 40) -> dict[str, Any]:
     first, later = Timed(), Timed()
     with first:
         vocabulary = engine.model.get_input_embeddings().num_embeddings
-        grammars = Grammars(engine.tokenizer, vocabulary, sorted(engine.eos_ids))
+        grammars = ConstraintCompiler(engine.tokenizer, vocabulary, sorted(engine.eos_ids))
         grammars.compile({"const": "first"})
     for number in range(count):
         properties: dict[str, Any] = {**ITEM["properties"], f"extra_{number}": {"type": "integer"}}

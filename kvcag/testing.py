@@ -30,7 +30,7 @@ from kvcag.errors import EmptyPromptError, UnsupportedModelError
 from kvcag.fingerprint import ModelFingerprint
 
 if TYPE_CHECKING:
-    from kvcag.engines.enforce import Constraint, Grammars
+    from kvcag.engines.constrain import Constraint, ConstraintCompiler
 
 _TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\n", re.DOTALL)
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -143,10 +143,10 @@ class EchoEngine(Engine):
         return compiled
 
     @cached_property
-    def _grammars(self) -> Grammars:
-        from kvcag.engines.enforce import Grammars  # an extra, needed by those who constrain
+    def _grammars(self) -> ConstraintCompiler:
+        from kvcag.engines.constrain import ConstraintCompiler  # an extra, needed by those who constrain
 
-        return Grammars(self.tokenizer, len(self.tokenizer), [self.tokenizer.eos_token_id])
+        return ConstraintCompiler(self.tokenizer, len(self.tokenizer), [self.tokenizer.eos_token_id])
 
     def _say(
         self,

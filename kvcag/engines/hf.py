@@ -45,7 +45,7 @@ from kvcag.fingerprint import ModelFingerprint
 from kvcag.streams import cancellation
 
 if TYPE_CHECKING:
-    from kvcag.engines.enforce import Constraint, Grammars
+    from kvcag.engines.constrain import Constraint, ConstraintCompiler
 
 _FIRST_CHUNK, _SHORTEST_CHUNK, _LONGEST_CHUNK = 512, 64, 2048
 """Tokens of one forward pass while encoding. On a CPU the length follows from the last pass's time per layer."""
@@ -207,11 +207,11 @@ class HFEngine(Engine):
         return compiled
 
     @cached_property
-    def _grammars(self) -> Grammars:
-        from kvcag.engines.enforce import Grammars  # an extra, needed by those who constrain
+    def _grammars(self) -> ConstraintCompiler:
+        from kvcag.engines.constrain import ConstraintCompiler  # an extra, needed by those who constrain
 
         vocabulary = self.model.get_input_embeddings().num_embeddings
-        return Grammars(self.tokenizer, vocabulary, sorted(self.eos_ids))
+        return ConstraintCompiler(self.tokenizer, vocabulary, sorted(self.eos_ids))
 
     @contextmanager
     def exclusive(self) -> Iterator[PreTrainedModel]:

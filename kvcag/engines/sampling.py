@@ -13,7 +13,7 @@ from transformers.generation import logits_process as hf
 from kvcag.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from kvcag.engines.enforce import Enforcement
+    from kvcag.engines.constrain import Enforcement
 
 DEFAULT_MAX_NEW_TOKENS = 512
 

@@ -21,7 +21,7 @@ from kvcag import KVCacheMemory
 from kvcag.chat_template import Document
 from kvcag.engines.constrain import Choices, Grammar, JsonSchema, Regex
 from kvcag.engines.hf import HFEngine
-from kvcag.engines.hints import examples
+from kvcag.engines.closing import examples
 from kvcag.errors import ConstraintBudgetError, ConstraintError
 from kvcag.testing import EchoEngine
 
@@ -232,7 +232,7 @@ def test_free_text_is_closed_by_what_must_end_it(engine, constraint):
 def test_a_pattern_that_is_not_anchored_is_closed(engine):
     """Found by random schemas: nothing showed that a digit and an x would allow the string to end."""
     schema = {"type": "array", "prefixItems": [{"type": "string", "pattern": r"\d+x"}], "items": False, "minItems": 1}
-    assert bytes(engine.constrain(schema, 9)._way) == b'["0x"]'
+    assert bytes(engine.constrain(schema, 9).ending.encode()) == b'["0x"]'
     assert "0x" in engine.generate("x", constraint=schema, max_new_tokens=20)
 
 
