@@ -288,18 +288,20 @@ _FORMATS = {"email": "a@a.aa", "uri": "a:a"}
 
 
 def hints(grammar: str) -> list[str]:
-    """Texts that a Lark grammar spells out: its strings, and what the parts of its regexes and patterns match."""
-    texts, key = list[str](), ""
-    for found in _SPELT.finditer(grammar):
-        string = json.loads(found["string"], strict=False) if found["string"] else ""
-        if found["key"]:
-            key = string  # of a JSON schema
-        elif found["regex"] or key == "pattern":
-            texts += examples(found["regex"] or string)
-        elif key == "format":
-            texts.append(_FORMATS.get(string, ""))
-        elif key not in ("type", "required", "$ref"):
-            texts.append(string)
+    """Texts that a Lark grammar spells out: its strings, what the parts of its regexes and patterns match, formats."""
+    texts = list[str]()
+    for line in grammar.splitlines():
+        key = ""  # of a JSON schema in this line
+        for found in _SPELT.finditer(line):
+            string = json.loads(found["string"], strict=False) if found["string"] else ""
+            if found["key"]:
+                key = string
+            elif found["regex"] or key == "pattern":
+                texts += examples(found["regex"] or string)
+            elif key == "format":
+                texts.append(_FORMATS.get(string, ""))
+            elif not key:
+                texts.append(string)
     return [text.encode().decode("latin-1") for text in dict.fromkeys(texts) if len(text) > 1][:_MOST_HINTS]
 
 
