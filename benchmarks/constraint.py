@@ -22,8 +22,7 @@ from transformers import DynamicCache
 from kvcag import HFEngine
 from kvcag.cache.layers import cache_argument
 from kvcag.demo.model import embedded_model
-from kvcag.engines.constrain import ConstraintLike, Regex
-from kvcag.engines.constrain import ConstraintCompiler
+from kvcag.engines.constrain import ConstraintCompiler, ConstraintLike, Regex
 
 ITEM = {
     "type": "object",
@@ -86,12 +85,12 @@ def compiling(engine: HFEngine, count: int = 40) -> dict[str, Any]:
     first, later = Timed(), Timed()
     with first:
         vocabulary = engine.model.get_input_embeddings().num_embeddings
-        grammars = ConstraintCompiler(engine.tokenizer, vocabulary, sorted(engine.eos_ids))
-        grammars.compile({"const": "first"})
+        compiler = ConstraintCompiler(engine.tokenizer, vocabulary, sorted(engine.eos_ids))
+        compiler.compile({"const": "first"})
     for number in range(count):
         properties: dict[str, Any] = {**ITEM["properties"], f"extra_{number}": {"type": "integer"}}
         with later:
-            grammars.compile({**ITEM, "properties": properties})
+            compiler.compile({**ITEM, "properties": properties})
     return {"first_ms": first.wall[0], **later.figures()}
 
 

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Generator
 from functools import cached_property
 from itertools import takewhile
-from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -23,14 +22,11 @@ from transformers.cache_utils import Cache
 from kvcag.chat_template import ChatTemplate, Prompt
 from kvcag.core import Chunk, ContextPrompt, EncodedItem, FinishReason, MergedContext, Usage
 from kvcag.engines.base import Engine
-from kvcag.engines.constrain import ConstraintLike
+from kvcag.engines.constrain import Constraint, ConstraintCompiler, ConstraintLike
 from kvcag.engines.decode import Detokenizer, StopStrings
 from kvcag.engines.sampling import Sampling
 from kvcag.errors import EmptyPromptError, UnsupportedModelError
 from kvcag.fingerprint import ModelFingerprint
-
-if TYPE_CHECKING:
-    from kvcag.engines.constrain import Constraint, ConstraintCompiler
 
 _TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\n", re.DOTALL)
 _SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -138,14 +134,12 @@ class EchoEngine(Engine):
 
     def constrain(self, constraint: ConstraintLike, max_new_tokens: int, thinking: bool = False) -> Constraint:
         """Compile a constraint and check that it fits the budget, as `HFEngine.constrain` does."""
-        compiled = self._grammars.compile(constraint, thinking=thinking)
+        compiled = self._compiler.compile(constraint, thinking=thinking)
         compiled.check_fits(max_new_tokens)
         return compiled
 
     @cached_property
-    def _grammars(self) -> ConstraintCompiler:
-        from kvcag.engines.constrain import ConstraintCompiler  # an extra, needed by those who constrain
-
+    def _compiler(self) -> ConstraintCompiler:
         return ConstraintCompiler(self.tokenizer, len(self.tokenizer), [self.tokenizer.eos_token_id])
 
     def _say(

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import re
+import string
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TypeAlias
@@ -39,6 +40,8 @@ _TOKEN_NUMBER = re.compile(r"""<\[(?P<token>\d+)\]>|"(?:\\.|[^"\\])*"|/(?:\\.|[^
 _LONGEST_TOKEN = 24
 """Longer tokens are not used to spell a text. They are runs of one character, and slow the spelling down."""
 _CLOSERS = '}])>"'
+_FIRST = _CLOSERS + string.digits + string.ascii_letters
+"""The symbols that the search tries first, in this order."""
 _MANY = 64
 """More symbols than this are allowed only within text, where a quote is a closer and a bracket is not."""
 _LONGEST_TEXT = 1 << 15
@@ -74,6 +77,7 @@ class Alphabet:
         for token in range(vocabulary):
             if token not in self._special and token not in self.end_ids:
                 self._token_of.setdefault(self.text(token), token)
+        self._single = frozenset(text for text in self._token_of if len(text) == 1)
 
     def text(self, token: int) -> str:
         """The symbols of one token."""
@@ -88,6 +92,13 @@ class Alphabet:
             return " ".join(f"<[{ord(symbol)}]>" for symbol in self.text(int(found["token"])))
 
         return _TOKEN_NUMBER.sub(symbols, grammar)
+
+    def fits(self, text: str, budget: int) -> bool:
+        """Whether at most `budget` tokens spell a text."""
+        if len(text) <= budget and self._single.issuperset(text):
+            return True
+        tokens = self.spell(text)
+        return tokens is not None and len(tokens) <= budget
 
     def spell(self, text: str) -> list[int] | None:
         """The fewest tokens that spell a text; None if the vocabulary cannot spell it."""
@@ -259,15 +270,9 @@ def _looks(matcher: LLMatcher, text: str) -> _Looks:
     return forced, state.compute_bitmask()
 
 
-def _rank(symbol: int) -> tuple[int, int]:
-    if symbol > _END:
-        return 2, symbol
-    if _lengthens(symbol):
-        return 4, symbol
-    character = chr(symbol)
-    if character in _CLOSERS:
-        return 0, _CLOSERS.index(character)
-    return (1 if character.isalnum() else 3), symbol
+def _rank(symbol: int) -> tuple[bool, int, int]:
+    place = _FIRST.find(chr(symbol))
+    return _lengthens(symbol), place if place >= 0 else len(_FIRST), symbol
 
 
 def _lengthens(symbol: int) -> bool:
@@ -293,16 +298,23 @@ def hints(grammar: str) -> list[str]:
     for line in grammar.splitlines():
         key = ""  # of a JSON schema in this line
         for found in _SPELT.finditer(line):
-            string = json.loads(found["string"], strict=False) if found["string"] else ""
+            text = _unquoted(found["string"] or '""')
             if found["key"]:
-                key = string
+                key = text
             elif found["regex"] or key == "pattern":
-                texts += examples(found["regex"] or string)
+                texts += examples(found["regex"] or text)
             elif key == "format":
-                texts.append(_FORMATS.get(string, ""))
+                texts.append(_FORMATS.get(text, ""))
             elif not key:
-                texts.append(string)
-    return [text.encode().decode("latin-1") for text in dict.fromkeys(texts) if len(text) > 1][:_MOST_HINTS]
+                texts.append(text)
+    return [hint.encode().decode("latin-1") for hint in dict.fromkeys(texts) if len(hint) > 1][:_MOST_HINTS]
+
+
+def _unquoted(literal: str) -> str:
+    try:
+        return str(json.loads(literal, strict=False))
+    except ValueError:  # Lark knows more escapes than JSON
+        return ""
 
 
 def examples(pattern: str) -> list[str]:

@@ -93,10 +93,9 @@ def to_lark(constraint: ConstraintLike) -> str:
     if isinstance(constraint, JsonSchema):
         return f"start: {lark_json(constraint)}"
     if isinstance(constraint, Regex):
-        escaped = re.sub(
-            r"\\.|/|\n", lambda part: {"/": "\\/", "\n": "\\n"}.get(part[0], part[0]), constraint.pattern, flags=re.S
-        )
-        return f"start: /{escaped}/"
+        slashes = {"/": "\\/", "\n": "\\n"}  # they would end the regex
+        pattern = re.sub(r"(?s)\\.|/|\n", lambda part: slashes.get(part[0], part[0]), constraint.pattern)
+        return f"start: /{pattern}/"
     if isinstance(constraint, Choices):
         if not constraint.options or not all(isinstance(option, str) and option for option in constraint.options):
             raise ConstraintError(f"choices must be non-empty strings, at least one, not {constraint.options!r}")
@@ -291,11 +290,7 @@ class Enforcement:
             ending = self._ending
         else:
             ending = self._closing.quick(self._symbols, text)
-        if ending is not None and len(ending) > self._left:  # a symbol needs one token at most
-            tokens = self._alphabet.spell(ending)
-            if tokens is None or len(tokens) > self._left:
-                return None
-        return ending
+        return ending if ending is not None and self._alphabet.fits(ending, self._left) else None
 
 
 class ConstraintCompiler:

@@ -19,9 +19,9 @@ from tiny import byte_tokenizer, tiny_model
 
 from kvcag import KVCacheMemory
 from kvcag.chat_template import Document
+from kvcag.engines.closing import examples
 from kvcag.engines.constrain import Choices, Grammar, JsonSchema, Regex
 from kvcag.engines.hf import HFEngine
-from kvcag.engines.closing import examples
 from kvcag.errors import ConstraintBudgetError, ConstraintError
 from kvcag.testing import EchoEngine
 
@@ -247,6 +247,10 @@ def test_a_pattern_that_is_not_anchored_is_closed(engine):
 )
 def test_examples_of_a_pattern(pattern, runs):
     assert examples(pattern) == runs
+
+
+def test_a_grammar_may_use_escapes_that_json_does_not_know(engine):
+    assert engine.generate("x", constraint=Grammar(r'start: "\x41" /b+/ "!"'), max_new_tokens=5).startswith("A")
 
 
 def test_an_end_that_begins_like_what_precedes_it_is_found(engine):
