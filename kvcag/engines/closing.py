@@ -35,8 +35,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _END = 256
-_TOKEN_NUMBER = re.compile(r"""<\[(?P<token>\d+)\]>|"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\])*/""")
-"""A token by number, or a string or regex, which is skipped."""
+_BY_NUMBER = re.compile(
+    r"""<\[(?P<token>[^\]]*)\]>|(?P<limit>\[[^\]"/]*\bmax_tokens\s*=)|"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\])*/"""
+)
+"""A token by number, a limit on a rule's tokens; or a string or regex, which is skipped."""
 _LONGEST_TOKEN = 24
 """Longer tokens are not used to spell a text. They are runs of one character, and slow the spelling down."""
 _CLOSERS = '}])>"'
@@ -84,14 +86,24 @@ class Alphabet:
         return self._special.get(token) or self.tokens.decode_bytes([token]).decode("latin-1")
 
     def translate(self, grammar: str) -> str:
-        """A grammar with symbols in place of the tokens that it names by number, `<[5]>`."""
+        """A Lark grammar with symbols in place of the tokens that it names by number, `<[5]>`.
+
+        Raises:
+            ConstraintError: the grammar names ranges of tokens, or limits the tokens of a rule.
+        """
 
         def symbols(found: re.Match[str]) -> str:
-            if found["token"] is None:
-                return found[0]
-            return " ".join(f"<[{ord(symbol)}]>" for symbol in self.text(int(found["token"])))
+            token = found["token"] or ""
+            if token.isdigit():
+                return " ".join(f"<[{ord(symbol)}]>" for symbol in self.text(int(token)))
+            if token or found["limit"]:
+                raise ConstraintError(
+                    f"{found[0]} in a grammar cannot be enforced: a grammar may name single tokens, <[5]>, no ranges; "
+                    "its budget is max_new_tokens."
+                )
+            return found[0]
 
-        return _TOKEN_NUMBER.sub(symbols, grammar)
+        return _BY_NUMBER.sub(symbols, grammar)
 
     def fits(self, text: str, budget: int) -> bool:
         """Whether at most `budget` tokens spell a text."""

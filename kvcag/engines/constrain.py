@@ -98,17 +98,12 @@ def to_lark(constraint: ConstraintLike) -> str:
         return f"start: /{pattern}/"
     if isinstance(constraint, Choices):
         if not constraint.options or not all(isinstance(option, str) and option for option in constraint.options):
-            raise ConstraintError(f"choices must be non-empty strings, at least one, not {constraint.options!r}")
+            raise ConstraintError(f"choices must be one or more non-empty strings, not {constraint.options!r}")
         return "start: " + " | ".join(lark_literal(option) for option in dict.fromkeys(constraint.options))
     if isinstance(constraint, Grammar):
-        if re.search(r"<\[(?!\d+\]>)|\bmax_tokens\b", constraint.lark):
-            raise ConstraintError(
-                "a grammar may name single tokens, <[5]>, but no ranges of tokens and no max_tokens. "
-                "Set the budget with max_new_tokens."
-            )
         return constraint.lark
     raise ConstraintError(
-        "a constraint is a pydantic model class, a JSON schema, Regex(…), Choices([…]) or Grammar(…), "
+        "a constraint must be a pydantic model class, a JSON schema, Regex(…), Choices([…]) or Grammar(…), "
         f"not {constraint!r:.80}"
     )
 

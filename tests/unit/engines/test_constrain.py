@@ -179,10 +179,11 @@ def test_the_shortest_alternative_is_found_where_the_first_does_not_fit(engine):
         (Grammar('start: "a" missing'), "unknown name"),
         (Grammar('start: "a" start'), "never ends"),
         (Grammar("start: <[5-9]>"), "no ranges"),
-        (Choices([]), "at least one"),
+        (Grammar("start: a\na[max_tokens=5]: /b*/"), "max_tokens"),
+        (Choices([]), "one or more"),
         (Choices(["a", ""]), "non-empty"),
-        ("yes|no", "a constraint is"),
-        (Thing(colour=Colour.red, parts=[Part(name="a", size=1)], note=None), "a constraint is"),
+        ("yes|no", "a constraint must be"),
+        (Thing(colour=Colour.red, parts=[Part(name="a", size=1)], note=None), "a constraint must be"),
     ],
 )
 def test_what_cannot_constrain_is_refused_before_any_prefill(engine, forwards, constraint, reason):
@@ -247,6 +248,11 @@ def test_a_pattern_that_is_not_anchored_is_closed(engine):
 )
 def test_examples_of_a_pattern(pattern, runs):
     assert examples(pattern) == runs
+
+
+def test_a_property_may_be_called_max_tokens(engine):
+    schema = '%json {"type": "object", "properties": {"max_tokens": {"const": 1}}, "required": ["max_tokens"]}'
+    assert engine.generate("x", constraint=Grammar(f"start: {schema}"), max_new_tokens=30).startswith("{")
 
 
 def test_a_grammar_may_use_escapes_that_json_does_not_know(engine):
