@@ -1,4 +1,4 @@
-"""Constraints: what comes out is valid, fits its budget, and bad constraints are refused before any work."""
+"""Constraints: answers are valid and within the budget, and bad constraints are refused before any prefill."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from pydantic import BaseModel, Field
 from schemas import check_holds, schemas
 from tiny import byte_tokenizer, tiny_model
 
-from kvcag import KVCacheMemory
+from kvcag import Choices, Grammar, JsonSchema, KVCacheMemory, Regex
 from kvcag.chat_template import Document
 from kvcag.engines.closing import examples
-from kvcag.engines.constrain import Choices, Grammar, JsonSchema, Regex
 from kvcag.engines.hf import HFEngine
 from kvcag.errors import ConstraintBudgetError, ConstraintError
 from kvcag.testing import EchoEngine
@@ -85,11 +84,11 @@ def test_a_json_schema_holds_at_every_budget(engine, budget):
     text = engine.generate("x", constraint=ADDRESS, max_new_tokens=max(budget, 70), temperature=1.0, seed=budget)
     value = json.loads(text)
     jsonschema.validate(value, ADDRESS)
-    assert re.fullmatch(r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])", value["day"]), "a date's form, not the calendar"
+    assert re.fullmatch(r"\d{4}-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])", value["day"]), "not the calendar"
     assert ": " not in text, "compact white space by default"
 
 
-def test_white_space_is_the_models_where_it_is_allowed(engine):
+def test_white_space_is_allowed_only_on_request(engine):
     free = engine.constrain(JsonSchema({"type": "array", "items": {"type": "null"}}, whitespace=True), 50)
     tight = engine.constrain({"type": "array", "items": {"type": "null"}}, 50)
     spaced = engine.template.encode("[ null]")
@@ -111,7 +110,7 @@ def test_regex_choices_and_grammar(engine):
 
 
 def test_special_tokens_by_name_and_by_number(engine):
-    """They do not show in the text; the ids do."""
+    """Special tokens are not part of the text, but of the token ids."""
     for lark in ('start: <|im_start|> "a"', 'start: <[257]> "a"'):
         token = engine.tokenizer.convert_tokens_to_ids("<|im_start|>")
         constraint = Grammar(lark.replace("257", str(token)))
@@ -130,7 +129,7 @@ def test_a_constraint_ends_the_answer_by_itself(engine):
 
 @pytest.mark.parametrize("spare", [0, 1, 3])
 def test_the_answer_is_closed_within_the_budget(engine, spare):
-    """A random model never closes a string by itself, so it is the budget that does."""
+    """A random model never closes a string by itself: only the budget ends it."""
     schema = {"type": "object", "properties": {"text": {"type": "string"}}, "required": ["text"]}
     needed = len('{"text":""}')
     chunks = list(
@@ -141,7 +140,7 @@ def test_the_answer_is_closed_within_the_budget(engine, spare):
     assert chunks[-1].finish_reason == "stop"
 
 
-def test_a_budget_that_nothing_fits_says_what_is_needed(engine, forwards):
+def test_a_budget_that_is_too_small_says_how_many_tokens_are_needed(engine, forwards):
     with pytest.raises(ConstraintBudgetError, match="needs 11 tokens, and max_new_tokens is 10") as refused:
         engine.generate(
             "x",
@@ -152,7 +151,7 @@ def test_a_budget_that_nothing_fits_says_what_is_needed(engine, forwards):
     assert forwards == []
 
 
-def test_the_shortest_alternative_is_found_where_the_first_does_not_fit(engine):
+def test_the_shortest_alternative_is_found_if_the_first_does_not_fit(engine):
     schema = {"anyOf": [{"enum": ["a very long answer"]}, {"type": "array", "minItems": 9}, {"enum": ["zzz"]}]}
     assert engine.generate("x", constraint=schema, max_new_tokens=5) == '"zzz"'
     with pytest.raises(ConstraintBudgetError) as refused:
@@ -186,7 +185,7 @@ def test_the_shortest_alternative_is_found_where_the_first_does_not_fit(engine):
         (Thing(colour=Colour.red, parts=[Part(name="a", size=1)], note=None), "a constraint must be"),
     ],
 )
-def test_what_cannot_constrain_is_refused_before_any_prefill(engine, forwards, constraint, reason):
+def test_bad_constraints_are_refused_before_any_prefill(engine, forwards, constraint, reason):
     with pytest.raises(ConstraintError, match=reason) as refused:
         engine.generate_stream("x", constraint=constraint)
     assert "<state>" not in str(refused.value)
@@ -225,13 +224,13 @@ def test_after_thinking_the_constraint_holds():
 
 
 @pytest.mark.parametrize("constraint", [Regex(r"(.|\n)*THE END\."), {"type": "string", "pattern": "^.*-fin$"}])
-def test_free_text_is_closed_by_what_must_end_it(engine, constraint):
+def test_free_text_ends_with_its_required_end(engine, constraint):
     text = engine.generate("x", constraint=constraint, max_new_tokens=20, temperature=1.0)
     assert text.endswith(("THE END.", '-fin"'))
 
 
 def test_a_pattern_that_is_not_anchored_is_closed(engine):
-    """Found by random schemas: nothing showed that a digit and an x would allow the string to end."""
+    """Regression, found by random schemas: no single character shows that `0x` lets the string end."""
     schema = {"type": "array", "prefixItems": [{"type": "string", "pattern": r"\d+x"}], "items": False, "minItems": 1}
     assert bytes(engine.constrain(schema, 9).ending.encode()) == b'["0x"]'
     assert "0x" in engine.generate("x", constraint=schema, max_new_tokens=20)
@@ -269,7 +268,7 @@ def test_a_long_minimum_is_found_and_an_endless_search_is_not_begun(engine):
         engine.constrain(Grammar("start: /[ab]/ start | /[cd]/ start"), 100)
 
 
-def test_echo_says_the_shortest_text():
+def test_echo_engine_answers_with_the_shortest_text():
     engine = EchoEngine()
     prompt = engine.template.prompt([{"role": "user", "content": "x"}])
     chunks = list(engine.stream(prompt, engine.sampling(), constraint=Part))
@@ -300,7 +299,7 @@ ADDRESSES = st.fixed_dictionaries(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(value=ADDRESSES)
-def test_what_the_schema_allows_the_grammar_takes(engine, value):
+def test_the_grammar_accepts_valid_values(engine, value):
     ordered = {name: value[name] for name in ADDRESS["properties"]}
     text = json.dumps(ordered, ensure_ascii=False, separators=(",", ":"))
     matcher = engine.constrain(ADDRESS, 500)._matcher.deep_copy()
@@ -313,7 +312,7 @@ def test_what_the_schema_allows_the_grammar_takes(engine, value):
     "name", ["email", "uri", "date", "time", "date-time", "duration", "uuid", "ipv4", "ipv6", "hostname"]
 )
 def test_every_format_can_be_closed(engine, name):
-    """`email` and `uri` were said to match nothing: no character of theirs shows that it leads anywhere."""
+    """Regression: `email` and `uri` were reported to match nothing, since no single character shows progress."""
     schema = {"type": "object", "properties": {"a": {"type": "string", "format": name}}, "required": ["a"]}
     for budget in (60, 90):
         check_holds(engine, schema, budget, temperature=1.0)
