@@ -29,9 +29,8 @@ import torch
 
 from kvcag.cache.layers import cache_of, layers_of
 from kvcag.core import KVCacheItem
-from kvcag.stores.disk import DiskStore
+from kvcag.stores.disk import DiskStore, verify
 from kvcag.stores.format import item_to_bytes, seal
-from kvcag.stores.verification import verify
 
 torch.set_num_threads(1)  # before any fork
 
