@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from kvcag.core import KVCacheItem
 from kvcag.errors import CorruptItemError, FormatError, InvalidInputError, MissingExtraError, StoreUnavailableError
@@ -13,124 +12,14 @@ from kvcag.stores.base import KVStore, StoreStats
 from kvcag.stores.files import SUFFIX, Names
 from kvcag.stores.format import Manifest, Quantize, item_from_bytes, item_to_bytes, parse_header, parse_id
 
-if TYPE_CHECKING:
-    from fsspec import AbstractFileSystem  # type: ignore[import-untyped]
-
 _HEAD = 64 << 10  # bytes of the first request for a head; most heads are smaller
 
 
-class _RemoteStore(KVStore):
-    """Items as objects in the format of files (docs/file-format.md). A subclass moves the bytes.
+class FsspecStore(KVStore):
+    """Items in any file system that fsspec supports, such as `s3://`, `gs://`, `az://` or `memory://`.
 
-    A `get` that overlaps a `put` of the same item may read a mixture of two objects where the remote does not replace
-    an object in one step. The checksums detect that: it raises `CorruptItemError`.
-
-    Attributes:
-        place: the remote's name in errors and in the repr.
-    """
-
-    def __init__(self, place: str, quantize: Quantize, namespace: str, salt: bytes) -> None:
-        self.place, self.quantize = place, quantize
-        self._names = Names(namespace, salt)
-        self._hits = self._misses = 0
-
-    def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.place}>"
-
-    def get(self, key: str) -> KVCacheItem | None:
-        """The item, verified, in memory of its own."""
-        path = self._path(key)
-        with self._reached():
-            data = self._read(path)
-        self._hits += data is not None
-        self._misses += data is None
-        return None if data is None else item_from_bytes(bytearray(data), self._shown(path))
-
-    def put(self, item: KVCacheItem) -> None:
-        """Write the item's object."""
-        data = bytes(item_to_bytes(item, quantize=self.quantize))
-        with self._reached():
-            self._write(self._path(item.id), data)
-
-    def delete(self, keys: Iterable[str]) -> None:
-        """Delete the items' objects."""
-        for path in map(self._path, keys):
-            with self._reached():
-                self._remove(path)
-
-    def contains(self, key: str) -> bool:
-        """Whether the item has an object."""
-        with self._reached():
-            return self._exists(self._path(key))
-
-    def keys(self) -> Iterator[str]:
-        """The ids, from the heads of the objects, one request each. Damaged objects are left out."""
-        with self._reached():
-            paths = self._list()
-        for path in paths:
-            with self._reached():
-                head = self._head(path)
-            if head is not None:
-                with contextlib.suppress(CorruptItemError, FormatError):
-                    yield parse_id(head, self._shown(path))
-
-    def manifest(self, key: str) -> Manifest | None:
-        """From the object's head. The tensors are not transferred."""
-        path = self._path(key)
-        with self._reached():
-            head = self._head(path)
-        return None if head is None else parse_header(head, self._shown(path)).manifest
-
-    def stats(self) -> StoreStats:
-        """Lists the objects."""
-        with self._reached():
-            sizes = self._sizes()
-        return StoreStats(len(sizes), sum(sizes), None, self._hits, self._misses)
-
-    @contextlib.contextmanager
-    def _reached(self) -> Iterator[None]:
-        """Turn every error of the remote into a `StoreUnavailableError`: each backend has exceptions of its own."""
-        try:
-            yield
-        except Exception as error:
-            raise StoreUnavailableError(
-                getattr(error, "errno", None),
-                f"the remote failed ({type(error).__name__}: {error}). Check the network, the credentials and the "
-                "address; the stored items are unchanged",
-                self.place,
-            ) from error
-
-    @abstractmethod
-    def _path(self, key: str) -> str: ...
-
-    def _shown(self, path: str) -> str:
-        return path
-
-    @abstractmethod
-    def _read(self, path: str) -> bytes | None: ...
-
-    @abstractmethod
-    def _head(self, path: str) -> bytes | None: ...
-
-    @abstractmethod
-    def _write(self, path: str, data: bytes) -> None: ...
-
-    @abstractmethod
-    def _remove(self, path: str) -> None: ...
-
-    @abstractmethod
-    def _exists(self, path: str) -> bool: ...
-
-    @abstractmethod
-    def _list(self) -> list[str]: ...
-
-    @abstractmethod
-    def _sizes(self) -> list[int]: ...
-
-
-class FsspecStore(_RemoteStore):
-    """Items in any file system that fsspec supports: `s3://`, `gs://`, `az://`, `memory://`.
-
+    An item is an object in the format of files (docs/file-format.md). Where a remote does not replace an object in one
+    step, a `get` during a `put` may read parts of both; the checksums detect that, and it raises `CorruptItemError`.
     The remote's own policy decides how long objects live (a bucket's lifecycle rules).
 
     Args:
@@ -148,12 +37,63 @@ class FsspecStore(_RemoteStore):
     def __init__(
         self, url: str, *, quantize: Quantize = None, namespace: str = "", salt: bytes = b"", **storage_options: Any
     ) -> None:
-        super().__init__(url, quantize, namespace, salt)
-        self._fs, root = _open(url, storage_options)
-        protocols = [self._fs.protocol] if isinstance(self._fs.protocol, str) else self._fs.protocol
-        if "file" in protocols:
+        fs, root = _open(url, storage_options)
+        if "file" in ([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol):
             raise InvalidInputError(f"{url} is a local path. Use DiskStore, whose writes are atomic and durable.")
-        self.directory = f"{root.rstrip('/')}/{self._names.space}"
+        self._set(fs, root, url, quantize, Names(namespace, salt))
+
+    def _set(self, fs: Any, root: str, url: str, quantize: Quantize, names: Names) -> None:
+        self._fs, self.url, self.quantize, self._names = fs, url, quantize, names
+        self.directory = f"{root.rstrip('/')}/{names.space}"
+        self._hits = self._misses = 0
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.url}>"
+
+    def get(self, key: str) -> KVCacheItem | None:
+        """The item, verified, in memory of its own."""
+        path = self._path(key)
+        data = self._read(path)
+        self._hits += data is not None
+        self._misses += data is None
+        return None if data is None else item_from_bytes(bytearray(data), self._shown(path))
+
+    def put(self, item: KVCacheItem) -> None:
+        """Write the item's object."""
+        data = bytes(item_to_bytes(item, quantize=self.quantize))
+        with self._reached():
+            self._fs.pipe_file(self._path(item.id), data)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Delete the items' objects."""
+        for path in map(self._path, keys):
+            with self._reached(), contextlib.suppress(FileNotFoundError):
+                self._fs.rm_file(path)
+
+    def contains(self, key: str) -> bool:
+        """Whether the item has an object."""
+        with self._reached():
+            self._fs.invalidate_cache()
+            return bool(self._fs.exists(self._path(key)))
+
+    def keys(self) -> Iterator[str]:
+        """The ids, from the heads of the objects, one request each. Damaged objects are left out."""
+        for path in self._objects():
+            head = self._head(path)
+            if head is not None:
+                with contextlib.suppress(CorruptItemError, FormatError):
+                    yield parse_id(head, self._shown(path))
+
+    def manifest(self, key: str) -> Manifest | None:
+        """From the object's head. The tensors are not transferred."""
+        path = self._path(key)
+        head = self._head(path)
+        return None if head is None else parse_header(head, self._shown(path)).manifest
+
+    def stats(self) -> StoreStats:
+        """Lists the objects."""
+        objects = self._objects()
+        return StoreStats(len(objects), sum(objects.values()), None, self._hits, self._misses)
 
     def _path(self, key: str) -> str:
         return f"{self.directory}/{self._names.file(key)}"
@@ -162,10 +102,11 @@ class FsspecStore(_RemoteStore):
         return str(self._fs.unstrip_protocol(path))
 
     def _read(self, path: str, end: int | None = None) -> bytes | None:
-        try:
-            return bytes(self._fs.cat_file(path, start=None if end is None else 0, end=end))
-        except FileNotFoundError:
-            return None
+        with self._reached():
+            try:
+                return bytes(self._fs.cat_file(path, start=None if end is None else 0, end=end))
+            except FileNotFoundError:
+                return None
 
     def _head(self, path: str) -> bytes | None:
         start = self._read(path, _HEAD)
@@ -174,33 +115,31 @@ class FsspecStore(_RemoteStore):
         size = 8 + int.from_bytes(start[:8], "little")
         return start[:size] if size <= len(start) or len(start) < _HEAD else self._read(path, size)
 
-    def _write(self, path: str, data: bytes) -> None:
-        self._fs.pipe_file(path, data)
+    def _objects(self) -> dict[str, int]:
+        """Path → bytes of each object."""
+        with self._reached():
+            self._fs.invalidate_cache()
+            try:
+                found = self._fs.find(self.directory, detail=True)
+            except FileNotFoundError:
+                return {}
+        return {path: int(info["size"] or 0) for path, info in found.items() if path.endswith(SUFFIX)}
 
-    def _remove(self, path: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            self._fs.rm_file(path)
-
-    def _exists(self, path: str) -> bool:
-        self._fs.invalidate_cache()
-        return bool(self._fs.exists(path))
-
-    def _list(self) -> list[str]:
-        return list(self._found())
-
-    def _sizes(self) -> list[int]:
-        return [int(info["size"] or 0) for info in self._found().values()]
-
-    def _found(self) -> dict[str, dict[str, Any]]:
-        self._fs.invalidate_cache()
+    @contextlib.contextmanager
+    def _reached(self) -> Iterator[None]:
+        """Turn every error of the remote into a `StoreUnavailableError`: each backend has exceptions of its own."""
         try:
-            found = self._fs.find(self.directory, detail=True)
-        except FileNotFoundError:
-            return {}
-        return {path: info for path, info in found.items() if path.endswith(SUFFIX)}
+            yield
+        except Exception as error:
+            raise StoreUnavailableError(
+                getattr(error, "errno", None),
+                f"the remote failed ({type(error).__name__}: {error}). Check the network, the credentials and the "
+                "address; the stored items are unchanged",
+                self.url,
+            ) from error
 
 
-def _open(url: str, options: dict[str, Any]) -> tuple[AbstractFileSystem, str]:
+def _open(url: str, options: dict[str, Any]) -> tuple[Any, str]:
     try:
         from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
@@ -221,10 +160,8 @@ class ByteStore(Protocol):
     def yield_keys(self, *, prefix: str | None = None) -> Iterator[str]: ...  # noqa: D102
 
 
-class ByteKVStore(_RemoteStore):
-    """Items in a store of bytes by key, such as a LangChain `ByteStore` over Redis.
-
-    An item is two values: its head, and its tensors.
+class ByteKVStore(FsspecStore):
+    """Items in a store of bytes by key, such as a LangChain `ByteStore` over Redis. An item is two values.
 
     Args:
         store: where the bytes go.
@@ -234,39 +171,46 @@ class ByteKVStore(_RemoteStore):
     """
 
     def __init__(self, store: ByteStore, *, quantize: Quantize = None, namespace: str = "", salt: bytes = b"") -> None:
-        super().__init__(type(store).__name__, quantize, namespace, salt)
         self.store = store
-        self._prefix = f"kvcag/{self._names.space}/"
+        self._set(_ByteFiles(store), "kvcag", type(store).__name__, quantize, Names(namespace, salt))
 
-    def _path(self, key: str) -> str:
-        return f"{self._prefix}{self._names.file(key)}"
 
-    def _read(self, path: str) -> bytes | None:
-        head, tensors = self.store.mget([path, _tensors(path)])
-        return None if head is None else head + (tensors or b"")
+class _ByteFiles:
+    """The methods of an fsspec file system that `FsspecStore` calls. The head of a file is a value of its own."""
 
-    def _head(self, path: str) -> bytes | None:
-        return self.store.mget([path])[0]
+    def __init__(self, store: ByteStore) -> None:
+        self.store = store
 
-    def _write(self, path: str, data: bytes) -> None:
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
+        """The whole file; with `end`, its head."""
+        head, *tensors = self.store.mget([path] if end is not None else [path, _tensors(path)])
+        if head is None:
+            raise FileNotFoundError(path)
+        return b"".join([head, *filter(None, tensors)])
+
+    def pipe_file(self, path: str, data: bytes) -> None:
         size = 8 + int.from_bytes(data[:8], "little")
         self.store.mset([(_tensors(path), data[size:]), (path, data[:size])])
 
-    def _remove(self, path: str) -> None:
+    def rm_file(self, path: str) -> None:
         self.store.mdelete([path, _tensors(path)])
 
-    def _exists(self, path: str) -> bool:
-        return self._head(path) is not None
+    def exists(self, path: str) -> bool:
+        return self.store.mget([path])[0] is not None
 
-    def _list(self) -> list[str]:
-        return [path for path in self.store.yield_keys(prefix=self._prefix) if path.endswith(SUFFIX)]
+    def find(self, directory: str, *, detail: bool) -> dict[str, dict[str, int]]:
+        found = {}
+        for path in self.store.yield_keys(prefix=f"{directory}/"):
+            if path.endswith(SUFFIX):
+                with contextlib.suppress(CorruptItemError, FormatError, FileNotFoundError):
+                    found[path] = {"size": parse_header(self.cat_file(path, end=0), path).size}
+        return found
 
-    def _sizes(self) -> list[int]:
-        sizes = []
-        for path in self._list():
-            with contextlib.suppress(CorruptItemError, FormatError):
-                sizes.append(parse_header(self._head(path) or b"", path).size)
-        return sizes
+    def unstrip_protocol(self, path: str) -> str:
+        return path
+
+    def invalidate_cache(self) -> None:
+        """Nothing is cached."""
 
 
 def _tensors(path: str) -> str:

@@ -116,7 +116,7 @@ def test_what_is_read_can_be_written_in_our_format(tmp_path: Path) -> None:
 
     ours = read_item(tmp_path / "ours", expected=FINGERPRINT)
     assert ours.token_ids.tolist() == list(range(10))
-    with pytest.raises(TokenMismatchError, match="10 tokens, and 9"):
+    with pytest.raises(TokenMismatchError, match="10 tokens, not 9"):
         item.to_item(range(9), FINGERPRINT)
 
 

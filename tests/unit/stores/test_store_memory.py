@@ -141,7 +141,7 @@ def test_sizes_are_said_in_units_that_people_read(size: int, says: str) -> None:
 def test_its_repr_says_what_it_holds() -> None:
     store = MemoryStore()
     store.put(random_item("a"))
-    assert repr(store) == f"<MemoryStore 1 item, 1.9 kB>"
+    assert repr(store) == "<MemoryStore 1 item, 1.9 kB>"
 
 
 @settings(max_examples=60, deadline=None)
