@@ -22,8 +22,7 @@ import torch
 from kvcag import CacheScheduler, HFEngine, KVCacheMemory
 from kvcag.chat_template import Document
 from kvcag.scheduler.counters import digest_of
-from kvcag.stores.disk import DiskStore
-from kvcag.stores.verification import verify
+from kvcag.stores.disk import DiskStore, verify
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from tiny import byte_tokenizer, tiny_model

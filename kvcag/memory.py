@@ -33,7 +33,7 @@ from kvcag.engines.sampling import Sampling
 from kvcag.errors import CacheWarning, EmptyPromptError, InvalidInputError, StoreError, UnknownItemError
 from kvcag.stores.base import MADE_OF, KVStore
 from kvcag.stores.disk import DiskStore
-from kvcag.stores.folder import dump_items, load_items
+from kvcag.stores.dump import read_dump, write_dump
 from kvcag.stores.memory import MemoryStore
 from kvcag.streams import async_twin, iterate
 
@@ -202,8 +202,8 @@ class KVCacheMemory:
 
     def dump(self, dir: str | PathLike[str]) -> None:
         """Write every item to a folder. What stood there before is replaced in one step, or not at all."""
-        stored = [item for key in list(self.store.keys()) if (item := self.store.get(key)) is not None]
-        dump_items(dir, self.memory_filename, stored)
+        stored = (item for key in list(self.store.keys()) if (item := self.store.get(key)) is not None)
+        write_dump(dir, self.memory_filename, stored)
 
     def load(self, dir: str | PathLike[str]) -> None:
         """Add every item of a folder that `dump` wrote. A folder that holds nothing adds nothing.
@@ -215,7 +215,8 @@ class KVCacheMemory:
             FormatError: the manifest is missing, is a pickle, or is of a newer version.
             FingerprintMismatchError: the items were made by another model.
         """
-        for item in load_items(dir, self.memory_filename, self.engine.fingerprint):
+        dump = read_dump(dir, self.memory_filename, expected=self.engine.fingerprint)
+        for item in dump.items if dump else ():
             self.store.put(item)
 
     def keep(self, messages: Sequence[Message], metadata: Sequence[Mapping[str, Any]] | None = None) -> list[str]:

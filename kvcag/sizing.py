@@ -122,7 +122,7 @@ def break_even(
     Args:
         tokens: of the document.
         bytes_per_token: from `KVGeometry.bytes_per_token`, int8 where the store keeps int8.
-        prefill_tokens_per_s: of the model on its device. `kvcag.stores.measure` measures it here, and the next two.
+        prefill_tokens_per_s: of a full prefill on the device, as `kvcag bench` times it.
         load_bytes_per_s: of the place where the document lies.
         latency_s: of that place, before its first byte.
 

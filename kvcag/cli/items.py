@@ -76,7 +76,7 @@ def _cells(entry: Any, with_model: bool) -> list[object]:
 
 def _elsewhere(folder: Any, namespace: str) -> str:
     """That other namespaces hold something, if so; their names cannot be told from their folders."""
-    from kvcag.stores.names import Names
+    from kvcag.stores.files import Names
 
     own = Names(namespace).space
     others = [path for path in folder.glob("[0-9a-f]*") if len(path.name) == 32 and path.name != own]

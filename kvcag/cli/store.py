@@ -33,8 +33,8 @@ def verify(
 
         kvcag verify --repair /var/lib/kv
     """
-    from kvcag.stores.verification import VerifyReport
-    from kvcag.stores.verification import verify as check
+    from kvcag.stores.disk import VerifyReport
+    from kvcag.stores.disk import verify as check
 
     folder = path or store or default_store()
     if path is None and store is not None and not store.exists():

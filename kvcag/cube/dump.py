@@ -30,8 +30,9 @@ from pydantic import BaseModel, ValidationError
 
 from kvcag.core import KVCacheItem, TextualMemoryItem
 from kvcag.errors import CorruptItemError, FormatError, StoreError
+from kvcag.stores.dump import read_dump as read_items
+from kvcag.stores.dump import write_dump as write_items
 from kvcag.stores.files import atomic_write, locked, make_private, sync_directory, unavailable
-from kvcag.stores.folder import dump_items, load_items
 
 _FORMAT, _VERSION = "kvcag-cube", 1
 _MANIFEST, _TEXTS, _CACHES = "cube.json", "texts.jsonl", "caches.json"
@@ -121,8 +122,8 @@ def _write(
     temporary = root / f".{folder}.tmp"
     try:
         temporary.mkdir(mode=0o700)
-        dump_items(temporary, _CACHES, items)
-        caches = sum(1 for _ in temporary.glob("*.safetensors"))
+        write_items(temporary, _CACHES, items)
+        caches = sum(1 for _ in temporary.rglob("*.safetensors"))
         lines = "".join(json.dumps(text.model_dump(mode="json")) + "\n" for text in texts).encode("ascii")
         with atomic_write(temporary / _TEXTS) as path:
             path.write_bytes(lines)
@@ -173,7 +174,8 @@ def _read(root: Path, manifest: _Manifest) -> Dumped:
     if xxhash.xxh3_64_hexdigest(lines) != manifest.texts_checksum:
         raise CorruptItemError(path, "its checksum does not match")
     texts = [TextualMemoryItem.model_validate_json(line) for line in lines.splitlines()]
-    items = load_items(folder, _CACHES)
+    kept = read_items(folder, _CACHES)
+    items = kept.items if kept else []
     if len(items) != manifest.caches:
         raise CorruptItemError(folder / _CACHES, f"it names {len(items)} items of {manifest.caches}")
     return Dumped(manifest.settings, texts, items)

@@ -261,7 +261,7 @@ def test_a_damaged_dump_is_named_and_the_cube_is_as_it_was(
 
 
 def test_a_dump_that_lost_all_its_caches_is_damaged(dumped: Path) -> None:
-    for path in [*current(dumped).glob("*.safetensors"), current(dumped) / "caches.json"]:
+    for path in [*current(dumped).rglob("*.safetensors"), current(dumped) / "caches.json"]:
         path.unlink()
     with pytest.raises(CorruptItemError, match=r"caches.json"):
         read_dump(dumped)

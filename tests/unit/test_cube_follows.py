@@ -98,7 +98,7 @@ class Follows(RuleBasedStateMachine):
 
     @invariant()
     def no_tier_holds_a_cache_of_anything_else(self) -> None:
-        for tier in self.cube.memory.store.places().values():
+        for tier in self.cube.memory.store.tiers:
             for key in tier.keys():  # noqa: SIM118 - a store is no dict
                 manifest = tier.manifest(key)
                 assert manifest is not None

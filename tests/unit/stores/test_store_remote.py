@@ -9,9 +9,8 @@ from stored import assert_same, random_item
 
 from kvcag.errors import CorruptItemError, InvalidInputError, MissingExtraError, StoreUnavailableError
 from kvcag.stores.base import KVStore
-from kvcag.stores.bytestore import ByteKVStore
 from kvcag.stores.format import item_to_bytes
-from kvcag.stores.remote import FsspecStore
+from kvcag.stores.remote import ByteKVStore, FsspecStore
 
 
 class Bytes:
@@ -41,7 +40,7 @@ def place(request: pytest.FixtureRequest) -> Any:
         url = f"memory://{uuid.uuid4()}/kv"
         return lambda **options: FsspecStore(url, **options)
     data = Bytes()
-    return lambda **options: ByteKVStore(data, chunk_bytes=1000, **options)
+    return lambda **options: ByteKVStore(data, **options)
 
 
 def test_what_is_got_is_what_was_put(place: Any) -> None:
@@ -79,7 +78,7 @@ def test_a_put_replaces_and_a_delete_deletes_everything(place: Any) -> None:
 
     assert store.get("a") is None
     if isinstance(store, ByteKVStore):
-        assert store.store.yield_keys(prefix="") == []
+        assert list(store.store.yield_keys(prefix="")) == []
 
 
 def test_int8_and_purge_work_here_too(place: Any) -> None:
@@ -118,7 +117,7 @@ def test_a_remote_that_fails_is_a_typed_error(place: Any) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         raise TimeoutError("no answer")
 
-    target: Any = store._fs if isinstance(store, FsspecStore) else store.store.store  # type: ignore[attr-defined]
+    target: Any = store.store if isinstance(store, ByteKVStore) else store._fs  # type: ignore[attr-defined]
     for name in ("cat_file", "pipe_file", "exists", "find", "rm_file", "mget", "mset", "mdelete", "yield_keys"):
         if hasattr(target, name):
             setattr(target, name, fail)
@@ -141,7 +140,7 @@ def test_a_remote_that_fails_is_a_typed_error(place: Any) -> None:
 def test_a_local_path_is_for_the_disk_store(tmp_path: Any) -> None:
     with pytest.raises(InvalidInputError, match="DiskStore"):
         FsspecStore(f"file://{tmp_path}")
-    with pytest.raises(InvalidInputError, match="not an address"):
+    with pytest.raises(InvalidInputError, match="does not know the address"):
         FsspecStore("nowhere://x")
 
 
@@ -150,50 +149,57 @@ def test_a_protocol_that_is_not_installed_names_the_extra() -> None:
         FsspecStore("s3://bucket/kv")
 
 
-def test_a_reader_never_sees_a_mixture_of_two_puts() -> None:
-    """While chunks are read, the item is replaced."""
+def test_a_mixture_of_two_puts_is_detected_and_replaced_by_the_next() -> None:
+    """A store of bytes that does not write two values in one step, and a put that dies between them."""
     data = Bytes()
-    store = ByteKVStore(data, chunk_bytes=500)
-    store.put(random_item("a", seed=0))
-    plain = data.mget
-
-    def mget(keys: Sequence[str]) -> list[bytes | None]:
-        if "chunk" in keys[0]:
-            data.mget = plain  # type: ignore[method-assign]
-            store.put(random_item("a", seed=1))
-        return plain(keys)
-
-    data.mget = mget  # type: ignore[method-assign]
-    assert_same(store.get("a"), random_item("a", seed=1))
-
-
-def test_a_put_that_dies_leaves_the_item_before_and_chunks_that_sweep_clears() -> None:
-    data = Bytes()
-    store = ByteKVStore(data, chunk_bytes=500)
+    store = ByteKVStore(data)
     store.put(random_item("a"))
-    before = len(data.data)
     plain = data.mset
 
     def die(key_value_pairs: Sequence[tuple[str, bytes]]) -> None:
-        if "item" in key_value_pairs[0][0]:
-            raise ConnectionError("died")
-        plain(key_value_pairs)
+        plain(key_value_pairs[:1])
+        raise ConnectionError("died")
 
     data.mset = die  # type: ignore[method-assign]
-    with pytest.raises(StoreUnavailableError):
+    with pytest.raises(StoreUnavailableError, match="died"):
         store.put(random_item("a", seed=1))
 
-    assert_same(store.get("a"), random_item("a"))
-    assert store.sweep() > 0
-    assert len(data.data) == before
-    assert_same(store.get("a"), random_item("a"))
+    with pytest.raises(CorruptItemError):
+        store.get("a")
+    data.mset = plain  # type: ignore[method-assign]
+    store.put(random_item("a", seed=1))
+    assert_same(store.get("a"), random_item("a", seed=1))
+
+
+def test_a_look_at_an_item_transfers_no_tensors() -> None:
+    data = Bytes()
+    store = ByteKVStore(data)
+    store.put(random_item("a"))
+    asked: list[str] = []
+    plain = data.mget
+
+    def mget(keys: Sequence[str]) -> list[bytes | None]:
+        asked.extend(keys)
+        return plain(keys)
+
+    data.mget = mget  # type: ignore[method-assign]
+    assert list(store.keys()) == ["a"]
+    assert store.contains("a")
+    assert store.manifest("a") is not None
+    assert store.stats().items == 1
+    assert not [key for key in asked if key.endswith(".tensors")]
+
+
+def test_its_repr_asks_the_remote_nothing(place: Any) -> None:
+    store = place()
+    assert repr(store) == f"<{type(store).__name__} {store.url}>"
 
 
 def test_langchains_byte_stores_can_back_one(tmp_path: Any) -> None:
     stores = pytest.importorskip("langchain_core.stores")
     storage = pytest.importorskip("langchain_classic.storage")
     for backing in (stores.InMemoryByteStore(), storage.LocalFileStore(tmp_path)):
-        store = ByteKVStore(backing, chunk_bytes=1000)
+        store = ByteKVStore(backing)
         store.put(random_item("a"))
         assert_same(store.get("a"), random_item("a"))
         assert list(store.keys()) == ["a"]
@@ -201,12 +207,8 @@ def test_langchains_byte_stores_can_back_one(tmp_path: Any) -> None:
         assert store.stats().items == 0
 
 
-def _spoil(store: KVStore) -> None:
-    if isinstance(store, FsspecStore):
-        path = store._path("a")
-        data = bytearray(store._fs.cat_file(path))
-        data[-1] ^= 1
-        store._fs.pipe_file(path, bytes(data))
-    else:
-        chunks = sorted(store.store.yield_keys(prefix=f"{store._prefix}chunk"))  # type: ignore[attr-defined]
-        store.store.mdelete(chunks[-1:])  # type: ignore[attr-defined]
+def _spoil(store: Any) -> None:
+    path = store._path("a")
+    data = bytearray(store._fs.cat_file(path))
+    data[-1] ^= 1
+    store._fs.pipe_file(path, bytes(data))

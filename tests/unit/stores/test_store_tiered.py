@@ -13,7 +13,6 @@ from kvcag.core import KVCacheItem
 from kvcag.errors import CorruptItemError, InvalidInputError, StoreFullError, StoreUnavailableError
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.memory import MemoryStore
-from kvcag.stores.planner import LoadSpeed, Planner, measure_load
 from kvcag.stores.remote import FsspecStore
 from kvcag.stores.tiered import StoreWarning, TieredStore
 
@@ -119,7 +118,7 @@ def test_an_item_that_is_deleted_while_it_is_fetched_does_not_come_back() -> Non
 
 
 def test_a_damaged_copy_is_replaced_from_the_next_tier(tmp_path: Path) -> None:
-    disk, remote = DiskStore(tmp_path, lazy=True), FsspecStore(f"memory://{tmp_path.name}/kv")
+    disk, remote = DiskStore(tmp_path), FsspecStore(f"memory://{tmp_path.name}/kv")
     with TieredStore([disk, remote]) as store:
         store.put(random_item("a"))
         (path,) = tmp_path.rglob("*.safetensors")
@@ -166,36 +165,16 @@ def test_purge_reaches_every_tier(store: TieredStore) -> None:
     assert list(store.tiers[1].keys()) == ["c"]
 
 
+def test_a_path_is_a_tier_on_disk(tmp_path: Path) -> None:
+    with TieredStore([MemoryStore(), tmp_path / "kv"]) as store:
+        store.put(random_item("a"))
+        assert repr(store) == f"<TieredStore {store.tiers[0]!r}, {store.tiers[1]!r}>"
+    assert_same(DiskStore(tmp_path / "kv").get("a"), random_item("a"))
+
+
 def test_a_tiered_store_needs_a_tier() -> None:
     with pytest.raises(InvalidInputError):
         TieredStore([])
-
-
-# --- load or encode ---------------------------------------------------------------------------------------------
-
-
-def test_the_planner_takes_the_quicker_and_says_why() -> None:
-    planner = Planner(1000, {"disk": LoadSpeed(0.001, 1e9), "remote": LoadSpeed(0.2, 1e7)})
-
-    near = planner.plan(500, 20_000_000, "disk")
-    assert near.load
-    assert near.reason == "load from disk: loading takes 21.0 ms, encoding 500 tokens 500.0 ms"
-    far = planner.plan(500, 20_000_000, "remote")
-    assert not far.load
-    assert far.reason == "encode: loading takes 2200.0 ms, encoding 500 tokens 500.0 ms"
-    with pytest.raises(InvalidInputError, match="no speed is known"):
-        planner.plan(1, 1, "elsewhere")
-    with pytest.raises(InvalidInputError):
-        Planner(0, {})
-
-
-def test_the_speed_of_a_store_is_measured_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    disk = DiskStore(tmp_path)
-    speed = measure_load(disk)
-
-    assert 0 < speed.latency_s < 5
-    assert speed.bytes_per_s > 1e6
-    assert disk.stats().items == 0
 
 
 class SlowStore(MemoryStore):

@@ -13,6 +13,7 @@ from waits import run_together
 
 from kvcag.cache.layers import layers_of, nbytes
 from kvcag.errors import InvalidInputError, StoreFullError
+from kvcag.stores.base import StoreStats
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.memory import MemoryStore
 from kvcag.stores.tiered import TieredStore
@@ -127,6 +128,20 @@ def test_an_item_goes_from_disk_over_pinned_memory_to_the_accelerator(tmp_path: 
 def test_pinned_host_memory_needs_an_accelerator() -> None:
     with pytest.raises(InvalidInputError, match="CUDA"):
         MemoryStore(pin_memory=True)
+
+
+@pytest.mark.parametrize(
+    ("size", "says"), [(0, "0 bytes"), (999, "999 bytes"), (3_400_000, "3.4 MB"), (5 * 10**15, "5000.0 TB")]
+)
+def test_sizes_are_said_in_units_that_people_read(size: int, says: str) -> None:
+    assert str(StoreStats(2, size)) == f"2 items, {says}"
+    assert str(StoreStats(1, size)) == f"1 item, {says}"
+
+
+def test_its_repr_says_what_it_holds() -> None:
+    store = MemoryStore()
+    store.put(random_item("a"))
+    assert repr(store) == "<MemoryStore 1 item, 1.9 kB>"
 
 
 @settings(max_examples=60, deadline=None)

@@ -27,7 +27,17 @@ from kvcag.errors import (
     StoreUnavailableError,
 )
 from kvcag.stores.files import atomic_write
-from kvcag.stores.format import item_from_bytes, item_to_bytes, read_id, read_item, read_manifest, seal, write_item
+from kvcag.stores.format import (
+    item_from_bytes,
+    item_to_bytes,
+    read_id,
+    read_item,
+    read_manifest,
+    read_sealed,
+    seal,
+    write_item,
+    write_sealed,
+)
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -49,7 +59,6 @@ def file(tmp_path: Path) -> Path:
     metadata=st.dictionaries(st.text(), JSON, max_size=4),
     shape=st.tuples(st.integers(0, 4), st.integers(1, 3), st.integers(1, 9), st.integers(1, 5)),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]),
-    lazy=st.booleans(),
 )
 def test_what_is_read_is_what_was_written(
     tmp_path: Path,
@@ -57,7 +66,6 @@ def test_what_is_read_is_what_was_written(
     metadata: dict[str, object],
     shape: tuple[int, int, int, int],
     dtype: torch.dtype,
-    lazy: bool,
 ) -> None:
     layers, heads, tokens, head_dim = shape
     tokens = tokens if layers else 0
@@ -76,8 +84,8 @@ def test_what_is_read_is_what_was_written(
     size = write_item(path, item)
 
     assert size == path.stat().st_size
-    assert_same(read_item(path, lazy=lazy), item)
-    assert_same(item_from_bytes(item_to_bytes(item), "here", lazy=lazy), item)
+    assert_same(read_item(path), item)
+    assert_same(item_from_bytes(item_to_bytes(item), "here"), item)
     assert read_id(path) == id
     assert read_manifest(path).metadata == metadata
 
@@ -129,9 +137,9 @@ def test_writing_into_what_was_read_changes_neither_the_file_nor_other_readers(f
 
 def test_an_open_item_outlives_its_file(file: Path) -> None:
     item = random_item(metadata={"source": "a.txt"})
-    opened = read_item(file, lazy=True)
+    opened = read_item(file)
     write_item(file, random_item(seed=1))
-    replaced = read_item(file, lazy=True)
+    replaced = read_item(file)
     file.unlink()
 
     assert_same(opened, item)
@@ -140,7 +148,7 @@ def test_an_open_item_outlives_its_file(file: Path) -> None:
 
 def test_open_items_hold_no_descriptors(file: Path) -> None:
     before = len(os.listdir("/dev/fd"))
-    items = [read_item(file, lazy=bool(n % 2)) for n in range(50)]
+    items = [read_item(file) for _ in range(50)]
 
     assert len(os.listdir("/dev/fd")) == before
     assert len(items) == 50
@@ -161,7 +169,7 @@ def test_a_thousand_flips_and_cuts_are_all_detected_and_named(tmp_path: Path) ->
             damaged = sound[:at] + bytes([sound[at] ^ 1 << random.randrange(8)]) + sound[at + 1 :]
         path.write_bytes(damaged)
         with pytest.raises(StoreError) as raised:
-            layers_of(read_item(path, lazy=bool(trial % 2)).memory)
+            read_item(path)
         assert str(path) in str(raised.value)
         assert isinstance(raised.value, CorruptItemError), (at, raised.value)
 
@@ -315,3 +323,47 @@ def _rewrite(data: bytearray, old: bytes, new: bytes) -> None:
     head = bytes(data[:size])
     assert old in head
     data[:size] = seal(head.replace(old, new))
+
+
+# --- manifests of several files -----------------------------------------------------------------------------------
+
+
+def test_a_sealed_manifest_comes_back_as_it_was(tmp_path: Path) -> None:
+    content = {"items": ["ü", "\ud800"], "about": {"b": 1.5, "a": None}}
+    write_sealed(tmp_path / "m.json", "a kind", 3, content)
+
+    assert read_sealed(tmp_path / "m.json", "a kind", 3) == content
+    assert stat.S_IMODE((tmp_path / "m.json").stat().st_mode) == 0o600
+
+
+def test_each_value_of_a_sealed_manifest_is_under_its_checksum(tmp_path: Path) -> None:
+    path = tmp_path / "m.json"
+    write_sealed(path, "a kind", 3, {"items": ["a"], "count": 1})
+    sound = json.loads(path.read_text())
+    for changed in ({"version": 2}, {"items": []}, {"count": True}, {"more": 1}, {"checksum": "0" * 16}):
+        path.write_text(json.dumps({**sound, **changed}))
+        with pytest.raises(CorruptItemError, match="checksum"):
+            read_sealed(path, "a kind", 3)
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "says"),
+    [
+        (b"[]", CorruptItemError, "not a manifest"),
+        (b"{}", CorruptItemError, "not a manifest"),
+        (b"", CorruptItemError, "not a manifest"),
+        (b"[" * 100_000, CorruptItemError, "not a manifest"),
+        (pickle.dumps({}), FormatError, "import-memos"),
+        (b'{"format": "another", "version": 1, "checksum": ""}', FormatError, "not the kind 'a kind'"),
+        (b'{"format": "a kind", "version": 4, "checksum": ""}', FormatError, "Upgrade kvcag"),
+    ],
+)
+def test_what_is_not_a_sealed_manifest_is_refused(
+    tmp_path: Path, data: bytes, error: type[StoreError], says: str
+) -> None:
+    path = tmp_path / "m.json"
+    path.write_bytes(data)
+    with pytest.raises(error, match=says):
+        read_sealed(path, "a kind", 3)
+    with pytest.raises(StoreUnavailableError):
+        read_sealed(tmp_path / "none", "a kind", 3)

@@ -7,68 +7,19 @@ import pickle
 import random
 import subprocess
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from pydantic import BaseModel, Field
+from memos_pickles import MODULE, dump, written
+from memos_pickles import memos as memos  # the fixture
 from stored import FINGERPRINT, random_item
-from transformers import DynamicCache
 
 from kvcag.cache.layers import layers_of
 from kvcag.errors import CorruptItemError, FormatError, StoreError, TokenMismatchError, UnsafePickleError
 from kvcag.stores.format import read_item, write_item
 from kvcag.stores.memos import read_memos_pickle
-
-MODULE = "memos.memories.activation.item"
-
-
-class KVCacheRecords(BaseModel):
-    text_memories: list[str] = []
-    composed_text_memory: str = ""
-    timestamp: datetime.datetime = Field(default_factory=lambda: datetime.datetime(2025, 5, 6, 7, 8, 9))
-
-
-class KVCacheItem(BaseModel):
-    """As MemOS has it: three fields, and its module's name."""
-
-    model_config = {"arbitrary_types_allowed": True}
-    id: str
-    memory: Any = None
-    metadata: dict[str, Any] = {}
-    records: KVCacheRecords = Field(default_factory=KVCacheRecords)
-
-
-@pytest.fixture(autouse=True)
-def memos(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MemOS, as far as `pickle.dump` asks whether it is there."""
-    module = types.ModuleType(MODULE)
-    for cls in (KVCacheItem, KVCacheRecords):
-        monkeypatch.setattr(cls, "__module__", MODULE)
-        setattr(module, cls.__name__, cls)
-    for name in ("memos", "memos.memories", "memos.memories.activation"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, MODULE, module)
-
-
-def written(id: str = "an id", seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> KVCacheItem:
-    cache = DynamicCache()
-    for index, (keys, values) in enumerate(layers_of(random_item(seed=seed, dtype=dtype).memory)):
-        cache.update(keys, values, index)
-    now = datetime.datetime(2025, 1, 2, tzinfo=datetime.timezone.utc)
-    return KVCacheItem(
-        id=id,
-        memory=cache,
-        metadata={"source_text": "some text", "extracted_at": now, "tags": ("a", "b"), "nested": {"n": 1}},
-        records=KVCacheRecords(text_memories=["some text"], composed_text_memory="some text"),
-    )
-
-
-def dump(path: Path, content: object, protocol: int = pickle.DEFAULT_PROTOCOL) -> Path:
-    path.write_bytes(pickle.dumps(content, protocol))
-    return path
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])
@@ -116,7 +67,7 @@ def test_what_is_read_can_be_written_in_our_format(tmp_path: Path) -> None:
 
     ours = read_item(tmp_path / "ours", expected=FINGERPRINT)
     assert ours.token_ids.tolist() == list(range(10))
-    with pytest.raises(TokenMismatchError, match="10 tokens, and 9"):
+    with pytest.raises(TokenMismatchError, match="10 tokens, not 9"):
         item.to_item(range(9), FINGERPRINT)
 
 

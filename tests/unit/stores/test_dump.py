@@ -3,16 +3,30 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import stat
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
+from stored import FINGERPRINT, assert_same, random_item
 from tiny import byte_tokenizer, tiny_model
 
 from kvcag import HFEngine, KVCacheMemory
 from kvcag.cache.layers import layers_of
-from kvcag.errors import CorruptItemError, FingerprintMismatchError, FormatError, InvalidInputError, StoreError
+from kvcag.core import KVCacheItem
+from kvcag.errors import (
+    CorruptItemError,
+    FingerprintMismatchError,
+    FormatError,
+    InvalidInputError,
+    StoreError,
+    StoreUnavailableError,
+)
+from kvcag.stores.disk import DiskStore, verify
+from kvcag.stores.dump import read_dump, write_dump
+from kvcag.stores.format import write_sealed
 
 TEXTS = ["Alice has a red bicycle.", "Bob has a green car."]
 MANIFEST = "kv_cache_memories.json"
@@ -35,7 +49,7 @@ def same(a: dict[str, list[torch.Tensor]], b: dict[str, list[torch.Tensor]]) -> 
 
 
 def files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
+    return sorted(folder.rglob("*.safetensors"))
 
 
 def test_what_is_dumped_is_loaded(dumped: tuple[KVCacheMemory, Path]) -> None:
@@ -90,7 +104,7 @@ def newer(path: Path) -> None:
 
 def renamed_item(path: Path) -> None:
     manifest = json.loads(path.read_text())
-    manifest["items"][0]["id"] = "another"
+    manifest["items"][0] = "another"
     path.write_text(json.dumps(manifest))
 
 
@@ -104,7 +118,7 @@ def renamed_item(path: Path) -> None:
         ("manifest", os.unlink, FormatError, "no manifest"),
         ("manifest", cut, CorruptItemError, "is damaged"),
         ("manifest", pickled, FormatError, "import-memos"),
-        ("manifest", newer, FormatError, "upgrade kvcag"),
+        ("manifest", newer, FormatError, "Upgrade kvcag"),
         ("manifest", renamed_item, CorruptItemError, "checksum"),
     ],
 )
@@ -152,3 +166,88 @@ def test_a_dump_takes_the_bytes_of_its_tokens(tiny_engine: HFEngine, tmp_path: P
     memory.dump(tmp_path)
     expected = len(item.token_ids) * memory.engine.bytes_per_token
     assert expected <= files(tmp_path)[0].stat().st_size <= 1.01 * expected
+
+
+def test_a_dump_replaces_the_one_before_and_nothing_else(tmp_path: Path) -> None:
+    """It deleted every other safetensors file of the folder: a model's, and those of another memory's dump."""
+    save_file({"weight": torch.zeros(3)}, tmp_path / "model.safetensors")
+    DiskStore(tmp_path).put(random_item("of a store"))
+    write_dump(tmp_path, "other.json", [random_item("of another memory")])
+    write_dump(tmp_path, "ours.json", [random_item("a"), random_item("b")])
+    write_dump(tmp_path, "ours.json", [random_item("c")])
+
+    assert_same(the_item(tmp_path, "ours.json"), random_item("c"))
+    assert_same(the_item(tmp_path, "other.json"), random_item("of another memory"))
+    assert_same(DiskStore(tmp_path).get("of a store"), random_item("of a store"))
+    assert (tmp_path / "model.safetensors").exists()
+    report = verify(tmp_path)
+    assert (report.sound, len(report.foreign)) == (3, 1)
+
+
+def test_a_dump_whose_folder_cannot_be_synced_keeps_what_its_manifest_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The manifest had its name, and the files that it names were deleted."""
+    write_dump(tmp_path, "ours.json", [random_item("a")])
+    real = os.fsync
+
+    def fails_once_the_manifest_is_renamed(descriptor: int) -> None:
+        if (
+            stat.S_ISDIR(os.fstat(descriptor).st_mode)
+            and "b" in json.loads((tmp_path / "ours.json").read_text())["items"]
+        ):
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fails_once_the_manifest_is_renamed)
+    with pytest.raises(StoreUnavailableError):
+        write_dump(tmp_path, "ours.json", [random_item("b")])
+    assert_same(the_item(tmp_path, "ours.json"), random_item("b"))
+
+
+def test_a_dump_is_a_directory_of_a_store(tmp_path: Path) -> None:
+    write_dump(tmp_path, "ours.json", [random_item("a")])
+    directory = json.loads((tmp_path / "ours.json").read_text())["directory"]
+    assert_same(DiskStore(tmp_path / directory).get("a"), random_item("a"))
+
+
+def test_other_files_and_facts_are_dumped_too(tmp_path: Path) -> None:
+    write_dump(tmp_path, "cube.json", [random_item("a")], kind="cube", files={"t": b"one"}, about={"n": None})
+    dump = read_dump(tmp_path, "cube.json", kind="cube")
+    assert dump is not None
+    assert (dump.files, dump.about) == ({"t": b"one"}, {"n": None})
+    with pytest.raises(FormatError, match="not the kind 'kvcag-memory'"):
+        read_dump(tmp_path, "cube.json")
+
+    (text,) = tmp_path.rglob("t")
+    text.write_bytes(b"two")
+    with pytest.raises(CorruptItemError, match="checksum"):
+        read_dump(tmp_path, "cube.json", kind="cube")
+    text.unlink()
+    with pytest.raises(CorruptItemError, match="missing"):
+        read_dump(tmp_path, "cube.json", kind="cube")
+
+
+def test_the_next_dump_deletes_what_a_crash_left(tmp_path: Path) -> None:
+    write_dump(tmp_path, "ours.json", [random_item("a")])
+    DiskStore(tmp_path / f"ours.json-{'0' * 32}").put(random_item("half"))
+    (tmp_path / ".ours.json.0123.tmp").write_text("half")
+    write_dump(tmp_path, "ours.json", [random_item("b")])
+
+    assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
+    assert not list(tmp_path.glob(".*.tmp"))
+    assert_same(the_item(tmp_path, "ours.json"), random_item("b"))
+
+
+def test_a_manifest_that_names_a_file_outside_its_folder_is_refused(tmp_path: Path) -> None:
+    for outside in ({"directory": "../elsewhere", "items": []}, {"directory": f"m-{'0' * 32}", "files": {"../x": ""}}):
+        write_sealed(tmp_path / "m", "kvcag-memory", 1, {"items": [], **outside})
+        with pytest.raises(CorruptItemError, match="outside"):
+            read_dump(tmp_path, "m")
+
+
+def the_item(folder: Path, filename: str) -> KVCacheItem:
+    dump = read_dump(folder, filename, expected=FINGERPRINT)
+    assert dump is not None
+    (item,) = dump.items
+    return item

@@ -53,7 +53,7 @@ def test_int8_halves_the_file_and_is_read_in_the_models_dtype(tmp_path: Path) ->
 
     assert small <= 0.53 * plain
     assert read_manifest(tmp_path / "small").quantize == "int8"
-    read = read_item(tmp_path / "small", lazy=True)
+    read = read_item(tmp_path / "small")
     for (keys, values), (true_keys, true_values) in zip(layers_of(read.memory), layers_of(item.memory), strict=True):
         assert keys.dtype == values.dtype == torch.bfloat16
         torch.testing.assert_close(keys, true_keys, atol=0.03, rtol=0.01)
