@@ -12,8 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from kvcag import HFEngine, MemoryCube, TextualMemoryItem
 from kvcag.cube.answer import CubeAnswer
+
+from kvcag import HFEngine, MemoryCube, TextualMemoryItem
 from kvcag.demo.model import embedded_model
 
 NOTES = {
@@ -27,9 +28,9 @@ HEAD = "Answer the question using only these notes."
 def ask(cube: MemoryCube, question: str) -> CubeAnswer:
     """Ask, and show which side of the cube answered."""
     answer = cube.ask(question, max_new_tokens=28)
-    report = answer.plan.report
+    report = answer.report
     print(f"{question}\n  {answer.text.strip()}")
-    print(f"  [{answer.plan.side}: {report.encoded_tokens} of {report.context_tokens} tokens encoded]")
+    print(f"  [{answer.side}: {report.encoded_tokens} of {report.context_tokens} tokens encoded]")
     return answer
 
 
