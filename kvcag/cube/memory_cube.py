@@ -579,7 +579,6 @@ class MemoryCube:
             try:
                 item = self.memory.store.get(key)
                 if item is not None and is_made_of(item.records.composed_text_memory, live):
-                    layers_of(item.memory)  # some stores read and verify layers only now
                     yield item
             except (CorruptItemError, FormatError) as damaged:
                 warnings.warn(f"a cache was left out of the dump: {damaged}", CacheWarning, stacklevel=5)
