@@ -25,6 +25,7 @@ from kvcag.errors import (
     UnknownItemError,
     UnsupportedModelError,
 )
+from kvcag.memory import insert_documents
 from kvcag.stores import DiskStore, MemoryStore, TieredStore
 from kvcag.testing import EchoEngine, whole_prompt
 
@@ -268,7 +269,9 @@ def test_texts_that_are_asked_for_again_become_exact(cube: MemoryCube) -> None:
     assert (merged.side, merged.cached) == ("merged", ("alice", "bob"))
     again = cube.ask("Who has a bicycle?", max_new_tokens=2)  # both are encoded together when the model is idle
     assert (again.side, again.cached) == ("merged", ("alice", "bob"))
-    until(lambda: cube.ask("Who walks?", max_new_tokens=2).side == "prefix")
+    engine, texts = cube.memory.engine, [f"{text.memory}\n\n" for text in (ALICE, BOB)]
+    context_ids = engine.template.prompt(insert_documents(HEAD, texts, [{"role": "user", "content": "?"}])).context_ids
+    until(lambda: engine.known_prefix(context_ids) == len(context_ids), seconds=20)
     exact = cube.ask("Who walks?", max_new_tokens=2)
     assert (exact.cached, exact.encoded, exact.report.encoded_tokens) == (("alice", "bob"), (), 0)
 
