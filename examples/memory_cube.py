@@ -2,8 +2,8 @@
 
     python examples/memory_cube.py [MODEL]
 
-Each note is encoded once. An edit deletes the cache of that note only. A dump holds texts and caches, so that on another
-machine the model reads only the first question. Needs `pip install "kvcag[demo]"`.
+Each note is encoded once. An edit deletes the cache of that note only. A dump holds texts and caches: on another machine,
+the model reads only the first question. Needs `pip install "kvcag[demo]"`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from kvcag.cube.memory_cube import CubeAnswer
-
 from kvcag import HFEngine, MemoryCube, TextualMemoryItem
+from kvcag.cube.memory_cube import CubeAnswer
 from kvcag.demo.model import embedded_model
 
 NOTES = {
