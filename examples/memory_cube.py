@@ -2,7 +2,7 @@
 
     python examples/memory_cube.py [MODEL]
 
-Each note is encoded once. An edit deletes the cache of that note only. A dump holds texts and caches: on another machine,
+Each note is encoded once. An edit deletes the cache of that note only. A dump holds texts and caches, so that elsewhere
 the model reads only the first question. Needs `pip install "kvcag[demo]"`.
 """
 
