@@ -40,7 +40,7 @@ BRIDGE = TextualMemoryItem(id="bridge", memory="The bridge is made of steel.")
 
 @pytest.fixture
 def cube(tiny_engine: HFEngine) -> MemoryCube:
-    """Without a head, so that its caches are found behind any instruction."""
+    """Without an instruction, so that its caches are found behind any instruction."""
     made = MemoryCube(tiny_engine, namespace="mine")
     made.add([TOWER, BRIDGE])
     made.encode()
@@ -108,7 +108,7 @@ async def test_an_agents_memory_follows_the_cube(echo: MemoryCube) -> None:
 
 
 async def test_a_block_finds_by_what_the_user_said_last(tiny_engine: HFEngine) -> None:
-    cube = MemoryCube(tiny_engine, IndexTexts(VectorStoreIndex([], embed_model=Embedding())), head="From notes:")
+    cube = MemoryCube(tiny_engine, IndexTexts(VectorStoreIndex([], embed_model=Embedding())), instruction="From notes:")
     cube.add([TOWER, BRIDGE])
     block = CAGMemoryBlock(memory=cube, k=1)
     turns = [ChatMessage(role="user", content="the bridge of steel"), ChatMessage(role="assistant", content="Yes.")]

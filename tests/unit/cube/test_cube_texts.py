@@ -19,7 +19,7 @@ from retrievers import BM25, HashedWords
 
 from kvcag import HFEngine, MemoryCube, langchain, llama_index
 from kvcag.core import TextualMemoryItem
-from kvcag.cube.texts import SearchableTexts, TextSide, distinct, made_of, read, said
+from kvcag.cube.texts import SearchableTexts, TextSide, distinct, is_made_of, read, stripped
 from kvcag.errors import CorpusLengthError, InvalidInputError
 from kvcag.testing import EchoEngine
 
@@ -86,8 +86,8 @@ def test_the_best_texts_answer(searched: MemoryCube) -> None:
     assert searched.search(QUESTION, k=1) == [TOWER]
     answer = searched.ask(QUESTION, k=1, max_new_tokens=3)
     assert answer.sources == [TOWER]
-    assert (answer.plan.side, answer.plan.encoded) == ("encoded", ("tower",))
-    assert searched.ask(QUESTION, k=1, max_new_tokens=3).plan.side == "exact"  # one text, just behind the head
+    assert (answer.side, answer.encoded) == ("encoded", ("tower",))
+    assert searched.ask(QUESTION, k=1, max_new_tokens=3).side == "prefix"  # one text, just behind the head
     assert kept_texts(searched) == [TOWER.memory]
 
 
@@ -116,7 +116,7 @@ def test_a_dump_fills_an_empty_place_elsewhere(searched: MemoryCube, tmp_path: A
     side = SIDES[request.node.callspec.params["searched"]]()
     other = MemoryCube.from_dir(tmp_path, searched.memory.engine, side)
     assert other.search(QUESTION)[0] == TOWER
-    assert other.ask(QUESTION, max_new_tokens=2).plan.encoded == ()
+    assert other.ask(QUESTION, max_new_tokens=2).encoded == ()
     MemoryCube.from_dir(tmp_path, searched.memory.engine, side)  # and a place that holds it all already
 
 
@@ -185,7 +185,7 @@ def test_a_cube_beside_a_retriever_moves(tiny_engine: HFEngine, tmp_path: Any) -
     tiny_engine.prefixes.clear()
     moved = MemoryCube.from_dir(tmp_path, tiny_engine, langchain.RetrieverTexts(retriever))
     assert [text.id for text in moved.get_all()] == ["tower"]
-    assert moved.ask(QUESTION, max_new_tokens=2).plan.side == "exact"
+    assert moved.ask(QUESTION, max_new_tokens=2).side == "prefix"
 
 
 def test_a_retriever_is_built_again_only_when_texts_changed(tiny_engine: HFEngine) -> None:
@@ -279,9 +279,9 @@ paragraphs = st.lists(st.text("ab\n", min_size=1, max_size=6).filter(lambda text
 
 @given(paragraphs, st.data())
 def test_what_is_put_together_from_known_texts_is_made_of_them(texts: list[str], data: st.DataObject) -> None:
-    known = {said(text) for text in texts}
+    known = {stripped(text) for text in texts}
     chosen: Iterable[str] = data.draw(st.lists(st.sampled_from(texts), min_size=1) if texts else st.just([]))
-    together = "".join(f"{said(text)}\n\n" for text in chosen)
-    assert made_of(together, known)
-    assert not made_of(f"{together}c\n\n", known)
-    assert not made_of(f"c{together}", known) or not together
+    together = "".join(f"{stripped(text)}\n\n" for text in chosen)
+    assert is_made_of(together, known)
+    assert not is_made_of(f"{together}c\n\n", known)
+    assert not is_made_of(f"c{together}", known) or not together

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from tiny import byte_tokenizer, tiny_model
-from waits import run_together
+from waits import run_together, until
 
-from kvcag import CacheScheduler, Document, HFEngine, MemoryCube
+from kvcag import CacheScheduler, CacheWarning, Document, HFEngine, MemoryCube
 from kvcag.cache.layers import layers_of
 from kvcag.core import TextualMemoryItem
 from kvcag.errors import (
@@ -25,6 +25,7 @@ from kvcag.errors import (
     UnknownItemError,
     UnsupportedModelError,
 )
+from kvcag.memory import insert_documents
 from kvcag.stores import DiskStore, MemoryStore, TieredStore
 from kvcag.testing import EchoEngine, whole_prompt
 
@@ -112,7 +113,7 @@ def test_an_edit_drops_one_cache_and_touches_no_other(cube: MemoryCube) -> None:
     assert all(torch.equal(one, other) for one, other in zip(before[bob], after[bob], strict=True))
     assert cube.get("alice").metadata == {"page": 1}
     answer = cube.ask("Which colour?", max_new_tokens=4)
-    assert (answer.plan.cached, answer.plan.encoded) == (("bob",), ("alice",))
+    assert (answer.cached, answer.encoded) == (("bob",), ("alice",))
     assert kept_texts(cube) == ["Alice has a blue bicycle.", BOB.memory]
 
 
@@ -222,14 +223,15 @@ def test_sync_clears_away_what_an_earlier_process_kept(tiny_engine: HFEngine, tm
 
 def test_what_came_back_after_its_deletion_can_be_purged(cube: MemoryCube) -> None:
     cube.encode()
-    with pytest.raises(InvalidInputError, match="delete it by its id"):
+    with pytest.raises(InvalidInputError, match="Delete the text by its id"):
         cube.purge(ALICE.memory)
     cube.delete("alice")
     system = {"role": "system", "content": [Document(f"{ALICE.memory}\n\n")]}
     sampling = cube.memory.engine.sampling(max_new_tokens=1)
     list(cube.memory.stream([system, {"role": "user", "content": "Who?"}], sampling=sampling))  # found before
     assert ALICE.memory in kept_texts(cube)
-    cube.purge(ALICE.memory)
+    assert len(cube.purge(ALICE.memory)) == 1
+    assert cube.purge(ALICE.memory) == []
     assert kept_texts(cube) == [BOB.memory]
 
 
@@ -248,15 +250,52 @@ def test_a_scheduler_forgets_with_the_cube(cube: MemoryCube, tmp_path: Path) -> 
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_plan_says_which_side_answered(cube: MemoryCube) -> None:
-    first = cube.ask("Who has a car?", max_new_tokens=4)
-    assert (first.plan.side, first.plan.encoded) == ("encoded", ("alice", "bob"))
-    second = cube.ask("Who has a bicycle?", max_new_tokens=4)
-    assert (second.plan.side, second.plan.cached) == ("merged", ("alice", "bob"))
-    assert second.plan.report.encoded_tokens == 0
-    assert second.plan.report.recomputed_tokens > 0
+def test_an_answer_says_which_side_it_came_from(cube: MemoryCube) -> None:
+    first = cube.ask("Who has a car?", strategy="query", max_new_tokens=4)
+    assert str(first) == first.text
+    assert (first.side, first.encoded) == ("encoded", ("alice", "bob"))
+    second = cube.ask("Who has a bicycle?", strategy="query", max_new_tokens=4)
+    assert (second.side, second.cached) == ("merged", ("alice", "bob"))
+    assert second.report.encoded_tokens == 0
+    assert second.report.recomputed_tokens > 0
     assert second.sources == [ALICE, BOB]
     assert second.finish_reason in ("stop", "length")
+
+
+def test_texts_that_are_asked_for_again_become_exact(cube: MemoryCube) -> None:
+    """The default strategy, `auto`."""
+    cube.encode()
+    merged = cube.ask("Who has a car?", max_new_tokens=2)
+    assert (merged.side, merged.cached) == ("merged", ("alice", "bob"))
+    again = cube.ask("Who has a bicycle?", max_new_tokens=2)  # both are encoded together when the model is idle
+    assert (again.side, again.cached) == ("merged", ("alice", "bob"))
+    engine, texts = cube.memory.engine, [f"{text.memory}\n\n" for text in (ALICE, BOB)]
+    context_ids = engine.template.prompt(insert_documents(HEAD, texts, [{"role": "user", "content": "?"}])).context_ids
+    until(lambda: engine.known_prefix(context_ids) == len(context_ids), seconds=20)
+    exact = cube.ask("Who walks?", max_new_tokens=2)
+    assert (exact.cached, exact.encoded, exact.report.encoded_tokens) == (("alice", "bob"), (), 0)
+
+
+def test_a_damaged_cache_counts_as_encoded(tiny_engine: HFEngine, tmp_path: Path) -> None:
+    cube = MemoryCube(tiny_engine, store=tmp_path, strategy="query")
+    cube.add([ALICE])
+    cube.encode()
+    [file] = tmp_path.rglob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.warns(CacheWarning, match="encoding a document again"):
+        answer = cube.ask("Who?", max_new_tokens=2)
+    assert (answer.side, answer.encoded) == ("encoded", ("alice",))
+
+
+def test_a_model_is_loaded_by_its_folder(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    cube = MemoryCube(tmp_path, namespace="mine")
+    cube.add([ALICE])
+    assert cube.encode() == 1
+    assert repr(cube).startswith("<MemoryCube of 'mine': 1 texts over <HFEngine ")
+    with pytest.raises(InvalidInputError, match="engine is a int"):
+        MemoryCube(7)
 
 
 def test_exact_keeps_the_texts_together(tiny_engine: HFEngine) -> None:
@@ -264,8 +303,8 @@ def test_exact_keeps_the_texts_together(tiny_engine: HFEngine) -> None:
     cube.add([ALICE, BOB])
     assert cube.encode() == 1
     answer = cube.ask("Who?", max_new_tokens=6)
-    assert (answer.plan.side, answer.plan.cached) == ("exact", ("alice", "bob"))
-    assert (answer.plan.report.encoded_tokens, answer.plan.report.recomputed_tokens) == (0, 0)
+    assert (answer.side, answer.cached) == ("prefix", ("alice", "bob"))
+    assert (answer.report.encoded_tokens, answer.report.recomputed_tokens) == (0, 0)
     plain = HFEngine(tiny_model(), byte_tokenizer())
     system = f"{HEAD}\n\n{ALICE.memory}\n\n{BOB.memory}\n\n"
     messages = [{"role": "system", "content": system}, {"role": "user", "content": "Who?"}]
@@ -277,7 +316,7 @@ def test_exact_is_exact_also_where_the_store_is_not(tmp_path: Path) -> None:
     cube = MemoryCube(engine, store=DiskStore(tmp_path, quantize="int8"), strategy="exact")
     cube.add([ALICE, BOB])
     cube.encode()
-    report = cube.ask("Who?", max_new_tokens=2).plan.report
+    report = cube.ask("Who?", max_new_tokens=2).report
     assert report.recomputed_tokens + report.encoded_tokens == report.context_tokens
 
 
@@ -294,7 +333,7 @@ def test_the_texts_stand_behind_the_head_and_before_what_is_asked() -> None:
     answer = cube.ask(turns)
     system = f"system: {HEAD}\n\n{ALICE.memory}\n\n{BOB.memory}\n\nBe brief."
     assert answer.text == f"{system}\nuser: Hi.\nassistant: Hello.\nuser: Who?"
-    assert (answer.plan.side, answer.plan.encoded, answer.plan.report) == ("encoded", ("alice", "bob"), None)
+    assert (answer.side, answer.encoded, answer.report) == ("encoded", ("alice", "bob"), None)
 
 
 def test_a_cube_with_nothing_in_it_answers_without() -> None:
@@ -339,7 +378,7 @@ async def test_asynchronous_twins(tiny_engine: HFEngine, tmp_path: Path) -> None
     assert await cube.aencode() == 2
     assert [text.id for text in await cube.asearch("Who?")] == ["alice", "bob"]
     answer = await cube.aask("Who?", max_new_tokens=5)
-    assert answer.plan.side == "merged"
+    assert answer.side == "merged"
     assert answer.text == cube.ask("Who?", max_new_tokens=5).text
     streamed = [chunk async for chunk in cube.astream("Who?", max_new_tokens=5)]
     assert "".join(chunk.text for chunk in streamed) == answer.text
@@ -360,7 +399,7 @@ def test_namespaces_share_no_file_no_hit_and_no_recent_context(tiny_engine: HFEn
     assert kept_texts(yours) == []
     mine.ask("Who?", max_new_tokens=2)
     answer = yours.ask("Who?", max_new_tokens=2)
-    assert answer.plan.side == "encoded"
+    assert answer.side == "encoded"
     assert answer.usage.cached_tokens == 0
     files = list(tmp_path.rglob("*.safetensors"))
     assert len(files) == 2

@@ -13,6 +13,7 @@ from kvcag import HFEngine, MemoryCube
 from kvcag.core import TextualMemoryItem
 from kvcag.engines.vllm.engine import VLLMEngine
 from kvcag.errors import CacheWarning
+from kvcag.memory import insert_documents
 
 TEXTS = [
     TextualMemoryItem(id="tower", memory="The tower is made of iron. " * 4),
@@ -33,28 +34,34 @@ def cube(engine: VLLMEngine) -> MemoryCube:
     return made
 
 
+def together_ids(engine: VLLMEngine) -> tuple[int, ...]:
+    documents = ["".join(f"{text.memory}\n\n" for text in TEXTS)]
+    question = {"role": "user", "content": "Which?"}
+    return engine.template.prompt(insert_documents("Notes:", documents, [question])).context_ids
+
+
 def test_what_was_sent_ahead_is_said_to_answer(cube: MemoryCube) -> None:
-    assert cube.ask("Which?", max_new_tokens=2).plan.side == "encoded"
+    assert cube.ask("Which?", max_new_tokens=2).side == "encoded"
     assert cube.encode() == 1
     assert cube.encode() == 0
     answer = cube.ask("Which one?", max_new_tokens=2)
-    assert (answer.plan.side, answer.plan.cached) == ("exact", ("tower", "bridge"))
+    assert (answer.side, answer.cached) == ("prefix", ("tower", "bridge"))
     assert answer.usage.cached_tokens > 200
 
 
 def test_both_engines_give_one_answer(cube: MemoryCube) -> None:
-    here = MemoryCube(HFEngine(tiny_model(), byte_tokenizer()), head="Notes:", strategy="exact")
+    here = MemoryCube(HFEngine(tiny_model(), byte_tokenizer()), instruction="Notes:", strategy="exact")
     here.add(TEXTS)
     assert cube.ask("Which?", max_new_tokens=12).text == here.ask("Which?", max_new_tokens=12).text
 
 
 def test_what_is_deleted_is_kept_nowhere_and_never_sent_ahead_again(cube: MemoryCube, engine: VLLMEngine) -> None:
     cube.encode()
-    together = cube._caches.prompt(["".join(f"{text.memory}\n\n" for text in TEXTS)]).context_ids
-    assert engine.preloaded(together, namespace="mine") == len(together)
+    together = together_ids(engine)
+    assert engine.known_prefix(together, "mine") == len(together)
     cube.delete("tower")
     assert list(cube.memory.store.keys()) == []
-    assert engine.preloaded(together, namespace="mine") == 0
+    assert engine.known_prefix(together, "mine") == 0
     assert cube.ask("Which?", max_new_tokens=2).sources == TEXTS[1:]
 
 
@@ -65,7 +72,7 @@ def test_it_moves_and_is_sent_again(cube: MemoryCube, engine: VLLMEngine, tmp_pa
     other = MemoryCube.from_dir(tmp_path, engine, strategy="exact")
     assert other.get_all() == TEXTS
     assert other.encode() == 1
-    assert other.ask("Which?", max_new_tokens=2).plan.side == "exact"
+    assert other.ask("Which?", max_new_tokens=2).side == "prefix"
 
 
 def test_it_moves_into_this_process(cube: MemoryCube, tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ from tiny import byte_tokenizer, tiny_model
 
 from kvcag import HFEngine, KVCacheMemory, MemoryCube
 from kvcag.cache.layers import layers_of
+from kvcag.chat_template import Prompt
 from kvcag.core import TextualMemoryItem
-from kvcag.cube.caches import Caches
 from kvcag.cube.dump import read_dump
+from kvcag.memory import insert_documents
 from kvcag.stores import DiskStore, MemoryStore, TieredStore
 
 HEAD = "Notes:"
@@ -26,6 +27,12 @@ PLAIN = HFEngine(tiny_model(), byte_tokenizer(), prefix_cache_bytes=0)
 ids = st.sampled_from(["one", "two", "three"])
 TEXTS = ["red", "green", "red green", "blue\n\nred", "yellow\n", "it"]
 said = st.sampled_from(TEXTS)
+
+
+def prompt_of(cube: MemoryCube, text: str) -> Prompt:
+    """The prompt with one text."""
+    template = cube.memory.engine.template
+    return template.prompt(insert_documents(HEAD, [f"{text}\n\n"], [{"role": "user", "content": "?"}]))
 
 
 class Follows(RuleBasedStateMachine):
@@ -65,7 +72,7 @@ class Follows(RuleBasedStateMachine):
     def encode(self) -> None:
         self.cube.encode()
 
-    @rule(strategy=st.sampled_from(["query", "exact", "rotate"]))
+    @rule(strategy=st.sampled_from(["auto", "query", "exact", "rotate"]))
     def ask(self, strategy: str) -> None:
         answer = self.cube.ask("Which?", strategy=strategy, max_new_tokens=1)
         assert {text.id: text.memory for text in answer.sources} == self.expected
@@ -108,7 +115,7 @@ class Follows(RuleBasedStateMachine):
     def no_recent_context_holds_a_text_that_is_gone(self) -> None:
         for text in TEXTS:
             if not any(f"{live}\n\n".startswith(f"{text}\n\n") for live in self.expected.values()):
-                context_ids = Caches(self.cube.memory).prompt([f"{text}\n\n"]).context_ids
+                context_ids = prompt_of(self.cube, text).context_ids
                 assert ENGINE.prefixes.match(context_ids)[0] < len(context_ids)
 
     def only_of_texts(self, text: str) -> bool:
@@ -126,7 +133,7 @@ class Follows(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         for text in self.cube.get_all():  # its context is what encoding it afresh gives
-            prompt = Caches(self.cube.memory).prompt([f"{text.memory}\n\n"])
+            prompt = prompt_of(self.cube, text.memory)
             context = self.cube.memory.context_for(prompt, "rotate")
             fresh = KVCacheMemory(PLAIN, instruction=HEAD).context_for(prompt, "exact")
             assert torch.equal(context.token_ids, fresh.token_ids)

@@ -23,7 +23,7 @@ BRIDGE = TextualMemoryItem(id="bridge", memory="The bridge is made of steel.")
 
 @pytest.fixture
 def cube(tiny_engine: HFEngine) -> MemoryCube:
-    """Without a head, so that its caches are found behind any instruction."""
+    """Without an instruction, so that its caches are found behind any instruction."""
     made = MemoryCube(tiny_engine, namespace="mine")
     made.add([TOWER, BRIDGE])
     made.encode()
@@ -92,7 +92,7 @@ async def test_an_agent_retrieves_by_what_was_said_last(tiny_engine: HFEngine) -
     for _ in range(2):
         said = (await agent.ainvoke({"messages": [HumanMessage("Is the bridge made of steel?")]}))["messages"][-1]
     report = said.response_metadata["kvcag"]
-    assert (report["mode"], report["encoded_tokens"]) == ("exact", 0)
+    assert (report["mode"], report["encoded_tokens"]) == ("prefix", 0)
     [item] = cube.memory.get_all()
     assert item.records.composed_text_memory == "The bridge is made of steel.\n\n"
 
@@ -104,7 +104,7 @@ def test_a_cube_that_keeps_texts_together_is_one_segment_for_an_agent(tiny_engin
     llm = ChatKVCAG(memory=cube, max_tokens=4)
     agent = create_agent(llm, system_prompt="Be brief.", middleware=[KVCAGMiddleware(memory=cube)])
     report = agent.invoke({"messages": [HumanMessage("Tower?")]})["messages"][-1].response_metadata["kvcag"]
-    assert (report["mode"], report["encoded_tokens"], report["recomputed_tokens"]) == ("exact", 0, 0)
+    assert (report["mode"], report["encoded_tokens"], report["recomputed_tokens"]) == ("prefix", 0, 0)
 
 
 def test_a_deletion_reaches_what_a_chat_encoded(cube: MemoryCube) -> None:
