@@ -25,7 +25,7 @@ from kvcag.contexts import (
 )
 from kvcag.core import Answer, Chunk, ContextPrompt, EncodedItem, Item, MergedContext
 from kvcag.document_cache import DocumentCache, Ids, SyncReport, same_ids, sync
-from kvcag.documents import Texts, documents_of, text_and_metadata, texts_of
+from kvcag.documents import SEPARATOR, Texts, documents_of, segment, text_and_metadata, texts_of
 from kvcag.engines.base import Engine
 from kvcag.engines.constrain import ConstraintLike
 from kvcag.engines.hf import HFEngine
@@ -60,7 +60,7 @@ class KVCacheMemory:
             them, in order.
         store: where items live: a store, or a folder. In memory by default.
         instruction: stands before the documents, in the system turn.
-        separator: ends a text that does not end with a newline, so that documents do not run together.
+        separator: ends every text that does not end with it, so that documents do not run together.
         namespace: separates what this memory encodes from other namespaces' recent contexts, and its files where
             `store` is a folder.
         memory_filename: the name of the manifest that `dump` writes.
@@ -75,7 +75,7 @@ class KVCacheMemory:
         store: KVStore | str | PathLike[str] | None = None,
         instruction: str | None = None,
         *,
-        separator: str = "\n\n",
+        separator: str = SEPARATOR,
         namespace: str = "",
         memory_filename: str = "kv_cache_memories.json",
     ) -> None:
@@ -447,7 +447,7 @@ class KVCacheMemory:
         shown = [text for text in _as_list(texts) if text.strip()]
         if not shown:
             raise EmptyPromptError("the corpus is empty: there is nothing to encode")
-        corpus = "".join(f"{text}\n\n" for text in shown)
+        corpus = "".join(map(segment, shown))
         metadata = {_INSTRUCTION: instruction, MADE_OF: [*shown, *sources]}
         [id] = self.keep(insert_documents(instruction, [corpus], [_QUESTION]), [metadata])
         self._handles[id] = instruction, corpus
@@ -491,10 +491,7 @@ class KVCacheMemory:
         return self.engine.template.instruction_ids(self.instruction)
 
     def _segment(self, text: str) -> Ids:
-        return self.engine.template.encode(self._separated(text))
-
-    def _separated(self, text: str) -> str:
-        return text if text.endswith("\n") else text + self.separator
+        return self.engine.template.encode(segment(text, self.separator))
 
     def _prompt(
         self, messages: list[Message], ids: Iterable[str] | None, tools: Sequence[Mapping[str, Any]] | None
@@ -504,7 +501,7 @@ class KVCacheMemory:
         else:
             items = self._items(ids, skip_missing=False) if ids is not None else []
         if items:
-            texts = [self._separated(item.records.composed_text_memory) for item in items]
+            texts = [segment(item.records.composed_text_memory, self.separator) for item in items]
             messages = insert_documents(self.instruction or "", texts, messages)
         return self.engine.template.prompt(messages, tools=tools)
 

@@ -10,7 +10,8 @@ from typing import Any, cast
 from kvcag.cache.layers import layers_of
 from kvcag.chat_template import Message, Prompt
 from kvcag.core import EncodedItem, KVCacheItem, KVCacheRecords
-from kvcag.cube.texts import made_of, said, segment
+from kvcag.cube.texts import made_of, said
+from kvcag.documents import segment
 from kvcag.engines.hf import HFEngine
 from kvcag.errors import CacheWarning, CorruptItemError, FormatError
 from kvcag.memory import KVCacheMemory, insert_documents

@@ -21,7 +21,8 @@ from kvcag.cube.answer import AnswerReport, CubeAnswer
 from kvcag.cube.dump import CubeSettings, read_dump, read_settings, write_dump
 from kvcag.cube.lifecycle import CubeTexts
 from kvcag.cube.retrieved import FoundTexts
-from kvcag.cube.texts import SearchableTexts, TextSide, said, segment
+from kvcag.cube.texts import SearchableTexts, TextSide, said
+from kvcag.documents import segment
 from kvcag.engines.base import Engine
 from kvcag.engines.constrain import ConstraintLike
 from kvcag.errors import CacheWarning, ContextLengthError, CorpusLengthError, InvalidInputError
@@ -300,21 +301,6 @@ class MemoryCube(CubeTexts):
                 return False  # edited or deleted since
             [together] = self._segments(texts, "exact")
             return self._caches.encode(together, {"doc_id": texts[0].id} if len(texts) == 1 else {})
-
-
-def activation(memory: KVCacheMemory | MemoryCube, **given: object) -> KVCacheMemory:
-    """The memory that answers for an adapter, which was given it and not its parts as well.
-
-    Raises:
-        InvalidInputError: another engine or store was given than the memory's, or `memory` is neither of these.
-    """
-    if not isinstance(memory, KVCacheMemory | MemoryCube):
-        raise InvalidInputError(f"memory= is a MemoryCube or a KVCacheMemory, not a {type(memory).__name__}")
-    kept = memory.memory if isinstance(memory, MemoryCube) else memory
-    others = [name for name, value in given.items() if value and value != getattr(kept, name, None)]
-    if others:
-        raise InvalidInputError(f"memory= brings {', '.join(given)} with it: leave {', '.join(others)} out")
-    return kept
 
 
 def _asked(messages: Sequence[Message]) -> str:

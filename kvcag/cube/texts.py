@@ -46,9 +46,6 @@ def read(document: object) -> TextualMemoryItem:
         InvalidInputError: it is none of these.
     """
     text, metadata = text_and_metadata(document)
-    get_content = getattr(document, "get_content", None)
-    if callable(get_content):
-        text = str(get_content(metadata_mode="llm"))
     id = getattr(document, "node_id", None) or getattr(document, "id", None) or _text_id(text)
     return TextualMemoryItem(id=str(id), memory=text, metadata=json.loads(json.dumps(metadata, default=str)))
 
@@ -78,11 +75,6 @@ def distinct(texts: Iterable[TextualMemoryItem]) -> list[TextualMemoryItem]:
             text = text.model_copy(update={"id": _text_id(text.memory)})
         kept.setdefault(text.id, text)
     return list(kept.values())
-
-
-def segment(text: str) -> str:
-    """A text as it stands in a prompt: as the adapters for LangChain and LlamaIndex put it, too."""
-    return f"{text}\n\n"
 
 
 def said(text: str) -> str:
