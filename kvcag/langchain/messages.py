@@ -206,7 +206,7 @@ def _last(chunk: Chunk, usage: Usage, text: str, calls: list[ToolCallChunk], mod
 
 
 def _call_chunks(parsed: Parsed, first: int) -> list[ToolCallChunk]:
-    """Calls, valid and invalid. The reason stands before an invalid call's JSON, which LangChain would else complete."""
+    """Calls, valid and invalid. The reason stands before an invalid call's text, or LangChain completes it."""
     written = [(call.name, json.dumps(call.arguments, ensure_ascii=False), call.id) for call in parsed.calls]
     written += [(call.name or "", f"{call.error}: {call.text}", call.id) for call in parsed.invalid_calls]
     return [

@@ -4,7 +4,6 @@ from typing import Annotated, Any, Literal
 
 import jsonschema
 import pytest
-from kvcag.langchain.responses import generation_chunks
 from langchain.agents import create_agent
 from langchain.agents.middleware import AgentMiddleware, ModelRequest
 from langchain.agents.structured_output import ToolStrategy
@@ -18,6 +17,7 @@ from kvcag import HFEngine
 from kvcag.core import Chunk, Usage
 from kvcag.errors import ConstraintBudgetError, InvalidInputError
 from kvcag.langchain import ChatKVCAG
+from kvcag.langchain.messages import generation_chunks
 from kvcag.langchain.tools import choice_of
 from kvcag.testing import EchoEngine
 from kvcag.tools import tool_spec
