@@ -135,7 +135,7 @@ def test_the_old_stuff_chain_reuses_exact_prefixes(llm: ChatKVCAG) -> None:
 
 def test_a_retriever_that_finds_nothing_is_said(llm: ChatKVCAG) -> None:
     chain = create_cag_documents_chain(llm, PROMPT)
-    with pytest.warns(UserWarning, match="'context' is empty, so the model answers without any document"):
+    with pytest.warns(UserWarning, match="'context' is empty: the retriever found no documents"):
         chain.invoke({"context": [], "input": "How tall?"})
 
 
@@ -145,7 +145,7 @@ def test_a_prompt_without_the_variable_is_refused(llm: ChatKVCAG) -> None:
 
 
 def test_documents_that_were_joined_before_are_refused(llm: ChatKVCAG) -> None:
-    with pytest.raises(InvalidInputError, match=r"'context' holds str.*pass a list of Documents"):
+    with pytest.raises(InvalidInputError, match=r"'context' holds str.*Pass a list of Documents"):
         create_cag_documents_chain(llm, PROMPT).invoke({"context": "one\n\ntwo", "input": "?"})
 
 
@@ -187,7 +187,7 @@ async def test_a_context_is_answered_from_exactly_and_named_by_its_content(llm: 
     assert context != llm.create_context(DOCUMENTS, instruction="Read:")
     answer = llm.bind(cached_content=context).invoke([("system", "Be brief."), ("human", "How tall?")])
     report = answer.response_metadata["kvcag"]
-    assert (report["mode"], report["encoded_tokens"], report["recomputed_tokens"]) == ("exact", 0, 0)
+    assert (report["mode"], report["encoded_tokens"], report["recomputed_tokens"]) == ("prefix", 0, 0)
     written = [("system", "Use:\n\nThe tower is tall.\n\nIt is red.\n\nBe brief."), ("human", "How tall?")]
     fresh = ChatKVCAG(engine=HFEngine(tiny_model(), byte_tokenizer()), max_tokens=8)
     assert answer.text == fresh.invoke(written).text

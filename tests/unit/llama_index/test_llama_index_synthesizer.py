@@ -187,7 +187,7 @@ def test_a_whole_corpus_is_one_exact_prefix_that_outlives_the_engine(tmp_path) -
 
     ask("When?", tmp_path)
     answer, context = ask("How tall?", tmp_path)
-    assert (context["mode"], context["recomputed_tokens"]) == ("exact", 0)
+    assert (context["mode"], context["is_exact"], context["recomputed_tokens"]) == ("prefix", True, 0)
     assert context["reused_tokens"] >= sum(map(len, TEXTS))
     assert answer == ask("How tall?", None)[0]
     assert ask("How tall?", None, exact=False)[1]["mode"] == "merged"
