@@ -180,6 +180,16 @@ def test_documents_that_stand_after_the_question_cannot_be_precomputed(llm: Chat
 # --- a corpus by a handle
 
 
+def test_contexts_with_other_instructions_are_other_contexts(llm: ChatKVCAG) -> None:
+    """They had the same id once the instruction was left out of an item's key."""
+    kept = [llm.create_context(DOCUMENTS, instruction=instruction) for instruction in ("Use:", "Read:", "")]
+    assert len(set(kept)) == 3
+    shown = [llm.memory().with_context(id, [{"role": "user", "content": "?"}])[0]["content"] for id in kept]
+    assert ["".join(parts) for parts in shown] == [
+        f"{before}The tower is tall.\n\nIt is red.\n\n" for before in ("Use:\n\n", "Read:\n\n", "")
+    ]
+
+
 async def test_a_context_is_answered_from_exactly_and_named_by_its_content(llm: ChatKVCAG) -> None:
     context = llm.create_context(DOCUMENTS, instruction="Use:")
     assert context.startswith("kv:sha256:")

@@ -150,9 +150,10 @@ def test_the_answer_is_the_engines_own(llm: ChatKVCAG, tiny_engine: HFEngine) ->
 
 def test_batches_equal_single_calls_and_encode_their_documents_once(tiny_engine: HFEngine) -> None:
     questions = [with_docs("one. ", "two. ", question=question) for question in ("a?", "b?", "c?", "d?")]
-    alone = [ChatKVCAG(engine=tiny_engine, max_tokens=8, store=MemoryStore()).invoke(q) for q in questions]
-    store = MemoryStore()
-    batch = ChatKVCAG(engine=tiny_engine, max_tokens=8, store=store).batch(questions)
+    settings = {"engine": tiny_engine, "max_tokens": 8, "merge_strategy": "query"}
+    alone = [ChatKVCAG(**settings, store=MemoryStore()).invoke(q) for q in questions]
+    tiny_engine.prefixes.clear()
+    batch = ChatKVCAG(**settings, store=MemoryStore()).batch(questions)
     assert [answer.text for answer in batch] == [answer.text for answer in alone]
     encoded = [answer.response_metadata["kvcag"]["encoded_tokens"] for answer in batch]
     assert sum(count > 0 for count in encoded) == 1

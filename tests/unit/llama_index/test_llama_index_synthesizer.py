@@ -151,7 +151,8 @@ def test_the_llm_may_come_from_settings(llm: KVCacheLLM) -> None:
 # --- what is cached ------------------------------------------------------------------------------------------------
 
 
-def test_a_second_question_encodes_no_document_again(tiny_llm: KVCacheLLM) -> None:
+def test_a_second_question_encodes_no_document_again(tiny_engine: HFEngine) -> None:
+    tiny_llm = KVCacheLLM(engine=tiny_engine, merge_strategy="query", max_new_tokens=6)
     synthesizer = CAGSynthesizer(tiny_llm)
 
     def ask(question: str, found: list[str]) -> dict[str, int]:
