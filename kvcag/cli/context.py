@@ -17,6 +17,7 @@ from kvcag.cli.loading import load_engine
 from kvcag.cli.options import AnyStrategy, default_store
 from kvcag.core import KVCacheItem, MergedContext, MergeReport
 from kvcag.document_cache import DocumentCache
+from kvcag.documents import segment
 from kvcag.engines.hf import HFEngine
 from kvcag.errors import ContextLengthError, FingerprintMismatchError, InvalidInputError, StoreError
 from kvcag.memory import KVCacheMemory
@@ -103,7 +104,7 @@ class Corpus:
             say(f"warning: the context was encoded and not kept, so the next question waits again: {full}")
 
     def _prompt(self, question: str) -> Prompt:
-        documents = [Document(_closed(entry.manifest.records.composed_text_memory)) for entry in self.entries]
+        documents = [Document(segment(entry.manifest.records.composed_text_memory)) for entry in self.entries]
         opening = [f"{self.instruction}\n\n"] if self.instruction else []
         system: Message = {"role": "system", "content": [*opening, *documents]}
         return self.engine.template.prompt([system, {"role": "user", "content": question}])
@@ -171,8 +172,3 @@ def _place(entry: Entry) -> tuple[str, int, str]:
     """Files by name, and the parts of one in their order: the same context whatever was encoded first."""
     metadata = entry.manifest.metadata
     return str(metadata.get("source", "")), int(metadata.get("part", 0)), entry.id
-
-
-def _closed(text: str) -> str:
-    """As `KVCacheMemory` ends a text, so that it has the tokens that were encoded."""
-    return text if text.endswith("\n") else f"{text}\n\n"

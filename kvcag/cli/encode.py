@@ -135,12 +135,13 @@ def _plan(
     """What is new. Refuses what does not fit before anything is encoded."""
     from kvcag.cli.files import split
     from kvcag.document_cache import diff
+    from kvcag.documents import segment
 
     template, room = keeper.engine.template, keeper.engine.context_length - len(head_ids)
     pieces = texts if limit is None else [p for t in texts for p in split(t, limit, lambda s: len(template.encode(s)))]
     read: list[Read] = []
     for piece in pieces:
-        token_ids = template.encode(f"{piece.text}\n\n")
+        token_ids = template.encode(segment(piece.text))
         if len(token_ids) > room:
             raise InvalidInputError(
                 f"{piece.metadata['source']}: {len(token_ids):,} tokens, and the model's context holds {room:,} after "

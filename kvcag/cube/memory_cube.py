@@ -613,25 +613,6 @@ class MemoryCube:
         return next((differences for text, differences in foreign.items() if text not in taken), [])
 
 
-def activation(memory: KVCacheMemory | MemoryCube, **given: object) -> KVCacheMemory:
-    """The memory of a cube, or the memory itself, for an adapter that takes either.
-
-    Args:
-        memory: a cube or a memory.
-        **given: what else the adapter was given, such as `engine` and `store`.
-
-    Raises:
-        InvalidInputError: `given` differs from what the memory has, or `memory` is neither a cube nor a memory.
-    """
-    if not isinstance(memory, KVCacheMemory | MemoryCube):
-        raise InvalidInputError(f"memory= is a MemoryCube or a KVCacheMemory, not a {type(memory).__name__}")
-    kept = memory.memory if isinstance(memory, MemoryCube) else memory
-    others = [name for name, value in given.items() if value and value != getattr(kept, name, None)]
-    if others:
-        raise InvalidInputError(f"memory= already has {' and '.join(given)}: leave {', '.join(others)} out")
-    return kept
-
-
 def _question_of(messages: Sequence[Message]) -> str:
     """The text of the last user message."""
     content = next((message["content"] for message in reversed(messages) if message.get("role") == "user"), "")

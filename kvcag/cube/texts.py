@@ -134,9 +134,6 @@ def read(document: object) -> TextualMemoryItem:
         InvalidInputError: no text can be read from the document.
     """
     text, metadata = text_and_metadata(document)
-    get_content = getattr(document, "get_content", None)
-    if callable(get_content):
-        text = str(get_content(metadata_mode="llm"))
     id = getattr(document, "node_id", None) or getattr(document, "id", None) or _text_id(text)
     return TextualMemoryItem(id=str(id), memory=text, metadata=json.loads(json.dumps(metadata, default=str)))
 

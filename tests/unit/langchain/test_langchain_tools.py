@@ -17,7 +17,7 @@ from kvcag import HFEngine
 from kvcag.core import Chunk, Usage
 from kvcag.errors import ConstraintBudgetError, InvalidInputError
 from kvcag.langchain import ChatKVCAG
-from kvcag.langchain.responses import generation_chunks
+from kvcag.langchain.messages import generation_chunks
 from kvcag.langchain.tools import choice_of
 from kvcag.testing import EchoEngine
 from kvcag.tools import tool_spec
@@ -206,7 +206,7 @@ def test_structured_answers_read_from_the_cache(llm: ChatKVCAG) -> None:
     [
         (lambda llm: llm.with_structured_output(Place, method="xml"), "method 'xml' is neither"),
         (lambda llm: llm.with_structured_output(), "needs a schema"),
-        (lambda llm: llm.bind_tools([], response_format={"type": "xml"}), "response_format .* is not understood"),
+        (lambda llm: llm.bind_tools([], response_format={"type": "xml"}), "response_format .* has an unknown form"),
     ],
 )
 def test_what_cannot_be_bound_is_refused(llm: ChatKVCAG, call: Any, problem: str) -> None:

@@ -135,7 +135,7 @@ def test_the_old_stuff_chain_reuses_exact_prefixes(llm: ChatKVCAG) -> None:
 
 def test_a_retriever_that_finds_nothing_is_said(llm: ChatKVCAG) -> None:
     chain = create_cag_documents_chain(llm, PROMPT)
-    with pytest.warns(UserWarning, match="'context' is empty, so the model answers without any document"):
+    with pytest.warns(UserWarning, match="'context' is empty: the retriever found no documents"):
         chain.invoke({"context": [], "input": "How tall?"})
 
 
@@ -145,7 +145,7 @@ def test_a_prompt_without_the_variable_is_refused(llm: ChatKVCAG) -> None:
 
 
 def test_documents_that_were_joined_before_are_refused(llm: ChatKVCAG) -> None:
-    with pytest.raises(InvalidInputError, match=r"'context' holds str.*pass a list of Documents"):
+    with pytest.raises(InvalidInputError, match=r"'context' holds str.*Pass a list of Documents"):
         create_cag_documents_chain(llm, PROMPT).invoke({"context": "one\n\ntwo", "input": "?"})
 
 
@@ -180,6 +180,16 @@ def test_documents_that_stand_after_the_question_cannot_be_precomputed(llm: Chat
 # --- a corpus by a handle
 
 
+def test_contexts_with_other_instructions_are_other_contexts(llm: ChatKVCAG) -> None:
+    """They had the same id once the instruction was left out of an item's key."""
+    kept = [llm.create_context(DOCUMENTS, instruction=instruction) for instruction in ("Use:", "Read:", "")]
+    assert len(set(kept)) == 3
+    shown = [llm.memory().with_context(id, [{"role": "user", "content": "?"}])[0]["content"] for id in kept]
+    assert ["".join(parts) for parts in shown] == [
+        f"{before}The tower is tall.\n\nIt is red.\n\n" for before in ("Use:\n\n", "Read:\n\n", "")
+    ]
+
+
 async def test_a_context_is_answered_from_exactly_and_named_by_its_content(llm: ChatKVCAG) -> None:
     context = llm.create_context(DOCUMENTS, instruction="Use:")
     assert context.startswith("kv:sha256:")
@@ -187,7 +197,7 @@ async def test_a_context_is_answered_from_exactly_and_named_by_its_content(llm: 
     assert context != llm.create_context(DOCUMENTS, instruction="Read:")
     answer = llm.bind(cached_content=context).invoke([("system", "Be brief."), ("human", "How tall?")])
     report = answer.response_metadata["kvcag"]
-    assert (report["mode"], report["encoded_tokens"], report["recomputed_tokens"]) == ("exact", 0, 0)
+    assert (report["mode"], report["encoded_tokens"], report["recomputed_tokens"]) == ("prefix", 0, 0)
     written = [("system", "Use:\n\nThe tower is tall.\n\nIt is red.\n\nBe brief."), ("human", "How tall?")]
     fresh = ChatKVCAG(engine=HFEngine(tiny_model(), byte_tokenizer()), max_tokens=8)
     assert answer.text == fresh.invoke(written).text

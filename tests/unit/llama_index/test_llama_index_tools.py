@@ -84,7 +84,7 @@ def test_the_choice_decides_which_tool(llm: KVCacheLLM) -> None:
         assert [call.tool_name for call in llm.get_tool_calls_from_response(response)] == [tool.metadata.name]
     with pytest.raises(InvalidInputError, match="subtract"):
         llm.chat_with_tools([ADD], "Go", tool_choice="subtract")
-    with pytest.raises(InvalidInputError, match="names a tool"):
+    with pytest.raises(InvalidInputError, match="has no tool's name"):
         llm.chat_with_tools([ADD], "Go", tool_choice={"type": "function"})
 
 

@@ -151,7 +151,8 @@ def test_the_llm_may_come_from_settings(llm: KVCacheLLM) -> None:
 # --- what is cached ------------------------------------------------------------------------------------------------
 
 
-def test_a_second_question_encodes_no_document_again(tiny_llm: KVCacheLLM) -> None:
+def test_a_second_question_encodes_no_document_again(tiny_engine: HFEngine) -> None:
+    tiny_llm = KVCacheLLM(engine=tiny_engine, merge_strategy="query", max_new_tokens=6)
     synthesizer = CAGSynthesizer(tiny_llm)
 
     def ask(question: str, found: list[str]) -> dict[str, int]:
@@ -187,7 +188,7 @@ def test_a_whole_corpus_is_one_exact_prefix_that_outlives_the_engine(tmp_path) -
 
     ask("When?", tmp_path)
     answer, context = ask("How tall?", tmp_path)
-    assert (context["mode"], context["recomputed_tokens"]) == ("exact", 0)
+    assert (context["mode"], context["is_exact"], context["recomputed_tokens"]) == ("prefix", True, 0)
     assert context["reused_tokens"] >= sum(map(len, TEXTS))
     assert answer == ask("How tall?", None)[0]
     assert ask("How tall?", None, exact=False)[1]["mode"] == "merged"
