@@ -15,11 +15,9 @@ from typing import Any, cast
 from typing_extensions import Self
 
 from kvcag.chat_template import Prompt
-from kvcag.core import KVCacheRecords
+from kvcag.core import KVCacheItem
 from kvcag.documents import documents_of, text_and_metadata
-from kvcag.engines.background import encode_in_background
 from kvcag.engines.hf import HFEngine
-from kvcag.engines.model_lock import Interrupted
 from kvcag.errors import (
     ContextLengthError,
     EmptyPromptError,
@@ -30,8 +28,10 @@ from kvcag.errors import (
 from kvcag.memory import KVCacheMemory
 from kvcag.scheduler.store import Cached, Metrics, Policy, ScheduledStore, WorkingSet, gdsf, logger
 from kvcag.scheduler.texts import Decision, Texts, TextStats, digest_of
+from kvcag.streams import CANCELLATION, Cancellation, Cancelled
 
 _SAVE_EVERY_S = 5.0
+_POLL_S = 0.01
 _MARGIN = 1.25
 """How many times more a text must be worth than each cache that it evicts, to be encoded ahead. Without a margin, two
 texts that are used equally often would evict each other forever."""
@@ -76,8 +76,7 @@ class CacheScheduler:
         state: a SQLite file that keeps counters and texts over a restart. None keeps them in memory.
         every_s: seconds after which a pass runs although nothing was asked. None starts no thread: only `run_once`
             makes passes.
-        quiet_s: seconds without a question before a text is encoded ahead.
-        piece_tokens: tokens per forward pass while encoding ahead.
+        quiet_s: seconds without a question before encoding ahead starts or goes on.
         promote_after: uses after which a text is encoded ahead.
         cold_after: rounds without a use after which a cache is deleted even if there is room; None: never.
         remember: how many texts to count. The coldest ones without a cache are forgotten.
@@ -98,7 +97,6 @@ class CacheScheduler:
         state: str | os.PathLike[str] | None = None,
         every_s: float | None = 30.0,
         quiet_s: float = 0.25,
-        piece_tokens: int = 64,
         promote_after: int = 2,
         cold_after: float | None = None,
         remember: int = 100_000,
@@ -115,13 +113,13 @@ class CacheScheduler:
             )
         self.memory, self.every_s, self.identity = memory, every_s, identity
         self._engine = cast("HFEngine", memory.engine)
-        self._quiet_s, self._piece_tokens, self._promote_after = quiet_s, piece_tokens, promote_after
+        self._quiet_s, self._promote_after = quiet_s, promote_after
         self._cold_after, self._remember = cold_after, remember
         self._metrics = Metrics(budget_bytes=budget_bytes)
         self._texts = Texts(state, self._engine.fingerprint.digest)
         self._working = WorkingSet(budget_bytes, policy, self._texts.stats)
         self._store = ScheduledStore(memory.store, self._working, self._texts, self._metrics, self._engine)
-        self._stop, self._wake, self._passing = threading.Event(), threading.Event(), threading.RLock()
+        self._stop, self._wake, self._passing = Cancellation(), threading.Event(), threading.RLock()
         self._too_long: set[str] = set()
         self._saved_at = time.monotonic()
         self._tidy()
@@ -154,7 +152,7 @@ class CacheScheduler:
 
     def step_aside(self) -> None:
         """Announce a question: encoding ahead pauses at once. LangChain's and LlamaIndex's handlers call this."""
-        self._engine.lock.announce()
+        self._engine.lock.announce(self._quiet_s)
 
     def _asked(self, prompt: Prompt) -> None:
         self.step_aside()
@@ -230,7 +228,7 @@ class CacheScheduler:
 
     def close(self) -> None:
         """Stop the thread within one layer's time, save the counters, and restore the memory's own store."""
-        self._stop.set()
+        self._stop.cancel()
         self._wake.set()
         atexit.unregister(self.close)
         if self._thread.is_alive() and self._thread is not threading.current_thread():
@@ -258,46 +256,53 @@ class CacheScheduler:
 
     def _work(self) -> None:
         """The thread: a pass after every question, and every `every_s` seconds."""
-        while not self._stop.is_set():
+        CANCELLATION.set(self._stop)
+        while not self._stop.cancelled:
             asked = self._wake.wait(self.every_s)
             self._wake.clear()
             try:
                 with self._passing:
-                    with self._idle():
-                        pass  # the question is answered first
+                    self._wait_until_idle()  # the question is answered first
                     self._drop_changed() if asked else self._tidy()
                     self._promote_hot()
-            except Interrupted:
+            except Cancelled:
                 return
             except Exception as error:
                 logger.exception("a pass of the scheduler failed and will be tried again")
                 self._metrics.fail(f"a pass failed and will be tried again: {type(error).__name__}: {error}")
-                self._stop.wait(self.every_s)
+                self._stop.sleep(self.every_s or 0.0)
 
     @contextmanager
     def _pass(self) -> Iterator[None]:
         """One pass at a time."""
         with self._passing:
             self._check_open()
+            outer = CANCELLATION.set(self._stop)
             try:
                 yield
-            except Interrupted:
+            except Cancelled:
                 self._check_open()
                 raise
+            finally:
+                CANCELLATION.reset(outer)
 
     def _check_open(self) -> None:
-        if self._stop.is_set():
+        if self._stop.cancelled:
             raise InvalidInputError("the scheduler is closed: make another one")
 
-    def _idle(self) -> Any:
-        """The model, once no question has come for `quiet_s` seconds."""
-        return self._engine.lock.idle(self._quiet_s, self._stop, self._save_sometimes)
+    def _wait_until_idle(self) -> None:
+        """Wait until no question is being answered or on its way, and save the counters now and then.
 
-    def _save_sometimes(self) -> None:
-        """Called while an answer is waited for, so that a crash on a busy day loses little."""
-        if time.monotonic() - self._saved_at > _SAVE_EVERY_S:
-            self._saved_at = time.monotonic()
-            self._texts.save()
+        Raises:
+            Cancelled: the scheduler was closed.
+        """
+        while not self._engine.lock.is_idle:
+            self._stop.sleep(_POLL_S)
+            self._stop.check()
+            if time.monotonic() - self._saved_at > _SAVE_EVERY_S:
+                self._saved_at = time.monotonic()
+                self._texts.save()
+        self._stop.check()
 
     # --- deleting caches ---------------------------------------------------------------------------------------
 
@@ -331,7 +336,7 @@ class CacheScheduler:
         """Encode what is worth more than what it evicts, the most worth first. Returns the ids of the caches.
 
         Raises:
-            Interrupted: the scheduler was closed meanwhile.
+            Cancelled: the scheduler was closed meanwhile.
         """
         promoted: list[str] = []
         not_worth_it = 0
@@ -371,10 +376,10 @@ class CacheScheduler:
         texts = list(self._texts.known.items())
         shown = self._texts.head_ids is None or self._texts.ending is not None
         for start in range(0, len(texts), _SCORED_AT_ONCE):
-            with self._idle():
-                for digest, stats in texts[start : start + _SCORED_AT_ONCE]:
-                    if stats.count >= self._promote_after and digest not in cached and (shown or stats.asked):
-                        found.append((self._working.worth(self._estimate(digest, stats), self._texts.now), digest))
+            self._wait_until_idle()
+            for digest, stats in texts[start : start + _SCORED_AT_ONCE]:
+                if stats.count >= self._promote_after and digest not in cached and (shown or stats.asked):
+                    found.append((self._working.worth(self._estimate(digest, stats), self._texts.now), digest))
         return sorted(found, reverse=True)
 
     def _encode(self, digest: str, stats: TextStats, text: str | None, reason: str, *, force: bool) -> str | None:
@@ -399,38 +404,22 @@ class CacheScheduler:
             raise self._store.full(entry)
         if not force and not self._is_worth_it(entry):
             return None
+        self._wait_until_idle()
         try:
-            layers, interruptions = encode_in_background(
-                self._engine,
-                head_ids,
-                token_ids,
-                stop=self._stop,
-                namespace=self.memory.namespace,
-                piece_tokens=self._piece_tokens,
-                quiet_s=self._quiet_s,
-                meanwhile=self._save_sometimes,
-                wanted=lambda: not self._store.contains(key),
-            )
-            with self._idle():
-                pass  # a question that has come meanwhile does not wait for the disk
-        except Interrupted:
-            if self._stop.is_set():
-                raise
-            return key if force else None  # a question has encoded it meanwhile
+            with self._engine.in_background():
+                item = self.memory.documents.encode(head_ids, token_ids, text)
         except ContextLengthError as error:
             if force:
                 raise
             self._too_long.add(digest)
             self._store.note("failed", entry, str(error))
             return None
-        item = self._engine.item_of(layers, head_ids, token_ids)
-        item.records = KVCacheRecords(text_memories=[text], composed_text_memory=text)
-        item.metadata = {"source_text": text}
-        kept = self._store.keep(item, "promoted", reason, force=force)
-        self._metrics.add(interruptions_total=interruptions)
-        if kept:
+        self._wait_until_idle()  # a question that has come meanwhile does not wait for the disk
+        if not self._store.contains(key):  # else a question has encoded it meanwhile
+            if not self._store.keep(cast("KVCacheItem", item), "promoted", reason, force=force):
+                return None
             self._metrics.add(promoted_tokens_total=len(token_ids), promoting_seconds_total=time.monotonic() - began)
-        return key if kept else None
+        return key
 
     def _is_worth_it(self, entry: Cached) -> bool:
         with self._store.lock:

@@ -13,7 +13,7 @@ from kvcag.core import KVCacheItem
 from kvcag.engines.hf import HFEngine
 from kvcag.errors import StoreError, StoreFullError
 from kvcag.memory import is_context
-from kvcag.scheduler.texts import Texts, TextStats, digest_of, sources_of
+from kvcag.scheduler.texts import CACHED, Texts, TextStats, digest_of, sources_of
 from kvcag.stores.base import KVStore, StoreStats
 from kvcag.stores.format import Manifest
 
@@ -162,7 +162,6 @@ class Metrics:
         demoted_total: caches that were deleted for better ones, for the budget, or on demand.
         dropped_total: caches whose text changed, or that the caller deleted.
         gone_total: caches that the store evicted.
-        interruptions_total: how often encoding ahead stopped for a question.
         failures_total: texts and passes that failed.
         last_error: the last failure; empty if there was none.
     """
@@ -183,7 +182,6 @@ class Metrics:
     demoted_total: int = 0
     dropped_total: int = 0
     gone_total: int = 0
-    interruptions_total: int = 0
     failures_total: int = 0
     last_error: str = ""
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
@@ -200,6 +198,11 @@ class Metrics:
             for name, amount in amounts.items():
                 setattr(self, name, getattr(self, name) + amount)
 
+    def fail(self, reason: str) -> None:
+        """Count a failure and keep its reason."""
+        self.add(failures_total=1)
+        self.last_error = reason
+
 
 class ScheduledStore(KVStore):
     """A store within a byte budget: an item enters if it is worth its bytes, and what it evicts is deleted.
@@ -215,9 +218,7 @@ class ScheduledStore(KVStore):
         engine: the model; items of another model are not counted and stay as they are.
     """
 
-    def __init__(
-        self, inner: KVStore, working: WorkingSet, texts: Texts, metrics: Metrics, engine: HFEngine
-    ) -> None:
+    def __init__(self, inner: KVStore, working: WorkingSet, texts: Texts, metrics: Metrics, engine: HFEngine) -> None:
         self.inner, self.working = inner, working
         self._texts, self._metrics, self._engine = texts, metrics, engine
         self.lock = threading.RLock()
@@ -356,7 +357,8 @@ class ScheduledStore(KVStore):
                 sources = {*manifest.records.text_memories, *sources_of(manifest.metadata)}
                 self._texts.encoded(text, entry.tokens, key, sources)
                 self.working.add(entry)
-                self.note("found", entry, "it was in the store")
+                if self._texts.stats(entry.digest).action not in CACHED:
+                    self.note("found", entry, "it was in the store")
             self._texts.save()
 
     def note(self, action: str, entry: Cached, reason: str) -> None:
@@ -364,8 +366,7 @@ class ScheduledStore(KVStore):
         logger.info("%s %s (%d tokens): %s", action, entry.key, entry.tokens, reason)
         self._texts.decide(entry.digest, action, reason)
         if action == "failed":
-            self._metrics.add(failures_total=1)
-            self._metrics.last_error = reason
+            self._metrics.fail(reason)
         elif action != "found":
             self._metrics.add(**{f"{action}_total": 1})
 

@@ -30,7 +30,8 @@ _MIN_ROUND = 20
 _PENDING = 64
 _PENDING_S = 60.0
 """A text that stands in a prompt this soon after a retriever found it counts as one use."""
-_CACHED = frozenset({"promoted", "kept", "found"})
+CACHED = frozenset({"promoted", "kept", "found"})
+"""The actions after which a cache is stored."""
 
 _VERSION = 2
 _COLUMNS = {
@@ -143,7 +144,7 @@ class Decision:
     @property
     def is_cached(self) -> bool:
         """Whether its cache is stored."""
-        return self.action in _CACHED
+        return self.action in CACHED
 
     def __str__(self) -> str:
         when = f" at {datetime.fromtimestamp(self.at):%Y-%m-%d %H:%M:%S}" if self.at else ""
@@ -286,6 +287,13 @@ class Texts:
             for digest in changed:
                 self.forget(digest)
             return changed
+
+    def forget_coldest(self, remember: int, cached: set[str]) -> None:
+        """Forget the texts that were not used for longest until `remember` are left; never one in `cached`."""
+        with self.lock:
+            cold = sorted((stats.last, digest) for digest, stats in self.known.items() if digest not in cached)
+            for _, digest in cold[: max(0, len(self.known) - remember)]:
+                self.forget(digest)
 
     def forget(self, digest: str) -> None:
         """Forget a text; the next `save` deletes it from the database."""
