@@ -386,7 +386,6 @@ class CacheScheduler:
         """Encode a text as it will stand in prompts, and store it. Returns its id, or None if it was not stored."""
         if text is None:
             return None
-        began = time.monotonic()
         head_ids = self._texts.head_ids
         if head_ids is None:
             head_ids = self._engine.template.instruction_ids(self.memory.instruction)
@@ -418,7 +417,7 @@ class CacheScheduler:
         if not self._store.contains(key):  # else a question has encoded it meanwhile
             if not self._store.keep(cast("KVCacheItem", item), "promoted", reason, force=force):
                 return None
-            self._metrics.add(promoted_tokens_total=len(token_ids), promoting_seconds_total=time.monotonic() - began)
+            self._metrics.add(promoted_tokens_total=len(token_ids))
         return key
 
     def _is_worth_it(self, entry: Cached) -> bool:

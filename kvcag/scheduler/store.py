@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from kvcag.cache.layers import layers_of, nbytes
@@ -18,6 +18,7 @@ from kvcag.stores.base import KVStore, StoreStats
 from kvcag.stores.format import Manifest
 
 logger = logging.getLogger("kvcag.scheduler")
+_counting = threading.Lock()
 _ATTENTION_TOKENS = 8192
 """The length in tokens at which attention costs as much as the rest of a prefill."""
 
@@ -156,7 +157,6 @@ class Metrics:
         encoded_tokens_total: tokens of documents that were encoded for a question.
         promoted_total: caches that were encoded ahead and stored.
         promoted_tokens_total: their tokens.
-        promoting_seconds_total: seconds that encoding ahead took, waiting included.
         kept_total: caches that were encoded for a question and stored.
         passed_total: caches that were encoded and not stored.
         demoted_total: caches that were deleted for better ones, for the budget, or on demand.
@@ -176,7 +176,6 @@ class Metrics:
     encoded_tokens_total: int = 0
     promoted_total: int = 0
     promoted_tokens_total: int = 0
-    promoting_seconds_total: float = 0.0
     kept_total: int = 0
     passed_total: int = 0
     demoted_total: int = 0
@@ -184,7 +183,6 @@ class Metrics:
     gone_total: int = 0
     failures_total: int = 0
     last_error: str = ""
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
     def hit_rate(self) -> float:
@@ -192,9 +190,9 @@ class Metrics:
         tokens = self.reused_tokens_total + self.encoded_tokens_total
         return self.reused_tokens_total / tokens if tokens else 0.0
 
-    def add(self, **amounts: float) -> None:
+    def add(self, **amounts: int) -> None:
         """Raise counters. Thread-safe."""
-        with self._lock:
+        with _counting:
             for name, amount in amounts.items():
                 setattr(self, name, getattr(self, name) + amount)
 

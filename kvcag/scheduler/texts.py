@@ -12,7 +12,7 @@ import threading
 import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -34,31 +34,10 @@ CACHED = frozenset({"promoted", "kept", "found"})
 """The actions after which a cache is stored."""
 
 _VERSION = 2
-_COLUMNS = {
-    "digest": "TEXT PRIMARY KEY",
-    "text": "TEXT",
-    "tokens": "INTEGER",
-    "count": "INTEGER",
-    "fast": "REAL",
-    "slow": "REAL",
-    "last": "REAL",
-    "asked": "INTEGER",
-    "id": "TEXT",
-    "action": "TEXT",
-    "reason": "TEXT",
-    "at": "REAL",
-    "identities": "TEXT",
-    "found_as": "TEXT",
-    "sources": "TEXT",
-    "model": "TEXT",
-    "head": "TEXT",
-    "ending": "TEXT",
-}
-_COUNTED = "tokens, count, fast, slow, last, asked, id, action, reason, at"
+_TABLE = "CREATE TABLE texts(digest TEXT PRIMARY KEY, text TEXT, stats TEXT)"
 _SAVE = (
-    f"INSERT INTO texts VALUES ({', '.join('?' * len(_COLUMNS))}) ON CONFLICT(digest) DO UPDATE SET "
-    "text = coalesce(excluded.text, text), head = coalesce(excluded.head, head), "
-    + ", ".join(f"{name} = excluded.{name}" for name in _COLUMNS if name not in ("digest", "text", "head"))
+    "INSERT INTO texts VALUES (?, ?, ?) "
+    "ON CONFLICT(digest) DO UPDATE SET text = coalesce(excluded.text, text), stats = excluded.stats"
 )
 _DELETE_IT = "Delete it and its -wal and -shm files to begin again: it holds counters and texts, and no caches."
 
@@ -393,7 +372,7 @@ class Texts:
         stats, text = self.known.get(digest), self.text(digest)
         if stats is None or text is None:
             return None
-        return Decision(text, stats.id, stats.tokens, stats.count, stats.action, stats.reason, stats.at)
+        return _decision(text, asdict(stats))
 
     def save(self) -> None:
         """Write what changed, in one transaction.
@@ -428,45 +407,36 @@ class Texts:
                     connection.close()
             self._db = self._owner = None
 
-    def _rows(self, digests: Iterable[str]) -> list[tuple[object, ...]]:
+    def _rows(self, digests: Iterable[str]) -> list[tuple[str, str | None, str]]:
         names: defaultdict[str, list[str]] = defaultdict(list)
         forms: defaultdict[str, list[str]] = defaultdict(list)
         for identity, digest in self._identities.items():
             names[digest].append(identity)
         for found, digest in self.shown_as.items():
             forms[digest].append(found)
-        head = json.dumps(self.head_ids)
-        return [
-            (
-                digest,
-                stats.text,
-                *(getattr(stats, name) for name in _COUNTED.split(", ")),
-                *map(json.dumps, (names[digest], forms[digest], sorted(stats.sources))),
-                self._model,
-                head if stats.asked else None,
-                self.ending,
-            )
-            for digest in digests
-            for stats in [self.known[digest]]
-        ]
+        rows = []
+        for digest in digests:
+            stats = self.known[digest]
+            saved = {name: getattr(stats, name) for name in TextStats.__slots__ if name not in ("text", "sources")}
+            saved |= {"sources": sorted(stats.sources), "identities": names[digest], "found_as": forms[digest]}
+            if stats.asked:
+                saved["prompt"] = [self._model, self.head_ids, self.ending]
+            rows.append((digest, stats.text, json.dumps(saved)))
+        return rows
 
     def _load(self) -> None:
+        latest = 0.0
         with self._reading() as db:
-            for digest, identities, found_as, sources, *counted in db.execute(
-                f"SELECT digest, identities, found_as, sources, {_COUNTED} FROM texts"
-            ):
-                values = dict(zip(_COUNTED.split(", "), counted, strict=True))
-                values["asked"] = bool(values["asked"])
-                self.known[digest] = TextStats(**values, sources=set(json.loads(sources)))
-                self._identities |= dict.fromkeys(json.loads(identities), digest)
-                self.shown_as |= dict.fromkeys(json.loads(found_as), digest)
-            self.now = max((stats.last for stats in self.known.values()), default=0.0)
-            latest = db.execute(
-                "SELECT head, ending FROM texts WHERE model = ? AND head IS NOT NULL ORDER BY last DESC LIMIT 1",
-                (self._model,),
-            ).fetchone()
-        if latest is not None:
-            self.head_ids, self.ending = tuple(json.loads(latest[0])), latest[1]
+            for digest, saved in db.execute("SELECT digest, stats FROM texts"):
+                values = json.loads(saved)
+                model, head_ids, ending = values.pop("prompt", (None, None, None))
+                self._identities |= dict.fromkeys(values.pop("identities"), digest)
+                self.shown_as |= dict.fromkeys(values.pop("found_as"), digest)
+                stats = self.known[digest] = TextStats(**values)
+                stats.sources = set(stats.sources)
+                if model == self._model and head_ids is not None and stats.last >= latest:
+                    latest, self.head_ids, self.ending = stats.last, tuple(head_ids), ending
+        self.now = max((stats.last for stats in self.known.values()), default=0.0)
 
     def _open(self, path: str | os.PathLike[str] | None) -> None:
         if path is None:
@@ -493,8 +463,7 @@ class Texts:
             db.execute("PRAGMA synchronous = NORMAL")
             db.execute("PRAGMA secure_delete = ON")
             if not version:
-                columns = ", ".join(f"{name} {kind}" for name, kind in _COLUMNS.items())
-                db.executescript(f"BEGIN; CREATE TABLE texts({columns}); PRAGMA user_version = {_VERSION}; COMMIT;")
+                db.executescript(f"BEGIN; {_TABLE}; PRAGMA user_version = {_VERSION}; COMMIT;")
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -536,8 +505,13 @@ def read_decisions(path: str | os.PathLike[str]) -> list[Decision]:
     with _typed(name), contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
         [(version,)] = db.execute("PRAGMA user_version")
         _check_version(name, version)
-        rows = db.execute("SELECT text, id, tokens, count, action, reason, at FROM texts ORDER BY at, last").fetchall()
-    return [Decision(*row) for row in rows]
+        rows = db.execute("SELECT text, stats FROM texts").fetchall()
+    return sorted((_decision(text, json.loads(stats)) for text, stats in rows), key=lambda decision: decision.at)
+
+
+def _decision(text: str, stats: Mapping[str, Any]) -> Decision:
+    same = {name: stats[name] for name in ("id", "tokens", "action", "reason", "at")}
+    return Decision(text=text, uses=stats["count"], **same)
 
 
 @contextlib.contextmanager

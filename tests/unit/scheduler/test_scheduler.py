@@ -252,6 +252,7 @@ def test_the_cold_make_room_for_the_hot_and_not_the_other_way_round(
         assert scheduler.why(TEXTS[2]).action == "passed"
         for _ in range(8):
             ask(memory, TEXTS[3], TEXTS[1])
+            memory.engine.forget()  # recent contexts would answer without the store
         assert texts_of(memory) == {TEXTS[1], TEXTS[3]}
         assert actions(logged).count("demoted") == 1
         assert scheduler.why(TEXTS[0]).action == "demoted"
@@ -283,14 +284,14 @@ def test_what_is_in_the_store_beyond_the_budget_is_demoted_at_the_start(tiny_eng
 def test_what_somebody_added_by_hand_is_found_under_its_id_whatever_is_hot(
     memory: KVCacheMemory, scheduler: CacheScheduler
 ) -> None:
-    mine = memory.extract("x" * 698)
+    mine = memory.extract("x" * 698).model_copy(update={"id": "mine"})
     memory.add(mine)
     for _ in range(4):
         ask(memory, *TEXTS)
     assert memory.get(mine.id) is not None
     assert held_bytes(memory) <= 1000 * PER_TOKEN
     with pytest.raises(StoreFullError):
-        memory.add(memory.extract("y" * 698))
+        memory.add(memory.extract("y" * 698).model_copy(update={"id": "another"}))
     assert scheduler.demote(mine.id) == [mine.id]  # on demand, everything goes
 
 

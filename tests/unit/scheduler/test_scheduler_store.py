@@ -62,7 +62,7 @@ def test_the_least_worth_leaves_and_nothing_that_need_not() -> None:
 
 
 def test_what_somebody_added_by_hand_counts_and_stays() -> None:
-    working = WorkingSet(100, lru, lambda digest: TextStats())
+    working = WorkingSet(100, lru, lambda digest: TextStats(last=digest == "new"))
     working.add(Cached("mine", "mine", 60, 60, managed=False))
     working.add(Cached("other", "other", 40, 40))
     room = working.room_for(Cached("new", "new", 40, 40), 1)
