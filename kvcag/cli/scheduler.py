@@ -31,24 +31,24 @@ def log(
 
         kvcag scheduler log scheduler.sqlite --limit 1000 --json | jq 'select(.action == "demoted")'
     """
-    from kvcag.scheduler import read_decisions
+    from kvcag.scheduler import read_texts
 
-    decisions = read_decisions(path)[-limit:]
+    texts = read_texts(path)[-limit:]
     if json:
-        for decision in decisions:
-            emit_line(asdict(decision))
+        for stats in texts:
+            emit_line(asdict(stats))
         return
     columns = {"when": "left", "action": "left", "uses": "right", "tokens": "right", "reason": "left", "text": "left"}
     rows = [
         (
-            f"{datetime.fromtimestamp(decision.at):%m-%d %H:%M:%S}" if decision.at else "",
-            decision.action,
-            decision.uses,
-            decision.tokens,
-            decision.reason,
-            " ".join(decision.text.split())[:60],
+            f"{datetime.fromtimestamp(stats.at):%m-%d %H:%M:%S}" if stats.at else "",
+            stats.action,
+            stats.count,
+            stats.tokens,
+            stats.reason,
+            " ".join((stats.text or "").split())[:60],
         )
-        for decision in decisions
+        for stats in texts
     ]
     stdout().print(table(columns, rows))
 
@@ -65,9 +65,9 @@ def why(
 
         kvcag scheduler why scheduler.sqlite "The library opens at nine on weekdays."
     """
-    from kvcag.scheduler import read_decisions
+    from kvcag.scheduler import read_texts
 
-    found = [each for each in read_decisions(path) if text == each.id or text.strip() == each.text.strip()]
+    found = [each for each in read_texts(path) if text == each.id or text.strip() == (each.text or "").strip()]
     if json:
         emit(asdict(found[0]) if found else None)
     else:

@@ -2,6 +2,6 @@
 
 from kvcag.scheduler.scheduler import CacheScheduler, PassReport
 from kvcag.scheduler.store import Metrics, Policy, gdsf
-from kvcag.scheduler.texts import Decision, TextStats, read_decisions
+from kvcag.scheduler.texts import TextStats, read_texts
 
-__all__ = ["CacheScheduler", "Decision", "Metrics", "PassReport", "Policy", "TextStats", "gdsf", "read_decisions"]
+__all__ = ["CacheScheduler", "Metrics", "PassReport", "Policy", "TextStats", "gdsf", "read_texts"]

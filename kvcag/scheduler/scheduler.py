@@ -27,7 +27,7 @@ from kvcag.errors import (
 )
 from kvcag.memory import KVCacheMemory
 from kvcag.scheduler.store import Cached, Metrics, Policy, ScheduledStore, WorkingSet, gdsf, logger
-from kvcag.scheduler.texts import Decision, Texts, TextStats, digest_of
+from kvcag.scheduler.texts import Texts, TextStats, digest_of
 from kvcag.streams import CANCELLATION, Cancellation, Cancelled
 
 _SAVE_EVERY_S = 5.0
@@ -200,7 +200,7 @@ class CacheScheduler:
 
     # --- looking -----------------------------------------------------------------------------------------------
 
-    def why(self, text: object) -> Decision:
+    def why(self, text: object) -> TextStats:
         """Explain why a text is or is not cached. `str()` of it is a sentence.
 
         Args:
@@ -209,10 +209,10 @@ class CacheScheduler:
         Raises:
             UnknownItemError: the text was never retrieved, asked or encoded, or it was forgotten.
         """
-        decision = self._texts.decision(self._digest(text))
-        if decision is None:
-            raise UnknownItemError([text if isinstance(text, str) else text_and_metadata(text)[0]])
-        return decision
+        digest = self._digest(text)
+        if digest not in self._texts.known:
+            raise UnknownItemError([text_and_metadata(text)[0]])
+        return replace(self._texts.stats(digest), text=self._texts.text(digest))
 
     def metrics(self) -> Metrics:
         """The figures now. `dataclasses.asdict` makes them a dict."""

@@ -13,7 +13,7 @@ from kvcag.core import KVCacheItem
 from kvcag.engines.hf import HFEngine
 from kvcag.errors import StoreError, StoreFullError
 from kvcag.memory import is_context
-from kvcag.scheduler.texts import CACHED, Texts, TextStats, digest_of, sources_of
+from kvcag.scheduler.texts import Texts, TextStats, digest_of, sources_of
 from kvcag.stores.base import KVStore, StoreStats
 from kvcag.stores.format import Manifest
 
@@ -355,7 +355,7 @@ class ScheduledStore(KVStore):
                 sources = {*manifest.records.text_memories, *sources_of(manifest.metadata)}
                 self._texts.encoded(text, entry.tokens, key, sources)
                 self.working.add(entry)
-                if self._texts.stats(entry.digest).action not in CACHED:
+                if not self._texts.stats(entry.digest).is_cached:
                     self.note("found", entry, "it was in the store")
             self._texts.save()
 

@@ -10,7 +10,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -30,8 +30,6 @@ _MIN_ROUND = 20
 _PENDING = 64
 _PENDING_S = 60.0
 """A text that stands in a prompt this soon after a retriever found it counts as one use."""
-CACHED = frozenset({"promoted", "kept", "found"})
-"""The actions after which a cache is stored."""
 
 _VERSION = 2
 _TABLE = "CREATE TABLE texts(digest TEXT PRIMARY KEY, text TEXT, stats TEXT)"
@@ -49,24 +47,29 @@ def digest_of(text: str) -> str:
 
 @dataclass(slots=True)
 class TextStats:
-    """What is known of a text.
+    """What is known of a text. `str()` of it is a sentence that explains why the text is or is not cached.
 
     Moments are counted in rounds: a round is as many uses as there are known texts. So nothing ages while no questions
     come, and a round means the same for a hundred texts as for a hundred thousand.
 
     Attributes:
         tokens: its length; estimated until it has stood in a prompt.
-        text: as it stands in prompts if `asked`, else as a retriever found it. None once it is in the database.
-        count: all uses.
+        text: as it stands in prompts if `asked`, else as a retriever found it. None in memory once it is saved.
+        count: how often it was retrieved or asked.
         fast: uses, of which half are forgotten every 3 rounds.
         slow: uses, of which half are forgotten every 20 rounds.
         last: the moment of the last use.
         asked: whether it has stood in a prompt.
         id: the id of its cache; empty if it never had one.
-        action: the last decision, as in `Decision`.
+        action: the last decision: `promoted` (encoded ahead), `kept` (encoded for a question and stored), `found`
+            (already in the store), `passed` (not stored), `demoted` (its cache was deleted), `dropped` (its text
+            changed, or the caller deleted it), `gone` (the store evicted it), `failed` (encoding or storing it failed),
+            `seen` (nothing yet).
         reason: why.
-        at: when, in seconds since the epoch.
-        sources: its other texts and the sources that its metadata names, for `purge`.
+        at: when, in seconds since the epoch; 0 for `seen`.
+        sources: what its documents' metadata name as their sources, for `purge`.
+        identities: which documents have this text.
+        found_as: digests of the texts that retrievers find and prompts show as this one.
     """
 
     tokens: int = 0
@@ -80,7 +83,19 @@ class TextStats:
     action: str = "seen"
     reason: str = "it has not been encoded"
     at: float = 0.0
-    sources: set[str] = field(default_factory=set)
+    sources: list[str] = field(default_factory=list)
+    identities: list[str] = field(default_factory=list)
+    found_as: list[str] = field(default_factory=list)
+
+    @property
+    def is_cached(self) -> bool:
+        """Whether its cache is stored."""
+        return self.action in ("promoted", "kept", "found")
+
+    def __str__(self) -> str:
+        when = f" at {datetime.fromtimestamp(self.at):%Y-%m-%d %H:%M:%S}" if self.at else ""
+        uses = f"used {self.count} time{'s' * (self.count != 1)}"
+        return f"{'cached' if self.is_cached else 'not cached'}: {self.action}{when}; {self.reason}; {uses}"
 
     def add_use(self, now: float) -> None:
         """Count a use at the moment `now`."""
@@ -94,41 +109,6 @@ class TextStats:
         """Expected uses per round: the mean of a quick and a steady average, as load averages are."""
         since = now - self.last
         return math.log(2) / 2 * (self.fast * 2 ** (-since / _FAST) / _FAST + self.slow * 2 ** (-since / _SLOW) / _SLOW)
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """The last decision about a text. `str(decision)` is a sentence.
-
-    Attributes:
-        text: the text.
-        id: the id of its cache; empty if it never had one.
-        tokens: its length.
-        uses: how often it was retrieved or asked.
-        action: `promoted` (encoded ahead), `kept` (encoded for a question and stored), `found` (already in the store),
-            `passed` (not stored), `demoted` (its cache was deleted), `dropped` (its text changed, or the caller
-            deleted it), `gone` (the store evicted it), `failed` (encoding or storing it failed), `seen` (nothing yet).
-        reason: why.
-        at: when, in seconds since the epoch; 0 for `seen`.
-    """
-
-    text: str
-    id: str
-    tokens: int
-    uses: int
-    action: str
-    reason: str
-    at: float
-
-    @property
-    def is_cached(self) -> bool:
-        """Whether its cache is stored."""
-        return self.action in CACHED
-
-    def __str__(self) -> str:
-        when = f" at {datetime.fromtimestamp(self.at):%Y-%m-%d %H:%M:%S}" if self.at else ""
-        uses = f"used {self.uses} time{'s' * (self.uses != 1)}"
-        return f"{'cached' if self.is_cached else 'not cached'}: {self.action}{when}; {self.reason}; {uses}"
 
 
 @dataclass(slots=True)
@@ -201,7 +181,8 @@ class Texts:
         with self.lock:
             found = digest_of(text)
             digest = self.shown_as.get(found, found)
-            self._count(digest, text).sources |= sources_of(metadata or {})
+            stats = self._count(digest, text)
+            stats.sources = sorted({*stats.sources, *sources_of(metadata or {})})
             if identity is not None:
                 self._identify(identity, digest)
             times = self._pending.pop(digest).times if digest in self._pending else 0
@@ -247,7 +228,8 @@ class Texts:
             digest = digest_of(text)
             stats = self.known.setdefault(digest, TextStats(tokens, text, last=self.now))
             stats.id = id
-            stats.sources |= {source for source in sources if digest_of(source) != digest}
+            own = {source for source in sources if digest_of(source) == digest}
+            stats.sources = sorted({*stats.sources, *sources} - own)
             self._fresh.add(digest)
 
     def decide(self, digest: str, action: str, reason: str) -> None:
@@ -261,7 +243,7 @@ class Texts:
     def take_changed(self) -> list[str]:
         """Forget the texts that another text has replaced, and return their digests."""
         with self.lock:
-            changed = [digest for digest in self.changed if digest not in self._identities.values()]
+            changed = [digest for digest in self.changed if not self.stats(digest).identities]
             self.changed = []
             for digest in changed:
                 self.forget(digest)
@@ -270,19 +252,22 @@ class Texts:
     def forget_coldest(self, remember: int, cached: set[str]) -> None:
         """Forget the texts that were not used for longest until `remember` are left; never one in `cached`."""
         with self.lock:
-            cold = sorted((stats.last, digest) for digest, stats in self.known.items() if digest not in cached)
-            for _, digest in cold[: max(0, len(self.known) - remember)]:
-                self.forget(digest)
+            excess = len(self.known) - remember
+            if excess > 0:
+                cold = sorted((stats.last, digest) for digest, stats in self.known.items() if digest not in cached)
+                for _, digest in cold[:excess]:
+                    self.forget(digest)
 
     def forget(self, digest: str) -> None:
         """Forget a text; the next `save` deletes it from the database."""
         with self.lock:
-            self.known.pop(digest, None)
+            stats = self.known.pop(digest, TextStats())
             self._pending.pop(digest, None)
             self._fresh.add(digest)
-            for names in (self._identities, self.shown_as):
-                for name in [name for name, meant in names.items() if meant == digest]:
-                    del names[name]
+            for identity in stats.identities:
+                del self._identities[identity]
+            for found in stats.found_as:
+                self.shown_as.pop(found, None)
 
     def purge(self, source: str, digests: Iterable[str] = ()) -> set[str]:
         """Delete every trace of the texts that are `source` or name it as their source, and of `digests`.
@@ -312,11 +297,15 @@ class Texts:
 
     def _identify(self, identity: str, digest: str) -> None:
         before = self._identities.get(identity)
-        self._identities[identity] = digest
-        if before is not None and before != digest:
+        if before == digest:
+            return
+        if before is not None:
+            self.known[before].identities.remove(identity)
             self._fresh.add(before)
-            if before not in self._identities.values():
+            if not self.known[before].identities:
                 self.changed.append(before)
+        self._identities[identity] = digest
+        self.known[digest].identities.append(identity)
 
     def _take_pending(self, digest: str) -> str | None:
         """The text as a retriever found it a moment ago, or None. Its use has been counted."""
@@ -341,20 +330,20 @@ class Texts:
     def _replace(self, found: str, digest: str, text: str) -> None:
         """Let `text` take over the uses, sources and identities of a retrieved text."""
         self._take_pending(found)
-        was = self.known.get(found)
-        only_retrieved = was is not None and not was.asked
-        if was is not None and only_retrieved and digest not in self.known:
-            was.text = text
-            self.known[digest] = was
+        was = self.known.get(found, TextStats())
+        if was.asked or digest in self.known or found not in self.known:
+            stats = self._count(digest, text)
+            stats.identities += was.identities
+            was.identities = []
+            if not was.asked:
+                self.known.pop(found, None)
         else:
-            self._count(digest, text)
-        if only_retrieved:
-            del self.known[found]
+            stats = self.known[digest] = self.known.pop(found)
+            stats.text = text
         self._fresh |= {found, digest}
+        self._identities |= dict.fromkeys(stats.identities, digest)
         self.shown_as[found] = digest
-        for identity, meant in self._identities.items():
-            if meant == found:
-                self._identities[identity] = digest
+        stats.found_as.append(found)
 
     # --- the database ------------------------------------------------------------------------------------------
 
@@ -367,13 +356,6 @@ class Texts:
             found = db.execute("SELECT text FROM texts WHERE digest = ?", (digest,)).fetchone()
         return None if found is None else found[0]
 
-    def decision(self, digest: str) -> Decision | None:
-        """The last decision about a text, or None for an unknown one."""
-        stats, text = self.known.get(digest), self.text(digest)
-        if stats is None or text is None:
-            return None
-        return _decision(text, asdict(stats))
-
     def save(self) -> None:
         """Write what changed, in one transaction.
 
@@ -383,7 +365,7 @@ class Texts:
         with self._db_lock:  # from reading to writing: otherwise a text that is purged in between would come back
             with self.lock:
                 fresh, self._fresh = self._fresh, set()
-                rows = self._rows(fresh & self.known.keys())
+                rows = [self._row(digest) for digest in fresh & self.known.keys()]
                 gone = [(digest,) for digest in fresh - self.known.keys()]
             if not fresh:
                 return
@@ -407,36 +389,22 @@ class Texts:
                     connection.close()
             self._db = self._owner = None
 
-    def _rows(self, digests: Iterable[str]) -> list[tuple[str, str | None, str]]:
-        names: defaultdict[str, list[str]] = defaultdict(list)
-        forms: defaultdict[str, list[str]] = defaultdict(list)
-        for identity, digest in self._identities.items():
-            names[digest].append(identity)
-        for found, digest in self.shown_as.items():
-            forms[digest].append(found)
-        rows = []
-        for digest in digests:
-            stats = self.known[digest]
-            saved = {name: getattr(stats, name) for name in TextStats.__slots__ if name not in ("text", "sources")}
-            saved |= {"sources": sorted(stats.sources), "identities": names[digest], "found_as": forms[digest]}
-            if stats.asked:
-                saved["prompt"] = [self._model, self.head_ids, self.ending]
-            rows.append((digest, stats.text, json.dumps(saved)))
-        return rows
+    def _row(self, digest: str) -> tuple[str, str | None, str]:
+        stats = self.known[digest]
+        saved = asdict(stats) | {"prompt": [self._model, self.head_ids, self.ending] if stats.asked else None}
+        return digest, saved.pop("text"), json.dumps(saved)
 
     def _load(self) -> None:
-        latest = 0.0
         with self._reading() as db:
-            for digest, saved in db.execute("SELECT digest, stats FROM texts"):
-                values = json.loads(saved)
-                model, head_ids, ending = values.pop("prompt", (None, None, None))
-                self._identities |= dict.fromkeys(values.pop("identities"), digest)
-                self.shown_as |= dict.fromkeys(values.pop("found_as"), digest)
-                stats = self.known[digest] = TextStats(**values)
-                stats.sources = set(stats.sources)
-                if model == self._model and head_ids is not None and stats.last >= latest:
-                    latest, self.head_ids, self.ending = stats.last, tuple(head_ids), ending
-        self.now = max((stats.last for stats in self.known.values()), default=0.0)
+            rows = [(digest, json.loads(saved)) for digest, saved in db.execute("SELECT digest, stats FROM texts")]
+        for digest, saved in sorted(rows, key=lambda row: row[1]["last"]):
+            prompt = saved.pop("prompt")
+            stats = self.known[digest] = TextStats(**saved)
+            self._identities |= dict.fromkeys(stats.identities, digest)
+            self.shown_as |= dict.fromkeys(stats.found_as, digest)
+            self.now = stats.last
+            if prompt and prompt[0] == self._model:
+                self.head_ids, self.ending = tuple(prompt[1]), prompt[2]
 
     def _open(self, path: str | os.PathLike[str] | None) -> None:
         if path is None:
@@ -491,8 +459,8 @@ def sources_of(metadata: Mapping[str, Any]) -> set[str]:
     return sources | {str(source) for source in metadata.get(MADE_OF, ())}
 
 
-def read_decisions(path: str | os.PathLike[str]) -> list[Decision]:
-    """The last decision about each text in a scheduler's database, the oldest first. Its scheduler may be running.
+def read_texts(path: str | os.PathLike[str]) -> list[TextStats]:
+    """The texts in a scheduler's database, those with the latest decisions last. The scheduler may be running.
 
     Raises:
         InvalidInputError: there is no such file.
@@ -503,15 +471,10 @@ def read_decisions(path: str | os.PathLike[str]) -> list[Decision]:
         raise InvalidInputError(f"there is no file {name}: pass the path that CacheScheduler has as state=")
     uri = f"{Path(path).absolute().as_uri()}?mode=ro"
     with _typed(name), contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
-        [(version,)] = db.execute("PRAGMA user_version")
-        _check_version(name, version)
-        rows = db.execute("SELECT text, stats FROM texts").fetchall()
-    return sorted((_decision(text, json.loads(stats)) for text, stats in rows), key=lambda decision: decision.at)
-
-
-def _decision(text: str, stats: Mapping[str, Any]) -> Decision:
-    same = {name: stats[name] for name in ("id", "tokens", "action", "reason", "at")}
-    return Decision(text=text, uses=stats["count"], **same)
+        _check_version(name, db.execute("PRAGMA user_version").fetchone()[0])
+        rows = [(text, json.loads(saved)) for text, saved in db.execute("SELECT text, stats FROM texts")]
+    texts = [TextStats(text=text, **{k: v for k, v in saved.items() if k != "prompt"}) for text, saved in rows]
+    return sorted(texts, key=lambda stats: stats.at)
 
 
 @contextlib.contextmanager

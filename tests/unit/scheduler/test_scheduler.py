@@ -163,7 +163,7 @@ def test_after_a_restart_the_hot_ones_are_encoded_before_the_first_question(
     with scheduler_of(memory, state=state) as scheduler:
         assert set(scheduler.run_once().promoted) == before
         why = scheduler.why(TEXTS[0])
-        assert (why.action, why.reason, why.uses) == ("promoted", "hot and not cached", 3)
+        assert (why.action, why.reason, why.count) == ("promoted", "hot and not cached", 3)
 
 
 def test_another_model_encodes_the_hot_ones_again(tmp_path: Path, tiny_engine: HFEngine) -> None:

@@ -15,7 +15,7 @@ from kvcag.chat_template import Document, Prompt
 from kvcag.cli.app import app
 from kvcag.core import TextualMemoryItem
 from kvcag.errors import InvalidInputError, SchedulerStateError, StoreUnavailableError
-from kvcag.scheduler import CacheScheduler, read_decisions
+from kvcag.scheduler import CacheScheduler, read_texts
 from kvcag.scheduler.texts import Texts
 from kvcag.stores.disk import DiskStore
 
@@ -159,7 +159,7 @@ def test_decisions_are_read_while_the_scheduler_works(path: Path) -> None:
         scheduler.observe("It was seen.")
         [key] = scheduler.promote("The tower is tall.")
         scheduler.demote(key)
-        assert read_decisions(path)[-1] == scheduler.why(key)
+        assert read_texts(path)[-1] == scheduler.why(key)
         code, out = run("scheduler", "log", path, "--json")
         assert code == 0
         entries = [json.loads(line) for line in out.splitlines()]
@@ -177,25 +177,25 @@ def test_decisions_are_read_while_the_scheduler_works(path: Path) -> None:
             assert code == 0
             assert out.startswith("cached: promoted at 20")
         code, out = run("scheduler", "why", path, "It was seen.", "--json")
-        assert json.loads(out)["uses"] == 1
+        assert json.loads(out)["count"] == 1
         code, out = run("scheduler", "why", path, "Never seen.")
         assert code == 1
         assert "not known" in out
-    assert [decision.is_cached for decision in read_decisions(path)] == [False, True]  # also after it was closed
+    assert [stats.is_cached for stats in read_texts(path)] == [False, True]  # also after it was closed
 
 
 def test_a_file_that_is_no_state_is_named(path: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="there is no file"):
-        read_decisions(path)
+        read_texts(path)
     assert run("scheduler", "log", path)[0] == 2
     assert not path.exists()
     empty = tmp_path / "empty"
     empty.touch()
     with pytest.raises(SchedulerStateError, match="not a scheduler's database"):
-        read_decisions(empty)
+        read_texts(empty)
     (tmp_path / "rubbish").write_text("rubbish " * 1000)
     with pytest.raises(SchedulerStateError, match="damaged"):
-        read_decisions(tmp_path / "rubbish")
+        read_texts(tmp_path / "rubbish")
 
 
 def test_a_state_where_no_file_can_be(tmp_path: Path) -> None:
