@@ -267,7 +267,8 @@ class Texts:
             for identity in stats.identities:
                 del self._identities[identity]
             for found in stats.found_as:
-                self.shown_as.pop(found, None)
+                if self.shown_as.get(found) == digest:
+                    del self.shown_as[found]
 
     def purge(self, source: str, digests: Iterable[str] = ()) -> set[str]:
         """Delete every trace of the texts that are `source` or name it as their source, and of `digests`.
@@ -343,7 +344,7 @@ class Texts:
         self._fresh |= {found, digest}
         self._identities |= dict.fromkeys(stats.identities, digest)
         self.shown_as[found] = digest
-        stats.found_as.append(found)
+        stats.found_as = sorted({*stats.found_as, found})
 
     # --- the database ------------------------------------------------------------------------------------------
 
