@@ -218,7 +218,7 @@ class StoreUnavailableError(StoreError, OSError):
 
 
 class SchedulerStateError(StoreError):
-    """The database of a `CacheScheduler` is damaged, in use by another one, or no such database.
+    """The database of a `CacheScheduler` is damaged, in use by another scheduler, or not a scheduler's.
 
     Attributes:
         path: the database.

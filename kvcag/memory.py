@@ -6,6 +6,7 @@ import threading
 import time
 import warnings
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
@@ -86,14 +87,23 @@ class KVCacheMemory:
                 f"engine is a {type(engine).__name__}: pass a hub id, a folder, or an engine such as HFEngine"
             )
         self.engine: Engine = engine
-        self.store: KVStore = MemoryStore() if store is None else open_store(store, engine, namespace)
+        opened = MemoryStore() if store is None else open_store(store, engine, namespace)
         self.instruction = instruction
         self.separator = separator
         self.namespace = namespace
         self.memory_filename = memory_filename
         self.watchers: list[Callable[[Prompt], None]] = []  # told of each prompt whose documents are looked for
-        self.documents = DocumentCache(engine, self.store, namespace)
+        self.documents = DocumentCache(engine, opened, namespace)
         self._contexts: dict[str, str] = {}
+
+    @property
+    def store(self) -> KVStore:
+        """Where items live. Another store may be set at any time."""
+        return self.documents.store
+
+    @store.setter
+    def store(self, store: KVStore) -> None:
+        self.documents = replace(self.documents, store=store)
 
     @classmethod
     def from_config(cls, config: KVCacheMemoryConfig | dict[str, Any]) -> KVCacheMemory:

@@ -28,7 +28,7 @@ class ModelLock:
         self._background: deque[int] = deque()
         self._holder: int | None = None
         self._holds_in_background = False
-        self._last_answer = float("-inf")
+        self._quiet_until = float("-inf")
 
     @contextmanager
     def acquire(self, *, background: bool = False) -> Iterator[None]:
@@ -49,6 +49,17 @@ class ModelLock:
         finally:
             self._leave()
 
+    def announce(self, seconds: float) -> None:
+        """A question is on its way: background work pauses between two layers, for so long."""
+        with self._changed:
+            self._quiet_until = max(self._quiet_until, time.monotonic() + seconds)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether background work would get the model now."""
+        with self._changed:
+            return self._holder is None and not self._answers and self._quiet_for() <= 0
+
     def pause(self) -> None:
         """Called between two layers: lets the threads that wait go first.
 
@@ -56,7 +67,7 @@ class ModelLock:
             Cancelled: the reader of this thread's answer left.
         """
         cancellation().check()
-        waiting = self._answers or (self._background and self._holds_in_background)
+        waiting = self._answers or (self._holds_in_background and (self._background or self._quiet_for() > 0))
         if waiting and self._holder == threading.get_ident():
             background = self._holds_in_background
             self._leave()
@@ -82,7 +93,7 @@ class ModelLock:
             if self._holder != threading.get_ident():
                 return  # cancelled while it had paused
             if not self._holds_in_background:
-                self._last_answer = time.monotonic()
+                self._quiet_until = max(self._quiet_until, time.monotonic() + _QUIET_SECONDS)
             self._holder = None
             self._changed.notify_all()
 
@@ -93,7 +104,7 @@ class ModelLock:
 
     def _quiet_for(self) -> float:
         """Seconds until background work may go on."""
-        return self._last_answer + _QUIET_SECONDS - time.monotonic()
+        return self._quiet_until - time.monotonic()
 
     def _wake(self) -> None:
         with self._changed:

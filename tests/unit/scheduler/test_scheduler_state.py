@@ -11,12 +11,12 @@ from tiny import byte_tokenizer, tiny_model
 from typer.testing import CliRunner
 
 from kvcag import HFEngine, KVCacheMemory
+from kvcag.chat_template import Document, Prompt
 from kvcag.cli.app import app
 from kvcag.core import TextualMemoryItem
 from kvcag.errors import InvalidInputError, SchedulerStateError, StoreUnavailableError
-from kvcag.scheduler import CacheScheduler, caches_of, log_of
-from kvcag.scheduler.counters import Counters
-from kvcag.scheduler.state import State
+from kvcag.scheduler import CacheScheduler, read_texts
+from kvcag.scheduler.texts import Texts
 from kvcag.stores.disk import DiskStore
 
 
@@ -39,14 +39,12 @@ def test_counters_survive_a_restart(path: Path) -> None:
     with scheduler_of(path) as scheduler:
         scheduler.observe([TextualMemoryItem(id="a", memory="one", metadata={"source": "a.md"}), "two"])
         scheduler.observe("one")
-        before = scheduler._counters
+        before = scheduler._texts
     with scheduler_of(path) as scheduler:
-        after = scheduler._counters
-        assert {digest: known.use for digest, known in after.known.items()} == {
-            digest: known.use for digest, known in before.known.items()
-        }
-        assert (after.now, after.identities) == (before.now, {"a": next(iter(after.identities.values()))})
-        assert [known.sources for known in after.known.values()].count({"source": "a.md"}) == 1
+        after = scheduler._texts
+        assert after.known == before.known
+        assert (after.now, after._identities) == (before.now, before._identities)
+        assert sorted(len(stats.sources) for stats in after.known.values()) == [0, 1]
         scheduler.observe(TextualMemoryItem(id="a", memory="another one"))
         assert len(after.changed) == 1  # it is known what `a` stood for
 
@@ -65,7 +63,7 @@ def test_one_scheduler_at_a_time(path: Path) -> None:
 
 def test_a_program_that_locks_the_database_is_named_as_the_cause(path: Path) -> None:
     with scheduler_of(path) as scheduler:
-        scheduler._state._db.execute("PRAGMA busy_timeout = 10")  # type: ignore[union-attr]
+        scheduler._texts._db.execute("PRAGMA busy_timeout = 10")  # type: ignore[union-attr]
         other = sqlite3.connect(path, isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
         scheduler.observe("one")
@@ -80,20 +78,14 @@ def test_a_program_that_locks_the_database_is_named_as_the_cause(path: Path) -> 
 
 def test_an_answer_comes_though_the_state_is_locked(path: Path) -> None:
     with scheduler_of(path) as scheduler:
-        scheduler._state._db.execute("PRAGMA busy_timeout = 10")  # type: ignore[union-attr]
+        scheduler._texts._db.execute("PRAGMA busy_timeout = 10")  # type: ignore[union-attr]
         other = sqlite3.connect(path, isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
-        messages = [{"role": "system", "content": [scheduler_document()]}, {"role": "user", "content": "What?"}]
+        messages = [{"role": "system", "content": [Document("A document.\n\n")]}, {"role": "user", "content": "What?"}]
         sampling = scheduler.memory.engine.sampling(max_new_tokens=2)
         with pytest.warns(UserWarning, match="encoded and not kept"):
             assert list(scheduler.memory.stream(messages, sampling=sampling))
         other.close()
-
-
-def scheduler_document() -> str:
-    from kvcag.chat_template import Document
-
-    return Document("A document.\n\n")
 
 
 @pytest.mark.parametrize("what", ["rubbish", "cut", "flipped"])
@@ -131,76 +123,82 @@ def test_what_is_no_scheduler_database_is_left_as_it_is(path: Path, tmp_path: Pa
         db.execute("PRAGMA user_version = 99")
     db.close()
     with pytest.raises(SchedulerStateError, match="upgrade kvcag"):
-        State(newer, "model")
+        Texts(newer, "model")
     with pytest.raises(StoreUnavailableError):
-        State(tmp_path, "model")
+        Texts(tmp_path, "model")
 
 
 def test_a_save_that_fails_is_made_up_for(path: Path) -> None:
-    counters, state = Counters(), State(path, "model")
-    counters.retrieved("one")
-    db, state._db = state._db, None
+    texts = Texts(path, "model")
+    texts.retrieved("one")
+    db, texts._db = texts._db, None
     with pytest.raises(SchedulerStateError, match="closed"):
-        state.save(counters)
-    state._db = db
-    state.save(counters)
-    read = Counters()
-    state.load(read)
-    assert read.known.keys() == counters.known.keys()
-    assert [state.text(digest) for digest in read.known] == ["one"]
-    state.close()
+        texts.save()
+    texts._db = db
+    texts.save()
+    texts.close()
+    read = Texts(path, "model")
+    assert read.known == texts.known
+    assert [read.text(digest) for digest in read.known] == ["one"]
+    read.close()
 
 
-def test_the_log_is_read_while_the_scheduler_works(path: Path) -> None:
+def test_what_prompts_look_like_survives_a_restart_for_the_same_model(path: Path) -> None:
+    texts = Texts(path, "model")
+    texts.asked(Prompt((1, 2), ((3,),), (9,), documents=("one\n\n",)))
+    texts.save()
+    texts.close()
+    for model, expected in (("model", ((1, 2), "\n\n")), ("another", (None, None))):
+        read = Texts(path, model)
+        assert (read.head_ids, read.ending) == expected
+        read.close()
+
+
+def test_decisions_are_read_while_the_scheduler_works(path: Path) -> None:
     with scheduler_of(path) as scheduler:
+        scheduler.observe("It was seen.")
         [key] = scheduler.promote("The tower is tall.")
         scheduler.demote(key)
-        assert log_of(path) == scheduler.log()
-        code, said = run("scheduler", "log", path, "--json")
+        assert read_texts(path)[-1] == scheduler.why(key)
+        code, out = run("scheduler", "log", path, "--json")
         assert code == 0
-        entries = [json.loads(line) for line in said.splitlines()]
-        assert [(entry["action"], entry["key"]) for entry in entries] == [("promoted", key), ("demoted", key)]
-        assert entries[0]["tokens"] == len("The tower is tall.\n\n")
-        assert entries[1]["reason"] == "on demand; its text was never asked for"
-        code, said = run("scheduler", "log", path, "--limit", 1)
+        entries = [json.loads(line) for line in out.splitlines()]
+        assert [(entry["action"], entry["id"]) for entry in entries] == [("seen", ""), ("demoted", key)]
+        assert entries[1]["tokens"] == len("The tower is tall.\n\n")
+        assert entries[1]["reason"] == "on demand"
+        code, out = run("scheduler", "log", path, "--limit", 1)
         assert code == 0
-        assert "demoted" in said
-        assert "on demand" in said
-        assert "promoted" not in said
-        code, said = run("scheduler", "show", path)
-        assert code == 0
-        assert "The tower is tall." in said
-        assert "0 of 1 caches kept" in said
+        assert "The tower is tall." in out
+        assert "on demand" in out
+        assert "It was seen." not in out
         scheduler.promote(key)
-        code, said = run("scheduler", "show", path, "--json")
-        [cache] = json.loads(said)
-        assert (cache["key"], cache["cached"], cache["text"]) == (key, True, "The tower is tall.\n\n")
-    assert [cache.cached for cache in caches_of(path)] == [True]  # and after it was closed
+        for text in ("The tower is tall.", key):
+            code, out = run("scheduler", "why", path, text)
+            assert code == 0
+            assert out.startswith("cached: promoted at 20")
+        code, out = run("scheduler", "why", path, "It was seen.", "--json")
+        assert json.loads(out)["count"] == 1
+        code, out = run("scheduler", "why", path, "Never seen.")
+        assert code == 1
+        assert "not known" in out
+    assert [stats.is_cached for stats in read_texts(path)] == [False, True]  # also after it was closed
 
 
-def test_the_log_of_what_is_no_log(path: Path, tmp_path: Path) -> None:
+def test_a_file_that_is_no_state_is_named(path: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="there is no file"):
-        log_of(path)
+        read_texts(path)
     assert run("scheduler", "log", path)[0] == 2
     assert not path.exists()
     empty = tmp_path / "empty"
     empty.touch()
-    with pytest.raises(SchedulerStateError, match="no scheduler's database"):
-        log_of(empty)
+    with pytest.raises(SchedulerStateError, match="not a scheduler's database"):
+        read_texts(empty)
     (tmp_path / "rubbish").write_text("rubbish " * 1000)
     with pytest.raises(SchedulerStateError, match="damaged"):
-        caches_of(tmp_path / "rubbish")
-
-
-def test_the_log_keeps_the_last_ten_thousand(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvcag.scheduler.state._LOGGED", 3)
-    with scheduler_of(path) as scheduler:
-        for number in range(5):
-            scheduler.promote(f"Text {number}")
-        assert [entry.tokens for entry in scheduler.log()] == [len("Text 0\n\n")] * 3
+        read_texts(tmp_path / "rubbish")
 
 
 def test_a_state_where_no_file_can_be(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StoreUnavailableError):
-        State(tmp_path / "file" / "state.sqlite", "model")
+        Texts(tmp_path / "file" / "state.sqlite", "model")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,8 @@ from kvcag.errors import (
     UnknownItemError,
     UnsupportedModelError,
 )
-from kvcag.scheduler import LRU, CacheScheduler
+from kvcag.scheduler import CacheScheduler, Policy, TextStats, gdsf
+from kvcag.scheduler.store import logger
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.memory import MemoryStore
 from kvcag.testing import EchoEngine
@@ -68,8 +71,18 @@ def texts_of(memory: KVCacheMemory) -> set[str]:
     return {item.records.composed_text_memory.strip() for item in memory.get_all()}
 
 
-def actions(scheduler: CacheScheduler) -> list[str]:
-    return [entry.action for entry in scheduler.log()]
+@pytest.fixture(autouse=True)
+def logged(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level("INFO", logger=logger.name)
+    return caplog
+
+
+def actions(logged: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage().split()[0] for record in logged.records if record.name == logger.name]
+
+
+def lru(stats: TextStats, tokens: int, size: int, now: float) -> float:
+    return stats.last
 
 
 # --- promotion --------------------------------------------------------------------------------------------------
@@ -90,7 +103,7 @@ def test_what_was_retrieved_twice_is_encoded_before_anybody_asks(
 def test_what_is_promoted_is_what_an_answer_would_have_encoded(memory: KVCacheMemory) -> None:
     plain = KVCacheMemory(HFEngine(tiny_model(), byte_tokenizer()))
     expected = ask(plain, *TEXTS[:3])
-    with scheduler_of(memory, piece_tokens=5) as scheduler:
+    with scheduler_of(memory) as scheduler:
         ask(memory, TEXTS[7])  # shows where documents stand
         for _ in range(2):
             scheduler.observe(TEXTS[:3])
@@ -110,7 +123,9 @@ def test_what_is_promoted_is_what_an_answer_would_have_encoded(memory: KVCacheMe
         assert max(lengths) < 60  # nothing but a fifth of the documents, and the question
 
 
-def test_nothing_is_rebuilt_where_nothing_changed(memory: KVCacheMemory, scheduler: CacheScheduler) -> None:
+def test_nothing_is_rebuilt_where_nothing_changed(
+    memory: KVCacheMemory, scheduler: CacheScheduler, logged: pytest.LogCaptureFixture
+) -> None:
     for _ in range(3):
         scheduler.observe(TEXTS[:3])
     scheduler.run_once()
@@ -119,7 +134,7 @@ def test_nothing_is_rebuilt_where_nothing_changed(memory: KVCacheMemory, schedul
             report = scheduler.run_once()
             assert (report.promoted, report.demoted, report.dropped) == ([], [], [])
     assert lengths == []
-    assert actions(scheduler) == ["promoted"] * 3
+    assert actions(logged) == ["promoted"] * 3
 
 
 def test_a_working_set_on_disk_is_found_again_and_not_rebuilt(tmp_path: Path, tiny_engine: HFEngine) -> None:
@@ -147,9 +162,8 @@ def test_after_a_restart_the_hot_ones_are_encoded_before_the_first_question(
     memory = KVCacheMemory(tiny_engine, MemoryStore())
     with scheduler_of(memory, state=state) as scheduler:
         assert set(scheduler.run_once().promoted) == before
-        assert [entry.reason for entry in scheduler.log()][-1].startswith(
-            "hot, and not cached; its text was asked for 3"
-        )
+        why = scheduler.why(TEXTS[0])
+        assert (why.action, why.reason, why.count) == ("promoted", "hot and not cached", 3)
 
 
 def test_another_model_encodes_the_hot_ones_again(tmp_path: Path, tiny_engine: HFEngine) -> None:
@@ -169,7 +183,7 @@ def test_another_model_encodes_the_hot_ones_again(tmp_path: Path, tiny_engine: H
 
 
 def test_a_text_that_does_not_fit_the_models_context_is_tried_once(
-    memory: KVCacheMemory, scheduler: CacheScheduler
+    memory: KVCacheMemory, scheduler: CacheScheduler, logged: pytest.LogCaptureFixture
 ) -> None:
     for _ in range(3):
         scheduler.observe(["x" * 600, "y" * 3000])
@@ -178,8 +192,10 @@ def test_a_text_that_does_not_fit_the_models_context_is_tried_once(
             larger.observe(["x" * 600, "y" * 3000])
         assert len(larger.run_once().promoted) == 1
         assert larger.run_once().promoted == []
-        assert actions(larger) == ["failed", "promoted"]
-        assert "2048" in larger.log()[0].reason
+        assert actions(logged) == ["failed", "promoted"]
+        assert larger.why("y" * 3000).action == "failed"
+        assert "2048" in larger.why("y" * 3000).reason
+        assert "2048" in larger.metrics().last_error
         with pytest.raises(InvalidInputError, match="more than the model's context"):
             larger.promote("y" * 3000)
 
@@ -206,36 +222,41 @@ def test_it_waits_for_the_answer_that_is_running(memory: KVCacheMemory) -> None:
 # --- demotion ---------------------------------------------------------------------------------------------------
 
 
-def test_what_goes_back_to_text_keeps_its_records_and_can_come_back(
-    memory: KVCacheMemory, scheduler: CacheScheduler
+def test_a_text_whose_cache_was_deleted_is_known_and_can_come_back(
+    memory: KVCacheMemory, scheduler: CacheScheduler, logged: pytest.LogCaptureFixture
 ) -> None:
     [key] = scheduler.promote(TEXTS[0])
     assert scheduler.demote(key) == [key]
     assert scheduler.demote([key, "unknown"]) == []
     assert memory.get(key) is None
-    records = scheduler.records(key)
-    assert records is not None
-    assert records.text_memories == [f"{TEXTS[0]}\n\n"]
+    why = scheduler.why(key)
+    assert (why.text, why.id, why.is_cached) == (f"{TEXTS[0]}\n\n", key, False)
+    assert str(why).startswith("not cached: demoted at 20")
+    assert str(why).endswith("; on demand; used 0 times")
     assert scheduler.promote(key) == [key]
     assert memory.get(key) is not None
-    assert actions(scheduler) == ["promoted", "demoted", "promoted"]
+    assert actions(logged) == ["promoted", "demoted", "promoted"]
     assert scheduler.demote(TEXTS[0]) == [key]  # by the text, too
 
 
-def test_the_cold_make_room_for_the_hot_and_not_the_other_way_round(memory: KVCacheMemory) -> None:
+def test_the_cold_make_room_for_the_hot_and_not_the_other_way_round(
+    memory: KVCacheMemory, logged: pytest.LogCaptureFixture
+) -> None:
     size = len(byte_tokenizer()(f"{TEXTS[0]}\n\n", add_special_tokens=False)["input_ids"])
     with scheduler_of(memory, 2 * size) as scheduler:
         for _ in range(3):
             ask(memory, TEXTS[0], TEXTS[1])
         ask(memory, TEXTS[2])  # once: it is answered, and displaces nothing
         assert texts_of(memory) == {TEXTS[0], TEXTS[1]}
-        assert actions(scheduler)[-1] == "passed"
+        assert actions(logged)[-1] == "passed"
+        assert scheduler.why(TEXTS[2]).action == "passed"
         for _ in range(8):
             ask(memory, TEXTS[3], TEXTS[1])
+            memory.engine.forget()  # recent contexts would answer without the store
         assert texts_of(memory) == {TEXTS[1], TEXTS[3]}
-        made_room = [entry for entry in scheduler.log() if entry.action == "demoted"]
-        assert [scheduler.records(entry.key).composed_text_memory.strip() for entry in made_room] == [TEXTS[0]]  # type: ignore[union-attr]
-        assert "made room for" in made_room[0].reason
+        assert actions(logged).count("demoted") == 1
+        assert scheduler.why(TEXTS[0]).action == "demoted"
+        assert "made room for" in scheduler.why(TEXTS[0]).reason
 
 
 def test_what_was_not_asked_for_in_so_many_rounds_goes_back_to_text(memory: KVCacheMemory) -> None:
@@ -263,14 +284,14 @@ def test_what_is_in_the_store_beyond_the_budget_is_demoted_at_the_start(tiny_eng
 def test_what_somebody_added_by_hand_is_found_under_its_id_whatever_is_hot(
     memory: KVCacheMemory, scheduler: CacheScheduler
 ) -> None:
-    mine = memory.extract("x" * 698)
+    mine = memory.extract("x" * 698).model_copy(update={"id": "mine"})
     memory.add(mine)
     for _ in range(4):
         ask(memory, *TEXTS)
     assert memory.get(mine.id) is not None
     assert held_bytes(memory) <= 1000 * PER_TOKEN
     with pytest.raises(StoreFullError):
-        memory.add(memory.extract("y" * 698))
+        memory.add(memory.extract("y" * 698).model_copy(update={"id": "another"}))
     assert scheduler.demote(mine.id) == [mine.id]  # on demand, everything goes
 
 
@@ -292,10 +313,10 @@ def test_a_context_with_a_handle_outlives_the_process_whatever_is_hot(memory: KV
         st.tuples(st.integers(0, 7), st.sampled_from(["ask", "observe", "promote", "run", "demote"])), max_size=12
     ),
     budget=st.integers(40, 200),
-    policy=st.sampled_from([None, LRU()]),
+    policy=st.sampled_from([gdsf, lru]),
 )
 def test_the_store_never_holds_more_than_the_budget(
-    memory: KVCacheMemory, steps: list[tuple[int, str]], budget: int, policy: LRU | None
+    memory: KVCacheMemory, steps: list[tuple[int, str]], budget: int, policy: Policy
 ) -> None:
     memory.store = MemoryStore()
     watched = memory.store
@@ -330,7 +351,9 @@ def test_the_store_never_holds_more_than_the_budget(
 # --- changes ----------------------------------------------------------------------------------------------------
 
 
-def test_a_text_that_changed_drops_its_cache(memory: KVCacheMemory, scheduler: CacheScheduler) -> None:
+def test_a_text_that_changed_drops_its_cache(
+    memory: KVCacheMemory, scheduler: CacheScheduler, logged: pytest.LogCaptureFixture
+) -> None:
     for _ in range(2):
         scheduler.observe([TextualMemoryItem(id="a", memory=TEXTS[0]), TextualMemoryItem(id="b", memory=TEXTS[1])])
     scheduler.run_once()
@@ -339,8 +362,7 @@ def test_a_text_that_changed_drops_its_cache(memory: KVCacheMemory, scheduler: C
     report = scheduler.run_once()
     assert len(report.dropped) == len(report.promoted) == 1
     assert texts_of(memory) == {"The first one was edited.", TEXTS[1]}
-    assert scheduler.records(report.dropped[0]) is not None
-    assert "its text changed" in next(entry.reason for entry in scheduler.log() if entry.action == "dropped")
+    assert "its text changed" in logged.text
     assert scheduler.run_once().promoted == []  # what it said before is not encoded again
 
 
@@ -366,28 +388,32 @@ def test_a_purge_leaves_no_trace_of_the_text(tmp_path: Path, memory: KVCacheMemo
         ask(memory, secret)
         assert memory.purge("diary") == [key]
         assert list(memory.store.keys()) == []
-        assert scheduler.records(key) is None
+        for forgotten in (key, secret):
+            with pytest.raises(UnknownItemError):
+                scheduler.why(forgotten)
         assert scheduler.run_once().promoted == []
         scheduler.promote(TEXTS[0])
     assert not [file for file in tmp_path.rglob("*") if secret.encode() in file.read_bytes()]
 
 
-def test_what_its_owner_deletes_is_gone_and_logged(memory: KVCacheMemory, scheduler: CacheScheduler) -> None:
+def test_what_the_caller_deletes_is_gone_and_logged(
+    memory: KVCacheMemory, scheduler: CacheScheduler, logged: pytest.LogCaptureFixture
+) -> None:
     [key] = scheduler.promote(TEXTS[0])
     memory.delete(key)
     assert scheduler.metrics().caches == 0
-    assert actions(scheduler) == ["promoted", "dropped"]
+    assert actions(logged) == ["promoted", "dropped"]
     scheduler.promote(TEXTS[0])
     scheduler._store.inner.delete([key])  # past the scheduler
     assert memory.get(key) is None
     assert scheduler.metrics().caches == 0
-    assert actions(scheduler)[-1] == "gone"
+    assert actions(logged)[-1] == "gone"
 
 
 # --- figures, errors, ending ------------------------------------------------------------------------------------
 
 
-def test_figures_for_a_scrape(memory: KVCacheMemory, scheduler: CacheScheduler) -> None:
+def test_the_figures(memory: KVCacheMemory, scheduler: CacheScheduler) -> None:
     for _ in range(2):
         ask(memory, *TEXTS[:2])
         memory.engine.prefixes.clear()
@@ -396,17 +422,11 @@ def test_figures_for_a_scrape(memory: KVCacheMemory, scheduler: CacheScheduler) 
     assert (metrics.encoded_tokens_total, metrics.reused_tokens_total) == (tokens, tokens)
     assert metrics.hit_rate == 0.5
     assert (metrics.asked_total, metrics.kept_total, metrics.cached_bytes) == (4, 2, tokens * PER_TOKEN)
-    lines = metrics.prometheus().splitlines()
-    assert "# TYPE kvcag_scheduler_asked_total counter" in lines
-    assert "kvcag_scheduler_asked_total 4" in lines
-    assert f"kvcag_scheduler_cached_bytes {tokens * PER_TOKEN}" in lines
-    assert all(line.startswith("# ") or float(line.split()[1]) >= 0 for line in lines)
-    labelled = metrics.prometheus("kv", {"namespace": 'a "b"', "n": "1"}).splitlines()
-    assert r'kv_asked_total{namespace="a \"b\"",n="1"} 4' in labelled
+    assert json.loads(json.dumps(asdict(metrics)))["cached_bytes"] == tokens * PER_TOKEN
 
 
 def test_refusals(memory: KVCacheMemory, scheduler: CacheScheduler) -> None:
-    with pytest.raises(InvalidInputError, match="has a scheduler already"):
+    with pytest.raises(InvalidInputError, match="already has a scheduler"):
         scheduler_of(memory)
     with pytest.raises(InvalidInputError, match="more than 0"):
         scheduler_of(KVCacheMemory(memory.engine), 0)
@@ -425,10 +445,10 @@ def test_refusals(memory: KVCacheMemory, scheduler: CacheScheduler) -> None:
 
 def test_closing_stops_at_once_and_gives_the_memory_its_store_back(memory: KVCacheMemory) -> None:
     store = memory.store
-    scheduler = scheduler_of(memory, 9000, every_s=60.0, piece_tokens=1)
+    scheduler = scheduler_of(memory, 9000, every_s=60.0)
     for _ in range(2):
         scheduler.observe("x" * 2000)
-    until(lambda: memory.engine.lock._idle_owner is not None)
+    until(lambda: memory.engine.lock._holds_in_background)
     began = time.monotonic()
     scheduler.close()
     scheduler.close()

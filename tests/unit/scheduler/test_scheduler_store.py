@@ -6,16 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcag.scheduler import GDSF, LFU, LRU, Policy, Use
-from kvcag.scheduler.working_set import Cached, WorkingSet
-
-POLICIES = [GDSF(), LRU(), LFU()]
+from kvcag.scheduler.store import Cached, Policy, WorkingSet, gdsf
+from kvcag.scheduler.texts import TextStats
 
 
-def used(*moments: float) -> Use:
-    use = Use(last=moments[0])
+def lru(stats: TextStats, tokens: int, size: int, now: float) -> float:
+    return stats.last
+
+
+def used(*moments: float) -> TextStats:
+    use = TextStats(last=moments[0])
     for moment in moments:
-        use.again(moment)
+        use.add_use(moment)
     return use
 
 
@@ -29,18 +31,18 @@ def test_a_rate_is_the_number_of_uses_in_a_round() -> None:
 
 def test_what_was_hot_long_ago_is_worth_less_than_what_is_asked_now() -> None:
     once_hot, rising = used(*range(50)), used(100, 101, 102)
-    assert GDSF().worth(rising, 100, 1000, 102) > GDSF().worth(once_hot, 100, 1000, 102)
-    assert LFU().worth(rising, 100, 1000, 102) < LFU().worth(once_hot, 100, 1000, 102)
+    assert rising.count < once_hot.count
+    assert gdsf(rising, 100, 1000, 102) > gdsf(once_hot, 100, 1000, 102)
 
 
 def test_a_long_text_is_worth_more_a_byte_since_attention_is_quadratic() -> None:
     use = used(0, 1)
-    assert GDSF().worth(use, 8192, 8192, 1) == pytest.approx(2 * GDSF().worth(use, 1, 1, 1), rel=1e-3)
+    assert gdsf(use, 8192, 8192, 1) == pytest.approx(2 * gdsf(use, 1, 1, 1), rel=1e-3)
 
 
 def test_a_text_that_is_asked_once_displaces_nothing_that_is_asked_often() -> None:
     uses = {"often": used(1, 2, 3, 4), "once": used(4.5)}
-    for policy, displaced in ((GDSF(), None), (LRU(), ["often"]), (LFU(), ["often"])):
+    for policy, displaced in ((gdsf, None), (lru, ["often"])):
         working = WorkingSet(100, policy, uses.__getitem__)
         working.add(Cached("a", "often", 10, 80))
         room = working.room_for(Cached("b", "once", 10, 80), 5)
@@ -49,7 +51,7 @@ def test_a_text_that_is_asked_once_displaces_nothing_that_is_asked_often() -> No
 
 def test_the_least_worth_leaves_and_nothing_that_need_not() -> None:
     uses = {"cold": used(1), "warm": used(1, 5), "hot": used(1, 5, 6), "new": used(2, 3, 4, 5, 6, 7)}
-    working = WorkingSet(100, GDSF(), uses.__getitem__)
+    working = WorkingSet(100, gdsf, uses.__getitem__)
     for name, size in (("cold", 10), ("warm", 60), ("hot", 30)):
         working.add(Cached(name, name, size, size))
     room = working.room_for(Cached("new", "new", 50, 50), 7)
@@ -60,7 +62,7 @@ def test_the_least_worth_leaves_and_nothing_that_need_not() -> None:
 
 
 def test_what_somebody_added_by_hand_counts_and_stays() -> None:
-    working = WorkingSet(100, LRU(), lambda digest: Use())
+    working = WorkingSet(100, lru, lambda digest: TextStats(last=digest == "new"))
     working.add(Cached("mine", "mine", 60, 60, managed=False))
     working.add(Cached("other", "other", 40, 40))
     room = working.room_for(Cached("new", "new", 40, 40), 1)
@@ -75,14 +77,14 @@ operations = st.lists(
 )
 
 
-@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
+@pytest.mark.parametrize("policy", [gdsf, lru])
 @given(operations=operations, budget=st.integers(1, 120))
 def test_the_budget_holds_whatever_happens(policy: Policy, operations: list[tuple[str, int, str]], budget: int) -> None:
-    uses: dict[str, Use] = {}
-    working = WorkingSet(budget, policy, lambda digest: uses.get(digest, Use()))
+    uses: dict[str, TextStats] = {}
+    working = WorkingSet(budget, policy, lambda digest: uses.get(digest, TextStats()))
     for now, (name, size, what) in enumerate(operations):
         if what == "use":
-            uses.setdefault(name, Use(last=now)).again(now)
+            uses.setdefault(name, TextStats(last=now)).add_use(now)
         elif what == "remove":
             working.remove(name)
         else:

@@ -72,7 +72,7 @@ async def test_a_chain_is_watched_and_a_question_counts_once(llm: ChatKVCAG, sch
     assert [document.id for document in first["context"]] == ["doc-0", "doc-4"]
     metrics = scheduler.metrics()
     assert (metrics.documents, metrics.retrieved_total, metrics.asked_total) == (2, 4, 4)
-    assert {known.use.count for known in scheduler._counters.known.values()} == {2}
+    assert {stats.count for stats in scheduler._texts.known.values()} == {2}
     for _ in range(2):
         scheduler.observe(documents()[1])
     [key] = scheduler.run_once().promoted  # after the chain's own instruction, which a question has shown
@@ -116,7 +116,7 @@ def test_an_agents_middleware_is_watched(llm: ChatKVCAG, scheduler: CacheSchedul
         agent.invoke({"messages": [("user", QUESTION)]}, config={"callbacks": [SchedulerCallback(scheduler)]})
     metrics = scheduler.metrics()
     assert (metrics.documents, metrics.retrieved_total, metrics.asked_total) == (2, 4, 4)
-    assert {known.use.count for known in scheduler._counters.known.values()} == {2}
+    assert {stats.count for stats in scheduler._texts.known.values()} == {2}
 
 
 def nodes() -> list[TextNode]:
@@ -157,7 +157,7 @@ async def test_a_query_engine_is_watched_and_a_question_counts_once(
     assert str(await asyncio.wait_for(engine.aquery(QUESTION), 30)) == answer
     metrics = watched.metrics()
     assert (metrics.documents, metrics.retrieved_total, metrics.asked_total, metrics.kept_total) == (2, 4, 4, 2)
-    assert {known.use.count for known in watched._counters.known.values()} == {2}
+    assert {stats.count for stats in watched._texts.known.values()} == {2}
     for _ in range(2):
         retriever.retrieve("When is bread baked in the village?")
     before = shown(watched)
