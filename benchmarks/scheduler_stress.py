@@ -24,9 +24,8 @@ from kvcag.chat_template import Document
 from kvcag.scheduler.counters import digest_of
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.verification import verify
+from kvcag.testing import byte_tokenizer, tiny_model
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from tiny import byte_tokenizer, tiny_model
 
 torch.set_num_threads(1)  # before any fork
 

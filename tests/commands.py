@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tiny import byte_tokenizer, tiny_model
 from typer.testing import CliRunner
 
 from kvcag.cli.app import app
+from kvcag.testing import byte_tokenizer, tiny_model
 
 
 class Done(NamedTuple):

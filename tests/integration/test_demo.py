@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from tiny import byte_tokenizer, tiny_model
 
 from kvcag import __version__
 from kvcag.cli import main
+from kvcag.testing import byte_tokenizer, tiny_model
 
 
 class Done(NamedTuple):

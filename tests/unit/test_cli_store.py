@@ -7,12 +7,12 @@ from pathlib import Path
 from stored import random_item
 from test_memos import dump, written
 from test_memos import memos as memos  # the fixture
-from tiny import byte_tokenizer, tiny_model
 from typer.testing import CliRunner
 
 from kvcag import HFEngine, KVCacheMemory
 from kvcag.cli.app import app
 from kvcag.stores.disk import DiskStore
+from kvcag.testing import byte_tokenizer, tiny_model
 
 
 def run(*arguments: object) -> tuple[int, str]:

@@ -15,7 +15,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 from schemas import check_holds, schemas
-from tiny import byte_tokenizer, tiny_model
 
 from kvcag import KVCacheMemory
 from kvcag.chat_template import Document
@@ -23,7 +22,7 @@ from kvcag.engines.constrain import Choices, Grammar, JsonSchema, Regex
 from kvcag.engines.hf import HFEngine
 from kvcag.engines.hints import examples
 from kvcag.errors import ConstraintBudgetError, ConstraintError
-from kvcag.testing import EchoEngine
+from kvcag.testing import EchoEngine, byte_tokenizer, tiny_model
 
 
 @pytest.fixture(scope="module")

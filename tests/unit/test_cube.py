@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import byte_tokenizer, tiny_model
 from waits import run_together
 
 from kvcag import CacheScheduler, Document, HFEngine, MemoryCube
@@ -26,7 +25,7 @@ from kvcag.errors import (
     UnsupportedModelError,
 )
 from kvcag.stores import DiskStore, MemoryStore, TieredStore
-from kvcag.testing import EchoEngine, whole_prompt
+from kvcag.testing import EchoEngine, byte_tokenizer, tiny_model, whole_prompt
 
 HEAD = "Answer from the notes."
 ALICE = TextualMemoryItem(id="alice", memory="Alice has a red bicycle.", metadata={"page": 1})

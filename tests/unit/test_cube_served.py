@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny import byte_tokenizer, tiny_model
 from wire_server import WireServer
 
 from kvcag import HFEngine, MemoryCube
 from kvcag.core import TextualMemoryItem
 from kvcag.engines.vllm.engine import VLLMEngine
 from kvcag.errors import CacheWarning
+from kvcag.testing import byte_tokenizer, tiny_model
 
 TEXTS = [
     TextualMemoryItem(id="tower", memory="The tower is made of iron. " * 4),

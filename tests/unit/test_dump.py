@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import byte_tokenizer, tiny_model
 
 from kvcag import HFEngine, KVCacheMemory
 from kvcag.cache.layers import layers_of
 from kvcag.errors import CorruptItemError, FingerprintMismatchError, FormatError, InvalidInputError, StoreError
+from kvcag.testing import byte_tokenizer, tiny_model
 
 TEXTS = ["Alice has a red bicycle.", "Bob has a green car."]
 MANIFEST = "kv_cache_memories.json"

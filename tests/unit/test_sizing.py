@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from tiny import SMALL, byte_tokenizer, tiny_model
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
@@ -20,6 +19,7 @@ from kvcag.cli.app import app
 from kvcag.errors import InvalidInputError, UnsupportedModelError
 from kvcag.sizing import DTYPE_BYTES, KVGeometry, LayerGeometry, break_even, kv_geometry
 from kvcag.stores.disk import DiskStore
+from kvcag.testing import SMALL, byte_tokenizer, tiny_model
 
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 FAMILIES = {
