@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Generator
 from functools import cached_property
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -94,8 +94,7 @@ def tiny_model(
     """
     torch.manual_seed(seed)
     made = AutoConfig.for_model(model_type, **{**SMALL, **config})
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(made, dtype=dtype)
-    return model.eval()
+    return cast("PreTrainedModel", AutoModelForCausalLM.from_config(made).to(dtype).eval())
 
 
 def last_user_message(prompt: str) -> str:

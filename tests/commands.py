@@ -51,7 +51,7 @@ class Kvcag:
 
     def process(self, *arguments: object, **popen: Any) -> subprocess.Popen[Any]:
         return subprocess.Popen(
-            [sys.executable, "-m", "kvcag.cli", *map(str, arguments)],
+            [sys.executable, "-m", "kvcag", *map(str, arguments)],
             env={**os.environ, **self.environment},
             cwd=self.folder,
             **popen,
