@@ -26,7 +26,6 @@ from kvcag.stores.disk import DiskStore
 from kvcag.stores.verification import verify
 from kvcag.testing import byte_tokenizer, tiny_model
 
-
 torch.set_num_threads(1)  # before any fork
 
 TEXTS = [f"Document {number} says this and that about {number}. " * (1 + number % 4) for number in range(12)]

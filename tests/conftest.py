@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(
-    0, str(Path(__file__).parent)
-)  # tests import their helpers by name: `from commands import Kvcag`
+sys.path.insert(0, str(Path(__file__).parent))  # tests import their helpers by name: `from commands import Kvcag`
 
 from kvcag import HFEngine
 from kvcag.demo.model import embedded_model
