@@ -23,7 +23,7 @@ FLOORS = [
     {"contexts"},
     {"memory"},
     {"cube", "scheduler"},
-    {"langchain", "llama_index"},
+    {"adapters", "langchain", "llama_index"},
     {"__main__", "cli", "demo"},
 ]
 """From the bottom up. A module imports from its own floor and from floors below. At most ten."""

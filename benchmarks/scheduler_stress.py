@@ -22,8 +22,7 @@ import torch
 from kvcag import CacheScheduler, HFEngine, KVCacheMemory
 from kvcag.chat_template import Document
 from kvcag.scheduler.counters import digest_of
-from kvcag.stores.disk import DiskStore
-from kvcag.stores.verification import verify
+from kvcag.stores.disk import DiskStore, verify
 from kvcag.testing import byte_tokenizer, tiny_model
 
 torch.set_num_threads(1)  # before any fork

@@ -3,8 +3,8 @@
     python benchmarks/trace_files.py
 
 Counts the distinct files in which a function was called, through the documents chain, `CAGSynthesizer`,
-`KVCacheMemory.merge` and `DiskStore.put`, over a tiny random model. Imports do not count. The first edition had 33, 32, 17
-and 6.
+`KVCacheMemory.merge` and `DiskStore.put`, over a tiny random model. Imports do not count. The first edition had 33, 32,
+17 and 6.
 """
 
 from __future__ import annotations

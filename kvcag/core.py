@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from typing import Any, Literal, TypeAlias
 
@@ -183,6 +183,10 @@ class MergeReport:
         """Tokens that went through the model."""
         return self.recomputed_tokens + self.encoded_tokens
 
+    def as_dict(self) -> dict[str, Any]:
+        """The report for JSON: its attributes and `is_exact`."""
+        return {**asdict(self), "is_exact": self.is_exact}
+
 
 @dataclass(frozen=True, slots=True, repr=False)
 class MergedContext:
@@ -276,6 +280,16 @@ class Usage:
     ttft_s: float
     total_s: float
     context: MergeReport | None = None
+
+    @property
+    def total_tokens(self) -> int:
+        """Prompt and answer."""
+        return self.prompt_tokens + self.completion_tokens
+
+    def as_dict(self) -> dict[str, Any]:
+        """The usage for JSON: its attributes and `total_tokens`; `context` as `MergeReport.as_dict`."""
+        context = self.context and self.context.as_dict()
+        return {**asdict(self), "total_tokens": self.total_tokens, "context": context}
 
 
 @dataclass(frozen=True, slots=True)

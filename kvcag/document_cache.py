@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from kvcag.cache.layers import layers_of, share
+from kvcag.cache.layers import share
 from kvcag.core import Item, KVCacheItem, KVCacheRecords, VLLMKVCacheItem, content_key
 from kvcag.engines.base import Engine
 from kvcag.errors import CacheWarning, EmptyPromptError, FingerprintMismatchError, InvalidInputError, StoreError
@@ -107,7 +107,6 @@ class DocumentCache:
         if stored is None:
             return None
         if _SERVED not in stored.metadata:
-            layers_of(stored.memory)
             return stored.model_copy(update={"memory": share(stored.memory)})
         metadata = dict(stored.metadata)
         served = metadata.pop(_SERVED)

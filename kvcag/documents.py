@@ -13,6 +13,9 @@ from kvcag.errors import InvalidInputError
 
 Texts: TypeAlias = str | Sequence[str] | Sequence[Message]
 
+SEPARATOR = "\n\n"
+"""Ends every document, also the last one."""
+
 
 def texts_of(text: Texts) -> list[str]:
     """The texts, one for each message of a conversation."""
@@ -40,8 +43,17 @@ def documents_of(documents: object) -> list[Any]:
     raise _not_a_text(documents)
 
 
+def segment(text: str, separator: str = SEPARATOR) -> str:
+    """A document as it stands in a prompt: it ends with the separator, and so has the same tokens everywhere."""
+    return text if text.endswith(separator) else text + separator
+
+
 def text_and_metadata(memory: object) -> tuple[str, dict[str, Any]]:
-    """What a str, a `Document`, a node or a textual memory says, and what it says about itself."""
+    """The text and the metadata of a str, a `Document`, a textual memory, or a node as LlamaIndex shows it to an LLM.
+
+    Raises:
+        InvalidInputError: it has no text.
+    """
     if isinstance(memory, str):
         return memory, {}
     metadata = getattr(memory, "metadata", None) or {}
@@ -53,7 +65,7 @@ def text_and_metadata(memory: object) -> tuple[str, dict[str, Any]]:
             return text, dict(metadata)
     get_content = getattr(memory, "get_content", None)
     if callable(get_content):
-        return str(get_content()), dict(metadata)
+        return str(get_content(metadata_mode="llm")), dict(metadata)
     raise _not_a_text(memory)
 
 

@@ -25,7 +25,7 @@ from kvcag.contexts import (
 )
 from kvcag.core import Answer, Chunk, ContextPrompt, EncodedItem, Item, MergedContext
 from kvcag.document_cache import DocumentCache, Ids, SyncReport, same_ids, sync
-from kvcag.documents import Texts, documents_of, text_and_metadata, texts_of
+from kvcag.documents import SEPARATOR, Texts, documents_of, segment, text_and_metadata, texts_of
 from kvcag.engines.base import Engine
 from kvcag.engines.constrain import ConstraintLike
 from kvcag.engines.hf import HFEngine
@@ -33,7 +33,7 @@ from kvcag.engines.sampling import Sampling
 from kvcag.errors import CacheWarning, EmptyPromptError, InvalidInputError, StoreError, UnknownItemError
 from kvcag.stores.base import MADE_OF, KVStore
 from kvcag.stores.disk import DiskStore
-from kvcag.stores.folder import dump_items, load_items
+from kvcag.stores.dump import read_dump, write_dump
 from kvcag.stores.memory import MemoryStore
 from kvcag.streams import async_twin, iterate
 
@@ -60,7 +60,7 @@ class KVCacheMemory:
             them, in order.
         store: where items live: a store, or a folder. In memory by default.
         instruction: stands before the documents, in the system turn.
-        separator: ends a text that does not end with a newline, so that documents do not run together.
+        separator: ends every text that does not end with it, so that documents do not run together.
         namespace: separates what this memory encodes from other namespaces' recent contexts, and its files where
             `store` is a folder.
         memory_filename: the name of the manifest that `dump` writes.
@@ -75,7 +75,7 @@ class KVCacheMemory:
         store: KVStore | str | PathLike[str] | None = None,
         instruction: str | None = None,
         *,
-        separator: str = "\n\n",
+        separator: str = SEPARATOR,
         namespace: str = "",
         memory_filename: str = "kv_cache_memories.json",
     ) -> None:
@@ -93,7 +93,7 @@ class KVCacheMemory:
         self.memory_filename = memory_filename
         self.watchers: list[Callable[[Prompt], None]] = []  # told of each prompt whose documents are looked for
         self.documents = DocumentCache(engine, self.store, namespace)
-        self._handles: dict[str, tuple[str, str]] = {}
+        self._contexts: dict[str, str] = {}
 
     @classmethod
     def from_config(cls, config: KVCacheMemoryConfig | dict[str, Any]) -> KVCacheMemory:
@@ -202,8 +202,8 @@ class KVCacheMemory:
 
     def dump(self, dir: str | PathLike[str]) -> None:
         """Write every item to a folder. What stood there before is replaced in one step, or not at all."""
-        stored = [item for key in list(self.store.keys()) if (item := self.store.get(key)) is not None]
-        dump_items(dir, self.memory_filename, stored)
+        stored = (item for key in list(self.store.keys()) if (item := self.store.get(key)) is not None)
+        write_dump(dir, self.memory_filename, stored)
 
     def load(self, dir: str | PathLike[str]) -> None:
         """Add every item of a folder that `dump` wrote. A folder that holds nothing adds nothing.
@@ -215,7 +215,8 @@ class KVCacheMemory:
             FormatError: the manifest is missing, is a pickle, or is of a newer version.
             FingerprintMismatchError: the items were made by another model.
         """
-        for item in load_items(dir, self.memory_filename, self.engine.fingerprint):
+        dump = read_dump(dir, self.memory_filename, expected=self.engine.fingerprint)
+        for item in dump.items if dump else ():
             self.store.put(item)
 
     def keep(self, messages: Sequence[Message], metadata: Sequence[Mapping[str, Any]] | None = None) -> list[str]:
@@ -428,17 +429,16 @@ class KVCacheMemory:
     # --- a corpus by a short name ------------------------------------------------------------------------------
 
     def create_context(self, texts: Iterable[str], instruction: str = "", sources: Iterable[str] = ()) -> str:
-        """Encode texts, one after another, as one document, and return its id, `kv:sha256:…`.
+        """Encode an instruction and texts, in this order, as one document, and return its id, `kv:sha256:…`.
 
-        The idea is the `cached_content` of hosted models: the id goes where a corpus could not, into bound arguments,
-        traces and checkpoints. It changes with the text and the model. Text and caches are in the store, so the id
-        outlives the process.
+        The id is short, so it can stand in bound arguments, traces and checkpoints, like the `cached_content` of hosted
+        models. It changes with the instruction, the texts and the model. The store holds text and caches, so the id
+        can be used after a restart.
 
         Args:
-            texts: joined by blank lines, in this order. A str is one text.
+            texts: joined by blank lines. A str is one text.
             instruction: stands before them, in the same system turn.
-            sources: what else names the texts, paths or URLs. `purge` finds the context by each of them, and by each
-                of the texts.
+            sources: paths or URLs of the texts. `purge` finds the context by each source and by each text.
 
         Raises:
             EmptyPromptError: there is nothing to encode.
@@ -447,27 +447,30 @@ class KVCacheMemory:
         shown = [text for text in _as_list(texts) if text.strip()]
         if not shown:
             raise EmptyPromptError("the corpus is empty: there is nothing to encode")
-        corpus = "".join(f"{text}\n\n" for text in shown)
+        context = "".join(map(segment, [instruction, *shown] if instruction else shown))
         metadata = {_INSTRUCTION: instruction, MADE_OF: [*shown, *sources]}
-        [id] = self.keep(insert_documents(instruction, [corpus], [_QUESTION]), [metadata])
-        self._handles[id] = instruction, corpus
+        [id] = self.keep(insert_documents("", [context], [_QUESTION]), [metadata])
+        self._contexts[id] = context
         return id
 
     def with_context(self, id: str, messages: Sequence[Message]) -> list[Message]:
-        """Messages behind a context. What a system message at their start says stands after it, in the same turn.
+        """Messages behind a context. A system message at their start stands after it, in the same turn.
+
+        Args:
+            id: from `create_context`, or the id of any item.
+            messages: the conversation.
 
         Raises:
             InvalidInputError: no such context, here or in the store.
         """
-        instruction, corpus = self._handles.get(id) or self._stored_context(id)
-        return insert_documents(instruction, [corpus], messages)
+        return insert_documents("", [self._contexts.get(id) or self._stored_context(id)], messages)
 
-    def _stored_context(self, id: str) -> tuple[str, str]:
+    def _stored_context(self, id: str) -> str:
         try:
             manifest = self.store.manifest(id)
         except StoreError as damaged:
             raise InvalidInputError(f"context {id!r} cannot be read: {damaged}") from damaged
-        if manifest is None or not is_context(manifest.metadata):
+        if manifest is None:
             raise InvalidInputError(
                 f"there is no context {id!r}, here or in the store: it was never made, or it left the store. "
                 "Make it with create_context(documents), which returns its id."
@@ -481,8 +484,8 @@ class KVCacheMemory:
                 CacheWarning,
                 stacklevel=5,
             )
-        self._handles[id] = str(manifest.metadata[_INSTRUCTION]), manifest.records.composed_text_memory
-        return self._handles[id]
+        self._contexts[id] = segment(manifest.records.composed_text_memory)
+        return self._contexts[id]
 
     # --- inside ------------------------------------------------------------------------------------------------
 
@@ -491,10 +494,7 @@ class KVCacheMemory:
         return self.engine.template.instruction_ids(self.instruction)
 
     def _segment(self, text: str) -> Ids:
-        return self.engine.template.encode(self._separated(text))
-
-    def _separated(self, text: str) -> str:
-        return text if text.endswith("\n") else text + self.separator
+        return self.engine.template.encode(segment(text, self.separator))
 
     def _prompt(
         self, messages: list[Message], ids: Iterable[str] | None, tools: Sequence[Mapping[str, Any]] | None
@@ -504,7 +504,7 @@ class KVCacheMemory:
         else:
             items = self._items(ids, skip_missing=False) if ids is not None else []
         if items:
-            texts = [self._separated(item.records.composed_text_memory) for item in items]
+            texts = [segment(item.records.composed_text_memory, self.separator) for item in items]
             messages = insert_documents(self.instruction or "", texts, messages)
         return self.engine.template.prompt(messages, tools=tools)
 

@@ -124,7 +124,7 @@ def break_even(
     Args:
         tokens: the document's length.
         bytes_per_token: from `KVGeometry.bytes_per_token`; with int8 if the store writes int8.
-        prefill_tokens_per_s: the model's speed on its device. `kvcag.stores.measure` measures it, and the next two.
+        prefill_tokens_per_s: the speed of a full prefill, as `kvcag bench` measures it.
         load_bytes_per_s: the speed of the store.
         latency_s: the seconds before the store's first byte.
 

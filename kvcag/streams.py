@@ -34,11 +34,13 @@ async def in_thread(function: Callable[..., T], *given: Any, **named: Any) -> T:
 
 
 def async_twin(method: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """The asynchronous twin of a blocking method: it runs in a worker thread."""
+    """The asynchronous twin of a blocking method. It runs the method (or its override) in a worker thread."""
 
-    @functools.wraps(method)
+    @functools.wraps(method, updated=())  # without `__dict__`: an abstract method's twin is not abstract
     async def twin(*args: P.args, **kwargs: P.kwargs) -> T:
-        return await in_thread(method, *args, **kwargs)
+        owner, *rest = args
+        result: T = await in_thread(getattr(owner, method.__name__), *rest, **kwargs)
+        return result
 
     twin.__doc__ = f"`{method.__name__}`, in a worker thread."
     return twin

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Generator
 from functools import cached_property
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -28,14 +28,11 @@ from transformers.cache_utils import Cache
 from kvcag.chat_template import ChatTemplate, Prompt
 from kvcag.core import Chunk, ContextPrompt, EncodedItem, FinishReason, MergedContext, Usage
 from kvcag.engines.base import Engine
-from kvcag.engines.constrain import ConstraintLike
+from kvcag.engines.constrain import Constraint, ConstraintCompiler, ConstraintLike
 from kvcag.engines.decode import Detokenizer, StopStrings
 from kvcag.engines.sampling import Sampling
 from kvcag.errors import EmptyPromptError, UnsupportedModelError
 from kvcag.fingerprint import ModelFingerprint
-
-if TYPE_CHECKING:
-    from kvcag.engines.enforce import Constraint, Grammars
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 """The special tokens of `byte_tokenizer`."""
@@ -193,15 +190,13 @@ class EchoEngine(Engine):
 
     def constrain(self, constraint: ConstraintLike, max_new_tokens: int, thinking: bool = False) -> Constraint:
         """Compile a constraint and check that it fits the budget, as `HFEngine.constrain` does."""
-        compiled = self._grammars.compile(constraint, thinking=thinking)
+        compiled = self._compiler.compile(constraint, thinking=thinking)
         compiled.check_fits(max_new_tokens)
         return compiled
 
     @cached_property
-    def _grammars(self) -> Grammars:
-        from kvcag.engines.enforce import Grammars  # needs the extra `structured`
-
-        return Grammars(self.tokenizer, len(self.tokenizer), [self.tokenizer.eos_token_id])
+    def _compiler(self) -> ConstraintCompiler:
+        return ConstraintCompiler(self.tokenizer, len(self.tokenizer), [self.tokenizer.eos_token_id])
 
     def _say(
         self,

@@ -1,8 +1,9 @@
-"""Keys and values as int8: half the bytes of bfloat16 at rest, read back within half a step, 1/254 of a token's range.
+"""Keys and values as int8 at rest: half the bytes of bfloat16.
 
-Symmetric, one scale per token and head. Measured in decode on SmolLM2-135M (benchmarks/int8.py), it costs 3e-4 nats a
-token where the arithmetic is float32; in bfloat16 arithmetic no more than drawing each last bit at random does. One
-scale per channel for the keys (as in KIVI, 2024) was no better at eight bits.
+The quantisation is symmetric, with one scale per token and head. A value is read back within half a step, 1/254 of the
+largest value of its token and head. Measured in decode on SmolLM2-135M (benchmarks/int8.py), it costs 3e-4 nats per
+token in float32 arithmetic, and in bfloat16 arithmetic no more than random last bits. One scale per channel for the
+keys (as in KIVI, 2024) was no better at eight bits.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ import torch
 from kvcag.errors import InvalidInputError
 
 _ROUND_UP = 1 + 2**-8
-"""bfloat16 keeps eight bits of the scale: enlarged by one part in 256, it never rounds to less than it must be, and so
-no value is clipped."""
+"""bfloat16 holds eight bits of the scale. Enlarged by 1/256, the scale is never rounded below its true value, so no
+value is clipped."""
 
 
 def quantize_int8(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -32,7 +33,7 @@ def quantize_int8(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     largest = wide.abs().amax(dim=-1, keepdim=True)
     if not bool(largest.isfinite().all()):
         raise InvalidInputError(
-            "the cache holds infinite values or NaN, which have no int8 code. Keep it with quantize=None, and look at "
+            "the cache holds infinite values or NaN, which have no int8 code. Store it with quantize=None, and check "
             "the model's dtype: float16 overflows where bfloat16 does not."
         )
     scales = (largest / 127 * _ROUND_UP).to(torch.bfloat16)
@@ -41,5 +42,14 @@ def quantize_int8(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def dequantize_int8(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Keys or values, `(batch, kv_heads, seq_len, head_dim)`, in `dtype`, from what `quantize_int8` gave."""
+    """Keys or values from the result of `quantize_int8`.
+
+    Args:
+        codes: int8, `(batch, kv_heads, seq_len, head_dim)`.
+        scales: bfloat16, `(batch, kv_heads, seq_len, 1)`.
+        dtype: of the result.
+
+    Returns:
+        `(batch, kv_heads, seq_len, head_dim)`, in `dtype`.
+    """
     return (codes.float() * scales.float()).to(dtype)

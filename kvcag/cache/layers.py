@@ -94,7 +94,7 @@ def layers_of(cache: Cache) -> list[LayerKV]:
     """
     held: list[LayerKV] = []
     for layer in cache.layers:
-        if type(layer) is not DynamicLayer and not isinstance(layer, (_AppendLayer, _LazyLayer)):
+        if type(layer) is not DynamicLayer and not isinstance(layer, _AppendLayer):
             raise UnsupportedModelError(
                 f"the cache has a {type(layer).__name__}, which does not hold one key and one value for each token. "
                 "Use a plain DynamicCache(), made without a config."
@@ -236,36 +236,6 @@ class _AppendLayer(DynamicLayer):
             keys[..., : self.length, :] = self._keys[..., : self.length, :]
             values[..., : self.length, :] = self._values[..., : self.length, :]
         self._keys, self._values = keys, values
-
-
-def lazy_cache(layers: int, tokens: int, load: Callable[[int], LayerKV]) -> DynamicCache:
-    """A cache of `layers` layers of `tokens` tokens that fetches each layer when it is first looked at.
-
-    `load` gives a layer's keys and values by its index. What it raises reaches whoever looked.
-    """
-    return _cache(_LazyLayer(tokens, functools.partial(load, index)) for index in range(layers))
-
-
-class _LazyLayer(DynamicLayer):
-    """A layer that fetches its keys and values when they are first looked at; from then on a `DynamicLayer`."""
-
-    def __init__(self, length: int, load: Callable[[], LayerKV]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        del self.keys, self.values  # so that looking at them reaches __getattr__, once
-        self.length, self.load = length, load
-        self.is_initialized = True
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in ("keys", "values", "dtype", "device"):
-            raise AttributeError(name)
-        keys, values = self.load()
-        _initialize(self, keys)
-        self.keys, self.values = keys, values
-        return getattr(self, name)
-
-    def get_seq_length(self) -> int:
-        keys: torch.Tensor | None = self.__dict__.get("keys")
-        return self.length if keys is None else keys.shape[-2]
 
 
 def crop(cache: Cache, length: int) -> None:

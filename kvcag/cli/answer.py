@@ -163,10 +163,11 @@ class Corpus:
         Raises:
             InvalidInputError: items and question exceed the model's context.
         """
+        from kvcag.documents import segment
         from kvcag.memory import insert_documents
 
         memory, documents = self.memory, self.memory.documents
-        texts = [_closed(entry.text) for entry in self.entries]
+        texts = [segment(entry.text) for entry in self.entries]
         messages = insert_documents(memory.instruction or "", texts, [{"role": "user", "content": question}])
         prompt = self.engine.template.prompt(messages)
         try:
@@ -301,11 +302,6 @@ def _place(entry: Entry) -> tuple[str, int, str]:
     """Sort files by name and the parts of a file by number, so that the context does not depend on when."""
     metadata = entry.manifest.metadata
     return str(metadata.get("source", "")), int(metadata.get("part", 0)), entry.id
-
-
-def _closed(text: str) -> str:
-    """End a text as `KVCacheMemory` does, so that it has the tokens that were encoded."""
-    return text if text.endswith("\n") else f"{text}\n\n"
 
 
 class _Conversation:

@@ -129,6 +129,7 @@ def _diff(memory: KVCacheMemory, reading: Reading, limit: int | None, is_mine: C
     """Compare the texts with the store. A text that does not fit is refused before anything is encoded."""
     from kvcag.cli.files import split
     from kvcag.document_cache import diff
+    from kvcag.documents import segment
 
     template = memory.engine.template
     head_ids = template.instruction_ids(memory.instruction)
@@ -136,7 +137,7 @@ def _diff(memory: KVCacheMemory, reading: Reading, limit: int | None, is_mine: C
     read = []
     for text in reading.texts:
         for piece in [text] if limit is None else split(text, limit, lambda part: len(template.encode(part))):
-            token_ids = template.encode(f"{piece.text}\n\n")
+            token_ids = template.encode(segment(piece.text))
             if len(token_ids) > room:
                 raise InvalidInputError(
                     f"{piece.metadata['source']}: {len(token_ids):,} tokens, and the model's context holds {room:,} "

@@ -14,8 +14,8 @@ from kvcag.cli.options import default_store
 from kvcag.errors import CorruptItemError, FormatError, InvalidInputError, StoreUnavailableError, UnknownItemError
 from kvcag.stores.base import MADE_OF, SOURCE_FIELDS, KVStore
 from kvcag.stores.disk import DiskStore
+from kvcag.stores.files import Names
 from kvcag.stores.format import Manifest
-from kvcag.stores.names import Names
 
 CONTEXT_OF = "context_of"
 """Metadata of the context of a whole store: the ids of its items."""

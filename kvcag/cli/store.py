@@ -71,7 +71,7 @@ def _cells(entry: Any, with_model: bool) -> list[object]:
 
 def _elsewhere(folder: Any, namespace: str) -> str:
     """Say how many other namespaces there are. Their folders do not show their names."""
-    from kvcag.stores.names import Names
+    from kvcag.stores.files import Names
 
     own = Names(namespace).space
     others = [path for path in folder.glob("[0-9a-f]*") if len(path.name) == 32 and path.name != own]
@@ -208,8 +208,8 @@ def verify(
 
         kvcag verify --repair /var/lib/kv
     """
-    from kvcag.stores.verification import VerifyReport
-    from kvcag.stores.verification import verify as check
+    from kvcag.stores.disk import VerifyReport
+    from kvcag.stores.disk import verify as check
 
     folder = path or store or default_store()
     if path is None and store is not None and not store.exists():

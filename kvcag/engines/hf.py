@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cached_property
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -34,7 +34,7 @@ from kvcag.cache.rope import check_mergeable
 from kvcag.chat_template import ChatTemplate, Message, Prompt
 from kvcag.core import Chunk, ContextPrompt, KVCacheItem, MergedContext, MergeReport, Mode, ids_digest
 from kvcag.engines.base import Engine, context_ids
-from kvcag.engines.constrain import ConstraintLike
+from kvcag.engines.constrain import Constraint, ConstraintCompiler, ConstraintLike
 from kvcag.engines.decode import Account, Decoding, Detokenizer, StopStrings, ThinkingFilter, reusable_prefix
 from kvcag.engines.idle import IdleWork
 from kvcag.engines.in_flight import InFlight
@@ -43,9 +43,6 @@ from kvcag.engines.sampling import Sampler, Sampling
 from kvcag.errors import CacheWarning, EmptyPromptError, UnsupportedModelError, WarnOnce
 from kvcag.fingerprint import ModelFingerprint
 from kvcag.streams import cancellation
-
-if TYPE_CHECKING:
-    from kvcag.engines.enforce import Constraint, Grammars
 
 _FIRST_CHUNK, _SHORTEST_CHUNK, _LONGEST_CHUNK = 512, 64, 2048
 """Tokens of one forward pass while encoding. On a CPU the length follows from the last pass's time per layer."""
@@ -202,16 +199,14 @@ class HFEngine(Engine):
             ConstraintBudgetError: nothing that satisfies it fits the budget.
             MissingExtraError: the extra `structured` is not installed.
         """
-        compiled = self._grammars.compile(constraint, thinking=thinking)
+        compiled = self._compiler.compile(constraint, thinking=thinking)
         compiled.check_fits(max_new_tokens)
         return compiled
 
     @cached_property
-    def _grammars(self) -> Grammars:
-        from kvcag.engines.enforce import Grammars  # an extra, needed by those who constrain
-
+    def _compiler(self) -> ConstraintCompiler:
         vocabulary = self.model.get_input_embeddings().num_embeddings
-        return Grammars(self.tokenizer, vocabulary, sorted(self.eos_ids))
+        return ConstraintCompiler(self.tokenizer, vocabulary, sorted(self.eos_ids))
 
     @contextmanager
     def exclusive(self) -> Iterator[PreTrainedModel]:

@@ -1,4 +1,4 @@
-"""Tools and structured output: what is bound to a call, and how it holds the answer."""
+"""Tools and structured output: from the arguments of a call to a constraint of the answer."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _ANY = {"any", "required"}
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A conversation as the model will see it, and what holds its answer."""
+    """A conversation as the model will see it, and the constraint of its answer."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None
@@ -48,7 +48,7 @@ def ask(template: ChatTemplate, messages: Sequence[Message], given: Mapping[str,
 
 
 def choice_of(tool_choice: Any, names: Sequence[str]) -> str:
-    """`auto`, `any`, `none` or a tool's name, from all that LangChain's models take.
+    """`auto`, `any`, `none` or a tool's name, from any form that LangChain's models accept.
 
     True is `any`; False and None are `auto`; a dict is OpenAI's or Anthropic's.
 
@@ -74,7 +74,7 @@ def schema_of(response_format: Any) -> dict[str, Any] | None:
     """The JSON schema of OpenAI's `response_format`; None where the answer is free text.
 
     Raises:
-        InvalidInputError: it is of another form.
+        InvalidInputError: it has an unknown form.
     """
     kind = response_format.get("type") if isinstance(response_format, Mapping) else None
     if response_format is None or kind == "text":
@@ -84,7 +84,7 @@ def schema_of(response_format: Any) -> dict[str, Any] | None:
     schema = response_format.get("json_schema", {}).get("schema") if kind == "json_schema" else None
     if not isinstance(schema, Mapping):
         raise InvalidInputError(
-            f"response_format {str(response_format)[:80]!r} is not understood: pass {{'type': 'json_schema', "
+            f"response_format {str(response_format)[:80]!r} has an unknown form: pass {{'type': 'json_schema', "
             "'json_schema': {'name': …, 'schema': …}}, {'type': 'json_object'}, or use with_structured_output(schema)."
         )
     return dict(schema)
@@ -121,7 +121,7 @@ def parsing(
 
 
 def _calls_or(answer: JsonSchema, plan: ToolSpec) -> Grammar:
-    """Calls, or else an answer under a schema."""
+    """A grammar of tool calls, or of an answer under a schema."""
     calls = replace(plan, forced=True).constraint.lark.removeprefix("start:")
     schema = {**close_objects(answer.schema), "x-guidance": {"whitespace_flexible": False}}
     return Grammar(f"start: answer | calls\ncalls:{calls}\nanswer: %json {json.dumps(schema, ensure_ascii=False)}")

@@ -148,14 +148,6 @@ class ScheduledStore(KVStore):
         """As the store beneath."""
         return self.inner.stats()
 
-    def place_of(self, key: str) -> str | None:
-        """As the store beneath."""
-        return self.inner.place_of(key)
-
-    def places(self) -> dict[str, KVStore]:
-        """As the store beneath."""
-        return self.inner.places()
-
     def prefetch(self, keys: Iterable[str]) -> object:
         """As the store beneath."""
         return self.inner.prefetch(keys)

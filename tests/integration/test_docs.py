@@ -19,9 +19,8 @@ from typing import Any
 from urllib.parse import unquote, urldefrag
 
 import pytest
-from pages import ROOT, Block, blocks, named, pages_with
-
 from kvcag.engines.loading import load
+from pages import ROOT, Block, blocks, named, pages_with
 
 # --- Python ---------------------------------------------------------------------------------------------------------
 

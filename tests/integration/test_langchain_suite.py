@@ -10,7 +10,7 @@ from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 
 from kvcag import HFEngine
-from kvcag.engines.loading import LazyEngine
+from kvcag.adapters import LazyEngine
 from kvcag.langchain import ChatKVCAG
 
 pytestmark = pytest.mark.filterwarnings(

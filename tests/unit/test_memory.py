@@ -162,7 +162,7 @@ class _LikeDocument:
 class _LikeNode:
     metadata: dict[str, Any] = {"file": "a.md"}  # noqa: RUF012
 
-    def get_content(self) -> str:
+    def get_content(self, metadata_mode: str) -> str:
         return "text"
 
 

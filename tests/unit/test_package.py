@@ -16,6 +16,8 @@ import pytest
 import kvcag
 
 ROOT = Path(kvcag.__file__).parent
+
+
 def structure() -> ModuleType:
     """`.ci/structure.py`, which anyone can run."""
     spec = importlib.util.spec_from_file_location("structure", ROOT.parent / ".ci" / "structure.py")
@@ -63,7 +65,12 @@ def test_no_module_imports_itself_through_others() -> None:
 def test_circles_are_found(tmp_path: Path) -> None:
     package = tmp_path / "loop"
     package.mkdir()
-    for name, text in {"__init__": "", "a": "from loop import b", "b": "def late():\n    import loop.c", "c": ""}.items():
+    for name, text in {
+        "__init__": "",
+        "a": "from loop import b",
+        "b": "def late():\n    import loop.c",
+        "c": "",
+    }.items():
         (package / f"{name}.py").write_text(text, encoding="utf-8")
     assert STRUCTURE.circles(STRUCTURE.graph(package)) == []
     (package / "c.py").write_text("from loop.a import x", encoding="utf-8")

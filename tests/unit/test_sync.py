@@ -9,7 +9,7 @@ import pytest
 
 from kvcag import Document, HFEngine, KVCacheMemory, Sampling
 from kvcag.errors import EmptyPromptError
-from kvcag.stores import DiskStore, LoadSpeed, MemoryStore, Planner, TieredStore, measure
+from kvcag.stores import DiskStore, MemoryStore
 from kvcag.testing import byte_tokenizer, tiny_model
 
 TEXTS = ["Alice has a red bicycle.", "Bob has a green car.", "Carol has a boat."]
@@ -88,30 +88,6 @@ def test_a_purge_leaves_other_tenants_recent_contexts(tiny_engine: HFEngine) -> 
     assert tiny_engine.prefixes.match(ids, "them")[0] == len(ids)
     tiny_engine.prefixes.clear()
     assert tiny_engine.prefixes.nbytes == 0
-
-
-SLOW, QUICK = LoadSpeed(10.0, 1e3), LoadSpeed(1e-6, 1e12)
-
-
-@pytest.mark.parametrize(("speed", "loaded"), [(SLOW, False), (QUICK, True)])
-def test_the_quicker_of_loading_and_encoding_is_taken_and_the_reason_reported(
-    tiny_engine: HFEngine, speed: LoadSpeed, loaded: bool
-) -> None:
-    memory = KVCacheMemory(tiny_engine, instruction=HEAD, planner=Planner(10_000.0, {"store": speed}))
-    memory.sync(TEXTS)
-    report = usage_of(memory, *TEXTS).context
-    assert (report.encoded_tokens == 0) == loaded
-    assert ("load from store: " if loaded else "encode: loading takes ") in report.reason
-
-
-def test_a_measured_planner_knows_every_tier(tiny_engine: HFEngine, tmp_path: Path) -> None:
-    store = TieredStore([MemoryStore(), DiskStore(tmp_path)])
-    memory = KVCacheMemory(tiny_engine, store, instruction=HEAD, planner=measure(tiny_engine, store))
-    memory.sync(TEXTS)
-    assert memory.planner is not None
-    assert set(memory.planner.speeds) == {"tier 0", "tier 1"}
-    assert "tier 0" in usage_of(memory, *TEXTS).context.reason
-    assert len(list(store.keys())) == len(TEXTS)  # the probes are gone
 
 
 def test_tenants_with_the_same_text_share_no_hit_and_no_file(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel
 
-from kvcag.engines.constrain import Choices, Grammar, JsonSchema, Regex, ServerConstraint, close_objects, lark_literal
+from kvcag.engines.constrain import Choices, Grammar, JsonSchema, Regex, ServerConstraint, close_objects, to_lark
 from kvcag.errors import (
     ConstraintError,
     ContextLengthError,
@@ -381,8 +381,6 @@ _GUIDANCE = "%llguidance {}\n"
 """Only llguidance accepts this first line. vLLM's other backends accept some Lark too and enforce less of it; vLLM
 uses llguidance if its first choice refuses a grammar."""
 
-_REGEX_SPECIAL = re.compile(r"\\.|/|\n", re.DOTALL)
-
 
 def constraint_support(complete: Callable[[Mapping[str, Any]], str]) -> ConstraintSupport:
     """Find out what a server enforces, by asking for answers that a model gives only if it is forced to.
@@ -424,7 +422,7 @@ def server_constraint(constraint: Any, support: ConstraintSupport, thinking: boo
         constraint = JsonSchema(constraint.model_json_schema(), closed=True)
     elif isinstance(constraint, Mapping):
         constraint = JsonSchema(constraint)
-    lark = _to_lark(constraint)
+    lark = to_lark(constraint)
     if thinking:
         raise ConstraintError(
             "the answer begins within a thinking block, and a server would apply the constraint to the thinking. "
@@ -453,27 +451,3 @@ def _without_lark(constraint: JsonSchema | Regex | Choices | Grammar) -> dict[st
     if isinstance(constraint, Choices):
         return {"choice": list(dict.fromkeys(constraint.options))}
     return {"json": dict(close_objects(constraint.schema) if constraint.closed else constraint.schema)}
-
-
-def _to_lark(constraint: Any) -> str:
-    """A constraint in llguidance's Lark. Raises `ConstraintError` if it is not a constraint, or malformed."""
-    if isinstance(constraint, Grammar):
-        return constraint.lark
-    if isinstance(constraint, Regex):
-        escaped = {"/": "\\/", "\n": "\\n"}  # both would end a Lark regex
-        pattern = _REGEX_SPECIAL.sub(lambda found: escaped.get(found[0], found[0]), constraint.pattern)
-        return f"start: /{pattern}/"
-    if isinstance(constraint, Choices):
-        if not constraint.options or not all(isinstance(option, str) and option for option in constraint.options):
-            raise ConstraintError(f"choices must be one or more non-empty strings, not {constraint.options!r}")
-        return "start: " + " | ".join(map(lark_literal, dict.fromkeys(constraint.options)))
-    if not isinstance(constraint, JsonSchema):
-        raise ConstraintError(
-            "a constraint must be a pydantic model class, a JSON schema, Regex(…), Choices([…]) or Grammar(…), "
-            f"not {constraint!r:.80}"
-        )
-    schema = {**_without_lark(constraint)["json"], "x-guidance": {"whitespace_flexible": constraint.whitespace}}
-    try:
-        return f"start: %json {json.dumps(schema, ensure_ascii=False, allow_nan=False)}"
-    except (TypeError, ValueError) as malformed:
-        raise ConstraintError(f"the schema is not JSON: {malformed}") from malformed
