@@ -24,7 +24,7 @@ FLOORS = [
     {"memory"},
     {"cube", "scheduler"},
     {"adapters", "langchain", "llama_index"},
-    {"cli", "demo"},
+    {"__main__", "cli", "demo"},
 ]
 """From the bottom up. A module imports from its own floor and from floors below. At most ten."""
 

@@ -24,9 +24,7 @@ from kvcag import CacheScheduler, HFEngine, KVCacheMemory
 from kvcag.chat_template import Document
 from kvcag.errors import UnknownItemError
 from kvcag.stores.disk import DiskStore, verify
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from tiny import byte_tokenizer, tiny_model
+from kvcag.testing import byte_tokenizer, tiny_model
 
 torch.set_num_threads(1)  # before any fork
 

@@ -1,8 +1,12 @@
-"""An engine without weights: it answers from the prompt it is given, in milliseconds.
+"""Stand-ins for tests: an engine without weights, a byte tokenizer and tiny random models.
 
-As httpx's `MockTransport` stands in for a server, `EchoEngine` stands in for a model wherever an engine is taken, and
-nothing else is replaced: prompts go through a real tokenizer and a real chat template, answers through stop strings and
-the token budget, and usage is counted.
+`EchoEngine` takes the place of a model only: prompts pass through a real tokenizer and a real chat template, answers
+through stop strings and the token budget, and usage is counted. `tiny_model` and `byte_tokenizer` make an `HFEngine`
+in milliseconds:
+
+```python
+engine = HFEngine(tiny_model(), byte_tokenizer())
+```
 """
 
 from __future__ import annotations
@@ -14,9 +18,11 @@ import time
 from collections.abc import Callable, Generator
 from functools import cached_property
 from itertools import takewhile
+from typing import Any, cast
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.cache_utils import Cache
 
 from kvcag.chat_template import ChatTemplate, Prompt
@@ -28,36 +34,85 @@ from kvcag.engines.sampling import Sampling
 from kvcag.errors import EmptyPromptError, UnsupportedModelError
 from kvcag.fingerprint import ModelFingerprint
 
-_TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\n", re.DOTALL)
-_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-_CHATML = (
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+"""The special tokens of `byte_tokenizer`."""
+
+CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+"""The chat template of `byte_tokenizer`."""
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 256 + len(SPECIAL),
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 2048,
+    "eos_token_id": 257,
+    "bos_token_id": 256,
+    "pad_token_id": 258,
+}
+"""The configuration of `tiny_model`."""
+
+_TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\n", re.DOTALL)
 
 Answer = Callable[[str], str]
-"""Gets the prompt as the model would read it, ChatML, and returns the answer."""
+"""Takes the prompt as text, in ChatML, and returns the answer."""
+
+
+def byte_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
+    """Make a tokenizer with one token per byte, the special tokens of ChatML, and a chat template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", bos_token="<|im_start|>", pad_token="<|endoftext|>"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def tiny_model(
+    model_type: str = "llama", *, seed: int = 0, dtype: torch.dtype = torch.float32, **config: object
+) -> PreTrainedModel:
+    """Make a random model of three small layers, in evaluation mode.
+
+    Args:
+        model_type: a model family of transformers, such as `"llama"` or `"qwen3"`.
+        seed: of the weights. Sets torch's global seed.
+        dtype: of the weights.
+        **config: settings that override those of `SMALL`.
+    """
+    torch.manual_seed(seed)
+    made = AutoConfig.for_model(model_type, **{**SMALL, **config})
+    return cast("PreTrainedModel", AutoModelForCausalLM.from_config(made).to(dtype).eval())
 
 
 def last_user_message(prompt: str) -> str:
-    """What the user said last; the whole prompt where it has no turns."""
+    """Return the last user message, or the whole prompt if it has no turns."""
     said = [content for role, content in _TURN.findall(prompt) if role == "user"]
     return said[-1] if said else prompt
 
 
 def whole_prompt(prompt: str) -> str:
-    """Every turn as `role: content`, a line each; the whole prompt where it has no turns."""
+    """Return one line `role: content` per turn, or the whole prompt if it has no turns."""
     return "\n".join(f"{role}: {content}" for role, content in _TURN.findall(prompt)) or prompt
 
 
 class EchoEngine(Engine):
-    """Answers with what the user said last, or as `answer` says. One token is one byte.
+    """An engine without weights, for tests: it answers with the last user message, or with what `answer` returns.
 
-    Remembers the prompts it was given, so that the beginning that a prompt shares with an earlier one counts as cached,
-    as it would with a model. Safe to use from several threads.
+    One token is one byte. The engine records its prompts: the prefix that a prompt shares with an earlier prompt counts
+    as cached, as it does with a model. Safe to use from several threads.
 
     Args:
-        answer: makes the answer: `last_user_message`, `whole_prompt`, or a function of your own.
+        answer: returns the answer to a prompt: `last_user_message`, `whole_prompt`, or a function of your own.
         context_length: the most tokens, prompt and answer together.
     """
 
@@ -67,7 +122,7 @@ class EchoEngine(Engine):
         self.answer = answer
         self._context_length = context_length
         self.defaults = {}
-        self.tokenizer = _byte_tokenizer()
+        self.tokenizer = byte_tokenizer()
         self.template = ChatTemplate(self.tokenizer)
         self.prompts: list[tuple[str, tuple[int, ...]]] = []
         self._lock = threading.Lock()
@@ -78,7 +133,7 @@ class EchoEngine(Engine):
         return self._context_length
 
     def check_fits(self, prompt_tokens: int, max_new_tokens: int | None) -> int:
-        """How many tokens may be generated: all that fit, unless fewer are asked for."""
+        """Return how many tokens may be generated: `max_new_tokens`, or all that fit."""
         return super().check_fits(prompt_tokens, max_new_tokens or max(self.context_length - prompt_tokens, 1))
 
     @property
@@ -88,7 +143,7 @@ class EchoEngine(Engine):
 
     @cached_property
     def fingerprint(self) -> ModelFingerprint:
-        """That of a model without weights."""
+        """The fingerprint of a model without weights."""
         return ModelFingerprint(
             model_name=self.model_name,
             architecture=type(self).__name__,
@@ -97,7 +152,7 @@ class EchoEngine(Engine):
             rope="{}",
             weights="",
             tokenizer="bytes",
-            template=hashlib.sha256(_CHATML.encode()).hexdigest(),
+            template=hashlib.sha256(CHATML.encode()).hexdigest(),
         )
 
     def stream(
@@ -111,11 +166,12 @@ class EchoEngine(Engine):
         started: float | None = None,
         accept_merged: bool = False,
     ) -> Generator[Chunk, None, None]:
-        """Answer a prompt, a chunk a byte; the shortest that fits where the answer breaks a constraint.
+        """Answer a prompt, one chunk per byte. An answer that breaks the constraint becomes the shortest valid one.
 
         Raises:
-            ConstraintError: the constraint cannot be used, or nothing that satisfies it fits the budget.
+            ConstraintError: the constraint cannot be used, or no valid answer fits the budget.
             ContextLengthError: the prompt with `max_new_tokens` exceeds `context_length`.
+            EmptyPromptError: the prompt has no tokens.
             UnsupportedModelError: a cache was passed.
         """
         started = started or time.perf_counter()
@@ -171,7 +227,7 @@ class EchoEngine(Engine):
         yield Chunk(text if stop.found else text + stop.flush(), (), "stop" if stop.found else finish, usage())
 
     def _remember(self, token_ids: tuple[int, ...], namespace: str) -> int:
-        """Keep a prompt; how many of its tokens an earlier one began with."""
+        """Record a prompt, and return the length of the longest prefix it shares with an earlier prompt."""
         with self._lock:
             shared = [_common(token_ids, known) for whose, known in self.prompts if whose == namespace]
             self.prompts.append((namespace, token_ids))
@@ -180,17 +236,3 @@ class EchoEngine(Engine):
 
 def _common(left: tuple[int, ...], right: tuple[int, ...]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
-
-
-def _byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, ChatML's special tokens and its template."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, eos_token="<|im_end|>", bos_token="<|im_start|>", pad_token="<|endoftext|>"
-    )
-    tokenizer.add_special_tokens({"additional_special_tokens": _SPECIAL})
-    tokenizer.chat_template = _CHATML
-    return tokenizer

@@ -1,4 +1,4 @@
-"""`kvcag doctor`."""
+"""`kvcag doctor`: measures what merging costs in accuracy and saves in time."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvcag.cli import output
-from kvcag.cli.demo import CorpusOption
 from kvcag.cli.group import NEGATIVE
-from kvcag.cli.options import Json, Model
+from kvcag.cli.options import CorpusOption, Json, Model, load_engine
 
 if TYPE_CHECKING:
     from kvcag.calibration import Calibration, Verdict
@@ -18,16 +17,15 @@ if TYPE_CHECKING:
 def doctor(
     model: Model = None,
     corpus: CorpusOption = None,
-    instruction: Annotated[
-        str | None, typer.Option(help="The instruction that will stand before the documents.")
-    ] = None,
-    probes: Annotated[int, typer.Option(min=1, help="How many contexts to try.")] = 4,
-    max_kl: Annotated[float, typer.Option(min=0, help="Nats a token that a merged context may be off.")] = 0.05,
+    instruction: Annotated[str | None, typer.Option(help="Put this instruction before the documents.")] = None,
+    probes: Annotated[int, typer.Option(min=1, help="Compare on this many contexts.")] = 4,
+    max_kl: Annotated[float, typer.Option(min=0, help="Allow this KL divergence, in nats per token.")] = 0.05,
     as_json: Json = False,
 ) -> None:
-    """Can this model's caches be merged, and how well? Compares every strategy with a full prefill.
+    """Compare every merge strategy with a full prefill, and keep the result for --strategy auto.
 
-    The verdict is kept for `merge(strategy="auto")`. Exits with 1 if nothing but a full prefill is good enough.
+    Exits with 1 if no strategy is both accurate enough and cheaper than a full prefill, or if the model's caches cannot
+    be merged.
 
     For example:
 
@@ -35,11 +33,9 @@ def doctor(
 
         kvcag doctor --model Qwen/Qwen3-0.6B --corpus notes/ --max-kl 0.03
     """
-    from kvcag.demo.corpus import load_corpus, python_topics
+    from kvcag.cli.files import read_corpus
 
-    documents = [document.text for document in (load_corpus(corpus) if corpus else python_topics())]
-    from kvcag.cli.loading import load_engine
-
+    documents = [document.text for document in read_corpus(corpus)]
     engine = load_engine(model)
     from kvcag.cache.merge import check_mergeable
     from kvcag.calibration import calibrate
@@ -61,7 +57,7 @@ def doctor(
 
 def _show(calibration: Calibration, best: Verdict | None, name: str, max_kl: float) -> None:
     console = output.stdout()
-    columns = ("recomputed", "KL, nats a token", "same token", "time to first token")
+    columns = ("recomputed", "KL, nats per token", "same token", "time to first token")
     rows = [
         (
             f"{verdict.strategy} *" if verdict == best else verdict.strategy,
@@ -75,6 +71,8 @@ def _show(calibration: Calibration, best: Verdict | None, name: str, max_kl: flo
     console.print(f"{name}: {calibration.probes} contexts of about {calibration.context_tokens} tokens\n")
     console.print(output.table({"strategy": "left", **dict.fromkeys(columns, "right")}, rows))
     if best is None:
-        console.print(f"\nNo strategy is within KL {max_kl:g} and cheaper than a full prefill: 'auto' encodes all.")
+        console.print(
+            f"\nNo strategy is within KL {max_kl:g} and cheaper than a full prefill: 'auto' encodes everything."
+        )
     else:
-        console.print(f"\n* strategy='auto', max_kl={max_kl:g} takes {best.strategy!r} at ratio {best.ratio:g}.")
+        console.print(f"\n* strategy='auto', max_kl={max_kl:g} uses {best.strategy!r} at ratio {best.ratio:g}.")

@@ -11,17 +11,17 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import byte_tokenizer, tiny_model
 
 from kvcag import HFEngine, MemoryCube
 from kvcag.cube.dump import read_dump
+from kvcag.testing import byte_tokenizer, tiny_model
 
 DUMPING = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
-from tiny import byte_tokenizer, tiny_model
+from kvcag.testing import byte_tokenizer, tiny_model
 from kvcag import HFEngine, MemoryCube
 cube = MemoryCube(HFEngine(tiny_model(), byte_tokenizer()), instruction="Answer from the notes.")
 cube.add([f"Note {number} of many, each of some words." for number in range(12)])

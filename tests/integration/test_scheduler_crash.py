@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 LEFT_OPEN = """
 import sys, time
 sys.path.insert(0, {tests!r})
-from tiny import byte_tokenizer, tiny_model
+from kvcag.testing import byte_tokenizer, tiny_model
 from kvcag import CacheScheduler, HFEngine, KVCacheMemory
 engine = HFEngine(tiny_model(max_position_embeddings=200_000), byte_tokenizer())
 scheduler = CacheScheduler(KVCacheMemory(engine), 1 << 30, state={state!r}, quiet_s=0)

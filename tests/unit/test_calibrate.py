@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import byte_tokenizer, tiny_model
 
 from kvcag import HFEngine, KVCacheMemory, Sampling
 from kvcag.calibration import Calibration, Verdict, _calibrations, calibrate, calibration_of
 from kvcag.chat_template import Document
 from kvcag.errors import ContextLengthError, InvalidInputError
+from kvcag.testing import byte_tokenizer, tiny_model
 from tests.waits import until
 
 TEXTS = ["Alice has a red bicycle.", "Bob has a green car.", "Carol has a boat.", "Dave has none of these."]

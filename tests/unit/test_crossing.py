@@ -14,7 +14,6 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableLambda
 from llama_index.core import Document as LlamaDocument
 from llama_index.core.ingestion import IngestionPipeline
-from tiny import byte_tokenizer, tiny_model
 
 from kvcag import HFEngine, KVCacheMemory, MemoryCube
 from kvcag.chat_template import Document as Part
@@ -22,6 +21,7 @@ from kvcag.core import MergeReport
 from kvcag.langchain import ChatKVCAG, KVCAGMiddleware, create_cag_documents_chain
 from kvcag.llama_index import CAGMemoryBlock, CAGSynthesizer, KVCacheLLM, KVCacheTransform
 from kvcag.memory import insert_documents
+from kvcag.testing import byte_tokenizer, tiny_model
 
 TEXTS = ["The tower was completed in 1889.", "The bridge ends here.\n\nIts keeper has a dog.", "A line of its own.\n"]
 INSTRUCTION = "Answer from the notes."

@@ -7,8 +7,8 @@ from kvcag.cache.layers import contiguous_copy
 from kvcag.cache.recompute import DriftCorrection, _Drift
 from kvcag.cache.rope import PositionShift
 from kvcag.cache.select import Layout
+from kvcag.testing import tiny_model
 from tests.merging import equal, ids
-from tests.tiny import tiny_model
 
 HEADS, HEAD_DIM, LAYERS = 2, 8, 3
 PART_OF = torch.arange(3).repeat_interleave(torch.tensor([4, 400, 300]))

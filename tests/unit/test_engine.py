@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CHATML, byte_tokenizer, tiny_model
 from transformers import Cache, DynamicCache
 from waits import run_together
 
@@ -24,6 +23,7 @@ from kvcag.errors import (
     TokenMismatchError,
     UnsupportedModelError,
 )
+from kvcag.testing import CHATML, byte_tokenizer, tiny_model
 
 TEXT = "Alice has a red bicycle. Bob has a green car."
 ASK = [{"role": "user", "content": "What does Bob have?"}]

@@ -8,8 +8,8 @@ from kvcag import HFEngine
 from kvcag.cache.merge import check_mergeable, merge
 from kvcag.cache.rope import PositionShift, rotations
 from kvcag.errors import UnsupportedModelError
+from kvcag.testing import byte_tokenizer, tiny_model
 from tests.merging import encode, encode_at, error, ids, parts_of, tokens_of
-from tests.tiny import byte_tokenizer, tiny_model
 
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
-from tiny import byte_tokenizer, tiny_model
 from transformers import DynamicCache
 
 from kvcag import (
@@ -35,6 +34,7 @@ from kvcag.errors import (
 )
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.memory import MemoryStore
+from kvcag.testing import byte_tokenizer, tiny_model
 
 TEXTS = ["Alice has a red bicycle.", "Bob has a green car.", "Carol has a boat."]
 HEAD = "Answer from the documents."

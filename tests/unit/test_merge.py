@@ -11,8 +11,8 @@ from kvcag.cache.layers import contiguous_copy, cut
 from kvcag.cache.merge import Part, merge
 from kvcag.cache.select import STRATEGIES
 from kvcag.errors import InvalidInputError
+from kvcag.testing import tiny_model
 from tests.merging import encode, equal, error, ids, parts_of, tokens_of
-from tests.tiny import tiny_model
 
 MODEL = tiny_model("llama", num_hidden_layers=2)
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]

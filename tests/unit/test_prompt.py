@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import pytest
-from tiny import CHATML, byte_tokenizer
 
 from kvcag import ChatTemplate, Document
 from kvcag.chat_template import as_messages
 from kvcag.errors import ChatTemplateError, EmptyPromptError, InvalidInputError, UnsupportedContentError
+from kvcag.testing import CHATML, byte_tokenizer
 
 GEMMA = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}"

@@ -10,8 +10,8 @@ from kvcag.cache.layers import contiguous_copy, cut, peek_cache
 from kvcag.cache.merge import merge
 from kvcag.cache.recompute import recompute
 from kvcag.cache.select import Layout
+from kvcag.testing import tiny_model
 from tests.merging import encode, equal, error, ids, parts_of, tokens_of
-from tests.tiny import tiny_model
 from tests.waits import run_together
 
 DOCUMENTS = [ids(length, seed=length) for length in (20, 30, 25)]

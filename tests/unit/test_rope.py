@@ -9,8 +9,8 @@ import torch
 from kvcag.cache import rope
 from kvcag.cache.rope import PositionShift, Rotation, check_mergeable, rotations
 from kvcag.errors import UnsupportedModelError
+from kvcag.testing import tiny_model
 from tests.merging import encode, encode_at, error, ids
-from tests.tiny import tiny_model
 
 
 class Table(torch.nn.Module):

@@ -7,8 +7,8 @@ from kvcag.cache import select as selection
 from kvcag.cache.layers import cache_argument, cache_of, contiguous_copy, layers_of
 from kvcag.cache.merge import merge
 from kvcag.cache.select import Layout, anchor, deviation, query, select
+from kvcag.testing import tiny_model
 from tests.merging import encode, ids, parts_of, tokens_of
-from tests.tiny import tiny_model
 
 LENGTHS = (4, 10, 1, 20, 15)
 PART_OF = torch.arange(5).repeat_interleave(torch.tensor(LENGTHS))

@@ -9,7 +9,6 @@ import torch
 from forwards import forward_lengths
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import CHATML, byte_tokenizer, tiny_model
 
 from kvcag import KVCacheMemory
 from kvcag.cache.layers import layers_of
@@ -18,6 +17,7 @@ from kvcag.engines.constrain import Choices
 from kvcag.engines.hf import HFEngine
 from kvcag.engines.session import Session
 from kvcag.errors import ConstraintError, ContextLengthError, EmptyPromptError, InvalidInputError, TokenMismatchError
+from kvcag.testing import CHATML, byte_tokenizer, tiny_model
 
 STRIPS_THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and not loop.last %}"

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import byte_tokenizer, tiny_model
 
 from kvcag import Document, HFEngine, KVCacheMemory, Sampling
 from kvcag.errors import EmptyPromptError
 from kvcag.stores import DiskStore, MemoryStore
+from kvcag.testing import byte_tokenizer, tiny_model
 
 TEXTS = ["Alice has a red bicycle.", "Bob has a green car.", "Carol has a boat."]
 HEAD = "Answer from the documents."

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from templates import HERMES, LLAMA, MISTRAL, with_markers
-from tiny import CHATML, byte_tokenizer, tiny_model
 
 from kvcag.chat_template import ChatTemplate, Document
 from kvcag.engines.hf import HFEngine
 from kvcag.errors import InvalidInputError
+from kvcag.testing import CHATML, byte_tokenizer, tiny_model
 from kvcag.tools import PLAIN, call_format, tool_messages, tool_spec
 
 WEATHER = {

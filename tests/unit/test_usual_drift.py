@@ -11,8 +11,8 @@ from kvcag.cache.merge import merge
 from kvcag.cache.recompute import UsualDrift
 from kvcag.calibration import PASSAGES, usual_drift_of
 from kvcag.errors import CacheWarning
+from kvcag.testing import byte_tokenizer, tiny_model
 from tests.merging import encode, equal, ids, parts_of
-from tests.tiny import byte_tokenizer, tiny_model
 
 MODEL = tiny_model("llama")
 HEAD, DOCUMENTS, TAIL = ids(5), [ids(9, seed=1), ids(14, seed=2), ids(20, seed=3)], ids(6, seed=99)

@@ -10,7 +10,6 @@ import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from tiny import byte_tokenizer, tiny_model
 
 from kvcag import HFEngine, KVCacheMemory, MemoryCube
 from kvcag.cache.layers import layers_of
@@ -19,6 +18,7 @@ from kvcag.core import TextualMemoryItem
 from kvcag.cube.dump import read_dump
 from kvcag.memory import insert_documents
 from kvcag.stores import DiskStore, MemoryStore, TieredStore
+from kvcag.testing import byte_tokenizer, tiny_model
 
 HEAD = "Notes:"
 ENGINE = HFEngine(tiny_model(), byte_tokenizer())

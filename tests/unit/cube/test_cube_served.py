@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny import byte_tokenizer, tiny_model
 from wire_server import WireServer
 
 from kvcag import HFEngine, MemoryCube
@@ -14,6 +13,7 @@ from kvcag.core import TextualMemoryItem
 from kvcag.engines.vllm.engine import VLLMEngine
 from kvcag.errors import CacheWarning
 from kvcag.memory import insert_documents
+from kvcag.testing import byte_tokenizer, tiny_model
 
 TEXTS = [
     TextualMemoryItem(id="tower", memory="The tower is made of iron. " * 4),

@@ -15,14 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field
 from schemas import check_holds, schemas
-from tiny import byte_tokenizer, tiny_model
 
 from kvcag import Choices, Grammar, JsonSchema, KVCacheMemory, Regex
 from kvcag.chat_template import Document
 from kvcag.engines.closing import examples
 from kvcag.engines.hf import HFEngine
 from kvcag.errors import ConstraintBudgetError, ConstraintError
-from kvcag.testing import EchoEngine
+from kvcag.testing import EchoEngine, byte_tokenizer, tiny_model
 
 
 @pytest.fixture(scope="module")

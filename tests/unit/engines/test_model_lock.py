@@ -14,7 +14,7 @@ import torch
 from kvcag import HFEngine
 from kvcag.engines.model_lock import ModelLock
 from kvcag.streams import CANCELLATION, Cancellation, Cancelled, iterate
-from tests.tiny import byte_tokenizer, tiny_model
+from kvcag.testing import byte_tokenizer, tiny_model
 from tests.waits import awaited, joined, until
 
 LONG = tuple(i % 250 for i in range(1500))

@@ -13,12 +13,11 @@ from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder, PromptTemplate
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import RunnablePassthrough
-from tiny import byte_tokenizer, tiny_model
 
 from kvcag import CacheWarning, HFEngine
 from kvcag.errors import EmptyPromptError, InvalidInputError
 from kvcag.langchain import ChatKVCAG, create_cag_documents_chain
-from kvcag.testing import EchoEngine, whole_prompt
+from kvcag.testing import EchoEngine, byte_tokenizer, tiny_model, whole_prompt
 
 PROMPT = ChatPromptTemplate.from_messages([("system", "Use:\n\n{context}"), ("human", "{input}")])
 DOCUMENTS = [Document("The tower is tall.", metadata={"source": "a"}), Document("It is red.", metadata={"source": "b"})]

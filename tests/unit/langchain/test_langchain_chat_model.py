@@ -13,7 +13,6 @@ from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, Huma
 from langchain_core.rate_limiters import InMemoryRateLimiter
 from langchain_core.runnables import ConfigurableField
 from pydantic import ValidationError
-from tiny import byte_tokenizer, tiny_model
 
 from kvcag import CacheWarning, HFEngine
 from kvcag.errors import (
@@ -26,7 +25,7 @@ from kvcag.errors import (
 from kvcag.langchain import ChatKVCAG
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.memory import MemoryStore
-from kvcag.testing import EchoEngine
+from kvcag.testing import EchoEngine, byte_tokenizer, tiny_model
 
 
 @pytest.fixture

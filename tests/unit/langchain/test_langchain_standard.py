@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from langchain_core.load import dumps, loads
 from langchain_tests.unit_tests import ChatModelUnitTests
-from tiny import byte_tokenizer, tiny_model
 
 from kvcag import HFEngine
 from kvcag.langchain import ChatKVCAG
+from kvcag.testing import byte_tokenizer, tiny_model
 
 
 class TestChatKVCAGStandard(ChatModelUnitTests):

@@ -11,12 +11,12 @@ from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.schema import TextNode
 from llama_index.core.storage.docstore import SimpleDocumentStore
 from llama_index.core.vector_stores import SimpleVectorStore
-from tiny import byte_tokenizer, tiny_model
 
 from kvcag import HFEngine
 from kvcag.errors import InvalidInputError
 from kvcag.llama_index import CAGQueryEngine, CAGSynthesizer, KVCacheLLM, KVCacheTransform
 from kvcag.stores.disk import DiskStore
+from kvcag.testing import byte_tokenizer, tiny_model
 
 TOWER = Document(text="The tower is 330 metres tall.", doc_id="tower")
 BRIDGE = Document(text="The bridge is red.", doc_id="bridge")

@@ -14,7 +14,6 @@ from llama_index.core.base.llms.types import CacheControl, CachePoint, ChatMessa
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.prompts import PromptTemplate
-from tiny import CHATML, byte_tokenizer, tiny_model
 from tokenizers.processors import TemplateProcessing
 from waits import auntil, awaited
 
@@ -23,7 +22,7 @@ from kvcag.core import Chunk
 from kvcag.errors import CacheWarning, ContextLengthError, EngineError, InvalidInputError
 from kvcag.llama_index import KVCacheLLM
 from kvcag.stores.disk import DiskStore
-from kvcag.testing import EchoEngine, whole_prompt
+from kvcag.testing import CHATML, EchoEngine, byte_tokenizer, tiny_model, whole_prompt
 
 Way = Callable[..., Awaitable[str]]
 

@@ -15,13 +15,12 @@ from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.response_synthesizers import CompactAndRefine
 from llama_index.core.schema import MetadataMode, NodeWithScore, TextNode
 from llama_index.retrievers.bm25 import BM25Retriever
-from tiny import byte_tokenizer, tiny_model
 
 from kvcag import HFEngine
 from kvcag.errors import InvalidInputError
 from kvcag.llama_index import CAGQueryEngine, CAGSynthesizer, KVCacheLLM, RoundsWarning
 from kvcag.llama_index.messages import to_messages
-from kvcag.testing import EchoEngine, whole_prompt
+from kvcag.testing import EchoEngine, byte_tokenizer, tiny_model, whole_prompt
 
 TEXTS = ["The tower is 330 metres tall.", "It was built in 1889 {by} Eiffel.", "It stands in Paris."]
 

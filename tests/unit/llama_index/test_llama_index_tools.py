@@ -12,12 +12,11 @@ from llama_index.core.schema import NodeWithScore, TextNode
 from llama_index.core.tools import FunctionTool
 from packaging.version import Version
 from pydantic import BaseModel, Field
-from tiny import byte_tokenizer, tiny_model
 
 from kvcag import HFEngine
 from kvcag.errors import InvalidInputError
 from kvcag.llama_index import CAGSynthesizer, KVCacheLLM
-from kvcag.testing import EchoEngine
+from kvcag.testing import EchoEngine, byte_tokenizer, tiny_model
 
 pytest.importorskip("llguidance")
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import CHATML, byte_tokenizer, tiny_model
 from waits import run_together
 from wire_server import WireServer
 
@@ -27,7 +26,7 @@ from kvcag.errors import (
     TokenMismatchError,
     UnsupportedModelError,
 )
-from kvcag.testing import EchoEngine, whole_prompt
+from kvcag.testing import CHATML, EchoEngine, byte_tokenizer, tiny_model, whole_prompt
 
 CHAT = [
     {

@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator
 
 import pytest
-from tiny import byte_tokenizer
 from waits import auntil, awaited, joined
 from wire_server import WireServer
 
@@ -26,7 +25,7 @@ from kvcag.errors import (
     ServerUnavailableError,
 )
 from kvcag.streams import iterate
-from kvcag.testing import EchoEngine
+from kvcag.testing import EchoEngine, byte_tokenizer
 
 QUICK = {"retry_wait": 0.02, "tokenizer": byte_tokenizer()}
 

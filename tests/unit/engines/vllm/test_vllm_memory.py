@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tiny import CHATML, byte_tokenizer, tiny_model
 from wire_server import WireServer
 
 from kvcag import HFEngine, KVCacheMemory, TextualMemoryItem, VLLMKVCacheItem
@@ -23,6 +22,7 @@ from kvcag.errors import (
     UnsupportedModelError,
 )
 from kvcag.stores import DiskStore
+from kvcag.testing import CHATML, byte_tokenizer, tiny_model
 
 HEAD = "Answer from the documents."
 TEXTS = ["The tower was completed in 1889. " * 3, "It is 330 metres high. " * 3, "It stands in Paris. " * 3]

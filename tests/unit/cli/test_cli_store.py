@@ -7,12 +7,12 @@ from pathlib import Path
 from memos_pickles import dump, written
 from memos_pickles import memos as memos  # the fixture
 from stored import random_item
-from tiny import byte_tokenizer, tiny_model
 from typer.testing import CliRunner
 
 from kvcag import HFEngine, KVCacheMemory
 from kvcag.cli.app import app
 from kvcag.stores.disk import DiskStore
+from kvcag.testing import byte_tokenizer, tiny_model
 
 
 def run(*arguments: object) -> tuple[int, str]:

@@ -85,7 +85,7 @@ def test_control_c_cancels_a_turn_and_a_second_one_leaves(kvcag: Kvcag) -> None:
     chat.type("\x03")
     chat.wait_for("cancelled; Ctrl-C again, or Ctrl-D, leaves.*> ")
     chat.type("/undo\n")
-    chat.wait_for("there is no turn to take back.*> ")  # as if it was never asked
+    chat.wait_for("there is no turn to remove.*> ")  # as if it was never asked
     chat.type("/what\n")
     chat.wait_for("the commands are.*> ")
     chat.interrupt()

@@ -12,7 +12,7 @@ import typer.main
 
 from kvcag.cli.app import app
 
-PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
+PAGE = Path(__file__).parents[3] / "docs" / "cli.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from commands import Kvcag, saved_model, write
 
 from kvcag import HFEngine
-from kvcag.cli.options import INSTRUCTION
+from kvcag.cli.options import INSTRUCTION, Strategy
+from kvcag.contexts import STRATEGIES
 from kvcag.stores.disk import DiskStore
 
 NOTES = "The lighthouse of Varn is painted green.\n\nIts keeper is called Ode.\n\nShe has a dog.\n\n"
@@ -34,8 +36,15 @@ def uncached(folder: str, question: str, tokens: int) -> str:
     return str(engine.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
 
 
-def test_the_whole_store_answers_as_the_model_does_and_is_read_once(kvcag: Kvcag, notes: list[str]) -> None:
-    cold = kvcag("ask", "Who?", "--max-new-tokens", 12, "--json").json
+def test_by_default_the_items_are_merged_and_nothing_is_kept(kvcag: Kvcag, notes: list[str]) -> None:
+    done = kvcag("ask", "Who?", "--max-new-tokens", 1, "--json").json
+    assert done["ids"] == notes
+    assert (done["context"]["mode"], done["context"]["strategy"]) == ("merged", "query")
+    assert [row["context_of"] for row in kvcag("ls", "--json").json] == [None, None]
+
+
+def test_exact_answers_as_the_model_does_and_reads_the_store_once(kvcag: Kvcag, notes: list[str]) -> None:
+    cold = kvcag("ask", "Who?", "--strategy", "exact", "--max-new-tokens", 12, "--json").json
     warm = kvcag("ask", "Who?", "--max-new-tokens", 12, "--json").json
     assert cold["answer"] == warm["answer"] == uncached(kvcag.environment["KVCAG_MODEL"], "Who?", 12)
     assert cold["context"]["encoded_tokens"] == cold["context"]["context_tokens"]
@@ -45,16 +54,19 @@ def test_the_whole_store_answers_as_the_model_does_and_is_read_once(kvcag: Kvcag
 
 
 def test_the_answer_is_on_stdout_and_what_was_reused_on_stderr(kvcag: Kvcag, notes: list[str]) -> None:
-    answer = kvcag("ask", "Who?", "--max-new-tokens", 8, "--json").json["answer"]
-    done = kvcag("ask", "-", "--max-new-tokens", 8, input="Who?")
+    answer = kvcag("ask", "Who?", "--strategy", "exact", "--max-new-tokens", 8, "--json").json["answer"]
+    done = kvcag("ask", "-", "--max-new-tokens", 8, input="Who?")  # auto finds the exact context
     assert done.out.strip() == answer
     assert "174 of 174 context tokens reused; first token after" in done.err
 
 
 def test_a_store_that_changed_is_read_again_and_the_old_context_leaves(kvcag: Kvcag, notes: list[str]) -> None:
-    kvcag("ask", "Who?", "--max-new-tokens", 1)
+    kvcag("ask", "Who?", "--strategy", "exact", "--max-new-tokens", 1)
     kvcag("encode", write(kvcag.folder / "c.txt", "A third."))
-    assert kvcag("ask", "Who?", "--max-new-tokens", 1, "--json").json["context"]["mode"] == "encoded"
+    assert (
+        kvcag("ask", "Who?", "--strategy", "exact", "--max-new-tokens", 1, "--json").json["context"]["mode"]
+        == "encoded"
+    )
     contexts = [row["context_of"] for row in kvcag("ls", "--json").json if row["context_of"]]
     assert [len(members) for members in contexts] == [3]
 
@@ -74,12 +86,31 @@ def test_chosen_by_source(kvcag: Kvcag, notes: list[str]) -> None:
     assert kvcag("ask", "Who?", "--source", "nowhere").code == 1
 
 
-def test_auto_says_why_it_encodes_all(kvcag: Kvcag, notes: list[str]) -> None:
-    assert "`kvcag doctor` measures" in kvcag("ask", "Who?", "--strategy", "auto", "--max-new-tokens", 1).err
+def test_auto_says_why_it_merges_as_it_does(kvcag: Kvcag, notes: list[str]) -> None:
+    assert "`kvcag doctor` measures" in kvcag("ask", "Who?", "--max-new-tokens", 1).err
 
 
-def test_a_damaged_context_is_encoded_again_and_a_damaged_item_is_named(kvcag: Kvcag, notes: list[str]) -> None:
-    kvcag("ask", "Who?", "--max-new-tokens", 1)
+def test_a_model_whose_caches_cannot_be_merged_reads_the_store_once(kvcag: Kvcag, tmp_path: Path) -> None:
+    gpt2 = saved_model(tmp_path / "gpt2", model_type="gpt2", n_embd=32, n_head=4, n_layer=2, n_positions=2048)
+    kvcag("encode", "notes", "--model", gpt2)
+    for encoded in (174, 0):
+        done = kvcag("ask", "Who?", "--model", gpt2, "--max-new-tokens", 1, "--json")
+        assert done.json["context"]["encoded_tokens"] == encoded, done.err
+
+
+def test_one_item_is_its_own_exact_context(kvcag: Kvcag) -> None:
+    kvcag("encode", "notes/a.md")
+    done = kvcag("ask", "Who?", "--strategy", "exact", "--max-new-tokens", 1, "--json").json
+    assert done["context"]["encoded_tokens"] == 0
+    assert len(kvcag("ls", "--json").json) == 1
+
+
+def test_strategies_are_those_of_the_library() -> None:
+    assert set(get_args(Strategy)) == set(STRATEGIES)
+
+
+def test_a_damaged_context_or_item_is_named_and_encoded_again(kvcag: Kvcag, notes: list[str]) -> None:
+    kvcag("ask", "Who?", "--strategy", "exact", "--max-new-tokens", 1)
     store = DiskStore(kvcag.folder / "kv")
     context = next(row["id"] for row in kvcag("ls", "--json").json if row["context_of"])
     for id in (context, notes[0]):
@@ -88,10 +119,11 @@ def test_a_damaged_context_is_encoded_again_and_a_damaged_item_is_named(kvcag: K
         store.file(id).write_bytes(data)
     again = kvcag("ask", "Who?", "--max-new-tokens", 1)
     assert again.code == 0
-    assert "encoded again" in again.err
+    assert "encoding a document again" in again.err
     item = kvcag("ask", "Who?", "--id", notes[0], "--max-new-tokens", 1)
-    assert item.code == 1
+    assert item.code == 0
     assert str(store.file(notes[0])) in item.err
+    assert kvcag("verify").code == 0
 
 
 def test_items_of_another_model_are_refused_or_left_out(kvcag: Kvcag, notes: list[str], tmp_path: Path) -> None:
@@ -134,7 +166,7 @@ def turns(kvcag: Kvcag, said: str, *arguments: object) -> list[dict]:
 
 
 def test_each_turn_reads_only_what_is_new(kvcag: Kvcag, notes: list[str]) -> None:
-    first, second = turns(kvcag, "Who?\n\nWhere?\n")
+    first, second = turns(kvcag, "Who?\n\nWhere?\n", "--strategy", "exact")
     assert [first["question"], second["question"]] == ["Who?", "Where?"]
     assert first["context"]["encoded_tokens"] == 174
     assert second["context"] is None
@@ -159,7 +191,7 @@ def test_a_chat_over_merged_items(kvcag: Kvcag, notes: list[str]) -> None:
 
 
 def test_what_was_reused_is_said_per_turn(kvcag: Kvcag, notes: list[str]) -> None:
-    done = kvcag("chat", "--max-new-tokens", 6, input="Who?\nWhere?\n/context\n/what\n")
+    done = kvcag("chat", "--strategy", "exact", "--max-new-tokens", 6, input="Who?\nWhere?\n/context\n/what\n")
     lines = done.err.splitlines()
     assert any(line.startswith("0 of 174 context tokens reused, 174 encoded; first token after") for line in lines)
     assert any("tokens reused, " in line and " read; first token after" in line for line in lines)

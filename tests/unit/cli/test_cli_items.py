@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from commands import Kvcag, saved_model, write
 
+from kvcag import KVCacheMemory
+from kvcag.cli.options import INSTRUCTION
 from kvcag.stores.disk import DiskStore
 
 
@@ -59,20 +61,20 @@ def test_sync_encodes_keeps_and_drops_and_says_so_before(kvcag: Kvcag) -> None:
     assert kvcag("sync", "notes", "--json").json["kept"] == 1
 
 
-def test_sync_drops_nothing_of_another_model_or_head_or_of_a_file_that_cannot_be_read(kvcag: Kvcag) -> None:
+def test_sync_drops_nothing_of_another_model_or_of_a_file_that_cannot_be_read(kvcag: Kvcag) -> None:
     other = saved_model(kvcag.folder / "other", seed=1)
     kvcag("encode", "notes")
     kvcag("encode", "notes", "--model", other)
-    kvcag("encode", "notes", "--instruction", "Be brief.")
+    assert kvcag("encode", "notes", "--instruction", "Be brief.", "--json").json["encoded"] == 0
     write(kvcag.folder / "notes" / "a.md", b"\xff\xfe")
     (kvcag.folder / "notes" / "sub" / "b.txt").unlink()
-    assert kvcag("sync", "notes", "--json").json["dropped"] == 1  # b.txt, of this model and head
-    assert sources(kvcag) == ["a.md", "a.md", "a.md", "b.txt", "b.txt"]
+    assert kvcag("sync", "notes", "--json").json["dropped"] == 1  # b.txt, of this model
+    assert sources(kvcag) == ["a.md", "a.md", "b.txt"]
 
 
 def test_sync_after_a_question_drops_the_context_with_the_text_it_held(kvcag: Kvcag) -> None:
     kvcag("encode", "notes")
-    kvcag("ask", "Who?", "--max-new-tokens", 1)
+    kvcag("ask", "Who?", "--strategy", "exact", "--max-new-tokens", 1)
     assert kvcag("sync", "notes", "--json").json["dropped"] == 0
     assert len(kvcag("ls", "--json", "--source", "notes/a.md").json) == 2  # the item, and the context that holds it
     (kvcag.folder / "notes" / "a.md").unlink()
@@ -90,7 +92,7 @@ def test_a_store_on_a_read_only_file_system_is_read_and_not_written(kvcag: Kvcag
         subprocess.run(["mount", "-o", "remount,ro,bind", mounted], check=True)
         assert kvcag("inspect", id, "--store", mounted).code == 0
         assert kvcag("ask", "Who?", "--store", mounted, "--id", id, "--max-new-tokens", 1).code == 0
-        whole = kvcag("ask", "Who?", "--store", mounted, "--max-new-tokens", 1)
+        whole = kvcag("ask", "Who?", "--store", mounted, "--strategy", "exact", "--max-new-tokens", 1)
         assert (whole.code, "not kept" in whole.err) == (0, True)
         for refused in (["rm", id], ["encode", "README.md"]):
             write(kvcag.folder / "README.md", "New.")
@@ -121,7 +123,7 @@ def test_ls_of_nothing_is_an_empty_list_and_makes_no_folder(kvcag: Kvcag) -> Non
     kvcag.environment.pop("KVCAG_STORE")
     done = kvcag("ls", "--json")
     assert (done.code, done.json) == (0, [])
-    assert "nothing is kept here yet" in done.err
+    assert "there are no items yet" in done.err
     assert not (kvcag.folder / "cache").exists()
     write(kvcag.folder / "elsewhere" / "x.txt", "")
     assert kvcag("ls", "--store", "elsewhere").code == 0
@@ -132,7 +134,7 @@ def test_namespaces_share_nothing(kvcag: Kvcag) -> None:
     kvcag("encode", "notes", "--namespace", "ann")
     assert sources(kvcag) == []
     assert sources(kvcag, "--namespace", "ann") == ["a.md", "b.txt"]
-    assert "in this namespace (1 other may hold something)" in kvcag("ls").err
+    assert "in this namespace (1 other may have some)" in kvcag("ls").err
     assert kvcag("ask", "Who?").code == 1
 
 
@@ -194,17 +196,42 @@ def test_rm_of_many_wants_a_yes(kvcag: Kvcag) -> None:
 
 def test_a_deleted_text_leaves_the_contexts_that_held_it_too(kvcag: Kvcag) -> None:
     first, second = kvcag("encode", "notes", "--json").json["ids"]
-    kvcag("ask", "Who?", "--max-new-tokens", 1)
+    kvcag("ask", "Who?", "--strategy", "exact", "--max-new-tokens", 1)
     assert sum(bool(row["context_of"]) for row in kvcag("ls", "--json").json) == 1
     assert kvcag("rm", first).code == 2  # two items: it and the context
     assert len(kvcag("rm", first, "--yes", "--json").json["deleted"]) == 2
     assert [row["id"] for row in kvcag("ls", "--json").json] == [second]
 
 
+def test_the_command_line_and_python_find_each_others_items(kvcag: Kvcag) -> None:
+    ids = kvcag("encode", "notes", "--json").json["ids"]
+    memory = KVCacheMemory(kvcag.environment["KVCAG_MODEL"], "kv", INSTRUCTION)
+    assert memory.add("The lighthouse of Varn is painted green.") == ids[:1]
+    [new] = memory.add("The harbour opens at five.")
+    write(kvcag.folder / "notes" / "c.md", "The harbour opens at five.\n")
+    again = kvcag("sync", "notes", "--json").json
+    assert (again["encoded"], again["kept"], again["ids"][1]) == (0, 3, new)
+    done = kvcag("ask", "Who?", "--max-new-tokens", 1, "--json").json
+    assert set(done["ids"]) == {*ids, new}
+    assert done["context"]["mode"] == "merged"
+    assert done["context"]["encoded_tokens"] < 90  # the instruction; the documents are found
+    assert len(memory) == 3
+
+
+def test_a_context_made_in_python_is_no_second_copy_of_its_texts(kvcag: Kvcag) -> None:
+    ids = kvcag("encode", "notes", "--json").json["ids"]
+    memory = KVCacheMemory(kvcag.environment["KVCAG_MODEL"], "kv", INSTRUCTION)
+    text = "The lighthouse of Varn is painted green."
+    context = memory.create_context([text, "It is old."], INSTRUCTION)
+    assert kvcag("ask", "Who?", "--max-new-tokens", 1, "--json").json["ids"] == ids
+    assert kvcag("ask", "Who?", "--id", context, "--max-new-tokens", 1, "--json").json["ids"] == [context]
+    assert set(kvcag("rm", ids[0], "--yes", "--json").json["deleted"]) == {ids[0], context}
+
+
 def test_the_library_s_purge_finds_contexts_by_text_and_by_source(kvcag: Kvcag) -> None:
     for purged in ("The lighthouse of Varn is painted green.", str(kvcag.folder / "notes" / "a.md")):
         kvcag("encode", "notes")
-        kvcag("ask", "Who?", "--max-new-tokens", 1)
+        kvcag("ask", "Who?", "--strategy", "exact", "--max-new-tokens", 1)
         assert len(DiskStore(kvcag.folder / "kv").purge(purged)) == 2
         assert sources(kvcag) == ["b.txt"]
 

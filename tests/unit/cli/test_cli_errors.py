@@ -46,7 +46,7 @@ def test_every_error_of_the_library_has_a_code() -> None:
         (["verify", "--store", "nowhere"], 2, "no such folder"),
         (["encode", "notes", "--store", "notes/a.md"], 3, "notes/a.md"),
         (["bench", "--tokens", "999999"], 2, "context of 2,048"),
-        (["bench", "--report", "--json"], 2, "--report takes --model, --tokens and --repeat alone"),
+        (["bench", "--report", "--json"], 2, "--report takes --model, --tokens and --repeat only"),
         (["doctor", "--corpus", "nowhere"], 2, "nowhere: no such file or folder"),
     ],
 )
@@ -115,7 +115,7 @@ def test_doctor_says_what_may_be_merged(kvcag: Kvcag) -> None:
     assert {verdict["strategy"] for verdict in done.json["verdicts"]} >= {"rotate", "query"}
     assert done.code == (0 if done.json["best"] else 1)
     strict = kvcag("doctor", "--corpus", "corpus", "--probes", "1", "--max-kl", "0")
-    assert (strict.code, "'auto' encodes all" in strict.out) in ((1, True), (0, False))
+    assert (strict.code, "'auto' encodes everything" in strict.out) in ((1, True), (0, False))
 
 
 def test_the_version_is_the_package_s(kvcag: Kvcag) -> None:
