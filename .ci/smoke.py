@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import kvcag
 from kvcag import HFEngine, KVCacheMemory
+from kvcag.cache.layers import cache_argument
 from kvcag.stores.disk import DiskStore
 from kvcag.testing import EchoEngine
 
@@ -74,7 +75,8 @@ def keeps_and_merges() -> None:
         assert context.report.encoded_tokens + context.report.reused_tokens > 0, context.report
     with torch.no_grad():
         expected = second.engine.model(torch.cat([context.token_ids, context.tail_ids])[None]).logits[0, -1]
-        found = second.engine.model(context.tail_ids[None], past_key_values=context.cache).logits[0, -1]
+        given = cache_argument(second.engine.model, context.cache)
+        found = second.engine.model(context.tail_ids[None], **given).logits[0, -1]
     assert torch.allclose(expected, found, atol=1e-4), (expected - found).abs().max()
     assert isinstance(answer, str)
 
