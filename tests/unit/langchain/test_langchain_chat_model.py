@@ -155,7 +155,7 @@ def test_batches_equal_single_calls_and_encode_their_documents_once(tiny_engine:
     batch = ChatKVCAG(**settings, store=MemoryStore()).batch(questions)
     assert [answer.text for answer in batch] == [answer.text for answer in alone]
     encoded = [answer.response_metadata["kvcag"]["encoded_tokens"] for answer in batch]
-    assert sum(count > 0 for count in encoded) == 1
+    assert sum(count >= len("one. two. ") for count in encoded) == 1  # the others encode the instruction at most
 
 
 def test_a_batch_encodes_a_beginning_that_its_prompts_share_once(llm: ChatKVCAG) -> None:
