@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from itertools import islice
 from typing import Any, TypeAlias
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -18,12 +19,14 @@ from kvcag.engines.base import Engine
 from kvcag.errors import CacheWarning, EmptyPromptError, FingerprintMismatchError, InvalidInputError, StoreError
 from kvcag.stores.base import KVStore
 from kvcag.stores.format import Manifest
+from kvcag.streams import holding
 
 Ids: TypeAlias = tuple[int, ...]
 
 _SERVED = "served"
 """In the metadata of a stored `VLLMKVCacheItem`: its prompt and its tokens. A store keeps it without tensors."""
 _CORPUS = "corpus"
+_guard = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +37,13 @@ class DocumentCache:
         engine: the model that encodes.
         store: where items live.
         namespace: whose recent contexts the engine may reuse.
-        encoding: of questions that are asked at once, the first encodes what they share.
+        encoding: a lock for each document that is being looked up or encoded, by its id.
     """
 
     engine: Engine
     store: KVStore
     namespace: str = ""
-    encoding: threading.Lock = field(default_factory=threading.Lock)
+    encoding: WeakValueDictionary[str, threading.Lock] = field(default_factory=WeakValueDictionary)
 
     def key(self, token_ids: Iterable[int]) -> str:
         """The id under which a document is kept."""
@@ -65,24 +68,30 @@ class DocumentCache:
     def find_or_encode(
         self, head_ids: Ids, token_ids: Ids, text: str, metadata: Mapping[str, Any] | None = None
     ) -> tuple[Item, bool]:
-        """The document's item, and whether it was encoded just now, which keeps it too.
+        """The document's item, and whether this call encoded and kept it.
 
-        An item that is damaged, foreign or out of reach is encoded again, and one that cannot be stored is used all
-        the same, each with a `CacheWarning`.
+        Of several threads that need a document at once, the first encodes it. An item that is damaged, foreign or out
+        of reach is encoded again, and one that cannot be stored is used all the same, each with a `CacheWarning`.
         """
-        try:
-            item = self.get(self.key(token_ids)) if self.contains(head_ids, token_ids) else None
-            if item is not None:
-                self.engine.check_item(item)
-                return item, False
-        except (StoreError, FingerprintMismatchError, InvalidInputError) as damaged:
-            warnings.warn(f"encoding a document again: {damaged}", CacheWarning, stacklevel=4)
-        item = self.encode(head_ids, token_ids, text, metadata)
-        try:
-            self.put(item)
-        except StoreError as full:
-            warnings.warn(f"a document was encoded and not kept: {full}", CacheWarning, stacklevel=4)
-        return item, True
+        key = self.key(token_ids)
+        with holding(self._lock_of(key)):
+            try:
+                item = self.get(key) if self.contains(head_ids, token_ids) else None
+                if item is not None:
+                    self.engine.check_item(item)
+                    return item, False
+            except (StoreError, FingerprintMismatchError, InvalidInputError) as damaged:
+                warnings.warn(f"encoding a document again: {damaged}", CacheWarning, stacklevel=4)
+            item = self.encode(head_ids, token_ids, text, metadata)
+            try:
+                self.put(item)
+            except StoreError as full:
+                warnings.warn(f"a document was encoded and not kept: {full}", CacheWarning, stacklevel=4)
+            return item, True
+
+    def _lock_of(self, key: str) -> threading.Lock:
+        with _guard:
+            return self.encoding.setdefault(key, threading.Lock())
 
     def put(self, item: Item) -> None:
         """Keep an item. Its owner may go on writing to it."""
