@@ -19,9 +19,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import kvcag
 from kvcag import HFEngine, KVCacheMemory
-from kvcag.cache.hf import cache_argument
-from kvcag.engines.echo import EchoEngine
+from kvcag.cache.layers import cache_argument
 from kvcag.stores.disk import DiskStore
+from kvcag.testing import EchoEngine
 
 LATE = "The library opens at nine."
 PLACE = "The library is in Harbour Street."
@@ -64,10 +64,10 @@ def model() -> HFEngine:
 
 def keeps_and_merges() -> None:
     """Encoded by one memory, kept on disk, merged by another; with everything recomputed it is a full prefill."""
-    first = KVCacheMemory(model(), store=DiskStore("kv"), head="Answer from the documents.")
+    first = KVCacheMemory(model(), store=DiskStore("kv"), instruction="Answer from the documents.")
     items = [first.extract(text) for text in (LATE, PLACE)]
     first.add(items)
-    second = KVCacheMemory(model(), store=DiskStore("kv"), head="Answer from the documents.")
+    second = KVCacheMemory(model(), store=DiskStore("kv"), instruction="Answer from the documents.")
     ids = [item.id for item in items]
     for strategy in ("rotate", "query", "full"):
         context = second.merge(ids, "Where is the library?", strategy=strategy)

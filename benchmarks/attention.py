@@ -1,4 +1,4 @@
-"""What it costs to go on over a cache: transformers' own attention beside ours (kvcag/cache/attend.py), in one run.
+"""What it costs to go on over a cache: transformers' own attention beside ours (kvcag/cache/attention.py), in one run.
 
     python benchmarks/attention.py [--repeat 5] [--out benchmarks/results/attention.json]
 
@@ -25,7 +25,7 @@ from geometry import documents_of, endless
 from measuring import machine, seconds
 
 from kvcag import HFEngine
-from kvcag.cache.hf import LayerKV, cache_argument, cut, generation_cache, layers_of
+from kvcag.cache.layers import LayerKV, cache_argument, cut, generation_cache, layers_of
 from kvcag.demo.model import embedded_model
 
 PROMPT, KNOWN = 2130, (0, 14, 60, 1000)

@@ -1,9 +1,9 @@
-"""What a constraint costs: compiling a schema, and each token, beside the model's own step.
+"""What a constraint costs: the time to compile a schema, and the time per token beside the model's own step.
 
     python benchmarks/constraint.py [--tokens 100] [--out benchmarks/results/constraint.json]
 
-One run; the floor is the model's step, in the same process. The constraint's time is
-that of the mask and of the check of the token drawn.
+The script makes one run. It compares a constraint's time per token (the mask, and the check of the chosen token)
+with the model's step in the same process.
 """
 
 from __future__ import annotations
@@ -20,10 +20,9 @@ import torch
 from transformers import DynamicCache
 
 from kvcag import HFEngine
-from kvcag.cache.hf import cache_argument
+from kvcag.cache.layers import cache_argument
 from kvcag.demo.model import embedded_model
-from kvcag.engines.constrain import ConstraintLike, Regex
-from kvcag.engines.enforce import Grammars
+from kvcag.engines.constrain import ConstraintCompiler, ConstraintLike, Regex
 
 ITEM = {
     "type": "object",
@@ -53,7 +52,7 @@ CONSTRAINTS: dict[str, ConstraintLike] = {
 
 
 class Timed:
-    """Wall and CPU time of blocks, in ms. On a busy machine the CPU time is what the work took."""
+    """Wall-clock and CPU time of blocks, in ms. On a busy machine, read the CPU time."""
 
     def __init__(self) -> None:
         self.wall: list[float] = []
@@ -82,25 +81,25 @@ class Timed:
 
 
 def compiling(engine: HFEngine, count: int = 40) -> dict[str, Any]:
-    """Schemas that differ, so that none is found compiled; the first includes the tokenizer's own preparation."""
+    """Compile schemas that all differ, since equal ones are cached. The first also prepares the tokenizer."""
     first, later = Timed(), Timed()
     with first:
         vocabulary = engine.model.get_input_embeddings().num_embeddings
-        grammars = Grammars(engine.tokenizer, vocabulary, sorted(engine.eos_ids))
-        grammars.compile({"const": "first"})
+        compiler = ConstraintCompiler(engine.tokenizer, vocabulary, sorted(engine.eos_ids))
+        compiler.compile({"const": "first"})
     for number in range(count):
         properties: dict[str, Any] = {**ITEM["properties"], f"extra_{number}": {"type": "integer"}}
         with later:
-            grammars.compile({**ITEM, "properties": properties})
+            compiler.compile({**ITEM, "properties": properties})
     return {"first_ms": first.wall[0], **later.figures()}
 
 
 def per_token(engine: HFEngine, constraint: ConstraintLike, tokens: int) -> dict[str, Any]:
-    """The mask and the choice's check, apart from the model, along one sampled answer."""
+    """Time the mask and the check, and the model separately, along one sampled answer."""
     held = engine.constrain(constraint, tokens).start(tokens)
     generator = torch.Generator().manual_seed(0)
     masking, checking, model, cache = Timed(), Timed(), Timed(), DynamicCache()
-    pending = torch.tensor([engine.plan("Describe the harbour.").token_ids])
+    pending = torch.tensor([engine.build_prompt("Describe the harbour.").token_ids])
     for _ in range(tokens):
         with torch.no_grad(), model:
             out = engine.model(pending, **cache_argument(engine.model, cache), use_cache=True, logits_to_keep=1)

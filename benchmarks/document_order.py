@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 import random
 
-from kvcag.engines.vllm_order import Ordering
-from kvcag.prompt import Prompt
+from kvcag.chat_template import Prompt
+from kvcag.engines.vllm.engine import DocumentSorter
 
 
 def retrievals(questions: int, documents: int, retrieved: int, seed: int) -> list[list[int]]:
@@ -31,10 +31,10 @@ def retrievals(questions: int, documents: int, retrieved: int, seed: int) -> lis
 
 def found(order: str, asked: list[list[int]]) -> float:
     """The share of documents found."""
-    ordering, begun, hits = Ordering(order), set(), 0
+    sorter, begun, hits = DocumentSorter(order), set(), 0
     for numbers in asked:
         prompt = Prompt((), tuple((number,) for number in numbers), (0,))
-        ids = ordering.arrange(prompt, count=True).document_ids
+        ids = sorter.arrange(prompt, count=True).document_ids
         beginnings = [ids[: end + 1] for end in range(len(ids))]
         hits += sum(beginning in begun for beginning in beginnings)
         begun.update(beginnings)

@@ -31,7 +31,7 @@ import torch
 from transformers import DynamicCache
 
 from kvcag import HFEngine, KVCacheMemory
-from kvcag.cache.hf import cache_argument, layers_of, nbytes
+from kvcag.cache.layers import cache_argument, layers_of, nbytes
 from kvcag.demo.model import embedded_model
 
 HEAD = "You are a helpful assistant. Answer the question using only the passages below."
@@ -223,7 +223,7 @@ def main() -> None:
     options = parser.parse_args()
 
     engine = HFEngine.from_pretrained(options.model or embedded_model(), options.dtype, options.device)
-    memory = KVCacheMemory(engine, head=HEAD)
+    memory = KVCacheMemory(engine, instruction=HEAD)
     rows = [
         Row(strategy, ratio)
         for strategy in options.strategy

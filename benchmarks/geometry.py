@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kvcag import HFEngine
 from kvcag.demo.corpus import python_topics
-from kvcag.engines.echo import EchoEngine
+from kvcag.testing import EchoEngine
 
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "qwen3-8b": {

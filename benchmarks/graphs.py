@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel, StaticCache
 
-from kvcag.cache.hf import LayerKV, cache_argument
+from kvcag.cache.layers import LayerKV, cache_argument
 
 _NAME = "benchmark-grouped"
 

@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
-from kvcag.cache.hf import LayerKV, cache_argument, cache_of, layers_of
+from kvcag.cache.layers import LayerKV, cache_argument, cache_of, layers_of
+from kvcag.core import KVCacheItem
 from kvcag.demo.model import embedded_model
-from kvcag.items import KVCacheItem
 from kvcag.stores.format import item_from_bytes, item_to_bytes
 
 RESULTS = Path(__file__).parent / "results" / "int8.json"

@@ -41,7 +41,7 @@ from langchain_core.runnables import Runnable, RunnableLambda
 from langchain_huggingface import ChatHuggingFace, HuggingFacePipeline
 
 from kvcag import ContextCache, HFEngine
-from kvcag.cache.hf import cache_argument, generation_cache, layers_of
+from kvcag.cache.layers import cache_argument, generation_cache, layers_of
 from kvcag.demo.corpus import python_topics
 from kvcag.demo.model import embedded_model
 from kvcag.langchain import ChatKVCAG, create_cag_documents_chain
@@ -86,7 +86,7 @@ def systems(engine: HFEngine, documents: list[Document], tokens: int) -> dict[st
 
     def kvcag(name: str) -> ChatKVCAG:
         """One that shares the weights with the others, and nothing that was encoded."""
-        return ChatKVCAG(engine=engine, max_tokens=tokens, tenant=name, store=MemoryStore())
+        return ChatKVCAG(engine=engine, max_tokens=tokens, namespace=name, store=MemoryStore())
 
     def over_corpus() -> Runnable:
         llm = kvcag("corpus")
@@ -117,7 +117,7 @@ def ask(chain: Runnable, question: str) -> dict[str, Any]:
 @torch.no_grad()
 def floor(engine: HFEngine, cache: ContextCache, question: str) -> float:
     """Seconds of the bare model over a question, behind a cache of the documents."""
-    tail = torch.tensor([engine.plan(question, cache).tail_ids], device=engine.device)
+    tail = torch.tensor([engine.build_prompt(question, cache).tail_ids], device=engine.device)
     own = generation_cache([layers_of(cache)], room=tail.shape[1])
     return timed(lambda: engine.model(input_ids=tail, **cache_argument(engine.model, own)))
 

@@ -45,8 +45,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import DynamicCache
 
 from kvcag import HFEngine, KVCacheMemory, Sampling
-from kvcag.cache.hf import cache_argument, generation_cache, layers_of, nbytes
-from kvcag.prompt import as_messages
+from kvcag.cache.layers import cache_argument, generation_cache, layers_of, nbytes
+from kvcag.chat_template import as_messages
 
 DOCUMENTS = 8
 STEPS = 16
@@ -65,11 +65,11 @@ class Case:
         self.device = self.engine.device
         self.sampling = Sampling(max_new_tokens=STEPS + 1)
         self.encode_s = seconds(self.device, self.encode)
-        self.prompt = self.engine.plan(QUESTION, self.cache)
+        self.prompt = self.engine.build_prompt(QUESTION, self.cache)
         self.ids = torch.tensor([self.prompt.token_ids], device=self.device)
         self.tail = torch.tensor([self.prompt.tail_ids], device=self.device)
         self.context = len(self.cache.token_ids)
-        head = self.engine.template.around(HEAD, as_messages(QUESTION)).head_ids
+        head = self.engine.template.split_system(HEAD, as_messages(QUESTION)).head_ids
         self.engine.prefixes.max_bytes = 2 * len(head) * self.engine.bytes_per_token  # room for the head, no more
 
     def encode(self) -> None:
@@ -77,7 +77,7 @@ class Case:
 
     @cached_property
     def memory(self) -> KVCacheMemory:
-        memory = KVCacheMemory(self.engine, head=HEAD)
+        memory = KVCacheMemory(self.engine, instruction=HEAD)
         memory.add([memory.extract(text) for text in self.documents])
         return memory
 
@@ -92,11 +92,11 @@ class Case:
         return generation_cache([layers_of(self.cache)], room=self.tail.shape[1] + STEPS + 1)
 
     def exact(self) -> Iterator[Any]:
-        return self.engine.stream(self.engine.plan(QUESTION, self.cache), self.sampling, self.cache)
+        return self.engine.stream(self.engine.build_prompt(QUESTION, self.cache), self.sampling, self.cache)
 
     def merged(self, strategy: str, ratio: float = 0.1) -> Iterator[Any]:
         context = self.memory.merge(self.memory.store.keys(), QUESTION, strategy=strategy, ratio=ratio)  # type: ignore[arg-type]
-        return self.engine.stream(self.engine.plan(None, context), self.sampling, context)
+        return self.engine.stream(self.engine.build_prompt(None, context), self.sampling, context)
 
 
 def first(stream: Callable[[], Iterator[Any]]) -> None:

@@ -43,7 +43,7 @@ from report_plots import plots
 from report_tables import markdown
 
 from kvcag import HFEngine
-from kvcag.cache.hf import cache_argument, generation_cache
+from kvcag.cache.layers import cache_argument, generation_cache
 from kvcag.demo.model import embedded_model
 
 ROOT = Path(__file__).parents[1]
@@ -120,7 +120,7 @@ def ask(peer: Peer, question: str, system: dict[str, Any], answers: list[Answer]
 @torch.no_grad()
 def bare_pass(engine: HFEngine, context: tuple[int, ...], question: str) -> float:
     """Seconds of the model's own forward pass over the question and a cache that is ready."""
-    layers, _ = engine.prefill(context, tenant=Exact.name)
+    layers, _ = engine.prefill(context, namespace=Exact.name)
     tail = prompt_ids(engine, context, question)[:, len(context) :]
     cache = generation_cache([layers], room=tail.shape[1])
     return seconds(

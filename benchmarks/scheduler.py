@@ -1,18 +1,18 @@
-"""What CacheScheduler keeps, beside LRU and LFU; and whether its work makes answers later.
+"""How CacheScheduler's policy compares with LRU and LFU, and whether its work delays answers.
 
     python benchmarks/scheduler.py policy [--seeds 10]      seconds, no model
     python benchmarks/scheduler.py ttft [--questions 120]   some minutes, the embedded model
 
 `policy` replays 2,000 retrievals over 200 documents: Zipf popularity, sets of three to five documents that are often of
 one topic, lengths as documents have them, and drift: every 25 retrievals a document from anywhere becomes popular.
-Counters and working set are the scheduler's own; what is not kept is encoded by the answer, and offered to be kept.
-LRU and LFU keep whatever was encoded last, and LFU never forgets a count. "Next use known" sees the future, and lets go
-of what is asked for again the latest: what no policy can reach.
+Counters and working set are the scheduler's own. A text that is not stored is encoded by the answer and offered to
+the store. LRU and LFU accept every text, and LFU never forgets a count. "Next use known" knows the future and evicts
+the text that is asked for again the latest: no policy can do better.
 
-`ttft` asks the same questions in turns: beside a scheduler that is encoding other documents whenever it may, and
-while it is held back. All documents of a question are kept, so nothing but the tail and a fifth of their tokens is
-computed, and any delay shows. Times are from before the retrieval is reported to the first token; `cpu` is this
-process's CPU time in between, its worker's included, which other programs on the machine change little.
+`ttft` asks the same questions in turns: beside a scheduler that always has other documents to encode, and while it may
+not encode. All documents of a question are stored, so only the tail and a fifth of their tokens are computed, and any
+delay shows. Times run from before the retrieval is reported to the first token. `cpu` is this process's CPU time in
+between, including the scheduler's thread; other programs on the machine change it little.
 
 Writes benchmarks/results/scheduler.json, scheduler_ttft.json and scheduler.png.
 """
@@ -33,9 +33,9 @@ from typing import Any
 
 import numpy as np
 
-from kvcag.scheduler import GDSF, LFU, LRU, Policy, Use
-from kvcag.scheduler.counters import Counters, digest_of
-from kvcag.scheduler.working_set import Cached, WorkingSet
+from kvcag.scheduler import Policy, TextStats, gdsf
+from kvcag.scheduler.store import Cached, WorkingSet
+from kvcag.scheduler.texts import Texts, digest_of
 
 RESULTS = Path(__file__).parent / "results"
 DOCUMENTS, RETRIEVALS = 200, 2000
@@ -73,10 +73,16 @@ def workload(seed: int, drift: int = 25, zipf: float = 0.9, topics: int = 40) ->
     return Workload(tokens, retrievals)
 
 
+def lru(stats: TextStats, tokens: int, size: int, now: float) -> float:
+    return stats.last
+
+
+def lfu(stats: TextStats, tokens: int, size: int, now: float) -> float:
+    return float(stats.count)
+
+
 class Clairvoyant:
     """Knows when each text is asked for next."""
-
-    selective = True
 
     def __init__(self, load: Workload) -> None:
         self.moment = 0
@@ -86,7 +92,7 @@ class Clairvoyant:
                 self.uses[document].append(moment)
 
     def of(self, document: int) -> float:
-        """What a cache is worth: the sooner it is asked for, the more."""
+        """The worth of a cache: the sooner its text is asked for, the more."""
         later = self.uses[document]
         while later and later[0] <= self.moment:
             later.pop(0)
@@ -95,29 +101,26 @@ class Clairvoyant:
 
 def replay(load: Workload, budget: int, policy: Policy) -> list[tuple[int, int]]:
     """For each retrieval, the tokens that were kept and all its tokens."""
-    counters = Counters()
-    working = WorkingSet(budget, policy, counters.use_of)
+    texts = Texts(None, "model")
+    working = WorkingSet(budget, policy, texts.stats)
     names = [f"document {document}" for document in range(DOCUMENTS)]
     digests = [digest_of(name) for name in names]
     account = []
     for documents in load.retrievals:
         for document in documents:
-            counters.retrieved(names[document])
-        account.append(serve(documents, load, working, digests, counters.now))
+            texts.retrieved(names[document])
+        account.append(serve(documents, load, working, digests, texts.now, admit_all=policy is not gdsf))
     return account
 
 
 def foresee(load: Workload, budget: int) -> list[tuple[int, int]]:
-    """`replay` of what knows the future."""
+    """`replay` for a policy that knows the future."""
     knows = Clairvoyant(load)
 
-    class Foresight(LRU):
-        selective = True
+    def worth(stats: TextStats, tokens: int, size: int, now: float) -> float:
+        return knows.of(stats.count)
 
-        def worth(self, use: Use, tokens: int, size: int, now: float) -> float:
-            return knows.of(use.count)
-
-    working = WorkingSet(budget, Foresight(selective=True), lambda digest: Use(count=int(digest)))
+    working = WorkingSet(budget, worth, lambda digest: TextStats(count=int(digest)))
     account = []
     for moment, documents in enumerate(load.retrievals):
         knows.moment = moment
@@ -125,8 +128,16 @@ def foresee(load: Workload, budget: int) -> list[tuple[int, int]]:
     return account
 
 
-def serve(documents: list[int], load: Workload, working: WorkingSet, digests: list[str], now: float) -> tuple[int, int]:
-    """Answer one retrieval: what is kept is reused, the rest is encoded and offered; as `ScheduledStore` does it."""
+def serve(
+    documents: list[int],
+    load: Workload,
+    working: WorkingSet,
+    digests: list[str],
+    now: float,
+    *,
+    admit_all: bool = False,
+) -> tuple[int, int]:
+    """Answer one retrieval as `ScheduledStore` does: reuse stored caches, encode the others and offer them."""
     reused = 0
     for document in documents:
         tokens = int(load.tokens[document])
@@ -134,7 +145,7 @@ def serve(documents: list[int], load: Workload, working: WorkingSet, digests: li
             reused += tokens
             continue
         new = Cached(digests[document], digests[document], tokens, tokens * BYTES_PER_TOKEN)
-        leaving = working.room_for(new, now)
+        leaving = working.room_for(new, now, force=admit_all)
         if leaving is not None:
             for entry in leaving:
                 working.remove(entry.key)
@@ -143,7 +154,7 @@ def serve(documents: list[int], load: Workload, working: WorkingSet, digests: li
     return reused, sum(int(load.tokens[document]) for document in documents)
 
 
-POLICIES = {"GDSF, the default": GDSF(), "LFU": LFU(), "LRU": LRU()}
+POLICIES: dict[str, Policy] = {"GDSF, the default": gdsf, "LFU": lfu, "LRU": lru}
 
 
 def rate(account: list[tuple[int, int]]) -> float:
@@ -277,7 +288,7 @@ def ttft(questions: int, think_s: float) -> dict[str, Any]:
     dice = random.Random(0)
     with CacheScheduler(scheduled, 8 << 30, quiet_s=0.1) as scheduler:
         for _ in range(3):
-            with engine.turns.taken():  # so that only these are hot when the questions begin
+            with engine.lock.acquire():  # so that only these are hot when the questions begin
                 ask(plain, asked[:6], "Begin.")
                 ask(plain, asked[6:], "Begin.")
         for number in range(questions):
@@ -289,14 +300,14 @@ def ttft(questions: int, think_s: float) -> dict[str, Any]:
                 if arm == "beside":
                     supply(scheduler, others)
                     time.sleep(pause)
-                    working += engine.turns._spare is not None
+                    working += engine.lock._holds_in_background
                     began, working_began = time.perf_counter(), time.process_time()
                     scheduler.observe(documents)
-                    with engine.turns.taken():  # the worker has stepped aside
+                    with engine.lock.acquire():  # the worker has paused
                         waited.append(time.perf_counter() - began)
                     first = ask(scheduled, documents, QUESTIONS[number % 4])
                 else:
-                    with engine.turns.taken():  # nobody else gets the model meanwhile
+                    with engine.lock.acquire():  # no other thread gets the model meanwhile
                         time.sleep(pause)
                     began, working_began = time.perf_counter(), time.process_time()
                     first = ask(plain, documents, QUESTIONS[number % 4])
@@ -311,7 +322,6 @@ def ttft(questions: int, think_s: float) -> dict[str, Any]:
         "questions": questions,
         "working_when_asked": working,
         "promoted": metrics.promoted_total,
-        "interruptions": metrics.interruptions_total,
         "waited_for_the_model_s": {"median": statistics.median(waited), "most": max(waited)},
         "median_s": {arm: statistics.median(values) for arm, values in times.items()},
         "p95_s": {arm: float(np.quantile(values, 0.95)) for arm, values in times.items()},
@@ -335,7 +345,7 @@ def supply(scheduler: Any, others: list[str]) -> None:
 
 def ask(memory: Any, documents: list[str], question: str) -> tuple[float, float]:
     """When the first token came, on the wall and in this process's CPU time."""
-    from kvcag.prompt import Document
+    from kvcag.chat_template import Document
 
     system = ["Answer from these passages.\n\n", *(Document(f"{text}\n\n") for text in documents)]
     messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]

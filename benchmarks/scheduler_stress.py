@@ -2,9 +2,10 @@
 
     python benchmarks/scheduler_stress.py DIR --moments 200
 
-A child works on a tiny random model, and reports what it has kept and counted after each step. It is killed at some
-moment; then every cache that was ever reported has to be in the store, whole, or its text in the records; no count is
-lower than reported; the database opens; the budget holds. Exits with 1 otherwise. The test suite runs a short form.
+A child works on a tiny random model and reports the caches and counts after each step. It is killed at some moment.
+Then the text of every cache that was ever reported must be known, every stored cache must be whole, no count may be
+lower than reported, the database must open, and the budget must hold. Exits with 1 otherwise. The test suite runs a
+short form.
 """
 
 from __future__ import annotations
@@ -20,13 +21,10 @@ from pathlib import Path
 import torch
 
 from kvcag import CacheScheduler, HFEngine, KVCacheMemory
-from kvcag.prompt import Document
-from kvcag.scheduler.counters import digest_of
-from kvcag.stores.disk import DiskStore
-from kvcag.stores.verification import verify
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from tiny import byte_tokenizer, tiny_model
+from kvcag.chat_template import Document
+from kvcag.errors import UnknownItemError
+from kvcag.stores.disk import DiskStore, verify
+from kvcag.testing import byte_tokenizer, tiny_model
 
 torch.set_num_threads(1)  # before any fork
 
@@ -64,7 +62,7 @@ def work_until_killed(path: Path, engine: HFEngine, seed: int, report: int) -> N
         held = scheduler.memory.store.keys()
         lines = [f"kept {key}" for key in held]
         if what == "run":
-            lines += [f"count {digest} {known.use.count}" for digest, known in scheduler._counters.known.items()]
+            lines += [f"count {digest} {stats.count}" for digest, stats in scheduler._texts.known.items()]
         os.write(report, "".join(f"{line}\n" for line in [*lines, "end"]).encode())
 
 
@@ -104,9 +102,12 @@ def kill(path: Path, moments: int) -> bool:
         damaged += len(verify(path / "kv", repair=True).damaged)
         with open_scheduler(path, engine) as scheduler:
             for key in kept:
-                records = scheduler.records(key)
-                lost += records is None or digest_of(records.composed_text_memory) not in map(digest_of, TEXTS)
-            lost += sum(scheduler._counters.use_of(digest).count < count for digest, count in counts.items())
+                try:
+                    text = scheduler.why(key).text
+                except UnknownItemError:
+                    text = None
+                lost += text is None or text.strip() not in map(str.strip, TEXTS)
+            lost += sum(scheduler._texts.stats(digest).count < count for digest, count in counts.items())
             over += scheduler.metrics().cached_bytes > BUDGET
             over += scheduler.metrics().caches != len(list(scheduler.memory.store.keys()))
     rubbish = list(path.rglob("*.tmp"))

@@ -15,17 +15,17 @@ import torch
 
 import kvcag.cache.merge
 import kvcag.engines.hf
-from kvcag.cache.prefix import PrefixCache
+from kvcag.cache.prefix_cache import PrefixCache
+from kvcag.chat_template import ChatTemplate
+from kvcag.engines.decode import Detokenizer
 from kvcag.engines.sampling import Sampler
-from kvcag.engines.text import Detokenizer
-from kvcag.prompt import ChatTemplate
 
 ENGINE = [
     (ChatTemplate, "render", "chat template"),
     (ChatTemplate, "encode", "tokenise"),
     (PrefixCache, "match", "prefix lookup"),
     (PrefixCache, "insert", "prefix kept"),
-    (kvcag.engines.hf, "read_context", "context checked"),
+    (kvcag.engines.hf, "reusable_prefix", "context checked"),
     (kvcag.engines.hf, "generation_cache", "cache copied"),
     (kvcag.cache.merge, "_place", "documents placed and re-rotated"),
     (kvcag.cache.merge, "select", "choosing: other"),
@@ -67,7 +67,7 @@ class Spans:
         self.seconds[self._open.pop()] += now - self._since
         self._since = now
 
-    def around(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def split_system(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)
         def spanned(*given: Any, **named: Any) -> Any:
             self.enter(name)
@@ -83,7 +83,7 @@ class Spans:
         """Measure what runs in this block; what no span claims is `other`."""
         with ExitStack() as stack:
             for owner, name, span in ENGINE:
-                stack.enter_context(patch.object(owner, name, self.around(span, getattr(owner, name))))
+                stack.enter_context(patch.object(owner, name, self.split_system(span, getattr(owner, name))))
             decoder = model.get_decoder()  # type: ignore[operator]
             self._hook(stack, decoder, "model: between its modules")
             for name, module in model.named_modules():

@@ -24,8 +24,8 @@ import xxhash
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from kvcag.cache.hf import cache_of, layers_of
-from kvcag.items import KVCacheItem
+from kvcag.cache.layers import cache_of, layers_of
+from kvcag.core import KVCacheItem
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.format import read_item, write_item
 
@@ -36,7 +36,7 @@ BYTES_PER_TOKEN = 2 * LAYERS * HEADS * HEAD_DIM * 2
 
 
 def side_by_side(*acts: Callable[[], object]) -> list[float]:
-    """Median milliseconds of each; they take turns, so that whatever else the machine does meets all of them."""
+    """Median milliseconds of each. They take turns, so that other load on the machine affects all of them alike."""
     taken: list[list[float]] = [[] for _ in acts]
     for _ in range(ROUNDS):
         for times, act in zip(taken, acts, strict=True):
@@ -54,7 +54,7 @@ def made(megabytes: int) -> KVCacheItem:
 
 
 def touch(tensors: list[torch.Tensor]) -> None:
-    """Copy every byte, as putting a cache before a generation does."""
+    """Copy every byte, as a generation does with its cache."""
     for tensor in tensors:
         tensor.clone()
 
@@ -77,7 +77,7 @@ def writing(item: KVCacheItem, directory: Path) -> dict[str, float]:
 
 def reading(item: KVCacheItem, directory: Path) -> dict[str, float]:
     write_item(directory / "ours", item)
-    eager, lazy = DiskStore(directory / "store"), DiskStore(directory / "store", lazy=True)
+    store = DiskStore(directory / "store")
 
     def plain_open() -> None:
         with safe_open(directory / "plain", framework="pt") as file:
@@ -87,22 +87,16 @@ def reading(item: KVCacheItem, directory: Path) -> dict[str, float]:
         with safe_open(directory / "plain", framework="pt") as file:
             touch([file.get_tensor(name) for name in file.keys()])  # noqa: SIM118
 
-    def ours(store: DiskStore) -> None:
+    def ours() -> None:
         touch([t for kv in layers_of(store.get("benchmark").memory) for t in kv])
 
-    def each_in_turn() -> None:
-        for keys, values in ((layer.keys, layer.values) for layer in lazy.get("benchmark").memory.layers):
-            touch([keys, values])
-
-    names = ["safetensors open", "lazy open", "safetensors, all layers copied", "get, all layers copied"]
-    names += ["lazy get, all layers copied", "lazy get, each layer copied in turn", "get, int8, all layers copied"]
+    names = ["safetensors open", "safetensors, all layers copied", "get", "get, all layers copied"]
+    names += ["get, int8, all layers copied"]
     taken = side_by_side(
         plain_open,
-        lambda: lazy.get("benchmark"),
         plain,
-        lambda: ours(eager),
-        lambda: ours(lazy),
-        each_in_turn,
+        lambda: store.get("benchmark"),
+        ours,
         lambda: touch([t for kv in layers_of(read_item(directory / "int8").memory) for t in kv]),
     )
     return dict(zip(names, taken, strict=True))
@@ -123,7 +117,9 @@ def checksums(size: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=100)
-    parser.add_argument("--directory", type=Path, help="on the file system to measure; a temporary one by default")
+    parser.add_argument(
+        "--directory", type=Path, help="Where to write: the file system to measure. Default: a temporary directory."
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     item = made(arguments.megabytes)
@@ -143,10 +139,6 @@ def main() -> None:
     figures["ratios"] = {
         "put / safetensors + fsync": ms["put"] / ms["safetensors + fsync"],
         "get / safetensors, all layers copied": ms["get, all layers copied"] / ms["safetensors, all layers copied"],
-        "lazy get / safetensors, all layers copied": ms["lazy get, all layers copied"]
-        / ms["safetensors, all layers copied"],
-        "lazy get / safetensors, each layer copied in turn": ms["lazy get, each layer copied in turn"]
-        / ms["safetensors, all layers copied"],
         "bytes / keys and values": ours / size,
         "int8 bytes / bfloat16 bytes": int8 / plain,
     }

@@ -27,12 +27,10 @@ from pathlib import Path
 
 import torch
 
-from kvcag.cache.hf import cache_of, layers_of
-from kvcag.items import KVCacheItem
-from kvcag.stores.disk import DiskStore
-from kvcag.stores.format import item_to_bytes
-from kvcag.stores.manifest import seal
-from kvcag.stores.verification import verify
+from kvcag.cache.layers import cache_of, layers_of
+from kvcag.core import KVCacheItem
+from kvcag.stores.disk import DiskStore, verify
+from kvcag.stores.format import item_to_bytes, seal
 
 torch.set_num_threads(1)  # before any fork
 
@@ -239,7 +237,7 @@ def many(path: Path, items: int) -> bool:
     size = 8 + int.from_bytes(model[:8], "little")
     for n in range(items):  # what 10,000 calls of `put` write, sooner: only the id and the seal differ
         key = f"item {n:05}"
-        file = store._path(key)
+        file = store.file(key)
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(seal(model[:size].replace(b"item 00000", key.encode(), 1)) + model[size:])
     child = multiprocessing.get_context("fork").Process(target=open_many, args=(path, items))

@@ -25,10 +25,11 @@ import jsonschema
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from kvcag import HFEngine
+from kvcag.chat_template import Prompt
 from kvcag.demo.model import embedded_model
 from kvcag.engines.constrain import Choices
+from kvcag.engines.session import Session
 from kvcag.errors import ConstraintBudgetError
-from kvcag.prompt import Prompt
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from schemas import Schema, schemas
@@ -42,7 +43,7 @@ def holds(engine: HFEngine, schema: Schema, budget: int) -> dict[str, Any]:
     except ConstraintBudgetError as error:
         refused, budget = True, error.needed_tokens
     sampling = engine.sampling(max_new_tokens=budget)
-    chunks = list(engine.stream(engine.plan("Say something."), sampling, constraint=schema))
+    chunks = list(engine.stream(engine.build_prompt("Say something."), sampling, constraint=schema))
     text = "".join(chunk.text for chunk in chunks)
     tokens = chunks[-1].usage.completion_tokens
     jsonschema.validate(json.loads(text), schema)
@@ -80,7 +81,7 @@ def turns(engine: HFEngine, count: int) -> dict[str, Any]:
     fresh = HFEngine(engine.model, engine.tokenizer, prefix_cache_bytes=0)
     asked = [("Who keeps bees?", None), ("Is that so?", Choices(["yes", "no", "maybe"]))]
     equal, mine, theirs = 0, [], []
-    with engine.session(context) as session:
+    with Session(engine, context) as session:
         for number in range(count):
             question, constraint = asked[number % 2]
             started = time.perf_counter()

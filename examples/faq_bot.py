@@ -39,7 +39,7 @@ def closest(question: str, entries: dict[str, str], k: int = 2) -> list[str]:
 
 def main(model: str, folder: str | Path) -> list[tuple[str, int]]:
     engine = HFEngine.from_pretrained(model)
-    memory = KVCacheMemory(engine, DiskStore(folder), head=HEAD)
+    memory = KVCacheMemory(engine, DiskStore(folder), instruction=HEAD)
     kept = memory.sync(FAQ, corpus="faq")
     print(f"{kept.encoded} entries encoded, {kept.kept} kept already")
     entries = dict(zip(kept.ids, FAQ, strict=True))

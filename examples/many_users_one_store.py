@@ -2,8 +2,8 @@
 
     python examples/many_users_one_store.py [MODEL]
 
-A namespace decides which files are a user's, a tenant which recent contexts in memory are. With a salt, nobody can tell
-from the folder which texts are kept, or whose. Needs `pip install "kvcag[demo]"`.
+A namespace decides which files and which recent contexts in memory are a user's. With a salt, the folder does not tell
+which texts are kept, or whose. Needs `pip install "kvcag[demo]"`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SALT = b"a secret of this server"
 def memory_of(user: str, engine: HFEngine, folder: str | Path) -> KVCacheMemory:
     """A user's view of the store. The engine, and with it the weights, are everybody's."""
     store = DiskStore(folder, namespace=user, salt=SALT)
-    return KVCacheMemory(engine, store, head=HEAD, tenant=user)
+    return KVCacheMemory(engine, store, instruction=HEAD, namespace=user)
 
 
 def ask(memory: KVCacheMemory, notes: list[str], question: str) -> tuple[str, int]:
@@ -38,7 +38,7 @@ def ask(memory: KVCacheMemory, notes: list[str], question: str) -> tuple[str, in
     chunks = list(memory.stream(messages, sampling=Sampling(max_new_tokens=24)))
     report = chunks[-1].usage.context
     answer = "".join(chunk.text for chunk in chunks).strip()
-    print(f"  {memory.tenant}: {answer} [{report.encoded_tokens} tokens encoded]")
+    print(f"  {memory.namespace}: {answer} [{report.encoded_tokens} tokens encoded]")
     return answer, report.encoded_tokens
 
 

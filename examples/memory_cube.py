@@ -1,9 +1,9 @@
-"""A memory cube: notes and the caches made from them, edited, asked and moved as one.
+"""A memory cube: notes and the caches made from them, edited, asked and moved together.
 
     python examples/memory_cube.py [MODEL]
 
-Each note is encoded once. An edit drops the cache of one note and of no other; a dump takes texts and caches along, so
-that the first question elsewhere encodes nothing but itself. Needs `pip install "kvcag[demo]"`.
+Each note is encoded once. An edit deletes the cache of that note only. A dump holds texts and caches, so that elsewhere
+the model reads only the first question. Needs `pip install "kvcag[demo]"`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from kvcag import HFEngine, MemoryCube, TextualMemoryItem
-from kvcag.cube.answer import CubeAnswer
+from kvcag.cube.memory_cube import CubeAnswer
 from kvcag.demo.model import embedded_model
 
 NOTES = {
@@ -21,28 +21,28 @@ NOTES = {
     "bakery": "The bakery opens at six in the morning, and is closed on Mondays.",
     "ferry": "The ferry to the island costs four crowns, and dogs travel free of charge.",
 }
-HEAD = "Answer the question using only these notes."
+INSTRUCTION = "Answer the question using only these notes."
 
 
 def ask(cube: MemoryCube, question: str) -> CubeAnswer:
-    """Ask, and show which side of the cube answered."""
+    """Ask a question, and show which side of the cube answered."""
     answer = cube.ask(question, max_new_tokens=28)
-    report = answer.plan.report
+    report = answer.report
     print(f"{question}\n  {answer.text.strip()}")
-    print(f"  [{answer.plan.side}: {report.encoded_tokens} of {report.context_tokens} tokens encoded]")
+    print(f"  [{answer.side}: {report.encoded_tokens} of {report.context_tokens} tokens encoded]")
     return answer
 
 
 def main(model: str, folder: str | Path) -> list[CubeAnswer]:
     engine = HFEngine.from_pretrained(model)
-    cube = MemoryCube(engine, head=HEAD, namespace="harbour")
+    cube = MemoryCube(engine, instruction=INSTRUCTION, namespace="harbour")
     cube.add([TextualMemoryItem(id=id, memory=text) for id, text in NOTES.items()])
     print(f"{cube.encode()} notes encoded\n")
     answers = [ask(cube, "Who painted the lighthouse?")]
 
-    cube.edit("ferry", "The ferry to the island costs nine crowns since May.")  # its cache is gone, the others stay
-    answers.append(ask(cube, "What does the ferry cost?"))  # encodes that one note
-    cube.delete("bakery")  # and every cache that was made from it
+    cube.edit("ferry", "The ferry to the island costs nine crowns since May.")  # deletes its cache; the others stay
+    answers.append(ask(cube, "What does the ferry cost?"))  # encodes only that note
+    cube.delete("bakery")  # deletes every cache made from it
 
     cube.dump(folder)  # copy this folder to another machine …
     elsewhere = MemoryCube.from_dir(folder, HFEngine.from_pretrained(model))  # … and load it there

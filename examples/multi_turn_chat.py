@@ -37,11 +37,11 @@ def say(session: Session, question: str) -> str:
 
 def main(model: str) -> tuple[list[str], list[int]]:
     engine = HFEngine.from_pretrained(model)
-    memory = KVCacheMemory(engine, head=HEAD)
+    memory = KVCacheMemory(engine, instruction=HEAD)
     items = [memory.extract(text) for text in DOCUMENTS]
     memory.add(items)
     context = memory.merge([item.id for item in items], TURNS[0], strategy="exact")
-    with engine.session(context) as session:
+    with Session(engine, context) as session:
         answers = [say(session, question) for question in TURNS]
         prefilled = [turn.prefilled_tokens for turn in session.turns]
 

@@ -41,7 +41,7 @@ QUESTIONS = {
 
 def main(model: str) -> list[str]:
     engine = HFEngine.from_pretrained(model)
-    memory = KVCacheMemory(engine, head="You are a helpful assistant. Answer from this document.")
+    memory = KVCacheMemory(engine, instruction="You are a helpful assistant. Answer from this document.")
     item = memory.extract(DOCUMENT)
     memory.add(item)
     print(f"{len(item.token_ids)} tokens read once\n")

@@ -14,10 +14,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from kvcag.handles import ContextHandles
+
 from kvcag import HFEngine, KVCacheMemory, Sampling, Usage
 from kvcag.demo.corpus import python_topics
 from kvcag.demo.model import embedded_model
-from kvcag.handles import ContextHandles
 from kvcag.stores import DiskStore
 
 TOPICS = ["break", "pass", "continue", "while", "nonlocal", "power"]

@@ -1,13 +1,11 @@
 """kvcag: documents encoded once into KV caches, merged per question, answered from in LangChain and LlamaIndex.
 
 ```python
-from kvcag import HFEngine, KVCacheMemory
+import kvcag
 
-engine = HFEngine.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
-memory = KVCacheMemory(engine, head="Answer from the documents.")
-item = memory.extract("The Eiffel tower was completed in 1889.")
-memory.add(item)
-print(engine.generate(past_key_values=memory.merge([item.id], "When was the tower completed?")))
+memory = kvcag.KVCacheMemory("HuggingFaceTB/SmolLM2-135M-Instruct", store="kv/")
+memory.add(["The Eiffel tower was completed in 1889.", "It stands in Paris."])
+print(memory.ask("When was the tower completed?"))
 ```
 """
 
@@ -15,18 +13,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvcag.cache.hf import ContextCache as ContextCache
+    from kvcag.cache.layers import ContextCache as ContextCache
+    from kvcag.calibration import Calibration as Calibration
+    from kvcag.calibration import calibrate as calibrate
+    from kvcag.chat_template import ChatTemplate as ChatTemplate
+    from kvcag.chat_template import Document as Document
+    from kvcag.chat_template import Prompt as Prompt
     from kvcag.config import ExtractorLLM as ExtractorLLM
     from kvcag.config import HFLLMConfig as HFLLMConfig
     from kvcag.config import KVCacheMemoryConfig as KVCacheMemoryConfig
-    from kvcag.context import ContextPrompt as ContextPrompt
-    from kvcag.context import MergedContext as MergedContext
-    from kvcag.context import MergeReport as MergeReport
-    from kvcag.context import ServedContext as ServedContext
+    from kvcag.core import ActivationMemoryItem as ActivationMemoryItem
+    from kvcag.core import Answer as Answer
+    from kvcag.core import Chunk as Chunk
+    from kvcag.core import ContextPrompt as ContextPrompt
+    from kvcag.core import KVCacheItem as KVCacheItem
+    from kvcag.core import KVCacheRecords as KVCacheRecords
+    from kvcag.core import MergedContext as MergedContext
+    from kvcag.core import MergeReport as MergeReport
+    from kvcag.core import ServedContext as ServedContext
+    from kvcag.core import TextualMemoryItem as TextualMemoryItem
+    from kvcag.core import Usage as Usage
+    from kvcag.core import VLLMKVCacheItem as VLLMKVCacheItem
     from kvcag.cube.memory_cube import MemoryCube as MemoryCube
-    from kvcag.engines.base import Chunk as Chunk
-    from kvcag.engines.base import Usage as Usage
-    from kvcag.engines.calibrate import Calibration as Calibration
+    from kvcag.engines.base import Engine as Engine
     from kvcag.engines.constrain import Choices as Choices
     from kvcag.engines.constrain import Grammar as Grammar
     from kvcag.engines.constrain import JsonSchema as JsonSchema
@@ -34,67 +43,63 @@ if TYPE_CHECKING:
     from kvcag.engines.hf import HFEngine as HFEngine
     from kvcag.engines.sampling import Sampling as Sampling
     from kvcag.engines.session import Session as Session
-    from kvcag.engines.vllm import VLLMEngine as VLLMEngine
+    from kvcag.engines.vllm.engine import VLLMEngine as VLLMEngine
+    from kvcag.errors import CacheWarning as CacheWarning
     from kvcag.errors import KVCAGError as KVCAGError
+    from kvcag.errors import ServerWarning as ServerWarning
     from kvcag.fingerprint import ModelFingerprint as ModelFingerprint
-    from kvcag.items import ActivationMemoryItem as ActivationMemoryItem
-    from kvcag.items import KVCacheItem as KVCacheItem
-    from kvcag.items import KVCacheRecords as KVCacheRecords
-    from kvcag.items import TextualMemoryItem as TextualMemoryItem
-    from kvcag.items import VLLMKVCacheItem as VLLMKVCacheItem
     from kvcag.memory import KVCacheMemory as KVCacheMemory
-    from kvcag.notices import CacheWarning as CacheWarning
-    from kvcag.notices import ServerWarning as ServerWarning
-    from kvcag.prompt import ChatTemplate as ChatTemplate
-    from kvcag.prompt import Document as Document
-    from kvcag.prompt import Prompt as Prompt
     from kvcag.scheduler.scheduler import CacheScheduler as CacheScheduler
-    from kvcag.tools import plan_tools as plan_tools
+    from kvcag.tools import tool_spec as tool_spec
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "ActivationMemoryItem": "kvcag.items",
+    "ActivationMemoryItem": "kvcag.core",
+    "Answer": "kvcag.core",
     "CacheScheduler": "kvcag.scheduler.scheduler",
-    "CacheWarning": "kvcag.notices",
-    "Calibration": "kvcag.engines.calibrate",
-    "ChatTemplate": "kvcag.prompt",
+    "CacheWarning": "kvcag.errors",
+    "Calibration": "kvcag.calibration",
+    "ChatTemplate": "kvcag.chat_template",
     "Choices": "kvcag.engines.constrain",
-    "Chunk": "kvcag.engines.base",
-    "ContextCache": "kvcag.cache.hf",
-    "ContextPrompt": "kvcag.context",
-    "Document": "kvcag.prompt",
+    "Chunk": "kvcag.core",
+    "ContextCache": "kvcag.cache.layers",
+    "ContextPrompt": "kvcag.core",
+    "Document": "kvcag.chat_template",
+    "Engine": "kvcag.engines.base",
     "ExtractorLLM": "kvcag.config",
     "Grammar": "kvcag.engines.constrain",
     "HFEngine": "kvcag.engines.hf",
     "HFLLMConfig": "kvcag.config",
     "JsonSchema": "kvcag.engines.constrain",
     "KVCAGError": "kvcag.errors",
-    "KVCacheItem": "kvcag.items",
+    "KVCacheItem": "kvcag.core",
     "KVCacheMemory": "kvcag.memory",
     "KVCacheMemoryConfig": "kvcag.config",
-    "KVCacheRecords": "kvcag.items",
+    "KVCacheRecords": "kvcag.core",
     "MemoryCube": "kvcag.cube.memory_cube",
-    "MergeReport": "kvcag.context",
-    "MergedContext": "kvcag.context",
+    "MergeReport": "kvcag.core",
+    "MergedContext": "kvcag.core",
     "ModelFingerprint": "kvcag.fingerprint",
-    "Prompt": "kvcag.prompt",
+    "Prompt": "kvcag.chat_template",
     "Regex": "kvcag.engines.constrain",
     "Sampling": "kvcag.engines.sampling",
-    "ServedContext": "kvcag.context",
-    "ServerWarning": "kvcag.notices",
+    "ServedContext": "kvcag.core",
+    "ServerWarning": "kvcag.errors",
     "Session": "kvcag.engines.session",
-    "TextualMemoryItem": "kvcag.items",
-    "Usage": "kvcag.engines.base",
-    "VLLMEngine": "kvcag.engines.vllm",
-    "VLLMKVCacheItem": "kvcag.items",
-    "plan_tools": "kvcag.tools",
+    "TextualMemoryItem": "kvcag.core",
+    "Usage": "kvcag.core",
+    "VLLMEngine": "kvcag.engines.vllm.engine",
+    "VLLMKVCacheItem": "kvcag.core",
+    "calibrate": "kvcag.calibration",
+    "tool_spec": "kvcag.tools",
 }
 """Where each public name lives. They are imported when they are first used, since torch and transformers take seconds,
 and `kvcag --version` needs neither."""
 
 __all__ = [
     "ActivationMemoryItem",
+    "Answer",
     "CacheScheduler",
     "CacheWarning",
     "Calibration",
@@ -104,6 +109,7 @@ __all__ = [
     "ContextCache",
     "ContextPrompt",
     "Document",
+    "Engine",
     "ExtractorLLM",
     "Grammar",
     "HFEngine",
@@ -128,7 +134,8 @@ __all__ = [
     "Usage",
     "VLLMEngine",
     "VLLMKVCacheItem",
-    "plan_tools",
+    "calibrate",
+    "tool_spec",
 ]
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from kvcag.engines.hf import HFEngine
 
 if TYPE_CHECKING:
-    from kvcag.engines.vllm import VLLMEngine
+    from kvcag.engines.vllm.engine import VLLMEngine
 
 
 class HFLLMConfig(BaseModel):
@@ -68,7 +68,7 @@ class VLLMLLMConfig(BaseModel):
 
     def engine(self) -> VLLMEngine:
         """The server, with these settings as the engine's defaults. It need not run yet."""
-        from kvcag.engines.vllm import VLLMEngine  # an extra, needed by those who have a server
+        from kvcag.engines.vllm.engine import VLLMEngine  # an extra, needed by those who have a server
 
         thinking = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
         return VLLMEngine(
@@ -113,13 +113,13 @@ class ExtractorLLM(BaseModel):
 
 
 class KVCacheMemoryConfig(BaseModel):
-    """MemOS's configuration of a `KVCacheMemory`, and what it lacks: `head`."""
+    """MemOS's configuration of a `KVCacheMemory`, and what it lacks: `instruction`."""
 
     model_config = ConfigDict(extra="forbid")
 
     extractor_llm: ExtractorLLM
     memory_filename: str = Field(default="kv_cache_memories.json", pattern=r"^[^/\\]+$")
-    head: str | None = None
+    instruction: str | None = None
 
 
 _shared: WeakValueDictionary[str, HFEngine] = WeakValueDictionary()

@@ -28,6 +28,9 @@ KVCAGError
 │   └── ServerTimeoutError (TimeoutError)   silent for longer than it may be
 ├── ModelFetchError                         the embedded model could not be fetched or converted
 └── MissingExtraError (ImportError)         an optional dependency is not installed
+
+CacheWarning (UserWarning)                  a cache could not be used; the answer is right and took longer
+└── ServerWarning                           a server lacks something, or forgot a preloaded prompt
 ```
 
 Each message says what was wrong and what to do about it. Where a built-in exception fits, the class is one too, so
@@ -36,6 +39,8 @@ that `except ValueError` goes on working.
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Iterable
 from os import PathLike
 
@@ -213,7 +218,7 @@ class StoreUnavailableError(StoreError, OSError):
 
 
 class SchedulerStateError(StoreError):
-    """The database of a `CacheScheduler` is damaged, in use by another one, or no such database.
+    """The database of a `CacheScheduler` is damaged, in use by another scheduler, or not a scheduler's.
 
     Attributes:
         path: the database.
@@ -258,3 +263,27 @@ class MissingExtraError(KVCAGError, ImportError):
 
     def __init__(self, feature: str, extra: str) -> None:
         super().__init__(f"{feature} needs an optional dependency: pip install 'kvcag[{extra}]'")
+
+
+class CacheWarning(UserWarning):
+    """A cache could not be used, and its text was encoded again. The answer is right; it took longer."""
+
+
+class ServerWarning(CacheWarning):
+    """A server lacks something, or forgot a preloaded prompt: the message says what the answer does without."""
+
+
+class WarnOnce:
+    """Warns once per message."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+        self._lock = threading.Lock()
+
+    def once(self, message: str, category: type[Warning] = ServerWarning) -> None:
+        """Warn, unless this message was given before."""
+        with self._lock:
+            if message in self._said:
+                return
+            self._said.add(message)
+        warnings.warn(message, category, stacklevel=4)

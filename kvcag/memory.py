@@ -1,101 +1,131 @@
-"""KVCacheMemory: MemOS's activation memory over an engine and a store."""
+"""KVCacheMemory: MemOS's activation memory over an engine and a store, and the front door of kvcag."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from os import PathLike
-from typing import Any, TypeAlias
+import warnings
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
 
-from kvcag.cache.hf import ContextCache
-from kvcag.compose import MAX_KL, Strategy
+from kvcag.cache.layers import ContextCache, layers_of
+from kvcag.chat_template import Document, Message, Prompt, as_messages
 from kvcag.config import KVCacheMemoryConfig, parse
-from kvcag.context import ContextPrompt, MergedContext
-from kvcag.corpus import Counter, SyncReport, sync
-from kvcag.engines.base import Chunk, Engine
+from kvcag.contexts import (
+    DEFAULT_RATIO,
+    MAX_KL,
+    Strategy,
+    check_strategy,
+    context_of_items,
+    context_of_prompt,
+    reusable,
+)
+from kvcag.core import Answer, Chunk, ContextPrompt, EncodedItem, Item, MergedContext
+from kvcag.document_cache import DocumentCache, Ids, SyncReport, same_ids, sync
+from kvcag.documents import SEPARATOR, Texts, documents_of, segment, text_and_metadata, texts_of
+from kvcag.engines.base import Engine
 from kvcag.engines.constrain import ConstraintLike
 from kvcag.engines.hf import HFEngine
 from kvcag.engines.sampling import Sampling
-from kvcag.engines.serving import Serving
-from kvcag.errors import (
-    EmptyPromptError,
-    InvalidInputError,
-    UnknownItemError,
-    UnsupportedModelError,
-)
-from kvcag.items import ActivationMemoryItem, KVCacheItem, VLLMKVCacheItem
-from kvcag.keeping import Ids
-from kvcag.merging import Merging
-from kvcag.prompt import Message, Prompt, as_messages
-from kvcag.served import Served
-from kvcag.stores.base import KVStore
-from kvcag.stores.folder import dump_items, load_items
+from kvcag.errors import CacheWarning, EmptyPromptError, InvalidInputError, StoreError, UnknownItemError
+from kvcag.stores.base import MADE_OF, KVStore
+from kvcag.stores.disk import DiskStore
+from kvcag.stores.dump import read_dump, write_dump
 from kvcag.stores.memory import MemoryStore
-from kvcag.stores.planner import Planner
-from kvcag.texts import Texts, text_and_metadata, texts_of
+from kvcag.streams import async_twin, iterate
 
-Item: TypeAlias = KVCacheItem | VLLMKVCacheItem
-"""A text's keys and values, or, over a server, its prompt."""
+DEFAULT_STORE_BYTES = 4 << 30
+_INSTRUCTION = "instruction"
 
 
 class KVCacheMemory:
-    """Texts, encoded once each and put together per question.
+    """Texts that are encoded once each and put together per question.
 
-    Each text is encoded after the head, so that the head's tokens stand before every document as they will in the
+    Each text is encoded behind the instruction, so that the instruction's tokens stand before it as they will in the
     prompt, and only the text's own keys and values are kept. Put together, they are re-rotated to their true
     positions. Safe to use from several threads.
 
+    ```python
+    memory = KVCacheMemory("Qwen/Qwen3-0.6B", store="kv/")
+    memory.add(["The library opens at nine.", "It is in Harbour Street."])
+    print(memory.ask("When does it open?"))
+    ```
+
     Args:
-        engine: the model that encodes and answers. A server (`VLLMEngine`) is sent documents ahead and keeps their keys
-            and values itself: items are prompts then, and a merge is the prompt of all of them, in order. One that
-            keeps nothing (`EchoEngine`) answers messages with documents by reading them.
-        store: where items live; in memory by default.
-        head: the instruction that stands before the documents, in the system turn.
-        separator: put after a text that does not end with a line break, so that documents do not run together.
-        tenant: keeps what this memory encodes apart from other tenants' in the engine's recent contexts.
+        engine: the model that encodes and answers: a hub id, a folder, or an engine. A `VLLMEngine` is sent documents
+            ahead and keeps their keys and values itself: its items are prompts, and a merge is the prompt of all of
+            them, in order.
+        store: where items live: a store, or a folder. In memory by default.
+        instruction: stands before the documents, in the system turn.
+        separator: ends every text that does not end with it, so that documents do not run together.
+        namespace: separates what this memory encodes from other namespaces' recent contexts, and its files where
+            `store` is a folder.
         memory_filename: the name of the manifest that `dump` writes.
-        promote_after: under `"auto"`, documents that were merged this often in the same order are encoded as a whole
-            the next time, where recent contexts have room for it, and are exact from then on. None: never. Other
-            strategies do what their name says every time, so that equal questions have equal answers.
-        planner: decides per document whether loading is quicker than encoding, and says so in the report; see
-            `kvcag.stores.planner.measure`. By default what is kept is loaded.
+
+    Raises:
+        InvalidInputError: `engine` is neither a name nor an engine.
     """
 
     def __init__(
         self,
-        engine: Engine,
-        store: KVStore | None = None,
-        head: str | None = None,
+        engine: Engine | str | PathLike[str],
+        store: KVStore | str | PathLike[str] | None = None,
+        instruction: str | None = None,
         *,
-        separator: str = "\n\n",
-        tenant: str = "",
+        separator: str = SEPARATOR,
+        namespace: str = "",
         memory_filename: str = "kv_cache_memories.json",
-        promote_after: int | None = 2,
-        planner: Planner | None = None,
     ) -> None:
-        self.engine = engine
-        self.store: KVStore = MemoryStore() if store is None else store
-        self.head = head
+        if isinstance(engine, str | PathLike):
+            engine = HFEngine.from_pretrained(fspath(engine))
+        if not isinstance(engine, Engine):
+            raise InvalidInputError(
+                f"engine is a {type(engine).__name__}: pass a hub id, a folder, or an engine such as HFEngine"
+            )
+        self.engine: Engine = engine
+        opened = MemoryStore() if store is None else open_store(store, engine, namespace)
+        self.instruction = instruction
         self.separator = separator
-        self.tenant = tenant
+        self.namespace = namespace
         self.memory_filename = memory_filename
-        self.promote_after = promote_after
-        self.planner = planner
         self.watchers: list[Callable[[Prompt], None]] = []  # told of each prompt whose documents are looked for
-        self._asked = Counter()
-        self._encoding = threading.Lock()
+        self.documents = DocumentCache(engine, opened, namespace)
+        self._contexts: dict[str, str] = {}
+
+    @property
+    def store(self) -> KVStore:
+        """Where items live. Another store may be set at any time."""
+        return self.documents.store
+
+    @store.setter
+    def store(self, store: KVStore) -> None:
+        self.documents = replace(self.documents, store=store)
 
     @classmethod
     def from_config(cls, config: KVCacheMemoryConfig | dict[str, Any]) -> KVCacheMemory:
         """From a MemOS-shaped configuration. Loads the model."""
         parsed = parse(config)
-        return cls(parsed.extractor_llm.engine(), head=parsed.head, memory_filename=parsed.memory_filename)
+        return cls(
+            parsed.extractor_llm.engine(), instruction=parsed.instruction, memory_filename=parsed.memory_filename
+        )
+
+    def __len__(self) -> int:
+        return self.store.stats().items
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self.get_all())
+
+    def __repr__(self) -> str:
+        return f"<KVCacheMemory of {len(self)} items over {self.engine!r} in {self.store!r}>"
 
     # --- encoding ----------------------------------------------------------------------------------------------
 
     def extract(self, text: Texts) -> Item:
-        """Encode a text. The item is not added.
+        """Encode a text. The item is not added. Its id is its content key: the same text has the same id.
 
         Args:
             text: a str; a list of str, which is joined into one; or chat messages, which become a transcript.
@@ -108,8 +138,7 @@ class KVCacheMemory:
         composed = "\n\n".join(texts)
         if not composed.strip():
             raise EmptyPromptError("the text is empty: there is nothing to encode")
-        head_ids = self.engine.template.around(self.head, _PLACEHOLDER).head_ids
-        item = self._contexts.encode(head_ids, self._segment(composed), composed)
+        item = self.documents.encode(self._instruction_ids, self._segment(composed), composed)
         item.records.text_memories = texts
         return item
 
@@ -125,34 +154,57 @@ class KVCacheMemory:
 
     # --- keeping -----------------------------------------------------------------------------------------------
 
-    def add(self, items: Item | Iterable[Item]) -> None:
-        """Keep items; one with the same id is replaced.
+    def add(self, documents: object) -> list[str]:
+        """Keep items, or encode documents and keep them. What is kept already is not encoded again.
+
+        Args:
+            documents: an item, a text, a LangChain `Document`, a LlamaIndex node, or several of them. A str is one
+                document.
+
+        Returns:
+            The ids, in order.
 
         Raises:
             FingerprintMismatchError: an item was made by another model. Nothing was added.
+            InvalidInputError: something of which no text can be read. Nothing was added.
         """
-        new: list[Any] = [items] if isinstance(items, ActivationMemoryItem) else list(items)
-        contexts = self._contexts
-        for item in new:
-            contexts.check(item)
-        for item in new:
-            contexts.put(item)
+        given = documents_of(documents)
+        texts = {}
+        for index, document in enumerate(given):
+            if isinstance(document, EncodedItem):
+                self.engine.check_item(document)
+            else:
+                texts[index] = text_and_metadata(document)
+                if not texts[index][0].strip():
+                    raise EmptyPromptError(f"document {index + 1} is empty: leave it out")
+        ids = []
+        for index, document in enumerate(given):
+            if index in texts:
+                text, metadata = texts[index]
+                token_ids = self._segment(text)
+                item, _ = self.documents.find_or_encode(self._instruction_ids, token_ids, text, metadata)
+            else:
+                item = document
+                self.documents.put(item)
+            ids.append(item.id)
+        return ids
 
     def get(self, id: str) -> Item | None:
-        """The item, or None. It is to be read; generating with its `memory` leaves what is stored as it is."""
-        return self._contexts.get(id)
+        """The item, or None. It is to be read; generating with its `memory` leaves the stored item as it is."""
+        return self.documents.get(id)
 
     def get_by_ids(self, ids: Iterable[str]) -> list[Item | None]:
         """The items in the order of `ids`, None for each that is missing."""
-        return [self.get(id) for id in ids]
+        return [self.get(id) for id in _as_list(ids)]
 
     def get_all(self) -> list[Item]:
-        """Every item."""
-        return [item for item in map(self.get, list(self.store.keys())) if item is not None]
+        """Every item, oldest first."""
+        items = [item for key in list(self.store.keys()) if (item := self.get(key)) is not None]
+        return sorted(items, key=lambda item: (item.records.timestamp, item.id))
 
     def delete(self, ids: str | Iterable[str]) -> None:
-        """Forget items; ids that are missing are ignored."""
-        self.store.delete([ids] if isinstance(ids, str) else list(ids))
+        """Forget items. Missing ids are ignored."""
+        self.store.delete(_as_list(ids))
 
     def delete_all(self) -> None:
         """Forget every item."""
@@ -160,8 +212,8 @@ class KVCacheMemory:
 
     def dump(self, dir: str | PathLike[str]) -> None:
         """Write every item to a folder. What stood there before is replaced in one step, or not at all."""
-        stored = map(self.store.get, list(self.store.keys()))
-        dump_items(dir, self.memory_filename, [item for item in stored if item is not None])
+        stored = (item for key in list(self.store.keys()) if (item := self.store.get(key)) is not None)
+        write_dump(dir, self.memory_filename, stored)
 
     def load(self, dir: str | PathLike[str]) -> None:
         """Add every item of a folder that `dump` wrote. A folder that holds nothing adds nothing.
@@ -173,15 +225,56 @@ class KVCacheMemory:
             FormatError: the manifest is missing, is a pickle, or is of a newer version.
             FingerprintMismatchError: the items were made by another model.
         """
-        for item in load_items(dir, self.memory_filename, self.engine.fingerprint):
+        dump = read_dump(dir, self.memory_filename, expected=self.engine.fingerprint)
+        for item in dump.items if dump else ():
             self.store.put(item)
+
+    def keep(self, messages: Sequence[Message], metadata: Sequence[Mapping[str, Any]] | None = None) -> list[str]:
+        """Encode the documents of messages before a question comes, and return their ids, in order.
+
+        Args:
+            messages: as for `stream`.
+            metadata: one for each document, for what is encoded now.
+        """
+        prompt = self.engine.template.prompt(messages)
+        for at, token_ids in enumerate(prompt.document_ids):
+            if not self.documents.contains(prompt.head_ids, token_ids):
+                about = metadata[at] if metadata else {}
+                self.documents.find_or_encode(prompt.head_ids, token_ids, prompt.documents[at], about)
+        return [self.documents.key(token_ids) for token_ids in prompt.document_ids]
+
+    def sync(self, documents: Iterable[object], corpus: str = "default") -> SyncReport:
+        """Bring what is kept in step with a corpus: encode what is new, keep what is the same, drop what is gone.
+
+        Args:
+            documents: whatever `from_textual_memory` takes. Two with the same text are one. A str is one document.
+            corpus: its name. What other corpora brought here stays as it is.
+
+        Raises:
+            EmptyPromptError: a document is empty. Nothing was changed.
+        """
+        read = [
+            (self._segment(text), text, metadata) for text, metadata in map(text_and_metadata, documents_of(documents))
+        ]
+        return sync(self.documents, self._instruction_ids, read, corpus)
+
+    def purge(self, source: str) -> list[str]:
+        """Delete everything made from one text, for a request to delete, and return the ids.
+
+        From every tier of the store, and this namespace's recent contexts as a whole, since they may hold it too.
+
+        Args:
+            source: the text itself, or what an item's metadata names as its source: a path, a URL, a document's id.
+        """
+        self.engine.forget(self.namespace)
+        return self.store.purge(source)
 
     # --- putting together --------------------------------------------------------------------------------------
 
     def get_cache(self, ids: str | Iterable[str], *, skip_missing: bool = False) -> ContextCache | ContextPrompt | None:
-        """Head and items as one cache, the caller's own, re-rotated, nothing recomputed; or as a server's prompt.
+        """Instruction and items as one cache, the caller's own, re-rotated, nothing recomputed; or a server's prompt.
 
-        To be continued by `engine.generate(messages, past_key_values=cache)`. None if there are no items.
+        Continue it by `engine.generate(messages, past_key_values=cache)`. None if there are no items.
 
         Raises:
             UnknownItemError: an id is not in the memory, unless it may be skipped.
@@ -189,15 +282,20 @@ class KVCacheMemory:
         items = self._items(ids, skip_missing)
         if not items:
             return None
-        prompt = self.engine.template.around(self.head, _PLACEHOLDER)
-        return self._contexts.cache(prompt.head_ids, items)
+        head_ids = self._instruction_ids
+        if not self.engine.merges:
+            return self.engine.prompt_of((*head_ids, *same_ids(items)))
+        context = context_of_items(self.documents, head_ids, items, (), "rotate")
+        return ContextCache.of(
+            layers_of(context.cache), context.token_ids, context.fingerprint, is_exact=context.report.is_exact
+        )
 
     def merge(
         self,
-        ids: str | Iterable[str],
+        items: str | Item | Iterable[str | Item],
         query: str | Sequence[Message],
-        strategy: Strategy = "query",
-        ratio: float = 0.2,
+        strategy: Strategy = "auto",
+        ratio: float = DEFAULT_RATIO,
         *,
         max_kl: float = MAX_KL,
         canonical: bool = False,
@@ -206,36 +304,36 @@ class KVCacheMemory:
         """Put items together for a question.
 
         Args:
-            ids: in the order in which they shall stand; best first.
+            items: items or their ids, in the order in which they shall stand, best first.
             query: the question, or chat messages that end with it.
-            strategy: `"exact"` encodes head and documents in this order; `"rotate"` recomputes nothing; `"anchor"`,
-                `"deviation"` and `"query"` recompute `ratio` of the tokens, chosen by that criterion; `"full"`
-                recomputes all; `"auto"` takes the cheapest that `engine.calibrate` found to be within `max_kl`, or
-                encodes all, and takes what was encoded in this order before.
+            strategy: `"auto"` reuses a known context exactly, encodes documents as a whole when they are asked for
+                together again, and merges by what `kvcag.calibrate` found, or by `"query"`; `"exact"` encodes
+                instruction and documents in this order; `"rotate"` recomputes nothing; `"anchor"`, `"deviation"` and
+                `"query"` recompute `ratio` of the tokens, chosen by that criterion; `"full"` recomputes all.
             ratio: the recompute ratio, recomputed over context tokens, in [0, 1].
-            max_kl: what `"auto"` allows, nats a token.
-            canonical: put the items into an order of their own, whatever the order of `ids`, so that the same ones
-                are the same context every time.
+            max_kl: what `"auto"` allows, in nats per token.
+            canonical: put the items into an order of their own, so that the same items are the same context every
+                time, whatever order they were retrieved in.
             skip_missing: leave unknown ids out.
 
         Raises:
-            InvalidInputError: no ids, or a ratio out of range.
+            InvalidInputError: no items, an unknown strategy, or a ratio out of range.
             UnknownItemError: an id is not in the memory, unless it may be skipped.
-            ContextLengthError: head, documents and question exceed the model's context.
+            ContextLengthError: instruction, documents and question exceed the model's context.
             UnsupportedModelError: the model's keys cannot be re-rotated.
         """
-        prompt = self.engine.template.around(self.head, as_messages(query))
-        items = self._items(ids, skip_missing)
-        if not items:
-            raise InvalidInputError("there is nothing to merge: pass at least one id of an item in the memory")
-        tokens = len(prompt.head_ids) + sum(len(item.token_ids) for item in items) + len(prompt.tail_ids)
-        self.engine.check_fits(tokens, 1)
+        check_strategy(strategy, ratio)
+        prompt = self.engine.template.split_system(self.instruction, as_messages(query))
+        found = self._items(items, skip_missing)
+        if not found:
+            raise InvalidInputError("there is nothing to merge: pass at least one item, or an id in the memory")
+        self.engine.check_fits(len(prompt.head_ids) + len(same_ids(found)) + len(prompt.tail_ids), 1)
         if canonical:
-            items.sort(key=lambda item: item.content_key)
-        return self._contexts.merge(prompt.head_ids, items, prompt.tail_ids, strategy, ratio, max_kl)
+            found.sort(key=lambda item: item.content_key)
+        return context_of_items(self.documents, prompt.head_ids, found, prompt.tail_ids, strategy, ratio, max_kl)
 
     def context_for(
-        self, prompt: Prompt, strategy: Strategy = "query", ratio: float = 0.2, max_kl: float = MAX_KL
+        self, prompt: Prompt, strategy: Strategy = "auto", ratio: float = DEFAULT_RATIO, max_kl: float = MAX_KL
     ) -> MergedContext:
         """The context of a prompt with documents: reused as it is, merged from what is kept, or encoded and kept.
 
@@ -246,126 +344,234 @@ class KVCacheMemory:
             prompt: from `engine.template.prompt`, of messages that hold documents.
             strategy: as for `merge`; so are `ratio` and `max_kl`.
             ratio: the recompute ratio, in [0, 1].
-            max_kl: what `"auto"` allows, nats a token.
+            max_kl: what `"auto"` allows, in nats per token.
 
         Raises:
             ContextLengthError: the prompt exceeds the model's context; nothing was encoded.
             UnsupportedModelError: the model's keys cannot be re-rotated.
         """
         self.engine.check_fits(len(prompt.token_ids), 1)
-        return self._contexts.context_for(prompt, strategy, ratio, max_kl)
+        return context_of_prompt(self.documents, prompt, strategy, ratio, max_kl)
 
-    def keep(self, messages: Sequence[Message], metadata: Sequence[Mapping[str, Any]] | None = None) -> list[str]:
-        """Encode the documents of messages before anybody asks, and return their ids, in order.
+    # --- answering ---------------------------------------------------------------------------------------------
 
-        Args:
-            messages: as for `stream`. What is kept without a head is found after any head; else after the same.
-            metadata: one for each document, for what is encoded now.
+    def ask(self, messages: str | Sequence[Message], ids: Iterable[str] | None = None, **answering: Any) -> Answer:
+        """Answer from what is kept. `str(answer)` is the text; `.report` and `.usage` say how it was made.
+
+        Arguments and errors are those of `stream`.
         """
-        prompt = self.engine.template.prompt(messages)
-        contexts = self._contexts
-        for at, token_ids in enumerate(prompt.document_ids):
-            if not contexts.at_hand(prompt.head_ids, token_ids):
-                known = metadata[at] if metadata else {}
-                contexts.keep(prompt.head_ids, token_ids, prompt.documents[at], known)
-        return [contexts.key(prompt.head_ids, token_ids) for token_ids in prompt.document_ids]
-
-    def sync(self, documents: Iterable[object], corpus: str = "default") -> SyncReport:
-        """Bring what is kept in step with a corpus: encode what is new, keep what is the same, drop what is gone.
-
-        Args:
-            documents: whatever `from_textual_memory` takes. Two that say the same are one.
-            corpus: its name. What other corpora, or nobody, brought here stays as it is.
-
-        Raises:
-            EmptyPromptError: a document is empty. Nothing was changed.
-        """
-        head_ids = self.engine.template.around(self.head, _PLACEHOLDER).head_ids
-        read = [(self._segment(text), text, metadata) for text, metadata in map(text_and_metadata, documents)]
-        return sync(self._contexts, head_ids, read, corpus)
-
-    def purge(self, source: str) -> list[str]:
-        """Delete everything made from one text, for a request to delete, and return the ids.
-
-        From every tier of the store, and this tenant's recent contexts as a whole, since they may hold it too.
-
-        Args:
-            source: the text itself, or what an item's metadata names as its source: a path, a URL, a document's id.
-        """
-        self._contexts.clear()
-        return self.store.purge(source)
+        return Answer.of(self.stream(messages, ids, **answering))
 
     def stream(
         self,
         messages: str | Sequence[Message] | Prompt,
+        ids: Iterable[str] | None = None,
         *,
-        strategy: Strategy = "query",
-        ratio: float = 0.2,
+        strategy: Strategy = "auto",
+        ratio: float = DEFAULT_RATIO,
         max_kl: float = MAX_KL,
         tools: Sequence[Mapping[str, Any]] | None = None,
         sampling: Sampling | None = None,
         constraint: ConstraintLike | None = None,
+        **settings: Any,
     ) -> Generator[Chunk, None, None]:
-        """Answer messages whose documents (`kvcag.prompt.Document`) come from caches. What both adapters call.
+        """Answer piece by piece; `str(chunk)` is its text. What both adapters call.
 
         Without documents, the longest prefix that was encoded before is reused.
 
         Args:
-            messages: chat messages, whose content may hold `Document` parts; a str for one user message; or a prompt.
+            messages: a question, or chat messages, whose content may hold `kvcag.Document` parts; or a prompt.
+            ids: the items to answer from, in this order. None: the documents in the messages, or every item if there
+                are none. An empty list: no items.
             strategy: how documents are put together, as for `merge`; so are `ratio` and `max_kl`.
             ratio: the recompute ratio, in [0, 1].
-            max_kl: what `"auto"` allows, nats a token.
+            max_kl: what `"auto"` allows, in nats per token.
             tools: shown by the chat template, if it shows tools.
             sampling: from `engine.sampling(…)`; the engine's defaults where None.
             constraint: what the answer must be.
+            **settings: settings of `Sampling`, such as `max_new_tokens`, where `sampling` is not given.
 
         Raises:
+            UnknownItemError: an id is not in the memory.
             ContextLengthError: the prompt and the answer exceed the model's context; nothing was encoded.
             ConstraintError: the constraint cannot be used, or does not fit the budget; nothing was encoded.
         """
         started = time.perf_counter()
-        settings = sampling or self.engine.sampling()
-        template = self.engine.template
-        prompt = messages if isinstance(messages, Prompt) else template.prompt(as_messages(messages), tools=tools)
-        budget = self.engine.check_fits(len(prompt.token_ids), settings.max_new_tokens)
+        check_strategy(strategy, ratio)
+        if sampling is None:
+            sampling = self.engine.sampling(**settings)
+        elif settings:
+            raise InvalidInputError(f"pass either sampling= or {', '.join(settings)}, not both")
+        prompt = messages if isinstance(messages, Prompt) else self._prompt(as_messages(messages), ids, tools)
+        budget = self.engine.check_fits(len(prompt.token_ids), sampling.max_new_tokens)
         if constraint is not None:
             constraint = self.engine.constrain(constraint, budget, prompt.thinking)
-        context = None  # read, or read before, in this order: the engine finds the longest prefix by itself
-        if prompt.document_ids and isinstance(self.engine, HFEngine) and strategy != "exact":
+        context = None  # the engine finds the longest known prefix by itself
+        known = None
+        if prompt.document_ids and self.engine.merges and strategy != "exact":
             for watch in self.watchers:
                 watch(prompt)
-            if self._merging(self.engine).known(prompt) < len(prompt.context_ids):
+            known = reusable(self.documents, prompt, strategy)
+            if known is None:
                 context = self.context_for(prompt, strategy, ratio, max_kl)
-        return self.engine.stream(prompt, settings, context, constraint=constraint, tenant=self.tenant, started=started)
+        return self.engine.stream(
+            prompt,
+            sampling,
+            context,
+            constraint=constraint,
+            namespace=self.namespace,
+            started=started,
+            accept_merged=known == "merged",
+        )
+
+    async def astream(
+        self, messages: str | Sequence[Message], ids: Iterable[str] | None = None, **answering: Any
+    ) -> AsyncGenerator[Chunk, None]:
+        """`stream`, in worker threads: the event loop keeps ticking, and leaving the loop stops the model."""
+        async for chunk in iterate(lambda: self.stream(messages, ids, **answering)):
+            yield chunk
+
+    aask = async_twin(ask)
+    aadd = async_twin(add)
+    amerge = async_twin(merge)
+    apurge = async_twin(purge)
+
+    # --- a corpus by a short name ------------------------------------------------------------------------------
+
+    def create_context(self, texts: Iterable[str], instruction: str = "", sources: Iterable[str] = ()) -> str:
+        """Encode an instruction and texts, in this order, as one document, and return its id, `kv:sha256:…`.
+
+        The id is short, so it can stand in bound arguments, traces and checkpoints, like the `cached_content` of hosted
+        models. It changes with the instruction, the texts and the model. The store holds text and caches, so the id
+        can be used after a restart.
+
+        Args:
+            texts: joined by blank lines. A str is one text.
+            instruction: stands before them, in the same system turn.
+            sources: paths or URLs of the texts. `purge` finds the context by each source and by each text.
+
+        Raises:
+            EmptyPromptError: there is nothing to encode.
+            ContextLengthError: they do not fit into the model's context.
+        """
+        shown = [text for text in _as_list(texts) if text.strip()]
+        if not shown:
+            raise EmptyPromptError("the corpus is empty: there is nothing to encode")
+        context = "".join(map(segment, [instruction, *shown] if instruction else shown))
+        metadata = {_INSTRUCTION: instruction, MADE_OF: [*shown, *sources]}
+        [id] = self.keep(insert_documents("", [context], [_QUESTION]), [metadata])
+        self._contexts[id] = context
+        return id
+
+    def with_context(self, id: str, messages: Sequence[Message]) -> list[Message]:
+        """Messages behind a context. A system message at their start stands after it, in the same turn.
+
+        Args:
+            id: from `create_context`, or the id of any item.
+            messages: the conversation.
+
+        Raises:
+            InvalidInputError: no such context, here or in the store.
+        """
+        return insert_documents("", [self._contexts.get(id) or self._stored_context(id)], messages)
+
+    def _stored_context(self, id: str) -> str:
+        try:
+            manifest = self.store.manifest(id)
+        except StoreError as damaged:
+            raise InvalidInputError(f"context {id!r} cannot be read: {damaged}") from damaged
+        if manifest is None:
+            raise InvalidInputError(
+                f"there is no context {id!r}, here or in the store: it was never made, or it left the store. "
+                "Make it with create_context(documents), which returns its id."
+            )
+        own = self.engine.fingerprint
+        if manifest.fingerprint is not None and not own.matches(manifest.fingerprint):
+            differences = "; ".join(own.differences(manifest.fingerprint))
+            warnings.warn(
+                f"context {id!r} was made by another model ({differences}): its text is encoded again for this one. "
+                "Make a context with each model.",
+                CacheWarning,
+                stacklevel=5,
+            )
+        self._contexts[id] = segment(manifest.records.composed_text_memory)
+        return self._contexts[id]
 
     # --- inside ------------------------------------------------------------------------------------------------
 
-    def _segment(self, text: str) -> Ids:
-        return self.engine.template.encode(text if text.endswith("\n") else text + self.separator)
-
     @property
-    def _contexts(self) -> Merging | Served:
-        """What encodes, keeps and puts together over this engine."""
-        if isinstance(self.engine, HFEngine):
-            return self._merging(self.engine)
-        if isinstance(self.engine, Serving):
-            return Served(self.engine, self.store, self.tenant)
-        raise UnsupportedModelError(
-            f"{type(self.engine).__name__} keeps no caches that could be taken out: use an HFEngine to encode, keep "
-            "and merge. stream() answers with either."
-        )
+    def _instruction_ids(self) -> Ids:
+        return self.engine.template.instruction_ids(self.instruction)
 
-    def _merging(self, engine: HFEngine) -> Merging:
-        settings = self.planner, self.promote_after, self._asked, self._encoding
-        return Merging(engine, self.store, self.tenant, *settings)
+    def _segment(self, text: str) -> Ids:
+        return self.engine.template.encode(segment(text, self.separator))
 
-    def _items(self, ids: str | Iterable[str], skip_missing: bool) -> list[Any]:
-        wanted = [ids] if isinstance(ids, str) else list(ids)
-        found = [self._contexts.get(id) for id in wanted]
-        missing = [id for id, item in zip(wanted, found, strict=True) if item is None]
+    def _prompt(
+        self, messages: list[Message], ids: Iterable[str] | None, tools: Sequence[Mapping[str, Any]] | None
+    ) -> Prompt:
+        if ids is None and not any(_has_documents(message) for message in messages):
+            items = self.get_all()
+        else:
+            items = self._items(ids, skip_missing=False) if ids is not None else []
+        if items:
+            texts = [segment(item.records.composed_text_memory, self.separator) for item in items]
+            messages = insert_documents(self.instruction or "", texts, messages)
+        return self.engine.template.prompt(messages, tools=tools)
+
+    def _items(self, given: str | Item | Iterable[str | Item], skip_missing: bool) -> list[Item]:
+        wanted = [given] if isinstance(given, str | EncodedItem) else list(given)
+        found = [self.get(one) if isinstance(one, str) else one for one in wanted]
+        missing = [str(id) for id, item in zip(wanted, found, strict=True) if item is None]
         if missing and not skip_missing:
             raise UnknownItemError(dict.fromkeys(missing))
         return [item for item in found if item is not None]
 
 
-_PLACEHOLDER: list[Message] = [{"role": "user", "content": "…"}]
+def open_store(store: KVStore | str | PathLike[str] | None, engine: Engine, namespace: str = "") -> KVStore:
+    """A store as it is; a `DiskStore` at a path; for None one in memory, for all of a namespace's over this engine.
+
+    The one in memory holds `DEFAULT_STORE_BYTES` and forgets what was not used for longest; pass a `MemoryStore` for
+    another budget.
+    """
+    if isinstance(store, KVStore):
+        return store
+    if store is not None:
+        return DiskStore(Path(store), namespace=namespace)
+    with _stores_lock:
+        return _stores.setdefault(engine, {}).setdefault(namespace, MemoryStore(DEFAULT_STORE_BYTES))
+
+
+def is_context(metadata: Mapping[str, Any]) -> bool:
+    """Whether an item with this metadata was made by `KVCacheMemory.create_context`."""
+    return _INSTRUCTION in metadata
+
+
+def insert_documents(instruction: str, documents: Sequence[str], messages: Sequence[Message]) -> list[Message]:
+    """Messages behind documents, each of which ends with a blank line.
+
+    What a system message at the start of `messages` says stands after the documents, in the same turn.
+    """
+    if not instruction and not documents:
+        return list(messages)
+    rest = list(messages)
+    system: list[object] = [f"{instruction}\n\n"] if instruction else []
+    system += map(Document, documents)
+    while rest and rest[0]["role"] == "system":
+        said = rest.pop(0)["content"]
+        system += [said] if isinstance(said, str) else said or []
+    return [{"role": "system", "content": system}, *rest]
+
+
+def _has_documents(message: Message) -> bool:
+    content = message.get("content")
+    return isinstance(content, list | tuple) and any(isinstance(part, Document) for part in content)
+
+
+def _as_list(texts: str | Iterable[str]) -> list[str]:
+    """A str is one text or id, and not its characters."""
+    return [texts] if isinstance(texts, str) else list(texts)
+
+
+_QUESTION: Message = {"role": "user", "content": "…"}
+_stores: WeakKeyDictionary[Engine, dict[str, MemoryStore]] = WeakKeyDictionary()
+_stores_lock = threading.Lock()

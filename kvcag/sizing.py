@@ -1,7 +1,7 @@
-"""How much memory keys and values take, and when loading them is quicker than encoding. Reads configurations only.
+"""Computes the memory of keys and values, and when loading them is faster than encoding. Reads configurations only.
 
-A KV head is kept once however many query heads read it (GQA), so it is KV heads that count. Layers with a sliding
-window count in full: caches here are cut, moved and put beside each other, so every layer keeps every token.
+KV heads are counted, not query heads: with grouped-query attention several query heads share one KV head. Layers with a
+sliding window count in full, because caches that are cut, moved and merged keep every token in every layer.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from typing import Any
 from kvcag.errors import InvalidInputError, UnsupportedModelError
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-"""Bytes of one number, for each dtype that a model's keys and values are kept in."""
+"""Bytes per number, for each dtype of keys and values."""
 
 _SCALE_BYTES = 2
-"""int8 at rest: one bfloat16 scale for each token and head, of the keys and of the values (`kvcag.cache.quantize`)."""
+"""int8 at rest: one bfloat16 scale per token and head, for keys and for values (`kvcag.cache.int8`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class LayerGeometry:
-    """What one layer keeps of one token: keys `(kv_heads, key_dim)` and values `(kv_heads, value_dim)`.
+    """The shape of one token's keys `(kv_heads, key_dim)` and values `(kv_heads, value_dim)` in one layer.
 
     Attributes:
-        window: how many tokens it attends to; None: all of them. It keeps all of them in either case.
+        window: how many tokens the layer attends to; None: all. The cache keeps all tokens in either case.
     """
 
     kv_heads: int
@@ -38,20 +38,20 @@ class LayerGeometry:
 
     @property
     def numbers(self) -> int:
-        """Numbers a token, keys and values together."""
+        """Numbers per token, keys and values together."""
         return self.kv_heads * (self.key_dim + self.value_dim)
 
 
 @dataclass(frozen=True, slots=True)
 class KVGeometry:
-    """What a model keeps of one token. Made by `kv_geometry`.
+    """The shape of one token's keys and values in a model. Made by `kv_geometry`.
 
     Attributes:
-        model: its name, for people.
-        layers: one for each layer that keeps keys and values of its own.
+        model: its name, for messages.
+        layers: one for each layer that has keys and values of its own.
         attention_heads: query heads; `attention_heads / kv_heads` of them share one KV head.
-        dtype: the checkpoint's own, as `"bfloat16"`; None where the configuration does not say.
-        context_length: the most tokens, prompt and answer together; None where the configuration does not say.
+        dtype: the checkpoint's, such as `"bfloat16"`; None if the configuration names none.
+        context_length: the most tokens, prompt and answer together; None if the configuration names none.
     """
 
     model: str
@@ -62,19 +62,19 @@ class KVGeometry:
 
     @property
     def sliding_layers(self) -> int:
-        """Layers with a window, which keep all tokens here all the same."""
+        """The number of layers with a sliding window."""
         return sum(layer.window is not None for layer in self.layers)
 
     def bytes_per_token(self, dtype: str = "auto", *, int8: bool = False) -> int:
-        """Bytes of keys and values that one token takes, over all layers.
+        """Return the bytes of one token's keys and values, over all layers.
 
         Args:
             dtype: `"float32"`, `"float16"` or `"bfloat16"`; `"auto"` is the checkpoint's own.
-            int8: as a store with `quantize="int8"` keeps them: one byte a number, and the scales. At rest only: what
-                is loaded is in `dtype` again.
+            int8: as a store with `quantize="int8"` writes them: one byte per number, and the scales. Loading
+                converts them back to `dtype`.
 
         Raises:
-            InvalidInputError: another dtype, or `"auto"` where the configuration names none.
+            InvalidInputError: another dtype, or `"auto"` if the configuration names none.
         """
         size = DTYPE_BYTES[self.check_dtype(dtype)]
         if int8:
@@ -82,10 +82,12 @@ class KVGeometry:
         return sum(layer.numbers * size for layer in self.layers)
 
     def check_dtype(self, dtype: str) -> str:
-        """The name of a dtype that can be counted. Raises as `bytes_per_token`."""
+        """Return the name of a dtype; `"auto"` is the checkpoint's. Raises as `bytes_per_token`."""
         named = self.dtype if dtype == "auto" else dtype
         if named is None:
-            raise InvalidInputError(f"the configuration of {self.model} names no dtype. Pass one, as dtype='bfloat16'.")
+            raise InvalidInputError(
+                f"the configuration of {self.model} names no dtype. Pass one, such as dtype='bfloat16'."
+            )
         if named not in DTYPE_BYTES:
             raise InvalidInputError(f"dtype {named!r} is not one of {', '.join(DTYPE_BYTES)}. Pass one of these.")
         return named
@@ -93,14 +95,14 @@ class KVGeometry:
 
 @dataclass(frozen=True, slots=True)
 class BreakEven:
-    """Loading beside encoding, for one document.
+    """Compares loading with encoding, for one document.
 
     Attributes:
         load_s: seconds to load its keys and values.
         encode_s: seconds to encode its tokens again.
-        even_tokens: the length from which on loading is quicker; infinite where it never is.
+        even_tokens: the length from which loading is faster; infinite if it never is.
         even_bytes_per_s: the speed of loading at which both take the same time for this document, latency included;
-            infinite where the latency alone is longer than encoding.
+            infinite if the latency alone takes longer than encoding.
     """
 
     load_s: float
@@ -110,21 +112,21 @@ class BreakEven:
 
     @property
     def load(self) -> bool:
-        """Whether loading is quicker."""
+        """Loading is faster, or as fast."""
         return self.load_s <= self.encode_s
 
 
 def break_even(
     tokens: int, bytes_per_token: int, prefill_tokens_per_s: float, load_bytes_per_s: float, latency_s: float = 0.0
 ) -> BreakEven:
-    """Is a document of so many tokens loaded or encoded sooner?
+    """Compare loading with encoding, for a document.
 
     Args:
-        tokens: of the document.
-        bytes_per_token: from `KVGeometry.bytes_per_token`, int8 where the store keeps int8.
-        prefill_tokens_per_s: of the model on its device. `kvcag.stores.measure` measures it here, and the next two.
-        load_bytes_per_s: of the place where the document lies.
-        latency_s: of that place, before its first byte.
+        tokens: the document's length.
+        bytes_per_token: from `KVGeometry.bytes_per_token`; with int8 if the store writes int8.
+        prefill_tokens_per_s: the speed of a full prefill, as `kvcag bench` measures it.
+        load_bytes_per_s: the speed of the store.
+        latency_s: the seconds before the store's first byte.
 
     Raises:
         InvalidInputError: a number that is not positive (the latency may be 0).
@@ -133,12 +135,12 @@ def break_even(
     given |= {"prefill_tokens_per_s": prefill_tokens_per_s, "load_bytes_per_s": load_bytes_per_s}  # type: ignore[dict-item]
     for name, value in given.items():
         if not value > 0:
-            raise InvalidInputError(f"{name} is {value}, and must be more than 0")
+            raise InvalidInputError(f"{name} is {value}; it must be more than 0")
     if not latency_s >= 0:
-        raise InvalidInputError(f"latency_s is {latency_s}, and must be 0 or more")
+        raise InvalidInputError(f"latency_s is {latency_s}; it must be 0 or more")
     encode_s = tokens / prefill_tokens_per_s
-    saved_a_token = 1 / prefill_tokens_per_s - bytes_per_token / load_bytes_per_s
-    even_tokens = latency_s / saved_a_token if saved_a_token > 0 else math.inf
+    saved_per_token = 1 / prefill_tokens_per_s - bytes_per_token / load_bytes_per_s
+    even_tokens = latency_s / saved_per_token if saved_per_token > 0 else math.inf
     left_s = encode_s - latency_s
     return BreakEven(
         load_s=latency_s + tokens * bytes_per_token / load_bytes_per_s,
@@ -149,15 +151,15 @@ def break_even(
 
 
 def kv_geometry(model: str | PathLike[str] | Mapping[str, Any] | Any) -> KVGeometry:
-    """What a model keeps of one token, read off its configuration. Loads no weights.
+    """Read the shape of one token's keys and values from a model's configuration. Loads no weights.
 
     Args:
-        model: a folder with a `config.json`, that file, what is in it, a `PreTrainedConfig`, or a hub id (of which
-            the configuration is fetched).
+        model: a folder with a `config.json`, that file, its content, a `PreTrainedConfig`, or a hub id, whose
+            configuration is downloaded.
 
     Raises:
-        InvalidInputError: there is no configuration, or it is no decoder's.
-        UnsupportedModelError: the model keeps something else than keys and values for each token.
+        InvalidInputError: there is no configuration, or it is not a decoder's.
+        UnsupportedModelError: the model caches something other than keys and values per token.
     """
     config = _config(model)
     name = getattr(config, "_name_or_path", "") or getattr(config, "model_type", "") or type(config).__name__
@@ -168,7 +170,9 @@ def kv_geometry(model: str | PathLike[str] | Mapping[str, Any] | Any) -> KVGeome
         )
     count = getattr(text, "num_hidden_layers", None)
     if not count:
-        raise InvalidInputError(f"the configuration of {name} names no num_hidden_layers: it is not a decoder's")
+        raise InvalidInputError(
+            f"the configuration of {name} names no num_hidden_layers: it is not a decoder. Pass a decoder-only model."
+        )
     kinds = list(getattr(text, "layer_types", None) or ())
     if any(word in kind for kind in kinds for word in _STATES) or text.model_type in _STATES:
         raise UnsupportedModelError(
@@ -177,7 +181,7 @@ def kv_geometry(model: str | PathLike[str] | Mapping[str, Any] | Any) -> KVGeome
         )
     if getattr(text, "kv_lora_rank", None):
         raise UnsupportedModelError(
-            f"{name} uses multi-head latent attention (MLA): it caches no key and value a head, and nothing that "
+            f"{name} uses multi-head latent attention (MLA): it caches no keys and values per head, and nothing that "
             "could be merged. Use a model with grouped-query attention."
         )
     layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text] * count

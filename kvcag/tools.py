@@ -1,7 +1,9 @@
-"""Tool calls as grammar: from a list of tools to a prompt that shows them, a constraint, and a parser.
+"""Tool calls: offered in a chat template's own format, enforced by a grammar, and parsed from the answer.
 
-Calls are written in the model's own format, where its chat template has one (`kvcag.call_format`). Else the system
-message says what can be called, and calls are `{"name": …, "arguments": {…}}`, one a line.
+The format is read from the chat template: a probe call is rendered, and the rendered text shows how the model writes
+calls (`<tool_call>` for Hermes and Qwen, bare JSON for Llama 3, `[TOOL_CALLS]` for Mistral). If the template renders no
+tools, or calls that are not JSON, an instruction in the system message lists the tools, and a call is
+`{"name": …, "arguments": {…}}`.
 """
 
 from __future__ import annotations
@@ -9,66 +11,26 @@ from __future__ import annotations
 import json
 import re
 import secrets
+import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kvcag.call_format import PLAIN, CallFormat, call_format, tool_messages
-from kvcag.engines.constrain import Grammar, close_objects, lark_literal
-from kvcag.errors import InvalidInputError
-from kvcag.prompt import ChatTemplate, Message
+from jinja2.exceptions import TemplateError
 
-__all__ = [
-    "CallFormat",
-    "CallParser",
-    "InvalidToolCall",
-    "Parsed",
-    "Tool",
-    "ToolCall",
-    "ToolPlan",
-    "call_format",
-    "plan_tools",
-    "tool_messages",
-]
+from kvcag.chat_template import ChatTemplate, Message
+from kvcag.engines.constrain import Grammar, JsonSchema, lark_json, lark_literal
+from kvcag.errors import InvalidInputError, KVCAGError
 
 
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    """A call that can be made."""
-
-    name: str
-    arguments: dict[str, Any]
-    id: str = field(default_factory=lambda: _new_id())
-
-
-@dataclass(frozen=True, slots=True)
-class InvalidToolCall:
-    """A call that was cut, is no JSON, or names no tool.
-
-    Attributes:
-        text: what the model wrote.
-        error: what is wrong with it.
-        name: the tool, where that much could be read.
-    """
-
-    text: str
-    error: str
-    id: str = field(default_factory=lambda: _new_id())
-    name: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Parsed:
-    """An answer, its calls apart from its text."""
-
-    content: str
-    calls: tuple[ToolCall, ...] = ()
-    invalid_calls: tuple[InvalidToolCall, ...] = ()
+def _new_id() -> str:
+    """Nine letters and digits, as Mistral's template requires."""
+    return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(9))
 
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """What a model is told of a function: its name, what it does, and a JSON schema of its arguments."""
+    """A function that the model may call: its name, its description, and a JSON schema of its arguments."""
 
     name: str
     description: str
@@ -76,37 +38,113 @@ class Tool:
 
     @classmethod
     def of(cls, tool: Mapping[str, Any]) -> Tool:
-        """From OpenAI's shape or from the function alone.
+        """From OpenAI's shape, or from the function alone.
 
         Raises:
-            InvalidInputError: it has no name, or its parameters are no JSON schema of an object.
+            InvalidInputError: the tool has no name, or its parameters are not a JSON schema of an object.
         """
-        inner = tool.get("function", tool) if isinstance(tool, Mapping) else None
-        name = inner.get("name") if isinstance(inner, Mapping) else None
-        if not isinstance(inner, Mapping) or not isinstance(name, str) or not name:
-            raise InvalidInputError(f"a tool is a mapping with name, description and parameters, not {tool!r:.80}")
-        parameters = inner.get("parameters") or {"type": "object", "properties": {}}
+        function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+        name = function.get("name") if isinstance(function, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(name, str) or not name:
+            raise InvalidInputError(f"a tool must be a mapping with name, description and parameters, not {tool!r:.80}")
+        parameters = function.get("parameters") or {"type": "object", "properties": {}}
         if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
-            raise InvalidInputError(f"the parameters of tool {name!r} are not a JSON schema of an object")
-        return cls(name, str(inner.get("description") or ""), parameters)
+            raise InvalidInputError(f"the parameters of tool {name!r} must be a JSON schema of an object")
+        return cls(name, str(function.get("description") or ""), parameters)
 
     @property
     def shown(self) -> dict[str, Any]:
-        """As templates take it."""
+        """The tool as chat templates take it."""
         function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
         return {"type": "function", "function": function}
 
 
 @dataclass(frozen=True, slots=True)
-class ToolPlan:
-    """How a conversation with tools is prompted, constrained and read. Made by `plan_tools`.
+class ToolCall:
+    """A call of a known tool. The constraint makes sure that the arguments satisfy the tool's schema."""
+
+    name: str
+    arguments: dict[str, Any]
+    id: str = field(default_factory=_new_id)
+
+
+@dataclass(frozen=True, slots=True)
+class InvalidToolCall:
+    """A call that was cut off, is not JSON, or names no known tool.
+
+    Attributes:
+        text: what the model wrote.
+        error: what is wrong with it.
+        id: a new id.
+        name: the tool's name, if it could be read.
+    """
+
+    text: str
+    error: str
+    id: str = field(default_factory=_new_id)
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """An answer: its text without calls, its calls, and what looks like a call but is not valid."""
+
+    content: str
+    calls: tuple[ToolCall, ...] = ()
+    invalid_calls: tuple[InvalidToolCall, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class CallFormat:
+    """How a model writes calls: `opening`, calls with `separator` between them, `closing`.
+
+    Attributes:
+        opening: the text before the first call.
+        closing: the text after the last call.
+        separator: the text between two calls; None if the format allows one call only.
+        before_name, before_arguments, after_arguments: the parts of a call around its name and its arguments.
+        marker_id: the special token that starts the calls, if there is one. It is not part of `opening`.
+    """
+
+    opening: str = ""
+    closing: str = ""
+    separator: str | None = "\n"
+    before_name: str = '{"name": '
+    before_arguments: str = ', "arguments": '
+    after_arguments: str = "}"
+    marker_id: int | None = None
+
+    @property
+    def marker(self) -> str:
+        """The text that tells calls from prose; empty if a call is bare JSON."""
+        return self.opening.strip() if self.opening.strip(" \n[") else ""
+
+    @property
+    def keys(self) -> tuple[str, str]:
+        """The JSON keys of the name and of the arguments."""
+        name, arguments = re.findall(r'"(\w+)"\s*:', self.before_name + self.before_arguments)[-2:]
+        return name, arguments
+
+    def write(self, name: str, arguments: Mapping[str, Any]) -> str:
+        """One call."""
+        written = json.dumps(arguments, ensure_ascii=False)
+        return f"{self.before_name}{json.dumps(name)}{self.before_arguments}{written}{self.after_arguments}"
+
+
+PLAIN = CallFormat()
+"""The format for templates that render no tools, or calls that are not JSON."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolSpec:
+    """How a conversation with tools is prompted, constrained and parsed. Made by `tool_spec`.
 
     Attributes:
         template: the model's chat template.
         offered: every tool.
-        callable: those that the choice allows.
+        callable: the tools that the choice allows.
         forced: the answer is one or more calls and nothing else.
-        parallel: several calls may be made at once.
+        parallel: the answer may have several calls.
         format: how calls are written.
     """
 
@@ -119,59 +157,39 @@ class ToolPlan:
 
     @property
     def tools(self) -> list[dict[str, Any]] | None:
-        """What the template is given; None where it shows no tools and `messages` does."""
+        """The tools for the template; None if the template renders none, and `messages` lists them."""
         return None if self.format is PLAIN else [tool.shown for tool in self.offered]
 
     def messages(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages as the template can show them, with the tools among them where it has no place for those."""
+        """The messages as the template can render them, with an instruction if the template renders no tools."""
         shown = tool_messages(self.template, messages)
         if self.format is not PLAIN:
             return shown
+        system: Message = {"role": "system", "content": ""}
         if shown and shown[0]["role"] == "system":
-            content = shown[0].get("content") or ""
-            parts = [content] if isinstance(content, str) else list(content)
-            space = "\n\n" if parts and parts != [""] else ""
-            added: Any = [*parts, space + self._instruction]
-            if isinstance(content, str):
-                added = "".join(added)
-            return [{**shown[0], "content": added}, *shown[1:]]
-        return [{"role": "system", "content": self._instruction}, *shown]
+            system, *shown = shown
+        content = system.get("content") or ""
+        instruction = ("\n\n" if content else "") + self._instruction
+        added: Any = content + instruction if isinstance(content, str) else [*content, instruction]
+        return [{**system, "content": added}, *shown]
 
     @property
     def constraint(self) -> Grammar:
-        """Calls alone where they are forced; else text, or calls, which are then right."""
+        """Only calls if they are forced; else text, or valid calls."""
         return Grammar("\n".join(self._rules()))
 
     def parse(self, text: str) -> Parsed:
-        """An answer's text and calls."""
+        """Read the text and the calls of an answer."""
         if self.format.marker:
             return self._parse_marked(text)
-        start = text.lstrip()
-        if self.forced or self.format.marker_id is None or start[:1] in ("{", "["):
-            looks_like = self.forced or re.match(r"\[?\s*\{", start) is not None
-            if looks_like:
-                calls, invalid = self._read(start)
-                if calls or invalid:
-                    return Parsed("", tuple(calls), tuple(invalid))
+        if self.forced or re.match(r"\s*\[?\s*\{", text):
+            calls, invalid = self._calls(text.lstrip())
+            return Parsed("", tuple(calls), tuple(invalid))
         return Parsed(text)
 
     def parser(self) -> CallParser:
-        """`parse` for an answer that comes in pieces."""
+        """`parse` for an answer that arrives in pieces."""
         return CallParser(self)
-
-    def prose(self, text: str) -> str:
-        """The beginning of an unfinished answer that is certainly not part of a call."""
-        if self.forced:
-            return ""
-        marker = self.format.marker
-        if not marker:
-            return "" if text.lstrip()[:1] in ("", "{", "[") else text
-        before, found, _ = text.partition(marker)
-        if not found:
-            overlaps = range(min(len(marker) - 1, len(text)), 0, -1)
-            held = next((size for size in overlaps if text.endswith(marker[:size])), 0)
-            before = text[: len(text) - held]
-        return before.rstrip()
 
     @property
     def _instruction(self) -> str:
@@ -183,145 +201,247 @@ class ToolPlan:
         )
 
     def _rules(self) -> list[str]:
-        form = self.format
-        several = self.parallel and form.separator is not None
-        more = f" ({lark_literal(form.separator or '')} call)*" if several else ""
-        closing = f" {lark_literal(form.closing)}" if form.closing else ""
-        marker = f"<[{form.marker_id}]> " if form.marker_id is not None else ""
-        opening = f"{marker}{lark_literal(form.opening)} " if form.opening else marker
-        rules = ["call: " + " | ".join(f"call_{i}" for i in range(len(self.callable)))]
-        for index, tool in enumerate(self.callable):
-            schema = {**close_objects(tool.parameters), "x-guidance": {"whitespace_flexible": False}}
+        """The grammar's rules, `start` first."""
+        form, tools = self.format, list(enumerate(self.callable))
+        rules = ["call: " + " | ".join(f"call_{index}" for index, _ in tools)]
+        for index, tool in tools:
             before = lark_literal(f"{form.before_name}{json.dumps(tool.name)}{form.before_arguments}")
-            written = json.dumps({"type": "object", **schema}, ensure_ascii=False)
-            rules.append(f"call_{index}: {before} %json {written} {lark_literal(form.after_arguments)}")
-        if self.forced:
-            return [f"start: {opening}call{more}{closing}", *rules]
-        if form.marker:
-            rest = f"{lark_literal(form.opening[len(form.marker) :])} " if form.opening != form.marker else ""
-            trigger = re.escape(form.marker).replace("/", "\\/")
+            schema = lark_json(JsonSchema({"type": "object", **tool.parameters}, closed=True))
+            rules.append(f"call_{index}: {before} {schema} {lark_literal(form.after_arguments)}")
+        calls = "call"
+        if self.parallel and form.separator is not None:
+            calls += f" ({lark_literal(form.separator)} call)*"
+        if form.closing:
+            calls += f" {lark_literal(form.closing)}"
+        if form.marker and not self.forced:
+            rest = form.opening.removeprefix(form.marker)
+            marker = re.escape(form.marker).replace("/", "\\/")
             return [
                 "start: calls* text",
-                f"calls: before {rest}call{more}{closing}",
-                f"before[lazy]: /(.|\\n)*{trigger}/",
+                f"calls: before {lark_literal(rest) if rest else ''} {calls}",
+                f"before[lazy]: /(.|\\n)*{marker}/",
                 "text: /(.|\\n)*/",
                 *rules,
             ]
-        prose = "(.|\\n)*" if marker else "([^{\\s](.|\\n)*)?"
-        return ["start: text | calls", f"text: /{prose}/", f"calls: {opening}call{more}{closing}", *rules]
+        opening = f"<[{form.marker_id}]> " if form.marker_id is not None else ""
+        opening += f"{lark_literal(form.opening)} " if form.opening else ""
+        if self.forced:
+            return [f"start: {opening}{calls}", *rules]
+        # Without a marker, text is what does not begin like JSON.
+        return ["start: text | calls", "text: /([^{\\s](.|\\n)*)?/", f"calls: {opening}{calls}", *rules]
 
     def _parse_marked(self, text: str) -> Parsed:
         opening, closing = re.escape(self.format.marker), re.escape(self.format.closing.strip())
-        end = f"(?P<end>{closing})|$" if closing else "$"
         calls, invalid, prose, at = list[ToolCall](), list[InvalidToolCall](), "", 0
-        for found in re.finditer(f"(?s){opening}(?P<body>.*?)(?:{end})", text):
+        for found in re.finditer(f"(?s){opening}(.*?)(?:{closing}|$)" if closing else f"(?s){opening}(.*?)$", text):
             prose += text[at : found.start()]
             at = found.end()
-            good, bad = self._read(found["body"].strip())
-            calls += good
-            invalid += bad
-        if not at:
-            return Parsed(text)
-        return Parsed((prose + text[at:]).rstrip(), tuple(calls), tuple(invalid))
+            some, wrong = self._calls(found[1].strip())
+            calls += some
+            invalid += wrong
+        content = (prose + text[at:]).rstrip() if at else text
+        return Parsed(content, tuple(calls), tuple(invalid))
 
-    def _read(self, text: str) -> tuple[list[ToolCall], list[InvalidToolCall]]:
-        """JSON calls one after another, whatever stands between them."""
+    def _calls(self, text: str) -> tuple[list[ToolCall], list[InvalidToolCall]]:
+        """The calls in a text, whatever is between them."""
         calls, invalid, at = list[ToolCall](), list[InvalidToolCall](), 0
-        decoder = json.JSONDecoder()
         while (start := text.find("{", at)) >= 0:
             try:
-                value, at = decoder.raw_decode(text, start)
-            except json.JSONDecodeError as cut:
-                invalid.append(InvalidToolCall(text[start:], f"not JSON: {cut}", name=self._named(text[start:])))
+                value, at = json.JSONDecoder().raw_decode(text, start)
+            except json.JSONDecodeError as error:
+                named = re.search(rf'"{self.format.keys[0]}"\s*:\s*"([^"]+)"', text[start:])
+                invalid.append(InvalidToolCall(text[start:], f"not JSON: {error}", name=named[1] if named else None))
                 return calls, invalid
             call = self._call(value, text[start:at])
-            (calls if isinstance(call, ToolCall) else invalid).append(call)  # type: ignore[arg-type]
+            if isinstance(call, ToolCall):
+                calls.append(call)
+            else:
+                invalid.append(call)
         if not calls and not invalid:
-            invalid.append(InvalidToolCall(text, "there is no JSON object in it"))
+            invalid.append(InvalidToolCall(text, "it has no JSON object"))
         return calls, invalid
 
-    def _call(self, value: Any, text: str) -> ToolCall | InvalidToolCall:
+    def _call(self, value: dict[str, Any], text: str) -> ToolCall | InvalidToolCall:
         name_key, arguments_key = self.format.keys
         name, arguments = value.get(name_key), value.get(arguments_key, {})
+        known = [tool.name for tool in self.offered]
+        if not isinstance(name, str) or name not in known:
+            error = f"no tool is called {name!r}; the tools are {', '.join(known)}"
+            return InvalidToolCall(text, error, name=name if isinstance(name, str) else None)
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments)
             except json.JSONDecodeError as malformed:
                 return InvalidToolCall(text, f"its arguments are not JSON: {malformed}", name=name)
-        if name not in [tool.name for tool in self.offered]:
-            known = ", ".join(tool.name for tool in self.offered)
-            return InvalidToolCall(text, f"no tool is called {name!r}; there are {known}", name=_text_or_none(name))
         if not isinstance(arguments, dict):
-            return InvalidToolCall(text, "its arguments are no JSON object", name=name)
+            return InvalidToolCall(text, "its arguments are not a JSON object", name=name)
         return ToolCall(name, arguments)
-
-    def _named(self, text: str) -> str | None:
-        found = re.search(rf'"{self.format.keys[0]}"\s*:\s*"([^"]+)"', text)
-        return found[1] if found else None
 
 
 class CallParser:
-    """Reads an answer that comes in pieces. Give out what `push` returns; then `close`, and give out `rest`.
+    """Parses an answer that arrives in pieces. Output what `push` returns; then call `close` and output `rest`.
 
     Attributes:
         rest: after `close`, the end of the content that `push` held back.
     """
 
-    def __init__(self, plan: ToolPlan) -> None:
-        self._plan = plan
+    def __init__(self, spec: ToolSpec) -> None:
+        self._spec = spec
         self._text = ""
         self._given = 0
         self.rest = ""
 
     def push(self, text: str) -> str:
-        """The text that is certainly no call."""
+        """Add a piece, and return the new text that is certainly not part of a call."""
         self._text += text
-        prose = self._plan.prose(self._text)
-        given, self._given = prose[self._given :], max(self._given, len(prose))
-        return given
+        prose = self._prose()
+        new, self._given = prose[self._given :], max(self._given, len(prose))
+        return new
 
     def close(self) -> Parsed:
-        """The whole answer, read."""
-        parsed = self._plan.parse(self._text)
+        """The whole answer, parsed."""
+        parsed = self._spec.parse(self._text)
         self.rest = parsed.content[self._given :]
         return parsed
 
+    def _prose(self) -> str:
+        """The beginning of the answer that is certainly not part of a call."""
+        text, marker = self._text, self._spec.format.marker
+        if self._spec.forced:
+            return ""
+        if not marker:
+            return "" if text.lstrip()[:1] in ("", "{", "[") else text
+        before, found, _ = text.partition(marker)
+        if not found:
+            overlaps = range(min(len(marker) - 1, len(text)), 0, -1)
+            held = next((size for size in overlaps if text.endswith(marker[:size])), 0)
+            before = text[: len(text) - held]
+        return before.rstrip()
 
-def plan_tools(
+
+def tool_spec(
     template: ChatTemplate, tools: Sequence[Mapping[str, Any]] | None, choice: str = "auto", parallel: bool = True
-) -> ToolPlan | None:
-    """Prepare a conversation in which tools may be called.
+) -> ToolSpec | None:
+    """Prepare a conversation in which the model may call tools.
 
     Args:
         template: the model's chat template.
-        tools: JSON-schema dicts, in OpenAI's shape or with `name`, `description` and `parameters` at the top.
-        choice: `"auto"`: text or calls; `"any"` or `"required"`: calls; a tool's name: that one; `"none"`.
-        parallel: several calls may be made at once.
+        tools: dicts with `name`, `description` and `parameters` (a JSON schema), or the same in OpenAI's shape.
+        choice: `"auto"`: text or calls; `"any"` or `"required"`: calls; a tool's name: one call of that tool; `"none"`.
+        parallel: the answer may have several calls.
 
     Returns:
-        None where there is nothing to call.
+        None if there are no tools, or the choice is `"none"`.
 
     Raises:
-        InvalidInputError: a malformed tool, two of the same name, or a choice that is no tool's name.
+        InvalidInputError: a malformed tool, two tools of the same name, or a choice that is not a tool's name.
     """
     offered = tuple(Tool.of(tool) for tool in tools or ())
     names = [tool.name for tool in offered]
     if len(set(names)) < len(names):
         raise InvalidInputError(f"two tools have the same name: {', '.join(names)}")
     if choice not in ("auto", "any", "required", "none", *names):
-        raise InvalidInputError(f"tool choice {choice!r} is neither auto, any, none nor one of: {', '.join(names)}")
+        raise InvalidInputError(f"tool choice {choice!r} is not auto, any, none or one of: {', '.join(names)}")
     if not offered or choice == "none":
         return None
     chosen = tuple(tool for tool in offered if tool.name == choice)
-    form = call_format(template)
-    forced = choice != "auto"
-    return ToolPlan(template, offered, chosen or offered, forced, parallel and not chosen, form)
+    forced, parallel = choice != "auto", parallel and not chosen
+    return ToolSpec(template, offered, chosen or offered, forced, parallel, call_format(template))
 
 
-def _text_or_none(value: Any) -> str | None:
-    return value if isinstance(value, str) else None
+def tool_messages(template: ChatTemplate, messages: Sequence[Message]) -> list[Message]:
+    """A history that the template can render: unchanged, or with calls and results written into the contents."""
+    if call_format(template) is not PLAIN and _renders_results(template):
+        return [dict(message) for message in messages]
+    return [_as_text(message) for message in messages]
 
 
-def _new_id() -> str:
-    """Nine letters and digits, which is what Mistral's template insists on."""
-    return "".join(secrets.choice("abcdefghijklmnopqrstuvwxyz0123456789") for _ in range(9))
+def _as_text(message: Message) -> Message:
+    """A message with its calls, or its tool's result, as text in the content."""
+    content = message.get("content") or ""
+    if not isinstance(content, str):
+        content = "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in content)
+    if message["role"] == "tool":
+        result = {"name": message.get("name") or message.get("tool_call_id"), "result": content}
+        return {"role": "user", "content": json.dumps(result, ensure_ascii=False)}
+    if not message.get("tool_calls"):
+        return dict(message)
+    lines = [content] if content else []
+    for call in message["tool_calls"]:
+        function = call.get("function", call)
+        arguments = function.get("arguments") or {}
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        lines.append(PLAIN.write(function["name"], arguments))
+    return {"role": "assistant", "content": "\n".join(lines)}
+
+
+# --- the format of a template ----------------------------------------------------------------------------------
+
+_NAME, _KEY, _VALUE, _ABOUT = "kvcag_probe", "kvcag_key", "kvcag_value", "kvcag about"
+_QUESTION: Message = {"role": "user", "content": "x"}
+_PROBE = Tool(_NAME, _ABOUT, {"type": "object", "properties": {_KEY: {"type": "string"}}})
+_PROBE_CALL = re.compile(
+    rf'(?P<before>\{{\s*"\w+":\s*)"{_NAME}"(?P<middle>,\s*"\w+":\s*)\{{\s*"{_KEY}":\s*"{_VALUE}"\s*\}}'
+    r'(?:\s*\}|,\s*"id":\s*"\w+"\s*\})'
+)
+
+
+def call_format(template: ChatTemplate) -> CallFormat:
+    """The format in which a template writes calls; `PLAIN` if it renders no tools, or calls that are not JSON."""
+    known = template.__dict__.get("_call_format")
+    if known is None:
+        known = template.__dict__["_call_format"] = _read_format(template)
+    assert isinstance(known, CallFormat)
+    return known
+
+
+def _read_format(template: ChatTemplate) -> CallFormat:
+    one, two = _rendered_calls(template, 1), _rendered_calls(template, 2)
+    call = _PROBE_CALL.search(one)
+    if call is None:
+        return PLAIN
+    opening, closing, separator = one[: call.start()], one[call.end() :], None
+    if two.startswith(one[: call.end()]):
+        second = two.find(call["before"], call.end())
+        separator = two[call.end() : second] if second > 0 else None
+    marker_id = None
+    for token in template.tokenizer.all_special_tokens:
+        if opening.lstrip().startswith(token):  # not part of the answer's text
+            marker_id = template.tokenizer.added_tokens_encoder[token]
+            opening = opening.lstrip()[len(token) :].lstrip()
+            break
+    return CallFormat(opening, closing, separator, call["before"], call["middle"], "}", marker_id)
+
+
+def _assistant(count: int) -> Message:
+    """An assistant message with `count` probe calls."""
+    function = {"name": _NAME, "arguments": {_KEY: _VALUE}}
+    calls = [{"type": "function", "id": f"probe000{i}", "function": function} for i in range(count)]
+    return {"role": "assistant", "content": "", "tool_calls": calls}
+
+
+def _rendered_calls(template: ChatTemplate, count: int) -> str:
+    """An assistant turn with `count` calls as the template renders it; empty if it renders no tools or no calls."""
+    try:
+        before = template.render([_QUESTION], tools=[_PROBE.shown])
+        text = template.render([_QUESTION, _assistant(count)], tools=[_PROBE.shown], add_generation_prompt=False)
+    except (KVCAGError, TemplateError, TypeError):
+        return ""
+    start = next((i for i, (a, b) in enumerate(zip(before, text, strict=False)) if a != b), min(len(before), len(text)))
+    turn = text[start:] if start == len(before) else text[text.rfind(before[-1:], 0, start) + 1 :]
+    if _ABOUT not in before or turn.count(_NAME) != count:
+        return ""
+    if "</think>" in turn:
+        turn = turn.rpartition("</think>")[2].lstrip()
+    special = template.tokenizer.all_special_tokens
+    ends = [token for token in special if not re.search("tool|python", token, re.IGNORECASE)]  # those do not end a turn
+    cut = [turn.find(end) for end in ends if end in turn]
+    return turn[: min(cut)] if cut else turn.rstrip()
+
+
+def _renders_results(template: ChatTemplate) -> bool:
+    result = {"role": "tool", "content": _ABOUT, "name": _NAME, "tool_call_id": "probe0000"}
+    try:
+        return _ABOUT in template.render([_QUESTION, _assistant(1), result], add_generation_prompt=False)
+    except (KVCAGError, TemplateError, TypeError):
+        return False

@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tiny import byte_tokenizer, tiny_model
 from typer.testing import CliRunner
 
 from kvcag.cli.app import app
+from kvcag.testing import byte_tokenizer, tiny_model
 
 
 class Done(NamedTuple):
@@ -51,7 +51,7 @@ class Kvcag:
 
     def process(self, *arguments: object, **popen: Any) -> subprocess.Popen[Any]:
         return subprocess.Popen(
-            [sys.executable, "-m", "kvcag.cli", *map(str, arguments)],
+            [sys.executable, "-m", "kvcag", *map(str, arguments)],
             env={**os.environ, **self.environment},
             cwd=self.folder,
             **popen,

@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # tests import their helpers by name: `from tiny import tiny_model`
-
-from tiny import byte_tokenizer, tiny_model
+sys.path.insert(0, str(Path(__file__).parent))  # tests import their helpers by name: `from commands import Kvcag`
 
 from kvcag import HFEngine
 from kvcag.demo.model import embedded_model
+from kvcag.testing import byte_tokenizer, tiny_model
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core, so a thread a worker
     torch.set_num_threads(1)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from kvcag.cache.hf import LayerKV, cache_argument, cut, layers_of, owned
+from kvcag.cache.layers import LayerKV, cache_argument, contiguous_copy, cut, layers_of
 from kvcag.cache.merge import Part
 
 
@@ -24,7 +24,7 @@ def encode(model: PreTrainedModel, token_ids: torch.Tensor, prefix: torch.Tensor
     prefix = token_ids[:0] if prefix is None else prefix
     cache = DynamicCache()
     model(torch.cat([prefix, token_ids])[None].to(model.device), **cache_argument(model, cache), use_cache=True)
-    return owned(cut(layers_of(cache), len(prefix)))
+    return contiguous_copy(cut(layers_of(cache), len(prefix)))
 
 
 @torch.no_grad()
@@ -40,7 +40,8 @@ def parts_of(model: PreTrainedModel, head: torch.Tensor, documents: Sequence[tor
     """A head, and documents that were each encoded directly after it."""
     encoded = [Part(head, encode(model, head), 0, True)]
     encoded += [
-        Part(document, encode(model, document, head), len(head), exact=i == 0) for i, document in enumerate(documents)
+        Part(document, encode(model, document, head), len(head), is_exact=i == 0)
+        for i, document in enumerate(documents)
     ]
     return encoded
 

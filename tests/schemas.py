@@ -1,4 +1,4 @@
-"""Random JSON schemas over every keyword that a constraint holds."""
+"""Random JSON schemas with every keyword that constraints support."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _values = st.sampled_from([None, True, 0, -3, 2.5, "", "x", 'say "hi"', "größe
 
 
 def _bounds(low: str, high: str, values: st.SearchStrategy[Any]) -> st.SearchStrategy[Schema]:
-    """Neither, one or both of two bounds, in order."""
+    """No bound, one, or both in order."""
     pairs = st.tuples(values, values).map(sorted)
     both = pairs.map(lambda pair: {low: pair[0], high: pair[1]})
     return st.just({}) | values.map(lambda value: {low: value}) | values.map(lambda value: {high: value}) | both
@@ -85,14 +85,14 @@ schemas: st.SearchStrategy[Schema] = _bodies.map(
 
 
 def check_holds(engine: HFEngine, schema: Schema, budget: int, **sampling: Any) -> None:
-    """An answer is valid and within its budget; if none fits, the error names a budget that one fits."""
+    """Check that an answer is valid and within its budget, or within the budget that the error names."""
     try:
         engine.constrain(schema, budget)
     except ConstraintBudgetError as refused:
         if refused.needed_tokens <= budget:
-            raise AssertionError("refused, though the shortest fits") from refused
+            raise AssertionError("refused, although the shortest answer fits") from refused
         budget = refused.needed_tokens
     settings = engine.sampling(max_new_tokens=budget, **sampling)
-    chunks = list(engine.stream(engine.plan("Say something."), settings, constraint=schema))
+    chunks = list(engine.stream(engine.build_prompt("Say something."), settings, constraint=schema))
     jsonschema.validate(json.loads("".join(chunk.text for chunk in chunks)), schema)
     assert chunks[-1].usage.completion_tokens <= budget

@@ -6,9 +6,9 @@ from datetime import datetime, timezone
 
 import torch
 
-from kvcag.cache.hf import cache_of, layers_of
+from kvcag.cache.layers import cache_of, layers_of
+from kvcag.core import KVCacheItem, KVCacheRecords
 from kvcag.fingerprint import ModelFingerprint
-from kvcag.items import KVCacheItem, KVCacheRecords
 
 FINGERPRINT = ModelFingerprint(
     model_name="tiny",

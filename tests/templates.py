@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from tiny import SPECIAL, byte_tokenizer
 from transformers import PreTrainedTokenizerFast
+
+from kvcag.testing import SPECIAL, byte_tokenizer
 
 HERMES = (
     "{% if tools %}<|im_start|>system\n<tools>{% for tool in tools %}{{ '\n' + tool | tojson }}{% endfor %}"

@@ -1,8 +1,7 @@
 """A small server of vLLM's wire format, over any engine: real sockets on 127.0.0.1, and a prefix cache by blocks.
 
-What it says, and how, was read off vLLM 0.32: `/v1/models`, `/v1/completions` with server-sent events, `/tokenize`,
-`/detokenize`, `/metrics`, and its words for what it refuses. `flavour="openai"` is a server that knows none of vLLM's
-own fields and ignores them without a word. Faults are asked for by tests: see `Faults`.
+Answers and error messages follow vLLM 0.32: `/v1/models`, `/v1/completions` with server-sent events, `/tokenize`,
+`/detokenize` and `/metrics`. `flavour="openai"` is a server that ignores vLLM's own fields. Tests set `Faults`.
 """
 
 from __future__ import annotations
@@ -19,25 +18,27 @@ from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from waits import joined
+
+from kvcag.chat_template import Prompt
 from kvcag.engines.base import Engine
 from kvcag.engines.constrain import Choices, Grammar, JsonSchema, Regex
 from kvcag.engines.sampling import Sampling
 from kvcag.errors import ConstraintError
-from kvcag.prompt import Prompt
 
 
 @dataclass
 class Faults:
-    """What goes wrong. Each number counts down as it happens.
+    """What shall go wrong. Counters count down with each fault.
 
     Attributes:
-        status, times, retry_after: the next `times` answers are this status.
+        status, times, retry_after: the next `times` answers have this status.
         drop_after: the connection of the next answer breaks after so many events; None never.
         reset: how many connections are cut before anything is answered.
         silence: seconds before the first token of every answer.
         pause: seconds between two tokens.
-        garbage: the next answer's events are no JSON.
-        error_event: said instead of the next answer, within the stream, as vLLM does.
+        garbage: the next answer's events are not JSON.
+        error_event: sent instead of the next answer, within the stream, as vLLM does.
     """
 
     status: int = 503
@@ -56,12 +57,12 @@ class WireServer:
     """The server. Use it in a `with` block; `stop` and `start` restart it on the same port, with nothing cached.
 
     Attributes:
-        engine: what answers: its tokenizer and template are the server's.
+        engine: answers; its tokenizer and template are the server's.
         flavour: `"vllm"` or `"openai"`.
         reports: whether usage says how many tokens were cached.
         constrains: what it enforces: `"lark"`, `"json"` (no grammars), `"response_format"`, or nothing.
         bodies: every request, as `(path, body)`.
-        aborted: set when a client goes away while it is answered.
+        aborted: set when a client disconnects during its answer.
     """
 
     engine: Engine
@@ -92,29 +93,29 @@ class WireServer:
         self.stop()
 
     def start(self) -> None:
-        """Start a process of it, so to speak: an empty cache and a new start time."""
+        """Start with an empty cache and a new start time."""
         self.blocks: set[bytes] = set()
         self.started_at = time.time()
         self.http = _Server(("127.0.0.1", self.port), _handler(self))
         self.port = self.http.server_address[1]
-        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.02,), name="wire-server")
+        self.thread = threading.Thread(target=self.http.serve_forever, args=(0.02,), name="wire-server", daemon=True)
         self.thread.start()
 
     def stop(self) -> None:
-        """Close every connection, as a process does that is killed. No thread is left."""
+        """Close every connection, as a killed process does, and wait for the threads."""
         self.http.shutdown()
         self.http.cut()
         self.http.server_close()
-        self.thread.join()
+        joined([self.thread, *self.http.threads])
 
     def prompts(self) -> list[list[int]]:
         """The prompts that were sent, in order."""
         return [body["prompt"] for path, body in self.bodies if path == "/v1/completions"]
 
     def cached(self, token_ids: list[int], salt: str) -> int:
-        """How many tokens are known, in whole blocks; all whole blocks are known from now on.
+        """How many tokens are cached, in whole blocks. All whole blocks are cached from now on.
 
-        Of a prompt that is known as a whole the last block is computed again: something has to be.
+        If a whole prompt is cached, its last block is computed again, since an answer needs at least one token to run.
         """
         with self.lock:
             digest, known, whole = sha256(salt.encode()), 0, True
@@ -127,16 +128,19 @@ class WireServer:
 
 
 class _Server(ThreadingHTTPServer):
-    daemon_threads = False  # so that closing waits for every thread
     allow_reuse_address = True
 
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
         super().__init__(address, handler)
         self.open: set[socket.socket] = set()
+        self.threads: list[threading.Thread] = []
 
     def process_request(self, request: Any, client_address: Any) -> None:
+        """Like the base class, but `server_close` there waits for threads without a limit."""
         self.open.add(request)
-        super().process_request(request, client_address)
+        thread = threading.Thread(target=self.process_request_thread, args=(request, client_address), daemon=True)
+        self.threads.append(thread)
+        thread.start()
 
     def shutdown_request(self, request: Any) -> None:
         self.open.discard(request)
@@ -148,10 +152,10 @@ class _Server(ThreadingHTTPServer):
                 request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Connections that break are what tests are about."""
+        """Do nothing: tests break connections on purpose."""
 
 
-class _Refused(Exception):  # noqa: N818 - it is an answer
+class _Refused(Exception):  # noqa: N818 - an answer, not a failure
     def __init__(self, status: int, message: str, kind: str = "BadRequestError", param: str | None = None) -> None:
         self.status = status
         self.error = {"message": message, "type": kind, "param": param, "code": status}
@@ -280,7 +284,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 self.connection.shutdown(socket.SHUT_RDWR)
                 return
-            self._chunk(f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n")
+            self._chunk(f"data: {event if isinstance(event, str) else json.dumps(event, ensure_ascii=False)}\n\n")
         self._chunk("")
 
     def _events(self, body: dict[str, Any], ids: list[int], cached: int) -> Iterator[dict[str, Any] | str]:
@@ -326,7 +330,7 @@ class _Handler(BaseHTTPRequestHandler):
         return {"id": "cmpl-1", "object": "text_completion", "model": self.server_of.model, "choices": choices, **more}
 
     def _constraint(self, body: dict[str, Any]) -> Any:
-        """What it enforces, of what it was asked; the rest it ignores or refuses, as such servers do."""
+        """The constraint that this server enforces. It ignores or refuses others, as such servers do."""
         constrains = self.server_of.constrains
         form = (body.get("response_format") or {}).get("json_schema")
         if constrains and form is not None:
@@ -345,7 +349,7 @@ class _Handler(BaseHTTPRequestHandler):
     # --- the socket --------------------------------------------------------------------------------------------
 
     def _wait(self, seconds: float) -> None:
-        """Wait, unless the client goes away."""
+        """Wait, unless the client disconnects."""
         until = time.monotonic() + seconds
         while seconds and time.monotonic() < until:
             readable, _, _ = select.select([self.connection], [], [], 0.01)

@@ -12,7 +12,7 @@ import torch
 from geometry import HEAD
 
 from kvcag import HFEngine
-from kvcag.prompt import as_messages
+from kvcag.chat_template import as_messages
 
 TOKENS = 32
 """Of each answer."""
@@ -55,11 +55,11 @@ def timed(pieces: Iterable[str], started: float) -> Answer:
 
 def context_ids(engine: HFEngine, documents: Sequence[str]) -> tuple[int, ...]:
     """Instruction and documents in the system turn, each tokenised by itself: the ids of the full prefill."""
-    head = engine.template.around(HEAD, as_messages("…")).head_ids
+    head = engine.template.split_system(HEAD, as_messages("…")).head_ids
     return (*head, *chain.from_iterable(map(engine.template.encode, documents)))
 
 
 def prompt_ids(engine: HFEngine, context: tuple[int, ...], question: str) -> torch.Tensor:
     """The whole prompt. `(1, tokens)`"""
-    tail = engine.template.around(HEAD, as_messages(question)).tail_ids
+    tail = engine.template.split_system(HEAD, as_messages(question)).tail_ids
     return torch.tensor([context + tail], device=engine.device)

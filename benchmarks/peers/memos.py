@@ -16,8 +16,8 @@ import torch
 from transformers import DynamicCache
 
 from kvcag import HFEngine
-from kvcag.cache.hf import cache_argument, layers_of, nbytes
-from kvcag.engines.text import Detokenizer
+from kvcag.cache.layers import cache_argument, layers_of, nbytes
+from kvcag.engines.decode import Detokenizer
 from peers.base import TOKENS, Answer, timed
 
 OPENING = "Below is some information about the user.\n"

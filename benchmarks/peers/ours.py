@@ -9,8 +9,8 @@ from typing import Any
 from geometry import HEAD
 
 from kvcag import HFEngine, KVCacheMemory, Sampling
-from kvcag.cache.hf import layers_of, nbytes
-from kvcag.prompt import Document
+from kvcag.cache.layers import layers_of, nbytes
+from kvcag.chat_template import Document
 from peers.base import TOKENS, Answer, timed
 
 
@@ -28,12 +28,12 @@ class Exact:
     def prepare(self, documents: Sequence[str]) -> None:
         self.documents = [Document(text) for text in documents]
         self.engine.prefixes.clear(self.name)
-        self.memory = KVCacheMemory(self.engine, tenant=self.name)
+        self.memory = KVCacheMemory(self.engine, namespace=self.name)
         self.encode()
 
     def encode(self) -> None:
         prompt = self.engine.template.prompt(self.messages("…"))
-        layers, _ = self.engine.prefill(prompt.context_ids, tenant=self.name)
+        layers, _ = self.engine.prefill(prompt.context_ids, namespace=self.name)
         self.held = nbytes(layers)
 
     def messages(self, question: str) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from transformers import Cache, DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from kvcag import HFEngine
-from kvcag.cache.hf import cache_argument, layers_of, nbytes
+from kvcag.cache.layers import cache_argument, layers_of, nbytes
 from peers.base import TOKENS, Answer, context_ids, prompt_ids
 
 

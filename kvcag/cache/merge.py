@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from kvcag.cache.drift import UsualDrift
-from kvcag.cache.hf import LayerKV, concat
-from kvcag.cache.recompute import recompute
-from kvcag.cache.rope import Move, check_mergeable
+from kvcag.cache.layers import LayerKV, concat
+from kvcag.cache.recompute import UsualDrift, recompute
+from kvcag.cache.rope import PositionShift, check_mergeable
 from kvcag.cache.select import STRATEGIES, Layout, Strategy, select
 from kvcag.errors import InvalidInputError
 
@@ -29,14 +28,14 @@ class Part:
         token_ids: 1-D int64.
         layers: keys, rotated to `base_position`, `base_position + 1`, …, and values. Never written to.
         base_position: the position of its first key as stored.
-        exact: its keys and values are right where it stands now: the head, and the first document if it was encoded
+        is_exact: its keys and values are right where it stands now: the head, and the first document if it was encoded
             after that head. Nothing is spent on it.
     """
 
     token_ids: torch.Tensor
     layers: Sequence[LayerKV]
     base_position: int
-    exact: bool
+    is_exact: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +45,12 @@ class Merged:
     Attributes:
         layers: fresh memory, `(1, kv_heads, sum of lengths, head_dim)` each.
         recomputed: 1-D int64, the positions whose keys and values were recomputed, ascending.
+        layout: the tokens; `open` are those that are an approximation.
     """
 
     layers: list[LayerKV]
     recomputed: torch.Tensor
+    layout: Layout
 
 
 @torch.no_grad()
@@ -87,7 +88,7 @@ def merge(
     layout = Layout(
         token_ids=torch.cat([part.token_ids for part in parts]),
         part_of=torch.cat([torch.full((len(part.token_ids),), i) for i, part in enumerate(parts)]),
-        open=torch.cat([torch.full((len(part.token_ids),), not part.exact) for part in parts]),
+        open=torch.cat([torch.full((len(part.token_ids),), not part.is_exact) for part in parts]),
     )
     chosen = select(model, layers, layout, tail_ids, strategy=strategy, ratio=ratio)
     if len(chosen):
@@ -96,7 +97,33 @@ def merge(
         drift = usual_drift()
         if drift is not None:
             drift.add_to(model, layers, layout)
-    return Merged(layers, chosen)
+    still_open = layout.open.clone()
+    still_open[chosen] = False
+    return Merged(layers, chosen, replace(layout, open=still_open))
+
+
+@torch.no_grad()
+def refine(
+    model: PreTrainedModel, layers: list[LayerKV], layout: Layout, tail_ids: torch.Tensor, *, ratio: float
+) -> torch.Tensor:
+    """Recompute, in place, what another question needs of a context that was merged for an earlier one.
+
+    The caller keeps everyone else from the model for the time of the call.
+
+    Args:
+        model: the model that made the context.
+        layers: the merged context, written to.
+        layout: its tokens; `open` are those that no question has had recomputed yet.
+        tail_ids: 1-D int64, the question.
+        ratio: how many tokens to recompute, as a share of all.
+
+    Returns:
+        The recomputed positions, 1-D int64, ascending.
+    """
+    chosen = select(model, layers, layout, tail_ids, strategy="query", ratio=ratio)
+    if len(chosen):
+        recompute(model, layers, layout, chosen)
+    return chosen
 
 
 def _check(parts: Sequence[Part], strategy: str, ratio: float) -> None:
@@ -122,7 +149,9 @@ def _place(model: PreTrainedModel, parts: Sequence[Part]) -> list[LayerKV]:
     moved = (stood != torch.arange(len(stood))).nonzero()[:1, 0]
     if len(moved):  # what comes first is often the head and its document: not a bit of them changes
         first = int(moved)
-        move = Move(model, stood[first:].to(model.device), torch.arange(first, len(stood), device=model.device))
+        move = PositionShift(
+            model, stood[first:].to(model.device), torch.arange(first, len(stood), device=model.device)
+        )
         for index, (keys, _) in enumerate(layers):
             move.turn(index, keys[..., first:, :])
     return layers

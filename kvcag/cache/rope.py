@@ -17,8 +17,16 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers import DynamicCache
 
-from kvcag.cache.attend import Call, attend, decoder_of
-from kvcag.cache.hf import LayerKV, cache_argument, check_cacheable, layers_of, owned, scatter_cache
+from kvcag.cache.attention import Call, attend, decoder_of
+from kvcag.cache.layers import (
+    BETWEEN_LAYERS,
+    LayerKV,
+    cache_argument,
+    check_cacheable,
+    contiguous_copy,
+    layers_of,
+    scatter_cache,
+)
 from kvcag.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -109,7 +117,7 @@ def check_mergeable(model: PreTrainedModel) -> None:
     rotations(model)
 
 
-class Move:
+class PositionShift:
     """Tokens on their way from the positions `start` to the positions `end` (1-D int64), in any layer.
 
     The angles are computed once for all layers that share their frequencies.
@@ -176,8 +184,16 @@ _OFFSET = 57
 """Far enough that the slowest frequencies of two layer types (θ 10,000 and 1,000,000) still tell."""
 
 
-@torch.no_grad()
 def _measure(model: PreTrainedModel) -> list[Rotation]:
+    token = BETWEEN_LAYERS.set(None)  # a few tokens, once a model: whoever asks for it holds a lock on the result
+    try:
+        return _probe(model)
+    finally:
+        BETWEEN_LAYERS.reset(token)
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel) -> list[Rotation]:
     config = decoder_of(model).config
     ids = (torch.arange(_TOKENS) * 7919 + 11) % config.vocab_size
     here, there = _encode(model, ids, 0), _encode(model, ids, _OFFSET)
@@ -256,7 +272,7 @@ def _check_scatter(model: PreTrainedModel, ids: torch.Tensor, right: list[LayerK
     config = decoder_of(model).config
     types = getattr(config, "layer_types", None)
     odd = torch.arange(1, _TOKENS, 2)
-    layers, windows = owned(right), {}
+    layers, windows = contiguous_copy(right), {}
 
     def note(layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> None:
         windows[layer_idx] = call.window

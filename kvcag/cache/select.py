@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
-from kvcag.cache.attend import Call, EnoughError, attend
-from kvcag.cache.hf import LayerKV, peek_cache, scatter_cache
+from kvcag.cache.attention import Call, EnoughError, attend
+from kvcag.cache.layers import LayerKV, peek_cache, scatter_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

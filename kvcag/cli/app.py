@@ -1,4 +1,4 @@
-"""The command line's commands; what they do is elsewhere, and imported when it is asked for."""
+"""The commands of the command line. Each module imports torch only when its command runs."""
 
 from __future__ import annotations
 
@@ -8,39 +8,27 @@ from typing import Annotated
 import typer
 
 import kvcag
-from kvcag.cli.ask import ask
+from kvcag.cli.answer import ask, chat
 from kvcag.cli.bench import bench
-from kvcag.cli.chat import chat
 from kvcag.cli.demo import demo
 from kvcag.cli.doctor import doctor
 from kvcag.cli.encode import encode, sync
 from kvcag.cli.group import DEBUG, Commands
-from kvcag.cli.items import inspect, ls, rm
 from kvcag.cli.scheduler import scheduler
 from kvcag.cli.size import size
-from kvcag.cli.store import import_memos, verify
+from kvcag.cli.store import import_memos, inspect, ls, rm, verify
 
 app = typer.Typer(
     name="kvcag",
     cls=Commands,
-    help="Encode documents once into KV caches, and answer from them.",
-    epilog="Exit codes: 0 done, 1 the answer is no, 2 the arguments cannot work, 3 it failed, 130 interrupted.",
+    epilog="Exit codes: 0 done; 1 damaged, missing, of another model or not confirmed; 2 wrong arguments; 3 failed; "
+    "130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command()(demo)
-app.command()(encode)
-app.command()(ask)
-app.command()(chat)
-app.command()(ls)
-app.command()(inspect)
-app.command()(rm)
-app.command()(sync)
-app.command()(verify)
-app.command()(doctor)
-app.command()(size)
-app.command()(bench)
+for _command in (demo, encode, ask, chat, ls, inspect, rm, sync, verify, doctor, size, bench):
+    app.command()(_command)
 app.command("import-memos")(import_memos)
 app.add_typer(scheduler, name="scheduler")
 

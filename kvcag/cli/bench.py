@@ -1,4 +1,4 @@
-"""`kvcag bench`: time to first token with caches and without, on this machine and with this model."""
+"""`kvcag bench`: measures the time to first token with caches and without."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,17 +17,16 @@ import typer
 
 import kvcag
 from kvcag.cli import output
-from kvcag.cli.demo import CorpusOption
-from kvcag.cli.options import HEAD, Json, Model, Ratio
+from kvcag.cli.options import INSTRUCTION, CorpusOption, Json, Model, Ratio, load_engine
 from kvcag.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from kvcag.context import MergedContext
+    from kvcag.core import MergedContext
     from kvcag.engines.hf import HFEngine
 
 _QUESTION = "Which of the statements described above transfers control, and what happens to the local variables then?"
 _DOCUMENTS = 4
-"""How many documents a merged context is put together from."""
+"""Documents of a merged context."""
 
 _WAYS = {
     "full_s": "full prefill",
@@ -41,27 +41,27 @@ def bench(
     model: Model = None,
     corpus: CorpusOption = None,
     tokens: Annotated[
-        list[int] | None, typer.Option("--tokens", min=32, help="Context lengths; repeat. Default: 512, 1024 and 2048.")
+        list[int] | None,
+        typer.Option("--tokens", min=32, help="Measure contexts of this length; repeatable. Default: 512, 1024, 2048."),
     ] = None,
     repeat: Annotated[
-        int | None, typer.Option(min=1, help="Rounds, of which the median is shown. Default: 3, and 5 for --report.")
+        int | None, typer.Option(min=1, help="Take medians of this many rounds. Default: 3; 5 for --report.")
     ] = None,
     ratio: Ratio = 0.2,
     report: Annotated[
         bool,
         typer.Option(
             "--report",
-            help="Run a checkout's benchmarks/report.py instead: beside other libraries, with tables and plots. "
-            "It takes --model, --tokens and --repeat; 40 minutes on two cores without --tokens.",
+            help="Run benchmarks/report.py of a checkout instead, which compares other libraries. Takes --model, "
+            "--tokens and --repeat; 40 minutes on two cores without --tokens.",
         ),
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Time to first token over contexts of several lengths: read in full, cached, from disk, and merged.
+    """Measure the time to first token for contexts of several lengths, in four ways.
 
-    full prefill: the model reads the context for the question. cached: it was read before, and is in memory.
-    from disk: it is in a store. merged: four documents, encoded one by one, are put together, and `--ratio` of their
-    tokens recomputed.
+    full prefill: the model reads the context. cached: its cache is in memory. from disk: its cache is in a store.
+    merged: four documents, encoded one by one, are merged, and --ratio of their tokens are recomputed.
 
     For example:
 
@@ -73,14 +73,13 @@ def bench(
         sources = [ctx.get_parameter_source(name) for name in ("corpus", "ratio", "as_json")]
         if any(source and source.name != "DEFAULT" for source in sources):
             raise InvalidInputError(
-                "--report takes --model, --tokens and --repeat alone: it has a corpus and ratios of its own, and "
-                "writes files."
+                "--report takes --model, --tokens and --repeat only: its corpus and ratios are fixed, and it writes "
+                "files. Leave the other options out."
             )
         raise typer.Exit(_run_report(model, tokens, repeat))
-    from kvcag.cli.loading import load_engine
-    from kvcag.demo.corpus import load_corpus, python_topics
+    from kvcag.cli.files import read_corpus
 
-    texts = [document.text for document in (load_corpus(corpus) if corpus else python_topics())]
+    texts = [document.text for document in read_corpus(corpus)]
     engine = load_engine(model, prefix_cache_bytes=0)
     lengths, rounds = tokens or [512, 1024, 2048], repeat or 3
     for length in lengths:
@@ -95,7 +94,7 @@ def bench(
         output.emit({"machine": _machine(engine), "repeat": rounds, "ratio": ratio, "rows": rows})
         return
     console = output.stdout()
-    headings = ["context", *_WAYS.values(), "sooner, cached", "sooner, merged"]
+    headings = ["context", *_WAYS.values(), "speed-up, cached", "speed-up, merged"]
     console.print(output.table(dict.fromkeys(headings, "right"), [_cells(row) for row in rows]))
     console.print(
         f"\nseconds to the first token, medians of {rounds}; {', '.join(map(str, _machine(engine).values()))}"
@@ -103,44 +102,43 @@ def bench(
 
 
 def _measure(engine: HFEngine, texts: Sequence[str], tokens: int, repeat: int, ratio: float) -> dict[str, Any]:
-    """Medians, in seconds, of the four ways to a first token over about so many tokens."""
-    from kvcag.cli.context import exact
+    """Return medians, in seconds, for a context of about `tokens` tokens."""
+    from kvcag.cli.answer import exact_context
+    from kvcag.core import KVCacheItem
     from kvcag.engines.sampling import Sampling
-    from kvcag.keeping import Keeper
-    from kvcag.memory import KVCacheMemory
-    from kvcag.prompt import Document
+    from kvcag.memory import KVCacheMemory, insert_documents
     from kvcag.stores.disk import DiskStore
 
-    documents = _documents(engine, texts, tokens)
-    system = {"role": "system", "content": [f"{HEAD}\n\n", *(Document(f"{text}\n\n") for text in documents)]}
-    prompt = engine.template.prompt([system, {"role": "user", "content": _QUESTION}])
-    memory = KVCacheMemory(engine, head=HEAD)
-    items = [memory.extract(text) for text in documents]
-    memory.add(items)
+    documents = [f"{text}\n\n" for text in _documents(engine, texts, tokens)]
+    messages = insert_documents(INSTRUCTION, documents, [{"role": "user", "content": _QUESTION}])
+    prompt = engine.template.prompt(messages)
+    memory = KVCacheMemory(engine, instruction=INSTRUCTION)
+    ids = memory.add(documents)
 
     def first(context: MergedContext | None) -> None:
-        stream = engine.stream(prompt if context is None else engine.plan(None, context), Sampling(), context)
+        stream = engine.stream(prompt if context is None else engine.build_prompt(None, context), Sampling(), context)
         next(stream)
         stream.close()
 
     with tempfile.TemporaryDirectory() as folder:
         disk = DiskStore(folder)
-        whole = Keeper(engine, disk).encode((), prompt.context_ids, "")
+        whole = engine.encode_item(prompt.head_ids, tuple(chain.from_iterable(prompt.document_ids)))
+        assert isinstance(whole, KVCacheItem)
         disk.put(whole)
         seconds = _medians(
             repeat,
             {
                 "full_s": lambda: first(None),
-                "memory_s": lambda: first(exact(whole, prompt.tail_ids)),
-                "disk_s": lambda: first(exact(disk.get(whole.id) or whole, prompt.tail_ids)),
-                "merged_s": lambda: first(memory.merge([item.id for item in items], _QUESTION, "query", ratio)),
+                "memory_s": lambda: first(exact_context(engine, whole, prompt)),
+                "disk_s": lambda: first(exact_context(engine, disk.get(whole.id) or whole, prompt)),
+                "merged_s": lambda: first(memory.merge(ids, _QUESTION, "query", ratio)),
             },
         )
     return {"context_tokens": len(prompt.context_ids), "tail_tokens": len(prompt.tail_ids), **seconds}
 
 
 def _medians(repeat: int, ways: dict[str, Callable[[], None]]) -> dict[str, float]:
-    """All ways in turn, so that whatever else the machine does meets them alike; a first round warms up."""
+    """Time all ways in turn, so that other load affects them alike. The first round warms up and does not count."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeat + 1):
         for name, way in ways.items():
@@ -151,7 +149,7 @@ def _medians(repeat: int, ways: dict[str, Callable[[], None]]) -> dict[str, floa
 
 
 def _documents(engine: HFEngine, texts: Sequence[str], tokens: int) -> list[str]:
-    """Texts that have about so many tokens together."""
+    """Return texts of about `tokens` tokens together."""
     ids = list(engine.template.encode("\n\n".join(texts)))
     ids = (ids * (1 + tokens // max(1, len(ids))))[:tokens]
     step = -(-len(ids) // _DOCUMENTS)
@@ -159,12 +157,12 @@ def _documents(engine: HFEngine, texts: Sequence[str], tokens: int) -> list[str]
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    sooner = (f"{row['full_s'] / row[name]:.1f}×" for name in ("memory_s", "merged_s"))
-    return [f"{row['context_tokens']:,}", *(f"{row[name]:.3f}" for name in _WAYS), *sooner]
+    speedups = (f"{row['full_s'] / row[name]:.1f}×" for name in ("memory_s", "merged_s"))
+    return [f"{row['context_tokens']:,}", *(f"{row[name]:.3f}" for name in _WAYS), *speedups]
 
 
 def _machine(engine: HFEngine) -> dict[str, Any]:
-    """What the figures were taken on."""
+    """Return the model, the machine and the versions, for the record."""
     import torch
     import transformers
 
@@ -181,22 +179,22 @@ def _machine(engine: HFEngine) -> dict[str, Any]:
 
 
 def _run_report(model: str | None, tokens: list[int] | None, repeat: int | None) -> int:
-    """The exit code of benchmarks/report.py, which measures what `--tokens` says, and all its lengths otherwise."""
+    """Run benchmarks/report.py and return its exit code. Without `tokens` it measures its own lengths."""
     arguments = [*(["--model", model] if model else []), *(["--repeat", str(repeat)] if repeat else [])]
     arguments += ["--context", *map(str, tokens)] if tokens else []
     return subprocess.call([sys.executable, str(_report_script()), *arguments])
 
 
 def _report_script() -> Path:
-    """The report of a checkout: of the working directory, or of the one that kvcag is imported from.
+    """Find benchmarks/report.py in the working directory, or in the checkout that kvcag is imported from.
 
     Raises:
-        InvalidInputError: kvcag is installed without its repository.
+        InvalidInputError: there is no such file.
     """
     for root in (Path.cwd(), Path(kvcag.__file__).resolve().parents[1]):
         script = root / "benchmarks" / "report.py"
         if script.is_file():
             return script
     raise InvalidInputError(
-        "--report needs a checkout of the repository, with benchmarks/report.py. `kvcag bench` alone measures here."
+        "--report needs a checkout of the repository, with benchmarks/report.py. Run it there, or leave --report out."
     )

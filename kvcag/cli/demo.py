@@ -1,35 +1,32 @@
-"""`kvcag demo`."""
+"""`kvcag demo`: answers without caches and with them, side by side."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from kvcag.cli import output
-from kvcag.cli.options import Json, Model, Ratio, Strategy
+from kvcag.cli.options import CorpusOption, Json, Model, Ratio, StrategyOption, loading, resolve
 
-CorpusOption = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--corpus", help="Folders or files of .md, .txt, .jsonl; repeat. Default: a dozen topics of Python's docs."
-    ),
-]
+if TYPE_CHECKING:
+    from kvcag.demo.corpus import Topic
+    from kvcag.demo.run import Comparison, Demonstration
 
 
 def demo(
     model: Model = None,
     corpus: CorpusOption = None,
-    question: Annotated[list[str] | None, typer.Option("--question", help="A question to ask; repeat.")] = None,
-    strategy: Annotated[
-        Strategy,
-        typer.Option(
-            "--strategy", help="exact: one context, the same answers. Others merge documents cached one by one."
-        ),
-    ] = Strategy.exact,
+    question: Annotated[list[str] | None, typer.Option("--question", help="Ask this question; repeatable.")] = None,
+    strategy: StrategyOption = "exact",
     ratio: Ratio = 0.2,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens of an answer.")] = 48,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Generate at most this many tokens.")] = 48,
     as_json: Json = False,
 ) -> None:
     """Encode a corpus once, then answer questions without caches and with them, side by side.
@@ -42,22 +39,84 @@ def demo(
 
         kvcag demo --strategy query --ratio 0.2
     """
-    from kvcag.demo.corpus import DEFAULT_QUESTIONS, GENERAL_QUESTIONS, load_corpus, python_topics
+    from kvcag.cli.files import read_corpus
+    from kvcag.demo.corpus import DEFAULT_QUESTIONS, GENERAL_QUESTIONS
 
-    documents = load_corpus(corpus) if corpus else python_topics()
+    documents = read_corpus(corpus)
     questions = question or list(GENERAL_QUESTIONS if corpus else DEFAULT_QUESTIONS)
-    from kvcag.cli.loading import loading, resolve
-
     name, folder = resolve(model)
     console = output.stderr() if as_json else output.stdout()
     with loading(name):
-        from kvcag.demo import show
         from kvcag.demo.run import Demonstration
 
-        demonstration = Demonstration(
-            folder, documents, strategy=strategy.value, ratio=ratio, max_new_tokens=max_new_tokens
-        )
-    demonstration.check(questions)
-    figures = show.run(demonstration, name, [document.title for document in documents], questions, console)
+        shown = Demonstration(folder, documents, strategy=strategy, ratio=ratio, max_new_tokens=max_new_tokens)
+    shown.check(questions)
+    encode_s = _encode(shown, documents)
+    console.print(
+        f"{len(documents)} documents, {shown.corpus_tokens} tokens encoded once in {encode_s:.1f} s; "
+        f"the caches take {output.size(shown.cache_bytes)}"
+    )
+    answered = [_ask(shown, question, number, console) for number, question in enumerate(questions, start=1)]
+    console.print("\ntime to first token, and the tokens of the context\n")
+    console.print(_table(answered))
     if as_json:
-        output.emit(figures)
+        output.emit(
+            {
+                "model": name,
+                "strategy": strategy,
+                "corpus_tokens": shown.corpus_tokens,
+                "encode_s": encode_s,
+                "cache_bytes": shown.cache_bytes,
+                "questions": [asdict(row) for row in answered],
+            }
+        )
+
+
+def _encode(shown: Demonstration, documents: Sequence[Topic]) -> float:
+    """Encode the corpus; return the seconds it took."""
+    started = time.perf_counter()
+    with output.progress("encoding", shown.corpus_tokens, "tokens") as advance:
+        for document, tokens in zip(documents, shown.encode(), strict=True):
+            advance(tokens, document.title)
+    return time.perf_counter() - started
+
+
+def _ask(shown: Demonstration, question: str, number: int, console: Console) -> Comparison:
+    """Answer a question twice, and print both answers as they are generated."""
+    console.print(Text(f"\n{number}. {question}", style="bold"))
+    answered = shown.ask(question, _printer(console, "full prefill"), _printer(console, "from caches"))
+    console.print()
+    return answered
+
+
+def _printer(console: Console, label: str) -> Callable[[str], None]:
+    """Return a function that prints an answer piece by piece, after a label."""
+    started = False
+
+    def show(text: str) -> None:
+        nonlocal started
+        text = text if started else text.lstrip()
+        if text and not started:
+            started = True
+            console.print(Text(f"\n{label}: ", style="dim"), end="")
+        console.print(Text(text.replace("\n", " ")), end="", soft_wrap=True)
+
+    return show
+
+
+def _table(answered: Sequence[Comparison]) -> Table:
+    columns = ("full", "cached", "speed-up", "encoded", "reused", "recomputed", "same")
+    rows = [
+        (
+            f"{number}. {row.question[:40]}",
+            f"{row.ttft_full_s:.2f} s",
+            f"{row.ttft_cached_s:.2f} s",
+            f"{row.speedup:.1f}×",
+            row.encoded_tokens,
+            row.reused_tokens,
+            row.recomputed_tokens,
+            "yes" if row.same_answer else "no",
+        )
+        for number, row in enumerate(answered, start=1)
+    ]
+    return output.table({"question": "left", **dict.fromkeys(columns, "right")}, rows)

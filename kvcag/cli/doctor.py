@@ -1,4 +1,4 @@
-"""`kvcag doctor`."""
+"""`kvcag doctor`: measures what merging costs in accuracy and saves in time."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kvcag.cli import output
-from kvcag.cli.demo import CorpusOption
 from kvcag.cli.group import NEGATIVE
-from kvcag.cli.options import Json, Model
+from kvcag.cli.options import CorpusOption, Json, Model, load_engine
 
 if TYPE_CHECKING:
-    from kvcag.engines.calibrate import Calibration, Verdict
+    from kvcag.calibration import Calibration, Verdict
 
 
 def doctor(
     model: Model = None,
     corpus: CorpusOption = None,
-    head: Annotated[str | None, typer.Option(help="The instruction that will stand before the documents.")] = None,
-    probes: Annotated[int, typer.Option(min=1, help="How many contexts to try.")] = 4,
-    max_kl: Annotated[float, typer.Option(min=0, help="Nats a token that a merged context may be off.")] = 0.05,
+    instruction: Annotated[str | None, typer.Option(help="Put this instruction before the documents.")] = None,
+    probes: Annotated[int, typer.Option(min=1, help="Compare on this many contexts.")] = 4,
+    max_kl: Annotated[float, typer.Option(min=0, help="Allow this KL divergence, in nats per token.")] = 0.05,
     as_json: Json = False,
 ) -> None:
-    """Can this model's caches be merged, and how well? Compares every strategy with a full prefill.
+    """Compare every merge strategy with a full prefill, and keep the result for --strategy auto.
 
-    The verdict is kept for `merge(strategy="auto")`. Exits with 1 if nothing but a full prefill is good enough.
+    Exits with 1 if no strategy is both accurate enough and cheaper than a full prefill, or if the model's caches cannot
+    be merged.
 
     For example:
 
@@ -33,18 +33,19 @@ def doctor(
 
         kvcag doctor --model Qwen/Qwen3-0.6B --corpus notes/ --max-kl 0.03
     """
-    from kvcag.demo.corpus import load_corpus, python_topics
+    from kvcag.cli.files import read_corpus
 
-    documents = [document.text for document in (load_corpus(corpus) if corpus else python_topics())]
-    from kvcag.cli.loading import load_engine
-
+    documents = [document.text for document in read_corpus(corpus)]
     engine = load_engine(model)
     from kvcag.cache.merge import check_mergeable
+    from kvcag.calibration import calibrate
 
     with engine.exclusive() as live:
         check_mergeable(live)
     with output.progress("probing", probes, "contexts") as advance:
-        calibration = engine.calibrate(documents, head=head, probes=probes, progress=lambda done, total: advance(1))
+        calibration = calibrate(
+            engine, documents, instruction=instruction, probes=probes, progress=lambda done, total: advance(1)
+        )
     best = calibration.cheapest(max_kl)
     if as_json:
         output.emit({**calibration.model_dump(), "max_kl": max_kl, "best": best.model_dump() if best else None})
@@ -56,7 +57,7 @@ def doctor(
 
 def _show(calibration: Calibration, best: Verdict | None, name: str, max_kl: float) -> None:
     console = output.stdout()
-    columns = ("recomputed", "KL, nats a token", "same token", "time to first token")
+    columns = ("recomputed", "KL, nats per token", "same token", "time to first token")
     rows = [
         (
             f"{verdict.strategy} *" if verdict == best else verdict.strategy,
@@ -70,6 +71,8 @@ def _show(calibration: Calibration, best: Verdict | None, name: str, max_kl: flo
     console.print(f"{name}: {calibration.probes} contexts of about {calibration.context_tokens} tokens\n")
     console.print(output.table({"strategy": "left", **dict.fromkeys(columns, "right")}, rows))
     if best is None:
-        console.print(f"\nNo strategy is within KL {max_kl:g} and cheaper than a full prefill: 'auto' encodes all.")
+        console.print(
+            f"\nNo strategy is within KL {max_kl:g} and cheaper than a full prefill: 'auto' encodes everything."
+        )
     else:
-        console.print(f"\n* strategy='auto', max_kl={max_kl:g} takes {best.strategy!r} at ratio {best.ratio:g}.")
+        console.print(f"\n* strategy='auto', max_kl={max_kl:g} uses {best.strategy!r} at ratio {best.ratio:g}.")

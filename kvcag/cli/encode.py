@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,18 +11,28 @@ import typer
 
 from kvcag.cli import output
 from kvcag.cli.group import say
-from kvcag.cli.options import HEAD, Head, Json, Model, Namespace, Store, default_store
+from kvcag.cli.options import (
+    INSTRUCTION,
+    Instruction,
+    Json,
+    Model,
+    Namespace,
+    Store,
+    default_store,
+    load_engine,
+)
 from kvcag.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from kvcag.cli.files import Reading, Text
-    from kvcag.corpus import Read, SyncPlan
-    from kvcag.keeping import Ids, Keeper
+    from kvcag.cli.files import Reading
+    from kvcag.document_cache import SyncDiff
+    from kvcag.memory import KVCacheMemory
     from kvcag.stores.base import KVStore
-    from kvcag.stores.manifest import Manifest
+    from kvcag.stores.format import Manifest
 
 Split = Annotated[
-    int | None, typer.Option("--split", min=16, metavar="TOKENS", help="Cut longer files at paragraphs, into so many.")
+    int | None,
+    typer.Option("--split", min=16, metavar="TOKENS", help="Cut files into items of at most this many tokens."),
 ]
 
 
@@ -31,14 +41,14 @@ def encode(
     model: Model = None,
     store: Store = None,
     namespace: Namespace = "",
-    head: Head = HEAD,
+    instruction: Instruction = INSTRUCTION,
     split: Split = None,
     as_json: Json = False,
 ) -> None:
-    """Encode texts, one item a file, and keep them. What is kept already is not encoded again.
+    """Encode files and keep their caches, one item per file. Items that are in the store are not encoded again.
 
-    In folders, .txt, .text, .md, .markdown, .rst and .jsonl files are read (a line of .jsonl is an item: an object with
-    a string "text"). Interrupted, it keeps what is done; run again, it goes on.
+    In folders, .txt, .text, .md, .markdown, .rst and .jsonl files are read. Each line of a .jsonl file is an item: an
+    object with a string "text". An interrupted run keeps its finished items; run the command again to continue.
 
     For example:
 
@@ -48,13 +58,17 @@ def encode(
 
         kvcag encode notes/ --json | jq .encoded
     """
-    reading = _read(paths)
-    keeper, head_ids = _keeper(model, store, namespace, head)
-    planned = _plan(keeper, head_ids, reading.texts, split, lambda manifest: False)
-    encoded = _encode(keeper, head_ids, planned)
-    done = {"encoded": len(planned.new), "kept": len(planned.wanted) - len(planned.new)}
-    kept = f"{output.counted(done['encoded'], 'item')} encoded ({encoded:,} tokens), {done['kept']} kept already"
-    _report({**done, "tokens": encoded}, kept, planned, reading, keeper, as_json)
+    from kvcag.cli.files import read_texts
+    from kvcag.stores.disk import DiskStore
+
+    reading = read_texts(paths)
+    opened = DiskStore(store or default_store(), namespace=namespace)  # before the model: it fails sooner
+    memory = _memory(model, opened, instruction, namespace)
+    diff = _diff(memory, reading, split, lambda manifest: False)
+    tokens = _encode(memory, diff)
+    done = {"encoded": len(diff.new), "kept": len(diff.wanted) - len(diff.new)}
+    line = f"{output.counted(done['encoded'], 'item')} encoded ({tokens:,} tokens), {done['kept']} kept already"
+    _report({**done, "tokens": tokens}, line, diff, reading, memory, as_json)
 
 
 def sync(
@@ -62,14 +76,14 @@ def sync(
     model: Model = None,
     store: Store = None,
     namespace: Namespace = "",
-    head: Head = HEAD,
+    instruction: Instruction = INSTRUCTION,
     split: Split = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change, and change nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Bring what is kept of a path in step with it: encode what is new or changed, keep the rest, drop what is gone.
+    """Update the items of a file or folder: encode new and changed texts, keep the others, delete removed ones.
 
-    Only items that this model made of this path under the same head are dropped.
+    Only items that this model made of this path are deleted.
 
     For example:
 
@@ -77,137 +91,100 @@ def sync(
 
         kvcag sync notes/
     """
-    reading = _read([path], empty_is_fine=True)
-    keeper, head_ids = _keeper(model, store, namespace, head, create=not dry_run)
-    planned = _plan(keeper, head_ids, reading.texts, split, _made_here(keeper, head_ids, path, reading.unreadable))
-    encoded = 0
-    if not dry_run:
-        encoded = _encode(keeper, head_ids, planned)
-        _drop(keeper, planned.gone)
-    done = {"encoded": len(planned.new), "kept": len(planned.wanted) - len(planned.new), "dropped": len(planned.gone)}
-    line = ", ".join(f"{count} {verb}" for verb, count in done.items())
-    facts = {**done, "tokens": encoded, "dry_run": dry_run}
-    _report(facts, f"would be: {line}" if dry_run else line, planned, reading, keeper, as_json)
-
-
-def _read(paths: Sequence[str], *, empty_is_fine: bool = False) -> Reading:
-    from kvcag.cli.files import read_paths
-
-    reading = read_paths(paths)
-    if not reading.texts and not empty_is_fine:
-        raise InvalidInputError("; ".join(reason for _, reason in reading.skipped))
-    for _, reason in reading.skipped:
-        say(f"skipped: {reason}")
-    if reading.others:
-        say(f"{output.counted(reading.others, 'file')} of other kinds passed over")
-    return reading
-
-
-def _keeper(
-    model: str | None, store: Path | None, namespace: str, head: str, *, create: bool = True
-) -> tuple[Keeper, Ids]:
-    """Where texts go, and what stands before them. The store is opened first: it takes less long to fail."""
-    from kvcag.cli.loading import load_engine
-    from kvcag.keeping import Keeper
+    from kvcag.cli.entries import open_existing, read_entries, with_contexts
+    from kvcag.cli.files import read_texts
     from kvcag.stores.disk import DiskStore
-
-    opened = DiskStore(store or default_store(), namespace=namespace) if create else _look_into(store, namespace)
-    engine = load_engine(model)
-    head_ids = engine.template.around(head, [{"role": "user", "content": "…"}]).head_ids
-    return Keeper(engine, opened, namespace), head_ids
-
-
-def _look_into(store: Path | None, namespace: str) -> KVStore:
-    """A store that is only looked into: empty where there is none."""
-    from kvcag.cli.entries import open_existing
     from kvcag.stores.memory import MemoryStore
 
-    missing = store is not None and not store.is_dir()
-    return (None if missing else open_existing(store, namespace)) or MemoryStore()
+    reading = read_texts([path], may_be_empty=True)
+    opened: KVStore
+    if not dry_run:
+        opened = DiskStore(store or default_store(), namespace=namespace)
+    else:
+        exists = store is None or store.is_dir()
+        opened = (open_existing(store, namespace) if exists else None) or MemoryStore()
+    memory = _memory(model, opened, instruction, namespace)
+    diff = _diff(memory, reading, split, _made_here(memory, path, reading.unreadable))
+    tokens = 0
+    if not dry_run:
+        tokens = _encode(memory, diff)
+        if diff.gone:
+            entries, _ = read_entries(opened)
+            gone = [entry for entry in entries if entry.id in set(diff.gone)]
+            opened.delete(entry.id for entry in with_contexts(entries, gone))
+    done = {"encoded": len(diff.new), "kept": len(diff.wanted) - len(diff.new), "dropped": len(diff.gone)}
+    line = ", ".join(f"{count} {verb}" for verb, count in done.items())
+    facts = {**done, "tokens": tokens, "dry_run": dry_run}
+    _report(facts, f"would be: {line}" if dry_run else line, diff, reading, memory, as_json)
 
 
-def _plan(
-    keeper: Keeper,
-    head_ids: Ids,
-    texts: Sequence[Text],
-    limit: int | None,
-    mine: Callable[[Manifest], bool],
-) -> SyncPlan:
-    """What is new. Refuses what does not fit before anything is encoded."""
+def _memory(model: str | None, store: KVStore, instruction: str, namespace: str) -> KVCacheMemory:
+    engine = load_engine(model)
+    from kvcag.memory import KVCacheMemory
+
+    return KVCacheMemory(engine, store, instruction, namespace=namespace)
+
+
+def _diff(memory: KVCacheMemory, reading: Reading, limit: int | None, is_mine: Callable[[Manifest], bool]) -> SyncDiff:
+    """Compare the texts with the store. A text that does not fit is refused before anything is encoded."""
     from kvcag.cli.files import split
-    from kvcag.corpus import plan
+    from kvcag.document_cache import diff
+    from kvcag.documents import segment
 
-    template, room = keeper.engine.template, keeper.engine.context_length - len(head_ids)
-    pieces = texts if limit is None else [p for t in texts for p in split(t, limit, lambda s: len(template.encode(s)))]
-    read: list[Read] = []
-    for piece in pieces:
-        token_ids = template.encode(f"{piece.text}\n\n")
-        if len(token_ids) > room:
-            raise InvalidInputError(
-                f"{piece.metadata['source']}: {len(token_ids):,} tokens, and the model's context holds {room:,} after "
-                f"the head. Cut it with --split {max(16, room // 8)}."
-            )
-        read.append((token_ids, piece.text, piece.metadata))
-    return plan(keeper, head_ids, read, mine)
+    template = memory.engine.template
+    head_ids = template.instruction_ids(memory.instruction)
+    room = memory.engine.context_length - len(head_ids)
+    read = []
+    for text in reading.texts:
+        for piece in [text] if limit is None else split(text, limit, lambda part: len(template.encode(part))):
+            token_ids = template.encode(segment(piece.text))
+            if len(token_ids) > room:
+                raise InvalidInputError(
+                    f"{piece.metadata['source']}: {len(token_ids):,} tokens, and the model's context holds {room:,} "
+                    f"after the instruction. Cut it with --split {max(16, room // 8)}."
+                )
+            read.append((token_ids, piece.text, piece.metadata))
+    return diff(memory.documents, head_ids, read, is_mine)
 
 
-def _encode(keeper: Keeper, head_ids: Ids, planned: SyncPlan) -> int:
-    """Encode and keep what is new; how many tokens that were."""
-    total = sum(len(planned.wanted[key][0]) for key in planned.new)
+def _encode(memory: KVCacheMemory, diff: SyncDiff) -> int:
+    """Encode and keep new texts; return the number of their tokens."""
+    documents, head_ids = memory.documents, memory.engine.template.instruction_ids(memory.instruction)
+    total = sum(len(diff.wanted[key][0]) for key in diff.new)
     try:
         with output.progress("encoding", total, "tokens") as advance:
-            for key in planned.new:
-                token_ids, text, metadata = planned.wanted[key]
+            for key in diff.new:
+                token_ids, text, metadata = diff.wanted[key]
                 advance(0, os.path.basename(metadata["source"]))
-                item = keeper.encode(head_ids, token_ids, text)
-                keeper.store.put(item.model_copy(update={"id": key, "metadata": {**item.metadata, **metadata}}))
+                documents.put(documents.encode(head_ids, token_ids, text, metadata))
                 advance(len(token_ids))
     except KeyboardInterrupt:
-        kept = sum(map(keeper.store.contains, planned.new))
-        say(f"{kept} of {output.counted(len(planned.new), 'item')} encoded and kept; run it again to go on.")
+        kept = sum(map(documents.store.contains, diff.new))
+        say(f"{kept} of {output.counted(len(diff.new), 'item')} encoded and kept; run the command again to continue.")
         raise
     return total
 
 
-def _made_here(keeper: Keeper, head_ids: Ids, path: str, unreadable: set[str]) -> Callable[[Manifest], bool]:
-    """Whether an item was made of this path, by this model, under this head, and not of a file unreadable today."""
-    from kvcag.cli.entries import CONTEXT_OF, comes_from
-    from kvcag.items import ids_digest
-
-    prefix, model = ids_digest(head_ids), keeper.engine.fingerprint
+def _made_here(memory: KVCacheMemory, path: str, unreadable: set[str]) -> Callable[[Manifest], bool]:
+    """Return a test for items of this path and model, but not of files that cannot be read today."""
+    from kvcag.cli.entries import comes_from
+    from kvcag.stores.base import MADE_OF
 
     def made_here(manifest: Manifest) -> bool:
-        if CONTEXT_OF in manifest.metadata:  # leaves with the items that it holds
-            return False
-        same = manifest.fingerprint is not None and model.matches(manifest.fingerprint)
-        readable = manifest.metadata.get("source") not in unreadable
-        return same and readable and manifest.prefix_digest == prefix and comes_from(manifest, path)
+        made_by, metadata = manifest.fingerprint, manifest.metadata
+        if MADE_OF in metadata or metadata.get("source") in unreadable:
+            return False  # a context is deleted with the items that it holds
+        return made_by is not None and memory.engine.fingerprint.matches(made_by) and comes_from(manifest, path)
 
     return made_here
 
 
-def _drop(keeper: Keeper, gone: Sequence[str]) -> None:
-    """Delete items, and the contexts that hold them."""
-    from kvcag.cli.entries import CONTEXT_OF
-
-    if not gone:
-        return
-    store, leaving = keeper.store, set(gone)
-    for key in list(store.keys()):
-        manifest = store.manifest(key)
-        if manifest and not leaving.isdisjoint(manifest.metadata.get(CONTEXT_OF, [])):
-            leaving.add(key)
-    store.delete(leaving)
-
-
 def _report(
-    facts: dict[str, Any], line: str, planned: SyncPlan, reading: Reading, keeper: Keeper, as_json: bool
+    facts: dict[str, Any], line: str, diff: SyncDiff, reading: Reading, memory: KVCacheMemory, as_json: bool
 ) -> None:
-    from kvcag.stores.disk import DiskStore
-
-    place = keeper.store.path if isinstance(keeper.store, DiskStore) else None
+    place: Path | None = getattr(memory.store, "path", None)
     if as_json:
         skipped = [{"path": path, "reason": reason} for path, reason in reading.skipped]
-        output.emit({**facts, "store": place, "ids": list(planned.wanted), "skipped": skipped})
+        output.emit({**facts, "store": place, "ids": list(diff.wanted), "skipped": skipped})
     else:
         typer.echo(f"{line}; in {place}" if place else line)

@@ -1,4 +1,4 @@
-"""What a store on disk holds, as the commands list, find and choose it. No weights are loaded for it."""
+"""Lists and finds the items of a store on disk, from their manifests. Loads no tensors and no model."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from pathlib import Path
 
 from kvcag.cli.options import default_store
 from kvcag.errors import CorruptItemError, FormatError, InvalidInputError, StoreUnavailableError, UnknownItemError
-from kvcag.stores.base import SOURCE_FIELDS
+from kvcag.stores.base import MADE_OF, SOURCE_FIELDS, KVStore
 from kvcag.stores.disk import DiskStore
-from kvcag.stores.manifest import Manifest
-from kvcag.stores.names import Names
+from kvcag.stores.files import Names
+from kvcag.stores.format import Manifest
 
 CONTEXT_OF = "context_of"
-"""Metadata of a whole context: the ids of the items that it was made of."""
+"""Metadata of the context of a whole store: the ids of its items."""
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
-_SHOWN = 12
+_PREFIX = "kv:sha256:"
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One item of a store.
+    """One item of a store, without its tensors.
 
     Attributes:
-        manifest: everything about it but its tensors.
-        bytes: of its file.
+        manifest: what the store knows of it.
+        bytes: the size of its file.
     """
 
     manifest: Manifest
@@ -43,25 +43,34 @@ class Entry:
 
     @property
     def short(self) -> str:
-        """As much of the id as a table shows; a unique beginning of it finds the item."""
-        return _bare(self.id)[:_SHOWN]
+        """The beginning of the id, for tables."""
+        return self.id.removeprefix(_PREFIX)[:12]
+
+    @property
+    def text(self) -> str:
+        """The text that was encoded."""
+        return self.manifest.records.composed_text_memory
+
+    @property
+    def is_context(self) -> bool:
+        """It was encoded as one context of several texts, by `kvcag ask` or `KVCacheMemory.create_context`."""
+        return MADE_OF in self.manifest.metadata
 
     @property
     def members(self) -> list[str]:
-        """The items that a whole context was made of; none for an item."""
+        """The ids of the items of a whole store's context; empty for other items."""
         return list(self.manifest.metadata.get(CONTEXT_OF, []))
 
     @property
     def source(self) -> str:
-        """Where its text came from, as far as its metadata says."""
+        """Where the text came from, for tables; empty if the metadata does not say."""
         if self.members:
             return f"({len(self.members)} items, as one context)"
         metadata = self.manifest.metadata
-        named = next(
-            (str(metadata[field]) for field in SOURCE_FIELDS if field != "source_text" and field in metadata), ""
-        )
+        names = (str(metadata[field]) for field in SOURCE_FIELDS if field != "source_text" and field in metadata)
+        name = next(names, "").removeprefix(os.getcwd().rstrip(os.sep) + os.sep)
         part = metadata.get("part")
-        return f"{_nearby(named)}#{part}" if named and part else _nearby(named)
+        return f"{name}#{part}" if name and part else name
 
     @property
     def model(self) -> str:
@@ -71,11 +80,11 @@ class Entry:
 
     @property
     def encoded_at(self) -> float:
-        """When, in seconds since 1970."""
+        """When it was encoded, in seconds since 1970."""
         return self.manifest.records.timestamp.timestamp()
 
     def row(self) -> dict[str, object]:
-        """What `ls --json` says of it."""
+        """Return what `ls --json` prints."""
         return {
             "id": self.id,
             "source": self.manifest.metadata.get("source", self.source),
@@ -89,27 +98,23 @@ class Entry:
 
 
 def open_existing(path: Path | None, namespace: str) -> DiskStore | None:
-    """The store at a folder; None where nothing was kept yet. Makes no folder.
+    """Open the store in a folder, or return None if it has no items yet. Creates no folder.
 
     Raises:
-        InvalidInputError: a folder was named, and it is not there.
+        InvalidInputError: `path` is given and does not exist.
     """
     folder = path or default_store()
-    if not folder.is_dir():
-        if path is None:
-            return None
+    if path is not None and not folder.is_dir():
         raise InvalidInputError(
             f"{folder}: no such folder. Name the store's with --store, or make one: kvcag encode PATH --store {folder}"
         )
-    if not (folder / Names(namespace).space).is_dir():
-        return None
-    return DiskStore(folder, namespace=namespace)
+    return DiskStore(folder, namespace=namespace) if (folder / Names(namespace).space).is_dir() else None
 
 
-def read_entries(store: DiskStore | None) -> tuple[list[Entry], int]:
-    """Every item that can be read, the newest first, and how many files cannot."""
+def read_entries(store: KVStore | None) -> tuple[list[Entry], int]:
+    """Return every readable item, newest first, and the number of unreadable files."""
     entries: list[Entry] = []
-    if store is None:
+    if not isinstance(store, DiskStore):
         return entries, 0
     for key in iter(store.keys()):
         try:
@@ -118,26 +123,26 @@ def read_entries(store: DiskStore | None) -> tuple[list[Entry], int]:
                 entries.append(Entry(manifest, store.file(key).stat().st_size))
         except (CorruptItemError, FormatError):
             continue
-        except (FileNotFoundError, StoreUnavailableError):  # deleted meanwhile
-            if store.contains(key):
+        except (FileNotFoundError, StoreUnavailableError):
+            if store.contains(key):  # else it was deleted in the meantime
                 raise
     entries.sort(key=lambda entry: -entry.encoded_at)
     return entries, max(0, store.stats().items - len(entries))
 
 
 def find(entries: Sequence[Entry], ids: Iterable[str]) -> list[Entry]:
-    """The items whose ids begin so, each once.
+    """Find items by ids or by unique beginnings of ids.
 
     Raises:
-        UnknownItemError: none begins so.
-        InvalidInputError: more than one begins so.
+        UnknownItemError: no item's id begins so.
+        InvalidInputError: several items' ids begin so.
     """
     found: dict[str, Entry] = {}
     missing: list[str] = []
     for wanted in ids:
-        matching = [entry for entry in entries if entry.id == wanted] or [
-            entry for entry in entries if wanted and (entry.id.startswith(wanted) or _bare(entry.id).startswith(wanted))
-        ]
+        begins = (wanted, _PREFIX + wanted)
+        matching = [entry for entry in entries if wanted and entry.id.startswith(begins)]
+        matching = [entry for entry in matching if entry.id == wanted] or matching
         if len(matching) > 1:
             some = ", ".join(entry.short for entry in matching[:3])
             raise InvalidInputError(f"{len(matching)} ids begin with {wanted!r} ({some}, …): give more of it.")
@@ -151,54 +156,45 @@ def find(entries: Sequence[Entry], ids: Iterable[str]) -> list[Entry]:
 
 
 def choose(entries: Iterable[Entry], sources: Sequence[str] | None, older_than: str | None) -> list[Entry]:
-    """Those that all filters let through; a filter that is not given lets everything through."""
-    oldest = time.time() - seconds_of(older_than) if older_than else None
+    """Return the items that pass all given filters."""
+    latest = time.time() - seconds_of(older_than) if older_than else None
     return [
         entry
         for entry in entries
         if (not sources or any(comes_from(entry.manifest, source) for source in sources))
-        and (oldest is None or entry.encoded_at <= oldest)
+        and (latest is None or entry.encoded_at <= latest)
     ]
 
 
 def comes_from(manifest: Manifest, pattern: str) -> bool:
-    """Whether an item was made from a file, from below a folder, from what a glob matches, or names this source."""
+    """Return whether an item's source is a file, is below a folder, matches a glob, or has this name."""
     values = [manifest.metadata[field] for field in SOURCE_FIELDS if field in manifest.metadata]
-    named = [str(each) for value in values for each in (value if isinstance(value, list) else [value])]
+    names = [str(each) for value in values for each in (value if isinstance(value, list) else [value])]
     absolute = os.path.abspath(pattern)
     return any(
-        source in (pattern, absolute)
-        or source.startswith(absolute.rstrip(os.sep) + os.sep)
-        or fnmatchcase(source, pattern)
-        or fnmatchcase(source, absolute)
-        for source in named
+        name in (pattern, absolute)
+        or name.startswith(absolute.rstrip(os.sep) + os.sep)
+        or fnmatchcase(name, pattern)
+        or fnmatchcase(name, absolute)
+        for name in names
     )
 
 
-def with_contexts(entries: Iterable[Entry], leaving: Iterable[Entry]) -> list[Entry]:
-    """What has to leave with some items: they, and the contexts that hold them."""
-    gone = {entry.id: entry for entry in leaving}
-    contexts = {entry.id: entry for entry in entries if not gone.keys().isdisjoint(entry.members)}
+def with_contexts(entries: Iterable[Entry], deleted: Iterable[Entry]) -> list[Entry]:
+    """Return `deleted` and the contexts that hold their texts."""
+    gone = {entry.id: entry for entry in deleted}
+    texts = {entry.text for entry in gone.values()}
+    contexts = {entry.id: entry for entry in entries if not texts.isdisjoint(entry.manifest.metadata.get(MADE_OF, []))}
     return list({**gone, **contexts}.values())
 
 
 def seconds_of(age: str) -> float:
-    """`90s`, `30m`, `12h`, `7d`, `4w` in seconds.
+    """Return `90s`, `30m`, `12h`, `7d` or `4w` in seconds.
 
     Raises:
-        InvalidInputError: it is none of these.
+        InvalidInputError: the age has another form.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", age.strip())
     if match is None:
-        raise InvalidInputError(f"--older-than {age}: say how long with a unit, such as 90s, 30m, 12h, 7d or 4w.")
+        raise InvalidInputError(f"--older-than {age}: give a number and a unit, such as 90s, 30m, 12h, 7d or 4w.")
     return float(match[1]) * _UNITS[match[2]]
-
-
-def _bare(id: str) -> str:
-    return id.removeprefix("kv:sha256:")
-
-
-def _nearby(source: str) -> str:
-    """A path below the working directory without it; every other source as it is."""
-    here = os.getcwd().rstrip(os.sep) + os.sep
-    return source.removeprefix(here)

@@ -1,24 +1,26 @@
-"""Files, folders and globs as texts to encode: plain reading of UTF-8, nothing is converted."""
+"""Reads files, folders and globs of UTF-8 text. Converts nothing."""
 
 from __future__ import annotations
 
 import glob
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvcag.demo.corpus import parse_jsonl, read_text
+from kvcag.cli import output
+from kvcag.cli.group import say
+from kvcag.demo.corpus import Topic, python_topics
 from kvcag.errors import EmptyPromptError, InvalidInputError
 
 SUFFIXES = (".jsonl", ".markdown", ".md", ".rst", ".text", ".txt")
-"""What is read in folders. A file that is named is read whatever its suffix, if it is text."""
+"""The files that are read in folders. A named file is read whatever its suffix, if it is text."""
 
 _CUTS = (r"\n[ \t]*\n\s*", r"\n", r"[.!?]\s+", r"\s+")
-"""After what a text is cut: blank lines, lines, sentences, words."""
+"""Where a text is cut: after blank lines, lines, sentences, words."""
 
 _CONVERT = (".htm", ".html", ".pdf", ".docx", ".odt", ".epub")
 
@@ -29,7 +31,7 @@ class Text:
 
     Attributes:
         text: never blank.
-        metadata: its `source`, an absolute path; a `title`; and `part` of `parts` where a file became several.
+        metadata: `source`, an absolute path; `title`; and `part` of `parts` if one file became several texts.
     """
 
     text: str
@@ -38,13 +40,13 @@ class Text:
 
 @dataclass(slots=True)
 class Reading:
-    """What was read.
+    """The texts of some paths.
 
     Attributes:
         texts: in the order of their files.
-        skipped: files found in folders that hold nothing to encode, each with the reason.
-        unreadable: the sources of those among them that hold something, but no text that can be read.
-        others: how many files in folders have other suffixes.
+        skipped: files and folders without a text, each with the reason.
+        unreadable: the sources of skipped files that are not empty.
+        others: the number of files in folders with other suffixes.
     """
 
     texts: list[Text] = field(default_factory=list)
@@ -54,15 +56,14 @@ class Reading:
 
 
 def read_paths(paths: Iterable[str]) -> Reading:
-    """Read files, folders (recursively, sorted, hidden ones passed over) and globs; each file once.
+    """Read files, folders and globs; each file once. Folders are read recursively and sorted, without hidden files.
 
     Raises:
-        InvalidInputError: a path is missing, or a file that was named is blank, is not text, or is of a format that
-            has to be converted first.
+        InvalidInputError: a path is missing, or a named file is blank, is not text or must be converted first.
     """
     reading, seen = Reading(), set[str]()
     for path in paths:
-        for file, named in _files(path, reading):
+        for file, is_named in _files(path, reading):
             source = os.path.abspath(file)
             if source in seen:
                 continue
@@ -70,7 +71,7 @@ def read_paths(paths: Iterable[str]) -> Reading:
             try:
                 reading.texts += _texts(file, source)
             except InvalidInputError as refused:
-                if named:
+                if is_named:
                     raise
                 reading.skipped.append((str(file), str(refused)))
                 if not isinstance(refused, EmptyPromptError):
@@ -78,13 +79,36 @@ def read_paths(paths: Iterable[str]) -> Reading:
     return reading
 
 
+def read_texts(paths: Sequence[str], *, may_be_empty: bool = False) -> Reading:
+    """`read_paths`, and say on stderr what was skipped.
+
+    Raises:
+        InvalidInputError: as `read_paths`, or there is no text.
+    """
+    reading = read_paths(paths)
+    if not reading.texts and not may_be_empty:
+        raise InvalidInputError("; ".join(reason for _, reason in reading.skipped))
+    for _, reason in reading.skipped:
+        say(f"skipped: {reason}")
+    if reading.others:
+        say(f"skipped: {output.counted(reading.others, 'file')} of other kinds")
+    return reading
+
+
+def read_corpus(paths: Sequence[str] | None) -> list[Topic]:
+    """Read the texts of `--corpus`, or topics of Python's manual if it is not given. Raises as `read_texts`."""
+    if not paths:
+        return python_topics()
+    return [Topic(text.metadata["title"], text.text) for text in read_texts(paths).texts]
+
+
 def split(text: Text, limit: int, count: Callable[[str], int]) -> list[Text]:
-    """A text as several of at most `limit` tokens, cut between paragraphs; within them only where one is longer.
+    """Cut a text into parts of at most `limit` tokens, between paragraphs if possible.
 
     Args:
-        text: what to cut.
-        limit: tokens.
-        count: how many tokens a text has.
+        text: the text to cut.
+        limit: the most tokens of a part.
+        count: returns the number of tokens of a str.
     """
     parts, filled = [""], 0
     for piece in _cut(text.text, limit, count, _CUTS):
@@ -101,7 +125,7 @@ def split(text: Text, limit: int, count: Callable[[str], int]) -> list[Text]:
 
 
 def _cut(text: str, limit: int, count: Callable[[str], int], cuts: Sequence[str]) -> Iterator[str]:
-    """Pieces that give the text again, cut after the first separator that makes them short enough."""
+    """Yield consecutive pieces of a text, cut at the first kind of separator that makes them short enough."""
     if not cuts or count(text) <= limit:
         yield text
         return
@@ -110,22 +134,17 @@ def _cut(text: str, limit: int, count: Callable[[str], int], cuts: Sequence[str]
 
 
 def _files(path: str, reading: Reading) -> Iterator[tuple[Path, bool]]:
-    """The files of a path, and whether the user named them one by one."""
+    """Yield the files of a path, and whether the path names them one by one."""
     expanded = os.path.expanduser(path)
-    if os.path.isdir(expanded):
-        yield from ((file, False) for file in _below(Path(expanded), reading))
-    elif os.path.exists(expanded):
+    if os.path.exists(expanded) and not os.path.isdir(expanded):
         yield Path(expanded), True
-    elif glob.has_magic(expanded):
-        found = sorted(glob.glob(expanded, recursive=True))
-        if not found:
-            raise InvalidInputError(f"{path}: nothing matches this pattern.")
-        for each in found:
-            yield from (
-                (file, False) for file in (_below(Path(each), reading) if os.path.isdir(each) else [Path(each)])
-            )
-    else:
-        raise InvalidInputError(f"{path}: no such file or folder.")
+        return
+    found = [expanded] if os.path.exists(expanded) else sorted(glob.glob(expanded, recursive=True))
+    if not found:
+        why = "nothing matches this pattern" if glob.has_magic(expanded) else "no such file or folder"
+        raise InvalidInputError(f"{path}: {why}.")
+    for each in map(Path, found):
+        yield from ((file, False) for file in (_below(each, reading) if each.is_dir() else [each]))
 
 
 def _below(folder: Path, reading: Reading) -> Iterator[Path]:
@@ -145,16 +164,51 @@ def _below(folder: Path, reading: Reading) -> Iterator[Path]:
 def _texts(file: Path, source: str) -> Iterator[Text]:
     if file.suffix.lower() in _CONVERT:
         raise InvalidInputError(f"{file}: {file.suffix} files are not read. Convert it to text or Markdown first.")
-    with suppress(OSError), file.open("rb") as opened:
-        if b"\0" in opened.read(8192):
-            raise InvalidInputError(f"{file}: this is a binary file. Convert it to text first.")
-    text = read_text(file)
+    text = _decoded(file)
     if not text.strip():
         raise EmptyPromptError(f"{file}: the file is empty. Fill it or leave it out.")
     if file.suffix.lower() != ".jsonl":
         yield Text(text.strip(), {"source": source, "title": file.name})
         return
-    lines = list(parse_jsonl(text, str(file)))
-    for number, line in enumerate(lines, start=1):
-        place = {"part": number, "parts": len(lines)} if len(lines) > 1 else {}
-        yield Text(line.text, {"source": source, "title": line.title, **place})
+    # Split at line feeds only: str.splitlines() also cuts inside strings, at U+2028 for example.
+    numbered = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    for part, (number, line) in enumerate(numbered, start=1):
+        title, content = _parse_line(line, f"{file}, line {number}", default_title=f"{file}:{number}")
+        place = {"part": part, "parts": len(numbered)} if len(numbered) > 1 else {}
+        yield Text(content, {"source": source, "title": title, **place})
+
+
+def _decoded(file: Path) -> str:
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise InvalidInputError(f"{file}: cannot be read: {error.strerror}.") from error
+    if b"\0" in content[:8192]:
+        raise InvalidInputError(f"{file}: this is a binary file. Convert it to text first.")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise InvalidInputError(
+            f"{file}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8. Save the file as UTF-8."
+        ) from error
+
+
+def _parse_line(line: str, place: str, default_title: str) -> tuple[str, str]:
+    """Return title and text of a line of a .jsonl file: an object with a str `text` and, optionally, a str `title`."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InvalidInputError(f"{place}: not JSON: {error.msg} at column {error.colno}.") from error
+    if not isinstance(record, dict):
+        raise InvalidInputError(f'{place}: expected an object such as {{"text": "…"}}, found {_kind(record)}.')
+    text, title = record.get("text"), record.get("title", default_title)
+    if not isinstance(text, str) or not text.strip():
+        raise InvalidInputError(f'{place}: "text" must be a string that is not blank.')
+    if not isinstance(title, str):
+        raise InvalidInputError(f'{place}: "title" must be a string, found {_kind(title)}.')
+    return title, text.strip()
+
+
+def _kind(value: object) -> str:
+    return "null" if value is None else type(value).__name__

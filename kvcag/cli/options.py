@@ -1,40 +1,26 @@
-"""Options that commands share: the same name, environment variable and meaning everywhere."""
+"""Options that several commands share, and what they stand for: the store's folder, the model."""
 
 from __future__ import annotations
 
 import os
-from enum import Enum
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 import typer
 
-HEAD = "You are a helpful assistant. Answer the question using only the passages below."
-"""The instruction before the documents, where none is given."""
+from kvcag.cli import output
+from kvcag.errors import InvalidInputError, KVCAGError
 
+if TYPE_CHECKING:
+    from kvcag.engines.hf import HFEngine
 
-class Strategy(str, Enum):
-    """How a context is put together, by the names that the library gives them."""
+INSTRUCTION = "You are a helpful assistant. Answer the question using only the passages below."
+"""The default of `--instruction`."""
 
-    exact = "exact"
-    rotate = "rotate"
-    anchor = "anchor"
-    deviation = "deviation"
-    query = "query"
-    full = "full"
-
-
-class AnyStrategy(str, Enum):
-    """The same, and `auto`: what `kvcag doctor` found."""
-
-    exact = "exact"
-    rotate = "rotate"
-    anchor = "anchor"
-    deviation = "deviation"
-    query = "query"
-    full = "full"
-    auto = "auto"
-
+Strategy: TypeAlias = Literal["auto", "exact", "rotate", "anchor", "deviation", "query", "full"]
+"""`kvcag.contexts.STRATEGIES` without importing torch. A test compares the two."""
 
 Model = Annotated[
     str | None,
@@ -43,7 +29,7 @@ Model = Annotated[
         "-m",
         envvar="KVCAG_MODEL",
         metavar="NAME",
-        help="A hub id, or a folder that save_pretrained wrote. Default: the embedded SmolLM2-135M-Instruct.",
+        help="Load this hub id or folder. Default: the embedded SmolLM2-135M-Instruct.",
     ),
 ]
 Store = Annotated[
@@ -53,7 +39,7 @@ Store = Annotated[
         "-s",
         envvar="KVCAG_STORE",
         metavar="FOLDER",
-        help="Where caches are kept. Default: a folder of your user's cache, as `kvcag ls` shows.",
+        help="Keep caches in this folder. Default: a folder in your user's cache folder; `kvcag ls` shows it.",
     ),
 ]
 Namespace = Annotated[
@@ -63,35 +49,94 @@ Namespace = Annotated[
         "-n",
         envvar="KVCAG_NAMESPACE",
         metavar="NAME",
-        help="Whose items these are. Namespaces share nothing.",
+        help="Use the items of this namespace. Namespaces share nothing.",
     ),
 ]
-Head = Annotated[
+Instruction = Annotated[
     str,
-    typer.Option("--head", envvar="KVCAG_HEAD", metavar="TEXT", help="The instruction that stands before documents."),
+    typer.Option(
+        "--instruction",
+        envvar="KVCAG_INSTRUCTION",
+        metavar="TEXT",
+        help="Put this instruction before the documents.",
+    ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="JSON on stdout; everything else goes to stderr.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and everything else on stderr.")]
 Source = Annotated[
     list[str] | None,
-    typer.Option(
-        "--source", metavar="PATTERN", help="What was made from this file, folder or glob, or has this source; repeat."
-    ),
+    typer.Option("--source", metavar="PATTERN", help="Choose items by file, folder, glob or source; repeatable."),
 ]
 OlderThan = Annotated[
-    str | None, typer.Option("--older-than", metavar="AGE", help="What was encoded longer ago: 90s, 30m, 12h, 7d, 4w.")
+    str | None,
+    typer.Option("--older-than", metavar="AGE", help="Choose items encoded longer ago than 90s, 30m, 12h, 7d or 4w."),
 ]
+StrategyOption = Annotated[
+    Strategy,
+    typer.Option(
+        "--strategy",
+        help="Put documents together this way. exact: as one context. auto: exact where that context is cached, else "
+        "what `kvcag doctor` measured, or 'query'.",
+    ),
+]
+Ratio = Annotated[float, typer.Option("--ratio", min=0, max=1, help="Recompute this share of tokens in a merge.")]
 MaxNewTokens = Annotated[
     int | None,
-    typer.Option("--max-new-tokens", min=1, help="The most tokens of an answer. Default: 512, or what still fits."),
+    typer.Option("--max-new-tokens", min=1, help="Generate at most this many tokens. Default: 512, or what fits."),
 ]
-Temperature = Annotated[float, typer.Option("--temperature", min=0, help="0 is greedy: the same answer every time.")]
-Ratio = Annotated[float, typer.Option("--ratio", min=0, max=1, help="The share of tokens that a merge recomputes.")]
+Temperature = Annotated[float, typer.Option("--temperature", min=0, help="Sample at this temperature; 0 is greedy.")]
+CorpusOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--corpus", help="Read these files, folders or globs; repeatable. Default: twelve topics of Python's manual."
+    ),
+]
 
 
 def default_store() -> Path:
-    """`$KVCAG_CACHE/store`, or a folder in the platform's cache folder where that is not set."""
+    """Return `$KVCAG_CACHE/store`, or a folder in the platform's cache folder if that is not set."""
     if root := os.environ.get("KVCAG_CACHE"):
         return Path(root).expanduser() / "store"
     from platformdirs import user_cache_path
 
     return user_cache_path("kvcag", appauthor=False) / "store"
+
+
+def resolve(model: str | None) -> tuple[str, str]:
+    """Return a model's name and where to load it from. The embedded model is fetched if it is missing."""
+    console = output.stderr()
+    with console.status("importing torch and transformers"):
+        import transformers
+
+        from kvcag.demo.model import SMOLLM2, embedded_model
+    transformers.utils.logging.disable_progress_bar()
+    if model:
+        return model, model
+    return SMOLLM2.name, str(embedded_model(say=console.print))
+
+
+def load_engine(model: str | None, **settings: Any) -> HFEngine:
+    """Load a model and its tokenizer. Raises as `loading`."""
+    name, folder = resolve(model)
+    with loading(name):
+        from kvcag.engines.hf import HFEngine
+
+        return HFEngine.from_pretrained(folder, **settings)
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Show that a model is being loaded.
+
+    Raises:
+        InvalidInputError: there is no such model, or transformers cannot load it.
+    """
+    try:
+        with output.stderr().status(f"loading {name}"):
+            yield
+    except KVCAGError:
+        raise
+    except (OSError, ValueError) as refused:
+        reason = next(iter(str(refused).strip().splitlines()), type(refused).__name__)
+        raise InvalidInputError(
+            f"the model {name!r} could not be loaded: {reason} Pass a folder that save_pretrained wrote, or a hub id."
+        ) from refused

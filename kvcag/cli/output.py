@@ -1,4 +1,4 @@
-"""What is printed where: results on stdout, everything that happens on the way on stderr."""
+"""Printing: results on stdout, progress on stderr."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 _PIPED_WIDTH = 240
-"""Columns where no terminal says how many it has: a path that is cut is no use to the next program."""
+"""Columns of a table that goes to a pipe or a file, so that paths are not cut."""
 
 
 class _Console(Console):
-    """A console that leaves a closed pipe to whoever runs the command."""
+    """A console that raises BrokenPipeError, which `Commands` handles."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError
 
 
 def stdout() -> Console:
-    """For results. Text is shown as it is, and colours only on a terminal."""
+    """Return a console for results. It prints text as it is, with colours only on a terminal."""
     return _console(stderr=False)
 
 
 def stderr() -> Console:
-    """For what happens on the way."""
+    """Return a console for progress and remarks."""
     return _console(stderr=True)
 
 
@@ -40,23 +40,23 @@ def _console(*, stderr: bool) -> Console:
     return _Console(stderr=stderr, markup=False, highlight=False, width=width)
 
 
-def emit(value: object) -> None:
-    """One JSON document on stdout."""
-    sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
-
-
-def emit_line(value: object) -> None:
-    """One JSON document on a line of its own, for a stream of them."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, default=str) + "\n")
+def emit(value: object, *, indent: int | None = 2) -> None:
+    """Print one JSON document on stdout; with `indent=None` on one line."""
+    sys.stdout.write(json.dumps(value, indent=indent, ensure_ascii=False, default=str) + "\n")
     sys.stdout.flush()
 
 
+def emit_line(value: object) -> None:
+    """Print one JSON document on one line of stdout."""
+    emit(value, indent=None)
+
+
 def table(columns: Mapping[str, str], rows: Sequence[Sequence[object]]) -> Table:
-    """A plain table.
+    """Return a table without borders.
 
     Args:
         columns: heading → `"left"` or `"right"`.
-        rows: shown with `str`; None is empty.
+        rows: the cells, shown with `str`; None is an empty cell.
     """
     made = Table(box=None, pad_edge=False, header_style="bold")
     for heading, justify in columns.items():
@@ -68,7 +68,7 @@ def table(columns: Mapping[str, str], rows: Sequence[Sequence[object]]) -> Table
 
 @contextmanager
 def progress(doing: str, total: int, unit: str) -> Iterator[Any]:
-    """A bar on stderr where that is a terminal; gives a function that takes what is done and what comes next."""
+    """Show a progress bar on stderr if that is a terminal. Yields `advance(amount, next_item)`."""
     console = stderr()
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -80,14 +80,14 @@ def progress(doing: str, total: int, unit: str) -> Iterator[Any]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(doing, total=total)
 
-        def advance(amount: int = 0, following: str = "") -> None:
-            bar.update(task, advance=amount, description=f"{doing} {following[-32:]:<32}")
+        def advance(amount: int = 0, next_item: str = "") -> None:
+            bar.update(task, advance=amount, description=f"{doing} {next_item[-32:]:<32}")
 
         yield advance
 
 
 def size(count: int) -> str:
-    """Bytes for people, in powers of ten as `ls -h --si` and disks have it."""
+    """Return bytes as text, in powers of 1000."""
     amount = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if amount < 1000:
@@ -97,7 +97,7 @@ def size(count: int) -> str:
 
 
 def age(timestamp: float) -> str:
-    """How long ago a moment was, in its largest unit."""
+    """Return the time since `timestamp` (seconds since 1970) in its largest unit."""
     seconds = max(0.0, time.time() - timestamp)
     for unit, length in (("w", 604_800), ("d", 86_400), ("h", 3_600), ("m", 60)):
         if seconds >= length:
@@ -106,5 +106,5 @@ def age(timestamp: float) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """`1 item`, `2 items`."""
+    """Return `1 item`, `2 items`."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

@@ -1,4 +1,4 @@
-"""`kvcag scheduler log` and `kvcag scheduler show`."""
+"""`kvcag scheduler log` and `kvcag scheduler why`."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Annotated
 
 import typer
 
-from kvcag.cli.output import age, emit, emit_line, size, stdout, table
+from kvcag.cli.group import NEGATIVE
+from kvcag.cli.output import emit, emit_line, stdout, table
 
-scheduler = typer.Typer(help="What a CacheScheduler did, and what it keeps.", no_args_is_help=True)
+scheduler = typer.Typer(help="Show what a CacheScheduler decided, and why.", no_args_is_help=True)
 
 _Path = Annotated[Path, typer.Argument(help="The file that CacheScheduler has as state=.")]
-_Json = Annotated[bool, typer.Option("--json", help="JSON on stdout.")]
 
 
 @scheduler.command()
 def log(
     path: _Path,
-    limit: Annotated[int, typer.Option(min=1, help="How many entries, the last ones.")] = 50,
-    json: Annotated[bool, typer.Option("--json", help="A JSON object a line, the oldest first.")] = False,
+    limit: Annotated[int, typer.Option(min=1, help="Show so many texts, those with the latest decisions.")] = 50,
+    json: Annotated[bool, typer.Option("--json", help="Print a JSON object per line, the oldest first.")] = False,
 ) -> None:
-    """What it did, and why; the oldest first. Works while the scheduler runs.
+    """Show the last decision about each text, and why; the oldest first. The scheduler may be running.
 
     For example:
 
@@ -31,46 +31,46 @@ def log(
 
         kvcag scheduler log scheduler.sqlite --limit 1000 --json | jq 'select(.action == "demoted")'
     """
-    from kvcag.scheduler.log import log_of
+    from kvcag.scheduler import read_texts
 
-    entries = log_of(path, limit)
+    texts = read_texts(path)[-limit:]
     if json:
-        for entry in entries:
-            emit_line(asdict(entry))
+        for stats in texts:
+            emit_line(asdict(stats))
         return
-    columns = {"when": "left", "action": "left", "cache": "left", "tokens": "right", "size": "right", "reason": "left"}
+    columns = {"when": "left", "action": "left", "uses": "right", "tokens": "right", "reason": "left", "text": "left"}
     rows = [
-        (f"{datetime.fromtimestamp(e.at):%m-%d %H:%M:%S}", e.action, _short(e.key), e.tokens, size(e.bytes), e.reason)
-        for e in entries
+        (
+            f"{datetime.fromtimestamp(stats.at):%m-%d %H:%M:%S}" if stats.at else "",
+            stats.action,
+            stats.count,
+            stats.tokens,
+            stats.reason,
+            " ".join((stats.text or "").split())[:60],
+        )
+        for stats in texts
     ]
     stdout().print(table(columns, rows))
 
 
 @scheduler.command()
-def show(path: _Path, json: _Json = False) -> None:
-    """The caches that it keeps, and those that went back to text. Works while the scheduler runs."""
-    from kvcag.scheduler.log import caches_of
+def why(
+    path: _Path,
+    text: Annotated[str, typer.Argument(help="A text, or the id of its cache.")],
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Explain why a text is or is not cached. Exits with 1 if the text is not known.
 
-    caches = caches_of(path)
+    For example:
+
+        kvcag scheduler why scheduler.sqlite "The library opens at nine on weekdays."
+    """
+    from kvcag.scheduler import read_texts
+
+    found = [each for each in read_texts(path) if text == each.id or text.strip() == (each.text or "").strip()]
     if json:
-        emit([asdict(cache) for cache in caches])
-        return
-    columns = {"cache": "left", "kept": "left", "uses": "right", "tokens": "right", "size": "right", "text": "left"}
-    rows = [
-        (
-            _short(cache.key),
-            f"{'for' if cache.cached else 'text for'} {age(cache.since)}",
-            cache.uses,
-            cache.tokens,
-            size(cache.bytes),
-            " ".join(cache.text.split())[:60],
-        )
-        for cache in caches
-    ]
-    stdout().print(table(columns, rows))
-    kept = [cache for cache in caches if cache.cached]
-    stdout().print(f"{len(kept)} of {len(caches)} caches kept, {size(sum(cache.bytes for cache in kept))}")
-
-
-def _short(key: str) -> str:
-    return key.removeprefix("kv:sha256:")[:12]
+        emit(asdict(found[0]) if found else None)
+    else:
+        stdout().print(str(found[0]) if found else "not known: it was never retrieved, asked or encoded")
+    if not found:
+        raise typer.Exit(NEGATIVE)

@@ -1,31 +1,206 @@
-"""`kvcag verify` and `kvcag import-memos`."""
+"""`kvcag ls`, `inspect`, `rm`, `verify` and `import-memos`: the items of a store."""
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import typer
 
 from kvcag.cli import output
 from kvcag.cli.group import NEGATIVE, say
-from kvcag.cli.options import Json, Model, Store, default_store
+from kvcag.cli.options import Json, Model, Namespace, OlderThan, Source, Store, default_store, load_engine
 from kvcag.errors import InvalidInputError
+
+_EXCERPT = 400
+
+
+def ls(
+    store: Store = None,
+    namespace: Namespace = "",
+    source: Source = None,
+    older_than: OlderThan = None,
+    sort: Annotated[
+        Literal["age", "bytes", "source", "tokens"],
+        typer.Option("--sort", help="Sort: newest first, largest first, or by name."),
+    ] = "age",
+    as_json: Json = False,
+) -> None:
+    """List items: id, source, tokens, bytes, age.
+
+    For example:
+
+        kvcag ls
+
+        kvcag ls --source notes/ --older-than 30d --sort bytes
+
+        kvcag ls --json | jq -r '.[].id'
+    """
+    from kvcag.cli.entries import choose, open_existing, read_entries
+
+    entries, unreadable = read_entries(open_existing(store, namespace))
+    chosen = choose(entries, source, older_than)
+    if sort == "source":
+        chosen.sort(key=lambda entry: entry.source)
+    elif sort != "age":
+        chosen.sort(key=lambda entry: -(entry.bytes if sort == "bytes" else entry.manifest.tokens))
+    folder = store or default_store()
+    if as_json:
+        output.emit([entry.row() for entry in chosen])
+    elif chosen:
+        several = len({entry.model for entry in chosen}) > 1
+        columns = {"id": "", "source": "", "tokens": "right", "bytes": "right", "age": "right"}
+        rows = [_cells(entry, several) for entry in chosen]
+        output.stdout().print(output.table({**columns, **({"model": ""} if several else {})}, rows))
+    total = f"{output.counted(len(chosen), 'item')}, {output.size(sum(entry.bytes for entry in chosen))} in {folder}"
+    if len(chosen) < len(entries):
+        total += f" ({len(entries)} without the filters)"
+    typer.echo(total, err=True)
+    if not entries:
+        say(f"there are no items yet{_elsewhere(folder, namespace)}. `kvcag encode PATH` adds some.")
+    if unreadable:
+        say(f"{output.counted(unreadable, 'file')} cannot be read: `kvcag verify` names damaged files.")
+
+
+def _cells(entry: Any, with_model: bool) -> list[object]:
+    cells = [entry.short, entry.source, f"{entry.manifest.tokens:,}", output.size(entry.bytes)]
+    return [*cells, output.age(entry.encoded_at), *([entry.model] if with_model else [])]
+
+
+def _elsewhere(folder: Any, namespace: str) -> str:
+    """Say how many other namespaces there are. Their folders do not show their names."""
+    from kvcag.stores.files import Names
+
+    own = Names(namespace).space
+    others = [path for path in folder.glob("[0-9a-f]*") if len(path.name) == 32 and path.name != own]
+    return f" in this namespace ({output.counted(len(others), 'other')} may have some)" if others else ""
+
+
+def inspect(
+    id: Annotated[str, typer.Argument(help="An id, or a unique beginning of one.")],
+    store: Store = None,
+    namespace: Namespace = "",
+    as_json: Json = False,
+) -> None:
+    """Show one item: its model, shape, dtype, records and text. Compares every checksum.
+
+    Exits with 1 if the item is missing or damaged.
+
+    For example:
+
+        kvcag inspect 3f9c
+
+        kvcag inspect 3f9c --json | jq .fingerprint
+    """
+    from kvcag.cli.entries import find, open_existing, read_entries
+
+    opened = open_existing(store, namespace)
+    entry = find(read_entries(opened)[0], [id])[0]
+    assert opened is not None  # it has this entry
+    opened.get(entry.id)  # compares every checksum
+    manifest, made_by = entry.manifest, entry.manifest.fingerprint
+    _, kv_heads, head_dim = made_by.geometry.split("x") if made_by else ("", "?", "?")
+    shown = {
+        "id": entry.id,
+        "file": str(opened.file(entry.id)),
+        "bytes": entry.bytes,
+        "encoded_at": manifest.records.timestamp.isoformat(),
+        "layers": manifest.layers,
+        "shape": f"(1, {kv_heads}, {manifest.tokens}, {head_dim})",
+        "dtype": manifest.dtype,
+        "at_rest": manifest.quantize or manifest.dtype,
+        "exact": manifest.is_exact,
+        "base_position": manifest.base_position,
+        "prefix_digest": manifest.prefix_digest,
+    }
+    if as_json:
+        output.emit({**shown, **manifest.model_dump(mode="json", exclude={"id", "dtype", "layers", "is_exact"})})
+        return
+    console = output.stdout()
+    shown["bytes"] = output.size(entry.bytes)
+    shown["encoded_at"] = f"{shown['encoded_at']} ({output.age(entry.encoded_at)} ago)"
+    shown["checksums"] = f"all {len(manifest.checksums)} match"
+    shown |= {f"model.{field}": value for field, value in (made_by.model_dump() if made_by else {}).items()}
+    metadata = {field: value for field, value in manifest.metadata.items() if field != "source_text"}
+    shown |= {f"metadata.{field}": value for field, value in metadata.items()}
+    for field, value in shown.items():
+        console.print(f"{field:<22} {value}", soft_wrap=True)
+    text = entry.text.strip()
+    if text:
+        console.print(f"\n{text[:_EXCERPT]}{' …' if len(text) > _EXCERPT else ''}", soft_wrap=True)
+
+
+def rm(
+    ids: Annotated[
+        list[str] | None, typer.Argument(help="Ids, or unique beginnings of ids.", show_default=False)
+    ] = None,
+    store: Store = None,
+    namespace: Namespace = "",
+    source: Source = None,
+    older_than: OlderThan = None,
+    everything: Annotated[bool, typer.Option("--all", help="Delete every item of this namespace.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Delete items, and the contexts that hold them. Asks before it deletes more than was named.
+
+    For example:
+
+        kvcag rm 3f9c 81aa
+
+        kvcag rm --source notes/old.md
+
+        kvcag rm --older-than 30d --yes
+    """
+    from kvcag.cli.entries import choose, find, open_existing, read_entries, with_contexts
+
+    filtered = bool(source or older_than or everything)
+    if bool(ids) == filtered:
+        raise InvalidInputError("pass either ids, or one of --source, --older-than and --all.")
+    opened = open_existing(store, namespace)
+    entries, _ = read_entries(opened)
+    chosen = find(entries, ids) if ids else choose(entries, source, older_than)
+    if not chosen or opened is None:
+        say("no item matches: nothing was deleted.")
+        raise typer.Exit(NEGATIVE)
+    deleted = with_contexts(entries, chosen)
+    held = sum(entry.bytes for entry in deleted)
+    if len(deleted) > 1 and not yes and len(deleted) > len(ids or []):
+        _confirm(f"{output.counted(len(deleted), 'item')}, {output.size(held)}")
+    opened.delete([entry.id for entry in deleted])
+    if as_json:
+        output.emit({"deleted": [entry.id for entry in deleted], "bytes": held})
+    else:
+        typer.echo(f"{output.counted(len(deleted), 'item')} deleted, {output.size(held)}")
+
+
+def _confirm(what: str) -> None:
+    """Ask for confirmation. Without a terminal, --yes is required."""
+    if not sys.stdin.isatty():
+        raise InvalidInputError(f"this would delete {what}. Pass --yes to confirm.")
+    if not typer.confirm(f"Delete {what}?", err=True):
+        say("nothing was deleted.")
+        raise typer.Exit(NEGATIVE)
 
 
 def verify(
     path: Annotated[
         Path | None,
-        typer.Argument(exists=True, help="A store, or a folder that dump wrote. Default: --store.", show_default=False),
+        typer.Argument(
+            exists=True,
+            help="A store, or a folder that KVCacheMemory.dump wrote. Default: --store.",
+            show_default=False,
+        ),
     ] = None,
     store: Store = None,
-    repair: Annotated[bool, typer.Option("--repair", help="Delete what is damaged or half written.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Delete damaged and half-written files.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Read every stored item below a directory and compare every byte with its checksum.
+    """Read every item below a folder and compare every byte with its checksum.
 
-    Exits with 1 if something is damaged or half written, and is still there.
+    Exits with 1 if damaged or half-written files remain.
 
     For example:
 
@@ -33,8 +208,8 @@ def verify(
 
         kvcag verify --repair /var/lib/kv
     """
-    from kvcag.stores.verification import VerifyReport
-    from kvcag.stores.verification import verify as check
+    from kvcag.stores.disk import VerifyReport
+    from kvcag.stores.disk import verify as check
 
     folder = path or store or default_store()
     if path is None and store is not None and not store.exists():
@@ -46,27 +221,29 @@ def verify(
         for file, reason in (*report.damaged, *report.foreign):
             typer.echo(f"{file}: {reason.removeprefix(f'{file} ')}")
         for file in report.abandoned:
-            typer.echo(f"{file}: its writer died before it was done")
+            typer.echo(f"{file}: half written: its writer ended too early")
         found = {"damaged": len(report.damaged), "half written": len(report.abandoned)}
         bad = (f"{count} {what}{', deleted' if repair and count else ''}" for what, count in found.items())
         sound = f"{report.sound} items sound ({output.size(report.bytes)})"
         typer.echo(", ".join([sound, *bad, f"{len(report.foreign)} of other programs"]))
     if not (report.clean or repair):
-        say("`kvcag verify --repair` deletes what is damaged; `kvcag encode` or `sync` encodes it again.")
+        say("`kvcag verify --repair` deletes these files; `kvcag encode` or `sync` encodes their texts again.")
         raise typer.Exit(NEGATIVE)
 
 
 def import_memos(
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="What MemOS's KVCacheMemory.dump wrote.")],
-    out: Annotated[Path, typer.Option("--out", file_okay=False, help="The folder for KVCacheMemory.load.")],
+    file: Annotated[
+        Path, typer.Argument(exists=True, dir_okay=False, help="A file that MemOS's KVCacheMemory.dump wrote.")
+    ],
+    out: Annotated[Path, typer.Option("--out", file_okay=False, help="Write a folder for KVCacheMemory.load.")],
     model: Model = None,
-    head: Annotated[str | None, typer.Option(help="The instruction that stands before the documents.")] = None,
+    instruction: Annotated[str | None, typer.Option(help="Put this instruction before the documents.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Take a dump of MemOS over, without running what is in it.
+    """Convert a dump of MemOS, without running code that it may contain.
 
-    Ids, metadata and texts are kept. The texts are encoded again: a dump does not say which model or which tokens its
-    caches were made from, and each is wrapped in a system turn of its own.
+    Keeps ids, metadata and texts, and encodes the texts again: a dump names neither the model nor the tokens of its
+    caches.
 
     For example:
 
@@ -75,23 +252,23 @@ def import_memos(
     from kvcag.stores.memos import read_memos_pickle
 
     items = read_memos_pickle(file)
-    from kvcag.cli.loading import load_engine
+    engine = load_engine(model)
     from kvcag.memory import KVCacheMemory
 
-    memory = KVCacheMemory(load_engine(model), head=head)
-    taken: list[dict[str, object]] = []
+    memory = KVCacheMemory(engine, instruction=instruction)
+    converted: list[dict[str, object]] = []
     with output.progress("encoding", len(items), "items") as advance:
         for old in items:
             new = memory.extract(old.records.text_memories or old.records.composed_text_memory)
             records = new.records.model_copy(update={"timestamp": old.records.timestamp})
             metadata = {**new.metadata, **old.metadata}
             memory.add(new.model_copy(update={"id": old.id, "metadata": metadata, "records": records}))
-            taken.append({"id": old.id, "tokens": len(new.token_ids)})
+            converted.append({"id": old.id, "tokens": len(new.token_ids)})
             advance(1, old.id)
     memory.dump(out)
     if as_json:
-        output.emit({"folder": out, "items": taken})
+        output.emit({"folder": out, "items": converted})
         return
-    for each in taken:
+    for each in converted:
         typer.echo(f"{each['id']}: {each['tokens']} tokens")
-    typer.echo(f"{output.counted(len(taken), 'item')} in {out}")
+    typer.echo(f"{output.counted(len(converted), 'item')} in {out}")

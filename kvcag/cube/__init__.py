@@ -1,1 +1,1 @@
-"""Texts and the caches made from them, kept, changed, moved and asked as one."""
+"""MemoryCube: texts and the caches made from them, as one memory."""

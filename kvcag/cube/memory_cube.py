@@ -1,125 +1,330 @@
 """MemoryCube: texts and the caches made from them, as one memory.
 
-The idea is MemOS's cube: a plaintext memory and an activation memory that travel together. Here the caches follow the
-texts: what was edited or deleted has no cache left, and what has no cache yet is read from its text.
+The idea comes from MemOS, whose cube holds a plaintext memory and an activation memory. Here the caches follow the
+texts: a text that is edited or deleted loses its caches, and a text without a cache is read by the model.
 """
 
 from __future__ import annotations
 
-import asyncio
+import threading
 import warnings
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
-from itertools import chain
+from dataclasses import dataclass, field
+from itertools import accumulate, chain
 from os import PathLike
-from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from kvcag.aio import iterate
-from kvcag.compose import MAX_KL, Strategy
-from kvcag.cube.answer import CubeAnswer, CubePlan
-from kvcag.cube.dump import CubeSettings, read_dump, read_settings, write_dump
-from kvcag.cube.lifecycle import CubeTexts
-from kvcag.cube.retrieved import FoundTexts
-from kvcag.cube.texts import SearchableTexts, TextSide, said, segment
-from kvcag.engines.base import Chunk, Engine, Usage
+from kvcag.cache.layers import layers_of
+from kvcag.chat_template import Message, Prompt, as_messages
+from kvcag.contexts import DEFAULT_RATIO, MAX_KL, Strategy
+from kvcag.core import Answer, Chunk, KVCacheItem, Mode, TextualMemoryItem
+from kvcag.cube.dump import CubeDump, read_dump, write_dump
+from kvcag.cube.texts import (
+    ListedTexts,
+    RetrieverTexts,
+    SearchableTexts,
+    TextSide,
+    distinct,
+    is_made_of,
+    read_all,
+    stripped,
+)
+from kvcag.engines.base import Engine
 from kvcag.engines.constrain import ConstraintLike
-from kvcag.errors import ContextLengthError, CorpusLengthError, InvalidInputError
-from kvcag.handles import placed
-from kvcag.items import TextualMemoryItem
-from kvcag.memory import KVCacheMemory
-from kvcag.notices import CacheWarning
-from kvcag.prompt import Message, Prompt, as_messages
+from kvcag.engines.hf import HFEngine
+from kvcag.errors import (
+    CacheWarning,
+    ContextLengthError,
+    CorpusLengthError,
+    CorruptItemError,
+    FormatError,
+    InvalidInputError,
+    UnknownItemError,
+)
+from kvcag.memory import KVCacheMemory, insert_documents
+from kvcag.scheduler.store import ScheduledStore
 from kvcag.stores.base import KVStore
-from kvcag.stores.disk import DiskStore
-from kvcag.stores.memory import MemoryStore
+from kvcag.streams import async_twin, in_thread, iterate
+
+_QUESTION: Message = {"role": "user", "content": "…"}
 
 
-class MemoryCube(CubeTexts):
-    """Texts, the caches made from them, and one life for both. Safe to use from several threads.
+@dataclass(frozen=True, slots=True)
+class CubeAnswer(Answer):
+    """An answer, the texts it was made from, and which of them came from caches.
+
+    Attributes:
+        sources: the texts in the prompt, in order.
+        cached: ids of the texts that came from caches.
+        encoded: ids of the texts that the model read for this answer.
+    """
+
+    sources: list[TextualMemoryItem] = field(default_factory=list)
+    cached: tuple[str, ...] = ()
+    encoded: tuple[str, ...] = ()
+
+    @property
+    def side(self) -> Mode:
+        """Which side of the cube answered.
+
+        `encoded`: the model read at least one text, or there were no texts. `prefix`: all texts came from caches,
+        exactly as a full prefill computes them. `merged`: all came from caches, some of their tokens recomputed.
+        """
+        if self.encoded or not self.sources:
+            return "encoded"
+        return "prefix" if self.report is None or self.report.is_exact else "merged"
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """An answer that was prepared and not yet generated. `held`: for each document, whether it was cached before."""
+
+    sources: list[TextualMemoryItem]
+    prompt: Prompt
+    held: list[bool]
+    merges: bool
+    chunks: Generator[Chunk, None, None]
+
+    def answer(self, chunks: Iterable[Chunk]) -> CubeAnswer:
+        """The answer of these chunks."""
+        whole, held, ids = Answer.of(chunks), self.held, [text.id for text in self.sources]
+        report = whole.report
+        if report is not None and report.strategy == "exact" and self.merges:  # encoded in order, as far as not reused
+            held = [end <= report.reused_tokens for end in _ends(self.prompt)]
+        elif report is not None and self.merges and all(held) and report.encoded_tokens > len(self.prompt.head_ids):
+            held = [False] * len(held)  # a cache was damaged, or left the store meanwhile
+        if len(held) != len(ids):  # the texts are one document
+            held = [all(held)] * len(ids)
+        cached = tuple(id for id, was_held in zip(ids, held, strict=True) if was_held)
+        encoded = tuple(id for id, was_held in zip(ids, held, strict=True) if not was_held)
+        return CubeAnswer(whole.text, whole.usage, whole.finish_reason, self.sources, cached, encoded)
+
+
+class MemoryCube:
+    """Texts, and caches that follow them. Safe to use from several threads.
 
     ```python
-    cube = MemoryCube(engine, head="Answer from the notes.")
+    cube = MemoryCube("Qwen/Qwen3-0.6B", instruction="Answer from the notes.")
     cube.add(["The tower was completed in 1889.", "The bridge was opened in 1932."])
-    cube.ask("When was the tower completed?").text
+    print(cube.ask("When was the tower completed?"))
     cube.dump("cube/")
     ```
 
     Args:
-        engine: the model that encodes and answers. One that keeps no caches (any `Engine` but `HFEngine`) reads the
-            texts for every question.
-        texts: where texts are found: `kvcag.langchain.VectorStoreTexts`, `kvcag.llama_index.IndexTexts` and others.
-            None: the cube alone holds them, and every question is answered from all.
-        store: where caches are kept: a `KVStore` of this cube's own, or a folder (a `DiskStore` with the cube's
-            namespace). In memory by default.
-        head: the instruction that stands before the texts, in the system turn. Caches made behind one are found by
-            prompts that begin with the same alone; made without one, by any.
-        namespace: whose cube it is: a user's, a corpus's. Two share no file, no hit and no recent context.
-        strategy: how caches are put together (`KVCacheMemory.merge`). `"exact"` keeps the texts that a question is
-            answered from together, as one cache: the answer is that of a full prefill, and an edit encodes all of
-            them again. Any other keeps each by itself.
-        ratio: the recompute ratio.
+        engine: the model that encodes and answers: a hub id, a folder, or an engine.
+        texts: the place that finds texts, such as `kvcag.langchain.VectorStoreTexts` or
+            `kvcag.llama_index.IndexTexts`. Without it, every question is answered from all texts.
+        store: where caches are kept: a store that only this cube uses, or a folder. In memory by default.
+        instruction: stands before the texts, in the system turn.
+        namespace: the user or corpus that the cube belongs to. Namespaces share no file, no cache and no recent
+            context. A store that is passed as an object must be of this namespace.
+        strategy: how the caches of several texts are combined, as for `KVCacheMemory.merge`. `"exact"` keeps the
+            texts of a question together as one cache: the answer is that of a full prefill, and an edit encodes all
+            of them again. Every other strategy keeps one cache per text.
+        ratio: the recompute ratio, in [0, 1].
 
     Attributes:
-        memory: the activation side: a `KVCacheMemory`.
-        texts: the plaintext side, if it has a place of its own.
+        memory: the activation side, a `KVCacheMemory`.
+        texts: the place that finds texts, or None.
+
+    Raises:
+        InvalidInputError: `engine` is neither a name nor an engine.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Engine | str | PathLike[str],
         texts: TextSide | None = None,
         store: KVStore | str | PathLike[str] | None = None,
         *,
-        head: str | None = None,
+        instruction: str | None = None,
         namespace: str = "",
-        strategy: Strategy = "query",
-        ratio: float = 0.2,
+        strategy: Strategy = "auto",
+        ratio: float = DEFAULT_RATIO,
     ) -> None:
-        if store is None:
-            store = MemoryStore()
-        elif not isinstance(store, KVStore):
-            store = DiskStore(Path(store), namespace=namespace)
-        super().__init__(KVCacheMemory(engine, store, head, tenant=namespace), texts)
+        self.memory = KVCacheMemory(engine, store, instruction, namespace=namespace)
+        self.texts = texts
         self.namespace = namespace
         self.strategy = strategy
         self.ratio = ratio
+        self._known: dict[str, TextualMemoryItem] = {}
+        self._changes = 0
+        self._lock = threading.RLock()
 
     @classmethod
     def from_dir(
         cls,
         dir: str | PathLike[str],
-        engine: Engine,
+        engine: Engine | str | PathLike[str],
         texts: TextSide | None = None,
         store: KVStore | str | PathLike[str] | None = None,
         **settings: Any,
     ) -> MemoryCube:
-        """A cube as it was dumped, with its head and namespace. Arguments as for the class, errors as for `load`."""
-        dumped = read_settings(dir)
-        cube = cls(engine, texts, store, **{"head": dumped.head, "namespace": dumped.namespace, **settings})
-        cube.load(dir)
+        """Make a cube from a dump, with the dump's instruction and namespace.
+
+        Arguments are those of the class; errors are those of `load`.
+        """
+        dumped = read_dump(dir)
+        settings = {"instruction": dumped.instruction, "namespace": dumped.namespace, **settings}
+        cube = cls(engine, texts, store, **settings)
+        cube._load(dir, dumped)
         return cube
+
+    def __repr__(self) -> str:
+        of = f" of {self.namespace!r}" if self.namespace else ""
+        return f"<MemoryCube{of}: {len(self._known)} texts over {self.memory.engine!r} in {self.memory.store!r}>"
+
+    # --- texts ---------------------------------------------------------------------------------------------------
+
+    def add(self, documents: object) -> list[str]:
+        """Add texts and return their ids, in order. Nothing is encoded yet; see `encode`.
+
+        A text replaces an earlier one with the same id, and the caches of the earlier one are deleted.
+
+        Args:
+            documents: one or several: a str, a LangChain `Document`, a LlamaIndex node (its text as the LLM would
+                read it) or a `TextualMemoryItem`. A document without an id gets one from its text.
+
+        Raises:
+            EmptyPromptError: a text is empty. Nothing was added.
+            InvalidInputError: no text can be read from a document, or `texts` cannot be written to.
+        """
+        texts = read_all(documents)
+        with self._lock:
+            self._look()
+            new = [text for text in texts if self._known.get(text.id) != text]
+            if self.texts is not None and new:
+                self.texts.add(new)
+            self._follow(new)
+        return [text.id for text in texts]
+
+    def edit(self, id: str, text: str, metadata: Mapping[str, Any] | None = None) -> None:
+        """Change a text. Its caches are deleted; the caches of other texts stay.
+
+        Args:
+            id: the id of the text.
+            text: the new text.
+            metadata: the new metadata; None keeps the present ones.
+
+        Raises:
+            UnknownItemError: the cube has no text with this id.
+        """
+        with self._lock:
+            known = self.get(id)
+            if known is None:
+                raise UnknownItemError([id], "Add it: cube.add(...).")
+            self.add(
+                TextualMemoryItem(id=id, memory=text, metadata=dict(known.metadata if metadata is None else metadata))
+            )
+
+    def delete(self, ids: str | Sequence[str]) -> None:
+        """Delete texts, here and in `texts`, and every cache made from them, in every tier of the store.
+
+        Ids that are missing are ignored.
+        """
+        listed = [ids] if isinstance(ids, str) else list(ids)
+        with self._lock:
+            if self.texts is not None:
+                self.texts.delete(listed)
+            self._follow([], gone=listed)
+
+    def sync(self, documents: object) -> None:
+        """Make these documents the cube's texts: add new ones, edit changed ones, delete the others.
+
+        Every cache made from anything else is deleted from the store, also those of an earlier process. Nothing is
+        encoded. Arguments and errors are those of `add`.
+        """
+        texts = read_all(documents)
+        ids, live = {text.id for text in texts}, {stripped(text.memory) for text in texts}
+        with self._lock:
+            self.add(texts)
+            self.delete([id for id in self._known if id not in ids])
+            self.memory.delete(
+                [key for key, text in self._cached_texts() if text is None or not is_made_of(text, live)]
+            )
+
+    def purge(self, text: str) -> list[str]:
+        """Delete every cache made from a text that the cube does not hold, and return the ids of the caches.
+
+        `delete` deletes the caches of a text that the cube holds. An answer that a framework was generating at that
+        moment may have stored such a cache again; `purge` deletes it.
+
+        Raises:
+            InvalidInputError: the cube holds the text.
+        """
+        with self._lock:
+            live = self._live(self._known)
+            if stripped(text) in live:
+                raise InvalidInputError("the cube holds this text. Delete the text by its id: that deletes its caches.")
+            return self._drop({text}, live)
+
+    def get(self, id: str) -> TextualMemoryItem | None:
+        """A text, or None."""
+        self._look()
+        return self._known.get(id)
+
+    def get_all(self) -> list[TextualMemoryItem]:
+        """Every text that the cube knows, oldest first."""
+        self._look()
+        with self._lock:
+            return list(self._known.values())
+
+    def search(self, question: str, k: int | None = None) -> list[TextualMemoryItem]:
+        """The texts that answer a question: those that `texts` finds, best first; all texts if it cannot search.
+
+        A text that is found and is new, or has changed, becomes the cube's text.
+
+        Args:
+            question: what to search for.
+            k: the most texts; None leaves the number to `texts`.
+
+        Raises:
+            InvalidInputError: `k` was given and the cube cannot search.
+        """
+        if not isinstance(self.texts, SearchableTexts):
+            if k is not None:
+                raise InvalidInputError(
+                    f"k={k}, and this cube cannot search its texts. Give the cube texts that can be searched "
+                    "(texts=…), or leave k out to answer from all texts."
+                )
+            return self.get_all()
+        while True:
+            changes = self._changes
+            found = distinct(self.texts.search(question, k))
+            with self._lock:
+                if changes == self._changes:  # else a text that was found may have been deleted meanwhile
+                    self._follow(found)
+                    return found
 
     # --- answers -------------------------------------------------------------------------------------------------
 
     def encode(self) -> int:
-        """Encode what is not encoded yet, before anybody asks, and return how many caches were made.
+        """Encode texts that have no cache yet, ahead of a question, and return how many caches were made.
 
-        Questions that are asked meanwhile are answered in between. Under strategy `"exact"` all texts are one cache,
-        and where `texts` are searched nobody knows yet which ones will stand together: nothing is encoded.
+        Other threads can ask questions between two texts. Under strategy `"exact"` all texts become one cache; if
+        `texts` can search, it is not known which texts will stand together, and nothing is encoded.
 
         Raises:
-            UnsupportedModelError: the engine keeps no caches.
-            ContextLengthError: a text, or under `"exact"` all together, exceed the model's context.
+            UnsupportedModelError: the engine cannot encode documents ahead of a question.
+            ContextLengthError: a text, or under `"exact"` all texts together, exceed the model's context.
         """
         texts = self.get_all()
+        groups = [[text] for text in texts]
         if self.strategy == "exact":
-            together = [] if isinstance(self.texts, SearchableTexts) else [texts]
-        else:
-            together = [[text] for text in texts]
-        return sum(map(self._encode, together))
+            groups = [] if isinstance(self.texts, SearchableTexts) or not texts else [texts]
+        return sum([self._encode(group) for group in groups])
 
-    def ask(
+    def ask(self, question: str | Sequence[Message], k: int | None = None, **answering: Any) -> CubeAnswer:
+        """Answer a question from the cube. If no text is found, the model answers without texts.
+
+        `str(answer)` is the text. Arguments and errors are those of `stream`.
+        """
+        opened = self._open(question, k, **answering)
+        with closing(opened.chunks):
+            return opened.answer(opened.chunks)
+
+    def stream(
         self,
         question: str | Sequence[Message],
         k: int | None = None,
@@ -129,115 +334,102 @@ class MemoryCube(CubeTexts):
         max_kl: float = MAX_KL,
         constraint: ConstraintLike | None = None,
         **sampling: Any,
-    ) -> CubeAnswer:
-        """Answer a question from the cube; where nothing is found, without any text.
+    ) -> Generator[Chunk, None, None]:
+        """Answer a question from the cube, piece by piece. Closing the stream stops the model.
 
         Args:
-            question: a str, or chat messages that end with it.
-            k: the most texts to answer from, where `texts` are searched.
+            question: a str, or chat messages that end with the question.
+            k: the most texts to answer from, if `texts` can search.
             strategy: see the class; None is the cube's.
-            ratio: the recompute ratio; None is the cube's.
-            max_kl: what strategy `"auto"` allows, nats a token.
+            ratio: the recompute ratio, in [0, 1]; None is the cube's.
+            max_kl: the error that strategy `"auto"` allows, in nats per token.
             constraint: what the answer must be: a pydantic model, a JSON schema, `Regex`, `Choices` or `Grammar`.
-            **sampling: see `Sampling`.
+            **sampling: settings of `Sampling`, such as `max_new_tokens`.
 
         Raises:
-            CorpusLengthError: the texts do not fit into the model's context; it says what to do.
-            InvalidInputError: see `search`; or an unknown setting.
+            CorpusLengthError: the texts do not fit into the model's context. Nothing was encoded.
+            InvalidInputError: an unknown setting or strategy, or `k` without texts that can be searched.
             ConstraintError: the constraint cannot be used.
         """
-        answering = {"strategy": strategy, "ratio": ratio, "max_kl": max_kl, "constraint": constraint, **sampling}
-        sources, held, chunks = self._open(question, k, **answering)
-        with closing(chunks):
-            return self._answer(sources, held, list(chunks))
+        given = {"strategy": strategy, "ratio": ratio, "max_kl": max_kl, "constraint": constraint, **sampling}
+        return self._open(question, k, **given).chunks
 
-    def stream(
-        self, question: str | Sequence[Message], k: int | None = None, **answering: Any
-    ) -> Generator[Chunk, None, None]:
-        """`ask`, piece by piece; the last chunk's usage says how its context was made. Closing it stops the model."""
-        return self._open(question, k, **answering)[2]
-
-    # --- moving --------------------------------------------------------------------------------------------------
+    # --- dumps ---------------------------------------------------------------------------------------------------
 
     def dump(self, dir: str | PathLike[str]) -> None:
-        """Write texts and caches into a folder, in place of the dump that is there, in one step or not at all.
+        """Write texts and caches to a folder. An earlier dump is replaced in one step, or not at all.
 
-        Caches that were made from other texts as well are left out: a dump holds nothing that the cube does not say.
+        A cache that was made from any text outside the cube is left out.
 
         Raises:
-            StoreUnavailableError: the disk is full, permission was denied. What was there before is as it was.
+            StoreUnavailableError: the disk is full, permission was denied. The earlier dump is unchanged.
         """
         texts = self.get_all()
-        head = self._caches.head()
-        settings = CubeSettings(namespace=self.namespace, head=self.memory.head, head_id=head.id if head else None)
-        items = self._caches.made_of({said(text.memory) for text in texts})
-        write_dump(dir, settings, texts, chain([head] if head else [], items))
+        items = chain(self._instruction_item(), self._items_of({stripped(text.memory) for text in texts}))
+        write_dump(dir, CubeDump(self.namespace, self.memory.instruction, texts, items))
 
     def load(self, dir: str | PathLike[str]) -> None:
-        """Add what a folder holds; texts of the same id are replaced. `texts` are given what they do not have yet.
+        """Add the texts and caches of a dump. A text replaces one with the same id. `texts` gets what it lacks.
 
-        Caches that this cube's model made are used. The others' texts are encoded again when they are asked for, or
-        by `encode`, and one `CacheWarning` says so. Everything is read and checked first: when this raises, the cube
-        is as it was.
+        Caches of this cube's model are used. If another model made the caches, one `CacheWarning` says so, and texts
+        are encoded again when they are first needed, or by `encode`. Everything is read and verified first: if this
+        raises, the cube is unchanged.
 
         Raises:
             StoreUnavailableError: there is no dump, or it cannot be read.
-            CorruptItemError: a file was cut, changed or is missing; it is named.
-            FormatError: a newer release wrote it, or it is no dump of a cube.
-            InvalidInputError: it is the cube of another namespace.
+            CorruptItemError: a file was cut, changed or is missing; the error names the file.
+            FormatError: a newer release wrote the dump, or the folder holds something else.
+            InvalidInputError: the dump belongs to another namespace.
         """
-        dumped = read_dump(dir)
-        if dumped.settings.namespace != self.namespace:
+        self._load(dir, read_dump(dir))
+
+    def _load(self, dir: str | PathLike[str], dumped: CubeDump) -> None:
+        theirs = dumped.namespace
+        if theirs != self.namespace:
             raise InvalidInputError(
-                f"{dir} holds the cube of namespace {dumped.settings.namespace!r}, and this one is of "
-                f"{self.namespace!r}. Load it into a MemoryCube(..., namespace={dumped.settings.namespace!r})."
+                f"{dir} holds the cube of namespace {theirs!r}; the namespace of this cube is {self.namespace!r}. "
+                f"Load it into a MemoryCube(..., namespace={theirs!r})."
             )
         with self._lock:
-            if isinstance(self.texts, FoundTexts):  # a retriever finds its own: there is nothing to write to
+            if isinstance(self.texts, RetrieverTexts):  # which cannot be written to
                 self._follow(dumped.texts)
             else:
                 self.add(dumped.texts)
-            foreign = self._caches.take(dumped.items, dumped.settings.head_id)
-        reasons = list(next(iter(foreign.values()), []))
-        if dumped.settings.head != self.memory.head and dumped.items:
-            reasons.append(f"head: {dumped.settings.head!r:.40}, not {self.memory.head!r:.40}")
-        if reasons:
+            differences = self._take(dumped.items)
+        if differences:
             warnings.warn(
-                f"the caches in {dir} were made otherwise ({'; '.join(reasons)}), so their texts are encoded again. "
-                "The answers are right; the first ones come later. Call encode() to have it done ahead.",
+                f"another model made the caches in {dir} ({'; '.join(differences)}), so the texts are encoded again "
+                "when they are first needed. Call encode() to encode them now.",
                 CacheWarning,
-                stacklevel=2,
+                stacklevel=3,
             )
 
-    # --- asynchronously ------------------------------------------------------------------------------------------
+    # --- asynchronous twins --------------------------------------------------------------------------------------
+
+    aadd = async_twin(add)
+    aedit = async_twin(edit)
+    adelete = async_twin(delete)
+    apurge = async_twin(purge)
+    asearch = async_twin(search)
+    aencode = async_twin(encode)
+    adump = async_twin(dump)
+    aload = async_twin(load)
 
     async def aask(self, question: str | Sequence[Message], k: int | None = None, **answering: Any) -> CubeAnswer:
         """`ask`, in worker threads; cancelling stops the model."""
-        sources, held, chunks = await asyncio.to_thread(self._open, question, k, **answering)
-        async with aclosing(iterate(lambda: chunks)) as pieces:
-            return self._answer(sources, held, [piece async for piece in pieces])
+        opened = await in_thread(self._open, question, k, **answering)
+        async with aclosing(iterate(lambda: opened.chunks)) as chunks:
+            return opened.answer([chunk async for chunk in chunks])
 
     async def astream(
         self, question: str | Sequence[Message], k: int | None = None, **answering: Any
     ) -> AsyncGenerator[Chunk, None]:
-        """`stream`, in worker threads."""
+        """`stream`, in worker threads; leaving the loop stops the model."""
         async with aclosing(iterate(lambda: self.stream(question, k, **answering))) as chunks:
             async for chunk in chunks:
                 yield chunk
 
-    async def aencode(self) -> int:
-        """`encode`, in a thread."""
-        return await asyncio.to_thread(self.encode)
-
-    async def adump(self, dir: str | PathLike[str]) -> None:
-        """`dump`, in a thread."""
-        await asyncio.to_thread(self.dump, dir)
-
-    async def aload(self, dir: str | PathLike[str]) -> None:
-        """`load`, in a thread."""
-        await asyncio.to_thread(self.load, dir)
-
-    # --- inside --------------------------------------------------------------------------------------------------
+    # --- prompts -------------------------------------------------------------------------------------------------
 
     def _open(
         self,
@@ -249,22 +441,22 @@ class MemoryCube(CubeTexts):
         max_kl: float = MAX_KL,
         constraint: ConstraintLike | None = None,
         **sampling: Any,
-    ) -> tuple[list[TextualMemoryItem], list[bool], Generator[Chunk, None, None]]:
-        """The texts, which of them have caches, and the answer."""
+    ) -> _Opened:
+        """Find texts and prepare their context; the answer is generated as `chunks` are read."""
         messages = as_messages(question)
         settings = self.memory.engine.sampling(**sampling)
         strategy = strategy or self.strategy
         while True:
-            sources = self.search(_asked(messages), k)
-            with self._lock:  # nobody deletes a text while its cache is being made
-                if any(text.id not in self._known or self._known[text.id].memory != text.memory for text in sources):
+            sources = self.search(_question_of(messages), k)
+            with self._lock:  # so that no text is deleted while its cache is made
+                if not self._are_current(sources):
                     continue
                 prompt = self._prompt(sources, messages, strategy)
-                held = self._caches.held(prompt)
+                held = self._held(prompt)
                 try:
                     chunks = self.memory.stream(
                         prompt,
-                        strategy="full" if strategy == "exact" else strategy,  # one document, all of it exact
+                        strategy="full" if strategy == "exact" else strategy,  # the texts are one document then
                         ratio=self.ratio if ratio is None else ratio,
                         max_kl=max_kl,
                         sampling=settings,
@@ -274,65 +466,161 @@ class MemoryCube(CubeTexts):
                     if not sources:
                         raise
                     raise CorpusLengthError(len(sources), isinstance(self.texts, SearchableTexts), error) from error
-                return sources, held, chunks
+                return _Opened(sources, prompt, held, self.memory.engine.merges, chunks)
 
-    def _answer(self, sources: list[TextualMemoryItem], held: list[bool], chunks: Sequence[Chunk]) -> CubeAnswer:
-        usage, reason = chunks[-1].usage, chunks[-1].finish_reason
-        assert usage is not None
-        assert reason is not None
-        plan = _plan(sources, held, usage, len(self._caches.prompt(["…"]).head_ids))
-        return CubeAnswer("".join(chunk.text for chunk in chunks), sources, plan, usage, reason)
+    def _prompt(self, texts: Sequence[TextualMemoryItem], messages: Sequence[Message], strategy: Strategy) -> Prompt:
+        """Messages behind the texts, of which each is a document, or under `exact` all are one.
 
-    def _prompt(self, sources: Sequence[TextualMemoryItem], messages: list[Message], strategy: Strategy) -> Prompt:
-        documents = placed(self.memory.head or "", self._segments(sources, strategy), messages)
-        return self.memory.engine.template.prompt(documents)
+        Each text ends with a blank line, as in the prompts of the adapters.
+        """
+        documents = [f"{text.memory}\n\n" for text in texts]
+        if strategy == "exact" and documents:
+            documents = ["".join(documents)]
+        behind = insert_documents(self.memory.instruction or "", documents, messages)
+        return self.memory.engine.template.prompt(behind)
 
-    def _segments(self, texts: Sequence[TextualMemoryItem], strategy: Strategy) -> list[str]:
-        """What is encoded by itself: each text, or all of them together."""
-        segments = [segment(text.memory) for text in texts]
-        return ["".join(segments)] if strategy == "exact" and segments else segments
+    def _held(self, prompt: Prompt) -> list[bool]:
+        """For each document of a prompt, whether the model need not read it."""
+        engine, documents = self.memory.engine, self.memory.documents
+        known = engine.known_prefix(prompt.context_ids, self.namespace)
+        if engine.merges and known < len(prompt.context_ids):
+            return [documents.contains(prompt.head_ids, token_ids) for token_ids in prompt.document_ids]
+        return [end <= known for end in _ends(prompt)]
 
     def _encode(self, texts: Sequence[TextualMemoryItem]) -> bool:
+        """Encode texts as one document, if they have no cache and did not change meanwhile. Whether it was done."""
         with self._lock:
-            if any(self._known.get(text.id) != text for text in texts):
-                return False  # edited or deleted since
-            [together] = self._segments(texts, "exact")
-            return self._caches.encode(together, {"doc_id": texts[0].id} if len(texts) == 1 else {})
+            if not self._are_current(texts):
+                return False
+            prompt = self._prompt(texts, [_QUESTION], "exact")
+            [token_ids], [document] = prompt.document_ids, prompt.documents
+            if self.memory.documents.contains(prompt.head_ids, token_ids):
+                return False
+            metadata = {"doc_id": texts[0].id} if len(texts) == 1 else {}
+            self.memory.documents.find_or_encode(prompt.head_ids, token_ids, document, metadata)
+            return True
+
+    # --- caches follow texts -------------------------------------------------------------------------------------
+
+    def _are_current(self, texts: Iterable[TextualMemoryItem]) -> bool:
+        return all(text.id in self._known and self._known[text.id].memory == text.memory for text in texts)
+
+    def _live(self, texts: Mapping[str, TextualMemoryItem]) -> set[str]:
+        return {stripped(text.memory) for text in texts.values()}
+
+    def _look(self) -> None:
+        """Follow a place whose texts others may change."""
+        with self._lock:
+            if isinstance(self.texts, ListedTexts):
+                listed = self.texts.listed()
+                ids = {text.id for text in listed}
+                self._follow(listed, gone=[id for id in self._known if id not in ids])
+
+    def _follow(self, texts: Iterable[TextualMemoryItem], gone: Iterable[str] = ()) -> None:
+        """Add or change texts, forget those that are gone, and delete the caches of what no text says any more.
+
+        Caches are deleted first: if the store fails, the cube still has the text, and the call can be repeated.
+        """
+        known = self._known | {text.id: text for text in texts}
+        for id in gone:
+            known.pop(id, None)
+        live = self._live(known)
+        is_same = known.keys() == self._known.keys() and self._are_current(known.values())
+        if not is_same:
+            self._drop({was.memory for was in self._known.values() if stripped(was.memory) not in live}, live)
+            self._changes += 1
+        self._known = known
+
+    def _drop(self, gone: set[str], live: set[str]) -> list[str]:
+        """Delete what was made from texts that are gone, alone or with others, from every tier. Returns the ids.
+
+        `KVCacheMemory.purge` finds the caches of one text alone. This also finds the text within larger ones, such as
+        a document that a framework rendered, and keeps the caches of live texts. All recent contexts of the namespace
+        are dropped, because any of them may hold such a text.
+
+        Args:
+            gone: texts.
+            live: the texts that the cube holds, as `stripped`.
+        """
+        if not gone:
+            return []
+        found = {stripped(text) for text in gone}
+        stale = [
+            key
+            for key, text in self._cached_texts()
+            if text is None or (text not in live and any(one in text for one in found))
+        ]
+        template, documents = self.memory.engine.template, self.memory.documents
+        # also by id: a store does not list a damaged file
+        self.memory.delete([*stale, *(documents.key(template.encode(f"{text}\n\n")) for text in gone)])
+        if isinstance(self.memory.store, ScheduledStore):  # which records texts, to encode them again
+            for text in gone:
+                self.memory.store.purge(text)
+        self.memory.engine.forget(self.namespace)
+        return stale
+
+    def _cached_texts(self) -> Iterator[tuple[str, str | None]]:
+        """The id of each cache, and the text it was made from; None where the cache is damaged."""
+        store = self.memory.store
+        for key in list(store.keys()):
+            try:
+                manifest = store.manifest(key)
+            except (CorruptItemError, FormatError):
+                yield key, None
+            else:
+                if manifest is not None:
+                    yield key, stripped(manifest.records.composed_text_memory)
+
+    # --- items of a dump -----------------------------------------------------------------------------------------
+
+    def _items_of(self, live: set[str]) -> Iterator[KVCacheItem]:
+        """The items made from live texts alone. A damaged item is left out, with a `CacheWarning`."""
+        for key in list(self.memory.store.keys()):
+            try:
+                item = self.memory.store.get(key)
+                if item is not None and is_made_of(item.records.composed_text_memory, live):
+                    yield item
+            except (CorruptItemError, FormatError) as damaged:
+                warnings.warn(f"a cache was left out of the dump: {damaged}", CacheWarning, stacklevel=5)
+
+    def _instruction_item(self) -> list[KVCacheItem]:
+        """The instruction's own cache, if there is one, so that a loaded cube need not encode the instruction."""
+        engine = self.memory.engine
+        head_ids = engine.template.instruction_ids(self.memory.instruction)
+        if not engine.merges or not head_ids:
+            return []
+        context = engine.exact_context(head_ids, (), self.namespace)
+        return [KVCacheItem(memory=context.cache, token_ids=context.token_ids, fingerprint=engine.fingerprint)]
+
+    def _take(self, items: Iterable[KVCacheItem]) -> list[str]:
+        """Keep the items of this cube's model. Returns how the model of another item differs, if texts need it."""
+        engine = self.memory.engine
+        foreign, taken = dict[str, list[str]](), set[str]()
+        for item in items:
+            text = item.records.composed_text_memory
+            if item.fingerprint is None:
+                continue
+            if not engine.fingerprint.matches(item.fingerprint):
+                if text:
+                    foreign[text] = engine.fingerprint.differences(item.fingerprint)
+            elif text:
+                self.memory.store.put(item)
+                taken.add(text)
+            elif engine.merges:  # the instruction's own cache belongs to the recent contexts
+                hf = cast("HFEngine", engine)
+                layers = [(keys.to(hf.device), values.to(hf.device)) for keys, values in layers_of(item.memory)]
+                hf.prefixes.insert(item.token_ids.tolist(), layers, self.namespace)
+        return next((differences for text, differences in foreign.items() if text not in taken), [])
 
 
-def activation(memory: KVCacheMemory | MemoryCube, **given: object) -> KVCacheMemory:
-    """The memory that answers for an adapter, which was given it and not its parts as well.
-
-    Raises:
-        InvalidInputError: another engine or store was given than the memory's, or `memory` is neither of these.
-    """
-    if not isinstance(memory, KVCacheMemory | MemoryCube):
-        raise InvalidInputError(f"memory= is a MemoryCube or a KVCacheMemory, not a {type(memory).__name__}")
-    kept = memory.memory if isinstance(memory, MemoryCube) else memory
-    others = [name for name, value in given.items() if value and value != getattr(kept, name, None)]
-    if others:
-        raise InvalidInputError(f"memory= brings {', '.join(given)} with it: leave {', '.join(others)} out")
-    return kept
-
-
-def _asked(messages: Sequence[Message]) -> str:
-    """What the user said last, as text."""
-    said_last = [message["content"] for message in messages if message.get("role") == "user"]
-    content = said_last[-1] if said_last else ""
+def _question_of(messages: Sequence[Message]) -> str:
+    """The text of the last user message."""
+    content = next((message["content"] for message in reversed(messages) if message.get("role") == "user"), "")
     if isinstance(content, str) or content is None:
         return content or ""
     return "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in content)
 
 
-def _plan(sources: Sequence[TextualMemoryItem], held: Sequence[bool], usage: Usage, head_tokens: int) -> CubePlan:
-    """Which side answered: by what was kept when it was asked, and by the counters."""
-    ids = [text.id for text in sources]
-    each = held if len(held) == len(ids) else [all(held)] * len(ids)
-    report = usage.context
-    read = not all(each) or not each or (report is not None and report.encoded_tokens > head_tokens)
-    return CubePlan(
-        side="encoded" if read else "exact" if report is None or report.mode == "exact" else "merged",
-        cached=tuple(id for id, kept in zip(ids, each, strict=True) if kept),
-        encoded=tuple(id for id, kept in zip(ids, each, strict=True) if not kept),
-        report=report,
-    )
+def _ends(prompt: Prompt) -> list[int]:
+    """The position after the last token of each document."""
+    return list(accumulate(map(len, prompt.document_ids), initial=len(prompt.head_ids)))[1:]

@@ -1,69 +1,151 @@
-"""The plaintext side of a cube: how a text is read, and where texts are found."""
+"""The texts of a cube: how documents are read, and the places that find texts."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
-from kvcag.errors import EmptyPromptError
-from kvcag.items import TextualMemoryItem
-from kvcag.texts import text_and_metadata
+from kvcag.core import TextualMemoryItem
+from kvcag.documents import documents_of, text_and_metadata
+from kvcag.errors import EmptyPromptError, InvalidInputError
 
 
 class TextSide(Protocol):
-    """A place where texts live beside the cube, which keeps it in step.
+    """A place outside the cube that holds texts. The cube writes its changes there.
 
-    The cube keeps texts itself, too: what it answers from, dumps and encodes. For `kvcag.langchain` these are
-    `VectorStoreTexts` and others, for `kvcag.llama_index` `IndexTexts` and others.
+    The cube also holds its texts itself, to answer from, to encode and to dump. `kvcag.langchain.VectorStoreTexts` and
+    `kvcag.llama_index.IndexTexts` are examples.
     """
 
     def add(self, texts: Sequence[TextualMemoryItem]) -> None:
-        """Put texts. One that is there under the same id is replaced."""
+        """Add texts. A text replaces an earlier one with the same id."""
 
     def delete(self, ids: Sequence[str]) -> None:
-        """Remove texts. Missing ones are ignored."""
-
-    def listed(self) -> list[TextualMemoryItem] | None:
-        """All of them, where others may change them too and the place can tell: the cube follows it. Else None."""
+        """Delete texts. Ids that are missing are ignored."""
 
 
 @runtime_checkable
 class SearchableTexts(TextSide, Protocol):
-    """A place that finds the texts that matter for a question."""
+    """A place that can search its texts."""
 
     def search(self, question: str, k: int | None) -> list[TextualMemoryItem]:
-        """At most `k` texts, best first; None is the place's own setting."""
+        """At most `k` texts for a question, best first. With None, the place decides how many."""
+
+
+@runtime_checkable
+class ListedTexts(TextSide, Protocol):
+    """A place whose texts others may change, too. It lists them, and the cube follows the changes."""
+
+    def listed(self) -> list[TextualMemoryItem]:
+        """All texts."""
+
+
+Find: TypeAlias = Callable[[str], Iterable[object]]
+"""Takes a question and returns documents, best first."""
+
+
+class RetrieverTexts:
+    """Texts that a retriever finds and that others maintain. The cube only reads them.
+
+    `cube.delete` deletes the caches of such a text. If the retriever still finds the text, the text comes back; so
+    delete it where the retriever reads first.
+
+    Args:
+        retriever: a retriever of LangChain or LlamaIndex, or a function that takes a question and returns documents.
+    """
+
+    def __init__(self, retriever: Any) -> None:
+        self._find = find_of(retriever)
+
+    def search(self, question: str, k: int | None) -> list[TextualMemoryItem]:
+        """The first `k` texts that the retriever finds."""
+        return [read(document) for document in self._find(question)][:k]
+
+    def add(self, texts: Sequence[TextualMemoryItem]) -> None:
+        """Refuse, because a retriever only reads.
+
+        Raises:
+            InvalidInputError: always.
+        """
+        raise InvalidInputError(
+            f"{len(texts)} texts cannot be added, because the retriever of this cube only reads. Add them to the place "
+            "that the retriever reads, or use texts that can be written: BuiltRetrieverTexts, VectorStoreTexts or "
+            "IndexTexts."
+        )
+
+    def delete(self, ids: Sequence[str]) -> None:
+        """Do nothing: see the class."""
+
+
+class BuiltTexts:
+    """Texts that the cube holds, and a retriever that is built from all of them.
+
+    Args:
+        build: builds a retriever, or a function that searches, from all texts. It is called by the first search after
+            a change.
+    """
+
+    def __init__(self, build: Callable[[list[TextualMemoryItem]], Any]) -> None:
+        self._build = build
+        self._texts: dict[str, TextualMemoryItem] = {}
+        self._find: Find | None = None
+
+    def search(self, question: str, k: int | None) -> list[TextualMemoryItem]:
+        """The first `k` texts that the retriever finds."""
+        if not self._texts:
+            return []
+        find = self._find
+        if find is None:
+            find = self._find = find_of(self._build(list(self._texts.values())))
+        return [read(document) for document in find(question)][:k]
+
+    def add(self, texts: Sequence[TextualMemoryItem]) -> None:
+        """Add texts."""
+        self._texts = {**self._texts, **{text.id: text for text in texts}}
+        self._find = None
+
+    def delete(self, ids: Sequence[str]) -> None:
+        """Delete texts."""
+        self._texts = {id: text for id, text in self._texts.items() if id not in ids}
+        self._find = None
+
+
+def find_of(retriever: Any) -> Find:
+    """The method of a LangChain or LlamaIndex retriever that searches; a function as it is."""
+    find: Find = getattr(retriever, "invoke", None) or getattr(retriever, "retrieve", None) or retriever
+    return find
+
+
+def changed(texts: Iterable[TextualMemoryItem], stored: Iterable[object]) -> list[TextualMemoryItem]:
+    """The texts that a place does not store yet, or stores with other words or metadata."""
+    there = {text.id: text for text in map(read, stored)}
+    return [text for text in texts if there.get(text.id) != text]
 
 
 def read(document: object) -> TextualMemoryItem:
-    """A str, a LangChain `Document`, a LlamaIndex node (as the LLM would read it) or a textual memory, as the latter.
+    """A document as a text: a str, a LangChain `Document`, a LlamaIndex node or a `TextualMemoryItem`.
 
-    What has no id of its own gets one from its text. Metadata are made JSON: dates and paths become str.
+    A node's text is what the LLM would read. A document without an id gets one from its text. Metadata are converted to
+    JSON types; dates and paths become str.
 
     Raises:
-        InvalidInputError: it is none of these.
+        InvalidInputError: no text can be read from the document.
     """
     text, metadata = text_and_metadata(document)
-    get_content = getattr(document, "get_content", None)
-    if callable(get_content):
-        text = str(get_content(metadata_mode="llm"))
     id = getattr(document, "node_id", None) or getattr(document, "id", None) or _text_id(text)
     return TextualMemoryItem(id=str(id), memory=text, metadata=json.loads(json.dumps(metadata, default=str)))
 
 
 def read_all(documents: object) -> list[TextualMemoryItem]:
-    """One document or several, read; the last of those that share an id.
+    """One document or several as texts. Of those that share an id, the last one counts.
 
     Raises:
-        EmptyPromptError: one says nothing.
-        InvalidInputError: one cannot be read.
+        EmptyPromptError: a text is empty.
+        InvalidInputError: no text can be read from a document.
     """
-    if isinstance(documents, Iterable) and not isinstance(documents, str) and not hasattr(documents, "metadata"):
-        texts = [read(document) for document in documents]
-    else:
-        texts = [read(documents)]
+    texts = [read(document) for document in documents_of(documents)]
     for number, text in enumerate(texts, start=1):
         if not text.memory.strip():
             raise EmptyPromptError(f"text {number} ({text.id!r}) is empty: leave it out")
@@ -71,7 +153,7 @@ def read_all(documents: object) -> list[TextualMemoryItem]:
 
 
 def distinct(texts: Iterable[TextualMemoryItem]) -> list[TextualMemoryItem]:
-    """Texts, each once, in order. Of those that share an id and say different things, all but the first get another."""
+    """Each text once, in order. A text that shares the id of an earlier, different text gets a new id."""
     kept: dict[str, TextualMemoryItem] = {}
     for text in texts:
         if kept.get(text.id, text).memory != text.memory:
@@ -80,19 +162,14 @@ def distinct(texts: Iterable[TextualMemoryItem]) -> list[TextualMemoryItem]:
     return list(kept.values())
 
 
-def segment(text: str) -> str:
-    """A text as it stands in a prompt: as the adapters for LangChain and LlamaIndex put it, too."""
-    return f"{text}\n\n"
-
-
-def said(text: str) -> str:
-    """A text without the blank lines around it, in which what is put into a prompt differs from what was given."""
+def stripped(text: str) -> str:
+    """A text without line breaks at its ends. A prompt adds such line breaks to the texts that the cube was given."""
     return text.strip("\n")
 
 
-def made_of(text: str, known: set[str]) -> bool:
-    """Whether a text is one of `known` (as `said`), or several of them with blank lines between."""
-    if said(text) in known:
+def is_made_of(text: str, known: set[str]) -> bool:
+    """Whether a text is one of `known` (as `stripped`), or several of them with blank lines between them."""
+    if stripped(text) in known:
         return True
     parts = text.split("\n\n")
     longest = max((one.count("\n\n") + 1 for one in known), default=0)
@@ -100,10 +177,10 @@ def made_of(text: str, known: set[str]) -> bool:
     for start in range(len(parts)):
         if not reachable[start]:
             continue
-        if not said(parts[start]):
+        if not stripped(parts[start]):
             reachable[start + 1] = True
         for end in range(start + 1, min(start + longest, len(parts)) + 1):
-            reachable[end] = reachable[end] or said("\n\n".join(parts[start:end])) in known
+            reachable[end] = reachable[end] or stripped("\n\n".join(parts[start:end])) in known
     return reachable[-1]
 
 

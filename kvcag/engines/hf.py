@@ -2,62 +2,61 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import cached_property
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
-from typing_extensions import Unpack
 
-from kvcag.cache.attend import by_position, decoder_of
-from kvcag.cache.drift import UsualDrift
-from kvcag.cache.hf import (
+from kvcag.cache.attention import OVER_SDPA, by_position, decoder_of
+from kvcag.cache.layers import (
+    BETWEEN_LAYERS,
     ContextCache,
     LayerKV,
     cache_argument,
+    cache_of,
     check_cacheable,
+    contiguous_copy,
     cut,
     generation_cache,
     layers_of,
-    owned,
 )
-from kvcag.cache.prefix import PrefixCache
+from kvcag.cache.prefix_cache import PrefixCache
 from kvcag.cache.rope import check_mergeable
-from kvcag.context import MergedContext
-from kvcag.engines.base import Chunk
-from kvcag.engines.calibrate import Calibration, CalibrationSettings, calibrate
-from kvcag.engines.constrain import ConstraintLike
-from kvcag.engines.continuation import context_ids, read_context
-from kvcag.engines.decode import Account, Decoding
-from kvcag.engines.generating import Generating
-from kvcag.engines.loading import load
+from kvcag.chat_template import ChatTemplate, Message, Prompt
+from kvcag.core import Chunk, ContextPrompt, KVCacheItem, MergedContext, MergeReport, Mode, ids_digest
+from kvcag.engines.base import Engine, context_ids
+from kvcag.engines.constrain import Constraint, ConstraintCompiler, ConstraintLike
+from kvcag.engines.decode import Account, Decoding, Detokenizer, StopStrings, ThinkingFilter, reusable_prefix
+from kvcag.engines.idle import IdleWork
+from kvcag.engines.in_flight import InFlight
+from kvcag.engines.model_lock import ModelLock
 from kvcag.engines.sampling import Sampler, Sampling
-from kvcag.engines.session import Session
-from kvcag.engines.text import Detokenizer, StopStrings, ThinkingFilter
-from kvcag.engines.turns import Turns
-from kvcag.engines.usual_drift import usual_drift_of
-from kvcag.errors import EmptyPromptError, UnsupportedModelError
+from kvcag.errors import CacheWarning, EmptyPromptError, UnsupportedModelError, WarnOnce
 from kvcag.fingerprint import ModelFingerprint
-from kvcag.notices import CacheWarning, Notices
-from kvcag.prompt import ChatTemplate, Message, Prompt
+from kvcag.streams import cancellation
 
-if TYPE_CHECKING:
-    from kvcag.engines.enforce import Constraint, Grammars
+_FIRST_CHUNK, _SHORTEST_CHUNK, _LONGEST_CHUNK = 512, 64, 2048
+"""Tokens of one forward pass while encoding. On a CPU the length follows from the last pass's time per layer."""
 
-_PREFILL_CHUNK = 2048
-"""Tokens of one forward pass while encoding: bounds the activations, and how long a closed stream still computes."""
+_LAYER_SECONDS = 0.1
+"""How long one layer of a pass may take: other answers, and a reader who leaves, wait for so long."""
 
 _PREFIX_CACHE_BYTES = 2 << 30
 
 
-class HFEngine(Generating):
+_IN_BACKGROUND: ContextVar[bool] = ContextVar("kvcag_in_background", default=False)
+
+
+class HFEngine(Engine):
     """Encodes text into KV caches, and answers from them.
 
     Every generation has a cache of its own, made on demand in the model's dtype and released at its end; what is
@@ -76,6 +75,9 @@ class HFEngine(Generating):
         UnsupportedModelError: the model keeps a recurrent state, or is an encoder-decoder.
     """
 
+    merges = True
+    item_type = KVCacheItem
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -92,9 +94,11 @@ class HFEngine(Generating):
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer, template_variables)
         self.prefixes = PrefixCache(prefix_cache_bytes)
-        self.turns = Turns()
-        self._prefilling = threading.Lock()
-        self._notices = Notices()
+        self.lock = ModelLock()
+        self._in_flight = InFlight()
+        self._idle = IdleWork()
+        self._chunk_tokens = _FIRST_CHUNK
+        self._notices = WarnOnce()
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @classmethod
@@ -120,7 +124,7 @@ class HFEngine(Generating):
             defaults: see the class.
             **from_pretrained_kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
         """
-        model, tokenizer = load(str(model_name_or_path), dtype, device, from_pretrained_kwargs)
+        model, tokenizer = _load(str(model_name_or_path), dtype, device, from_pretrained_kwargs)
         return cls(
             model,
             tokenizer,
@@ -195,22 +199,27 @@ class HFEngine(Generating):
             ConstraintBudgetError: nothing that satisfies it fits the budget.
             MissingExtraError: the extra `structured` is not installed.
         """
-        compiled = self._grammars.compile(constraint, thinking=thinking)
+        compiled = self._compiler.compile(constraint, thinking=thinking)
         compiled.check_fits(max_new_tokens)
         return compiled
 
     @cached_property
-    def _grammars(self) -> Grammars:
-        from kvcag.engines.enforce import Grammars  # an extra, needed by those who constrain
-
+    def _compiler(self) -> ConstraintCompiler:
         vocabulary = self.model.get_input_embeddings().num_embeddings
-        return Grammars(self.tokenizer, vocabulary, sorted(self.eos_ids))
+        return ConstraintCompiler(self.tokenizer, vocabulary, sorted(self.eos_ids))
 
     @contextmanager
     def exclusive(self) -> Iterator[PreTrainedModel]:
-        """The model for one caller alone, with gradients off; other threads wait for their turn."""
-        with self.turns.taken(), torch.no_grad():
-            yield self.model
+        """The model for this thread, with gradients off. Between two layers it lets other threads go first.
+
+        Within `in_background`, it waits until no answer needs the model.
+        """
+        with self.lock.acquire(background=_IN_BACKGROUND.get()), torch.no_grad():
+            token = BETWEEN_LAYERS.set(self.lock.pause if self._attends_by_sdpa else cancellation().check)
+            try:
+                yield self.model
+            finally:
+                BETWEEN_LAYERS.reset(token)
 
     # --- encoding ----------------------------------------------------------------------------------------------
 
@@ -232,7 +241,7 @@ class HFEngine(Generating):
         layers, _ = self.prefill(token_ids)
         return ContextCache.of(layers, torch.tensor(token_ids), self.fingerprint, messages)
 
-    def prefill(self, token_ids: Sequence[int], *, tenant: str = "") -> tuple[list[LayerKV], int]:
+    def prefill(self, token_ids: Sequence[int], *, namespace: str = "") -> tuple[list[LayerKV], int]:
         """Keys and values of a prefix, the caller's own, and how many of its tokens were encoded before.
 
         Raises:
@@ -242,14 +251,83 @@ class HFEngine(Generating):
         if not token_ids:
             raise EmptyPromptError("there are no tokens to encode")
         self.check_fits(len(token_ids), 0)
-        reused, pieces = self.prefixes.match(token_ids, tenant)
-        cache = generation_cache(pieces, room=len(token_ids) - reused)
-        if reused < len(token_ids):
-            self.forward(token_ids[reused:], cache)
-            self.prefixes.insert(token_ids, layers_of(cache), tenant)
+        with self._in_flight.prefill(token_ids, namespace, self.known_prefix, background=_IN_BACKGROUND.get()):
+            reused, pieces = self.prefixes.match(token_ids, namespace)
+            cache = generation_cache(pieces, room=len(token_ids) - reused)
+            if reused < len(token_ids):
+                self.forward(token_ids[reused:], cache)
+                self.prefixes.insert(token_ids, layers_of(cache), namespace)
         return layers_of(cache), reused
 
-    def encode_after(self, prefix_ids: Sequence[int], token_ids: Sequence[int], *, tenant: str = "") -> list[LayerKV]:
+    def encode_when_idle(self, token_ids: Sequence[int], namespace: str = "") -> None:
+        """Encode a context in the background and keep it among the recent contexts. Returns at once.
+
+        `forget` cancels it. An error is logged: the context is then encoded when it is asked for.
+        """
+        if self.keeps(len(token_ids)):
+            self._idle.encode(tuple(token_ids), namespace, self._encode_in_background)
+
+    def _encode_in_background(self, token_ids: tuple[int, ...], namespace: str) -> None:
+        with self.in_background():
+            self.prefill(token_ids, namespace=namespace)
+
+    @contextmanager
+    def in_background(self) -> Iterator[None]:
+        """Within it, this thread's work on the model gives way to answers: it waits while one needs the model."""
+        token = _IN_BACKGROUND.set(True)
+        try:
+            yield
+        finally:
+            _IN_BACKGROUND.reset(token)
+
+    def encode_item(self, head_ids: Sequence[int], token_ids: Sequence[int], *, namespace: str = "") -> KVCacheItem:
+        """Encode one document behind `head_ids`, which are kept among the recent contexts."""
+        return self.item_of(self.encode_after(head_ids, token_ids, namespace=namespace), head_ids, token_ids)
+
+    def item_of(self, layers: Sequence[LayerKV], head_ids: Sequence[int], token_ids: Sequence[int]) -> KVCacheItem:
+        """The item of a document whose keys and values, encoded behind `head_ids`, are `layers`."""
+        return KVCacheItem(
+            memory=cache_of(layers),
+            token_ids=torch.tensor(token_ids, dtype=torch.long),
+            fingerprint=self.fingerprint,
+            base_position=len(head_ids),
+            prefix_digest=ids_digest(head_ids),
+        )
+
+    def exact_context(self, context_ids: Sequence[int], tail_ids: Sequence[int], namespace: str = "") -> MergedContext:
+        """The context, of which the longest prefix that was encoded before is reused."""
+        self.warn_unless_kept(len(context_ids))
+        layers, reused = self.prefill(context_ids, namespace=namespace)
+        encoded = len(context_ids) - reused
+        mode: Mode = "prefix" if reused else "encoded"
+        report = MergeReport(mode, "exact", len(context_ids), reused, 0, encoded)
+        return self.context_of(layers, context_ids, tail_ids, report)
+
+    def context_of(
+        self, layers: Sequence[LayerKV], context_ids: Sequence[int], tail_ids: Sequence[int], report: MergeReport
+    ) -> MergedContext:
+        """A context whose keys and values are `layers`, which it takes as they are."""
+        return MergedContext(
+            cache=cache_of(layers),
+            token_ids=torch.tensor(context_ids, dtype=torch.long),
+            tail_ids=torch.tensor(tail_ids, dtype=torch.long),
+            report=report,
+            fingerprint=self.fingerprint,
+        )
+
+    def known_prefix(self, token_ids: Sequence[int], namespace: str = "", *, merged: bool = False) -> int:
+        """How many tokens at the beginning of these are among the recent contexts; merged ones count if `merged`."""
+        exact = self.prefixes.match(token_ids, namespace)[0]
+        return max(exact, self.prefixes.match(token_ids, namespace, merged=True)[0]) if merged else exact
+
+    def forget(self, namespace: str = "") -> None:
+        """Drop a namespace's recent contexts, and what is encoded for it in the background."""
+        self._idle.cancel(namespace)
+        self.prefixes.clear(namespace)
+
+    def encode_after(
+        self, prefix_ids: Sequence[int], token_ids: Sequence[int], *, namespace: str = ""
+    ) -> list[LayerKV]:
         """Keys and values of `token_ids` alone, encoded after `prefix_ids`; the caller's own.
 
         The prefix is kept among the recent contexts, the tokens are not: they are kept as an item of their own.
@@ -257,7 +335,7 @@ class HFEngine(Generating):
         Args:
             prefix_ids: what stands before them; may be empty.
             token_ids: the document's.
-            tenant: whose recent contexts the prefix may come from.
+            namespace: whose recent contexts the prefix may come from.
 
         Returns:
             Keys and values of each layer, `(1, kv_heads, len(token_ids), head_dim)`, keys rotated to their positions.
@@ -269,74 +347,29 @@ class HFEngine(Generating):
         if not token_ids:
             raise EmptyPromptError("there are no tokens to encode")
         self.check_fits(len(prefix_ids) + len(token_ids), 0)
-        prefix = self.prefill(prefix_ids, tenant=tenant)[0] if prefix_ids else []
+        prefix = self.prefill(prefix_ids, namespace=namespace)[0] if prefix_ids else []
         cache = generation_cache([prefix] if prefix else [], room=len(token_ids))
         self.forward(token_ids, cache)
-        return owned(cut(layers_of(cache), len(prefix_ids)))
-
-    def calibrate(
-        self, documents: Sequence[str], questions: Sequence[str] = (), **settings: Unpack[CalibrationSettings]
-    ) -> Calibration:
-        """Compare merging strategies with a full prefill on probes made from your own documents.
-
-        The verdict is kept under the model's fingerprint, for `merge(strategy="auto")` here and in later processes.
-        Arguments and errors are those of `kvcag.engines.calibrate.calibrate`.
-        """
-        self.calibration = calibrate(self, documents, questions, **settings)
-        self.calibration.save()
-        return self.calibration
-
-    @cached_property
-    def calibration(self) -> Calibration | None:
-        """What was measured of this model by `calibrate`, now or in another process; None where nothing was."""
-        return Calibration.load(self.fingerprint.digest)
-
-    @cached_property
-    def usual_drift(self) -> UsualDrift | None:
-        """What usually changes in a document behind others, for merges that recompute nothing.
-
-        Learned once a model, at the cost of encoding some 2,300 tokens, and kept for later processes. None for a model
-        whose context is too short to learn it in.
-        """
-        return usual_drift_of(self)
+        return contiguous_copy(cut(layers_of(cache), len(prefix_ids)))
 
     # --- answering ---------------------------------------------------------------------------------------------
-
-    def session(
-        self, context: Cache | MergedContext | None = None, *, tools: Sequence[Mapping[str, Any]] | None = None
-    ) -> Session:
-        """A conversation with a running cache, optionally over a context; see `Session`."""
-        return Session(self, context, tools=tools)
 
     def stream(
         self,
         prompt: Prompt,
         sampling: Sampling,
-        past_key_values: Cache | MergedContext | None = None,
+        past_key_values: Cache | MergedContext | ContextPrompt | None = None,
         *,
         constraint: ConstraintLike | None = None,
-        tenant: str = "",
+        namespace: str = "",
         started: float | None = None,
+        accept_merged: bool = False,
     ) -> Generator[Chunk, None, None]:
         """Answer a prompt of token ids, over a context that it begins with, if one is given.
 
         Over an exact context, or none, the longest prefix that was encoded before is reused, and the prompt and its
         answer are kept for the next. A context that agrees with the prompt only at first is reused as far as it agrees.
         The arguments are checked at once; the work is done as the stream is read, and stops when it is closed.
-
-        Args:
-            prompt: whole, the context's tokens included; see `plan`.
-            sampling: see `Engine.sampling`.
-            past_key_values: the context; it is read, never written.
-            constraint: what the answer must be.
-            tenant: whose recent contexts may be reused, and are added to.
-            started: what times count from (`time.perf_counter()`), where preparing the context belongs to the answer.
-
-        Raises:
-            EmptyPromptError: the prompt has no tokens.
-            ConstraintError: the constraint cannot be used, or nothing that satisfies it fits `max_new_tokens`.
-            ContextLengthError: the prompt with `max_new_tokens` exceeds the model's context.
-            CacheMismatchError: the context is another model's, or its ids are not those that the prompt begins with.
         """
         started = started or time.perf_counter()
         token_ids = prompt.token_ids
@@ -344,14 +377,16 @@ class HFEngine(Generating):
             raise EmptyPromptError("the prompt has no tokens")
         max_new_tokens = self.check_fits(len(token_ids), sampling.max_new_tokens)
         compiled = None if constraint is None else self.constrain(constraint, max_new_tokens, prompt.thinking)
-        given = read_context(past_key_values, token_ids, self.fingerprint)
+        given = reusable_prefix(past_key_values, token_ids, self.fingerprint)
         if past_key_values is None:
             self.warn_unless_kept(len(token_ids))
 
         def run() -> Generator[Chunk, None, None]:
-            with self._prefilling:  # of prompts that begin alike, asked at once, the first encodes what they share
-                reused, pieces = given.longest(self.prefixes, token_ids[:-1], tenant)
-                kept = len(token_ids) - reused if given.exact and self.keeps(len(token_ids)) else 0
+            known = functools.partial(self.known_prefix, merged=accept_merged)
+            with self._in_flight.prefill(token_ids[:-1], namespace, known):
+                prefix = given.longest(self.prefixes, token_ids[:-1], namespace, merged=accept_merged)
+                reused, pieces = prefix.length, prefix.pieces
+                kept = len(token_ids) - reused if self.keeps(len(token_ids)) else 0
                 decoding = Decoding(
                     self.forward,
                     generation_cache(pieces, room=len(token_ids) - reused + max_new_tokens),
@@ -359,11 +394,10 @@ class HFEngine(Generating):
                     max_new_tokens=max_new_tokens,
                     eos_ids=self.eos_ids,
                     sampler=Sampler(sampling, self.device, compiled.start(max_new_tokens) if compiled else None),
-                    account=Account.of(prompt, given.report, reused, kept, started),
+                    account=Account.of(prompt, given.report, prefix, kept, started),
                 )
                 decoding.prefill()
-                if given.exact:
-                    self.prefixes.insert(token_ids, layers_of(decoding.cache), tenant)
+                self.prefixes.insert(token_ids, layers_of(decoding.cache), namespace, merged=prefix.is_merged)
             thinking = ThinkingFilter(prompt.thinking) if sampling.strip_thinking else None
             whole = False  # an error in the middle of a step leaves layers of different lengths
             try:
@@ -373,34 +407,80 @@ class HFEngine(Generating):
                     whole = False
                 whole = True
             finally:
-                if given.exact and whole:
-                    self.prefixes.insert(decoding.cached_ids, layers_of(decoding.cache), tenant)
+                if whole:
+                    cached_ids, layers = decoding.cached_ids, layers_of(decoding.cache)
+                    self.prefixes.insert(cached_ids, layers, namespace, merged=prefix.is_merged)
 
         return run()
 
     def forward(self, token_ids: Sequence[int], cache: Cache) -> torch.Tensor:
         """Run tokens over `cache`, which grows by them; logits after the last, `(1, vocabulary)`."""
         last = {"logits_to_keep": 1} if self._takes_logits_to_keep else {}
-        logits = torch.empty(0)
-        for start in range(0, len(token_ids), _PREFILL_CHUNK):
+        logits, start = torch.empty(0), 0
+        while start < len(token_ids):
             with self.exclusive() as model:
-                chunk = torch.tensor([token_ids[start : start + _PREFILL_CHUNK]], device=self.device)
+                chunk = torch.tensor([token_ids[start : start + self._chunk_tokens]], device=self.device)
+                began = time.thread_time()
                 with self._attention(cache.get_seq_length(), chunk.shape[1]):
                     logits = model(input_ids=chunk, use_cache=True, **last, **cache_argument(model, cache)).logits
+                self._fit_chunk(chunk.shape[1], time.thread_time() - began)
+            start += chunk.shape[1]
         return logits[:, -1]
 
+    def _fit_chunk(self, tokens: int, seconds: float) -> None:
+        """Let the next passes be as long as a layer's time allows; `seconds` is what this one computed."""
+        if self.device.type != "cpu":
+            self._chunk_tokens = _LONGEST_CHUNK
+        elif tokens == self._chunk_tokens:
+            allowed = tokens * _LAYER_SECONDS * self._layers / max(seconds, 1e-9)
+            self._chunk_tokens = int(min(max(allowed, tokens / 2, _SHORTEST_CHUNK), tokens * 2, _LONGEST_CHUNK))
+
+    @cached_property
+    def _layers(self) -> int:
+        return int(self.fingerprint.geometry.split("x")[0])
+
     def _attention(self, past: int, new: int) -> AbstractContextManager[None]:
-        """Ours for several tokens over a cache; for a whole prompt, or one token, sdpa needs no mask."""
-        if past == 0 or new == 1 or not self._by_position:
+        """Ours for tokens over a cache. A whole prompt needs no mask, and so does one token on a GPU."""
+        if past == 0 or not self._by_position or (new == 1 and self.device.type != "cpu"):
             return nullcontext()
         return by_position(self.model, torch.arange(past, past + new))
 
+    @property
+    def _attends_by_sdpa(self) -> bool:
+        """Whether passes of several threads may be in the model at a time (`kvcag.cache.attention`)."""
+        return decoder_of(self.model).config._attn_implementation in ("sdpa", OVER_SDPA)
+
     @cached_property
     def _by_position(self) -> bool:
-        if decoder_of(self.model).config._attn_implementation != "sdpa":
+        if not self._attends_by_sdpa:
             return False
+        paused = BETWEEN_LAYERS.set(None)  # a pause here would keep the lock that Python < 3.12 holds for this property
         try:
             check_mergeable(self.model)
         except UnsupportedModelError:
             return False
+        finally:
+            BETWEEN_LAYERS.reset(paused)
         return True
+
+
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
+"""The arguments of `from_pretrained` that concern the hub: they go to configurations and tokenizers too."""
+
+
+def _load(
+    name: str, dtype: str | torch.dtype, device: str | torch.device, settings: dict[str, Any]
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer. `settings` go to the model, those that concern the hub to the tokenizer too."""
+    hub = {key: settings[key] for key in HUB_ARGUMENTS if key in settings}
+    tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **settings)
+    if "device_map" not in settings:
+        torch.nn.Module.to(model, _best_device() if device == "auto" else torch.device(device))
+    return model, tokenizer
+
+
+def _best_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

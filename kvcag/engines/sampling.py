@@ -1,4 +1,4 @@
-"""How the next token is chosen: greedy, or through transformers' own logits processors."""
+"""Sampling: the settings of a generation, and the choice of each token with transformers' logits processors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.generation import logits_process as hf
 from kvcag.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from kvcag.engines.enforce import Enforcement
+    from kvcag.engines.constrain import Enforcement
 
 DEFAULT_MAX_NEW_TOKENS = 512
 
@@ -23,15 +23,18 @@ class Sampling:
     """The settings of one generation. Greedy unless `temperature` is above 0.
 
     Attributes:
-        max_new_tokens: the most to generate. None: 512, or what the model's context still holds.
+        max_new_tokens: the most tokens to generate. None: 512, or as many as still fit the model's context.
         temperature: 0 is greedy.
-        top_k: keep the k likeliest tokens.
-        top_p: keep the likeliest tokens that together reach this probability.
-        min_p: keep tokens at least this likely, relative to the likeliest.
-        repetition_penalty: above 1 discourages tokens that were in the prompt or the answer already.
-        seed: makes a sampled answer repeatable. None: a new one each time.
+        top_k: sample from the k likeliest tokens.
+        top_p: sample from the likeliest tokens that together reach this probability.
+        min_p: sample from tokens that are at least this likely, relative to the likeliest.
+        repetition_penalty: values above 1 make tokens of the prompt and of the answer so far less likely.
+        seed: makes a sampled answer repeatable. None: a new seed for each answer.
         stop: strings that end the answer; they are not part of it.
-        strip_thinking: leave out `<think>…</think>`.
+        strip_thinking: leave `<think>…</think>` out of the text.
+
+    Raises:
+        InvalidInputError: a value is out of range.
     """
 
     max_new_tokens: int | None = None
@@ -45,7 +48,7 @@ class Sampling:
     strip_thinking: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work, before anything is encoded."""
+        """Check the values."""
         _check("max_new_tokens", self.max_new_tokens, lambda v: v >= 1, "at least 1")
         _check("temperature", self.temperature, lambda v: v >= 0, "0 (greedy) or more")
         _check("top_k", self.top_k, lambda v: v >= 1, "at least 1")
@@ -53,14 +56,14 @@ class Sampling:
         _check("min_p", self.min_p, lambda v: 0 <= v <= 1, "in [0, 1]")
         _check("repetition_penalty", self.repetition_penalty, lambda v: v > 0, "above 0")
         if not all(isinstance(stop, str) and stop for stop in self.stop):
-            raise InvalidInputError(f"stop must be non-empty strings, not {self.stop!r}")
+            raise InvalidInputError(f"stop must be one or more non-empty strings, not {self.stop!r}")
 
     @classmethod
     def of(cls, **given: Any) -> Sampling:
-        """From keyword arguments, MemOS's and transformers' spellings included.
+        """From keyword arguments, including the spellings of MemOS and transformers.
 
-        `max_tokens` is `max_new_tokens`; `do_sample=False` is greedy whatever the temperature, and `do_sample=True`
-        samples at temperature 1 unless one is given; `stop` may be one string; None means unset.
+        `max_tokens` is `max_new_tokens`. `do_sample=False` sets the temperature to 0; `do_sample=True` sets it to 1
+        unless a temperature above 0 is given. `stop` may be one string. None means unset.
 
         Raises:
             InvalidInputError: an unknown name, or a value out of range.
@@ -82,16 +85,20 @@ class Sampling:
 
     @classmethod
     def over(cls, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Sampling:
-        """What is given, else the defaults. Raises as `of`."""
+        """From keyword arguments, and from defaults for those that are not given.
+
+        Raises:
+            InvalidInputError: an unknown name, or a value out of range.
+        """
         settings = {name: value for name, value in given.items() if value is not None}
-        kept = dict(defaults)
-        if "temperature" in settings:  # a call that asks for a temperature is not greedy because the default is
-            kept.pop("do_sample", None)
-        return cls.of(**{**kept, **settings})
+        remaining = dict(defaults)
+        if "temperature" in settings:  # the call's temperature overrides the default's do_sample
+            remaining.pop("do_sample", None)
+        return cls.of(**{**remaining, **settings})
 
     @property
     def greedy(self) -> bool:
-        """Whether the likeliest token is taken each time."""
+        """Whether each token is the likeliest one."""
         return self.temperature == 0
 
 
@@ -100,8 +107,8 @@ class Sampler:
 
     Args:
         sampling: the settings.
-        device: where the logits are.
-        constraint: masks what it forbids, before temperature and cut-offs, and may replace the choice.
+        device: the device of the logits.
+        constraint: masks forbidden tokens before temperature, top_k, top_p and min_p apply, and may replace the choice.
     """
 
     def __init__(
@@ -127,11 +134,11 @@ class Sampler:
             self._processors.extend(_warpers(sampling))
 
     def choose(self, logits: torch.Tensor, token_ids: Sequence[int]) -> int:
-        """The next token.
+        """Choose the next token.
 
         Args:
-            logits: `(1, vocabulary)`.
-            token_ids: prompt and answer so far.
+            logits: floating point, `(1, vocabulary)`.
+            token_ids: the prompt and the answer so far.
         """
         scores = logits.float()
         if self._processors:
@@ -145,12 +152,12 @@ class Sampler:
 
     @property
     def complete(self) -> bool:
-        """Whether the answer satisfies its constraint and nothing may follow it, an end-of-sequence token aside."""
+        """Whether the answer satisfies its constraint and only an end-of-sequence token may follow."""
         return self._constraint is not None and self._constraint.complete
 
 
 def _warpers(sampling: Sampling) -> list[hf.LogitsProcessor]:
-    """In the order in which `transformers.generate` applies them."""
+    """Logits processors in the order in which `transformers.generate` applies them."""
     warpers: list[hf.LogitsProcessor] = []
     if sampling.temperature != 1.0:
         warpers.append(hf.TemperatureLogitsWarper(float(sampling.temperature)))

@@ -8,24 +8,20 @@ import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-from kvcag.cache.hf import crop, cut, generation_cache, layers_of
-from kvcag.context import MergedContext
-from kvcag.engines.base import Chunk
+from kvcag.cache.layers import crop, cut, generation_cache, layers_of
+from kvcag.chat_template import Message, as_messages
+from kvcag.core import Chunk, MergedContext
+from kvcag.engines.base import with_tokens
 from kvcag.engines.constrain import ConstraintLike
-from kvcag.engines.continuation import known, read_context
-from kvcag.engines.decode import Account, Decoding
+from kvcag.engines.decode import Account, Decoding, Detokenizer, StopStrings, ThinkingFilter, reusable_prefix
+from kvcag.engines.hf import HFEngine
 from kvcag.engines.sampling import Sampler, Sampling
-from kvcag.engines.text import Detokenizer, StopStrings, ThinkingFilter
 from kvcag.errors import EmptyPromptError, InvalidInputError, TokenMismatchError, UnsupportedContentError
-from kvcag.prompt import Message, as_messages
-
-if TYPE_CHECKING:
-    from kvcag.engines.hf import HFEngine
 
 _ROOM = 512
 """Tokens that a session's cache has room for beyond those of its next turn."""
@@ -77,7 +73,7 @@ class _Held:
 
 
 class Session:
-    """Turns over one running cache. Made by `HFEngine.session`; close it, or use it in a `with` block.
+    """ModelLock over one running cache. Close it, or use it in a `with` block.
 
     The conversation is rendered anew each turn. What it has in common with the turn before keeps the tokens it had,
     those that the model itself chose included; only what differs is tokenised and prefilled. A turn whose stream is
@@ -117,10 +113,10 @@ class Session:
     def _take(self, context: Cache | MergedContext | None) -> _Held:
         if context is None or (isinstance(context, Cache) and context.get_seq_length() == 0):
             return _Held(generation_cache([], room=_ROOM), [])
-        held = context if isinstance(context, MergedContext) else known(context)
+        held = context if isinstance(context, MergedContext) else with_tokens(context)
         token_ids = tuple(held.token_ids.tolist())
-        given = read_context(context, [*token_ids, -1], self._engine.fingerprint)
-        self._fixed = 0 if given.exact else len(token_ids)
+        given = reusable_prefix(context, [*token_ids, -1], self._engine.fingerprint)
+        self._fixed = 0 if given.is_exact else len(token_ids)
         if isinstance(held, MergedContext) or held.messages is None:
             self._base, self._within_turn = token_ids, True
         else:

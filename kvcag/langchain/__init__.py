@@ -15,9 +15,9 @@ try:
 except ModuleNotFoundError:
     raise MissingExtraError("kvcag.langchain", "langchain") from None
 
-from kvcag.langchain.chains import create_cag_documents_chain
 from kvcag.langchain.chat_model import ChatKVCAG
 from kvcag.langchain.cube import BuiltRetrieverTexts, CubeRetriever, RetrieverTexts, VectorStoreTexts
+from kvcag.langchain.documents_chain import create_cag_documents_chain
 from kvcag.langchain.middleware import KVCAGMiddleware
 from kvcag.langchain.watching import SchedulerCallback
 

@@ -1,15 +1,15 @@
-"""ChatKVCAG: a local Hugging Face model as a LangChain chat model that keeps what it has read."""
+"""ChatKVCAG: a local model as a LangChain chat model whose documents are encoded once."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import aclosing, closing
+from os import PathLike, fspath
 from typing import Any, Literal
 
+import torch
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
-from langchain_core.documents import Document
-from langchain_core.language_models import LanguageModelInput
+from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput, ModelProfile
 from langchain_core.language_models.chat_models import agenerate_from_stream, generate_from_stream
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
@@ -17,30 +17,45 @@ from langchain_core.prompts import BasePromptTemplate
 from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
+from pydantic import ConfigDict, Field, PrivateAttr, SkipValidation, model_validator
 from tqdm import tqdm  # type: ignore[import-untyped]
+from typing_extensions import Self
 
-from kvcag.aio import iterate
-from kvcag.errors import InvalidInputError
-from kvcag.langchain.ahead import encoding_ahead
-from kvcag.langchain.documents import DOCUMENT_SEPARATOR, DocumentsPrompt
-from kvcag.langchain.local_model import LocalChatModel
-from kvcag.langchain.messages import neutral
-from kvcag.langchain.responses import generation_chunks
+from kvcag.adapters import MERGE_SETTINGS, SAMPLING_SETTINGS, LazyMemory, call_settings
+from kvcag.contexts import DEFAULT_RATIO, MAX_KL, Strategy
+from kvcag.cube.memory_cube import MemoryCube
+from kvcag.engines.base import Engine
+from kvcag.errors import ChatTemplateError, FingerprintMismatchError, InvalidInputError
+from kvcag.langchain.documents_chain import encode_ahead, read_documents
+from kvcag.langchain.messages import generation_chunks, to_messages
 from kvcag.langchain.tools import ask, choice_of, parsing, response_format, schema_of
-from kvcag.stores.base import SOURCE_FIELDS
+from kvcag.memory import KVCacheMemory
+from kvcag.stores.base import SOURCE_FIELDS, KVStore
+from kvcag.streams import in_thread, iterate
 
-_SAMPLING = ("temperature", "max_tokens", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
-_MERGING = ("merge_strategy", "recompute_ratio", "max_kl")
+_SAMPLING = tuple("max_tokens" if name == "max_new_tokens" else name for name in SAMPLING_SETTINGS if name != "stop")
 _TOOLS = ("tools", "tool_choice", "parallel_tool_calls", "response_format")
+_CALL = ("model", "cached_content", *_SAMPLING, *MERGE_SETTINGS, *_TOOLS)
+"""What a call takes, beside `stop`."""
+
 _TRACING_ONLY = ("stream", "ls_structured_output_format", "structured_output_format")
 
+_REMOTE_ONLY = {"api_key", "base_url", "timeout", "max_retries"}
+"""Standard parameters of chat models that call a server. They are accepted and have no effect, so that an application
+only has to change the class."""
 
-class ChatKVCAG(LocalChatModel):
+_NOT_IN_ANSWERS = {"engine", "kept", "store", "namespace", "streaming"}
+"""Fields that do not change an answer. An engine is identified by its fingerprint."""
+
+_NOT_TEXT = ("image_inputs", "audio_inputs", "pdf_inputs", "video_inputs", "image_outputs", "audio_outputs")
+
+
+class ChatKVCAG(BaseChatModel):
     """A chat model whose documents are encoded once.
 
-    Text blocks of a message are segments that are found again by their content, in any order (see
-    `kvcag.langchain.messages`); a prompt without documents reuses the longest prefix that was encoded before, so every
-    turn of a chat reuses the last. Making one loads no weights and needs no network.
+    Text blocks of a message are documents, which are found by their content in any order (`kvcag.langchain.messages`
+    says which blocks). A prompt without documents reuses the longest prefix that was encoded before, so every turn of
+    a chat reuses the turns before it. The constructor loads no weights and needs no network.
 
     ```python
     llm = ChatKVCAG(model="HuggingFaceTB/SmolLM2-135M-Instruct", store="kv/", max_tokens=200)
@@ -48,70 +63,233 @@ class ChatKVCAG(LocalChatModel):
     ```
     """
 
-    # --- ahead of the questions --------------------------------------------------------------------------------
+    model_config = ConfigDict(extra="forbid", populate_by_name=True, protected_namespaces=())
+
+    model: str = ""
+    """A hub id or a folder. Not needed with `engine` or `memory`."""
+    engine: SkipValidation[Engine | None] = Field(default=None, exclude=True)
+    """A live engine, which other chat models and memories may share."""
+    fingerprint: str | None = None
+    """The digest of the expected model; a model with another digest is refused. With `engine`, the engine's own."""
+    dtype: str = "auto"
+    device: str = "auto"
+    revision: str | None = None
+    model_kwargs: dict[str, Any] = Field(default_factory=dict, exclude=True)
+    """Further arguments of `HFEngine.from_pretrained`. A `token` among them is neither serialised nor traced."""
+    template_variables: dict[str, Any] = Field(default_factory=dict)
+    """Passed to the chat template, such as `enable_thinking=False`. An `engine` has its own."""
+
+    temperature: float | None = None
+    """0 or None is greedy, unless the engine's defaults give another value."""
+    max_tokens: int | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: list[str] | None = None
+    strip_thinking: bool | None = None
+    """Leave `<think>…</think>` out of the answer."""
+    streaming: bool = False
+    """True: `invoke` also passes tokens to callbacks as they come. False, if given: `stream` yields one piece."""
+
+    kept: SkipValidation[KVCacheMemory | MemoryCube | None] = Field(default=None, alias="memory", exclude=True)
+    """Given as `memory`: a `MemoryCube` or a `KVCacheMemory` that answers, with its engine, store and namespace."""
+    store: SkipValidation[KVStore | str | PathLike[str] | None] = Field(default=None, exclude=True)
+    """Where documents are kept: a store, or a folder. None: in memory, up to 4 GiB, shared over the same engine."""
+    merge_strategy: Strategy = "auto"
+    """How cached documents are put together: see `KVCacheMemory.merge`."""
+    recompute_ratio: float = Field(default=DEFAULT_RATIO, ge=0, le=1)
+    """The share of context tokens that a merge computes again."""
+    max_kl: float = Field(default=MAX_KL, ge=0)
+    """The error that `merge_strategy="auto"` allows, in nats per token: see `kvcag.calibrate`."""
+    namespace: str = ""
+    """Separates the recent contexts and the files of one user or corpus from those of others, so that timing does not
+    reveal what others read. A `KVStore` is used as it is: give each namespace its own."""
+
+    _memories: dict[tuple[object, ...], LazyMemory] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_settings(cls, values: Any) -> Any:
+        settings = {name: value for name, value in values.items() if name not in _REMOTE_ONLY}
+        if isinstance(settings.get("model"), PathLike):
+            settings["model"] = fspath(settings["model"])
+        if isinstance(settings.get("dtype"), torch.dtype):
+            settings["dtype"] = str(settings["dtype"]).removeprefix("torch.")
+        return settings
+
+    @model_validator(mode="after")
+    def _which_model(self) -> Self:
+        own = self._lazy_memory()
+        self.model, self.engine, self.store, self.namespace = own.model, own.engine, own.store, own.namespace
+        if self.engine is not None:
+            self.fingerprint = self.fingerprint or self.engine.fingerprint.digest
+        return self
+
+    # --- the model and its memory ------------------------------------------------------------------------------
+
+    def memory(self, model: str | None = None) -> KVCacheMemory:
+        """The memory that answers. The first call loads the weights.
+
+        Args:
+            model: a model other than this object's own.
+
+        Raises:
+            FingerprintMismatchError: the loaded model's digest is not `fingerprint`.
+            ChatTemplateError: the model has no chat template.
+        """
+        name = model or self.model
+        memory = self._lazy_memory(name).memory()
+        engine = memory.engine
+        if name == self.model and self.fingerprint not in (None, engine.fingerprint.digest):
+            wanted = f"fingerprint {engine.fingerprint.digest}, not {self.fingerprint}"
+            raise FingerprintMismatchError(f"what this ChatKVCAG expects of {name!r}", [wanted])
+        if not engine.template.has_template:
+            raise ChatTemplateError(
+                f"{name!r} has no chat template, so it cannot tell system, human and AI messages apart. Use an "
+                "instruct model, or set engine.tokenizer.chat_template."
+            )
+        return memory
+
+    def _lazy_memory(self, model: str | None = None) -> LazyMemory:
+        """The memory of a model, this object's own by default, without loading anything."""
+        own = model in (None, self.model)
+        key = (model or self.model, self.namespace, id(self.store) if isinstance(self.store, KVStore) else self.store)
+        if key not in self._memories:
+            made = LazyMemory(
+                model or self.model,
+                engine=self.engine if own else None,
+                memory=self.kept if own else None,
+                store=self.store,
+                namespace=self.namespace,
+                dtype=self.dtype,
+                device=self.device,
+                template_variables=self.template_variables,
+                revision=self.revision if own else None,
+                **self.model_kwargs,
+            )
+            return self._memories.setdefault(key, made)
+        return self._memories[key]
+
+    # --- what LangChain asks about it --------------------------------------------------------------------------
+
+    @property
+    def _llm_type(self) -> str:
+        return "kvcag"
+
+    @classmethod
+    def is_lc_serializable(cls) -> bool:
+        """True: `langchain_core.load.dumps` writes the settings, without weights and caches."""
+        return True
+
+    @property
+    def lc_attributes(self) -> dict[str, Any]:
+        """What is serialised beside the fields: a store that is a folder, and `model_kwargs` without the token."""
+        folder = {"store": str(self.store)} if isinstance(self.store, str | PathLike) else {}
+        return {**folder, **({"model_kwargs": self._shown_model_kwargs} if self._shown_model_kwargs else {})}
+
+    @property
+    def _identifying_params(self) -> dict[str, Any]:
+        """Everything that can change an answer: LangChain's response cache uses it as its key."""
+        own = type(self).model_fields.keys() - BaseChatModel.model_fields.keys() - _NOT_IN_ANSWERS
+        params = {name: getattr(self, name) for name in sorted(own)}
+        return {**params, "model_kwargs": self._shown_model_kwargs}
+
+    @property
+    def _shown_model_kwargs(self) -> dict[str, Any]:
+        return {name: value for name, value in self.model_kwargs.items() if name != "token"}
+
+    def _get_llm_string(self, stop: list[str] | None = None, **kwargs: Any) -> str:
+        return f"{super()._get_llm_string(stop=stop, **kwargs)}---{self._identifying_params}"
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        params = super()._get_ls_params(stop=stop or self.stop, **kwargs)
+        params["ls_provider"] = "kvcag"
+        return params
+
+    def _resolve_model_profile(self) -> ModelProfile | None:
+        """What the model's configuration says, without loading the weights."""
+        length = self._lazy_memory().context_length()
+        profile = ModelProfile(text_inputs=True, text_outputs=True, temperature=True, open_weights=True)
+        profile |= {"tool_calling": True, "tool_choice": True, "structured_output": True}
+        profile |= dict.fromkeys(_NOT_TEXT, False)  # type: ignore[typeddict-item]
+        return profile | {"max_input_tokens": length, "max_output_tokens": length} if length else profile
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """The text's token ids. Loads the tokenizer and not the weights."""
+        if self.custom_get_token_ids is not None:
+            return self.custom_get_token_ids(text)
+        return list(self._lazy_memory().template().encode(text))
+
+    def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
+        """The number of tokens of the prompt that these messages make, with those of the chat template."""
+        template = self._lazy_memory().template()
+        asked = ask(template, to_messages(messages), {"tools": [convert_to_openai_tool(tool) for tool in tools or ()]})
+        return len(template.prompt(asked.messages, tools=asked.tools).token_ids)
+
+    # --- before a question comes -------------------------------------------------------------------------------
 
     def precompute(
         self,
-        documents: Iterable[Document],
+        documents: object,
         prompt: BasePromptTemplate[Any] | None = None,
         *,
         progress: bool = True,
         **prompt_settings: Any,
     ) -> list[str]:
-        """Encode documents before anybody asks, and return the ids under which they are kept.
+        """Encode documents before a question comes, and return their ids, in order.
 
         Args:
-            documents: what a retriever may find. Those that are kept already are not encoded again.
-            prompt: the prompt that they will be asked with, as for `create_cag_documents_chain`. With it, the same
-                tokens stand before them now as then, which keeps merged answers closer to the model's own; without
-                it they are encoded for any prompt.
+            documents: what a retriever may find: LangChain Documents, or anything that `KVCacheMemory.add` takes as a
+                text. A str is one document. Documents that are kept already are not encoded again.
+            prompt: the prompt in which they will stand, as for `create_cag_documents_chain`. They are encoded behind
+                the text that it shows before them, which keeps merged answers closer to those of a full prefill.
+                Without it, they are encoded behind the opening of a system turn.
             progress: show a progress bar.
             **prompt_settings: `document_prompt`, `document_separator` and `document_variable_name`, as for the chain.
 
         Raises:
-            InvalidInputError: something that is not known yet stands before the documents in the prompt.
+            InvalidInputError: a variable of the prompt stands before the documents, or a document has no text.
         """
-        listed, steps = self._encoding_ahead(documents, prompt, prompt_settings)
-        return list(tqdm(steps(), total=len(listed), desc="encoding", unit="document", disable=not progress))
+        listed = read_documents(documents)
+        steps = encode_ahead(self.memory(), listed, prompt, **prompt_settings)
+        return list(tqdm(steps, total=len(listed), desc="encoding", unit="document", disable=not progress))
 
     async def aprecompute(
         self,
-        documents: Iterable[Document],
+        documents: object,
         prompt: BasePromptTemplate[Any] | None = None,
         *,
         progress: bool = True,
         **prompt_settings: Any,
     ) -> list[str]:
         """`precompute`, in worker threads."""
-        listed, steps = self._encoding_ahead(documents, prompt, prompt_settings)
+        listed = read_documents(documents)
         with tqdm(total=len(listed), desc="encoding", unit="document", disable=not progress) as bar:
-            async with aclosing(iterate(steps)) as ids:
+            steps = iterate(lambda: encode_ahead(self.memory(), listed, prompt, **prompt_settings))
+            async with aclosing(steps) as ids:
                 return [id async for id in ids if bar.update() or True]
 
-    def create_context(self, documents: Iterable[Document | str], instruction: str = "") -> str:
-        """Encode a corpus whole, and return a short id for it: `llm.bind(cached_content=id)` answers from it.
+    def create_context(self, documents: object, instruction: str = "") -> str:
+        """Encode documents, in this order, as one, and return a short id: `llm.bind(cached_content=id)` uses it.
 
         Args:
-            documents: in the order in which they shall stand.
-            instruction: stands before them in the system message; what the system message of a call says stands after.
+            documents: as for `precompute`.
+            instruction: stands before the documents in the system message; a call's own system message follows them.
+
+        Raises:
+            EmptyPromptError: there is nothing to encode.
+            ContextLengthError: the documents exceed the model's context.
         """
-        listed = list(documents)
-        texts = [document if isinstance(document, str) else document.page_content for document in listed]
-        known = [document.metadata for document in listed if isinstance(document, Document)]
-        sources = [str(each[field]) for each in known for field in SOURCE_FIELDS if each.get(field)]
-        return self.contexts().create(texts, instruction, sources)
+        listed = read_documents(documents)
+        metadata = [document.metadata for document in listed]
+        sources = [str(about[field]) for about in metadata for field in SOURCE_FIELDS if about.get(field)]
+        return self.memory().create_context([document.page_content for document in listed], instruction, sources)
 
-    async def acreate_context(self, documents: Iterable[Document | str], instruction: str = "") -> str:
+    async def acreate_context(self, documents: object, instruction: str = "") -> str:
         """`create_context`, in a worker thread."""
-        return await asyncio.to_thread(self.create_context, documents, instruction)
-
-    def _encoding_ahead(
-        self, documents: Iterable[Document], prompt: BasePromptTemplate[Any] | None, settings: dict[str, Any]
-    ) -> tuple[list[Document], Callable[[], Iterator[str]]]:
-        listed = list(documents)
-        shown = DocumentsPrompt(prompt=prompt, **settings) if prompt is not None else None
-        separator = settings.get("document_separator", DOCUMENT_SEPARATOR)
-        return listed, lambda: encoding_ahead(self.memory(), listed, shown, separator)
+        return await in_thread(self.create_context, documents, instruction)
 
     # --- tools and structured output ---------------------------------------------------------------------------
 
@@ -125,19 +303,19 @@ class ChatKVCAG(LocalChatModel):
         response_format: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, AIMessage]:
-        """A model that can call tools. What it writes as a call is held to the tool's schema by a grammar.
+        """A model that can call tools. A grammar makes every call follow its tool's schema.
 
         Args:
             tools: functions, LangChain tools, pydantic models, or OpenAI's, Anthropic's or JSON-schema dicts.
-            tool_choice: `"auto"` (or None, False) leaves it to the model; `"any"` (or `"required"`, True) makes it
-                call one; a name, or OpenAI's or Anthropic's dict, that one; `"none"` none.
-            parallel_tool_calls: several calls in one answer. By default only where the model may choose.
-            strict: arguments always follow the schema; taken, as other models take it, and never needed.
+            tool_choice: `"auto"` (or None, False): the model decides. `"any"` (or `"required"`, True): it calls a
+                tool. A name, or OpenAI's or Anthropic's dict: it calls this tool. `"none"`: it calls none.
+            parallel_tool_calls: allow several calls in one answer. By default only where `tool_choice` is `"auto"`.
+            strict: accepted and ignored: arguments always follow the schema.
             response_format: OpenAI's, for an answer that calls no tool.
-            **kwargs: further arguments of every call, as `invoke` takes them.
+            **kwargs: further arguments of every call, as for `invoke`.
 
         Raises:
-            InvalidInputError: `tool_choice` names no tool, or `response_format` is not understood.
+            InvalidInputError: `tool_choice` names no tool, or `response_format` has an unknown form.
         """
         shown = [convert_to_openai_tool(tool) for tool in tools]
         choice_of(tool_choice, [tool["function"]["name"] for tool in shown])
@@ -157,16 +335,16 @@ class ChatKVCAG(LocalChatModel):
         strict: bool | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, Any]:
-        """A model whose answers are objects of a schema: the grammar admits nothing else.
+        """A model whose answers are objects of a schema. A grammar enforces it.
 
         Args:
-            schema: a pydantic model (its instances are returned), a TypedDict or a JSON schema (dicts are). None is
-                for `"json_mode"`: any JSON object.
-            method: `"json_schema"` and `"json_mode"` let the model write the JSON alone; `"function_calling"` as the
-                arguments of a call, after it was shown the schema.
+            schema: a pydantic model, whose instances are returned; or a TypedDict or a JSON schema, for which dicts
+                are returned. None, with `"json_mode"`: any JSON object.
+            method: with `"json_schema"` and `"json_mode"` the answer is the JSON; with `"function_calling"` it is the
+                arguments of a call, and the prompt shows the schema.
             include_raw: return `{"raw": message, "parsed": object, "parsing_error": …}`.
-            strict: taken, as other models take it, and never needed.
-            **kwargs: further arguments of every call, as `invoke` takes them.
+            strict: accepted and ignored: answers always follow the schema.
+            **kwargs: further arguments of every call, as for `invoke`.
 
         Raises:
             InvalidInputError: an unknown method, or no schema.
@@ -226,30 +404,21 @@ class ChatKVCAG(LocalChatModel):
     def _open(
         self, messages: Sequence[BaseMessage], stop: list[str] | None, given: dict[str, Any]
     ) -> Generator[ChatGenerationChunk, None, None]:
-        """Check everything, make the context, and give the answer's chunks. Closing it stops the model."""
-        known = ("model", "cached_content", *_SAMPLING, *_MERGING, *_TOOLS)
-        unknown = given.keys() - {*known, *_TRACING_ONLY}
+        """Check the arguments, make the context, and return the answer's chunks. Closing them stops the model."""
+        unknown = given.keys() - {*_CALL, *_TRACING_ONLY}
         if unknown:
             raise InvalidInputError(
-                f"unknown argument {', '.join(sorted(unknown))}. A call takes {', '.join(known)} and stop."
+                f"unknown argument {', '.join(sorted(unknown))}. A call takes {', '.join(_CALL)} and stop."
             )
-        settings = {name: given.get(name, getattr(self, name)) for name in (*_SAMPLING, *_MERGING)}
         memory = self.memory(given.get("model"))
-        strategy, ratio, max_kl = (settings.pop(name) for name in _MERGING)
-        stops = stop if stop is not None else self.stop
-        sampling = memory.engine.sampling(**settings, stop=stops or None, strip_thinking=self.strip_thinking or None)
-        conversation = neutral(messages)
+        settings = {name: given[name] for name in (*_SAMPLING, *MERGE_SETTINGS) if name in given}
+        if stop is not None:
+            settings["stop"] = stop
+        options = call_settings(memory.engine, self, settings)
+        conversation = to_messages(messages)
         if context := given.get("cached_content"):
-            conversation = self.contexts(given.get("model")).place(context, conversation)
+            conversation = memory.with_context(context, conversation)
         asked = ask(memory.engine.template, conversation, given)
-        chunks = memory.stream(
-            asked.messages,
-            strategy=strategy,
-            ratio=ratio,
-            max_kl=max_kl,
-            tools=asked.tools,
-            sampling=sampling,
-            constraint=asked.constraint,
-        )
+        chunks = memory.stream(asked.messages, (), tools=asked.tools, constraint=asked.constraint, **options)
         model_name = given.get("model") or self.model
         return generation_chunks(chunks, model_name, asked.plan, json_answer=given.get("response_format") is not None)

@@ -1,4 +1,4 @@
-"""LangChain's places for texts as the plaintext side of a `MemoryCube`, and a cube as a retriever."""
+"""LangChain's places for texts beside a `MemoryCube`, and a cube as a retriever."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from langchain_core.retrievers import BaseRetriever
 from langchain_core.vectorstores import VectorStore
 from pydantic import SkipValidation
 
+from kvcag.core import TextualMemoryItem
 from kvcag.cube.memory_cube import MemoryCube
-from kvcag.cube.retrieved import BuiltTexts, FoundTexts
-from kvcag.cube.texts import read
-from kvcag.items import TextualMemoryItem
-from kvcag.texts import text_and_metadata
+from kvcag.cube.texts import BuiltTexts, changed, read
+from kvcag.cube.texts import RetrieverTexts as RetrieverTexts
+from kvcag.documents import text_and_metadata
 
 
 class VectorStoreTexts:
-    """Texts in a vector store. What is added to the cube is embedded there, what is deleted leaves it.
+    """Texts in a vector store: added texts are embedded, deleted texts leave it.
 
     ```python
     cube = MemoryCube(engine, VectorStoreTexts(InMemoryVectorStore(embeddings), k=3))
     ```
 
     Args:
-        store: the vector store. What it holds already is found, too.
-        **search: further arguments of its `similarity_search`: `k`, `filter`.
+        store: the vector store. Texts that it holds already are found, too.
+        **search: further arguments of its `similarity_search`, such as `k` and `filter`.
     """
 
     def __init__(self, store: VectorStore, **search: Any) -> None:
@@ -40,62 +40,48 @@ class VectorStoreTexts:
         return [read(document) for document in self.store.similarity_search(question, **settings)]
 
     def add(self, texts: Sequence[TextualMemoryItem]) -> None:
-        """Embed and keep texts; those that are there already, word for word, are not embedded again."""
-        there = self._there([text.id for text in texts]) or {}
-        new = [text for text in texts if there.get(text.id) != text]
+        """Embed and store texts. A text that is stored already, word for word, is not embedded again."""
+        stored = self._stored([text.id for text in texts]) or []
+        new, there = changed(texts, stored), {document.id for document in stored}
         if replaced := [text.id for text in new if text.id in there]:
             self.store.delete(replaced)
         if new:
             self.store.add_documents([document_of(text) for text in new], ids=[text.id for text in new])
 
     def delete(self, ids: Sequence[str]) -> None:
-        """Remove documents."""
-        there = self._there(ids)
-        if known := list(ids if there is None else there):
+        """Delete documents."""
+        stored = self._stored(ids)
+        known = list(ids) if stored is None else [str(document.id) for document in stored]
+        if known:
             self.store.delete(known)
 
-    def listed(self) -> None:
-        """A vector store cannot list what it holds."""
-
-    def _there(self, ids: Sequence[str]) -> dict[str, TextualMemoryItem] | None:
-        """Those of these that the store holds; None where it cannot tell, and then `add` replaces by id."""
+    def _stored(self, ids: Sequence[str]) -> list[Document] | None:
+        """The stored documents of these ids; None if the store cannot look them up."""
         try:
-            found = [read(document) for document in self.store.get_by_ids(ids)]
+            return self.store.get_by_ids(ids)
         except NotImplementedError:
             return None
-        return {text.id: text for text in found}
-
-
-class RetrieverTexts(FoundTexts):
-    """Texts that a retriever finds and others keep; see `kvcag.cube.retrieved.FoundTexts`.
-
-    Args:
-        retriever: any retriever.
-    """
-
-    def __init__(self, retriever: BaseRetriever) -> None:
-        super().__init__(retriever.invoke)
 
 
 class BuiltRetrieverTexts(BuiltTexts):
-    """Texts that the cube keeps, behind a retriever that is built from them: BM25, TF-IDF and others.
+    """Texts that the cube holds, and a retriever that is built from all of them, such as BM25 or TF-IDF.
 
     ```python
     cube = MemoryCube(engine, BuiltRetrieverTexts(BM25Retriever.from_documents))
     ```
 
     Args:
-        build: makes a retriever of all documents. Called again, at the next search, when they changed.
+        build: builds a retriever from all documents. It is called by the first search after a change.
     """
 
     def __init__(self, build: Callable[[list[Document]], BaseRetriever]) -> None:
-        super().__init__(lambda texts: build([document_of(text) for text in texts]).invoke)
+        super().__init__(lambda texts: build([document_of(text) for text in texts]))
 
 
 class CubeRetriever(BaseRetriever):
-    """A cube's texts for a chain: `create_retrieval_chain(CubeRetriever(cube=cube), …)`.
+    """A cube as a retriever: `create_retrieval_chain(CubeRetriever(cube=cube), …)`.
 
-    With a `ChatKVCAG(memory=cube)` at the chain's end their caches are the cube's.
+    A `ChatKVCAG(memory=cube)` at the end of the chain uses and fills the cube's caches.
     """
 
     cube: SkipValidation[MemoryCube]
@@ -112,6 +98,6 @@ class CubeRetriever(BaseRetriever):
 
 
 def document_of(text: TextualMemoryItem) -> Document:
-    """A cube's text as LangChain's document."""
+    """A text of a cube as a LangChain document."""
     _, metadata = text_and_metadata(text)
     return Document(id=text.id, page_content=text.memory, metadata=metadata)

@@ -1,22 +1,25 @@
-"""LangChain's messages as the neutral ones of `kvcag.prompt`, with their documents found.
+"""LangChain's messages as those of `kvcag.chat_template`, and an engine's answer as LangChain's chunks.
 
-Which parts of a conversation are documents, each a segment that is encoded once under its own content:
+The documents of a conversation are the text blocks that are encoded once each, under their own content:
 
-1. Blocks that say so: text blocks with `cache_control={"type": "ephemeral"}`, `text-plain` blocks, and those that
-   `kvcag.langchain.documents.with_documents` put there.
-2. Where nothing says so, system and human messages of two or more text blocks: every block is a segment, but for the
-   last one of a human message, which is what the human says.
+1. Blocks that are marked: text blocks with `cache_control={"type": "ephemeral"}`, `text-plain` blocks, and the blocks
+   that `with_documents` wrote.
+2. If no block is marked: every text block of a system message that has two or more, and every text block but the last
+   of a human message that has two or more. The last one is the question.
 
-Texts are joined as they are: a block that shall not run into the next one ends with its own line break.
+Texts are joined as they are. End each block with a newline.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import json
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
+from typing import Any, TypeVar
 
 from langchain_core.messages import (
     AIMessage,
+    AIMessageChunk,
     BaseMessage,
     ChatMessage,
     FunctionMessage,
@@ -24,23 +27,57 @@ from langchain_core.messages import (
     SystemMessage,
     ToolMessage,
 )
+from langchain_core.messages.ai import UsageMetadata
+from langchain_core.messages.tool import ToolCallChunk, tool_call_chunk
+from langchain_core.outputs import ChatGenerationChunk
 
+from kvcag.chat_template import Document, Message
+from kvcag.core import Chunk, Usage
 from kvcag.errors import InvalidInputError, UnsupportedContentError
-from kvcag.langchain.documents import noted_documents
-from kvcag.prompt import Document, Message
+from kvcag.tools import Parsed, ToolSpec
+
+_NOTE = "kvcag_documents"
+"""Key in `additional_kwargs`: the indices of a message's document blocks. Other chat models do not send this key to
+their server; some would refuse a mark within the blocks."""
 
 _OWN_BLOCKS = {
-    "tool_use", "tool_call", "tool_call_chunk", "invalid_tool_call", "function_call",  # said again in tool_calls
-    "reasoning", "thinking", "redacted_thinking", "non_standard",  # not part of what was answered
+    "tool_use", "tool_call", "tool_call_chunk", "invalid_tool_call", "function_call",  # repeated in tool_calls
+    "reasoning", "thinking", "redacted_thinking", "non_standard",  # not part of the answer
 }  # fmt: skip
 
+MessageT = TypeVar("MessageT", bound=BaseMessage)
 
-def neutral(messages: Sequence[BaseMessage]) -> list[Message]:
+
+# --- documents in messages ---------------------------------------------------------------------------------------
+
+
+def with_documents(message: MessageT, before: str, documents: Sequence[str], after: str) -> MessageT:
+    """A copy of the message whose content is `before`, a text block for each document, and `after`."""
+    texts = [(before, False), *((document, True) for document in documents), (after, False)]
+    shown = [(text, is_document) for text, is_document in texts if text]
+    noted = [index for index, (_, is_document) in enumerate(shown) if is_document]
+    return message.model_copy(
+        update={
+            "content": [{"type": "text", "text": text} for text, _ in shown] or "",
+            "additional_kwargs": {**message.additional_kwargs, _NOTE: noted},
+        }
+    )
+
+
+def noted_documents(message: BaseMessage) -> Sequence[int] | None:
+    """The indices of the document blocks that `with_documents` wrote; None for any other message."""
+    return message.additional_kwargs.get(_NOTE)
+
+
+# --- messages for the engine -------------------------------------------------------------------------------------
+
+
+def to_messages(messages: Sequence[BaseMessage]) -> list[Message]:
     """Messages for `KVCacheMemory.stream`.
 
     Raises:
         UnsupportedContentError: a message holds an image, audio, a file or another block that is not text.
-        InvalidInputError: a message of a kind that is not a part of a conversation.
+        InvalidInputError: a message is not a system, human, AI, tool, function or chat message.
     """
     marked = any(noted_documents(message) is not None or any(_marks(message)) for message in messages)
     return [{**_frame(message), "content": _content(message, marked)} for message in messages]
@@ -70,7 +107,7 @@ def _frame(message: BaseMessage) -> dict[str, Any]:
 
 
 def _content(message: BaseMessage, marked: bool) -> str | list[str]:
-    """The text, or the parts with the documents among them."""
+    """The text, or a list of texts and documents."""
     blocks = _blocks(message)
     texts = [_text(block, message) for block in blocks]
     if not isinstance(message, SystemMessage | HumanMessage):
@@ -87,7 +124,7 @@ def _content(message: BaseMessage, marked: bool) -> str | list[str]:
 
 
 def _blocks(message: BaseMessage) -> list[str | dict[str, Any]]:
-    """The content as a list, without an AI message's own blocks that are no text."""
+    """The content as a list, without the blocks of an AI message that are not text."""
     content: list[Any] = [message.content] if isinstance(message.content, str) else list(message.content)
     if isinstance(message, AIMessage):
         return [block for block in content if isinstance(block, str) or block.get("type") not in _OWN_BLOCKS]
@@ -95,7 +132,7 @@ def _blocks(message: BaseMessage) -> list[str | dict[str, Any]]:
 
 
 def _marks(message: BaseMessage) -> list[bool]:
-    """Which blocks say that they are documents."""
+    """For each block, whether it is marked as a document."""
     noted = noted_documents(message) or ()
     return [index in noted or _is_marked(block) for index, block in enumerate(_blocks(message))]
 
@@ -103,7 +140,7 @@ def _marks(message: BaseMessage) -> list[bool]:
 def _is_marked(block: str | Mapping[str, Any]) -> bool:
     if not isinstance(block, Mapping):
         return False
-    extras = block.get("extras") or {}  # where LangChain's own block constructors put what they do not know
+    extras = block.get("extras") or {}  # LangChain's block constructors put unknown keys here
     return block.get("type") == "text-plain" or bool(block.get("cache_control") or extras.get("cache_control"))
 
 
@@ -113,6 +150,82 @@ def _text(block: str | Mapping[str, Any], message: BaseMessage) -> str:
     if isinstance(text := block.get("text"), str) and block.get("type") in ("text", "text-plain"):
         return text
     raise UnsupportedContentError(
-        f"the {message.type} message holds a block of type {block.get('type')!r}, and a text model reads text alone. "
-        'Pass {"type": "text", "text": …} blocks, or use a model that takes such content for this message.'
+        f"the {message.type} message holds a block of type {block.get('type')!r}, and a text model reads text only. "
+        'Pass {"type": "text", "text": …} blocks, or use a model that accepts this content.'
     )
+
+
+# --- answers for LangChain ---------------------------------------------------------------------------------------
+
+
+def generation_chunks(
+    chunks: Generator[Chunk, None, None], model_name: str, plan: ToolSpec | None = None, *, json_answer: bool = False
+) -> Generator[ChatGenerationChunk, None, None]:
+    """An answer in pieces. Only the last one has tool calls, usage, the finish reason and the model's name.
+
+    Args:
+        chunks: the engine's; closed with this generator.
+        model_name: for the metadata.
+        plan: the tools that the answer may call.
+        json_answer: an answer that calls no tool is JSON, and not an invalid call.
+    """
+    parser = plan.parser() if plan else None
+    written = shown = ""
+    with closing(chunks):
+        for chunk in chunks:
+            text = parser.push(chunk.text) if parser else chunk.text
+            written, shown = written + chunk.text, shown + text
+            if chunk.usage is None:
+                # Also where the text is empty: the reader can close the stream between any two steps.
+                yield ChatGenerationChunk(message=AIMessageChunk(content=text))
+                continue
+            calls: list[ToolCallChunk] = []
+            if parser:
+                parsed = parser.close()
+                if json_answer and not parsed.calls:
+                    text += written[len(shown) :]
+                else:
+                    text += parser.rest
+                    calls = _call_chunks(parsed, first=int(bool(shown + text)))
+            yield ChatGenerationChunk(message=_last(chunk, chunk.usage, text, calls, model_name))
+
+
+def _last(chunk: Chunk, usage: Usage, text: str, calls: list[ToolCallChunk], model_name: str) -> AIMessageChunk:
+    return AIMessageChunk(
+        content=text,
+        tool_call_chunks=calls,
+        usage_metadata=_usage_metadata(usage),
+        response_metadata={
+            "model_name": model_name,
+            "model_provider": "kvcag",
+            "finish_reason": "tool_calls" if calls and chunk.finish_reason == "stop" else chunk.finish_reason,
+            "kvcag": _report(usage),
+        },
+        chunk_position="last",
+    )
+
+
+def _call_chunks(parsed: Parsed, first: int) -> list[ToolCallChunk]:
+    """Calls, valid and invalid. The reason stands before an invalid call's text, or LangChain completes it."""
+    written = [(call.name, json.dumps(call.arguments, ensure_ascii=False), call.id) for call in parsed.calls]
+    written += [(call.name or "", f"{call.error}: {call.text}", call.id) for call in parsed.invalid_calls]
+    return [
+        tool_call_chunk(name=name, args=args, id=id, index=index)
+        for index, (name, args, id) in enumerate(written, start=first)
+    ]
+
+
+def _usage_metadata(usage: Usage) -> UsageMetadata:
+    return {
+        "input_tokens": usage.prompt_tokens,
+        "output_tokens": usage.completion_tokens,
+        "total_tokens": usage.total_tokens,
+        "input_token_details": {"cache_read": usage.cached_tokens, "cache_creation": usage.created_tokens},
+    }
+
+
+def _report(usage: Usage) -> dict[str, Any]:
+    """How the answer was made: counts, names and seconds. Without documents, what the prefix cache knew."""
+    known = "prefix" if usage.cached_tokens else "encoded"
+    made = usage.context.as_dict() if usage.context else {"mode": known, "is_exact": True}
+    return {**made, "ttft_s": usage.ttft_s, "total_s": usage.total_s}

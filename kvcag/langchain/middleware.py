@@ -1,4 +1,4 @@
-"""KVCAGMiddleware: an agent that answers from documents, without its checkpoints ever holding them."""
+"""KVCAGMiddleware: an agent that answers from documents, which its checkpoints do not hold."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from langchain_core.prompts import BasePromptTemplate, format_document
 from langchain_core.retrievers import BaseRetriever
 
 from kvcag.cube.memory_cube import MemoryCube
+from kvcag.documents import SEPARATOR, segment
 from kvcag.errors import InvalidInputError, UnsupportedModelError
 from kvcag.langchain.chat_model import ChatKVCAG
 from kvcag.langchain.cube import CubeRetriever
-from kvcag.langchain.documents import DOCUMENT_PROMPT, DOCUMENT_SEPARATOR, with_documents
+from kvcag.langchain.documents_chain import DOCUMENT_PROMPT, read_documents
+from kvcag.langchain.messages import with_documents
 
 Behavior = Literal["ignore", "warn", "raise"]
 
 
 class KVCAGMiddleware(AgentMiddleware[Any, Any, Any]):
-    """Puts documents into the agent's system message, as segments that a `ChatKVCAG` has encoded before.
+    """Puts documents into the agent's system message, each as a text block that a `ChatKVCAG` encodes once.
 
-    They are in the request to the model and nowhere else: not in the agent's state, its checkpoints or its messages.
+    The documents are only in the request to the model, and not in the agent's state, checkpoints or messages.
 
     ```python
     agent = create_agent(llm, tools, middleware=[KVCAGMiddleware(corpus=documents)])
@@ -32,14 +34,14 @@ class KVCAGMiddleware(AgentMiddleware[Any, Any, Any]):
 
     Args:
         retriever: finds documents for what the user said last.
-        corpus: the same documents for every question: one segment, in this order, so that it is reused exactly, and
-            with it every turn of the conversation.
-        memory: a `MemoryCube`: what it finds for what the user said last; under its strategy `"exact"`, one segment.
-            A `ChatKVCAG(memory=cube)` uses and fills the cube's caches.
+        corpus: the same documents for every question, as one block in this order. The block and the conversation
+            behind it are reused exactly. A str is one document.
+        memory: a `MemoryCube`, which finds documents for what the user said last; with its strategy `"exact"` they are
+            one block. A `ChatKVCAG(memory=cube)` uses and fills the cube's caches.
         document_prompt: renders one document; its `page_content` alone by default.
-        document_separator: stands after each document.
-        unsupported_model_behavior: what to do with a model that keeps no caches. `"ignore"` gives it the documents as
-            text, `"warn"` says so too, `"raise"` refuses it.
+        document_separator: ends each document that does not end with it.
+        unsupported_model_behavior: what to do with a model that is not a `ChatKVCAG`. `"ignore"` and `"warn"` give it
+            the documents as text, without and with a warning; `"raise"` refuses it.
 
     Raises:
         InvalidInputError: none or several of `retriever`, `corpus` and `memory`.
@@ -49,18 +51,18 @@ class KVCAGMiddleware(AgentMiddleware[Any, Any, Any]):
         self,
         *,
         retriever: BaseRetriever | None = None,
-        corpus: Sequence[Document] | None = None,
+        corpus: str | Document | Sequence[str | Document] | None = None,
         memory: MemoryCube | None = None,
         document_prompt: BasePromptTemplate[str] | None = None,
-        document_separator: str = DOCUMENT_SEPARATOR,
+        document_separator: str = SEPARATOR,
         unsupported_model_behavior: Behavior = "warn",
     ) -> None:
         super().__init__()
         if sum(given is not None for given in (retriever, corpus, memory)) != 1:
-            raise InvalidInputError("pass either a retriever or a corpus, or a memory, to KVCAGMiddleware")
+            raise InvalidInputError("pass one of retriever, corpus and memory to KVCAGMiddleware")
         self.retriever = retriever if memory is None else CubeRetriever(cube=memory)
         self._together = memory.strategy == "exact" if memory is not None else retriever is None
-        self.corpus = list(corpus or [])
+        self.corpus = read_documents(corpus or [])
         self.document_prompt = document_prompt or DOCUMENT_PROMPT
         self.document_separator = document_separator
         self.unsupported_model_behavior = unsupported_model_behavior
@@ -80,7 +82,8 @@ class KVCAGMiddleware(AgentMiddleware[Any, Any, Any]):
         return await handler(self._with(request, found))
 
     def _with(self, request: ModelRequest[Any], documents: Sequence[Document]) -> ModelRequest[Any]:
-        texts = [format_document(document, self.document_prompt) + self.document_separator for document in documents]
+        shown_documents = (format_document(document, self.document_prompt) for document in documents)
+        texts = [segment(text, self.document_separator) for text in shown_documents]
         if not texts:
             return request
         if self._together:
@@ -97,8 +100,8 @@ class KVCAGMiddleware(AgentMiddleware[Any, Any, Any]):
         if isinstance(request.model, ChatKVCAG):
             return True
         problem = (
-            f"{type(request.model).__name__} keeps no caches, so it reads all documents again at every call. "
-            "Use ChatKVCAG, or set unsupported_model_behavior."
+            f"a {type(request.model).__name__} keeps no caches and reads all documents at every call. "
+            "Use a ChatKVCAG, or set unsupported_model_behavior."
         )
         if self.unsupported_model_behavior == "raise":
             raise UnsupportedModelError(problem)

@@ -1,4 +1,4 @@
-"""Tools and structured output: what is bound to a call, and how it holds the answer."""
+"""Tools and structured output: from the arguments of a call to a constraint of the answer."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from langchain_core.utils.function_calling import convert_to_json_schema
 from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import BaseModel
 
+from kvcag.chat_template import ChatTemplate, Message
 from kvcag.engines.constrain import ConstraintLike, Grammar, JsonSchema, close_objects
 from kvcag.errors import InvalidInputError
-from kvcag.prompt import ChatTemplate, Message
-from kvcag.tools import ToolPlan, plan_tools, tool_messages
+from kvcag.tools import ToolSpec, tool_messages, tool_spec
 
 _ANY = {"any", "required"}
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A conversation as the model will see it, and what holds its answer."""
+    """A conversation as the model will see it, and the constraint of its answer."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None
     constraint: ConstraintLike | None
-    plan: ToolPlan | None
+    plan: ToolSpec | None
 
 
 def ask(template: ChatTemplate, messages: Sequence[Message], given: Mapping[str, Any]) -> Asked:
@@ -38,7 +38,7 @@ def ask(template: ChatTemplate, messages: Sequence[Message], given: Mapping[str,
     tools = given.get("tools") or []
     choice = choice_of(given.get("tool_choice"), [tool["function"]["name"] for tool in tools])
     parallel = given.get("parallel_tool_calls")
-    plan = plan_tools(template, tools, choice, parallel=choice == "auto" if parallel is None else parallel)
+    plan = tool_spec(template, tools, choice, parallel=choice == "auto" if parallel is None else parallel)
     schema = schema_of(given.get("response_format"))
     answer = None if schema is None else JsonSchema(schema, closed=True)
     if plan is None:
@@ -48,7 +48,7 @@ def ask(template: ChatTemplate, messages: Sequence[Message], given: Mapping[str,
 
 
 def choice_of(tool_choice: Any, names: Sequence[str]) -> str:
-    """`auto`, `any`, `none` or a tool's name, from all that LangChain's models take.
+    """`auto`, `any`, `none` or a tool's name, from any form that LangChain's models accept.
 
     True is `any`; False and None are `auto`; a dict is OpenAI's or Anthropic's.
 
@@ -74,7 +74,7 @@ def schema_of(response_format: Any) -> dict[str, Any] | None:
     """The JSON schema of OpenAI's `response_format`; None where the answer is free text.
 
     Raises:
-        InvalidInputError: it is of another form.
+        InvalidInputError: it has an unknown form.
     """
     kind = response_format.get("type") if isinstance(response_format, Mapping) else None
     if response_format is None or kind == "text":
@@ -84,7 +84,7 @@ def schema_of(response_format: Any) -> dict[str, Any] | None:
     schema = response_format.get("json_schema", {}).get("schema") if kind == "json_schema" else None
     if not isinstance(schema, Mapping):
         raise InvalidInputError(
-            f"response_format {str(response_format)[:80]!r} is not understood: pass {{'type': 'json_schema', "
+            f"response_format {str(response_format)[:80]!r} has an unknown form: pass {{'type': 'json_schema', "
             "'json_schema': {'name': …, 'schema': …}}, {'type': 'json_object'}, or use with_structured_output(schema)."
         )
     return dict(schema)
@@ -120,8 +120,8 @@ def parsing(
     return RunnableMap(raw=llm) | parsed_or_not
 
 
-def _calls_or(answer: JsonSchema, plan: ToolPlan) -> Grammar:
-    """Calls, or else an answer under a schema."""
+def _calls_or(answer: JsonSchema, plan: ToolSpec) -> Grammar:
+    """A grammar of tool calls, or of an answer under a schema."""
     calls = replace(plan, forced=True).constraint.lark.removeprefix("start:")
     schema = {**close_objects(answer.schema), "x-guidance": {"whitespace_flexible": False}}
     return Grammar(f"start: answer | calls\ncalls:{calls}\nanswer: %json {json.dumps(schema, ensure_ascii=False)}")

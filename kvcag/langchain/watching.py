@@ -1,4 +1,4 @@
-"""SchedulerCallback: tells a `CacheScheduler` what a chain's retrievers find."""
+"""SchedulerCallback: reports what a chain's retrievers find to a `CacheScheduler`."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document
 from langchain_core.prompts import BasePromptTemplate, format_document
 
-from kvcag.langchain.documents import DOCUMENT_PROMPT
+from kvcag.langchain.documents_chain import DOCUMENT_PROMPT
 from kvcag.scheduler import CacheScheduler
 
 
 class SchedulerCallback(BaseCallbackHandler):
-    """Counts what retrievers find, and lets whatever is being encoded ahead pause as soon as a question comes.
+    """Reports what retrievers find, and pauses encoding ahead as soon as a question comes.
 
     ```python
     chain.invoke({"input": question}, config={"callbacks": [SchedulerCallback(scheduler)]})
     ```
 
     Args:
-        scheduler: is told.
-        document_prompt: the chain's, if it has one. Without it, the first question shows how documents are rendered,
-            and until then none is encoded ahead.
+        scheduler: the scheduler of the chain's memory.
+        document_prompt: the chain's, if it has one. Without it, documents are encoded ahead only after the first
+            question has shown how the chain renders them.
     """
 
-    run_inline = True  # also in an asynchronous chain: it takes microseconds, and a thread would take more
+    run_inline = True  # also in an asynchronous chain: a thread would take longer than the call
 
     def __init__(
         self, scheduler: CacheScheduler, *, document_prompt: BasePromptTemplate[str] = DOCUMENT_PROMPT
@@ -35,19 +35,19 @@ class SchedulerCallback(BaseCallbackHandler):
         self.document_prompt = document_prompt
 
     def on_chain_start(self, *args: Any, **kwargs: Any) -> None:
-        """A question has come."""
+        """Pause encoding ahead: a question has come."""
         self.scheduler.step_aside()
 
     def on_retriever_start(self, *args: Any, **kwargs: Any) -> None:
-        """A retriever may need the machine, for embeddings say."""
+        """Pause encoding ahead: a retriever may need the machine, for embeddings for example."""
         self.scheduler.step_aside()
 
     def on_chat_model_start(self, *args: Any, **kwargs: Any) -> None:
-        """The model is asked."""
+        """Pause encoding ahead: the model is asked."""
         self.scheduler.step_aside()
 
     def on_retriever_end(self, documents: Sequence[Document], **kwargs: Any) -> None:
-        """Count what was found, as prompts show it."""
+        """Report the documents as prompts show them."""
         if self.document_prompt is DOCUMENT_PROMPT:
             self.scheduler.observe(documents)
             return

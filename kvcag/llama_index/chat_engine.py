@@ -1,4 +1,4 @@
-"""The two chat engines that answer from retrieved nodes, with nodes whose texts were encoded before."""
+"""The two chat engines of LlamaIndex that answer from retrieved nodes, over cached documents."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from kvcag.llama_index.synthesizer import CAGSynthesizer
 
 
 class CAGContextChatEngine(ContextChatEngine):
-    """`ContextChatEngine` over caches. Arguments and behaviour are its own; the llm is a `KVCacheLLM`."""
+    """`ContextChatEngine` over cached documents. The arguments are the same; the llm is a `KVCacheLLM`."""
 
-    def _get_response_synthesizer(  # type: ignore[override]  # core names the one class that it makes
+    def _get_response_synthesizer(  # type: ignore[override]  # core declares its own class
         self, chat_history: list[ChatMessage], streaming: bool = False
     ) -> CAGSynthesizer:
         return _cached(super()._get_response_synthesizer(chat_history, streaming))
 
 
 class CAGCondensePlusContextChatEngine(CondensePlusContextChatEngine):
-    """`CondensePlusContextChatEngine` over caches. Arguments and behaviour are its own; the llm is a `KVCacheLLM`."""
+    """`CondensePlusContextChatEngine` over cached documents. The arguments are the same; the llm is a `KVCacheLLM`."""
 
-    def _get_response_synthesizer(  # type: ignore[override]  # core names the one class that it makes
+    def _get_response_synthesizer(  # type: ignore[override]  # core declares its own class
         self, chat_history: list[ChatMessage], streaming: bool = False
     ) -> CAGSynthesizer:
         return _cached(super()._get_response_synthesizer(chat_history, streaming))
 
 
 def _cached(plain: CompactAndRefine) -> CAGSynthesizer:
-    """The synthesizer that asks what core's would ask, of caches."""
+    """A `CAGSynthesizer` with the prompts of core's synthesizer."""
     prompts: dict[str, Any] = plain.get_prompts()
     return CAGSynthesizer(
         plain._llm,

@@ -1,8 +1,7 @@
-"""KVCacheTransform: encodes nodes as they are ingested, so that the first question finds them."""
+"""KVCacheTransform: encodes nodes while they are ingested."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import uuid
 from collections.abc import Iterable, Sequence
@@ -14,32 +13,33 @@ from llama_index.core.storage.docstore.types import BaseDocumentStore
 from pydantic import Field, PrivateAttr
 
 from kvcag.errors import InvalidInputError
-from kvcag.llama_index.messages import neutral
+from kvcag.llama_index.messages import to_messages
 from kvcag.llama_index.synthesizer import CAGSynthesizer
+from kvcag.streams import in_thread
 
 
 class KVCacheTransform(TransformComponent):
-    """A last step of an `IngestionPipeline`: nodes go through unchanged, and their texts are encoded and kept.
+    """The last step of an `IngestionPipeline`: encodes and keeps the nodes' texts, and returns the nodes unchanged.
 
-    It is a warm-up and never needed: what is missing is encoded when it is asked for, also where the pipeline's own
-    cache skipped this step. What an edited document no longer says leaves the store when the document comes again; with
-    `docstore` this step is never skipped, and what was deleted there leaves the store, too. A text that two documents
-    share goes with either.
+    The step is optional: a text that is not in the store is encoded when a question needs it. When an edited document
+    is ingested again, the caches of its old texts are deleted. With `docstore`, the pipeline's cache does not skip this
+    step, and the caches of documents that were deleted there are deleted too. A text that two documents share is
+    deleted with either.
 
     Args:
-        llm: the `KVCacheLLM` that will answer; its store is filled.
-        synthesizer: the `CAGSynthesizer` that will ask, where it is not the default one: a document is encoded after
-            what its template says before the documents.
-        docstore: the pipeline's.
-        collection: whose documents these are, where several pipelines fill one store.
+        llm: the `KVCacheLLM` that will answer. The step fills its store.
+        synthesizer: the `CAGSynthesizer` that will ask, if it is not the default one. A document is encoded behind the
+            text that the synthesizer's template shows before the documents.
+        docstore: the pipeline's document store.
+        collection: a name for these documents, where several pipelines fill one store.
 
     Raises:
-        InvalidInputError: the synthesizer keeps documents together.
+        InvalidInputError: the synthesizer is exact, and so makes one document of all texts.
     """
 
-    fingerprint: str = Field(description="Which model encodes: its weights, dtype and chat template.")
-    template: str = Field(description="The prompt that documents will stand in.")
-    collection: str = Field(description="Whose documents these are.")
+    fingerprint: str = Field(description="The model: its weights, dtype and chat template.")
+    template: str = Field(description="The prompt that will show the documents.")
+    collection: str = Field(description="The name of these documents.")
 
     _synthesizer: CAGSynthesizer = PrivateAttr()
     _docstore: BaseDocumentStore | None = PrivateAttr()
@@ -54,10 +54,12 @@ class KVCacheTransform(TransformComponent):
     ) -> None:
         synthesizer = synthesizer or CAGSynthesizer(llm)
         if synthesizer.exact:
-            raise InvalidInputError("an exact synthesizer keeps documents together: nodes cannot be encoded one by one")
+            raise InvalidInputError(
+                "an exact synthesizer makes one document of all nodes, so they cannot be encoded one by one"
+            )
         fields = {
             "fingerprint": synthesizer.cag.engine.fingerprint.digest,
-            "template": json.dumps(neutral(synthesizer.messages("", ["…"]))),
+            "template": json.dumps(to_messages(synthesizer.messages("", ["…"]))),
             "collection": collection,
         }
         super().__init__(**fields)
@@ -70,18 +72,18 @@ class KVCacheTransform(TransformComponent):
         return "KVCacheTransform"
 
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
-        """What `IngestionCache` goes by. With a docstore no run is like another: a deletion must not be skipped."""
+        """The key of `IngestionCache`. With a docstore it differs in each run, so that no deletion is skipped."""
         return {**super().to_dict(**kwargs), "run": uuid.uuid4().hex if self._docstore else ""}
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
-        """Encode what is new in these nodes, and forget what their documents no longer say."""
+        """Encode new texts of these nodes, and delete the caches of texts that are gone from their documents."""
         texts = [node.get_content(metadata_mode=MetadataMode.LLM) for node in nodes]
         sources = [node.ref_doc_id or node.node_id for node in nodes]
         said = [(text, source) for text, source in zip(texts, sources, strict=True) if text.strip()]
         kept: list[str] = []
         if said:
             kept = self._synthesizer.cag.memory.keep(
-                neutral(self._synthesizer.messages("", [text for text, _ in said])),
+                to_messages(self._synthesizer.messages("", [text for text, _ in said])),
                 [{"ref_doc_id": source, "collection": self.collection} for _, source in said],
             )
         live = set(self._docstore.get_all_document_hashes().values()) if self._docstore else None
@@ -90,17 +92,14 @@ class KVCacheTransform(TransformComponent):
 
     async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """`__call__`, in a worker thread."""
-        return await asyncio.to_thread(self, nodes, **kwargs)
+        return await in_thread(self, nodes, **kwargs)
 
     def prune(self, live: Iterable[str]) -> list[str]:
-        """Forget every document whose id is not among these; returns the ids of the items that left the store."""
+        """Delete the caches of every document whose id is not in `live`, and return the deleted items' ids."""
         return self._forget(set(), set(), set(live))
 
     def _forget(self, kept: set[str], seen: set[str], live: set[str] | None) -> list[str]:
-        """Delete what was made from documents that are gone, or that were `seen` and say it no longer.
-
-        The same text may have been encoded after other heads as well, by whoever asked: that goes with it.
-        """
+        """Delete what was made from documents that are not `live`, and old texts of the documents `seen` now."""
         store = self._synthesizer.cag.memory.store
         made_from: dict[str, str] = {}
         gone: set[str] = set()
@@ -121,5 +120,5 @@ class KVCacheTransform(TransformComponent):
 
     def __getstate__(self) -> dict[str, Any]:
         raise InvalidInputError(
-            "a KVCacheTransform encodes with the one model of this process: run the pipeline without num_workers"
+            "a KVCacheTransform encodes with the model of this process. Run the pipeline without num_workers."
         )

@@ -1,8 +1,7 @@
-"""KVCacheLLM: a local Hugging Face model as a LlamaIndex LLM that keeps what it has read."""
+"""KVCacheLLM: a local model as a LlamaIndex LLM whose documents are encoded once."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from os import PathLike
@@ -26,29 +25,26 @@ from llama_index.core.program.utils import get_program_for_llm
 from llama_index.core.tools.types import BaseTool
 from pydantic import Field, PrivateAttr
 
-from kvcag.call_format import tool_messages
-from kvcag.compose import MAX_KL, Strategy
-from kvcag.cube.memory_cube import MemoryCube, activation
+from kvcag.adapters import LazyMemory, call_settings
+from kvcag.chat_template import Message, Prompt, as_messages
+from kvcag.contexts import DEFAULT_RATIO, MAX_KL, Strategy
+from kvcag.cube.memory_cube import MemoryCube
 from kvcag.engines.base import Engine
 from kvcag.errors import InvalidInputError
-from kvcag.llama_index.messages import neutral
-from kvcag.llama_index.responses import Answer, Opener, aeach, alast, each, last
+from kvcag.llama_index.messages import Answer, Opener, aeach, alast, each, last, to_messages
 from kvcag.llama_index.tools import choice_of, selections, tool_specs
 from kvcag.memory import KVCacheMemory
-from kvcag.prompt import Message, Prompt, as_messages
-from kvcag.shared import LazyEngine, open_store, warn_if_foreign
 from kvcag.stores.base import KVStore
-from kvcag.tools import plan_tools
-
-_SAMPLING = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "strip_thinking")
+from kvcag.streams import in_thread
+from kvcag.tools import tool_messages, tool_spec
 
 
 class KVCacheLLM(FunctionCallingLLM):
     """An LLM whose documents are encoded once.
 
-    Every prompt reuses the longest prefix that was encoded before. What a `CachePoint` closes is kept in `store`, and
-    found there after a restart; documents (`kvcag.llama_index.DOCUMENT_END`) are found one by one and merged. The
-    answer's cost is in `raw["usage"]`.
+    Every prompt reuses the longest prefix that was encoded before. The text that a `CachePoint` closes is kept in
+    `store` and found there after a restart. Documents (`kvcag.llama_index.DOCUMENT_END`) are found one by one and put
+    together. `raw["usage"]` of a response counts what was reused and encoded. The constructor loads no weights.
 
     ```python
     llm = KVCacheLLM(model="HuggingFaceTB/SmolLM2-135M-Instruct", store="kv/")
@@ -56,27 +52,29 @@ class KVCacheLLM(FunctionCallingLLM):
     ```
 
     Args:
-        model: a hub id or a folder. The weights are loaded when they are first needed, once for all LLMs with the same
-            settings. Not needed with `engine`.
-        engine: a live engine: an `HFEngine`, an `EchoEngine`, or anything that fits `kvcag.engines.base.Engine`.
-        memory: a `MemoryCube` or a `KVCacheMemory` that answers, with its engine and store, instead of these.
-        store: where documents are kept: a `KVStore`, or a folder. None: in memory, for all LLMs over the same engine.
-        model_kwargs: further arguments of `HFEngine.from_pretrained`. Not serialised: they may hold a hub token.
+        model: a hub id or a folder. The weights are loaded on first use, once for all LLMs with the same settings.
+            Not needed with `engine` or `memory`.
+        engine: a live `kvcag.engines.base.Engine`: an `HFEngine`, a `VLLMEngine`, an `EchoEngine`.
+        memory: a `MemoryCube` or a `KVCacheMemory` that answers, with its engine, store and namespace.
+        store: where documents are kept: a `KVStore`, or a folder. None: in memory, shared over the same engine.
+        model_kwargs: further arguments of `HFEngine.from_pretrained`. They are not serialised.
         **settings: the fields below, and those of LlamaIndex's `LLM`.
 
     Raises:
-        InvalidInputError: neither a model nor an engine, or a setting that is unknown or out of range.
+        InvalidInputError: there is no model, two arguments contradict each other, or a setting is unknown.
     """
 
     model: str = Field(default="", description="A hub id or a folder.")
     dtype: str = Field(default="auto", description="The weights' dtype; `auto` is the checkpoint's own.")
     device: str = Field(default="auto", description="Where the model runs; `auto` is CUDA, then MPS, then the CPU.")
     store: str | None = Field(default=None, description="The folder where documents are kept, if it is one.")
-    merge_strategy: Strategy = Field(default="query", description="How cached documents are put together.")
-    recompute_ratio: float = Field(default=0.2, ge=0, le=1, description="The share of tokens a merge recomputes.")
-    max_kl: float = Field(default=MAX_KL, ge=0, description="What merge_strategy='auto' allows, nats a token.")
-    max_new_tokens: int | None = Field(default=None, description="The most to generate; None: as the engine says.")
-    temperature: float | None = Field(default=None, description="0 is greedy; None: as the engine says.")
+    merge_strategy: Strategy = Field(default="auto", description="How cached documents are put together.")
+    recompute_ratio: float = Field(
+        default=DEFAULT_RATIO, ge=0, le=1, description="The share of context tokens that a merge computes again."
+    )
+    max_kl: float = Field(default=MAX_KL, ge=0, description="The error that 'auto' allows, in nats per token.")
+    max_new_tokens: int | None = Field(default=None, description="The most to generate; None: the engine's.")
+    temperature: float | None = Field(default=None, description="0 is greedy; None: the engine's.")
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
@@ -84,13 +82,9 @@ class KVCacheLLM(FunctionCallingLLM):
     seed: int | None = None
     stop: list[str] | None = Field(default=None, description="Strings that end the answer.")
     strip_thinking: bool | None = Field(default=None, description="Leave `<think>…</think>` out of the answer.")
+    namespace: str = Field(default="", description="Separates its recent contexts and files from other namespaces'.")
 
-    tenant: str = Field(default="", description="Keeps what this reads apart from what other tenants' LLMs read.")
-
-    _engine: Engine | None = PrivateAttr(default=None)
-    _store: KVStore | None = PrivateAttr(default=None)
-    _lazy: LazyEngine | None = PrivateAttr(default=None)
-    _memory: KVCacheMemory | None = PrivateAttr(default=None)
+    _memory: LazyMemory = PrivateAttr()
 
     def __init__(
         self,
@@ -102,20 +96,24 @@ class KVCacheLLM(FunctionCallingLLM):
         model_kwargs: dict[str, Any] | None = None,
         **settings: Any,
     ) -> None:
-        kept = None if memory is None else activation(memory, model=model, engine=engine, store=store)
-        engine = kept.engine if kept is not None else engine
         unknown = sorted(settings.keys() - type(self).model_fields.keys())
         if unknown:
-            raise InvalidInputError(f"unknown argument {', '.join(unknown)}; what a model takes goes into model_kwargs")
-        if engine is None and not str(model):
-            raise InvalidInputError("no model: pass model=, a hub id or a folder, or engine=, a live engine")
+            raise InvalidInputError(
+                f"unknown argument {', '.join(unknown)}. Put arguments of HFEngine.from_pretrained into model_kwargs."
+            )
         folder = None if store is None or isinstance(store, KVStore) else str(store)
-        super().__init__(model=str(model) or engine.model_name if engine else str(model), store=folder, **settings)
-        self._engine = engine
-        self._memory = kept
-        self._store = store if isinstance(store, KVStore) else None
-        if engine is None:
-            self._lazy = LazyEngine.of(self.model, dtype=self.dtype, device=self.device, **(model_kwargs or {}))
+        super().__init__(model=str(model), store=folder, **settings)
+        self._memory = LazyMemory(
+            model,
+            engine=engine,
+            memory=memory,
+            store=store,
+            namespace=self.namespace,
+            dtype=self.dtype,
+            device=self.device,
+            **(model_kwargs or {}),
+        )
+        self.model, self.namespace = self._memory.model, self._memory.namespace
 
     @classmethod
     def class_name(cls) -> str:
@@ -124,19 +122,8 @@ class KVCacheLLM(FunctionCallingLLM):
 
     @property
     def memory(self) -> KVCacheMemory:
-        """The memory that answers: engine and store. The first look loads the weights.
-
-        A store that another model filled is not used, with a `CacheWarning`.
-        """
-        if self._memory is None:
-            engine = self._engine
-            if engine is None:
-                assert self._lazy is not None
-                engine = self._lazy.engine()
-            store = open_store(self._store or self.store, engine, self.tenant)
-            warn_if_foreign(store, engine.fingerprint)
-            self._memory = KVCacheMemory(engine, store, tenant=self.tenant)
-        return self._memory
+        """The memory that answers. The first access loads the weights, and warns if another model filled the store."""
+        return self._memory.memory()
 
     @property
     def engine(self) -> Engine:
@@ -145,7 +132,7 @@ class KVCacheLLM(FunctionCallingLLM):
 
     @property
     def metadata(self) -> LLMMetadata:
-        """What LlamaIndex goes by: context window, kind of model, name."""
+        """Context window, kind of model and name. Loads the weights."""
         engine = self.engine
         return LLMMetadata(
             context_window=engine.context_length,
@@ -156,8 +143,8 @@ class KVCacheLLM(FunctionCallingLLM):
         )
 
     def count_tokens(self, messages: Sequence[ChatMessage]) -> int:
-        """Tokens of the prompt that these messages make."""
-        return len(self.engine.template.prompt(neutral(messages)).token_ids)
+        """The number of tokens of the prompt that these messages make."""
+        return len(self.engine.template.prompt(to_messages(messages)).token_ids)
 
     # --- the eight methods -------------------------------------------------------------------------------------
 
@@ -166,34 +153,36 @@ class KVCacheLLM(FunctionCallingLLM):
         """Answer messages.
 
         Args:
-            messages: text; an image or audio is refused.
+            messages: with text only.
             **kwargs: settings for this call: `max_new_tokens` (or `max_tokens`), `temperature`, `top_k`, `top_p`,
                 `min_p`, `repetition_penalty`, `seed`, `stop`, `strip_thinking`, `merge_strategy`,
                 `recompute_ratio`, `max_kl`.
 
         Raises:
-            InvalidInputError: an unknown setting, nothing to answer, or a prompt longer than the context.
+            InvalidInputError: an unknown setting or no messages.
+            ContextLengthError: the prompt and the answer exceed the model's context.
+            UnsupportedContentError: a message holds an image or audio.
         """
-        opener, answer = self._call(neutral(messages), kwargs)
+        opener, answer = self._call(to_messages(messages), kwargs)
         return last(each(opener(), answer.chat))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """`chat`, piece by piece. Closing the stream stops the model."""
-        opener, answer = self._call(neutral(messages), kwargs)
+        opener, answer = self._call(to_messages(messages), kwargs)
         return each(opener(), answer.chat)
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        """`chat`, in worker threads: the event loop keeps ticking, and cancelling stops the model."""
-        opener, answer = self._call(neutral(messages), kwargs)
+        """`chat`, in worker threads. Cancelling stops the model."""
+        opener, answer = self._call(to_messages(messages), kwargs)
         return await alast(aeach(opener, answer.chat))
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """`stream_chat`, in worker threads."""
-        opener, answer = self._call(neutral(messages), kwargs)
-        chunks = await asyncio.to_thread(opener)
+        opener, answer = self._call(to_messages(messages), kwargs)
+        chunks = await in_thread(opener)
         return aeach(lambda: chunks, answer.chat)
 
     @llm_completion_callback()
@@ -201,8 +190,8 @@ class KVCacheLLM(FunctionCallingLLM):
         """Answer a prompt.
 
         Args:
-            prompt: what the user says, or, for a model without a chat template, the beginning of a text.
-            formatted: the prompt is in the model's own format already and is taken as it is.
+            prompt: a user message, or, for a model without a chat template, the beginning of a text.
+            formatted: the prompt is in the model's own format and is used as it is.
             **kwargs: as for `chat`.
         """
         opener, answer = self._call(self._asked(prompt, formatted), kwargs)
@@ -224,7 +213,7 @@ class KVCacheLLM(FunctionCallingLLM):
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
         """`stream_complete`, in worker threads."""
         opener, answer = self._call(self._asked(prompt, formatted), kwargs)
-        chunks = await asyncio.to_thread(opener)
+        chunks = await in_thread(opener)
         return aeach(lambda: chunks, answer.completion)
 
     # --- tools -------------------------------------------------------------------------------------------------
@@ -240,7 +229,7 @@ class KVCacheLLM(FunctionCallingLLM):
         tool_choice: str | Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The arguments of `chat` for a call with tools. A choice is a grammar: what is required is called."""
+        """The arguments of `chat` for a call with tools. A grammar enforces a required tool."""
         asked = [ChatMessage(content=user_msg)] if isinstance(user_msg, str) else [user_msg] if user_msg else []
         return {
             "messages": [*(chat_history or []), *asked],
@@ -256,11 +245,11 @@ class KVCacheLLM(FunctionCallingLLM):
         """The calls in a response.
 
         Raises:
-            InvalidInputError: there is none, unless that is fine.
+            InvalidInputError: there is none, and `error_on_no_tool_call` is True.
         """
         calls = selections(response)
         if not calls and error_on_no_tool_call:
-            raise InvalidInputError(f"the model called no tool; it said {response.message.content!r}")
+            raise InvalidInputError(f"the model called no tool. It answered {response.message.content!r}.")
         return calls
 
     def _structured_stream_call(self, output_cls: Any, prompt: Any, llm_kwargs: Any = None, **prompt_args: Any) -> Any:
@@ -274,7 +263,7 @@ class KVCacheLLM(FunctionCallingLLM):
         return await program.astream_call(llm_kwargs=llm_kwargs, **prompt_args)
 
     def _forced_program(self, output_cls: Any, prompt: Any) -> Any:
-        """As core makes it, but for one thing: core requires the call only where nothing is streamed."""
+        """Core's program, with a required call: core requires it only for answers that are not streamed."""
         forced = {"tool_choice": "any"} if self.metadata.is_function_calling_model else {}
         return get_program_for_llm(output_cls, prompt, self, self.pydantic_program_mode, **forced)
 
@@ -286,23 +275,16 @@ class KVCacheLLM(FunctionCallingLLM):
         return self.engine.template.verbatim(prompt) if formatted else as_messages(prompt)
 
     def _call(self, messages: list[Message] | Prompt, kwargs: dict[str, Any]) -> tuple[Opener, Answer]:
-        """What opens the answer's stream, and what reads it. A call with a wrong setting raises here, at once."""
-        given = {**{name: getattr(self, name) for name in _SAMPLING}, "stop": self.stop or None, **kwargs}
-        if "max_tokens" in given:
-            given["max_new_tokens"] = given.pop("max_tokens")
-        options: dict[str, Any] = {
-            "strategy": given.pop("merge_strategy", self.merge_strategy),
-            "ratio": given.pop("recompute_ratio", self.recompute_ratio),
-            "max_kl": given.pop("max_kl", self.max_kl),
-        }
+        """A function that opens the answer's stream, and the reader of its chunks. Wrong settings raise here."""
         memory = self.memory
         template = memory.engine.template
-        tools, choice = given.pop("tools", None), given.pop("tool_choice", None) or "auto"
-        plan = plan_tools(template, tools, choice, given.pop("parallel_tool_calls", True))
+        tools, choice = kwargs.pop("tools", None), kwargs.pop("tool_choice", None) or "auto"
+        plan = tool_spec(template, tools, choice, kwargs.pop("parallel_tool_calls", True))
+        options = call_settings(memory.engine, self, kwargs)
         if plan is not None and not isinstance(messages, Prompt):
             messages = plan.messages(messages)
             options |= {"tools": plan.tools, "constraint": plan.constraint}
         elif not isinstance(messages, Prompt):
             messages = tool_messages(template, messages)
-        options["sampling"] = memory.engine.sampling(**given)
-        return lambda: memory.stream(messages, **options), Answer(self.model, plan.parser() if plan else None)
+        ids = None if isinstance(messages, Prompt) else ()
+        return lambda: memory.stream(messages, ids, **options), Answer(self.model, plan.parser() if plan else None)

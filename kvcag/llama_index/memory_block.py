@@ -1,4 +1,4 @@
-"""CAGMemoryBlock: an agent's documents, as a part of its memory that is encoded once."""
+"""CAGMemoryBlock: documents in an agent's memory, encoded once."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from typing import Any
 
 from llama_index.core.base.llms.types import ChatMessage, MessageRole, TextBlock
 from llama_index.core.memory import BaseMemoryBlock
-from llama_index.core.schema import BaseNode, MetadataMode
 from pydantic import Field, SkipValidation, field_validator, model_validator
 from typing_extensions import Self
 
 from kvcag.cube.memory_cube import MemoryCube
+from kvcag.documents import documents_of, text_and_metadata
 from kvcag.errors import InvalidInputError
 from kvcag.llama_index.messages import document_blocks
 
 
 class CAGMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
-    """Puts documents before the conversation, as a system message in which each is a segment of its own.
+    """Puts documents before the conversation, in a system message with a block for each document.
 
     ```python
     memory = Memory.from_defaults(memory_blocks=[CAGMemoryBlock(documents=documents)])
     await agent.run("When was it built?", memory=memory)
     ```
 
-    Its priority is 0, so `Memory` never cuts it, whatever `token_limit` says; messages that leave the short-term memory
-    do not enter it.
+    Its priority is 0, so `Memory` does not cut it to fit `token_limit`. Messages that leave the short-term memory do
+    not enter it.
 
-    With `memory` the documents are what a `MemoryCube` finds for what the user said last, so that they follow it. A
-    cube is not serialised with the block: read back, the block has to be given one again.
+    With `memory`, a `MemoryCube` finds the documents for the last user message. The cube is not serialised with the
+    block: pass it again after reading a block back.
 
     Raises:
         InvalidInputError: neither or both of `documents` and `memory` (as pydantic's `ValidationError`).
@@ -37,29 +37,28 @@ class CAGMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
     name: str = Field(default="Documents", description="The name of the block.")
     accept_short_term_memory: bool = Field(default=False, description="Documents do not change with the conversation.")
     documents: list[str] | None = Field(
-        default=None, description="The documents' texts; nodes are taken as the LLM would read them."
+        default=None, description="The documents' texts, or nodes. A str is one document."
     )
-    memory: SkipValidation[MemoryCube | None] = Field(default=None, exclude=True, description="Where they are found.")
+    memory: SkipValidation[MemoryCube | None] = Field(
+        default=None, exclude=True, description="The cube that finds the documents."
+    )
     k: int | None = Field(default=None, description="The most documents to take from `memory`.")
     instruction: str = Field(
         default="Answer from the documents below.",
-        description="Stands before the documents; may be empty. With `memory`, its own head by default.",
+        description="Stands before the documents; may be empty. With `memory`, the cube's instruction by default.",
     )
 
     @field_validator("documents", mode="before")
     @classmethod
     def _texts(cls, documents: Any) -> Any:
-        return documents and [
-            document.get_content(metadata_mode=MetadataMode.LLM) if isinstance(document, BaseNode) else document
-            for document in documents
-        ]
+        return documents and [text_and_metadata(document)[0] for document in documents_of(documents)]
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.documents is None) == (self.memory is None):
-            raise InvalidInputError("pass either documents or memory, a MemoryCube, to a CAGMemoryBlock")
-        if self.memory is not None and self.memory.memory.head and "instruction" not in self.model_fields_set:
-            self.instruction = self.memory.memory.head
+            raise InvalidInputError("pass either documents or memory, a MemoryCube, to CAGMemoryBlock")
+        if self.memory is not None and self.memory.memory.instruction and "instruction" not in self.model_fields_set:
+            self.instruction = self.memory.memory.instruction
         return self
 
     async def _aget(self, messages: list[ChatMessage] | None = None, **block_kwargs: Any) -> list[ChatMessage]:
@@ -77,5 +76,5 @@ class CAGMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
 
 
 def _asked(messages: Sequence[ChatMessage]) -> str:
-    """What the user said last."""
+    """The last user message."""
     return next((message.content or "" for message in reversed(messages) if message.role == MessageRole.USER), "")

@@ -1,24 +1,27 @@
-"""LlamaIndex's messages as the neutral ones of `kvcag.prompt`, with what their cache points mean.
+"""LlamaIndex's messages as those of `kvcag.chat_template`, and an engine's answer as LlamaIndex's responses.
 
-A `CachePoint` says: what stands before it in this message is worth keeping. It is encoded once, as one segment, and
-the answer stays that of a full prefill. `DOCUMENT_END`, a cache point of type `document`, says more: the text block
-just before it is a document of its own, encoded once under its own content and found again in whatever order documents
-stand.
+A `CachePoint` closes a segment: the text before it in its message is encoded once and kept, and the answer is that of
+a full prefill. `DOCUMENT_END`, a cache point of type `document`, closes a document: the text block just before it is
+encoded once, under its own content, and found again in any order.
 
-Text blocks are joined by a line break, as `ChatMessage.content` joins them; a document always ends with one.
+Text blocks are joined by a line break, as `ChatMessage.content` joins them. A document always ends with one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
+from contextlib import aclosing, closing
+from dataclasses import asdict
+from typing import Any, TypeAlias, TypeVar
 
 from llama_index.core.base.llms.types import (
     CacheControl,
     CachePoint,
     ChatMessage,
+    ChatResponse,
     CitableBlock,
     CitationBlock,
+    CompletionResponse,
     ContentBlock,
     MessageRole,
     TextBlock,
@@ -26,10 +29,19 @@ from llama_index.core.base.llms.types import (
     ToolCallBlock,
 )
 
-from kvcag.prompt import Document, Message
+from kvcag.chat_template import Document, Message
+from kvcag.core import Chunk
+from kvcag.documents import documents_of, segment
+from kvcag.streams import iterate
+from kvcag.tools import CallParser, Parsed
+
+R = TypeVar("R", ChatResponse, CompletionResponse)
+Chunks: TypeAlias = Generator[Chunk, None, None]
+Opener: TypeAlias = Callable[[], Chunks]
+"""Prepares the context, which can take seconds, and returns the answer's chunks."""
 
 DOCUMENT_END = CachePoint(cache_control=CacheControl(type="document"))
-"""Ends a document: the text block just before it."""
+"""Closes a document: the text block just before it."""
 
 _ROLES = {
     MessageRole.DEVELOPER: "system",
@@ -39,22 +51,21 @@ _ROLES = {
 }
 
 
-def document_blocks(texts: Iterable[str], *, exact: bool = False) -> list[ContentBlock]:
-    """Content blocks in which each text is a document of its own, a blank line after each.
+def document_blocks(texts: str | Iterable[str], *, exact: bool = False) -> list[ContentBlock]:
+    """Content blocks in which each text is a document, with a blank line after it.
 
     Args:
-        texts: the documents.
-        exact: close them all by one ordinary cache point instead: one segment, in this order.
+        texts: the documents. A str is one document.
+        exact: make one document of them, in this order.
     """
-    if exact:
-        return [
-            *(TextBlock(text=f"{text}\n") for text in texts),
-            CachePoint(cache_control=CacheControl(type="ephemeral")),
-        ]
-    return [block for text in texts for block in (TextBlock(text=f"{text}\n"), DOCUMENT_END)]
+    documents = [segment(text) for text in documents_of(texts)]
+    if exact and documents:
+        documents = ["".join(documents)]
+    # joining adds the second line break
+    return [block for text in documents for block in (TextBlock(text=text.removesuffix("\n")), DOCUMENT_END)]
 
 
-def neutral(messages: Sequence[ChatMessage]) -> list[Message]:
+def to_messages(messages: Sequence[ChatMessage]) -> list[Message]:
     """Messages for `KVCacheMemory.stream`."""
     return [{**_frame(message), "content": _content(message)} for message in messages]
 
@@ -76,11 +87,11 @@ def _frame(message: ChatMessage) -> dict[str, Any]:
 
 
 _CARRIED = {"tool_call_id", "name"}
-"""What chat templates know of a message beyond its role and content."""
+"""What chat templates read of a message beside its role, content and tool calls."""
 
 
 def _content(message: ChatMessage) -> Any:
-    """The text, or the parts with the documents among them. What is no text is passed on, to be refused by name."""
+    """The text, or a list of texts and documents. `kvcag.chat_template` refuses parts that are not text."""
     parts: list[Any] = []
     documents: set[int] = set()
     keep = 0
@@ -102,13 +113,97 @@ def _content(message: ChatMessage) -> Any:
 
 
 def _read(block: ContentBlock) -> list[Any]:
-    """A block's texts; a part that `kvcag.prompt` refuses for what is no text."""
+    """A block's texts; for a block that is not text, a part that `kvcag.chat_template` refuses."""
     if isinstance(block, TextBlock):
         return [block.text]
     if isinstance(block, CitableBlock):
         return [part for inner in block.content for part in _read(inner)]
     if isinstance(block, CitationBlock):
         return _read(block.cited_content)
-    if isinstance(block, ThinkingBlock | ToolCallBlock):  # no part of what was said; calls go into the frame
+    if isinstance(block, ThinkingBlock | ToolCallBlock):  # not text; calls go into the frame
         return []
     return [{"type": block.block_type}]
+
+
+# --- answers for LlamaIndex ---------------------------------------------------------------------------------------
+
+
+class Answer:
+    """An answer as it grows.
+
+    Args:
+        model: what `raw["model"]` says.
+        parser: separates tool calls from text; None where no tool may be called.
+    """
+
+    def __init__(self, model: str, parser: CallParser | None = None) -> None:
+        self._model = model
+        self._parser = parser
+        self._text = ""
+
+    def chat(self, chunk: Chunk) -> ChatResponse:
+        """The answer up to this chunk. The last response has the tool calls, and the usage in `raw`."""
+        delta, parsed = self._read(chunk)
+        self._text += delta
+        calls = parsed.calls if parsed else ()
+        blocks: list[ContentBlock] = [TextBlock(text=self._text)] if self._text or not calls else []
+        blocks += [
+            ToolCallBlock(tool_call_id=call.id, tool_name=call.name, tool_kwargs=call.arguments) for call in calls
+        ]
+        # core's streamed structured prediction looks for calls here, and not in the blocks
+        known = {"tool_calls": [{"id": call.id, "name": call.name} for call in calls]} if calls else {}
+        message = ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks, additional_kwargs=known)
+        return ChatResponse(message=message, delta=delta, raw=self._raw(chunk, parsed))
+
+    def completion(self, chunk: Chunk) -> CompletionResponse:
+        """As `chat`, as a completion."""
+        self._text += chunk.text
+        return CompletionResponse(text=self._text, delta=chunk.text, raw=self._raw(chunk))
+
+    def _read(self, chunk: Chunk) -> tuple[str, Parsed | None]:
+        """What this chunk adds to the text, and with the last chunk the calls. An invalid call stays text."""
+        if self._parser is None:
+            return chunk.text, None
+        delta = self._parser.push(chunk.text)
+        if chunk.usage is None:
+            return delta, None
+        parsed = self._parser.close()
+        return delta + self._parser.rest + "".join(call.text for call in parsed.invalid_calls), parsed
+
+    def _raw(self, chunk: Chunk, parsed: Parsed | None = None) -> dict[str, Any] | None:
+        if chunk.usage is None:
+            return None
+        finish = "tool_calls" if parsed and parsed.calls else chunk.finish_reason
+        raw: dict[str, Any] = {"model": self._model, "finish_reason": finish, "usage": chunk.usage.as_dict()}
+        if parsed and parsed.invalid_calls:
+            raw["invalid_tool_calls"] = [asdict(call) for call in parsed.invalid_calls]
+        return raw
+
+
+def each(chunks: Chunks, respond: Callable[[Chunk], R]) -> Generator[R, None, None]:
+    """The responses, one for each chunk that has text or usage."""
+    with closing(chunks):
+        for chunk in chunks:
+            response = respond(chunk)
+            if response.delta or response.raw:
+                yield response
+
+
+async def aeach(opener: Opener, respond: Callable[[Chunk], R]) -> AsyncGenerator[R, None]:
+    """`each`, in worker threads."""
+    async with aclosing(iterate(opener)) as chunks:
+        async for chunk in chunks:
+            response = respond(chunk)
+            if response.delta or response.raw:
+                yield response
+
+
+def last(responses: Generator[R, None, None]) -> R:
+    """The whole answer."""
+    *_, whole = responses
+    return whole
+
+
+async def alast(responses: AsyncGenerator[R, None]) -> R:
+    """The whole answer."""
+    return [response async for response in responses][-1]

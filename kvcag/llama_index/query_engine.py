@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from llama_index.core.base.base_retriever import BaseRetriever
@@ -10,9 +9,10 @@ from llama_index.core.callbacks.base import CallbackManager
 from llama_index.core.llms import LLM
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.query_engine import RetrieverQueryEngine
-from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle
+from llama_index.core.schema import BaseNode, NodeWithScore, QueryBundle, TextNode
 
 from kvcag.cube.memory_cube import MemoryCube
+from kvcag.documents import documents_of, text_and_metadata
 from kvcag.errors import InvalidInputError
 from kvcag.llama_index.cube import CubeRetriever
 from kvcag.llama_index.llm import KVCacheLLM
@@ -20,14 +20,14 @@ from kvcag.llama_index.synthesizer import CAGSynthesizer
 
 
 class WholeCorpus(BaseRetriever):
-    """Retrieves every document, always in the same order: whole-corpus CAG needs no index.
+    """Retrieves every document, always in the same order.
 
     Args:
-        documents: documents or nodes.
+        documents: documents, nodes or texts. A str is one document.
     """
 
-    def __init__(self, documents: Sequence[BaseNode], callback_manager: CallbackManager | None = None) -> None:
-        self.documents = list(documents)
+    def __init__(self, documents: object, callback_manager: CallbackManager | None = None) -> None:
+        self.documents = [_node(document) for document in documents_of(documents)]
         super().__init__(callback_manager=callback_manager)
 
     def _retrieve(self, query_bundle: QueryBundle) -> list[NodeWithScore]:
@@ -40,20 +40,20 @@ class CAGQueryEngine(RetrieverQueryEngine):
     @classmethod
     def from_documents(
         cls,
-        documents: Sequence[BaseNode],
+        documents: object,
         llm: LLM | None = None,
         *,
         node_postprocessors: list[BaseNodePostprocessor] | None = None,
         callback_manager: CallbackManager | None = None,
         **synthesizer: Any,
     ) -> CAGQueryEngine:
-        """Over a whole corpus: every question is answered from all documents, which are encoded once.
+        """Over a whole corpus: every question is answered from all documents, in the same order.
 
-        They always stand in the same order, so they are one exact prefix, and the answer is that of a full prefill;
-        `exact=False` keeps each by itself, so that a corpus that changes a little is encoded again only in part.
+        By default they are one document, and the answer is that of a full prefill. With `exact=False` each document is
+        kept by itself, so that an edit encodes only the edited document again.
 
         Args:
-            documents: documents or nodes; small enough together for the model's context.
+            documents: documents, nodes or texts that fit into the model's context together. A str is one document.
             llm: a `KVCacheLLM`; `Settings.llm` by default.
             node_postprocessors: applied to every question's documents.
             callback_manager: where events go.
@@ -62,9 +62,9 @@ class CAGQueryEngine(RetrieverQueryEngine):
         Raises:
             InvalidInputError: there are no documents.
         """
-        if not documents:
-            raise InvalidInputError("there are no documents: pass at least one")
         corpus = WholeCorpus(documents, callback_manager)
+        if not corpus.documents:
+            raise InvalidInputError("there are no documents: pass at least one")
         synthesizer = {"exact": True, **synthesizer}
         return cls.from_retriever(
             corpus, llm, node_postprocessors=node_postprocessors, callback_manager=callback_manager, **synthesizer
@@ -99,12 +99,12 @@ class CAGQueryEngine(RetrieverQueryEngine):
         callback_manager: CallbackManager | None = None,
         **synthesizer: Any,
     ) -> CAGQueryEngine:
-        """Over a `MemoryCube`: what it finds for a question, which follows its texts, answered from its caches.
+        """Over a `MemoryCube`, which finds the nodes for a question and keeps their caches.
 
         Args:
-            memory: the cube. Under its strategy `"exact"` the nodes of a question are kept together.
-            llm: a `KVCacheLLM`; one over the cube's own engine and caches by default.
-            k: the most nodes; None is the cube's own setting.
+            memory: the cube. With its strategy `"exact"` the nodes of a question are one document.
+            llm: a `KVCacheLLM`; by default one over the cube's engine and caches.
+            k: the most nodes; None is the cube's setting.
             node_postprocessors: applied to every question's nodes.
             callback_manager: where events go.
             **synthesizer: further arguments of `CAGSynthesizer`.
@@ -118,3 +118,7 @@ class CAGQueryEngine(RetrieverQueryEngine):
             callback_manager=callback_manager,
             **synthesizer,
         )
+
+
+def _node(document: object) -> BaseNode:
+    return document if isinstance(document, BaseNode) else TextNode(text=text_and_metadata(document)[0])

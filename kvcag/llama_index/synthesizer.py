@@ -1,14 +1,20 @@
-"""CAGSynthesizer: answers from retrieved nodes whose texts were encoded before."""
+"""CAGSynthesizer: answers from retrieved nodes, whose texts are encoded once."""
 
 from __future__ import annotations
 
-import asyncio
 import warnings
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import aclosing, closing
 from typing import Any, Literal, TypeAlias
 
-from llama_index.core.base.llms.types import ChatMessage, ChatResponse, ChatResponseAsyncGen, ChatResponseGen
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    ChatResponseAsyncGen,
+    ChatResponseGen,
+    ContentBlock,
+    TextBlock,
+)
 from llama_index.core.callbacks.base import CallbackManager
 from llama_index.core.instrumentation.events.synthesis import GetResponseStartEvent
 from llama_index.core.llms import LLM
@@ -23,24 +29,29 @@ from llama_index.core.types import RESPONSE_TEXT_TYPE
 from llama_index_instrumentation import get_dispatcher
 from pydantic import BaseModel
 
+from kvcag.documents import documents_of, segment
 from kvcag.errors import InvalidInputError
-from kvcag.llama_index.documents import CONTEXT, place
 from kvcag.llama_index.llm import KVCacheLLM
+from kvcag.llama_index.messages import document_blocks
+from kvcag.streams import in_thread
 
 Order: TypeAlias = Literal["retrieval", "canonical"]
+
+CONTEXT = "kvcag-context-7d2f90c1"
+"""Stands for the documents while a template is rendered."""
 
 dispatcher = get_dispatcher(__name__)
 
 
 class RoundsWarning(UserWarning):
-    """The documents did not fit into the model's context at once, and were read in several rounds."""
+    """The documents do not fit into the model's context at once, and are read in several rounds."""
 
 
 class CAGSynthesizer(BaseSynthesizer):
-    """Answers from the nodes of a retriever, each text a segment that is encoded once and found by its content.
+    """Answers from the nodes of a retriever. Each text is a document, encoded once and found by its content.
 
-    Where the documents do not fit into the context at once, they are read in several rounds, each of which refines the
-    answer of the one before; a `RoundsWarning` says so.
+    Documents that do not fit into the context at once are read in several rounds. Each round refines the answer of the
+    round before, and a `RoundsWarning` is issued. The llm's `merge_strategy` says how documents are put together.
 
     ```python
     engine = index.as_query_engine(llm=llm, response_synthesizer=CAGSynthesizer(llm=llm))
@@ -48,19 +59,19 @@ class CAGSynthesizer(BaseSynthesizer):
 
     Args:
         llm: a `KVCacheLLM`, or its `as_structured_llm`; `Settings.llm` by default.
-        text_qa_template: asks; knows `context_str` and `query_str`.
-        refine_template: asks again in later rounds; knows `context_msg`, `existing_answer` and `query_str`.
-        order: `"retrieval"` keeps the order in which nodes come, best first, which answers best when they are merged.
-            `"canonical"` sorts them, so that the same nodes in any order make the same context.
-        exact: keep the documents of a question together as one segment: the answer is that of a full prefill, and only
-            the same documents in the same order are found again.
+        text_qa_template: the prompt of the first round, with `context_str` and `query_str`.
+        refine_template: the prompt of later rounds, with `context_msg`, `existing_answer` and `query_str`.
+        order: `"retrieval"` keeps the order of the nodes, best first, which gives the best merged answers.
+            `"canonical"` sorts the texts, so that the same nodes in any order make the same context.
+        exact: make one document of the documents of a question. The answer is that of a full prefill, and only the
+            same documents in the same order are found again.
         streaming: answer with a `StreamingResponse`.
         output_cls: answer with an object of this class.
         empty_response: the answer where there are no nodes.
         callback_manager: where events go.
 
     Raises:
-        InvalidInputError: the llm is another one, whose caches cannot be reached.
+        InvalidInputError: the llm is not a `KVCacheLLM`.
     """
 
     def __init__(
@@ -87,7 +98,7 @@ class CAGSynthesizer(BaseSynthesizer):
             output_cls=output_cls,
             empty_response=empty_response,
         )
-        self.cag = inner  # the llm without its structured wrapper
+        self.cag = inner  # without the structured wrapper
         self._text_qa_template: BasePromptTemplate = text_qa_template or DEFAULT_TEXT_QA_PROMPT_SEL
         self._refine_template: BasePromptTemplate = refine_template or DEFAULT_REFINE_PROMPT_SEL
         self._order = order
@@ -102,7 +113,7 @@ class CAGSynthesizer(BaseSynthesizer):
 
     @property
     def _streams(self) -> bool:
-        """Whether the answer comes in pieces. An object comes whole."""
+        """Whether the answer comes in pieces. A structured answer does not."""
         return self._streaming and not isinstance(self._llm, StructuredLLM)
 
     def get_response(self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any) -> RESPONSE_TEXT_TYPE:
@@ -122,9 +133,9 @@ class CAGSynthesizer(BaseSynthesizer):
     async def aget_response(
         self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any
     ) -> RESPONSE_TEXT_TYPE:
-        """`get_response`, leaving the event loop free."""
+        """`get_response`, in worker threads."""
         dispatcher.event(GetResponseStartEvent(query_str=query_str, text_chunks=list(text_chunks)))
-        rounds = await asyncio.to_thread(self._rounds, query_str, text_chunks, response_kwargs)
+        rounds = await in_thread(self._rounds, query_str, text_chunks, response_kwargs)
         if not rounds:
             return self._empty_response_agenerator() if self._streams else self._empty_response
         answer: str | None = None
@@ -138,12 +149,12 @@ class CAGSynthesizer(BaseSynthesizer):
     def messages(
         self, query_str: str, texts: Sequence[str], answer: str | None = None, **response_kwargs: Any
     ) -> list[ChatMessage]:
-        """What the model is asked: the template, with each text as a document.
+        """The messages for the model: the template, with each text as a document.
 
         Args:
             query_str: the question.
             texts: the documents of this round.
-            answer: that of the round before, if there was one.
+            answer: the answer of the round before; None in the first round.
             **response_kwargs: further variables of the template.
         """
         if answer is None:
@@ -151,13 +162,13 @@ class CAGSynthesizer(BaseSynthesizer):
         else:
             template, variables = self._refine_template, {"context_msg": CONTEXT, "existing_answer": answer}
         rendered = self.cag._get_messages(template, query_str=query_str, **variables, **response_kwargs)
-        return place(rendered, texts, exact=self.exact)
+        return _place(rendered, texts, exact=self.exact)
 
     # --- rounds ------------------------------------------------------------------------------------------------
 
     def _rounds(self, query_str: str, text_chunks: Sequence[str], response_kwargs: dict[str, Any]) -> list[list[str]]:
-        """The texts of each round; one round where all fit, none where there is nothing to read."""
-        texts = [text for text in text_chunks if text.strip()]
+        """The texts of each round: one round where all fit, none where there are no texts."""
+        texts = [text for text in documents_of(text_chunks) if text.strip()]
         if self._order == "canonical":
             texts.sort()
         if not texts or self._room(query_str, texts, None, response_kwargs) >= 0:
@@ -168,38 +179,64 @@ class CAGSynthesizer(BaseSynthesizer):
             self._room(query_str, [], "", response_kwargs) - answer_tokens,
         )
         if room <= 0:
-            return [texts]  # the question alone is too long: the engine says by how much
+            return [texts]  # the question alone is too long; the engine's error says by how much
         rounds = _grouped(self._split(texts, room), room)
         warnings.warn(
             f"{len(texts)} documents do not fit into the model's context of {self.cag.metadata.context_window} tokens "
-            f"at once: they are read in {len(rounds)} rounds. Retrieve fewer, or lower max_new_tokens.",
+            f"at once and are read in {len(rounds)} rounds. Retrieve fewer, or lower max_new_tokens.",
             RoundsWarning,
             stacklevel=5,
         )
         return [[text for text, _ in each] for each in rounds]
 
     def _room(self, query_str: str, texts: list[str], answer: str | None, response_kwargs: dict[str, Any]) -> int:
-        """Tokens that are left beside these texts and the answer."""
+        """How many tokens of the context these texts and the answer leave free."""
         messages = self.messages(query_str, texts, answer, **response_kwargs)
         about = self.cag.metadata
         return about.context_window - about.num_output - self.cag.count_tokens(messages)
 
     def _split(self, texts: list[str], room: int) -> list[tuple[str, int]]:
-        """Texts and their tokens; one that is longer than a round is cut between words."""
+        """Texts and their token counts. A text that is longer than a round is cut between words."""
         encode = self.cag.engine.template.encode
-        sized = [(text, len(encode(f"{text}\n\n"))) for text in texts]
+        sized = [(text, len(encode(segment(text)))) for text in texts]
         if all(size <= room for _, size in sized):
             return sized
         cut = TokenTextSplitter(chunk_size=max(room - 2, 1), chunk_overlap=0, tokenizer=lambda text: list(encode(text)))
         pieces = [piece for text, size in sized for piece in ([text] if size <= room else cut.split_text(text))]
-        return [(piece, len(encode(f"{piece}\n\n"))) for piece in pieces]
+        return [(piece, len(encode(segment(piece)))) for piece in pieces]
+
+
+def _place(messages: Sequence[ChatMessage], texts: Sequence[str], *, exact: bool = False) -> list[ChatMessage]:
+    """The messages with a block for each document in the place of `CONTEXT`; where it comes again, with their text.
+
+    The line breaks around the place become those between the blocks. For `exact`, see `document_blocks`.
+    """
+    placed: list[ChatMessage] = []
+    pending = True
+    for message in messages:
+        blocks: list[ContentBlock] = []
+        for block in message.blocks:
+            if not isinstance(block, TextBlock) or CONTEXT not in block.text:
+                blocks.append(block)
+                continue
+            if pending:
+                before, _, rest = block.text.partition(CONTEXT)
+                after = rest.removeprefix("\n").replace(CONTEXT, "\n\n".join(texts))
+                blocks += [TextBlock(text=before.removesuffix("\n"))] if before else []
+                blocks += document_blocks(texts, exact=exact)
+                blocks += [TextBlock(text=after)] if after else []
+                pending = False
+            else:
+                blocks.append(TextBlock(text=block.text.replace(CONTEXT, "\n\n".join(texts))))
+        placed.append(message.model_copy(update={"blocks": blocks}))
+    return placed
 
 
 _Sized: TypeAlias = tuple[str, int]
 
 
 def _grouped(sized: list[_Sized], room: int) -> list[list[_Sized]]:
-    """As many as fit into each round, in order."""
+    """Texts in rounds, each with as many as fit, in order."""
     rounds: list[list[_Sized]] = [[]]
     for text, size in sized:
         if rounds[-1] and sum(size for _, size in rounds[-1]) + size > room:

@@ -14,21 +14,27 @@ from kvcag.errors import InvalidInputError
 
 
 def tool_specs(tools: Sequence[BaseTool]) -> list[dict[str, Any]]:
-    """What a model is told of the tools: JSON, so that events which carry it can be written down."""
+    """The tools' specifications, as JSON, so that events that carry them can be serialised."""
     return [tool.metadata.to_openai_tool(skip_length_check=True) for tool in tools]
 
 
 def choice_of(tool_choice: str | Mapping[str, Any] | None, required: bool) -> str:
-    """The choice as `plan_tools` takes it: `auto`, `any`, `none`, or a tool's name.
+    """The choice as `tool_spec` takes it: `auto`, `any`, `none`, or a tool's name.
 
     Args:
         tool_choice: one of these, `required`, or OpenAI's `{"type": "function", "function": {"name": …}}`.
-        required: some tool must be called, if the choice does not say which.
+        required: a tool must be called, whichever it is.
+
+    Raises:
+        InvalidInputError: a mapping without a tool's name.
     """
     if isinstance(tool_choice, Mapping):
-        tool_choice = str(tool_choice.get("function", tool_choice).get("name", ""))
+        chosen = tool_choice
+        tool_choice = str(chosen.get("function", chosen).get("name", ""))
         if not tool_choice:
-            raise InvalidInputError("a tool_choice that is a mapping names a tool: {'function': {'name': …}}")
+            raise InvalidInputError(
+                f"tool_choice {dict(chosen)!r:.80} has no tool's name. Pass {{'function': {{'name': …}}}}, or the name."
+            )
     if required and tool_choice in (None, "auto"):
         return "any"
     return tool_choice or "auto"

@@ -1,4 +1,4 @@
-"""SchedulerEventHandler: tells a `CacheScheduler` what retrievers find."""
+"""SchedulerEventHandler: reports what retrievers find to a `CacheScheduler`."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from llama_index.core.instrumentation.events.retrieval import RetrievalEndEvent,
 from llama_index.core.schema import MetadataMode
 from pydantic import PrivateAttr
 
-from kvcag.items import TextualMemoryItem
+from kvcag.core import TextualMemoryItem
 from kvcag.scheduler import CacheScheduler
 
 
 class SchedulerEventHandler(BaseEventHandler):
-    """Counts what retrievers find, and lets whatever is being encoded ahead pause as soon as a question comes.
+    """Reports what retrievers find, and pauses encoding ahead as soon as a question comes.
 
     ```python
     get_dispatcher().add_event_handler(SchedulerEventHandler(scheduler))
     ```
 
     Args:
-        scheduler: is told.
+        scheduler: the scheduler of the LLM's memory.
     """
 
     _scheduler: CacheScheduler = PrivateAttr()
@@ -39,7 +39,7 @@ class SchedulerEventHandler(BaseEventHandler):
         return "SchedulerEventHandler"
 
     def handle(self, event: BaseEvent, **kwargs: Any) -> None:
-        """Look at what happens."""
+        """Pause encoding ahead when a question starts, and report what retrievers found."""
         if isinstance(event, QueryStartEvent | RetrievalStartEvent | LLMChatStartEvent):
             self._scheduler.step_aside()
         elif isinstance(event, RetrievalEndEvent):

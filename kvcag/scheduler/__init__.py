@@ -1,21 +1,7 @@
-"""Which caches are kept, and which are made before anybody asks: see `CacheScheduler`."""
+"""CacheScheduler: encodes hot texts ahead of questions and keeps a memory's caches within a byte budget."""
 
-from kvcag.scheduler.log import CacheEntry, LogEntry, caches_of, log_of
-from kvcag.scheduler.metrics import SchedulerMetrics
-from kvcag.scheduler.policy import GDSF, LFU, LRU, Policy, Use
 from kvcag.scheduler.scheduler import CacheScheduler, PassReport
+from kvcag.scheduler.store import Metrics, Policy, gdsf
+from kvcag.scheduler.texts import TextStats, read_texts
 
-__all__ = [
-    "GDSF",
-    "LFU",
-    "LRU",
-    "CacheEntry",
-    "CacheScheduler",
-    "LogEntry",
-    "PassReport",
-    "Policy",
-    "SchedulerMetrics",
-    "Use",
-    "caches_of",
-    "log_of",
-]
+__all__ = ["CacheScheduler", "Metrics", "PassReport", "Policy", "TextStats", "gdsf", "read_texts"]

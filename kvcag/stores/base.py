@@ -1,8 +1,7 @@
-"""What every place where items live can do."""
+"""The contract of a store."""
 
 from __future__ import annotations
 
-import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass
@@ -11,19 +10,29 @@ from types import TracebackType
 
 from typing_extensions import Self
 
-from kvcag.items import KVCacheItem
-from kvcag.stores.manifest import Manifest
+from kvcag.core import KVCacheItem
+from kvcag.stores.format import Manifest
+from kvcag.streams import async_twin, in_thread
 
 SOURCE_FIELDS = ("source", "source_text", "file_path", "doc_id", "ref_doc_id")
-"""Metadata fields that say what an item was made from: ours, LangChain's and LlamaIndex's."""
+"""Metadata fields that name what an item was made from: ours, LangChain's and LlamaIndex's."""
 
 MADE_OF = "made_of"
-"""The metadata field of a context of several documents: their texts, and what names them."""
+"""Metadata field of a context of several documents: a list of their texts and of the names of their sources."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoreStats:
-    """What a store holds now, and what was asked of this object since it was made. `max_bytes` None is no limit."""
+    """What a store holds now, and how often this object was asked for an item.
+
+    Attributes:
+        items: number of items.
+        bytes: bytes of the items.
+        max_bytes: the budget; None for no limit.
+        hits: calls of `get` that found an item.
+        misses: calls of `get` that found none.
+        evictions: items that were deleted to keep the budget.
+    """
 
     items: int
     bytes: int
@@ -32,82 +41,83 @@ class StoreStats:
     misses: int = 0
     evictions: int = 0
 
+    def __str__(self) -> str:
+        size, units = float(self.bytes), iter(("bytes", "kB", "MB", "GB", "TB"))
+        unit = next(units)
+        while size >= 1000 and unit != "TB":
+            size, unit = size / 1000, next(units)
+        amount = f"{self.bytes} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
+        return f"{self.items} {'item' if self.items == 1 else 'items'}, {amount}"
+
 
 class KVStore(ABC):
     """Items by their id.
 
-    Every method may be called from many threads at once. A reader sees an item whole, or not at all. An item that was
-    handed out stays readable, whatever happens to the store meanwhile; it is for reading: who wants to write into its
-    tensors copies them first (`kvcag.cache.hf.clone`). An item may leave a store that has a budget or a time to live
-    at any time, so a missing item is an answer and not an error.
+    Every method may be called from several threads at once. A reader gets an item whole or not at all. An item stays
+    readable after it was deleted or replaced in the store. Do not write to its tensors: copy them first
+    (`kvcag.cache.layers.clone`). A store with a budget or a time to live may delete an item at any time, so a missing
+    item is not an error.
 
-    All methods raise `StoreUnavailableError` when the place itself fails; nothing that was kept is lost by it.
+    All methods raise `StoreUnavailableError` when the disk, the remote or the connection fails. Items that were stored
+    before are not lost by that.
     """
 
     @abstractmethod
     def get(self, key: str) -> KVCacheItem | None:
-        """The item, or None.
+        """The item, or None. Its tensors are verified.
 
         Raises:
-            CorruptItemError: it is there and damaged. `delete` it and encode its text again. Where layers are read
-                when they are first looked at, a damaged one raises there.
-            FormatError: what is there was not written by kvcag, or by a newer release.
+            CorruptItemError: the item is damaged. `delete` it and encode its text again.
+            FormatError: kvcag did not write it, or a newer release did.
         """
 
     @abstractmethod
     def put(self, item: KVCacheItem) -> None:
-        """Keep an item under its id, in place of what was there. When this returns, it is kept.
+        """Store an item under its id, in place of an earlier one. When this returns, the item is stored.
 
         Raises:
-            InvalidInputError: its metadata is not JSON, where the store needs it to be.
-            StoreFullError: it does not fit into the budget, however much else is evicted.
+            InvalidInputError: its metadata is not JSON, and the store needs JSON.
+            StoreFullError: the item is larger than the budget, or pinned items leave too little room.
         """
 
     @abstractmethod
     def delete(self, keys: Iterable[str]) -> None:
-        """Forget items. Missing ones are ignored."""
+        """Delete items. Missing ones are ignored."""
 
     @abstractmethod
     def contains(self, key: str) -> bool:
-        """Whether `get` would find an item, as cheaply as the place allows; its soundness is not checked."""
+        """Whether the item is stored. Its content is not verified."""
 
     @abstractmethod
     def keys(self) -> Iterator[str]:
-        """The ids of all items, in no order, one after another: never all in memory where they are many."""
+        """The ids of all items, in no particular order. They are produced one by one."""
 
     @abstractmethod
     def manifest(self, key: str) -> Manifest | None:
-        """What is known of an item but its tensors, or None. Raises as `get`."""
+        """Everything about an item except its tensors, or None. Raises as `get`."""
 
     @abstractmethod
     def stats(self) -> StoreStats:
-        """What is held, and how often it was found."""
-
-    def place_of(self, key: str) -> str | None:
-        """Where an item would be loaded from, by the names that a `Planner` knows; None where it is not kept."""
-        return "store" if self.contains(key) else None
-
-    def places(self) -> dict[str, KVStore]:
-        """The places of this store, by name."""
-        return {"store": self}
+        """Number and bytes of the items, and counts of hits, misses and evictions."""
 
     def prefetch(self, keys: Iterable[str]) -> object:
-        """Begin to bring items nearer, for a `get` that comes soon, and return at once. Most stores have no nearer."""
+        """Begin to move items to the fastest tier, and return at once. Does nothing where there is one tier."""
         return None
 
     def purge(self, source: str) -> list[str]:
-        """Delete everything that was made from one text, and return the ids.
+        """Delete every item that was made from one text, and return the ids.
 
-        `source` is the text itself, or a value of one of the metadata fields `SOURCE_FIELDS`: a path, a URL, a
-        document's id.
+        Args:
+            source: the text itself, or a value of one of the metadata fields in `SOURCE_FIELDS`: a path, a URL, a
+                document's id.
         """
         manifests = ((key, self.manifest(key)) for key in self.keys())
         made = [key for key, manifest in manifests if manifest is not None and made_from(manifest, source)]
         self.delete(made)
         return made
 
-    def close(self) -> None:  # noqa: B027 - most stores hold nothing that must be given back
-        """Give back threads and connections. Using the store afterwards is an error."""
+    def close(self) -> None:  # noqa: B027 - most stores have nothing to release
+        """Release threads and connections. Do not use the store afterwards."""
 
     def __enter__(self) -> Self:
         return self
@@ -117,44 +127,24 @@ class KVStore(ABC):
     ) -> None:
         self.close()
 
-    async def aget(self, key: str) -> KVCacheItem | None:
-        """`get`, in a thread."""
-        return await asyncio.to_thread(self.get, key)
-
-    async def aput(self, item: KVCacheItem) -> None:
-        """`put`, in a thread."""
-        await asyncio.to_thread(self.put, item)
-
-    async def adelete(self, keys: Iterable[str]) -> None:
-        """`delete`, in a thread."""
-        await asyncio.to_thread(self.delete, keys)
-
-    async def acontains(self, key: str) -> bool:
-        """`contains`, in a thread."""
-        return await asyncio.to_thread(self.contains, key)
+    aget = async_twin(get)
+    aput = async_twin(put)
+    adelete = async_twin(delete)
+    acontains = async_twin(contains)
+    amanifest = async_twin(manifest)
+    astats = async_twin(stats)
+    apurge = async_twin(purge)
 
     async def akeys(self) -> AsyncIterator[str]:
-        """`keys`, some hundred at a time, in a thread."""
+        """`keys`, in a worker thread, 256 at a time."""
         keys = self.keys()
-        while some := await asyncio.to_thread(lambda: list(islice(keys, 256))):
-            for key in some:
+        while batch := await in_thread(lambda: list(islice(keys, 256))):
+            for key in batch:
                 yield key
-
-    async def amanifest(self, key: str) -> Manifest | None:
-        """`manifest`, in a thread."""
-        return await asyncio.to_thread(self.manifest, key)
-
-    async def astats(self) -> StoreStats:
-        """`stats`, in a thread."""
-        return await asyncio.to_thread(self.stats)
-
-    async def apurge(self, source: str) -> list[str]:
-        """`purge`, in a thread."""
-        return await asyncio.to_thread(self.purge, source)
 
 
 def made_from(manifest: Manifest, source: str) -> bool:
-    """Whether an item was made from `source`, alone or with other texts."""
+    """Whether an item was made from `source`, alone or together with other texts."""
     records = manifest.records
     texts = [*records.text_memories, records.composed_text_memory]
     named = [manifest.metadata.get(field) for field in (*SOURCE_FIELDS, MADE_OF)]

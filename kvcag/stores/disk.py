@@ -1,9 +1,9 @@
-"""Items in a directory that many processes and threads share.
+"""Items in a directory that several processes and threads may share.
 
-The files are all there is: no index that could be lost or disagree with them. A file's name is a hash of its item's
-id, so a look-up is one `open`; its access time is when it was last used, its modification time when it was put.
-A put is a rename and a delete an unlink, both atomic, so readers take no lock. The one lock, on a file, keeps an
-eviction from removing what another process has just put in the same place.
+There is no index besides the files. A file's name is a hash of its item's id, so a look-up is one `open`. A file's
+access time is the time of its last use, and its modification time the time of its `put`. A put is a rename and a delete
+is an unlink. Both are atomic, so readers take no lock. The one lock, on a file, prevents an eviction from deleting a
+file that another process has just replaced.
 """
 
 from __future__ import annotations
@@ -14,41 +14,47 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from kvcag.cache.hf import layers_of, nbytes
+from kvcag.cache.layers import layers_of, nbytes
+from kvcag.core import KVCacheItem
 from kvcag.errors import CorruptItemError, FormatError, StoreFullError, StoreUnavailableError
-from kvcag.items import KVCacheItem
 from kvcag.stores.base import KVStore, StoreStats
-from kvcag.stores.files import locked, make_private, sync_directory, unavailable, unnoticed
-from kvcag.stores.format import item_from_file, read_id, read_manifest, write_item
-from kvcag.stores.manifest import Manifest, Quantize
-from kvcag.stores.names import SUFFIX, Names
-from kvcag.stores.verification import VerifyReport, verify
+from kvcag.stores.files import (
+    SUFFIX,
+    TEMPORARY,
+    Names,
+    is_abandoned,
+    locked,
+    make_private,
+    sync_directory,
+    unavailable,
+    unnoticed,
+)
+from kvcag.stores.format import Manifest, Quantize, item_from_bytes, item_from_file, read_id, read_manifest, write_item
 
 _PIN = ".pin"
 _RECOUNT_SECONDS = 5.0
-"""How long this process trusts its own count of the bytes, not knowing what other processes put meanwhile."""
+"""How long this process relies on its own count of the bytes. Other processes may write in the meantime."""
 
 
 class DiskStore(KVStore):
     """Items in a directory.
 
     Args:
-        path: the directory; made if it is missing, for this user alone.
-        max_bytes: the most that the files of this namespace may take; the least recently used leave first. With
-            several writers, what the others wrote in the last five seconds may come on top.
-        ttl: seconds after which an item is forgotten, from when it was put; None for never.
-        quantize: `"int8"` halves the files of a bfloat16 model. Read items are in the model's dtype again.
-        namespace: whose items these are. Two namespaces share no file, and neither finds what the other put.
-        salt: a secret of the server's, mixed into every file name: without it nobody can tell from the names which
-            texts, or whose, are kept. The same salt finds the same items again.
-        lazy: verify each layer when it is first looked at (see `read_item`), not all of them in `get`.
+        path: the directory. It is created with mode 0700 if it is missing.
+        max_bytes: bytes that the files of this namespace may take. The least recently used are evicted first. With
+            several writers, the files that the others wrote in the last five seconds may exceed it.
+        ttl: seconds after a `put` until the item expires; None for never.
+        quantize: `"int8"` halves the files of a bfloat16 model. Items are read in the model's dtype.
+        namespace: whose items these are. Two namespaces share no file, and neither finds an item of the other.
+        salt: a secret of the server, part of every file name. Without it, the names do not reveal which texts are
+            stored. Use the same salt to find the items again.
 
     Raises:
-        StoreUnavailableError: the directory cannot be made.
+        StoreUnavailableError: the directory cannot be created.
     """
 
     def __init__(
@@ -60,9 +66,8 @@ class DiskStore(KVStore):
         quantize: Quantize = None,
         namespace: str = "",
         salt: bytes = b"",
-        lazy: bool = False,
     ) -> None:
-        self.max_bytes, self.ttl, self.quantize, self.lazy = max_bytes, ttl, quantize, lazy
+        self.max_bytes, self.ttl, self.quantize = max_bytes, ttl, quantize
         self.path = Path(path)
         self._names = Names(namespace, salt)
         self.directory = self.path / self._names.space
@@ -73,13 +78,19 @@ class DiskStore(KVStore):
         with unavailable(self.path):
             make_private(self.directory)
 
+    def __repr__(self) -> str:
+        try:
+            return f"<DiskStore {self.path} {self.stats()}>"
+        except StoreUnavailableError:
+            return f"<DiskStore {self.path} unavailable>"
+
     def get(self, key: str) -> KVCacheItem | None:
-        """The item, its tensors mapped from its file. Being found makes it the most recently used."""
-        path = self._path(key)
+        """The item, its tensors mapped from its file. It becomes the most recently used."""
+        path = self.file(key)
         with unavailable(path):
             try:
                 with open(path, "rb", opener=unnoticed) as file:
-                    item = None if self._expired(file) else item_from_file(file, lazy=self.lazy)
+                    item = None if self._expired(file) else item_from_file(file)
                     if item is not None:
                         _use(file)
             except FileNotFoundError:
@@ -88,15 +99,15 @@ class DiskStore(KVStore):
             self._hits += item is not None
             self._misses += item is None
         if item is not None and item.id != key:
-            raise CorruptItemError(path, f"it is in the place of item {key!r} and holds {item.id!r}")
+            raise CorruptItemError(path, f"it should hold item {key!r} and holds {item.id!r}")
         return item
 
     def put(self, item: KVCacheItem) -> None:
-        """Write the item's file; then, over the budget, delete the least recently used ones."""
+        """Write the item's file, then delete the least recently used files that exceed the budget."""
         size = nbytes(layers_of(item.memory))
         if self.max_bytes is not None and self.quantize is None and size > self.max_bytes:
             raise StoreFullError(item.id, size, self.max_bytes)
-        path = self._path(item.id)
+        path = self.file(item.id)
         with unavailable(path):
             make_private(path.parent)
         size = write_item(path, item, quantize=self.quantize, guard=self._lock())
@@ -105,10 +116,10 @@ class DiskStore(KVStore):
                 self._keep_budget(item.id, path, size)
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Unlink the items' files. When this returns, they stay deleted after a power cut too."""
+        """Unlink the items' files and sync their directories, so that the deletion survives a power cut."""
         touched = set()
         with unavailable(self.directory):
-            for path in map(self._path, keys):
+            for path in map(self.file, keys):
                 for each in (path, path.with_suffix(_PIN)):
                     with contextlib.suppress(FileNotFoundError):
                         each.unlink()
@@ -117,8 +128,8 @@ class DiskStore(KVStore):
                 sync_directory(directory)
 
     def contains(self, key: str) -> bool:
-        """Whether there is a file for it. Its content is not looked at."""
-        path = self._path(key)
+        """Whether the item has a file that has not expired. The content is not read."""
+        path = self.file(key)
         with unavailable(path):
             try:
                 with open(path, "rb", opener=unnoticed) as file:
@@ -127,75 +138,72 @@ class DiskStore(KVStore):
                 return False
 
     def keys(self) -> Iterator[str]:
-        """The ids, from the headers of the files. Damaged files are left out: `verify` names them."""
+        """The ids, from the headers of the files. Damaged files are left out; `verify` lists them."""
         for entry in self._entries():
             try:
                 yield read_id(entry.path)
             except (CorruptItemError, FormatError):
                 continue
             except StoreUnavailableError as error:
-                if error.errno != errno.ENOENT:  # deleted meanwhile
+                if error.errno != errno.ENOENT:  # deleted in the meantime
                     raise
 
     def manifest(self, key: str) -> Manifest | None:
-        """From the file's header; this is no use of the item."""
+        """From the file's header. Does not count as a use."""
         if not self.contains(key):
             return None
         try:
-            return read_manifest(self._path(key))
+            return read_manifest(self.file(key))
         except StoreUnavailableError as error:
             if error.errno == errno.ENOENT:
                 return None
             raise
 
     def stats(self) -> StoreStats:
-        """Counts the files. Expired ones that nobody asked for are still there, and counted."""
+        """Counts the files, also expired ones that were not deleted yet."""
         sizes = [file.bytes for file in self._files()]
         return StoreStats(len(sizes), sum(sizes), self.max_bytes, self._hits, self._misses, self._evictions)
 
     def file(self, key: str) -> Path:
-        """Where an item's file is, or would be."""
-        return self._path(key)
+        """The path of an item's file, whether or not it exists."""
+        return self.directory / self._names.file(key)
 
     def pin(self, key: str) -> None:
-        """Never evict this item, nor let it expire, until `unpin` or `delete`. For all processes."""
-        path = self._path(key).with_suffix(_PIN)
+        """Keep this item from eviction and expiry until `unpin` or `delete`, in all processes."""
+        path = self.file(key).with_suffix(_PIN)
         with unavailable(path):
             make_private(path.parent)
             path.touch(mode=0o600)
 
     def unpin(self, key: str) -> None:
-        """Let it be evicted again."""
+        """Undo `pin`."""
         with unavailable(self.directory):
-            self._path(key).with_suffix(_PIN).unlink(missing_ok=True)
+            self.file(key).with_suffix(_PIN).unlink(missing_ok=True)
 
     def verify(self, *, repair: bool = False) -> VerifyReport:
-        """Read every file of this namespace and check it; see `kvcag.stores.verification`."""
+        """Read and check every file of this namespace (see `kvcag.stores.verify`)."""
         return verify(self.directory, repair=repair)
 
     # --- files ----------------------------------------------------------------------------------------------
-
-    def _path(self, key: str) -> Path:
-        return self.directory / self._names.file(key)
 
     def _lock(self) -> contextlib.AbstractContextManager[None]:
         return locked(self.directory / ".lock")
 
     def _entries(self) -> Iterator[os.DirEntry[str]]:
-        """The items' files, one after another."""
+        """The items' files."""
         with unavailable(self.directory):
             for shard in os.scandir(self.directory):
                 if shard.is_dir():
                     yield from (entry for entry in os.scandir(shard) if entry.name.endswith(SUFFIX))
 
     def _files(self) -> Iterator[_File]:
-        """The same with their sizes and times. What vanishes meanwhile is left out."""
+        """The items' files with their sizes and times. Files that are deleted in the meantime are left out."""
         for entry in self._entries():
             with contextlib.suppress(FileNotFoundError):
                 yield _File.of(entry)
 
     def _expired(self, file: BinaryIO) -> bool:
-        """Whether an open file's time is over. If so, it is deleted, unless it was replaced meanwhile."""
+        """Whether an open file has expired. If so, delete it, unless it was replaced in the meantime."""
         if self.ttl is None:
             return False
         path, stat = Path(file.name), os.fstat(file.fileno())
@@ -206,7 +214,7 @@ class DiskStore(KVStore):
         return True
 
     def _keep_budget(self, item_id: str, path: Path, size: int) -> None:
-        """Delete the least recently used files until the rest fits; the one just put is the last to go."""
+        """Delete the least recently used files until the rest fits, the file just put last."""
         assert self.max_bytes is not None
         with self._counters:
             self._counted += size
@@ -243,16 +251,81 @@ class _File:
 
 
 def _unlink(path: Path, inode: int) -> None:
-    """Delete a file unless another one has taken its place. The caller holds the lock."""
+    """Delete a file unless it was replaced. The caller holds the lock."""
     with contextlib.suppress(FileNotFoundError):
         if path.stat().st_ino == inode:
             path.unlink()
 
 
 def _use(file: BinaryIO) -> None:
-    """Set the access time. Where this user may only read, the order of eviction is left to those who may write."""
+    """Set the access time. A reader without write permission leaves it as it is."""
     try:
         os.utime(file.fileno(), ns=(time.time_ns(), os.fstat(file.fileno()).st_mtime_ns))
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
+
+
+@dataclass(slots=True)
+class VerifyReport:
+    """What `verify` found.
+
+    Attributes:
+        sound: number of items whose every byte matches its checksum.
+        bytes: bytes of their files.
+        damaged: files that were cut or changed, each with the reason. A repair deletes them.
+        abandoned: temporary files of writers that died. A repair deletes them.
+        foreign: safetensors files of other programs or newer releases, each with the reason. A repair keeps them.
+    """
+
+    sound: int = 0
+    bytes: int = 0
+    damaged: list[tuple[Path, str]] = field(default_factory=list)
+    abandoned: list[Path] = field(default_factory=list)
+    foreign: list[tuple[Path, str]] = field(default_factory=list)
+
+    @property
+    def clean(self) -> bool:
+        """No file is damaged or abandoned."""
+        return not self.damaged and not self.abandoned
+
+
+def verify(path: str | os.PathLike[str], *, repair: bool = False) -> VerifyReport:
+    """Read every item below a directory and compare every byte with its checksum.
+
+    Other processes may read and write meanwhile: files that a running writer has not finished are skipped. Files are
+    read, not mapped, so that a disk error raises instead of ending the process with a signal.
+
+    Args:
+        path: the directory.
+        repair: delete damaged files and temporary files of writers that died.
+
+    Raises:
+        StoreUnavailableError: the directory cannot be read.
+    """
+    report = VerifyReport()
+    with unavailable(path):
+        for file in sorted(each for each in Path(path).rglob("*") if each.is_file()):
+            if file.name.endswith(TEMPORARY):
+                if is_abandoned(file, remove=repair):
+                    report.abandoned.append(file)
+            elif file.suffix == SUFFIX:
+                with contextlib.suppress(FileNotFoundError):  # deleted in the meantime
+                    _check(file, report, repair)
+    return report
+
+
+def _check(file: Path, report: VerifyReport, repair: bool) -> None:
+    try:
+        with open(file, "rb", opener=unnoticed) as opened:
+            data = bytearray(opened.read())
+        item_from_bytes(data, str(file))
+    except CorruptItemError as error:
+        report.damaged.append((file, str(error)))
+        if repair:
+            file.unlink(missing_ok=True)
+    except FormatError as error:
+        report.foreign.append((file, str(error)))
+    else:
+        report.sound += 1
+        report.bytes += len(data)

@@ -1,9 +1,10 @@
-"""Files that appear whole or not at all, for this user alone, and errors that say what to do."""
+"""File names, files that are written whole or not at all, locks, and errors of the file system."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hmac
 import os
 import secrets
 import time
@@ -15,11 +16,12 @@ from kvcag.errors import StoreUnavailableError
 
 try:
     import fcntl
-except ImportError:  # Windows: no lock tells a writer that lives from one that died, so its age must
+except ImportError:  # Windows has no flock: the age of a temporary file shows whether its writer died
     _HAS_FLOCK = False
 else:
     _HAS_FLOCK = True
 
+SUFFIX = ".safetensors"
 TEMPORARY = ".tmp"
 _STALE_SECONDS = 3600.0
 
@@ -35,7 +37,7 @@ _ADVICE = {
 
 @contextlib.contextmanager
 def unavailable(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn an `OSError` into a `StoreUnavailableError` that keeps its errno and says what to do."""
+    """Turn an `OSError` into a `StoreUnavailableError` with the same errno that says what to do."""
     try:
         yield
     except StoreUnavailableError:
@@ -46,26 +48,15 @@ def unavailable(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def remote_unavailable(name: str) -> Iterator[None]:
-    """Turn whatever a remote raises into a `StoreUnavailableError`: every backend has exceptions of its own."""
-    try:
-        yield
-    except Exception as error:
-        raise StoreUnavailableError(
-            getattr(error, "errno", None),
-            f"the remote failed ({type(error).__name__}: {error}). Check the network, the credentials and the address; "
-            "what it holds is as it was",
-            name,
-        ) from error
-
-
-@contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str], guard: AbstractContextManager[object] | None = None) -> Iterator[Path]:
-    """Give a temporary path; when the block ends well, what was written there becomes `path`.
+    """Yield a temporary path, and rename it to `path` when the block succeeds.
 
-    `guard` is held while the new file takes the old one's place, and not while it is written. The content is on the
-    disk before the name is, and the name before this returns: a reader sees the old file or the new one, whole, also
-    after a crash at any point. The file is mode 0600. When the block fails, nothing remains.
+    The content is synced before the rename, and the directory after it. A reader sees the old file or the new one,
+    whole, also after a crash at any point. The file has mode 0600. When the block fails, the temporary file is deleted.
+
+    Args:
+        path: the file to write.
+        guard: entered for the rename only, not while the block writes.
 
     Raises:
         StoreUnavailableError: the disk is full, permission was denied, …
@@ -87,7 +78,7 @@ def atomic_write(path: str | os.PathLike[str], guard: AbstractContextManager[obj
 
 
 def _create_beside(target: Path) -> tuple[Path, int]:
-    """A new file in the same directory, locked for as long as its descriptor is open."""
+    """Create a file in the same directory, locked while its descriptor is open."""
     while True:
         temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}{TEMPORARY}")
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
@@ -96,12 +87,12 @@ def _create_beside(target: Path) -> tuple[Path, int]:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         if os.fstat(descriptor).st_nlink:
             return temporary, descriptor
-        os.close(descriptor)  # cleared away as abandoned, between its creation and the lock
+        os.close(descriptor)  # a repair deleted it between its creation and the lock
 
 
 def sync_directory(directory: Path) -> None:
-    """Put a directory's entries on the disk: a rename, or a deletion, that was reported survives a power cut."""
-    if os.name == "nt":  # a directory cannot be opened there
+    """Sync a directory's entries, so that a rename or a deletion survives a power cut."""
+    if os.name == "nt":  # Windows cannot open a directory
         return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
@@ -111,15 +102,15 @@ def sync_directory(directory: Path) -> None:
 
 
 def unnoticed(path: str | os.PathLike[str], flags: int) -> int:
-    """Open without setting the access time, where the system allows it: to look is not to use. An `opener`."""
+    """An `opener` that leaves the access time as it is, where the system allows that."""
     try:
         return os.open(path, flags | getattr(os, "O_NOATIME", 0))
-    except PermissionError:  # only a file's owner may ask for it
+    except PermissionError:  # only the file's owner may use O_NOATIME
         return os.open(path, flags)
 
 
 def make_private(directory: Path) -> None:
-    """Create a directory, and what is missing above it, for this user alone."""
+    """Create a directory and its missing parents with mode 0700."""
     if directory.is_dir():
         return
     make_private(directory.parent)
@@ -130,9 +121,9 @@ def make_private(directory: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold a lock that excludes other threads and other processes. It is released when its holder dies.
+    """Hold a lock on a file against other threads and processes. It is released when its holder dies.
 
-    On Windows it excludes nobody.
+    On Windows there is no lock.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -143,17 +134,8 @@ def locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def remove_if_abandoned(temporary: Path) -> bool:
-    """Delete a temporary file whose writer died. Says whether it was abandoned."""
-    return _if_abandoned(temporary, remove=True)
-
-
-def is_abandoned(temporary: Path) -> bool:
-    """Whether the writer of a temporary file died before it was done."""
-    return _if_abandoned(temporary, remove=False)
-
-
-def _if_abandoned(temporary: Path, *, remove: bool) -> bool:
+def is_abandoned(temporary: Path, *, remove: bool = False) -> bool:
+    """Whether the writer of a temporary file died before it finished. With `remove`, such a file is deleted."""
     try:
         with open(temporary, "rb") as file:
             if not _HAS_FLOCK:
@@ -166,3 +148,30 @@ def _if_abandoned(temporary: Path, *, remove: bool) -> bool:
             return True
     except (BlockingIOError, FileNotFoundError):
         return False
+
+
+class Names:
+    """File names of one namespace: HMAC-SHA256 of an item's id under the salt and the namespace.
+
+    An id is often the hash of a text, so an id used as a name would let a reader test whether a text is stored. Without
+    the salt, these names reveal nothing. Equal ids of two namespaces have different names.
+
+    Args:
+        namespace: whose items these are.
+        salt: a secret of the server.
+
+    Attributes:
+        space: the name of the namespace, 32 hex digits.
+    """
+
+    def __init__(self, namespace: str = "", salt: bytes = b"") -> None:
+        self._secret = hmac.digest(salt, namespace.encode(), "sha256")
+        self.space = self._digest("namespace")[:32]
+
+    def file(self, key: str) -> str:
+        """The path of an item below its namespace: one of 256 directories, and a file in it."""
+        name = self._digest(f"item {key}")
+        return f"{name[:2]}/{name[2:]}{SUFFIX}"
+
+    def _digest(self, text: str) -> str:
+        return hmac.digest(self._secret, text.encode("utf-8", "surrogatepass"), "sha256").hex()

@@ -1,4 +1,4 @@
-"""Items in memory: the accelerator's, or the host's."""
+"""Items in the memory of the host or of an accelerator."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-from kvcag.cache.hf import cache_of, layers_of, nbytes
+from kvcag.cache.layers import cache_of, layers_of, nbytes
+from kvcag.core import KVCacheItem
 from kvcag.errors import InvalidInputError, StoreFullError
-from kvcag.items import KVCacheItem
 from kvcag.stores.base import KVStore, StoreStats
-from kvcag.stores.manifest import Manifest, manifest_of
+from kvcag.stores.format import Manifest, manifest_of
 
 
 @dataclass(slots=True)
@@ -25,13 +25,16 @@ class _Entry:
 
 
 class MemoryStore(KVStore):
-    """Items in memory, the least recently used leaving first.
+    """Items in memory. The least recently used is evicted first.
 
     Args:
-        max_bytes: the most that keys and values may take together; None for no limit.
-        ttl: seconds after which an item is forgotten, from when it was put; None for never.
-        device: where to keep them. None keeps each item as it was given, not copied.
-        pin_memory: keep them in page-locked host memory, from where an accelerator reads several times faster.
+        max_bytes: bytes that keys and values may take together; None for no limit.
+        ttl: seconds after a `put` until the item expires; None for never.
+        device: the device to which `put` copies. None stores each item without copying.
+        pin_memory: copy items to page-locked host memory, which an accelerator reads several times faster.
+
+    Raises:
+        InvalidInputError: `pin_memory` without a CUDA device, or with a `device` that is not the CPU.
     """
 
     def __init__(
@@ -43,12 +46,15 @@ class MemoryStore(KVStore):
         pin_memory: bool = False,
     ) -> None:
         if pin_memory and (not torch.cuda.is_available() or torch.device(device or "cpu").type != "cpu"):
-            raise InvalidInputError("pin_memory is for host memory beside a CUDA device; leave it out here.")
+            raise InvalidInputError('pin_memory needs a CUDA device, and device=None or "cpu". Leave it out.')
         self.max_bytes, self.ttl, self.device, self.pin_memory = max_bytes, ttl, device, pin_memory
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # the least recently used first
         self._pinned: set[str] = set()
         self._bytes = self._hits = self._misses = self._evictions = 0
         self._lock = threading.RLock()
+
+    def __repr__(self) -> str:
+        return f"<MemoryStore {self.stats()}>"
 
     def get(self, key: str) -> KVCacheItem | None:
         """The item that was put, or its copy on `device`."""
@@ -62,53 +68,53 @@ class MemoryStore(KVStore):
             return entry.item
 
     def put(self, item: KVCacheItem) -> None:
-        """Keep an item, evicting others if need be."""
+        """Store an item, and evict others where the budget needs it."""
         size = nbytes(layers_of(item.memory))
         self._check_room(item, size)
-        kept = self._placed(item)
+        stored = self._copied(item)
         expires = time.monotonic() + self.ttl if self.ttl is not None else float("inf")
         with self._lock:
             self._drop(item.id)
             self._make_room(item, size)
-            self._entries[item.id] = _Entry(kept, size, expires)
+            self._entries[item.id] = _Entry(stored, size, expires)
             self._bytes += size
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Forget items and their pins."""
+        """Delete items and their pins."""
         with self._lock:
             for key in keys:
                 self._drop(key)
                 self._pinned.discard(key)
 
     def contains(self, key: str) -> bool:
-        """Whether the item is here; this is no use of it."""
+        """Whether the item is stored. Does not count as a use."""
         with self._lock:
             return self._live(key) is not None
 
     def keys(self) -> Iterator[str]:
-        """The ids of what is here now, the least recently used first."""
+        """The ids of the items, the least recently used first."""
         with self._lock:
             return iter([key for key in list(self._entries) if self._live(key)])
 
     def manifest(self, key: str) -> Manifest | None:
-        """Made from the item; its `checksums` are empty."""
+        """Made from the item. Its `checksums` are empty."""
         with self._lock:
             entry = self._live(key)
         return None if entry is None else manifest_of(entry.item)
 
     def stats(self) -> StoreStats:
-        """Bytes are those of keys and values."""
+        """Counts the items. `bytes` are those of keys and values."""
         with self._lock:
             held = len(list(self.keys()))
             return StoreStats(held, self._bytes, self.max_bytes, self._hits, self._misses, self._evictions)
 
     def pin(self, key: str) -> None:
-        """Never evict this item, nor let it expire, until `unpin` or `delete`. It need not be here yet."""
+        """Keep this item from eviction and expiry until `unpin` or `delete`. It may be put later."""
         with self._lock:
             self._pinned.add(key)
 
     def unpin(self, key: str) -> None:
-        """Let it be evicted again."""
+        """Undo `pin`."""
         with self._lock:
             self._pinned.discard(key)
 
@@ -125,7 +131,7 @@ class MemoryStore(KVStore):
             self._bytes -= entry.bytes
 
     def _check_room(self, item: KVCacheItem, size: int) -> None:
-        """Refuse what cannot fit, before anything is copied or evicted for it."""
+        """Refuse an item that cannot fit, before anything is copied or evicted."""
         if self.max_bytes is None:
             return
         with self._lock:
@@ -141,20 +147,20 @@ class MemoryStore(KVStore):
                 return
             self._drop(key)
             self._evictions += 1
-        if self._bytes + size > self.max_bytes:  # pinned since it was checked
+        if self._bytes + size > self.max_bytes:  # an item was pinned after the check
             raise StoreFullError(item.id, size, self.max_bytes, self._bytes)
 
     @property
     def copies(self) -> bool:
-        """Whether `put` copies; else an item is kept with the tensors that it came with."""
+        """Whether `put` copies. If not, the store holds the tensors that it was given."""
         return self.device is not None or self.pin_memory
 
-    def _placed(self, item: KVCacheItem) -> KVCacheItem:
+    def _copied(self, item: KVCacheItem) -> KVCacheItem:
         if not self.copies:
             return item
-        layers = ((self._place(keys), self._place(values)) for keys, values in layers_of(item.memory))
+        layers = ((self._copy(keys), self._copy(values)) for keys, values in layers_of(item.memory))
         return item.model_copy(update={"memory": cache_of(layers)})
 
-    def _place(self, states: torch.Tensor) -> torch.Tensor:
-        placed = states.to(self.device or "cpu", copy=True, memory_format=torch.contiguous_format)
-        return placed.pin_memory() if self.pin_memory else placed
+    def _copy(self, states: torch.Tensor) -> torch.Tensor:
+        copy = states.to(self.device or "cpu", copy=True, memory_format=torch.contiguous_format)
+        return copy.pin_memory() if self.pin_memory else copy

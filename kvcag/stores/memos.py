@@ -1,8 +1,8 @@
-"""Dumps of MemOS, read without running what is in them.
+"""Reads dumps of MemOS without running code from them.
 
-A pickle names functions to call. The unpickler here finds only a dozen that build tensors, dates and plain containers;
-classes of MemOS and transformers become inert records, so neither need be installed and none of their code runs.
-Anything else is refused by its name.
+A pickle names functions to call. The unpickler here finds only a dozen, which build tensors, dates and plain
+containers. Objects of MemOS's and transformers' classes become inert records: neither package has to be installed, and
+none of their code runs. Every other name is refused.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ from pydantic import ValidationError
 from torch._utils import _rebuild_tensor_v2
 from transformers import DynamicCache
 
-from kvcag.cache.hf import LayerKV, cache_of, owned
+from kvcag.cache.layers import LayerKV, cache_of, contiguous_copy
+from kvcag.core import KVCacheItem, KVCacheRecords
 from kvcag.errors import CorruptItemError, FormatError, TokenMismatchError, UnsafePickleError
 from kvcag.fingerprint import ModelFingerprint
-from kvcag.items import KVCacheItem, KVCacheRecords
 from kvcag.stores.files import unavailable
 
 
 @dataclass(frozen=True, slots=True)
 class MemosItem:
-    """An item of MemOS's KVCacheMemory, which does not say which tokens or which model it was made from.
+    """An item of MemOS's KVCacheMemory. It does not hold its token ids or its model.
 
     Attributes:
-        memory: its keys and values, `(1, kv_heads, seq_len, head_dim)` a layer, positions beginning at 0.
-        records: the texts it was made from. The surest way to take an item over is to encode these again.
-        metadata: as it was, dates as ISO strings.
+        id: the item's id.
+        memory: its keys and values, `(1, kv_heads, seq_len, head_dim)` per layer. Positions begin at 0.
+        records: the texts it was made from. The safest way to import an item is to encode these again.
+        metadata: its metadata, with dates as ISO strings.
     """
 
     id: str
@@ -46,16 +47,20 @@ class MemosItem:
     metadata: dict[str, Any]
 
     def to_item(self, token_ids: Sequence[int], fingerprint: ModelFingerprint) -> KVCacheItem:
-        """The item as ours, by someone who knows what it was made from.
+        """A kvcag item, for a caller who knows the tokens and the model.
+
+        Args:
+            token_ids: the tokens that the item was made from.
+            fingerprint: the model that made it.
 
         Raises:
-            TokenMismatchError: it does not hold so many tokens. That it holds just these tokens cannot be seen.
+            TokenMismatchError: the number of tokens differs. Whether the tokens are the same cannot be checked.
         """
         length = self.memory.get_seq_length()
         if length != len(token_ids):
             raise TokenMismatchError(
-                f"item {self.id!r} holds {length} tokens, and {len(token_ids)} were given: it was made from another "
-                "text or with another template. Encode its text again."
+                f"item {self.id!r} holds {length} tokens, not {len(token_ids)}: it was made from another text or with "
+                "another template. Encode its text again."
             )
         return KVCacheItem(
             id=self.id,
@@ -68,13 +73,13 @@ class MemosItem:
 
 
 def read_memos_pickle(path: str | os.PathLike[str]) -> list[MemosItem]:
-    """The items of a file that MemOS's `KVCacheMemory.dump` wrote, of either of its layouts.
+    """The items of a file that MemOS's `KVCacheMemory.dump` wrote, in either of its layouts.
 
     Raises:
-        UnsafePickleError: the file wants to call something that no such dump needs. It was not called.
-        FormatError: it is not a pickle, or not of a KVCacheMemory.
+        UnsafePickleError: the file names a function that no such dump needs. It was not called.
+        FormatError: it is not a pickle, or not one of a KVCacheMemory.
         CorruptItemError: it was cut or changed.
-        StoreUnavailableError: it is not there, or cannot be read.
+        StoreUnavailableError: it does not exist, or cannot be read.
     """
     name = os.fspath(path)
     with unavailable(path), open(path, "rb") as file, _understood(name):
@@ -85,11 +90,11 @@ def read_memos_pickle(path: str | os.PathLike[str]) -> list[MemosItem]:
 
 
 class _Record:
-    """Stands for an object of another library: what was written of it, and none of its code."""
+    """The pickled fields of an object of another library, without its code."""
 
     fields: dict[str, Any]
 
-    def __new__(cls, *args: object) -> _Record:  # pickles make objects without __init__
+    def __new__(cls, *args: object) -> _Record:  # a pickle creates objects without __init__
         made = super().__new__(cls)
         made.fields = {}
         return made
@@ -97,19 +102,19 @@ class _Record:
     def __setstate__(self, state: Any) -> None:
         if isinstance(state, tuple) and len(state) == 2:  # (__dict__, __slots__)
             state = {**(state[0] or {}), **(state[1] or {})}
-        fields = state.get("__dict__", state)  # pydantic keeps its fields one level down
+        fields = state.get("__dict__", state)  # pydantic nests its fields
         self.fields.update(fields)
 
 
 def _storage(data: bytes) -> Any:
-    """For `torch.storage._load_from_bytes`, which would unpickle anything."""
+    """Stands for `torch.storage._load_from_bytes`, which would unpickle any object."""
     return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
 
 
 def _latin1(text: str, encoding: str) -> bytes:
-    """For `_codecs.encode`, by which old pickles hold bytes."""
+    """Stands for `_codecs.encode`, with which old pickles hold bytes."""
     if encoding != "latin1":
-        raise ValueError(f"the codec {encoding!r} was asked for")
+        raise ValueError(f"it uses the codec {encoding!r}, not latin1")
     return text.encode("latin1")
 
 
@@ -128,7 +133,7 @@ _ADMITTED: dict[tuple[str, str], Callable[..., Any]] = {
     ("datetime", "timedelta"): datetime.timedelta,
     ("datetime", "timezone"): datetime.timezone,
 }
-_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # as protocols below 3 spell them
+_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # the names in protocols below 3
 _RECORDS = {
     "transformers.cache_utils": {"DynamicCache", "DynamicLayer"},
     "memos.memories.activation.item": {"KVCacheItem", "KVCacheRecords", "ActivationMemoryItem"},
@@ -142,7 +147,7 @@ class _Unpickler(pickle.Unpickler):
         self.name = name
 
     def find_class(self, module: str, name: str) -> Any:
-        """What the pickle may use under this name."""
+        """The function, class or dtype of this name, if a dump needs it."""
         module = _PYTHON_2.get(module, module)
         if name in _RECORDS.get(module, ()):
             return _Record
@@ -151,18 +156,20 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         raise UnsafePickleError(
-            f"{self.name} wants to use {module}.{name}, which no dump of a KVCacheMemory needs. Nothing of it was "
-            "run. Load this file with nothing that unpickles; encode the texts again from their source."
+            f"{self.name} uses {module}.{name}, which no dump of a KVCacheMemory needs. It was not called. Do not "
+            "unpickle this file by other means; encode the texts again from their source."
         )
 
     def persistent_load(self, pid: Any) -> Any:
-        """Objects outside the pickle, as in archives of torch.save: a dump has none."""
-        raise UnsafePickleError(f"{self.name} refers to {str(pid)[:80]!r}, outside of it, which no dump does.")
+        """Refuses objects outside the pickle, as in archives of torch.save. A dump has none."""
+        raise UnsafePickleError(
+            f"{self.name} refers to the outside object {str(pid)[:80]!r}, and no dump does. Encode the texts again."
+        )
 
 
 @contextlib.contextmanager
 def _understood(name: str) -> Iterator[None]:
-    """Whatever a broken pickle makes the unpickler or torch raise means that the file is damaged."""
+    """Turn every error of the unpickler and of torch into a `CorruptItemError`: the file is damaged."""
     try:
         yield
     except (FormatError, CorruptItemError, OSError):
@@ -175,7 +182,7 @@ def _items(dumped: Any, name: str) -> list[_Record]:
     kept = dumped.get("kv_cache_memories") if isinstance(dumped, Mapping) else dumped
     items = list(kept.values()) if isinstance(kept, Mapping) else kept
     if not isinstance(items, list) or not all(isinstance(item, _Record) for item in items):
-        raise FormatError(f"{name} is a pickle, but not one of a KVCacheMemory: there are no kv_cache_memories in it.")
+        raise FormatError(f"{name} is a pickle, but not one of a KVCacheMemory: it has no kv_cache_memories.")
     return items
 
 
@@ -185,16 +192,16 @@ def _item(record: _Record) -> MemosItem:
     try:
         return MemosItem(
             id=str(fields["id"]),
-            memory=cache_of(owned(_layers(fields["memory"]))),
+            memory=cache_of(contiguous_copy(_layers(fields["memory"]))),
             records=KVCacheRecords.model_validate(records.fields if isinstance(records, _Record) else {}),
             metadata=_plain(fields.get("metadata") or {}),
         )
     except (KeyError, AttributeError, TypeError, ValidationError) as error:
-        raise FormatError(f"item {fields.get('id')!r} is not a KVCacheItem as MemOS writes it: {error!r}") from error
+        raise FormatError(f"item {fields.get('id')!r} is not a KVCacheItem of MemOS: {error!r}") from error
 
 
 def _layers(cache: _Record) -> list[LayerKV]:
-    """The keys and values of a DynamicCache of transformers 5, or of 4 before it had layers."""
+    """The keys and values of a DynamicCache of transformers 5, or of transformers 4 before it had layers."""
     if "layers" in cache.fields:
         pairs = [(layer.fields.get("keys"), layer.fields.get("values")) for layer in cache.fields["layers"]]
     else:
@@ -206,7 +213,7 @@ def _layers(cache: _Record) -> list[LayerKV]:
 
 
 def _plain(value: Any) -> Any:
-    """Metadata as JSON has it."""
+    """A JSON value. What JSON cannot hold becomes a str."""
     if isinstance(value, Mapping):
         return {str(key): _plain(each) for key, each in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):

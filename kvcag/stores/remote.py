@@ -1,53 +1,54 @@
-"""Items anywhere that fsspec reaches: `s3://`, `gs://`, `az://`, `memory://` and the rest."""
+"""Items in a remote: any file system that fsspec supports, or a LangChain `ByteStore`."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
-from kvcag.errors import CorruptItemError, FormatError, InvalidInputError, MissingExtraError
-from kvcag.items import KVCacheItem
+from kvcag.core import KVCacheItem
+from kvcag.errors import CorruptItemError, FormatError, InvalidInputError, MissingExtraError, StoreUnavailableError
 from kvcag.stores.base import KVStore, StoreStats
-from kvcag.stores.files import remote_unavailable
-from kvcag.stores.format import item_from_bytes, item_to_bytes
-from kvcag.stores.manifest import Manifest, Quantize, parse_header, parse_id
-from kvcag.stores.names import SUFFIX, Names
+from kvcag.stores.files import SUFFIX, Names
+from kvcag.stores.format import Manifest, Quantize, item_from_bytes, item_to_bytes, parse_header, parse_id
 
-if TYPE_CHECKING:
-    from fsspec import AbstractFileSystem  # type: ignore[import-untyped]
-
-_HEAD = 64 << 10  # most heads are smaller: one request
+_HEAD = 64 << 10  # bytes of the first request for a head; most heads are smaller
 
 
 class FsspecStore(KVStore):
-    """Items as objects of a remote, in the format of files (docs/file-format.md).
+    """Items in any file system that fsspec supports, such as `s3://`, `gs://`, `az://` or `memory://`.
 
-    Object stores replace an object in one step; where a remote does not, a reader may meet half an object, and gets a
-    `CorruptItemError` for it. How long objects live is the remote's own policy (a bucket's lifecycle rules).
+    An item is an object in the format of files (docs/file-format.md). Where a remote does not replace an object in one
+    step, a `get` during a `put` may read parts of both; the checksums detect that, and it raises `CorruptItemError`.
+    The remote's own policy decides how long objects live (a bucket's lifecycle rules).
 
     Args:
         url: where: `s3://bucket/kv`.
         quantize: `"int8"` halves the objects of a bfloat16 model.
         namespace: whose items these are, as for `DiskStore`.
-        salt: a secret of the server's, as for `DiskStore`.
+        salt: a secret of the server, as for `DiskStore`.
         storage_options: for the file system: credentials, endpoints, timeouts.
 
     Raises:
         MissingExtraError: fsspec, or the package of this protocol, is not installed.
-        InvalidInputError: the url is a local path: `DiskStore` is for those, and safer.
+        InvalidInputError: the url is a local path, for which `DiskStore` is safer, or fsspec does not know it.
     """
 
     def __init__(
         self, url: str, *, quantize: Quantize = None, namespace: str = "", salt: bytes = b"", **storage_options: Any
     ) -> None:
-        self.url, self.quantize = url, quantize
-        self._names = Names(namespace, salt)
-        self._fs, root = _open(url, storage_options)
-        if "file" in _protocols(self._fs):
-            raise InvalidInputError(f"{url} is a local path: use DiskStore, whose writes are atomic and durable.")
-        self.directory = f"{root.rstrip('/')}/{self._names.space}"
+        fs, root = _open(url, storage_options)
+        if "file" in ([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol):
+            raise InvalidInputError(f"{url} is a local path. Use DiskStore, whose writes are atomic and durable.")
+        self._set(fs, root, url, quantize, Names(namespace, salt))
+
+    def _set(self, fs: Any, root: str, url: str, quantize: Quantize, names: Names) -> None:
+        self._fs, self.url, self.quantize, self._names = fs, url, quantize, names
+        self.directory = f"{root.rstrip('/')}/{names.space}"
         self._hits = self._misses = 0
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.url}>"
 
     def get(self, key: str) -> KVCacheItem | None:
         """The item, verified, in memory of its own."""
@@ -58,25 +59,25 @@ class FsspecStore(KVStore):
         return None if data is None else item_from_bytes(bytearray(data), self._shown(path))
 
     def put(self, item: KVCacheItem) -> None:
-        """Write the item's object in one request."""
+        """Write the item's object."""
         data = bytes(item_to_bytes(item, quantize=self.quantize))
-        with remote_unavailable(self.url):
+        with self._reached():
             self._fs.pipe_file(self._path(item.id), data)
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete the items' objects."""
         for path in map(self._path, keys):
-            with remote_unavailable(self.url), contextlib.suppress(FileNotFoundError):
+            with self._reached(), contextlib.suppress(FileNotFoundError):
                 self._fs.rm_file(path)
 
     def contains(self, key: str) -> bool:
-        """Whether there is an object for it."""
-        with remote_unavailable(self.url):
+        """Whether the item has an object."""
+        with self._reached():
             self._fs.invalidate_cache()
             return bool(self._fs.exists(self._path(key)))
 
     def keys(self) -> Iterator[str]:
-        """The ids, from the heads of the objects: one request each. Damaged ones are left out."""
+        """The ids, from the heads of the objects, one request each. Damaged objects are left out."""
         for path in self._objects():
             head = self._head(path)
             if head is not None:
@@ -84,7 +85,7 @@ class FsspecStore(KVStore):
                     yield parse_id(head, self._shown(path))
 
     def manifest(self, key: str) -> Manifest | None:
-        """From the object's head; the rest is not transferred."""
+        """From the object's head. The tensors are not transferred."""
         path = self._path(key)
         head = self._head(path)
         return None if head is None else parse_header(head, self._shown(path)).manifest
@@ -100,23 +101,23 @@ class FsspecStore(KVStore):
     def _shown(self, path: str) -> str:
         return str(self._fs.unstrip_protocol(path))
 
-    def _read(self, path: str, start: int | None = None, end: int | None = None) -> bytes | None:
-        with remote_unavailable(self.url):
+    def _read(self, path: str, end: int | None = None) -> bytes | None:
+        with self._reached():
             try:
-                return bytes(self._fs.cat_file(path, start=start, end=end))
+                return bytes(self._fs.cat_file(path, start=None if end is None else 0, end=end))
             except FileNotFoundError:
                 return None
 
     def _head(self, path: str) -> bytes | None:
-        start = self._read(path, 0, _HEAD)
+        start = self._read(path, _HEAD)
         if start is None or len(start) < 8:
             return start
         size = 8 + int.from_bytes(start[:8], "little")
-        return start[:size] if size <= len(start) or len(start) < _HEAD else self._read(path, 0, size)
+        return start[:size] if size <= len(start) or len(start) < _HEAD else self._read(path, size)
 
     def _objects(self) -> dict[str, int]:
-        """Paths and bytes."""
-        with remote_unavailable(self.url):
+        """Path → bytes of each object."""
+        with self._reached():
             self._fs.invalidate_cache()
             try:
                 found = self._fs.find(self.directory, detail=True)
@@ -124,8 +125,21 @@ class FsspecStore(KVStore):
                 return {}
         return {path: int(info["size"] or 0) for path, info in found.items() if path.endswith(SUFFIX)}
 
+    @contextlib.contextmanager
+    def _reached(self) -> Iterator[None]:
+        """Turn every error of the remote into a `StoreUnavailableError`: each backend has exceptions of its own."""
+        try:
+            yield
+        except Exception as error:
+            raise StoreUnavailableError(
+                getattr(error, "errno", None),
+                f"the remote failed ({type(error).__name__}: {error}). Check the network, the credentials and the "
+                "address; the stored items are unchanged",
+                self.url,
+            ) from error
 
-def _open(url: str, options: dict[str, Any]) -> tuple[AbstractFileSystem, str]:
+
+def _open(url: str, options: dict[str, Any]) -> tuple[Any, str]:
     try:
         from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
@@ -133,9 +147,71 @@ def _open(url: str, options: dict[str, Any]) -> tuple[AbstractFileSystem, str]:
     except ImportError as error:  # fsspec's own message names the package of a protocol
         raise MissingExtraError(f"{url} ({error})", "store") from None
     except ValueError as error:
-        raise InvalidInputError(f"{url!r} is not an address that fsspec knows: {error}") from error
+        raise InvalidInputError(f"fsspec does not know the address {url!r}: {error}") from error
     return fs, root
 
 
-def _protocols(fs: AbstractFileSystem) -> tuple[str, ...]:
-    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+class ByteStore(Protocol):
+    """The methods of LangChain's `BaseStore[str, bytes]` that `ByteKVStore` calls."""
+
+    def mget(self, keys: Sequence[str]) -> list[bytes | None]: ...  # noqa: D102
+    def mset(self, key_value_pairs: Sequence[tuple[str, bytes]]) -> None: ...  # noqa: D102
+    def mdelete(self, keys: Sequence[str]) -> None: ...  # noqa: D102
+    def yield_keys(self, *, prefix: str | None = None) -> Iterator[str]: ...  # noqa: D102
+
+
+class ByteKVStore(FsspecStore):
+    """Items in a store of bytes by key, such as a LangChain `ByteStore` over Redis. An item is two values.
+
+    Args:
+        store: where the bytes go.
+        quantize: as for `DiskStore`.
+        namespace: as for `DiskStore`.
+        salt: as for `DiskStore`.
+    """
+
+    def __init__(self, store: ByteStore, *, quantize: Quantize = None, namespace: str = "", salt: bytes = b"") -> None:
+        self.store = store
+        self._set(_ByteFiles(store), "kvcag", type(store).__name__, quantize, Names(namespace, salt))
+
+
+class _ByteFiles:
+    """The methods of an fsspec file system that `FsspecStore` calls. The head of a file is a value of its own."""
+
+    def __init__(self, store: ByteStore) -> None:
+        self.store = store
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
+        """The whole file; with `end`, its head."""
+        head, *tensors = self.store.mget([path] if end is not None else [path, _tensors(path)])
+        if head is None:
+            raise FileNotFoundError(path)
+        return b"".join([head, *filter(None, tensors)])
+
+    def pipe_file(self, path: str, data: bytes) -> None:
+        size = 8 + int.from_bytes(data[:8], "little")
+        self.store.mset([(_tensors(path), data[size:]), (path, data[:size])])
+
+    def rm_file(self, path: str) -> None:
+        self.store.mdelete([path, _tensors(path)])
+
+    def exists(self, path: str) -> bool:
+        return self.store.mget([path])[0] is not None
+
+    def find(self, directory: str, *, detail: bool) -> dict[str, dict[str, int]]:
+        found = {}
+        for path in self.store.yield_keys(prefix=f"{directory}/"):
+            if path.endswith(SUFFIX):
+                with contextlib.suppress(CorruptItemError, FormatError, FileNotFoundError):
+                    found[path] = {"size": parse_header(self.cat_file(path, end=0), path).size}
+        return found
+
+    def unstrip_protocol(self, path: str) -> str:
+        return path
+
+    def invalidate_cache(self) -> None:
+        """Nothing is cached."""
+
+
+def _tensors(path: str) -> str:
+    return f"{path}.tensors"

@@ -1,23 +1,25 @@
-"""Several stores as one: the quickest first, the largest last."""
+"""Several stores as one, the fastest first."""
 
 from __future__ import annotations
 
 import operator
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 
-from kvcag.cache.hf import cache_of, layers_of, owned
+from kvcag.cache.layers import cache_of, contiguous_copy, layers_of
+from kvcag.core import KVCacheItem
 from kvcag.errors import InvalidInputError, StoreError, StoreFullError
-from kvcag.items import KVCacheItem
 from kvcag.stores.base import KVStore, StoreStats
-from kvcag.stores.manifest import Manifest
+from kvcag.stores.disk import DiskStore
+from kvcag.stores.format import Manifest
 from kvcag.stores.memory import MemoryStore
 
 
 class StoreWarning(UserWarning):
-    """A tier failed, and another one stood in. Nothing is lost; it was slower, or one copy fewer is kept."""
+    """A tier failed and another tier was used. No item is lost; it was slower, or there is one copy fewer."""
 
 
 class TieredStore(KVStore):
@@ -30,51 +32,57 @@ class TieredStore(KVStore):
             FsspecStore("s3://bucket/kv"),
         ])
 
-    A put writes to every tier, so that what one evicts is still in the next. An item that is found in a slow tier is
-    copied into the quicker ones. Each tier keeps its own budget.
+    A put writes to every tier, so an item that one tier evicts is still in the next. An item that is found in a slow
+    tier is copied into the faster ones. Each tier keeps its own budget.
 
     Args:
-        tiers: the quickest first.
-        prefetch_threads: how many items are fetched at once by `prefetch`.
+        tiers: stores, the fastest first. A path is a `DiskStore`.
+        prefetch_threads: how many items `prefetch` fetches at once.
+
+    Raises:
+        InvalidInputError: there is no tier.
     """
 
-    def __init__(self, tiers: Sequence[KVStore], *, prefetch_threads: int = 4) -> None:
+    def __init__(self, tiers: Sequence[KVStore | str | os.PathLike[str]], *, prefetch_threads: int = 4) -> None:
         if not tiers:
             raise InvalidInputError("a TieredStore needs at least one tier")
-        self.tiers = list(tiers)
+        self.tiers = [tier if isinstance(tier, KVStore) else DiskStore(tier) for tier in tiers]
         self._pool = ThreadPoolExecutor(prefetch_threads, thread_name_prefix="kvcag-prefetch")
         self._coming: dict[str, Future[KVCacheItem | None]] = {}
         self._lock = threading.Lock()
         self._stripes = [threading.Lock() for _ in range(64)]
         self._hits = self._misses = 0
 
+    def __repr__(self) -> str:
+        return f"<TieredStore {', '.join(map(repr, self.tiers))}>"
+
     def get(self, key: str) -> KVCacheItem | None:
-        """The item from the quickest tier that has it, waiting for a prefetch of it that is under way.
+        """The item from the fastest tier that has it. Waits for a prefetch of it that is running.
 
         Raises:
-            StoreError: no tier has it sound, and at least one failed: the first one's error.
+            StoreError: no tier gave the item, and at least one failed: the error of the first one.
         """
         with self._lock:
             coming = self._coming.get(key)
-        item = coming.result() if coming is not None else self._find(key)
+        item = self._find(key) if coming is None else self._result(coming, key)
         with self._lock:
             self._hits += item is not None
             self._misses += item is None
         return item
 
     def prefetch(self, keys: Iterable[str]) -> list[Future[KVCacheItem | None]]:
-        """Begin to bring items into the quickest tier, in background threads, and return at once.
+        """Begin to copy items into the fastest tier, in background threads, and return at once.
 
-        For the ids that a retriever has just found, while the prompt is still being built. A `get` of one of them
-        waits for it. Nobody need look at the futures: an error is raised again by `get`.
+        Call it with the ids that a retriever found, while the prompt is built. A `get` of one of them waits for it,
+        and raises its error: the futures may be ignored.
         """
         return [self._fetch(key) for key in dict.fromkeys(keys)]
 
     def put(self, item: KVCacheItem) -> None:
-        """Write to every tier. One that fails or is full is passed over with a warning, as long as another keeps it.
+        """Write to every tier. A tier that fails is skipped with a `StoreWarning`, and a full one silently.
 
         Raises:
-            StoreError: no tier kept it, or a tier that failed still holds an older item under this id.
+            StoreError: no tier stored the item, or a tier that failed still holds an older item under this id.
         """
         failures: list[StoreError] = []
         with self._changing(item.id):
@@ -82,7 +90,7 @@ class TieredStore(KVStore):
                 try:
                     tier.put(item)
                 except StoreError as error:
-                    tier.delete([item.id])  # what it holds under this id is out of date; if this fails too, so do we
+                    tier.delete([item.id])  # it may hold an older item under this id; if this fails too, it raises
                     failures.append(error)
         if len(failures) == len(self.tiers):
             raise failures[0]
@@ -94,7 +102,7 @@ class TieredStore(KVStore):
         """Delete from every tier, also when one fails.
 
         Raises:
-            StoreError: from the first tier that failed: it may still hold them.
+            StoreError: the error of the first tier that failed. It may still hold the items.
         """
         failures: list[StoreError] = []
         for key in keys:
@@ -104,50 +112,41 @@ class TieredStore(KVStore):
             raise failures[0]
 
     def purge(self, source: str) -> list[str]:
-        """Delete from every tier what was made from one text. Raises as `delete`."""
+        """Delete every item made from one text, from every tier. Raises as `delete`."""
         purged: set[str] = set()
         failures = self._everywhere(lambda tier: purged.update(tier.purge(source)))
-        self.delete(purged)  # again: a prefetch may have copied one from a tier that was not purged yet
+        self.delete(purged)  # again: a prefetch may have copied an item from a tier that was purged later
         if failures:
             raise failures[0]
         return sorted(purged)
 
     def contains(self, key: str) -> bool:
-        """Whether a tier has it."""
+        """Whether a tier has the item."""
         return self.tier_of(key) is not None
 
     def tier_of(self, key: str) -> int | None:
-        """The index of the quickest tier that has an item."""
+        """The index of the fastest tier that has an item; None where no tier has it."""
         return next((index for index, tier in enumerate(self.tiers) if tier.contains(key)), None)
-
-    def place_of(self, key: str) -> str | None:
-        """`tier 0` and so on, of the quickest tier that has an item."""
-        tier = self.tier_of(key)
-        return None if tier is None else f"tier {tier}"
-
-    def places(self) -> dict[str, KVStore]:
-        """The tiers, by name."""
-        return {f"tier {index}": tier for index, tier in enumerate(self.tiers)}
 
     def keys(self) -> Iterator[str]:
         """Each id once."""
         for index, tier in enumerate(self.tiers):
             for key in iter(tier.keys()):
-                if not any(quicker.contains(key) for quicker in self.tiers[:index]):
+                if not any(faster.contains(key) for faster in self.tiers[:index]):
                     yield key
 
     def manifest(self, key: str) -> Manifest | None:
-        """From the quickest tier that has it."""
+        """From the fastest tier that has the item."""
         return next((found for tier in self.tiers if (found := tier.manifest(key)) is not None), None)
 
     def stats(self) -> StoreStats:
-        """Items of the fullest tier, and the bytes of all. `tiers` have their own."""
+        """The items of the tier that has most, the bytes of all tiers, and hits and misses of this store."""
         all_stats = [tier.stats() for tier in self.tiers]
         items, used = max(s.items for s in all_stats), sum(s.bytes for s in all_stats)
         return StoreStats(items, used, None, self._hits, self._misses, sum(s.evictions for s in all_stats))
 
     def close(self) -> None:
-        """Wait for prefetches under way, and close the tiers."""
+        """Wait for prefetches that are running, and close the tiers."""
         self._pool.shutdown(cancel_futures=True)
         for tier in self.tiers:
             tier.close()
@@ -159,6 +158,12 @@ class TieredStore(KVStore):
             future = self._coming[key] = self._pool.submit(self._find, key)
         future.add_done_callback(lambda _: self._arrived(key))
         return future
+
+    def _result(self, coming: Future[KVCacheItem | None], key: str) -> KVCacheItem | None:
+        try:
+            return coming.result()
+        except CancelledError:  # its caller or `close` cancelled the prefetch
+            return self._find(key)
 
     def _find(self, key: str) -> KVCacheItem | None:
         with self._changing(key):
@@ -183,19 +188,19 @@ class TieredStore(KVStore):
         return None
 
     def _promote(self, item: KVCacheItem, found: int) -> KVCacheItem:
-        """Copy an item into the tiers above the one where it was found, the nearest first, and give the quickest copy.
+        """Copy an item into the tiers above the one where it was found, and return the copy of the fastest tier.
 
-        So an accelerator reads it from pinned host memory, and a damaged copy in a quicker tier is replaced.
+        It is copied tier by tier upward, so that an accelerator reads from pinned host memory. A damaged copy in a
+        faster tier is replaced.
         """
         if found == 0:
             return item
-        layers = layers_of(item.memory)  # read now, so that damage shows before it is passed on
         for tier in reversed(self.tiers[:found]):
-            kept = item
-            if isinstance(tier, MemoryStore) and not tier.copies:  # it would keep a file mapped instead
-                kept = item.model_copy(update={"memory": cache_of(owned(layers))})
+            copy = item
+            if isinstance(tier, MemoryStore) and not tier.copies:  # or it would hold the mapping of a file
+                copy = item.model_copy(update={"memory": cache_of(contiguous_copy(layers_of(item.memory)))})
             try:
-                tier.put(kept)
+                tier.put(copy)
                 item = tier.get(item.id) or item
             except StoreError as error:
                 if not isinstance(error, StoreFullError):
@@ -203,11 +208,11 @@ class TieredStore(KVStore):
         return item
 
     def _changing(self, key: str) -> threading.Lock:
-        """Held while an item moves, is put or is deleted, so that a copy under way never brings back a deleted one."""
+        """The lock for copying, putting and deleting an item, so that a copy does not restore a deleted item."""
         return self._stripes[hash(key) % len(self._stripes)]
 
     def _everywhere(self, act: Callable[[KVStore], object]) -> list[StoreError]:
-        """Do something with every tier, also after one failed."""
+        """Call `act` with every tier, also after one failed. Returns the errors."""
         failures: list[StoreError] = []
         for tier in self.tiers:
             try:
@@ -222,4 +227,4 @@ class TieredStore(KVStore):
 
     @staticmethod
     def _warn(error: StoreError) -> None:
-        warnings.warn(f"a tier failed and another one stood in: {error}", StoreWarning, stacklevel=4)
+        warnings.warn(f"a tier failed and another tier was used: {error}", StoreWarning, stacklevel=4)

@@ -11,19 +11,19 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import byte_tokenizer, tiny_model
 
 from kvcag import HFEngine, MemoryCube
 from kvcag.cube.dump import read_dump
+from kvcag.testing import byte_tokenizer, tiny_model
 
 DUMPING = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
-from tiny import byte_tokenizer, tiny_model
+from kvcag.testing import byte_tokenizer, tiny_model
 from kvcag import HFEngine, MemoryCube
-cube = MemoryCube(HFEngine(tiny_model(), byte_tokenizer()), head="Answer from the notes.")
+cube = MemoryCube(HFEngine(tiny_model(), byte_tokenizer()), instruction="Answer from the notes.")
 cube.add([f"Note {number} of many, each of some words." for number in range(12)])
 cube.encode()
 for _ in sys.stdin:
@@ -65,5 +65,5 @@ def test_a_dump_killed_at_any_moment_loses_nothing(tmp_path: Path) -> None:
     assert cube.get_all() == read.texts
     assert cube.encode() == 1  # the text that was edited last
     cube.dump(folder)
-    current = json.loads((folder / "cube.json").read_text())["folder"]
-    assert {path.name for path in folder.iterdir()} == {".lock", "cube.json", current}
+    current = json.loads((folder / "cube.json").read_text())["directory"]
+    assert {path.name for path in folder.iterdir()} == {".cube.json.lock", "cube.json", current}

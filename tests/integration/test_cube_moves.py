@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcag import HFEngine, MemoryCube
-from kvcag.items import TextualMemoryItem
+from kvcag.core import TextualMemoryItem
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "memory_cube.py"
 HEAD = "Answer the question using only these notes."
@@ -34,9 +34,9 @@ with warnings.catch_warnings(record=True) as said, forward_lengths(engine.model)
     cube = MemoryCube.from_dir(folder, engine, strategy=strategy)
     loading = list(lengths)
     answer = cube.ask(question, max_new_tokens=28)
-report = answer.plan.report
+report = answer.report
 print(json.dumps({
-    "answer": answer.text, "side": answer.plan.side, "encoded": answer.plan.encoded, "mode": report.mode,
+    "answer": answer.text, "side": answer.side, "encoded": answer.encoded, "mode": report.mode,
     "context": report.context_tokens, "encoded_tokens": report.encoded_tokens, "recomputed": report.recomputed_tokens,
     "prompt": answer.usage.prompt_tokens, "loading": loading, "first": lengths[len(loading)],
     "warnings": [[type(w.message).__name__, str(w.message)] for w in said],
@@ -60,7 +60,7 @@ def asked_elsewhere(model: Path, folder: Path, dtype: str, strategy: str) -> dic
 
 
 def test_a_cube_moves_to_a_fresh_process(smollm2_engine: HFEngine, smollm2_path: Path, tmp_path: Path) -> None:
-    cube = MemoryCube(smollm2_engine, head=HEAD)
+    cube = MemoryCube(smollm2_engine, instruction=HEAD)
     cube.add([TextualMemoryItem(id=id, memory=text) for id, text in TEXTS.items()])
     assert cube.encode() == len(TEXTS)
     here = cube.ask(QUESTION, strategy="exact", max_new_tokens=28)  # kept together, too
@@ -69,7 +69,7 @@ def test_a_cube_moves_to_a_fresh_process(smollm2_engine: HFEngine, smollm2_path:
     moved = (tmp_path / "dump").rename(tmp_path / "elsewhere")
 
     exact = asked_elsewhere(smollm2_path, moved, "float32", "exact")
-    assert (exact["side"], exact["mode"], exact["encoded"]) == ("exact", "exact", [])
+    assert (exact["side"], exact["mode"], exact["encoded"]) == ("prefix", "prefix", [])
     assert (exact["encoded_tokens"], exact["recomputed"], exact["warnings"]) == (0, 0, [])
     assert exact["loading"] == []
     assert exact["first"] == exact["prompt"] - exact["context"]  # the tail, and nothing before it
@@ -90,8 +90,8 @@ def test_a_cube_moves_to_a_fresh_process(smollm2_engine: HFEngine, smollm2_path:
 
 def test_the_example_runs(smollm2_path: Path, tmp_path: Path) -> None:
     first, edited, moved = runpy.run_path(str(EXAMPLE))["main"](str(smollm2_path), tmp_path / "cube")
-    assert (first.plan.side, edited.plan.encoded, moved.plan.side) == ("merged", ("ferry",), "merged")
-    assert moved.plan.report.encoded_tokens == 0
+    assert (first.side, edited.encoded, moved.side) == ("merged", ("ferry",), "merged")
+    assert moved.report.encoded_tokens == 0
     assert [text.id for text in moved.sources] == ["lighthouse", "ferry"]
     assert "Lund" in first.text
     assert "nine" in edited.text

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from tiny import byte_tokenizer, tiny_model
 
 from kvcag import __version__
 from kvcag.cli import main
+from kvcag.testing import byte_tokenizer, tiny_model
 
 
 class Done(NamedTuple):
@@ -70,7 +70,7 @@ def test_the_embedded_model_answers_the_same_from_caches(kvcag, smollm2_path, co
     assert row["context_tokens"] == row["reused_tokens"] == written["corpus_tokens"]
     assert row["ttft_cached_s"] > 0
     assert row["ttft_full_s"] > 0
-    for shown in ("1. Who keeps the lighthouse?", "full prefill: ", "from caches: ", "sooner", "yes"):
+    for shown in ("1. Who keeps the lighthouse?", "full prefill: ", "from caches: ", "speed-up", "yes"):
         assert shown in done.err  # stdout is the JSON alone
     assert row["answer"].split()[0] in done.err
 
@@ -109,7 +109,7 @@ def test_what_cannot_work_is_one_message_and_exit_code_2(kvcag, tiny_folder, arg
 def test_control_c_ends_it_with_130_and_no_traceback(tiny_folder, corpus):
     arguments = ["--model", tiny_folder, "--corpus", corpus, "--max-new-tokens", 1500]
     process = subprocess.Popen(
-        [sys.executable, "-m", "kvcag.cli", "demo", *map(str, arguments)],
+        [sys.executable, "-m", "kvcag", "demo", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import DynamicCache
+from waits import run_together
 
 from kvcag import HFEngine, KVCacheMemory, Sampling
-from kvcag.cache.hf import LayerKV, cache_argument, cut, layers_of
+from kvcag.cache.layers import LayerKV, cache_argument, cut, layers_of
 from kvcag.cache.merge import Part, merge
+from kvcag.chat_template import as_messages
 from kvcag.demo.corpus import python_topics
-from kvcag.prompt import as_messages
 
 HEAD = "Answer from the documents."
 ASKED = [
@@ -67,7 +68,7 @@ def test_exact_answers_are_token_identical_on_fifty_prompts(smollm2_engine: HFEn
     for topic in topics:
         cache = engine.build_kv_cache(topic)
         for question in ASKED:
-            prompt = engine.plan(question, cache)
+            prompt = engine.build_prompt(question, cache)
             expected, logits = greedy_full(engine, prompt.token_ids, steps)
             largest = max(largest, float((logits - forced(engine, prompt.tail_ids, cache, expected)).abs().max()))
             assert generated(engine, prompt, steps, cache) == before_eos(engine, expected), (topic[:40], question)
@@ -81,7 +82,7 @@ def test_two_turns_of_chat_are_token_identical(smollm2_engine: HFEngine, topics:
     for topic in topics[:3]:
         messages = [{"role": "system", "content": topic}, *as_messages("What is this about?")]
         for follow_up in ("Say it in one sentence.", None):
-            prompt = engine.plan(messages)
+            prompt = engine.build_prompt(messages)
             expected, _ = greedy_full(engine, prompt.token_ids, 12)
             known, _ = engine.prefixes.match(prompt.token_ids)
             assert generated(engine, prompt, 12) == before_eos(engine, expected)
@@ -95,7 +96,7 @@ def test_two_turns_of_chat_are_token_identical(smollm2_engine: HFEngine, topics:
 def test_exact_merges_are_token_identical_and_full_recompute_is_a_prefill(
     smollm2_engine: HFEngine, topics: list[str]
 ) -> None:
-    memory = KVCacheMemory(smollm2_engine, head=HEAD)
+    memory = KVCacheMemory(smollm2_engine, instruction=HEAD)
     items = [memory.extract(topic) for topic in topics[:4]]
     memory.add(items)
     for strategy in ("exact", "full"):
@@ -104,7 +105,7 @@ def test_exact_merges_are_token_identical_and_full_recompute_is_a_prefill(
         expected, logits = greedy_full(smollm2_engine, ids, 12)
         over_cache = forced(smollm2_engine, tuple(context.tail_ids.tolist()), context.cache, expected)
         assert float((logits - over_cache).abs().max()) <= 1e-3
-        assert generated(smollm2_engine, smollm2_engine.plan(None, context), 12, context) == before_eos(
+        assert generated(smollm2_engine, smollm2_engine.build_prompt(None, context), 12, context) == before_eos(
             smollm2_engine, expected
         )
 
@@ -125,7 +126,7 @@ def off(got: torch.Tensor, wanted: torch.Tensor) -> float:
 def test_each_key_of_a_merge_sits_at_its_true_position(smollm2_engine: HFEngine, topics: list[str]) -> None:
     """In every layer: a document that was encoded at 0 and moved equals the document encoded where it now stands."""
     documents = [torch.tensor(smollm2_engine.template.encode(topic)) for topic in topics[:3]]
-    parts = [Part(ids, encoded_at(smollm2_engine, ids, 0), 0, exact=i == 0) for i, ids in enumerate(documents)]
+    parts = [Part(ids, encoded_at(smollm2_engine, ids, 0), 0, is_exact=i == 0) for i, ids in enumerate(documents)]
     with smollm2_engine.exclusive() as model:
         merged = merge(model, parts, torch.tensor([1]), strategy="rotate").layers
     start = 0
@@ -139,7 +140,7 @@ def test_each_key_of_a_merge_sits_at_its_true_position(smollm2_engine: HFEngine,
 
 
 def test_ten_generations_and_four_threads_leave_an_item_as_it_was(smollm2_engine: HFEngine, topics: list[str]) -> None:
-    memory = KVCacheMemory(smollm2_engine, head=HEAD)
+    memory = KVCacheMemory(smollm2_engine, instruction=HEAD)
     item = memory.extract(topics[0])
     memory.add(item)
     before = [tensor.clone() for kv in layers_of(item.memory) for tensor in kv]
@@ -153,10 +154,7 @@ def test_ten_generations_and_four_threads_leave_an_item_as_it_was(smollm2_engine
     for seed in range(6):
         ask(seed)
     threads = [threading.Thread(target=ask, args=(seed,)) for seed in range(6, 10)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_together(threads, seconds=300)
     stored = memory.get(item.id)
     assert stored is not None
     after = [tensor for kv in layers_of(stored.memory) for tensor in kv]

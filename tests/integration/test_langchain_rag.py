@@ -19,7 +19,7 @@ from retrievers import BM25, Faiss
 from kvcag import HFEngine
 from kvcag.demo.corpus import python_topics
 from kvcag.langchain import ChatKVCAG, create_cag_documents_chain
-from kvcag.langchain.messages import neutral
+from kvcag.langchain.messages import to_messages
 from kvcag.stores.memory import MemoryStore
 
 TOPICS = [
@@ -45,7 +45,7 @@ def test_exact_answers_are_the_uncached_models_token_for_token(smollm2_engine: H
         SystemMessage(["Answer from:\n\n", *(t.page_content + "\n\n" for t in TOPICS)]),
         HumanMessage("What is pass?"),
     ]
-    expected = uncached(smollm2_engine, smollm2_engine.template.prompt(neutral(asked)).token_ids, 16)
+    expected = uncached(smollm2_engine, smollm2_engine.template.prompt(to_messages(asked)).token_ids, 16)
     cold, warm = llm.invoke(asked), llm.invoke(asked)
     assert (cold.text, warm.text) == (expected, expected)
     assert warm.response_metadata["kvcag"]["encoded_tokens"] == 0
@@ -87,7 +87,7 @@ def test_a_chat_over_a_corpus_reads_it_once(smollm2_engine: HFEngine) -> None:
         answer = chat.invoke(history)
         assert isinstance(answer, AIMessage)
         report = answer.response_metadata["kvcag"]
-        assert (report["mode"], report["encoded_tokens"], report["recomputed_tokens"]) == ("exact", 0, 0)
+        assert (report["mode"], report["encoded_tokens"], report["recomputed_tokens"]) == ("prefix", 0, 0)
         history.append(answer)
     new = answer.usage_metadata["input_tokens"] - answer.usage_metadata["input_token_details"]["cache_read"]
     assert new < 40  # the last question and what surrounds it; its own answer was kept as it was generated

@@ -10,8 +10,8 @@ from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage
 from langchain_tests.integration_tests import ChatModelIntegrationTests
 
 from kvcag import HFEngine
+from kvcag.adapters import LazyEngine
 from kvcag.langchain import ChatKVCAG
-from kvcag.shared import LazyEngine
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*is in beta.*",  # the v3 event stream, which is what is tested

@@ -14,10 +14,11 @@ from llama_index.core.schema import TextNode
 from llama_index.core.tools import FunctionTool
 from llama_index.retrievers.bm25 import BM25Retriever
 from pydantic import BaseModel, Field
+from waits import awaited
 
 from kvcag import HFEngine
 from kvcag.llama_index import CAGQueryEngine, CAGSynthesizer, KVCacheLLM
-from kvcag.llama_index.messages import neutral
+from kvcag.llama_index.messages import to_messages
 from kvcag.stores.memory import MemoryStore
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "llama_index_rag_to_cag.py"
@@ -48,7 +49,7 @@ def test_over_a_cache_point_every_answer_is_the_uncached_models(smollm2_engine: 
     for turn, question in enumerate(("How tall is the tower?", "When was the bridge opened?")):
         blocks = [TextBlock(text=" ".join(TEXTS)), point, TextBlock(text=question)]
         answer = llm.chat([ChatMessage(blocks=blocks)])
-        prompt = smollm2_engine.template.prompt(neutral([ChatMessage(blocks=blocks)]))
+        prompt = smollm2_engine.template.prompt(to_messages([ChatMessage(blocks=blocks)]))
         assert answer.message.content == uncached(smollm2_engine, prompt.token_ids, 16)
         usage = answer.raw["usage"]
         assert usage["prompt_tokens"] == len(prompt.token_ids)
@@ -59,7 +60,7 @@ async def test_facts_are_found_in_merged_documents_and_the_event_loop_ticks(smol
     llm = KVCacheLLM(engine=smollm2_engine, max_new_tokens=24)
     retriever = BM25Retriever.from_defaults(nodes=nodes(), similarity_top_k=2)
     engine = CAGQueryEngine.from_retriever(retriever, llm)
-    asked = asyncio.create_task(engine.aquery("How tall is the Eiffel tower?"))
+    asked = asyncio.create_task(awaited(engine.aquery("How tall is the Eiffel tower?"), 120))
     ticks = 0
     while not asked.done():
         await asyncio.sleep(0.001)
@@ -114,7 +115,7 @@ async def test_a_function_agent_makes_a_round_trip_when_the_call_is_forced(smoll
 def test_merged_answers_stay_close_to_a_full_prefill_of_the_same_ids(smollm2_engine: HFEngine) -> None:
     llm = KVCacheLLM(engine=smollm2_engine, max_new_tokens=8, merge_strategy="full")
     messages = CAGSynthesizer(llm).messages("How tall is the tower?", TEXTS)
-    prompt = smollm2_engine.template.prompt(neutral(messages))
+    prompt = smollm2_engine.template.prompt(to_messages(messages))
     assert llm.chat(messages).message.content == uncached(smollm2_engine, prompt.token_ids, 8)
 
 

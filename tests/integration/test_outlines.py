@@ -1,4 +1,4 @@
-"""Outlines over our caches: the recipe of docs/structured.md, with the output that it has without them."""
+"""Outlines over kvcag's caches: the recipe of docs/structured.md gives the same output with and without a cache."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import torch._dynamo
 from forwards import forward_lengths
 from outlines.inputs import Chat
 
-from kvcag import HFEngine
-from kvcag.cache.hf import cache_argument
-from kvcag.engines.constrain import Choices, Regex
+from kvcag import Choices, HFEngine, Regex
+from kvcag.cache.layers import cache_argument
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's, when it loads its compiler
 
@@ -64,13 +63,13 @@ def test_an_outlines_generator_runs_over_a_cache(smollm2_engine, forwards, quest
     over = generator(Chat(messages), max_new_tokens=8, do_sample=False, **cache)
 
     assert over == without
-    assert forwards[0] == len(prompt_ids) - len(context.token_ids), "the context was not read again"
+    assert forwards[0] == len(prompt_ids) - len(context.token_ids), "the context is not prefilled again"
     assert engine.generate(messages, context, constraint=constraint, max_new_tokens=8) == without
-    assert context.get_seq_length() == len(context.token_ids), "a copy was generated into"
+    assert context.get_seq_length() == len(context.token_ids), "generate() writes into the copy"
 
 
 def test_a_plain_string_is_wrapped_again_and_does_not_match(smollm2_engine):
-    """The trap: Outlines makes a user message of it, so text that was rendered already is rendered twice."""
+    """Outlines makes a user message of a plain string, so rendered text is rendered twice."""
     engine = smollm2_engine
     context = engine.build_kv_cache([SYSTEM])
     rendered = engine.template.render([SYSTEM, {"role": "user", "content": "When?"}])

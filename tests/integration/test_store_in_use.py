@@ -1,4 +1,4 @@
-"""The stores under a memory that answers: tenants, damage, a disk that fails, tiers."""
+"""The stores under a memory that answers: namespaces, damage, a disk that fails, tiers."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 
 from kvcag import HFEngine, KVCacheMemory
-from kvcag.context import MergeReport
+from kvcag.chat_template import Document, as_messages
+from kvcag.core import MergeReport
 from kvcag.engines.sampling import Sampling
-from kvcag.notices import CacheWarning
-from kvcag.prompt import Document, as_messages
+from kvcag.errors import CacheWarning
 from kvcag.stores import DiskStore, FsspecStore, KVStore, MemoryStore, TieredStore
 
 TEXTS = ("The harbour master is Ada Lovelace.\n\n", "The lighthouse was built in 1831.\n\n")
 
 
-def context(engine: HFEngine, store: KVStore, tenant: str = "") -> MergeReport:
+def context(engine: HFEngine, store: KVStore, namespace: str = "") -> MergeReport:
     """Put the two documents together for a question, and say what that took."""
-    memory = KVCacheMemory(engine, store, tenant=tenant)
+    memory = KVCacheMemory(engine, store, namespace=namespace)
     messages = [
         {"role": "system", "content": ["Use the passages.\n\n", *map(Document, TEXTS)]},
         {"role": "user", "content": "Who is the harbour master?"},
@@ -47,7 +47,7 @@ def test_a_restart_finds_the_documents_on_disk(tiny_engine: HFEngine, tmp_path: 
 
 
 def test_two_tenants_with_the_same_text_share_no_file_and_no_hit(tiny_engine: HFEngine, tmp_path: Path) -> None:
-    one, two = (DiskStore(tmp_path, namespace=tenant, salt=b"server's") for tenant in ("one", "two"))
+    one, two = (DiskStore(tmp_path, namespace=namespace, salt=b"server's") for namespace in ("one", "two"))
     first = context(tiny_engine, one, "one")
     files = set(tmp_path.rglob("*.safetensors"))
     second = context(tiny_engine, two, "two")

@@ -1,4 +1,5 @@
-"""Structured generation on the real model: schemas hold, caches change nothing, a session prefills what is new."""
+"""Structured generation on the real model: answers are valid, equal with and without a cache, and sessions prefill only
+new tokens."""
 
 from __future__ import annotations
 
@@ -12,10 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemas import Schema, check_holds, schemas
 
-from kvcag import HFEngine, KVCacheMemory
-from kvcag.engines.constrain import Choices, Regex
-from kvcag.prompt import Prompt
-from kvcag.tools import plan_tools
+from kvcag import Choices, HFEngine, KVCacheMemory, Regex, tool_spec
+from kvcag.chat_template import Prompt
+from kvcag.engines.session import Session
 
 FACTS = [
     "The harbour of Brindle has four piers, and the oldest of them is made of oak. It was built in 1874.",
@@ -58,7 +58,7 @@ def test_constrained_answers_over_a_cache_equal_those_of_a_full_prefill(smollm2_
     for facts in contexts:
         context = engine.build_kv_cache(facts)
         for question, constraint in QUESTIONS:
-            prompt = engine.plan(question, context)
+            prompt = engine.build_prompt(question, context)
             sampling = engine.sampling(max_new_tokens=8)
             cached = list(engine.stream(prompt, sampling, context, constraint=constraint))
             fresh = list(full.stream(Prompt((), (), prompt.token_ids), sampling, constraint=constraint))
@@ -66,25 +66,25 @@ def test_constrained_answers_over_a_cache_equal_those_of_a_full_prefill(smollm2_
             assert cached[-1].usage.cached_tokens >= len(context.token_ids)
             assert fresh[-1].usage.cached_tokens == 0
             answers.add("".join(chunk.text for chunk in cached))
-    assert len(answers) > 5, "the model had something to say"
+    assert len(answers) > 5, "the answers differ"
 
 
 def test_ten_turns_over_two_thousand_tokens(smollm2_engine, forwards):
-    """Each token is prefilled once, and every answer is that of a full prefill of all that stands before it."""
+    """Each token is prefilled once, and every answer equals that of a full prefill."""
     engine = smollm2_engine
     filler = " ".join(f"Berth {number} is let to boat {number * 7 % 100}." for number in range(150))
     context = engine.build_kv_cache(" ".join([*FACTS, filler]))
     assert 1800 < len(context.token_ids) < 2400
     turns = [("Who keeps bees?", None), ("Is that so?", Choices(["yes", "no", "maybe"]))] * 5
     forwards.clear()
-    with engine.session(context) as session:
+    with Session(engine, context) as session:
         starts = []
         for question, constraint in turns:
             session.generate(question, constraint=constraint, max_new_tokens=6)
             starts.append(len(session.token_ids) - session.turns[-1].completion_tokens)
         new = len(session.token_ids) - len(context.token_ids)
         said = sum(turn.completion_tokens for turn in session.turns)
-        assert sum(forwards) == new - 1, "the new tokens of each turn, once, and nothing else"
+        assert sum(forwards) == new - 1, "only the new tokens of each turn, once"
         assert session.prefilled_tokens == new - said + len(turns) - 1, "an answer's last token runs with the next turn"
         ids = session.token_ids
         answers = [
@@ -100,7 +100,7 @@ def test_ten_turns_over_two_thousand_tokens(smollm2_engine, forwards):
 
 def test_a_forced_call_and_a_structured_answer_over_merged_documents(smollm2_engine):
     engine = smollm2_engine
-    memory = KVCacheMemory(engine, head="Answer from the documents.")
+    memory = KVCacheMemory(engine, instruction="Answer from the documents.")
     items = [memory.extract(fact) for fact in FACTS]
     memory.add(items)
     ids = [item.id for item in items]
@@ -113,9 +113,9 @@ def test_a_forced_call_and_a_structured_answer_over_merged_documents(smollm2_eng
             "required": ["ferry", "pier"],
         },
     }
-    plan = plan_tools(engine.template, [tool], "any", parallel=False)
-    messages = plan.messages([{"role": "user", "content": "Buy a ticket for the Marlin, please."}])
+    spec = tool_spec(engine.template, [tool], "any", parallel=False)
+    messages = spec.messages([{"role": "user", "content": "Buy a ticket for the Marlin, please."}])
     merged = memory.merge(ids, messages, strategy="query")
-    parsed = plan.parse(engine.generate(None, merged, constraint=plan.constraint, max_new_tokens=40))
+    parsed = spec.parse(engine.generate(None, merged, constraint=spec.constraint, max_new_tokens=40))
     assert [call.name for call in parsed.calls] == ["buy_ticket"]
     jsonschema.validate(parsed.calls[0].arguments, tool["parameters"])

@@ -4,12 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import byte_tokenizer, tiny_model
 
 from kvcag import HFEngine, KVCacheMemory, Sampling
-from kvcag.engines.calibrate import Calibration, Verdict
+from kvcag.calibration import Calibration, Verdict, _calibrations, calibrate, calibration_of
+from kvcag.chat_template import Document
 from kvcag.errors import ContextLengthError, InvalidInputError
-from kvcag.prompt import Document
+from kvcag.testing import byte_tokenizer, tiny_model
+from tests.waits import until
 
 TEXTS = ["Alice has a red bicycle.", "Bob has a green car.", "Carol has a boat.", "Dave has none of these."]
 HEAD = "Answer from the documents."
@@ -21,7 +22,9 @@ def _cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def calibrated(engine: HFEngine, **settings: Any) -> Calibration:
-    return engine.calibrate(TEXTS, **{"head": HEAD, "probes": 2, "documents_per_probe": 3, "tokens": 6, **settings})
+    return calibrate(
+        engine, TEXTS, **{"instruction": HEAD, "probes": 2, "documents_per_probe": 3, "tokens": 6, **settings}
+    )
 
 
 def verdict(strategy: Any, ratio: float, kl: float, cost: float) -> Verdict:
@@ -29,7 +32,7 @@ def verdict(strategy: Any, ratio: float, kl: float, cost: float) -> Verdict:
 
 
 def known(engine: HFEngine, *verdicts: Verdict) -> HFEngine:
-    engine.calibration = Calibration(
+    _calibrations[engine] = Calibration(
         fingerprint=engine.fingerprint.digest, probes=1, context_tokens=9, verdicts=list(verdicts)
     )
     return engine
@@ -45,15 +48,15 @@ def test_recomputing_all_is_the_full_prefill_and_less_is_not(tiny_engine: HFEngi
 
 def test_the_verdict_is_kept_for_this_model_and_no_other(tiny_engine: HFEngine) -> None:
     made = calibrated(tiny_engine)
-    assert HFEngine(tiny_engine.model, tiny_engine.tokenizer).calibration == made
-    assert HFEngine(tiny_model(seed=3), byte_tokenizer()).calibration is None
+    assert calibration_of(HFEngine(tiny_engine.model, tiny_engine.tokenizer)) == made
+    assert calibration_of(HFEngine(tiny_model(seed=3), byte_tokenizer())) is None
 
 
 def test_a_verdict_that_cannot_be_read_is_none(tiny_engine: HFEngine, tmp_path: Path) -> None:
     calibrated(tiny_engine)
     (file,) = (tmp_path / "calibrations").iterdir()
     file.write_text(file.read_text()[:-20])
-    assert HFEngine(tiny_engine.model, tiny_engine.tokenizer).calibration is None
+    assert calibration_of(HFEngine(tiny_engine.model, tiny_engine.tokenizer)) is None
 
 
 def test_the_cheapest_that_passes_is_taken() -> None:
@@ -66,7 +69,7 @@ def test_the_cheapest_that_passes_is_taken() -> None:
 
 
 def test_auto_follows_the_verdict_and_says_so(tiny_engine: HFEngine) -> None:
-    memory = KVCacheMemory(known(tiny_engine, verdict("query", 0.1, 0.04, 0.2)), head=HEAD)
+    memory = KVCacheMemory(known(tiny_engine, verdict("query", 0.1, 0.04, 0.2)), instruction=HEAD)
     items = [memory.extract(text) for text in TEXTS]
     memory.add(items)
     ids = [item.id for item in items]
@@ -75,57 +78,63 @@ def test_auto_follows_the_verdict_and_says_so(tiny_engine: HFEngine) -> None:
     assert 0 < merged.recomputed_tokens <= 0.1 * merged.context_tokens
     assert merged.reason == "auto: query 0.1, KL 0.040 of 0.05 allowed, at 20% of a full prefill"
     strict = memory.merge(ids, "Who?", strategy="auto", max_kl=0.01).report
-    assert (strict.mode, strict.strategy) == ("exact", "exact")
-    assert "no strategy came within KL 0.01" in strict.reason
+    assert strict.strategy == "exact"
+    assert strict.is_exact
 
 
-def test_auto_encodes_all_where_nothing_is_known(tiny_engine: HFEngine) -> None:
-    memory = KVCacheMemory(tiny_engine, head=HEAD)
+def test_auto_merges_by_query_where_nothing_was_measured(tiny_engine: HFEngine) -> None:
+    memory = KVCacheMemory(tiny_engine, instruction=HEAD)
     items = [memory.extract(text) for text in TEXTS]
     memory.add(items)
     report = memory.merge([item.id for item in items], "Who?", strategy="auto").report
-    assert report.strategy == "exact"
-    assert "engine.calibrate(documents)" in report.reason
+    assert report.strategy == "query"
+    assert "calibrate(engine, documents)" in report.reason
 
 
 def test_too_little_to_put_together_is_refused(tiny_engine: HFEngine) -> None:
     with pytest.raises(InvalidInputError, match="at least two documents"):
-        tiny_engine.calibrate(["one", "  "])
+        calibrate(tiny_engine, ["one", "  "])
     with pytest.raises(ContextLengthError):
-        HFEngine(tiny_model(max_position_embeddings=64), byte_tokenizer()).calibrate(TEXTS)
+        calibrate(HFEngine(tiny_model(max_position_embeddings=64), byte_tokenizer()), TEXTS)
 
 
-def asked(*texts: str) -> list[dict[str, Any]]:
+def asked(*texts: str, question: str = "Who?") -> list[dict[str, Any]]:
     documents = [Document(f"{text}\n\n") for text in texts]
-    return [{"role": "system", "content": [f"{HEAD}\n\n", *documents]}, {"role": "user", "content": "Who?"}]
+    return [{"role": "system", "content": [f"{HEAD}\n\n", *documents]}, {"role": "user", "content": question}]
 
 
-def reports(memory: KVCacheMemory, *texts: str, times: int) -> list[Any]:
+def reports(memory: KVCacheMemory, *texts: str, times: int, question: str = "Who?") -> list[Any]:
     settings = Sampling(max_new_tokens=1)
-    streams = (memory.stream(asked(*texts), strategy="auto", sampling=settings) for _ in range(times))
+    streams = (
+        memory.stream(asked(*texts, question=question), strategy="auto", sampling=settings) for _ in range(times)
+    )
     return [list(stream)[-1].usage.context for stream in streams]  # type: ignore[union-attr]
 
 
 def test_what_is_asked_again_and_again_becomes_exact(tiny_engine: HFEngine) -> None:
     memory = KVCacheMemory(known(tiny_engine, verdict("query", 0.1, 0.04, 0.2)))
-    made = reports(memory, *TEXTS, times=5)
-    assert [report.mode for report in made] == ["merged", "merged", "exact", "exact", "exact"]
-    assert "merged 2 times in this order" in made[2].reason
-    assert made[4].encoded_tokens == made[4].recomputed_tokens == 0
+    first, same, other = (reports(memory, *TEXTS, times=1, question=asks)[0] for asks in ("Who?", "Who?", "What?"))
+    assert [first.mode, same.mode, other.mode] == ["merged"] * 3
+    assert first.recomputed_tokens > same.recomputed_tokens == 0
+    assert same.reason.startswith("merged for an earlier question")
+    assert "refined for this one" in other.reason
+    prompt = tiny_engine.template.prompt(asked(*TEXTS))
+    until(lambda: tiny_engine.known_prefix(prompt.context_ids) == len(prompt.context_ids))  # encoded when idle
+    [last] = reports(memory, *TEXTS, times=1, question="Where?")
+    assert last.is_exact
+    assert last.encoded_tokens == last.recomputed_tokens == 0
     assert reports(memory, *reversed(TEXTS), times=1)[0].mode == "merged"
 
 
-def test_nothing_is_promoted_without_room_or_against_the_setting(tiny_engine: HFEngine) -> None:
-    row = verdict("query", 0.1, 0.04, 0.2)
-    never = KVCacheMemory(known(tiny_engine, row), promote_after=None)
-    assert {report.mode for report in reports(never, *TEXTS, times=5)} == {"merged"}
+def test_nothing_is_promoted_without_room(tiny_engine: HFEngine) -> None:
     full = HFEngine(tiny_engine.model, tiny_engine.tokenizer, prefix_cache_bytes=20 * tiny_engine.bytes_per_token)
-    assert {report.mode for report in reports(KVCacheMemory(known(full, row)), *TEXTS, times=5)} == {"merged"}
+    memory = KVCacheMemory(known(full, verdict("query", 0.1, 0.04, 0.2)))
+    assert {report.mode for report in reports(memory, *TEXTS, times=5)} == {"merged"}
 
 
 def test_a_named_strategy_answers_the_same_every_time(tiny_engine: HFEngine) -> None:
     memory = KVCacheMemory(tiny_engine)
-    streams = (memory.stream(asked(*TEXTS), sampling=Sampling(max_new_tokens=12)) for _ in range(5))
+    streams = (memory.stream(asked(*TEXTS), strategy="query", sampling=Sampling(max_new_tokens=12)) for _ in range(5))
     assert len({"".join(chunk.text for chunk in stream) for stream in streams}) == 1
 
 

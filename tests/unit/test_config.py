@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from tiny import byte_tokenizer, tiny_model
 from wire_server import WireServer
 
 from kvcag import HFEngine, KVCacheMemory, KVCacheMemoryConfig, Sampling
+from kvcag.testing import byte_tokenizer, tiny_model
 
 
 @pytest.fixture

@@ -2,13 +2,13 @@
 
 import torch
 
-from kvcag.cache import drift as drifts
-from kvcag.cache.drift import DriftCorrection, _Drift
-from kvcag.cache.hf import owned
-from kvcag.cache.rope import Move
+from kvcag.cache import recompute as drifts
+from kvcag.cache.layers import contiguous_copy
+from kvcag.cache.recompute import DriftCorrection, _Drift
+from kvcag.cache.rope import PositionShift
 from kvcag.cache.select import Layout
+from kvcag.testing import tiny_model
 from tests.merging import equal, ids
-from tests.tiny import tiny_model
 
 HEADS, HEAD_DIM, LAYERS = 2, 8, 3
 PART_OF = torch.arange(3).repeat_interleave(torch.tensor([4, 400, 300]))
@@ -24,7 +24,7 @@ def a_cache() -> list:
 
 def corrected(layers, new):
     """`layers` after a scatter pass that would bring `new` for the chosen tokens."""
-    layers = owned(layers)
+    layers = contiguous_copy(layers)
     correction = DriftCorrection(tiny_model("llama"), LAYOUT, CHOSEN)
     for index, held in enumerate(layers):
         correction.watch(index, held, tuple(t[..., CHOSEN, :] for t in new[index]))
@@ -33,7 +33,7 @@ def corrected(layers, new):
 
 def shifted(layers, by):
     """The layers, each document's keys (as at position 0) and values moved by a constant of its own."""
-    move = Move(tiny_model("llama"), torch.zeros_like(PART_OF), torch.arange(704))
+    move = PositionShift(tiny_model("llama"), torch.zeros_like(PART_OF), torch.arange(704))
     shifts = by[PART_OF].expand(1, HEADS, 704, HEAD_DIM).clone()
     turned = torch.empty_like(shifts)
     move.turn(0, shifts, turned)
@@ -77,7 +77,7 @@ def test_a_document_without_recomputed_tokens_gets_the_mean_of_all():
 def test_a_single_recomputed_token_does_no_harm():
     layers = a_cache()
     correction = DriftCorrection(tiny_model("llama"), LAYOUT, CHOSEN[:1])
-    held = owned(layers)[0]
+    held = contiguous_copy(layers)[0]
     correction.watch(0, held, tuple(t[..., CHOSEN[:1], :] + 0.1 for t in layers[0]))
     assert all(t.isfinite().all() for t in held)
 
@@ -94,7 +94,7 @@ def test_blocks_make_no_difference(monkeypatch):
 
 def test_with_every_token_recomputed_there_is_nothing_to_correct():
     layers = a_cache()
-    held = owned(layers)
+    held = contiguous_copy(layers)
     everything = LAYOUT.open.nonzero()[:, 0]
     correction = DriftCorrection(tiny_model("llama"), LAYOUT, everything)
     correction.watch(0, held[0], tuple(t[..., everything, :] + 1 for t in held[0]))

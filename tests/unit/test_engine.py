@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CHATML, byte_tokenizer, tiny_model
 from transformers import Cache, DynamicCache
+from waits import run_together
 
 from kvcag import CacheWarning, ContextCache, HFEngine, Sampling
-from kvcag.cache.hf import cache_argument, layers_of, nbytes
+from kvcag.cache.layers import cache_argument, layers_of, nbytes
 from kvcag.cache.rope import check_mergeable
+from kvcag.chat_template import as_messages
 from kvcag.errors import (
     ContextLengthError,
     EmptyPromptError,
@@ -22,7 +23,7 @@ from kvcag.errors import (
     TokenMismatchError,
     UnsupportedModelError,
 )
-from kvcag.prompt import as_messages
+from kvcag.testing import CHATML, byte_tokenizer, tiny_model
 
 TEXT = "Alice has a red bicycle. Bob has a green car."
 ASK = [{"role": "user", "content": "What does Bob have?"}]
@@ -55,7 +56,7 @@ def full_greedy(engine: HFEngine, token_ids: list[int], count: int) -> list[int]
 
 
 def answer_ids(engine: HFEngine, messages: Any, cache: Any = None, **sampling: Any) -> list[int]:
-    chunks = engine.stream(engine.plan(messages, cache), Sampling.of(**sampling), cache)
+    chunks = engine.stream(engine.build_prompt(messages, cache), Sampling.of(**sampling), cache)
     return [token for chunk in chunks for token in chunk.token_ids]
 
 
@@ -65,7 +66,7 @@ def bits(cache: Any) -> list[torch.Tensor]:
 
 def test_an_answer_over_a_cache_is_the_answer_of_a_full_prefill(tiny_engine: HFEngine) -> None:
     cache = tiny_engine.build_kv_cache(TEXT)
-    prompt = tiny_engine.plan(ASK, cache)
+    prompt = tiny_engine.build_prompt(ASK, cache)
     expected = full_greedy(tiny_engine, list(prompt.token_ids), 24)
     assert answer_ids(tiny_engine, ASK, cache, max_new_tokens=24) == [
         i for i in expected if i not in tiny_engine.eos_ids
@@ -77,7 +78,7 @@ def test_the_prompt_over_a_cache_is_the_templates_own(tiny_engine: HFEngine) -> 
     rendered = tiny_engine.tokenizer.apply_chat_template(
         [{"role": "system", "content": TEXT}, *ASK], tokenize=False, add_generation_prompt=True
     )
-    assert tiny_engine.tokenizer.decode(tiny_engine.plan(ASK, cache).token_ids) == rendered
+    assert tiny_engine.tokenizer.decode(tiny_engine.build_prompt(ASK, cache).token_ids) == rendered
 
 
 def test_a_list_of_texts_is_joined_into_one(tiny_engine: HFEngine) -> None:
@@ -89,7 +90,10 @@ def test_chat_messages_are_taken_as_they_are_and_continued(tiny_engine: HFEngine
     turns = [{"role": "system", "content": TEXT}, *ASK, {"role": "assistant", "content": "A car."}]
     follow_up = {"role": "user", "content": "Which colour?"}
     cache = tiny_engine.build_kv_cache(turns)
-    new_turn, conversation = tiny_engine.plan([follow_up], cache), tiny_engine.plan([*turns, follow_up], cache)
+    new_turn, conversation = (
+        tiny_engine.build_prompt([follow_up], cache),
+        tiny_engine.build_prompt([*turns, follow_up], cache),
+    )
     assert new_turn == conversation
     assert new_turn.token_ids == tiny_engine.template.prompt([*turns, follow_up]).token_ids
 
@@ -122,10 +126,7 @@ def test_four_threads_answer_as_one_does(tiny_engine: HFEngine) -> None:
             together[i] = answer_ids(tiny_engine, asked[i], cache, max_new_tokens=12)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_together(threads)
     assert [together[i] for i in range(len(asked))] == alone
     assert all(torch.equal(a, b) for a, b in zip(before, bits(cache), strict=True))
 
@@ -175,7 +176,7 @@ def test_memory_returns_to_where_it_was() -> None:
 def test_closing_a_stream_stops_the_model_within_a_step(tiny_engine: HFEngine) -> None:
     steps = Steps(tiny_engine.model)
     threads = threading.active_count()
-    stream = tiny_engine.stream(tiny_engine.plan(ASK), Sampling(max_new_tokens=100))
+    stream = tiny_engine.stream(tiny_engine.build_prompt(ASK), Sampling(max_new_tokens=100))
     for _ in range(3):
         next(stream)
     stream.close()
@@ -194,7 +195,7 @@ def test_an_error_in_the_model_reaches_the_consumer_and_leaves_nothing_half_kept
     steps.fail_at = 3
     with pytest.raises(RuntimeError, match="fell over"):
         tiny_engine.generate(ASK, max_new_tokens=10)
-    assert tiny_engine.prefixes.nbytes == len(tiny_engine.plan(ASK).token_ids) * tiny_engine.bytes_per_token
+    assert tiny_engine.prefixes.nbytes == len(tiny_engine.build_prompt(ASK).token_ids) * tiny_engine.bytes_per_token
     steps.fail_at = None
     assert tiny_engine.generate(ASK, max_new_tokens=5) == HFEngine(tiny_engine.model, tiny_engine.tokenizer).generate(
         ASK, max_new_tokens=5
@@ -218,7 +219,9 @@ def test_an_error_in_the_middle_of_a_step_is_not_kept(tiny_engine: HFEngine) -> 
     with pytest.raises(RuntimeError, match="between two layers"):
         tiny_engine.generate(ASK, cache, max_new_tokens=10)
     handle.remove()
-    assert tiny_engine.prefixes.nbytes == len(tiny_engine.plan(ASK, cache).token_ids) * tiny_engine.bytes_per_token
+    assert (
+        tiny_engine.prefixes.nbytes == len(tiny_engine.build_prompt(ASK, cache).token_ids) * tiny_engine.bytes_per_token
+    )
 
 
 def test_gradients_are_off_inside_and_as_the_caller_left_them_outside(tiny_engine: HFEngine) -> None:
@@ -236,7 +239,7 @@ def test_gradients_are_off_inside_and_as_the_caller_left_them_outside(tiny_engin
 def test_a_prompt_that_does_not_fit_is_refused_before_any_prefill() -> None:
     engine = HFEngine(tiny_model(max_position_embeddings=64), byte_tokenizer())
     steps = Steps(engine.model)
-    prompt_tokens = len(engine.plan(ASK).token_ids)
+    prompt_tokens = len(engine.build_prompt(ASK).token_ids)
     with pytest.raises(
         ContextLengthError, match=f"that is {prompt_tokens + 40 - 64} more than the model's context of 64"
     ):
@@ -262,7 +265,9 @@ def test_stop_strings_end_the_answer_and_are_not_in_it(tiny_engine: HFEngine) ->
     text = tiny_engine.generate(ASK, max_new_tokens=40, temperature=2.0, seed=3)
     stop = text[10:13]
     chunks = list(
-        tiny_engine.stream(tiny_engine.plan(ASK), Sampling(max_new_tokens=40, temperature=2.0, seed=3, stop=(stop,)))
+        tiny_engine.stream(
+            tiny_engine.build_prompt(ASK), Sampling(max_new_tokens=40, temperature=2.0, seed=3, stop=(stop,))
+        )
     )
     assert "".join(chunk.text for chunk in chunks) == text[: text.index(stop)]
     assert chunks[-1].finish_reason == "stop"
@@ -271,7 +276,7 @@ def test_stop_strings_end_the_answer_and_are_not_in_it(tiny_engine: HFEngine) ->
 
 def test_the_last_chunk_says_why_it_ended_and_what_it_took(tiny_engine: HFEngine) -> None:
     cache = tiny_engine.build_kv_cache(TEXT)
-    prompt = tiny_engine.plan(ASK, cache)
+    prompt = tiny_engine.build_prompt(ASK, cache)
     chunks = list(tiny_engine.stream(prompt, Sampling(max_new_tokens=5), cache))
     assert [chunk.finish_reason for chunk in chunks] == [*[None] * 5, "length"]
     usage = chunks[-1].usage
@@ -290,11 +295,11 @@ def test_the_next_turn_prefills_only_what_is_new(tiny_engine: HFEngine) -> None:
     first = as_messages("What does Bob have?")
     answer = tiny_engine.generate(first, max_new_tokens=6)
     second = [*first, {"role": "assistant", "content": answer}, *as_messages("And Alice?")]
-    known, _ = tiny_engine.prefixes.match(tiny_engine.plan(second).token_ids)
+    known, _ = tiny_engine.prefixes.match(tiny_engine.build_prompt(second).token_ids)
     steps.tokens.clear()
     reused = answer_ids(tiny_engine, second, max_new_tokens=6)
-    assert known >= len(tiny_engine.plan(first).token_ids)
-    assert steps.tokens[0] == len(tiny_engine.plan(second).token_ids) - known
+    assert known >= len(tiny_engine.build_prompt(first).token_ids)
+    assert steps.tokens[0] == len(tiny_engine.build_prompt(second).token_ids) - known
     assert reused == answer_ids(HFEngine(tiny_engine.model, tiny_engine.tokenizer), second, max_new_tokens=6)
 
 
@@ -310,7 +315,7 @@ def test_remembering_can_be_switched_off() -> None:
     steps = Steps(engine.model)
     for _ in range(2):
         engine.generate(ASK, max_new_tokens=1)
-    assert steps.tokens == [len(engine.plan(ASK).token_ids)] * 2
+    assert steps.tokens == [len(engine.build_prompt(ASK).token_ids)] * 2
 
 
 def test_writing_into_a_returned_cache_does_not_reach_the_next_caller(tiny_engine: HFEngine) -> None:
@@ -324,9 +329,9 @@ def test_writing_into_a_returned_cache_does_not_reach_the_next_caller(tiny_engin
 
 def test_tenants_do_not_reuse_each_others_prefixes(tiny_engine: HFEngine) -> None:
     steps = Steps(tiny_engine.model)
-    prompt = tiny_engine.plan(ASK)
-    for tenant in ("a", "b", "a"):
-        list(tiny_engine.stream(prompt, Sampling(max_new_tokens=1), tenant=tenant))
+    prompt = tiny_engine.build_prompt(ASK)
+    for namespace in ("a", "b", "a"):
+        list(tiny_engine.stream(prompt, Sampling(max_new_tokens=1), namespace=namespace))
     assert steps.tokens == [len(prompt.token_ids), len(prompt.token_ids), 1]
 
 
@@ -368,7 +373,7 @@ def test_a_prompt_that_does_not_begin_with_the_cache_is_refused(tiny_engine: HFE
     cache = ContextCache.of(layers_of(tiny_engine.build_kv_cache(TEXT)), torch.full((48,), 7), tiny_engine.fingerprint)
     cache.token_ids = torch.full((cache.get_seq_length(),), 7)
     with pytest.raises(TokenMismatchError, match="agrees with the context's token_ids only in its first 0"):
-        tiny_engine.stream(tiny_engine.plan(ASK), Sampling(), cache)
+        tiny_engine.stream(tiny_engine.build_prompt(ASK), Sampling(), cache)
 
 
 def test_a_stored_cache_takes_the_bytes_of_its_geometry(tiny_engine: HFEngine) -> None:

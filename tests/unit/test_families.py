@@ -6,10 +6,10 @@ import transformers
 
 from kvcag import HFEngine
 from kvcag.cache.merge import check_mergeable, merge
-from kvcag.cache.rope import Move, rotations
+from kvcag.cache.rope import PositionShift, rotations
 from kvcag.errors import UnsupportedModelError
+from kvcag.testing import byte_tokenizer, tiny_model
 from tests.merging import encode, encode_at, error, ids, parts_of, tokens_of
-from tests.tiny import byte_tokenizer, tiny_model
 
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
@@ -116,7 +116,7 @@ def test_going_on_over_a_cache_is_a_full_prefill(model):
 def test_rerotated_keys_are_keys_encoded_there(model, start, end):
     token_ids = ids(12)
     encoded, expected = (encode_at(model, token_ids, position) for position in (start, end))
-    move = Move(model, torch.arange(start, start + 12), torch.arange(end, end + 12))
+    move = PositionShift(model, torch.arange(start, start + 12), torch.arange(end, end + 12))
     for index, (keys, _) in enumerate(encoded):
         move.turn(index, keys)
     assert error(encoded, expected) < 1e-4

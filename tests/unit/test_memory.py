@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
-from tiny import byte_tokenizer, tiny_model
 from transformers import DynamicCache
 
 from kvcag import (
@@ -24,7 +23,7 @@ from kvcag import (
     Sampling,
     TextualMemoryItem,
 )
-from kvcag.cache.hf import cache_argument, layers_of
+from kvcag.cache.layers import cache_argument, layers_of
 from kvcag.errors import (
     ContextLengthError,
     EmptyPromptError,
@@ -35,6 +34,7 @@ from kvcag.errors import (
 )
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.memory import MemoryStore
+from kvcag.testing import byte_tokenizer, tiny_model
 
 TEXTS = ["Alice has a red bicycle.", "Bob has a green car.", "Carol has a boat."]
 HEAD = "Answer from the documents."
@@ -43,7 +43,7 @@ ENGINE = HFEngine(tiny_model(), byte_tokenizer())
 
 @pytest.fixture
 def memory(tiny_engine: HFEngine) -> KVCacheMemory:
-    return KVCacheMemory(tiny_engine, head=HEAD)
+    return KVCacheMemory(tiny_engine, instruction=HEAD)
 
 
 def filled(memory: KVCacheMemory, texts: list[str] | None = None) -> list[KVCacheItem]:
@@ -90,7 +90,9 @@ def test_an_item_says_what_it_was_made_from(memory: KVCacheMemory) -> None:
     assert item.metadata["extracted_at"]
     assert memory.engine.tokenizer.decode(item.token_ids) == TEXTS[0] + "\n\n"
     assert item.memory.get_seq_length() == len(item.token_ids)
-    assert item.base_position == len(memory.engine.template.around(HEAD, [{"role": "user", "content": "x"}]).head_ids)
+    assert item.base_position == len(
+        memory.engine.template.split_system(HEAD, [{"role": "user", "content": "x"}]).head_ids
+    )
     assert item.fingerprint == memory.engine.fingerprint
 
 
@@ -160,7 +162,7 @@ class _LikeDocument:
 class _LikeNode:
     metadata: dict[str, Any] = {"file": "a.md"}  # noqa: RUF012
 
-    def get_content(self) -> str:
+    def get_content(self, metadata_mode: str) -> str:
         return "text"
 
 
@@ -197,8 +199,15 @@ def test_another_models_item_is_not_added(memory: KVCacheMemory) -> None:
 def test_an_item_without_a_model_is_not_added(memory: KVCacheMemory) -> None:
     with pytest.raises(InvalidInputError, match="does not say which model made it"):
         memory.add(KVCacheItem())
-    with pytest.raises(InvalidInputError, match="not str"):
-        memory.add("item")  # type: ignore[arg-type]
+    with pytest.raises(InvalidInputError, match="cannot read a text from int"):
+        memory.add(["a text", 3])
+    assert len(memory) == 0
+
+
+def test_a_str_is_one_document_and_never_its_letters(memory: KVCacheMemory) -> None:
+    [id] = memory.add("Hello")
+    assert memory.sync("Hello").ids == [id]
+    assert len(memory) == 1
 
 
 # --- putting together -----------------------------------------------------------------------------------------------
@@ -207,7 +216,7 @@ def test_an_item_without_a_model_is_not_added(memory: KVCacheMemory) -> None:
 @given(order=st.lists(st.integers(0, 2), min_size=1, max_size=6), strategy=st.sampled_from(["exact", "rotate", "full"]))
 @settings(max_examples=40, deadline=None)
 def test_a_merged_context_is_its_parts_at_their_true_positions(order: list[int], strategy: Any) -> None:
-    memory = KVCacheMemory(ENGINE, head=HEAD)
+    memory = KVCacheMemory(ENGINE, instruction=HEAD)
     items = filled(memory)
     before = [bits(item) for item in items]
     context = memory.merge([items[i].id for i in order], "Who has a boat?", strategy=strategy)
@@ -249,7 +258,7 @@ def test_the_tail_is_the_rest_of_the_template(memory: KVCacheMemory) -> None:
 
 def test_one_document_under_its_own_head_is_exact(memory: KVCacheMemory) -> None:
     context = memory.merge([filled(memory)[0].id], "Well?", strategy="query")
-    assert context.report.mode == "exact"
+    assert context.report.mode == "prefix"
     assert context.report.recomputed_tokens == 0
     assert distance(memory.engine, context) <= 1e-5
 
@@ -301,7 +310,7 @@ def test_a_merged_context_answers_its_own_question_or_another(memory: KVCacheMem
     context = memory.merge(ids, "Who has a boat?")
     own = memory.engine.generate(past_key_values=context, max_new_tokens=8)
     same = memory.engine.generate("Who has a boat?", context, max_new_tokens=8)
-    other = memory.engine.plan("Who has a car?", context)
+    other = memory.engine.build_prompt("Who has a car?", context)
     assert own == same
     assert other.token_ids[: len(context.token_ids)] == tuple(context.token_ids.tolist())
 
@@ -348,21 +357,21 @@ def usage_of(memory: KVCacheMemory, messages: Any, **options: Any) -> Any:
 
 
 def test_documents_are_encoded_once_and_found_by_their_content(memory: KVCacheMemory) -> None:
-    cold = usage_of(memory, asked(*TEXTS))
-    warm = usage_of(memory, asked(*TEXTS, question="Who has a car?"))
-    moved = usage_of(memory, asked(*reversed(TEXTS)))
+    cold = usage_of(memory, asked(*TEXTS), strategy="query")
+    warm = usage_of(memory, asked(*TEXTS, question="Who has a car?"), strategy="query")
+    moved = usage_of(memory, asked(*reversed(TEXTS)), strategy="query")
     assert cold.context.reused_tokens == cold.cached_tokens == 0
     assert warm.context.encoded_tokens == moved.context.encoded_tokens == 0
     assert warm.context.mode == moved.context.mode == "merged"
     for usage in (cold, warm, moved):
         assert usage.cached_tokens + usage.created_tokens <= usage.prompt_tokens
-    assert cold.prompt_tokens == usage_of(memory, asked(*TEXTS)).prompt_tokens
+    assert cold.prompt_tokens == usage_of(memory, asked(*TEXTS), strategy="query").prompt_tokens
 
 
 def test_a_context_that_was_encoded_in_this_order_is_exact(memory: KVCacheMemory) -> None:
     usage_of(memory, asked(*TEXTS), strategy="exact")
     again = usage_of(memory, asked(*TEXTS, question="Who has a car?"))
-    assert again.context.mode == "exact"
+    assert again.context.mode == "prefix"
     assert again.context.encoded_tokens == again.context.recomputed_tokens == 0
 
 
@@ -402,7 +411,7 @@ def test_a_sound_store_warns_of_nothing(memory: KVCacheMemory) -> None:
 def test_what_a_disk_kept_is_merged_on_the_models_device(tmp_path: Path, head: str | None) -> None:
     """Its tensors came from the disk into the host's memory, and the head's were on the device."""
     engine = HFEngine(tiny_model().to("cuda"), byte_tokenizer())
-    memory = KVCacheMemory(engine, DiskStore(tmp_path), head=head)
+    memory = KVCacheMemory(engine, DiskStore(tmp_path), instruction=head)
     ids = memory.sync(["Alice has a red bicycle.", "Bob has a green car."]).ids
     merged = memory.merge(ids, "Who?")
     assert {keys.device.type for keys, _ in layers_of(merged.cache)} == {"cuda"}

@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvcag.cache.hf import cut, owned
+from kvcag.cache.layers import contiguous_copy, cut
 from kvcag.cache.merge import Part, merge
 from kvcag.cache.select import STRATEGIES
 from kvcag.errors import InvalidInputError
+from kvcag.testing import tiny_model
 from tests.merging import encode, equal, error, ids, parts_of, tokens_of
-from tests.tiny import tiny_model
 
 MODEL = tiny_model("llama", num_hidden_layers=2)
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -30,14 +30,14 @@ models = st.sampled_from([MODEL, SLIDING])
 
 def context(model, order) -> list[Part]:
     head, *documents = STORED[model]
-    return [head, *(dataclasses.replace(documents[i], exact=n == 0) for n, i in enumerate(order))]
+    return [head, *(dataclasses.replace(documents[i], is_exact=n == 0) for n, i in enumerate(order))]
 
 
 @settings(deadline=None, max_examples=60)
 @given(models, orders, strategies, ratios)
 def test_length_budget_and_what_is_exact(model, order, strategy, ratio):
     parts = context(model, order)
-    before = [owned(part.layers) for part in parts]
+    before = [contiguous_copy(part.layers) for part in parts]
     merged = merge(model, parts, TAIL, strategy=strategy, ratio=ratio)
 
     tokens = tokens_of(parts)

@@ -5,9 +5,10 @@ import threading
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waits import run_together
 
-from kvcag.cache.hf import LayerKV, concat, nbytes
-from kvcag.cache.prefix import PrefixCache
+from kvcag.cache.layers import LayerKV, concat, nbytes
+from kvcag.cache.prefix_cache import PrefixCache
 
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=12)
 
@@ -100,7 +101,7 @@ def test_what_was_inserted_is_a_copy() -> None:
 
 def test_tenants_share_nothing() -> None:
     cache = PrefixCache(1 << 20)
-    cache.insert([1, 2], layers_for([1, 2]), tenant="a")
+    cache.insert([1, 2], layers_for([1, 2]), namespace="a")
     assert cache.match([1, 2], "a")[0] == 2
     assert cache.match([1, 2], "b")[0] == 0
     assert cache.match([1, 2])[0] == 0
@@ -119,8 +120,5 @@ def test_threads_never_see_half_a_split() -> None:
                 wrong.append(context)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    run_together(threads)
     assert wrong == []

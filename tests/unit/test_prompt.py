@@ -1,11 +1,11 @@
 from __future__ import annotations
 
 import pytest
-from tiny import CHATML, byte_tokenizer
 
 from kvcag import ChatTemplate, Document
+from kvcag.chat_template import as_messages
 from kvcag.errors import ChatTemplateError, EmptyPromptError, InvalidInputError, UnsupportedContentError
-from kvcag.prompt import as_messages
+from kvcag.testing import CHATML, byte_tokenizer
 
 GEMMA = (
     "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'system' %}"
@@ -112,13 +112,13 @@ def test_a_prompt_that_opens_thinking_says_so() -> None:
 
 
 def test_around_leaves_the_documents_out() -> None:
-    framed = template().around("Read.", as_messages("What?"))
+    framed = template().split_system("Read.", as_messages("What?"))
     whole = template().prompt(chat("one"))
     assert (framed.head_ids, framed.tail_ids) == (whole.head_ids, whole.tail_ids)
 
 
 def test_a_system_message_in_the_question_stands_after_the_documents() -> None:
-    framed = template().around(None, [{"role": "system", "content": "Be brief."}, *as_messages("What?")])
+    framed = template().split_system(None, [{"role": "system", "content": "Be brief."}, *as_messages("What?")])
     assert text_of(template(), framed.tail_ids).startswith("\n\nBe brief.<|im_end|>")
 
 

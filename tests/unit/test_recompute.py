@@ -5,13 +5,14 @@ import threading
 import pytest
 import torch
 
-from kvcag.cache import attend
-from kvcag.cache.hf import cut, owned, peek_cache
+from kvcag.cache import attention as attend
+from kvcag.cache.layers import contiguous_copy, cut, peek_cache
 from kvcag.cache.merge import merge
 from kvcag.cache.recompute import recompute
 from kvcag.cache.select import Layout
+from kvcag.testing import tiny_model
 from tests.merging import encode, equal, error, ids, parts_of, tokens_of
-from tests.tiny import tiny_model
+from tests.waits import run_together
 
 DOCUMENTS = [ids(length, seed=length) for length in (20, 30, 25)]
 
@@ -36,7 +37,7 @@ def test_chosen_tokens_of_a_right_context_stay_right(model):
     parts = parts_of(model, ids(5), DOCUMENTS)
     right = encode(model, tokens_of(parts))
     chosen = torch.arange(26, 80, 2)
-    layers = owned(right)
+    layers = contiguous_copy(right)
     for keys, values in layers:
         keys[..., chosen, :], values[..., chosen, :] = 3.0, -3.0
     recompute(model, layers, layout_of(parts), chosen, correct=False)
@@ -46,7 +47,7 @@ def test_chosen_tokens_of_a_right_context_stay_right(model):
 def test_without_correction_the_others_are_untouched(model):
     parts = parts_of(model, ids(5), DOCUMENTS)
     rotated = merge(model, parts, ids(3), strategy="rotate").layers
-    layers, chosen = owned(rotated), torch.arange(30, 60, 3)
+    layers, chosen = contiguous_copy(rotated), torch.arange(30, 60, 3)
     recompute(model, layers, layout_of(parts), chosen, correct=False)
     others = torch.ones(80, dtype=torch.bool)
     others[chosen] = False
@@ -57,7 +58,7 @@ def test_without_correction_the_others_are_untouched(model):
 def test_what_is_exact_is_not_corrected(model):
     parts = parts_of(model, ids(5), DOCUMENTS)
     rotated = merge(model, parts, ids(3), strategy="rotate").layers
-    layers = owned(rotated)
+    layers = contiguous_copy(rotated)
     recompute(model, layers, layout_of(parts), torch.arange(26, 80, 3))
     assert equal(cut(layers, 0, 25), cut(rotated, 0, 25))
     assert not torch.equal(layers[-1][0][..., 27, :], rotated[-1][0][..., 27, :])
@@ -72,7 +73,7 @@ def test_long_passes_attend_block_by_block(model, monkeypatch):
 
 def test_looking_leaves_no_trace(model):
     layers = encode(model, ids(20))
-    before = owned(layers)
+    before = contiguous_copy(layers)
     cache = peek_cache(layers)
     attend.attend(model, ids(4), torch.arange(20, 24), cache)
     assert equal(layers, before)
@@ -91,7 +92,7 @@ def test_the_attention_implementation_is_put_back(implementation, strategy):
 def test_the_attention_implementation_is_put_back_when_the_pass_raises(model, strategy):
     parts = parts_of(model, ids(5), DOCUMENTS)
     merge(model, parts, ids(3), strategy="rotate")  # what is measured once is measured
-    stored = [owned(part.layers) for part in parts]
+    stored = [contiguous_copy(part.layers) for part in parts]
 
     def fail(*args):
         raise MemoryError("in the middle")
@@ -119,8 +120,7 @@ def test_another_thread_may_run_the_model_meanwhile(model):
     right, found = plain(), []
     with attend.by_position(model, torch.arange(40)):
         other = threading.Thread(target=lambda: found.append(plain()))
-        other.start()
-        other.join()
+        run_together([other])
     assert torch.equal(found[0], right)
 
 
@@ -141,7 +141,7 @@ def test_the_last_query_is_right_on_a_gpu(queries):
     model = tiny_model("llama", hidden_size=256, head_dim=64, max_position_embeddings=4096).to("cuda")
     token_ids = ids(800)
     right = encode(model, token_ids)
-    layers = owned(right)
+    layers = contiguous_copy(right)
     positions = torch.arange(800 - queries, 800)
     for keys, values in layers:
         keys[..., positions, :] = 0

@@ -78,7 +78,9 @@ def audit(folder: Path, lock: str, project: str = "", advisories: str = "", opti
     (folder / "pyproject.toml").write_text(project or read("pyproject.toml"), encoding="utf-8")
     (copied.parent / "advisories.txt").write_text(advisories, encoding="utf-8")
     command = [sys.executable, copied, option]
-    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False, env={**os.environ, **UTF8})
+    done = subprocess.run(
+        command, capture_output=True, encoding="utf-8", check=False, timeout=60, env={**os.environ, **UTF8}
+    )
     assert not done.stderr
     found = [line for line in done.stdout.splitlines() if re.match("(lock|advisories|requirements|licences): ", line)]
     assert done.returncode == bool(found), done.stdout

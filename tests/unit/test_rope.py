@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from kvcag.cache import rope
-from kvcag.cache.rope import Move, Rotation, check_mergeable, rotations
+from kvcag.cache.rope import PositionShift, Rotation, check_mergeable, rotations
 from kvcag.errors import UnsupportedModelError
+from kvcag.testing import tiny_model
 from tests.merging import encode, encode_at, error, ids
-from tests.tiny import tiny_model
 
 
 class Table(torch.nn.Module):
@@ -52,14 +52,14 @@ def test_keys_stay_right_100000_positions_away():
     """The model rounds `position * frequency` to fp32: turned by the difference of positions, keys are off by 1e-4."""
     model = tiny_model("llama", num_hidden_layers=1, max_position_embeddings=200_000)
     encoded, expected = (encode_at(model, ids(9), position) for position in (3, 100_003))
-    Move(model, torch.arange(3, 12), torch.arange(100_003, 100_012)).turn(0, encoded[0][0])
+    PositionShift(model, torch.arange(3, 12), torch.arange(100_003, 100_012)).turn(0, encoded[0][0])
     assert error(encoded, expected) < 1e-6
 
 
 def test_there_and_back():
     model = tiny_model("llama")
     layers = encode(model, ids(9))
-    move = Move(model, torch.arange(9), torch.arange(500, 509))
+    move = PositionShift(model, torch.arange(9), torch.arange(500, 509))
     there = [(torch.empty_like(keys), values) for keys, values in layers]
     for index, (keys, _) in enumerate(layers):
         move.turn(index, keys, there[index][0])

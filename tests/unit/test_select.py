@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from kvcag.cache import select as selection
-from kvcag.cache.hf import cache_argument, cache_of, layers_of, owned
+from kvcag.cache.layers import cache_argument, cache_of, contiguous_copy, layers_of
 from kvcag.cache.merge import merge
 from kvcag.cache.select import Layout, anchor, deviation, query, select
+from kvcag.testing import tiny_model
 from tests.merging import encode, ids, parts_of, tokens_of
-from tests.tiny import tiny_model
 
 LENGTHS = (4, 10, 1, 20, 15)
 PART_OF = torch.arange(5).repeat_interleave(torch.tensor(LENGTHS))
@@ -58,7 +58,7 @@ def test_deviation_is_the_change_in_layer_1(model, rotated):
     layers, layout = rotated
     right = encode(model, layout.token_ids)
     with torch.no_grad():
-        scores = deviation(model, owned(layers), layout, TAIL)
+        scores = deviation(model, contiguous_copy(layers), layout, TAIL)
     expected = sum((a - b).square().sum(dim=(0, 1, 3)) for a, b in zip(layers[1], right[1], strict=True))
     torch.testing.assert_close(scores[14:], expected[14:], rtol=1e-3, atol=1e-5)
     assert not scores[:14].any()

@@ -9,15 +9,15 @@ import torch
 from forwards import forward_lengths
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import CHATML, byte_tokenizer, tiny_model
 
 from kvcag import KVCacheMemory
-from kvcag.cache.hf import layers_of
+from kvcag.cache.layers import layers_of
+from kvcag.chat_template import Prompt
 from kvcag.engines.constrain import Choices
 from kvcag.engines.hf import HFEngine
 from kvcag.engines.session import Session
 from kvcag.errors import ConstraintError, ContextLengthError, EmptyPromptError, InvalidInputError, TokenMismatchError
-from kvcag.prompt import Prompt
+from kvcag.testing import CHATML, byte_tokenizer, tiny_model
 
 STRIPS_THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and not loop.last %}"
@@ -47,7 +47,7 @@ def forwards(engine: HFEngine) -> Iterator[list[int]]:
 
 
 def contexts(engine: HFEngine) -> dict[str, object]:
-    memory = KVCacheMemory(engine, head="Read.")
+    memory = KVCacheMemory(engine, instruction="Read.")
     items = [memory.extract(text) for text in ("The sky is green.", "Grass is blue.")]
     memory.add(items)
     return {
@@ -65,7 +65,7 @@ def test_each_token_is_run_once_over_any_context(engine, forwards, name):
     context = contexts(engine)[name]
     held = 0 if context is None else len(context.token_ids)
     forwards.clear()
-    with engine.session(context) as session:
+    with Session(engine, context) as session:
         for turn in range(4):
             session.generate(f"Question {turn}?", constraint=Choices(["yes", "no"]) if turn % 2 else None)
         assert sum(forwards) == len(session.token_ids) - 1 - held, "all but the last token of the last answer"
@@ -76,7 +76,7 @@ def test_each_token_is_run_once_over_any_context(engine, forwards, name):
 
 @pytest.mark.parametrize("name", ["none", "system", "messages"])
 def test_answers_equal_those_of_full_prefills(engine, fresh, name):
-    session = engine.session(contexts(engine)[name])
+    session = Session(engine, contexts(engine)[name])
     for turn in range(3):
         before = session.token_ids
         answer = session.generate(f"And {turn}?")
@@ -90,18 +90,18 @@ def test_answers_equal_those_of_full_prefills(engine, fresh, name):
 def test_a_merged_context_is_read_and_never_written(engine):
     context = contexts(engine)["merged"]
     before = [keys.clone() for keys, _ in layers_of(context.cache)]
-    engine.session(context).generate("What is green?")
+    Session(engine, context).generate("What is green?")
     assert all(torch.equal(a, b) for a, (b, _) in zip(before, layers_of(context.cache), strict=True))
 
 
 def test_the_first_turn_says_what_generate_says(engine, fresh):
     for name, context in contexts(engine).items():
-        assert engine.session(context).generate("Why?") == engine.generate("Why?", context), name
+        assert Session(engine, context).generate("Why?") == engine.generate("Why?", context), name
 
 
 def test_a_template_that_rewrites_history_costs_only_what_differs(forwards):
     engine = HFEngine(tiny_model(), byte_tokenizer(STRIPS_THINKING))
-    session = engine.session()
+    session = Session(engine)
     session.generate("a long question that is not prefilled again", constraint=THINKS)
     first = len(session.token_ids) - session.turns[0].completion_tokens
     session.generate("and now?", constraint=THINKS)
@@ -113,7 +113,7 @@ def test_a_template_that_rewrites_history_costs_only_what_differs(forwards):
 @pytest.mark.parametrize("template", [CHATML, TRIMS, STRIPS_THINKING, None])
 def test_ids_agree_with_the_rendered_template(template):
     engine = HFEngine(tiny_model(), byte_tokenizer(template))
-    session = engine.session()
+    session = Session(engine)
     for turn in range(3):
         session.generate([{"role": "user", "content": f" q{turn} "}], max_new_tokens=5, temperature=1.0, seed=turn)
     said = session.token_ids[: len(session.token_ids) - session.turns[-1].completion_tokens]
@@ -122,7 +122,7 @@ def test_ids_agree_with_the_rendered_template(template):
 
 
 def test_a_fork_shares_until_it_writes(engine):
-    session = engine.session(engine.build_kv_cache("You know all."))
+    session = Session(engine, engine.build_kv_cache("You know all."))
     session.generate("one?")
     fork = session.fork()
     assert fork._held is session._held
@@ -130,13 +130,13 @@ def test_a_fork_shares_until_it_writes(engine):
     assert fork._held is not session._held
     assert len(fork.turns) == len(session.turns) == 2
     for question, answer in (("two?", left), ("three?", right)):
-        alone = engine.session(engine.build_kv_cache("You know all."))
+        alone = Session(engine, engine.build_kv_cache("You know all."))
         alone.generate("one?")
         assert alone.generate(question) == answer
 
 
 def test_closing_one_leaves_the_other(engine):
-    session = engine.session()
+    session = Session(engine)
     session.generate("one?")
     fork = session.fork()
     session.close()
@@ -149,7 +149,7 @@ def test_closing_one_leaves_the_other(engine):
 
 
 def test_rollback_goes_back(engine, forwards):
-    session = engine.session()
+    session = Session(engine)
     session.generate("one?")
     ids, turns = session.token_ids, session.turns
     answer = session.generate("two?")
@@ -169,14 +169,14 @@ def test_rollback_goes_back(engine, forwards):
 
 
 def replay(engine: HFEngine, questions: list[str]) -> str:
-    session = engine.session()
+    session = Session(engine)
     return [session.generate(question) for question in questions][-1]
 
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from(["say", "say", "back", "fork", "abandon"]), max_size=8))
 def test_whatever_happened_before_the_next_answer_is_that_of_a_replay(engine, steps):
-    session, said = engine.session(), list[str]()
+    session, said = Session(engine), list[str]()
     for number, step in enumerate(steps):
         if step == "say":
             session.generate(f"q{number}", max_new_tokens=3)
@@ -191,7 +191,7 @@ def test_whatever_happened_before_the_next_answer_is_that_of_a_replay(engine, st
             stream = session.stream("never mind")
             next(stream)
             stream.close()
-    fresh = engine.session()
+    fresh = Session(engine)
     for question in said:
         fresh.generate(question, max_new_tokens=3)
     assert session.generate("last?") == fresh.generate("last?")
@@ -199,7 +199,7 @@ def test_whatever_happened_before_the_next_answer_is_that_of_a_replay(engine, st
 
 
 def test_an_abandoned_or_failed_turn_is_taken_back(engine):
-    session = engine.session()
+    session = Session(engine)
     session.generate("one?")
     ids = session.token_ids
     stream = session.stream("two?")
@@ -223,7 +223,7 @@ def test_an_abandoned_or_failed_turn_is_taken_back(engine):
 
 
 def test_a_stale_stream_is_refused(engine):
-    session = engine.session()
+    session = Session(engine)
     early = session.stream("one?")
     session.generate("two?")
     with pytest.raises(InvalidInputError, match="another turn"):
@@ -231,7 +231,7 @@ def test_a_stale_stream_is_refused(engine):
 
 
 def test_bad_turns_are_refused_before_any_prefill(engine, forwards):
-    session = engine.session()
+    session = Session(engine)
     with pytest.raises(EmptyPromptError):
         session.stream([])
     with pytest.raises(ConstraintError):
@@ -248,14 +248,14 @@ def test_a_merged_context_cannot_be_rewritten():
     engine = HFEngine(tiny_model(), byte_tokenizer(STRIPS_THINKING))
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "<think>b</think>c"}]
     cache = engine.build_kv_cache(messages)
-    assert engine.session(cache).generate("d", max_new_tokens=2), "the model computes what differs again"
-    cache.exact = False
+    assert Session(engine, cache).generate("d", max_new_tokens=2), "the model computes what differs again"
+    cache.is_exact = False
     with pytest.raises(TokenMismatchError, match="cannot be computed again"):
-        engine.session(cache).stream("d")
+        Session(engine, cache).stream("d")
 
 
 def test_stop_strings_and_messages(engine):
-    session = engine.session()
+    session = Session(engine)
     assert session.generate("x", constraint=Choices(["abSTOPcd"]), stop="STOP", max_new_tokens=20) == "ab"
     assert session.messages[-1] == {"role": "assistant", "content": "ab"}
     session.generate("y")

@@ -10,16 +10,16 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from tiny import SMALL, byte_tokenizer, tiny_model
 from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from kvcag import HFEngine, KVCacheMemory
-from kvcag.cache.hf import layers_of, nbytes
+from kvcag.cache.layers import layers_of, nbytes
 from kvcag.cli.app import app
 from kvcag.errors import InvalidInputError, UnsupportedModelError
 from kvcag.sizing import DTYPE_BYTES, KVGeometry, LayerGeometry, break_even, kv_geometry
 from kvcag.stores.disk import DiskStore
+from kvcag.testing import SMALL, byte_tokenizer, tiny_model
 
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 FAMILIES = {
@@ -167,20 +167,20 @@ def test_the_command_says_it_in_json_and_to_people(config: Path) -> None:
     assert made["bytes_per_token_int8"] == 3 * 2 * 2 * (8 + 2)
     code, said = run("-m", config, "--tokens", 10, "--documents", 3)
     assert code == 0
-    assert "3 layers, 2 KV heads of 8 numbers (2 query heads to each)" in said
+    assert "3 layers, 2 KV heads of 8 numbers (2 query heads for each)" in said
     assert "5.8 kB" in said
 
 
 @pytest.mark.parametrize(
     ("speeds", "says"),
     [
-        ((1000, 1e9, 0), "load: loading takes 0.0 ms, encoding 10.0 ms; loading is quicker at any length"),
-        ((1000, 1e9, 2), "load: loading takes 2.0 ms, encoding 10.0 ms; loading is quicker from 3 tokens on"),
+        ((1000, 1e9, 0), "load: loading takes 0.0 ms, encoding 10.0 ms; loading is faster at any length"),
+        ((1000, 1e9, 2), "load: loading takes 2.0 ms, encoding 10.0 ms; loading is faster from 3 tokens"),
         (
             (1000, 1e3, 0),
-            "encode: loading takes 1,920.0 ms, encoding 10.0 ms; loading is quicker above 192 kB",
+            "encode: loading takes 1,920.0 ms, encoding 10.0 ms; loading is faster above 192 kB",
         ),
-        ((1000, 1e9, 20), "encode: loading takes 20.0 ms, encoding 10.0 ms; the latency alone is longer"),
+        ((1000, 1e9, 20), "encode: loading takes 20.0 ms, encoding 10.0 ms; the latency alone takes longer"),
     ],
 )
 def test_the_command_says_which_is_sooner(config: Path, speeds: tuple[float, float, float], says: str) -> None:
@@ -197,7 +197,7 @@ def test_the_command_says_which_is_sooner(config: Path, speeds: tuple[float, flo
     [
         (("-m", "no/such/model"), "no/such/model"),
         (("--dtype", "int4"), "float32, float16, bfloat16"),
-        (("--load-bytes-per-s", "3e9"), "belong"),
+        (("--load-bytes-per-s", "3e9"), "go together"),
         (("--prefill-tokens-per-s", "0", "--load-bytes-per-s", "1"), "more than 0"),
     ],
 )
@@ -221,7 +221,7 @@ def test_the_pages_calculator_reckons_as_we_do() -> None:
             return [sizes, breakEven(tokens, sizes[0], ...speeds)];
         }});
         console.log(JSON.stringify([MODELS, made]));"""
-    done = subprocess.run(["node", "-e", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(["node", "-e", script], capture_output=True, text=True, check=True, timeout=60)
     models, made = json.loads(done.stdout)
     assert len(models) >= 4
     for (layers, heads, dim, dtype, tokens, prefill, load, latency), (sizes, even) in zip(cases, made, strict=True):

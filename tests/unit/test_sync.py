@@ -1,4 +1,4 @@
-"""A memory in step with a corpus, purged on request, loading only where that is quicker, and apart by tenant."""
+"""A memory in step with a corpus, purged on request, loading only where that is quicker, and apart by namespace."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import byte_tokenizer, tiny_model
 
 from kvcag import Document, HFEngine, KVCacheMemory, Sampling
 from kvcag.errors import EmptyPromptError
-from kvcag.stores import DiskStore, LoadSpeed, MemoryStore, Planner, TieredStore, measure
+from kvcag.stores import DiskStore, MemoryStore
+from kvcag.testing import byte_tokenizer, tiny_model
 
 TEXTS = ["Alice has a red bicycle.", "Bob has a green car.", "Carol has a boat."]
 HEAD = "Answer from the documents."
@@ -18,7 +18,7 @@ HEAD = "Answer from the documents."
 
 @pytest.fixture
 def memory(tiny_engine: HFEngine, tmp_path: Path) -> KVCacheMemory:
-    return KVCacheMemory(tiny_engine, DiskStore(tmp_path / "kv"), head=HEAD)
+    return KVCacheMemory(tiny_engine, DiskStore(tmp_path / "kv"), instruction=HEAD)
 
 
 def asked(*texts: str) -> list[dict[str, Any]]:
@@ -79,7 +79,7 @@ def test_a_purge_leaves_nothing_of_a_text(memory: KVCacheMemory) -> None:
 
 
 def test_a_purge_leaves_other_tenants_recent_contexts(tiny_engine: HFEngine) -> None:
-    mine, theirs = (KVCacheMemory(tiny_engine, MemoryStore(), tenant=name) for name in ("me", "them"))
+    mine, theirs = (KVCacheMemory(tiny_engine, MemoryStore(), namespace=name) for name in ("me", "them"))
     for memory in (mine, theirs):
         list(memory.stream("Hello", sampling=Sampling(max_new_tokens=1)))
     mine.purge("anything")
@@ -90,41 +90,17 @@ def test_a_purge_leaves_other_tenants_recent_contexts(tiny_engine: HFEngine) -> 
     assert tiny_engine.prefixes.nbytes == 0
 
 
-SLOW, QUICK = LoadSpeed(10.0, 1e3), LoadSpeed(1e-6, 1e12)
-
-
-@pytest.mark.parametrize(("speed", "loaded"), [(SLOW, False), (QUICK, True)])
-def test_the_quicker_of_loading_and_encoding_is_taken_and_the_reason_reported(
-    tiny_engine: HFEngine, speed: LoadSpeed, loaded: bool
-) -> None:
-    memory = KVCacheMemory(tiny_engine, head=HEAD, planner=Planner(10_000.0, {"store": speed}))
-    memory.sync(TEXTS)
-    report = usage_of(memory, *TEXTS).context
-    assert (report.encoded_tokens == 0) == loaded
-    assert ("load from store: " if loaded else "encode: loading takes ") in report.reason
-
-
-def test_a_measured_planner_knows_every_tier(tiny_engine: HFEngine, tmp_path: Path) -> None:
-    store = TieredStore([MemoryStore(), DiskStore(tmp_path)])
-    memory = KVCacheMemory(tiny_engine, store, head=HEAD, planner=measure(tiny_engine, store))
-    memory.sync(TEXTS)
-    assert memory.planner is not None
-    assert set(memory.planner.speeds) == {"tier 0", "tier 1"}
-    assert "tier 0" in usage_of(memory, *TEXTS).context.reason
-    assert len(list(store.keys())) == len(TEXTS)  # the probes are gone
-
-
 def test_tenants_with_the_same_text_share_no_hit_and_no_file(tmp_path: Path) -> None:
     engine = HFEngine(tiny_model(), byte_tokenizer())
     memories = [
-        KVCacheMemory(engine, DiskStore(tmp_path, namespace=name, salt=name.encode()), head=HEAD, tenant=name)
+        KVCacheMemory(engine, DiskStore(tmp_path, namespace=name, salt=name.encode()), instruction=HEAD, namespace=name)
         for name in ("one", "two")
     ]
     reports, files = [], []
     for memory in memories:
         reports.append(usage_of(memory, *TEXTS))
         files.append(set(tmp_path.rglob("*.safetensors")))
-    assert reports[0].context == reports[1].context  # the second tenant pays what the first paid: no timing tells
+    assert reports[0].context == reports[1].context  # the second namespace pays what the first paid: no timing tells
     assert reports[0].cached_tokens == reports[1].cached_tokens == 0
     assert len(files[1]) == 2 * len(files[0])
     assert not {path.name for path in files[0]} & {path.name for path in files[1] - files[0]}
@@ -132,7 +108,7 @@ def test_tenants_with_the_same_text_share_no_hit_and_no_file(tmp_path: Path) -> 
 
 def test_a_document_that_was_quantised_is_not_called_exact(tiny_engine: HFEngine, tmp_path: Path) -> None:
     """It was, where it stood first, and what was generated over it was remembered as exact."""
-    memory = KVCacheMemory(tiny_engine, DiskStore(tmp_path, quantize="int8"), head=HEAD)
+    memory = KVCacheMemory(tiny_engine, DiskStore(tmp_path, quantize="int8"), instruction=HEAD)
     item = memory.extract(TEXTS[0])
     memory.add(item)
     context = memory.merge([item.id], "Who?", strategy="rotate")
@@ -140,6 +116,6 @@ def test_a_document_that_was_quantised_is_not_called_exact(tiny_engine: HFEngine
     tiny_engine.generate(past_key_values=context, max_new_tokens=2)
     assert tiny_engine.prefixes.match(context.token_ids.tolist())[0] == item.base_position
     memory.dump(tmp_path / "dump")  # unquantised, and still what it was
-    other = KVCacheMemory(tiny_engine, head=HEAD)
+    other = KVCacheMemory(tiny_engine, instruction=HEAD)
     other.load(tmp_path / "dump")
     assert other.merge([item.id], "Who?", strategy="rotate").report.mode == "merged"

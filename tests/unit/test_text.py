@@ -4,9 +4,9 @@ from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import byte_tokenizer
 
-from kvcag.engines.text import Detokenizer, StopStrings, ThinkingFilter
+from kvcag.engines.decode import Detokenizer, StopStrings, ThinkingFilter
+from kvcag.testing import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
 

@@ -1,4 +1,4 @@
-"""Tools: shown, called in the model's own format, and read back."""
+"""Tools: offered, called in the model's own format, and parsed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from templates import HERMES, LLAMA, MISTRAL, with_markers
-from tiny import CHATML, byte_tokenizer, tiny_model
 
+from kvcag.chat_template import ChatTemplate, Document
 from kvcag.engines.hf import HFEngine
 from kvcag.errors import InvalidInputError
-from kvcag.prompt import ChatTemplate, Document
-from kvcag.tools import PLAIN, call_format, plan_tools, tool_messages
+from kvcag.testing import CHATML, byte_tokenizer, tiny_model
+from kvcag.tools import PLAIN, call_format, tool_messages, tool_spec
 
 WEATHER = {
     "name": "weather",
@@ -49,7 +49,7 @@ def engines() -> dict[str, HFEngine]:
     return {name: HFEngine(tiny_model(vocab_size=264), t.tokenizer) for name, t in TEMPLATES.items()}
 
 
-def test_the_format_is_read_off_the_template():
+def test_the_format_is_read_from_the_template():
     formats = {name: call_format(template) for name, template in TEMPLATES.items()}
     assert formats["plain"] is formats["none"] is PLAIN
     hermes, llama, mistral = formats["hermes"], formats["llama"], formats["mistral"]
@@ -64,13 +64,13 @@ def test_the_format_is_read_off_the_template():
 @pytest.mark.parametrize("name", list(TEMPLATES))
 @pytest.mark.parametrize("choice", ["any", "weather"])
 @pytest.mark.parametrize("seed", [1, 2])
-def test_a_forced_call_is_always_right(engines, name, choice, seed):
+def test_a_forced_call_is_always_valid(engines, name, choice, seed):
     engine = engines[name]
-    plan = plan_tools(engine.template, TOOLS, choice)
-    prompt = engine.template.prompt(plan.messages(ASK), tools=plan.tools)
+    spec = tool_spec(engine.template, TOOLS, choice)
+    prompt = engine.template.prompt(spec.messages(ASK), tools=spec.tools)
     sampling = engine.sampling(max_new_tokens=150, temperature=1.0, seed=seed)
-    text = "".join(chunk.text for chunk in engine.stream(prompt, sampling, constraint=plan.constraint))
-    parsed = plan.parse(text)
+    text = "".join(chunk.text for chunk in engine.stream(prompt, sampling, constraint=spec.constraint))
+    parsed = spec.parse(text)
     assert parsed.content == ""
     assert parsed.invalid_calls == ()
     assert parsed.calls
@@ -82,44 +82,44 @@ def test_a_forced_call_is_always_right(engines, name, choice, seed):
         assert len(parsed.calls) == 1
 
 
-def test_what_the_model_writes_is_what_the_template_writes(template):
-    """A call in the history reads as the model would have written it."""
-    plan = plan_tools(template, TOOLS, "any")
+def test_the_model_writes_calls_as_the_template_does(template):
+    """A call in the history is rendered in the format that the model uses."""
+    spec = tool_spec(template, TOOLS, "any")
     turn = {"role": "assistant", "content": "", "tool_calls": SEVEN_CALLS}
-    history = template.render(plan.messages([*ASK, turn]), tools=plan.tools, add_generation_prompt=False)
-    parsed = plan.parse(history[history.rfind(plan.format.opening + plan.format.before_name) :])
+    history = template.render(spec.messages([*ASK, turn]), tools=spec.tools, add_generation_prompt=False)
+    parsed = spec.parse(history[history.rfind(spec.format.opening + spec.format.before_name) :])
     assert [(call.name, call.arguments) for call in parsed.calls] == [("weather", {"city": "Köln"})]
 
 
-def test_every_template_shows_tools_calls_and_results(template):
-    plan = plan_tools(template, TOOLS)
+def test_every_template_renders_tools_calls_and_results(template):
+    spec = tool_spec(template, TOOLS)
     messages = [
         *ASK,
         {"role": "assistant", "content": "", "tool_calls": SEVEN_CALLS},
         {"role": "tool", "content": "seventeen degrees", "name": "weather", "tool_call_id": "abcdef123"},
     ]
-    text = template.render(plan.messages(messages), tools=plan.tools)
+    text = template.render(spec.messages(messages), tools=spec.tools)
     for shown in ("Looks out of the window.", '"city"', "seventeen degrees"):
         assert shown in text
     assert "17" not in text
     assert "seventeen degrees" in template.render(tool_messages(template, messages))
 
 
-def test_the_instruction_follows_what_the_system_says_documents_included():
-    plan = plan_tools(TEMPLATES["plain"], TOOLS)
+def test_the_instruction_follows_the_system_message_and_its_documents():
+    spec = tool_spec(TEMPLATES["plain"], TOOLS)
     documents = [{"role": "system", "content": ["Read: ", Document("fact")]}, *ASK]
-    prompt = TEMPLATES["plain"].prompt(plan.messages(documents))
+    prompt = TEMPLATES["plain"].prompt(spec.messages(documents))
     without = TEMPLATES["plain"].prompt(documents)
-    assert prompt.head_ids == without.head_ids, "so that documents are found whatever tools are bound"
+    assert prompt.head_ids == without.head_ids, "documents are cached independently of the tools"
     assert prompt.document_ids == without.document_ids
-    assert plan.messages([{"role": "system", "content": "Be brief."}])[0]["content"].startswith("Be brief.\n\nThese")
+    assert spec.messages([{"role": "system", "content": "Be brief."}])[0]["content"].startswith("Be brief.\n\nThese")
 
 
 @pytest.mark.parametrize("name", list(TEMPLATES))
-def test_auto_is_text_or_a_right_call(engines, name):
+def test_auto_is_text_or_a_valid_call(engines, name):
     engine = engines[name]
-    plan = plan_tools(engine.template, TOOLS)
-    form = plan.format
+    spec = tool_spec(engine.template, TOOLS)
+    form = spec.format
     good = form.opening + form.write("weather", {"city": "Rome", "days": 3}).replace('": 3', '":3') + form.closing
     good = good.replace('{"city": "Rome", ', '{"city":"Rome",')
     wrong = good.replace("Rome", "Pisa")
@@ -127,20 +127,20 @@ def test_auto_is_text_or_a_right_call(engines, name):
     marker = (form.marker_id,) if form.marker_id is not None else ()
     for text, ends in (("It rains.", True), (good, True), (wrong, False)):
         ids = [*(marker if "{" in text else ()), *encode(text)]
-        matcher = engine.constrain(plan.constraint, 300)._matcher.deep_copy()
+        matcher = engine.constrain(spec.constraint, 300)._matcher.deep_copy()
         taken = matcher.try_consume_tokens(ids)
         assert (taken == len(ids) and matcher.is_accepting()) is ends, (text, taken)
 
 
-def test_parse_tells_text_from_calls():
-    plan = plan_tools(TEMPLATES["hermes"], TOOLS)
+def test_parse_separates_text_from_calls():
+    spec = tool_spec(TEMPLATES["hermes"], TOOLS)
     call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Köln"}}\n</tool_call>'
-    parsed = plan.parse(f"Let me see.\n{call}\n{call.replace('weather', 'stop')}\n")
+    parsed = spec.parse(f"Let me see.\n{call}\n{call.replace('weather', 'stop')}\n")
     assert parsed.content == "Let me see."
     assert [call.name for call in parsed.calls] == ["weather", "stop"]
     assert len({call.id for call in parsed.calls}) == 2
-    assert plan.parse("no < call > here ").content == "no < call > here "
-    plain = plan_tools(TEMPLATES["plain"], TOOLS)
+    assert spec.parse("no < call > here ").content == "no < call > here "
+    plain = tool_spec(TEMPLATES["plain"], TOOLS)
     assert plain.parse('{"name": "stop", "arguments": {}}\n{"name": "stop", "arguments": {}}').calls[1].name == "stop"
     assert plain.parse("text").content == "text"
 
@@ -150,15 +150,15 @@ def test_parse_tells_text_from_calls():
     [
         ('{"name": "weather", "arguments": {"city": "K', "not JSON", "weather"),
         ('{"name": "wether", "arguments": {}}', "no tool is called 'wether'", "wether"),
-        ('{"name": "weather", "arguments": [1]}', "no JSON object", "weather"),
+        ('{"name": "weather", "arguments": [1]}', "not a JSON object", "weather"),
         ('{"name": "weather", "arguments": "{"}', "not JSON", "weather"),
         ('{"name": 3}', "no tool is called 3", None),
         ("{", "not JSON", None),
     ],
 )
-def test_a_cut_or_wrong_call_is_an_invalid_call(text, error, name):
+def test_a_cut_or_malformed_call_is_an_invalid_call(text, error, name):
     for template, opening in (("plain", ""), ("hermes", "<tool_call>\n")):
-        parsed = plan_tools(TEMPLATES[template], TOOLS).parse(opening + text)
+        parsed = tool_spec(TEMPLATES[template], TOOLS).parse(opening + text)
         assert parsed.calls == ()
         assert error in parsed.invalid_calls[0].error
         assert parsed.invalid_calls[0].name == name
@@ -166,21 +166,21 @@ def test_a_cut_or_wrong_call_is_an_invalid_call(text, error, name):
 
 
 @given(st.text(alphabet='<tool_ca>/{}"\n x', max_size=60), st.integers(1, 7))
-def test_a_parser_in_pieces_says_what_parse_says(text, size):
+def test_parsing_in_pieces_equals_parsing_at_once(text, size):
     for name in ("hermes", "plain", "mistral"):
-        plan = plan_tools(TEMPLATES[name], TOOLS)
-        parser = plan.parser()
+        spec = tool_spec(TEMPLATES[name], TOOLS)
+        parser = spec.parser()
         given = [parser.push(text[i : i + size]) for i in range(0, len(text), size)]
         parsed = parser.close()
-        assert parsed.content == plan.parse(text).content
+        assert parsed.content == spec.parse(text).content
         assert "".join(given) + parser.rest == parsed.content
 
 
 def test_choices_are_checked():
     template = TEMPLATES["plain"]
-    assert plan_tools(template, TOOLS, "none") is None
-    assert plan_tools(template, []) is None
-    assert plan_tools(template, TOOLS, "required").forced
+    assert tool_spec(template, TOOLS, "none") is None
+    assert tool_spec(template, []) is None
+    assert tool_spec(template, TOOLS, "required").forced
     for tools, choice in (
         (TOOLS, "wether"),
         ([], "weather"),
@@ -190,7 +190,7 @@ def test_choices_are_checked():
         (["weather"], "auto"),
     ):
         with pytest.raises(InvalidInputError):
-            plan_tools(template, tools, choice)
+            tool_spec(template, tools, choice)
 
 
 def test_arguments_in_a_history_may_be_json_text():

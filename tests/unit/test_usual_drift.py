@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from kvcag import HFEngine, KVCacheMemory
-from kvcag.cache.drift import UsualDrift
-from kvcag.cache.hf import layers_of, owned
+from kvcag.cache.layers import contiguous_copy, layers_of
 from kvcag.cache.merge import merge
-from kvcag.engines.usual_drift import PASSAGES
-from kvcag.notices import CacheWarning
+from kvcag.cache.recompute import UsualDrift
+from kvcag.calibration import PASSAGES, usual_drift_of
+from kvcag.errors import CacheWarning
+from kvcag.testing import byte_tokenizer, tiny_model
 from tests.merging import encode, equal, ids, parts_of
-from tests.tiny import byte_tokenizer, tiny_model
 
 MODEL = tiny_model("llama")
 HEAD, DOCUMENTS, TAIL = ids(5), [ids(9, seed=1), ids(14, seed=2), ids(20, seed=3)], ids(6, seed=99)
@@ -89,28 +89,28 @@ def test_recomputed_tokens_show_their_own(strategy, ratio):
 
 def test_stored_parts_do_not_change():
     parts = parts_of(MODEL, HEAD, DOCUMENTS)
-    before = [owned(part.layers) for part in parts]
+    before = [contiguous_copy(part.layers) for part in parts]
     merge(MODEL, parts, TAIL, strategy="rotate", usual_drift=learned_from_these_documents)
     assert all(equal(part.layers, was) for part, was in zip(parts, before, strict=True))
 
 
 def test_an_engine_learns_it_once_and_keeps_it(cache_folder):
-    first = engine().usual_drift
+    first = usual_drift_of(engine())
     assert first is not None
     (file,) = (cache_folder / "drift").iterdir()
     made = file.stat().st_mtime_ns
-    again = engine().usual_drift
+    again = usual_drift_of(engine())
     assert file.stat().st_mtime_ns == made
     assert all(torch.equal(a, b) for a, b in zip(first.layers, again.layers, strict=True))
-    assert engine(seed=1).usual_drift is not None  # another model, another file
+    assert usual_drift_of(engine(seed=1)) is not None  # another model, another file
     assert len(list((cache_folder / "drift").iterdir())) == 2
 
 
 def test_a_file_that_was_cut_is_learned_again(cache_folder):
-    right = engine().usual_drift
+    right = usual_drift_of(engine())
     (file,) = (cache_folder / "drift").iterdir()
     file.write_bytes(file.read_bytes()[:-40])
-    assert all(torch.equal(a, b) for a, b in zip(right.layers, engine().usual_drift.layers, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(right.layers, usual_drift_of(engine()).layers, strict=True))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a file where a folder is wanted")
@@ -118,12 +118,12 @@ def test_where_it_cannot_be_kept_it_is_learned_all_the_same(tmp_path, monkeypatc
     (tmp_path / "file").touch()
     monkeypatch.setenv("KVCAG_CACHE", str(tmp_path / "file"))
     with pytest.warns(CacheWarning, match="KVCAG_CACHE"):
-        assert engine().usual_drift is not None
+        assert usual_drift_of(engine()) is not None
 
 
 def test_a_short_context_learns_from_fewer_passages_and_a_very_short_one_not_at_all(cache_folder):
-    assert engine(max_position_embeddings=400).usual_drift is not None
-    assert engine(max_position_embeddings=130).usual_drift is None
+    assert usual_drift_of(engine(max_position_embeddings=400)) is not None
+    assert usual_drift_of(engine(max_position_embeddings=130)) is None
 
 
 def test_rotate_through_the_memory_uses_it_and_query_does_not(cache_folder):

@@ -20,7 +20,7 @@ _FIGURES: list[str] = []
 
 @pytest.fixture
 def figures() -> Callable[[str], None]:
-    """Says what was measured, at the end of the run."""
+    """Prints a figure at the end of the run."""
     return _FIGURES.append
 
 
@@ -44,7 +44,7 @@ def vllm(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 @pytest.fixture
 def engine(vllm: Vllm, smollm2_path: Path) -> Iterator[VLLMEngine]:
-    """An engine with a salt of its own: what another test had read is not known to it."""
+    """An engine with its own salt, so that tests share no cached tokens."""
     with VLLMEngine(vllm.url, tokenizer=smollm2_path, salt_secret=os.urandom(8).hex()) as made:
         yield made
 

@@ -1,4 +1,4 @@
-"""The adapters over a real vLLM server: what issue 9 promises, seen through the frameworks' own usage."""
+"""The adapters over a real vLLM server, measured by the frameworks' own usage."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ from langchain_core.tools import tool
 from llama_index.core.llms import ChatMessage
 from pydantic import BaseModel, Field
 from vllm_process import Vllm
+from waits import awaited
 
 from kvcag import Choices, Document, Grammar, HFEngine, KVCacheMemory, Regex, VLLMEngine
-from kvcag.aio import iterate
 from kvcag.demo.corpus import python_topics
 from kvcag.errors import ConstraintError, ContextLengthError
 from kvcag.langchain import ChatKVCAG
 from kvcag.llama_index import KVCacheLLM
+from kvcag.streams import iterate
 
 Figures = Callable[[str], None]
 QUESTIONS = ["What happens when 0.0 is raised to a negative power?", 'What is the "while" statement used for?']
@@ -73,13 +74,15 @@ def test_the_second_question_through_llama_index_finds_the_corpus_cached(engine:
     assert usage[0]["ttft_s"] >= 5 * usage[1]["ttft_s"]
 
 
-def test_tenants_share_no_hit(engine: VLLMEngine, figures: Figures) -> None:
+def test_namespaces_share_no_hit(engine: VLLMEngine, figures: Figures) -> None:
     messages = [{"role": "system", "content": CORPUS[:3000]}, {"role": "user", "content": "When?"}]
     read = {}
-    for tenant in ("a", "b", "a", "b"):
-        *_, last = KVCacheMemory(engine, tenant=tenant).stream(messages, sampling=engine.sampling(max_new_tokens=1))
-        read.setdefault(tenant, []).append(last.usage.cached_tokens)
-    figures(f"tenants: cached at the first and the second question {read}")
+    for namespace in ("a", "b", "a", "b"):
+        *_, last = KVCacheMemory(engine, namespace=namespace).stream(
+            messages, sampling=engine.sampling(max_new_tokens=1)
+        )
+        read.setdefault(namespace, []).append(last.usage.cached_tokens)
+    figures(f"namespaces: cached at the first and the second question {read}")
     assert [hits[0] for hits in read.values()] == [0, 0]
     assert all(hits[1] > 500 for hits in read.values())
 
@@ -112,14 +115,14 @@ def test_the_servers_own_tokenizer_makes_the_same_prompts(vllm: Vllm, here: HFEn
 def test_items_are_sent_ahead_and_their_merge_is_all_of_them(engine: VLLMEngine, here: HFEngine) -> None:
     texts = [corpus("power"), corpus("while"), corpus("nonlocal")]
     answers = []
-    for memory in (KVCacheMemory(engine, head="Answer."), KVCacheMemory(here, head="Answer.")):
+    for memory in (KVCacheMemory(engine, instruction="Answer."), KVCacheMemory(here, instruction="Answer.")):
         items = [memory.extract(text) for text in texts]
         memory.add(items)
         context = memory.merge([item.id for item in items], QUESTIONS[0], "exact")
         answers.append(memory.engine.generate(None, context, max_new_tokens=16))
         if memory.engine is engine:
-            plan = engine.plan(None, context)
-            *_, last = engine.stream(plan, engine.sampling(max_new_tokens=1), context)
+            prompt = engine.build_prompt(None, context)
+            *_, last = engine.stream(prompt, engine.sampling(max_new_tokens=1), context)
             assert last.usage.cached_tokens > len(items[0].token_ids)
             assert all(text.strip() in context.prompt for text in texts)
     assert answers[0] == answers[1]
@@ -205,11 +208,13 @@ async def test_cancelling_ends_the_request_on_the_server(vllm: Vllm, engine: VLL
             pass
 
     task = asyncio.create_task(consume())
+    until = time.monotonic() + 60
     while not await asyncio.to_thread(running, vllm):
+        assert time.monotonic() < until
         await asyncio.sleep(0.05)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
-        await task
+        await awaited(task)
     until = time.monotonic() + 10
     while await asyncio.to_thread(running, vllm):
         assert time.monotonic() < until
@@ -237,6 +242,6 @@ def test_after_a_restart_the_server_is_warm_again(vllm: Vllm, engine: VLLMEngine
     while engine._preloads._thread is not None and time.monotonic() < until:
         time.sleep(0.1)
     for each in (context, other):
-        *_, last = engine.stream(engine.plan("When?", each), engine.sampling(max_new_tokens=1), each)
+        *_, last = engine.stream(engine.build_prompt("When?", each), engine.sampling(max_new_tokens=1), each)
         figures(f"after a restart: {last.usage.cached_tokens} of {last.usage.prompt_tokens} cached")
         assert last.usage.cached_tokens >= len(each.token_ids) - 128

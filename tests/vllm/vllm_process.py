@@ -55,7 +55,7 @@ class Vllm:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it, and wait until it answers."""
+        """Start it, and wait until it is ready."""
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 self._command,
@@ -75,12 +75,12 @@ class Vllm:
                     time.sleep(1)
 
     def stop(self) -> None:
-        """Stop it, as an operator does."""
+        """Stop it with SIGTERM."""
         if self._process is not None:
             os.killpg(self._process.pid, signal.SIGTERM)
             try:
                 self._process.wait(30)
             except subprocess.TimeoutExpired:
                 os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait()
+                self._process.wait(30)
             self._process = None

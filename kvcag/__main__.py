@@ -1,0 +1,5 @@
+"""Runs the command line: `python -m kvcag`."""
+
+from kvcag.cli import main
+
+main()

@@ -1,0 +1,202 @@
+"""What the adapters for LangChain and LlamaIndex share: models loaded on first use, and the settings of a call."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Mapping
+from dataclasses import fields
+from os import PathLike, fspath
+from typing import Any
+from weakref import WeakValueDictionary
+
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from kvcag.chat_template import ChatTemplate
+from kvcag.cube.memory_cube import MemoryCube
+from kvcag.engines.base import Engine
+from kvcag.engines.hf import HUB_ARGUMENTS, HFEngine
+from kvcag.engines.sampling import Sampling
+from kvcag.errors import InvalidInputError
+from kvcag.memory import KVCacheMemory, open_store
+from kvcag.stores.base import KVStore
+
+SAMPLING_SETTINGS = tuple(field.name for field in fields(Sampling))
+"""Settings of an answer that a call may give, beside `MERGE_SETTINGS`."""
+
+MERGE_SETTINGS = {"merge_strategy": "strategy", "recompute_ratio": "ratio", "max_kl": "max_kl"}
+"""The adapters' names for arguments of `KVCacheMemory.stream`."""
+
+
+def call_settings(engine: Engine, fields: object, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `KVCacheMemory.stream` for one call: what the call gives, else the adapter's own fields.
+
+    Args:
+        engine: the engine that answers; its defaults apply where neither gives a value.
+        fields: the adapter. Its field for the token budget may be `max_tokens` or `max_new_tokens`.
+        given: the call's arguments, by the adapters' names.
+
+    Raises:
+        InvalidInputError: an unknown setting, or a value out of range.
+    """
+    names = (*MERGE_SETTINGS, *SAMPLING_SETTINGS, "max_tokens")
+    own = {name: getattr(fields, name) for name in names if hasattr(fields, name)}
+    settings = _one_budget(own) | _one_budget(given)
+    settings["stop"] = settings["stop"] or None
+    merging = {argument: settings.pop(name) for name, argument in MERGE_SETTINGS.items()}
+    return {**merging, "sampling": engine.sampling(**settings)}
+
+
+def _one_budget(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in which `max_tokens` has the name that `Sampling` gives it."""
+    return {"max_new_tokens" if name == "max_tokens" else name: value for name, value in settings.items()}
+
+
+class LazyMemory:
+    """The memory that an adapter answers from. Nothing is loaded before `memory` is called.
+
+    Args:
+        model: a hub id or a folder. Not needed with `engine` or `memory`.
+        engine: a live engine, in place of a model.
+        memory: a `KVCacheMemory` or a `MemoryCube`, in place of an engine, a store and a namespace.
+        store: where documents are kept: a `KVStore`, or a folder. None: in memory, shared over the engine.
+        namespace: separates this memory from those of other namespaces.
+        **loading: arguments of `HFEngine.from_pretrained`.
+
+    Attributes:
+        model: the model's name.
+        engine: the engine that was given, or None.
+        store: the store that was given.
+        namespace: the namespace.
+
+    Raises:
+        InvalidInputError: there is no model, or two arguments contradict each other.
+    """
+
+    def __init__(
+        self,
+        model: str | PathLike[str] = "",
+        *,
+        engine: Engine | None = None,
+        memory: KVCacheMemory | MemoryCube | None = None,
+        store: KVStore | str | PathLike[str] | None = None,
+        namespace: str = "",
+        **loading: Any,
+    ) -> None:
+        self._memory: KVCacheMemory | None = None
+        if memory is not None:
+            self._memory = _memory_of(memory, engine=engine, store=store, namespace=namespace)
+            engine, store, namespace = self._memory.engine, self._memory.store, self._memory.namespace
+        name = fspath(model)
+        if engine is None and not name:
+            raise InvalidInputError("no model: pass model=, a hub id or a folder, or engine=, a live engine")
+        if engine is not None and name not in ("", engine.model_name):
+            raise InvalidInputError(f"model={name!r}, and an engine of {engine.model_name!r}: pass one of them")
+        self.model = name if engine is None else engine.model_name
+        self.engine = engine
+        self.store = store
+        self.namespace = namespace
+        self._lazy = LazyEngine.of(name, **loading) if engine is None else None
+        self._opening = threading.Lock()
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the weights are in memory."""
+        return self._lazy is None or self._lazy.loaded
+
+    def memory(self) -> KVCacheMemory:
+        """The memory. The first call loads the weights, and warns if another model filled the store."""
+        with self._opening:
+            if self._memory is None:
+                engine = self.engine if self.engine is not None else self._lazy_engine.engine()
+                store = open_store(self.store, engine, self.namespace)
+                self._memory = KVCacheMemory(engine, store, namespace=self.namespace)
+                self._memory.documents.warn_if_foreign()
+            return self._memory
+
+    def context_length(self) -> int | None:
+        """The most tokens that the model attends to; None where its configuration is not on this machine yet."""
+        return self.engine.context_length if self.engine is not None else self._lazy_engine.context_length()
+
+    def template(self) -> ChatTemplate:
+        """The model's chat template, without loading the weights."""
+        return self.engine.template if self.engine is not None else self._lazy_engine.template()
+
+    @property
+    def _lazy_engine(self) -> LazyEngine:
+        assert self._lazy is not None  # there is an engine or a model
+        return self._lazy
+
+
+class LazyEngine:
+    """A model that is loaded on first use, once for all callers with the same settings: see `of`.
+
+    Args:
+        model: a hub id or a folder.
+        settings: further arguments of `HFEngine.from_pretrained`.
+    """
+
+    def __init__(self, model: str, settings: dict[str, Any]) -> None:
+        self.model = model
+        self._settings = settings
+        self._hub = {name: settings[name] for name in HUB_ARGUMENTS if name in settings}
+        self._loading = threading.Lock()
+        self._engine: HFEngine | None = None
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+
+    @classmethod
+    def of(cls, model: str, **settings: Any) -> LazyEngine:
+        """The same object for the same settings while a caller holds it. A setting of None or `{}` is not set."""
+        given = {name: value for name, value in settings.items() if value is not None and value != {}}
+        key = json.dumps([model, given], sort_keys=True, default=repr)
+        with _lock:
+            found = _lazy.get(key)
+            if found is None:
+                found = _lazy[key] = cls(model, given)
+            return found
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the weights are in memory."""
+        return self._engine is not None
+
+    def engine(self) -> HFEngine:
+        """The engine. The first call loads it."""
+        with self._loading:
+            if self._engine is None:
+                self._engine = HFEngine.from_pretrained(self.model, **self._settings)
+            return self._engine
+
+    def context_length(self) -> int | None:
+        """The most tokens that the model attends to; None where its configuration is not on this machine yet."""
+        if self._engine is not None:
+            return self._engine.context_length
+        try:
+            config = AutoConfig.from_pretrained(self.model, **{**self._hub, "local_files_only": True})
+        except OSError:
+            return None
+        length = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+        return None if length is None else int(length)
+
+    def template(self) -> ChatTemplate:
+        """The chat template, without loading the weights."""
+        if self._engine is not None:
+            return self._engine.template
+        if self._tokenizer is None:
+            self._tokenizer = AutoTokenizer.from_pretrained(self.model, **self._hub)
+        return ChatTemplate(self._tokenizer, self._settings.get("template_variables"))
+
+
+_lazy: WeakValueDictionary[str, LazyEngine] = WeakValueDictionary()
+_lock = threading.Lock()
+
+
+def _memory_of(memory: KVCacheMemory | MemoryCube, **given: object) -> KVCacheMemory:
+    """The memory that was given as `memory=`; its engine, store and namespace may be given only if they are its own."""
+    if not isinstance(memory, KVCacheMemory | MemoryCube):
+        raise InvalidInputError(f"memory= is a MemoryCube or a KVCacheMemory, not a {type(memory).__name__}")
+    found = memory.memory if isinstance(memory, MemoryCube) else memory
+    others = [name for name, value in given.items() if value not in (None, "") and value != getattr(found, name)]
+    if others:
+        raise InvalidInputError(f"memory= brings {', '.join(given)} with it: leave {', '.join(others)} out")
+    return found

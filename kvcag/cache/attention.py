@@ -1,0 +1,273 @@
+"""Forward passes over a cache: each token attends by its true position, wherever it stands in the batch.
+
+transformers' masks are made from indices, so scattered tokens cannot be recomputed with them. And where several tokens
+go on over a cache, `sdpa` takes a 4-D mask: it then copies keys and values once for each query head that shares them,
+and multiplies what the mask hides. So such passes run under an attention function of ours, registered with
+transformers (`AttentionInterface`): it masks by position, block of queries by block, over the keys up to the block's
+last position, and neither the mask nor the weights of a whole context are ever held.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kvcag.cache.layers import cache_argument
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_NAME, OVER_SDPA = "kvcag", "kvcag_sdpa"
+"""Ours, by the model's own implementation. Where that is `sdpa`, a pass of others at the same time is
+given `sdpa`. In other models such a pass fails."""
+
+_BLOCK = {"cpu": 64, "cuda": 1024}
+"""Queries that attend at a time, to the keys up to the last one's position. Their mask is one byte a key and query: 0.5
+and 8 MiB over 8,192 keys. Small blocks save work above the diagonal, large ones save kernel launches."""
+
+_RUN = {"cpu": 256, "cuda": 1024}
+"""The same of queries that stand one behind another, where a large block has little above its diagonal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """How one layer attends.
+
+    Attributes:
+        positions: 1-D int64, where the queries stand, ascending; key `i` stands at position `i`.
+        scaling: what scores are multiplied with.
+        window: how many tokens, itself included, a query sees; None for all.
+        softcap: bound of the scores, as in Gemma 2; None for none.
+    """
+
+    positions: torch.Tensor
+    scaling: float
+    window: int | None
+    softcap: float | None
+
+    def mask(self, queries: slice, keys: int) -> torch.Tensor:
+        """Which of the first `keys` keys each query of the slice sees. `(queries, keys)`, bool."""
+        at = self.positions[queries, None]
+        key = torch.arange(keys, device=at.device)
+        seen = key <= at
+        return seen if self.window is None else seen & (key > at - self.window)
+
+
+Reader: TypeAlias = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, Call], "torch.Tensor | None"]
+"""Called as `reader(layer_idx, query, key, value, call)` before a layer attends: `query` is `(1, heads, queries,
+head_dim)`; `key` and `value` hold all keys that the layer sees. A reader that made the attention's output on its way,
+`(1, queries, heads, head_dim)`, returns it, and it is not made again. It may raise `EnoughError`."""
+
+
+class EnoughError(Exception):
+    """What a pass was for is done: the rest of it is not needed."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    positions: torch.Tensor
+    blocks: list[tuple[slice, int]]
+    """Which queries attend together, and to how many keys: read once a pass, not once a layer from the device."""
+    reader: Reader | None
+    implementation: str
+
+
+_running: ContextVar[_Pass] = ContextVar("kvcag_pass")
+
+
+def decoder_of(model: PreTrainedModel) -> Any:
+    """The module that holds the layers: without the language modelling head, whose logits nobody reads here."""
+    return model.get_decoder()
+
+
+@torch.no_grad()
+def attend(
+    model: PreTrainedModel,
+    token_ids: torch.Tensor,
+    positions: torch.Tensor,
+    cache: Cache,
+    reader: Reader | None = None,
+) -> None:
+    """Run `token_ids` at `positions` (1-D int64 each, positions ascending) through every layer, over `cache`.
+
+    The keys that the cache hands out must stand at positions 0, 1, 2, …. The model's attention implementation is
+    ours for the time of the pass only, and is put back when it raises, too. `EnoughError` ends the pass quietly.
+    """
+    with suppress(EnoughError), by_position(model, positions, reader):
+        decoder = decoder_of(model)
+        decoder(
+            input_ids=token_ids[None].to(model.device),
+            position_ids=positions[None].to(model.device),
+            use_cache=True,
+            **cache_argument(decoder, cache),
+        )
+
+
+@contextmanager
+def by_position(model: PreTrainedModel, positions: torch.Tensor, reader: Reader | None = None) -> Iterator[None]:
+    """Within it, a forward pass of `model` over a cache attends by position.
+
+    Its tokens stand at `positions` (1-D int64, ascending), and the keys that the cache hands out, theirs included, at
+    0, 1, 2, …. For a model that `kvcag.cache.rope.check_mergeable` does not refuse: it attends through transformers'
+    interface alone.
+    """
+    decoder = decoder_of(model)
+    at = positions.tolist()
+    sizes = _RUN if at and at[-1] - at[0] + 1 == len(at) else _BLOCK
+    blocks = [(block, at[block.stop - 1] + 1) for block in _blocks(len(at), sizes.get(model.device.type, 512))]
+    with _ours(decoder) as own:
+        token = _running.set(_Pass(positions.to(model.device), blocks, reader, own))
+        try:
+            yield
+        finally:
+            _running.reset(token)
+
+
+@contextmanager
+def _ours(decoder: torch.nn.Module) -> Iterator[str]:
+    """The decoder attends through us from the first of several passes at a time to the end of the last one.
+
+    Gives the name of its own implementation.
+    """
+    config: Any = decoder.config
+    with _swapping:
+        own, passes = _swapped.get(decoder, (config._attn_implementation, 0))
+        _swapped[decoder] = own, passes + 1
+        config._attn_implementation = OVER_SDPA if own == "sdpa" else _NAME
+    try:
+        yield own
+    finally:
+        with _swapping:
+            _, passes = _swapped.pop(decoder)
+            if passes > 1:
+                _swapped[decoder] = own, passes - 1
+            else:
+                config._attn_implementation = own
+
+
+_swapped: WeakKeyDictionary[torch.nn.Module, tuple[str, int]] = WeakKeyDictionary()
+"""The own implementation of each decoder that attends through us now, and in how many passes."""
+_swapping = threading.Lock()
+
+
+def _blocks(queries: int, size: int) -> list[slice]:
+    """Queries that attend together. None but a lonely query leaves one over in a tile of 32.
+
+    There, PyTorch's memory-efficient kernel reads another stride than that of keys that are broadcast, and the last
+    query's output is wrong (pytorch#191937, seen with 2.11 on an H100).
+    """
+    blocks = [slice(start, min(start + size, queries)) for start in range(0, queries, size)]
+    start, stop = (blocks[-1].start, blocks[-1].stop) if blocks else (0, 0)
+    if stop - start > 1 and (stop - start) % 32 == 1:
+        blocks[-1:] = [slice(start, stop - 1), slice(stop - 1, stop)]
+    return blocks
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls. Returns `(1, queries, heads, head_dim)`; `attention_mask` is never made for it."""
+    running = _running.get()
+    call = Call(
+        running.positions.to(key.device),
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        kwargs.get("sliding_window"),
+        kwargs.get("softcap"),
+    )
+    read = None
+    if running.reader is not None:
+        read = running.reader(int(module.layer_idx), query, key, value, call)  # type: ignore[arg-type]
+    # Only a model's own eager function knows its attention sinks and soft caps, which sdpa cannot do.
+    own = running.implementation == "eager" or bool({"softcap", "s_aux"} & {k for k in kwargs if kwargs[k] is not None})
+    if read is not None and not own:
+        return read, None
+    if query.shape[2] == 1 and call.window is None and not own:
+        return _one_query(query, key, value, call.scaling), None
+    outputs = []
+    for block, keys in running.blocks:
+        q, k, v, mask = query[:, :, block], key[:, :, :keys], value[:, :, :keys], call.mask(block, keys)
+        outputs.append(_eager(module, q, k, v, mask, scaling, kwargs) if own else _sdpa(q, k, v, mask, call.scaling))
+    return torch.cat(outputs, dim=1), None
+
+
+def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scaling: float) -> torch.Tensor:
+    """KV heads are the batch, so that the keys are broadcast over the query heads that share them, not copied."""
+    kv_heads, queries = k.shape[1], q.shape[2]
+    if q.is_cuda:
+        mask = _additive(mask, q.dtype)
+    grouped = q.reshape(kv_heads, -1, queries, q.shape[-1])
+    k, v = (t[0, :, None].expand(-1, grouped.shape[1], -1, -1) for t in (k, v))
+    out = scaled_dot_product_attention(grouped, k, v, attn_mask=mask[None, None], scale=scaling)
+    return out.reshape(1, -1, queries, v.shape[-1]).transpose(1, 2)
+
+
+def _one_query(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
+    """The heads that share a KV head are that head's queries: each key is read once, and needs no mask.
+
+    On a CPU in bf16, PyTorch's kernel takes seven times longer for the same keys repeated once a head
+    (`benchmarks/cpu_decode.py`).
+    """
+    batch, heads, _, head_dim = q.shape
+    grouped = q.view(batch, k.shape[1], -1, head_dim)
+    out = scaled_dot_product_attention(grouped, k, v, scale=scaling)
+    return out.reshape(batch, 1, heads, v.shape[-1])
+
+
+def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What is added to the scores: eager functions take it so, and CUDA's fused kernels, with rows at multiples of 16.
+
+    Given a bool mask, PyTorch makes this itself in each call, copied once more for the rows: half the call's time over
+    32,855 keys on an H100 (2.9 ms against 1.6).
+    """
+    queries, keys = mask.shape
+    rows = torch.zeros(queries, keys + -keys % 16, dtype=dtype, device=mask.device)[:, :keys]
+    return rows.masked_fill_(~mask, float("-inf"))
+
+
+def _eager(
+    module: torch.nn.Module,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
+    additive = _additive(mask, q.dtype)
+    given = kwargs if scaling is None else {"scaling": scaling, **kwargs}
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    out: torch.Tensor = eager(module, q, k, v, additive[None, None], **given)[0]
+    return out
+
+
+def _attention_over_sdpa(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    here = _running.get(None) is not None
+    return (_attention if here else ALL_ATTENTION_FUNCTIONS["sdpa"])(module, *args, **kwargs)
+
+
+def _mask_over_sdpa(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    return None if _running.get(None) is not None else sdpa_mask(*args, **kwargs)
+
+
+AttentionInterface.register(_NAME, _attention)
+AttentionInterface.register(OVER_SDPA, _attention_over_sdpa)
+AttentionMaskInterface.register(OVER_SDPA, _mask_over_sdpa)

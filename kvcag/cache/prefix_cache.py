@@ -1,0 +1,186 @@
+"""Recent contexts, kept so that the next prompt that begins like one of them is not encoded again.
+
+A radix tree over token ids whose edges hold keys and values, so that contexts which share a beginning share its
+tensors (the idea is SGLang's RadixAttention, Zheng et al. 2024). A match may end anywhere, down to the token.
+
+Contexts that were merged, and what was generated over them, are in trees of their own: an approximation never stands
+where an exact prefix is looked for.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from kvcag.cache.layers import LayerKV, contiguous_copy, cut, nbytes
+
+
+@dataclass(slots=True, eq=False)
+class _Node:
+    """The tokens from its parent to where contexts part, and their keys and values."""
+
+    token_ids: np.ndarray
+    layers: list[LayerKV]
+    parent: _Node | None
+    children: dict[int, _Node] = field(default_factory=dict)
+    used: int = 0
+    is_exact: bool = True
+
+    @property
+    def nbytes(self) -> int:
+        return nbytes(self.layers)
+
+    def shares(self, other: _Node) -> bool:
+        """Whether both hold parts of the same memory, as the halves of a split node do."""
+        return bool(self.layers) and _memory(self) == _memory(other)
+
+
+def _memory(node: _Node) -> int:
+    return node.layers[0][0].untyped_storage().data_ptr()
+
+
+class PrefixCache:
+    """Finds the longest encoded prefix of a prompt.
+
+    What is inserted is copied, and what is found is only ever read: no generation sees another's cache. The least
+    recently used ends of contexts go first when the budget is full, a merged
+    one before an exact one of the same age. Safe to use from several threads.
+
+    Args:
+        max_bytes: the most to keep; 0 keeps nothing.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.nbytes = 0
+        self._roots: dict[tuple[str, bool], _Node] = {}
+        self._clock = 0
+        self._lock = threading.Lock()
+
+    def match(
+        self, token_ids: Sequence[int], namespace: str = "", *, merged: bool = False
+    ) -> tuple[int, list[list[LayerKV]]]:
+        """How many of `token_ids` are cached, and their keys and values: pieces to be read, not written.
+
+        Args:
+            token_ids: the prompt's.
+            namespace: whose contexts.
+            merged: look among the merged contexts instead of the exact ones.
+        """
+        wanted = np.asarray(token_ids, dtype=np.int64)
+        with self._lock:
+            self._clock += 1
+            matched, pieces = 0, []
+            for node, shared in self._path(wanted, namespace, merged):
+                node.used = self._clock
+                pieces.append(node.layers if shared == len(node.token_ids) else cut(node.layers, 0, shared))
+                matched += shared
+            return matched, pieces
+
+    def insert(
+        self, token_ids: Sequence[int], layers: Sequence[LayerKV], namespace: str = "", *, merged: bool = False
+    ) -> None:
+        """Keep a context. Only what is new is copied.
+
+        Args:
+            token_ids: the context's.
+            layers: one key and one value for each token, `(1, kv_heads, seq_len, head_dim)` a layer.
+            namespace: whose it is.
+            merged: it is an approximation, or was generated over one.
+        """
+        wanted = np.asarray(token_ids, dtype=np.int64)
+        if not len(wanted) or nbytes(layers) > self.max_bytes:
+            return
+        with self._lock:
+            self._clock += 1
+            node = self._roots.setdefault((namespace, merged), _Node(wanted[:0], [], None, is_exact=not merged))
+            matched = 0
+            for reached, shared in self._path(wanted, namespace, merged):
+                matched += shared
+                node = reached if shared == len(reached.token_ids) else self._split(reached, shared)
+                node.used = self._clock
+            if matched < len(wanted):
+                kept = contiguous_copy(cut(layers, matched))
+                leaf = _Node(wanted[matched:].copy(), kept, node, used=self._clock, is_exact=not merged)
+                node.children[int(wanted[matched])] = leaf
+                self.nbytes += leaf.nbytes
+            self._evict()
+
+    def replace_merged(self, token_ids: Sequence[int], layers: Sequence[LayerKV], namespace: str = "") -> None:
+        """Put better keys and values in the place of those of a merged context; what follows it stays.
+
+        Where the context is not kept any more, nothing happens.
+        """
+        wanted = np.asarray(token_ids, dtype=np.int64)
+        with self._lock:
+            path = self._path(wanted, namespace, merged=True)
+            if sum(shared for _, shared in path) < len(wanted):
+                return
+            start = 0
+            for reached, shared in path:
+                node = reached if shared == len(reached.token_ids) else self._split(reached, shared)
+                node.layers = contiguous_copy(cut(layers, start, start + shared))
+                start += shared
+
+    def clear(self, namespace: str | None = None) -> None:
+        """Forget everything, or everything of one namespace."""
+        with self._lock:
+            for name in [name for name in self._roots if namespace is None or name[0] == namespace]:
+                self.nbytes -= sum(node.nbytes for node in _below(self._roots.pop(name)))
+
+    def _path(self, wanted: np.ndarray, namespace: str, merged: bool) -> list[tuple[_Node, int]]:
+        """The nodes along `wanted`, each with how many of its tokens agree; all but the last agree in full."""
+        path: list[tuple[_Node, int]] = []
+        node, at = self._roots.get((namespace, merged)), 0
+        while node is not None and at < len(wanted):
+            node = node.children.get(int(wanted[at]))
+            if node is None:
+                break
+            length = min(len(node.token_ids), len(wanted) - at)
+            differs = np.flatnonzero(node.token_ids[:length] != wanted[at : at + length])
+            shared = int(differs[0]) if len(differs) else length
+            path.append((node, shared))
+            if shared < len(node.token_ids):
+                break
+            at += shared
+        return path
+
+    def _split(self, node: _Node, at: int) -> _Node:
+        """Put a node between `node` and its parent that holds its first `at` tokens, and return it.
+
+        Both go on sharing the memory of the one, so that a question over a long corpus does not wait for a copy of it.
+        """
+        assert node.parent is not None
+        upper = _Node(node.token_ids[:at], cut(node.layers, 0, at), node.parent, used=node.used, is_exact=node.is_exact)
+        node.parent.children[int(upper.token_ids[0])] = upper
+        node.token_ids, node.layers = node.token_ids[at:], cut(node.layers, at)
+        node.parent = upper
+        upper.children[int(node.token_ids[0])] = node
+        return upper
+
+    def _evict(self) -> None:
+        while self.nbytes > self.max_bytes:
+            oldest = min(self._leaves(), key=lambda leaf: (leaf.used, leaf.is_exact))
+            above = oldest.parent
+            assert above is not None
+            del above.children[int(oldest.token_ids[0])]
+            self.nbytes -= oldest.nbytes
+            while above is not None and above.shares(oldest):  # its memory is free only when nobody else holds it
+                above.layers = contiguous_copy(above.layers)
+                above = above.parent
+
+    def _leaves(self) -> Iterator[_Node]:
+        nodes = (node for root in self._roots.values() for node in _below(root))
+        return (node for node in nodes if not node.children and node.parent is not None)
+
+
+def _below(root: _Node | None) -> Iterator[_Node]:
+    """A node and all that hang from it."""
+    stack = [root] if root else []
+    while stack:
+        node = stack.pop()
+        yield node
+        stack.extend(node.children.values())

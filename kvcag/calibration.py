@@ -1,0 +1,384 @@
+"""What is measured once a model: how much merging costs in accuracy, and the usual drift of a document."""
+
+from __future__ import annotations
+
+import os
+import random
+import statistics
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from kvcag.cache.layers import LayerKV, cache_argument, concat, cut, generation_cache, layers_of
+from kvcag.cache.merge import Part, Strategy, merge
+from kvcag.cache.recompute import UsualDrift
+from kvcag.chat_template import as_messages
+from kvcag.core import ids_digest
+from kvcag.engines.base import Engine
+from kvcag.engines.hf import HFEngine
+from kvcag.errors import CacheWarning, InvalidInputError
+
+Candidate: TypeAlias = tuple[Strategy, float]
+
+CANDIDATES: tuple[Candidate, ...] = (
+    ("rotate", 0.0),
+    ("anchor", 0.1),
+    ("deviation", 0.2),
+    ("query", 0.05),
+    ("query", 0.1),
+    ("query", 0.2),
+    ("query", 0.4),
+    ("full", 1.0),
+)
+
+Progress: TypeAlias = Callable[[int, int], None]
+"""Called as `progress(done, total)`."""
+
+
+class Verdict(BaseModel):
+    """What one strategy gave, averaged over the probes.
+
+    Attributes:
+        kl: KL(full prefill ‖ merged), nats a token, over the greedy tokens of the full prefill.
+        agreement: share of those tokens where the likeliest one is the same.
+        cost: time to first token over that of a full prefill of the same tokens.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    strategy: Strategy
+    ratio: float
+    kl: float
+    agreement: float
+    cost: float
+
+
+class Calibration(BaseModel):
+    """The verdicts on one model, on probes made from somebody's own documents."""
+
+    model_config = ConfigDict(frozen=True)
+
+    fingerprint: str
+    probes: int
+    context_tokens: int
+    verdicts: list[Verdict]
+
+    def cheapest(self, max_kl: float) -> Verdict | None:
+        """The strategy that costs least, and less than a full prefill, among those within `max_kl`; else None."""
+        passing = [verdict for verdict in self.verdicts if verdict.kl <= max_kl and verdict.cost < 1]
+        return min(passing, key=lambda verdict: verdict.cost, default=None)
+
+    def save(self) -> Path:
+        """Keep it for this model, in place of an earlier one."""
+        return write_learned(_file(self.fingerprint), self.model_dump_json(indent=1).encode())
+
+    @classmethod
+    def load(cls, fingerprint: str) -> Calibration | None:
+        """What was kept for a model; None where nothing was, or what there is cannot be read."""
+        try:
+            return cls.model_validate_json(_file(fingerprint).read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return None
+
+
+def calibrate(
+    engine: HFEngine,
+    documents: Sequence[str],
+    questions: Sequence[str] = (),
+    *,
+    instruction: str | None = None,
+    probes: int = 6,
+    documents_per_probe: int = 4,
+    tokens: int = 16,
+    candidates: Sequence[Candidate] = CANDIDATES,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Calibration:
+    """Compare merging strategies with a full prefill, on contexts made from your own documents.
+
+    The verdict is kept under the model's fingerprint, for `strategy="auto"` here and in later processes.
+
+    Args:
+        engine: the model.
+        documents: at least two; a probe is some of them, in random order.
+        questions: asked in turn; without them each probe asks about the beginning of one of its documents.
+        instruction: what will stand before the documents.
+        probes: how many contexts to try.
+        documents_per_probe: how many documents a context has.
+        tokens: how many greedy tokens of the full prefill are compared.
+        candidates: strategies and recompute ratios.
+        seed: which documents are drawn.
+        progress: called after each probe.
+
+    Raises:
+        InvalidInputError: fewer than two documents that are not empty.
+        ContextLengthError: a probe exceeds the model's context.
+        UnsupportedModelError: the model's caches cannot be merged.
+    """
+    texts = [text if text.endswith("\n") else f"{text}\n\n" for text in documents if text.strip()]
+    if len(texts) < 2:
+        raise InvalidInputError(f"calibrate needs at least two documents to put together, not {len(texts)}")
+    draw = random.Random(seed)
+    measured: dict[Candidate, list[tuple[float, float, float]]] = {candidate: [] for candidate in candidates}
+    lengths = []
+    for probe in range(probes):
+        chosen = draw.sample(texts, min(documents_per_probe, len(texts)))
+        about = " ".join(chosen[-1].split()[:8])
+        question = questions[probe % len(questions)] if questions else f"What do the documents say about: {about}?"
+        one = _Probe(engine, chosen, question, instruction, tokens)
+        lengths.append(len(one.context_ids))
+        for candidate in candidates:
+            measured[candidate].append(one.measure(*candidate))
+        if progress:
+            progress(probe + 1, probes)
+    calibration = Calibration(
+        fingerprint=engine.fingerprint.digest,
+        probes=probes,
+        context_tokens=int(statistics.mean(lengths)),
+        verdicts=[
+            Verdict(
+                strategy=strategy,
+                ratio=ratio,
+                kl=statistics.mean(kl for kl, _, _ in rows),
+                agreement=statistics.mean(agreement for _, agreement, _ in rows),
+                cost=statistics.median(cost for _, _, cost in rows),
+            )
+            for (strategy, ratio), rows in measured.items()
+        ],
+    )
+    calibration.save()
+    _calibrations[engine] = calibration
+    return calibration
+
+
+def calibration_of(engine: Engine) -> Calibration | None:
+    """What `calibrate` measured of this model, now or in another process; None if it was never called."""
+    if engine not in _calibrations:
+        _calibrations[engine] = Calibration.load(engine.fingerprint.digest)
+    return _calibrations[engine]
+
+
+_calibrations: WeakKeyDictionary[Engine, Calibration | None] = WeakKeyDictionary()
+
+
+class _Probe:
+    """One context and question: its full prefill, and what merging it gives."""
+
+    def __init__(
+        self, engine: HFEngine, texts: Sequence[str], question: str, instruction: str | None, tokens: int
+    ) -> None:
+        self.engine = engine
+        prompt = engine.template.split_system(instruction, as_messages(question))
+        segments = [engine.template.encode(text) for text in texts]
+        self.tail_ids = prompt.tail_ids
+        self.context_ids = tuple(chain(prompt.head_ids, *segments))
+        engine.check_fits(len(self.context_ids) + len(self.tail_ids), tokens)
+        before, _ = engine.prefill(prompt.head_ids)
+        self.parts = [Part(torch.tensor(prompt.head_ids), before, 0, is_exact=True)]
+        for index, ids in enumerate(segments):
+            layers = engine.encode_after(prompt.head_ids, ids)
+            self.parts.append(Part(torch.tensor(ids), layers, len(prompt.head_ids), is_exact=index == 0))
+        begin = time.perf_counter()
+        cache, first = self._answer([], (*self.context_ids, *self.tail_ids))
+        self.full_s = time.perf_counter() - begin
+        self.tokens, rows = [int(first.argmax())], [first]
+        while len(self.tokens) < tokens:
+            rows.append(self._run(cache, self.tokens[-1:])[-1])
+            self.tokens.append(int(rows[-1].argmax()))
+        self.reference = torch.stack(rows).log_softmax(-1)
+
+    def measure(self, strategy: Strategy, ratio: float) -> tuple[float, float, float]:
+        """KL a token, agreement, and time to first token over that of the full prefill."""
+        drift = usual_drift_of(self.engine)  # found once a model: no cost of the strategy that is measured first
+        begin = time.perf_counter()
+        with self.engine.exclusive() as model:
+            tail_ids = torch.tensor(self.tail_ids)
+            merged = merge(model, self.parts, tail_ids, strategy=strategy, ratio=ratio, usual_drift=lambda: drift)
+        cache, first = self._answer(merged.layers, self.tail_ids)
+        seconds = time.perf_counter() - begin
+        rest = self._run(cache, self.tokens[:-1]) if len(self.tokens) > 1 else first[:0]
+        logits = torch.cat([first[None], rest]).log_softmax(-1)
+        kl = (self.reference.exp() * (self.reference - logits)).sum(-1).mean()
+        agreement = (self.reference.argmax(-1) == logits.argmax(-1)).float().mean()
+        return max(float(kl), 0.0), float(agreement), seconds / self.full_s
+
+    def _answer(self, layers: list[Any], token_ids: Sequence[int]) -> tuple[Any, torch.Tensor]:
+        """The cache and the logits after the last of `token_ids`: a first token, as `HFEngine.stream` makes it."""
+        cache = generation_cache([layers] if layers else [], room=len(token_ids) + len(self.context_ids))
+        return cache, self.engine.forward(token_ids, cache)[0].float()
+
+    def _run(self, cache: Any, token_ids: Sequence[int]) -> torch.Tensor:
+        """Logits after each of a few tokens, in fp32, `(tokens, vocabulary)`."""
+        with self.engine.exclusive() as model:
+            ids = torch.tensor([list(token_ids)], device=self.engine.device)
+            return model(input_ids=ids, use_cache=True, **cache_argument(model, cache)).logits[0].float()  # type: ignore[no-any-return]
+
+
+def _file(fingerprint: str) -> Path:
+    return learned_file("calibrations", f"{fingerprint}.json")
+
+
+_INSTRUCTION = "Answer from the documents."
+
+_TOKENS = 128
+"""Of each passage, at most: the passages have about 115 with a vocabulary of words."""
+
+
+def usual_drift_of(engine: HFEngine) -> UsualDrift | None:
+    """How the keys and values of a document usually change behind other documents, for merges that recompute nothing.
+
+    Learned once a model, which encodes some 2,300 tokens, and kept for later processes. None for a model whose context
+    is too short for two of the passages.
+    """
+    with _learning:
+        if engine not in _drifts:
+            _drifts[engine] = _usual_drift(engine)
+        return _drifts[engine]
+
+
+_drifts: WeakKeyDictionary[HFEngine, UsualDrift | None] = WeakKeyDictionary()
+_learning = threading.RLock()
+
+
+def _usual_drift(engine: HFEngine) -> UsualDrift | None:
+    head = engine.template.instruction_ids(_INSTRUCTION)
+    passages = _passages(engine, engine.context_length - len(head))
+    if len(passages) < 2:
+        return None
+    read = ids_digest(chain(head, *passages))
+    file = learned_file("drift", f"{engine.fingerprint.digest}-{read[:16]}.safetensors")
+    try:
+        kept = load(file.read_bytes())
+        return UsualDrift([kept[str(index)] for index in range(len(kept))])
+    except (OSError, SafetensorError, KeyError):  # not there, not to be read, or cut: it can be learned again
+        drift = _learn(engine, head, passages)
+    try:
+        write_learned(file, save({str(index): layer.cpu() for index, layer in enumerate(drift.layers)}))
+    except OSError as error:
+        warnings.warn(
+            f"what this model's documents usually drift by could not be kept for later processes: {error}. "
+            "Each will learn it anew; set KVCAG_CACHE to a folder that can be written.",
+            CacheWarning,
+            stacklevel=2,
+        )
+    return drift
+
+
+def _passages(engine: HFEngine, room: int) -> list[tuple[int, ...]]:
+    """As many as fit, in tokens."""
+    passages: list[tuple[int, ...]] = []
+    for text in PASSAGES:
+        ids = engine.template.encode(f"{text}\n\n")[:_TOKENS]
+        room -= len(ids)
+        if room < 0:
+            break
+        passages.append(ids)
+    return passages
+
+
+@torch.no_grad()
+def _learn(engine: HFEngine, head_ids: Sequence[int], passages: list[tuple[int, ...]]) -> UsualDrift:
+    before, start = (_encode(engine, [], head_ids) if head_ids else []), len(head_ids)
+    first, *others = passages
+    alone = concat([cut(_encode(engine, before, ids), start) for ids in others])
+    together = cut(_encode(engine, before, list(chain(*passages))), start + len(first))
+    alone_at = torch.cat([start + torch.arange(len(ids)) for ids in others]).to(engine.device)
+    together_at = start + len(first) + torch.arange(len(alone_at), device=engine.device)
+    return UsualDrift.between(engine.model, alone, alone_at, together, together_at)
+
+
+def _encode(engine: HFEngine, before: list[LayerKV], ids: Sequence[int]) -> list[LayerKV]:
+    """Keys and values of what stood before and of `ids`. None of it is kept among the recent contexts."""
+    cache = generation_cache([before] if before else [], room=len(ids))
+    engine.forward(ids, cache)
+    return layers_of(cache)
+
+
+PASSAGES = (
+    "The old bridge over the river was built between 1871 and 1874 by the engineer Thomas Whitmore, who had already "
+    "worked on two railway lines in the north. It has five stone arches, of which the middle one is the widest, and "
+    "it carried carts, trams and later motor cars until a new crossing was opened further upstream. Since then only "
+    "people on foot and on bicycles have used it. In 1968 the town council wanted to pull it down, but a group of "
+    "residents collected eleven thousand signatures, and the bridge was put on the list of protected buildings. It "
+    "was last repaired in 2009, when the paving was replaced.",
+    "Maria Alvarez (born 12 March 1949) is a Spanish painter and teacher. She grew up in a village near Salamanca as "
+    "the youngest of four sisters and studied at the School of Fine Arts in Madrid, where she later taught drawing "
+    "for more than twenty years. Her early work shows landscapes in dark colours; from 1985 on she painted mostly "
+    "portraits. Her pictures are held by museums in Bilbao, Lisbon and Chicago. In 1997 she received the National "
+    "Prize for her series of forty portraits of nurses. She is married to the film director Julian Ortega, and they "
+    "have one daughter.",
+    "To change the filter, first switch the machine off and wait until it has cooled down. Open the cover on the left "
+    "side by pressing the two tabs together, and pull the used filter out by its handle. Rinse the housing with clean "
+    "water. Do not use soap or other cleaning agents. Insert the new filter so that the arrow points upwards, close "
+    "the cover until it clicks, and switch the machine on again. The light flashes for about thirty seconds while the "
+    "filter is filled. If the light does not go out, check whether the water tank is full and whether the filter is "
+    "seated properly.",
+    "Bees find their way by the position of the sun, by landmarks and by the pattern of polarised light in the sky. A "
+    "worker that has found a rich source of nectar returns to the hive and performs a dance on the comb, by which the "
+    "others learn in which direction and how far away it lies. The angle of the dance to the vertical is the angle "
+    "between the sun and the source. The longer the straight part of the dance takes, the greater the distance. Other "
+    "workers follow the dancer closely, touch her with their antennae, and then fly out by themselves to look for the "
+    "place.",
+    "The second season of the television series was first shown in the autumn of 2014 and has thirteen episodes. It "
+    "continues the story of the lawyer Anna Keller, who has moved to the coast after the trial and opens a small "
+    "office there with her brother. Most of the actors of the first season returned; the part of the judge was given "
+    "to Peter Lindqvist. The music was written by the band Northern Lights, whose song 'Harbour' reached number four "
+    "in the charts. The season was watched by an average of 3.2 million people, and critics praised its slow and "
+    "careful storytelling.",
+    "Dear Mr Hansen, thank you for your letter of 4 May. We are sorry to hear that the table which you ordered from "
+    "us arrived with a damaged leg. We have asked our carrier to collect it from your address on Thursday between "
+    "eight and twelve o'clock, and we will send you a new one in the same week. You do not have to pay anything for "
+    "this. If nobody is at home on that day, please call our office under the number below, and we will agree on "
+    "another date. Please keep the screws and the small bag of tools, because the new table is delivered without "
+    "them.",
+    "The company was founded in 1923 in a garage in Cleveland by the brothers Edward and Frank Miller, who made parts "
+    "for radios. By 1940 it had six hundred employees and two factories. After the war it turned to kitchen "
+    "appliances, and its electric kettle, designed by Ruth Sandberg, sold more than nine million pieces. In 1986 the "
+    "firm was bought by the Dutch group Van Dijk for 410 million dollars, which moved the head office to Rotterdam "
+    "and closed the older of the two factories. Today about 1,900 people work for it in five countries, and its main "
+    "products are heaters, fans and water pumps.",
+    "Water that is cooled below the freezing point does not always turn into ice at once. If it is very clean and is "
+    "not moved, it can stay liquid down to about minus forty degrees. The reason is that a crystal needs a place at "
+    "which it can begin to grow, such as a grain of dust or a scratch in the wall of the vessel. As soon as such a "
+    "nucleus is present, the ice spreads through the whole liquid within a second, and heat is released, so that the "
+    "temperature rises to zero. Clouds often consist of such droplets, which freeze when an aircraft flies through "
+    "them.",
+    "The county lies in the south-west of the state and borders on the ocean. It has an area of 4,120 square "
+    "kilometres and, according to the census of 2010, a population of 63,043. The county seat and largest city is "
+    "Port Henry. Most of the land is covered with forest, and for a long time the timber trade was the most important "
+    "source of income; today it is tourism and fishing. The highest point is Mount Barlow with 1,302 metres. The "
+    "county was created in 1853 and is named after Samuel Barlow, the first governor, who had surveyed the coast as a "
+    "young officer in the navy.",
+    "Employees who fall ill must inform their manager before ten o'clock in the morning of the first day. A "
+    "certificate from a doctor is needed from the fourth day on, and has to be sent to the personnel department "
+    "within one week. Holidays are to be applied for at least three weeks in advance; up to five days that were not "
+    "taken can be carried over into the first quarter of the next year. Those who work on Sundays or on public "
+    "holidays receive a supplement of fifty per cent, or a day off instead. Questions about these rules are answered "
+    "by the works council on Tuesday afternoons.",
+)
+"""Ten short texts of different kinds, written for this purpose."""
+
+
+def learned_file(kind: str, name: str) -> Path:
+    """Where it stands: below `KVCAG_CACHE`, or else the user's cache folder."""
+    root = os.environ.get("KVCAG_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kvcag"
+    return Path(root).expanduser() / kind / name
+
+
+def write_learned(path: Path, content: bytes) -> Path:
+    """In place of what stood there, so that a reader sees the one or the other."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)
+    return path

@@ -1,0 +1,324 @@
+"""From chat messages to token ids, split where caches begin and end: head │ document … document │ tail.
+
+The chat template is rendered once with a sentinel in the place of the documents and split there, so any template
+works unread. Each segment is tokenised by itself: text that is joined first tokenises differently at the seams, and
+from here on the ids are the truth, for the cached and for the uncached run alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from jinja2.exceptions import TemplateError
+
+from kvcag.errors import ChatTemplateError, EmptyPromptError, InvalidInputError, UnsupportedContentError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message: TypeAlias = Mapping[str, Any]
+"""`{"role": …, "content": …}`; the content is a str, None, or a list of str, `Document` and
+`{"type": "text", "text": …}` parts."""
+
+_SENTINEL = "kvcag-documents-5b1d7c0e"
+_PROBE = "kvcag-probe-9a41"
+
+
+class Document(str):
+    """A text within a message's content that is a segment of its own: encoded once, under its own content."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt as token ids.
+
+    Attributes:
+        head_ids: what stands before the documents. Empty in a prompt without documents.
+        document_ids: one tuple for each document.
+        tail_ids: what follows them, with the question and the generation prompt.
+        thinking: the generation prompt ends within a thinking block, so the answer begins in its middle.
+        documents: the documents' texts, for the records of what was encoded.
+    """
+
+    head_ids: tuple[int, ...]
+    document_ids: tuple[tuple[int, ...], ...]
+    tail_ids: tuple[int, ...]
+    thinking: bool = False
+    documents: tuple[str, ...] = ()
+
+    @property
+    def context_ids(self) -> tuple[int, ...]:
+        """Head and documents: what can be cached."""
+        return tuple(chain(self.head_ids, *self.document_ids))
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The whole prompt, as the model reads it."""
+        return self.context_ids + self.tail_ids
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, made to accept what people send.
+
+    System messages at the start are joined into one; where the template has no system role they open the first user
+    turn; where it insists on alternating roles, neighbours of the same role are joined. A tokenizer without a template
+    works as completion: the contents, joined by blank lines.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        variables: passed to every rendering, for what a template asks for: `enable_thinking=False`, or
+            `date_string="21 Nov 2026"`, without which Llama 3's template writes today's date into the head, and caches
+            made yesterday no longer match.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any] | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.variables = dict(variables or {})
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of one segment, without special tokens around it."""
+        if not text:
+            return ()
+        return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def prompt(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> Prompt:
+        """Messages as ids, split around their documents.
+
+        Raises:
+            EmptyPromptError: there are no messages.
+            UnsupportedContentError: a content part is not text.
+            ChatTemplateError: the template refuses these messages, or does not show its documents just once.
+        """
+        normal = [_normal(message) for message in messages]
+        if not normal:
+            raise EmptyPromptError("there are no messages: pass at least one user message")
+        holder, documents = _take_documents(normal)
+        text = self.render(normal, tools=tools, add_generation_prompt=add_generation_prompt)
+        thinking = add_generation_prompt and text.rstrip().endswith("<think>")
+        bos = self.bos_ids
+        if holder is None:
+            return Prompt((), (), bos + self.encode(text), thinking)
+        if text.count(_SENTINEL) != 1:
+            raise ChatTemplateError(
+                f"the chat template shows a {normal[holder]['role']} message {text.count(_SENTINEL)} times, so "
+                "documents cannot be placed in it. Put them into another message, or set another chat_template."
+            )
+        head, tail = text.split(_SENTINEL)
+        document_ids = tuple(self.encode(document) for document in documents)
+        texts = tuple(str(document) for document in documents)
+        return Prompt(bos + self.encode(head), document_ids, self.encode(tail), thinking, texts)
+
+    def verbatim(self, text: str) -> Prompt:
+        """A text that is in the model's own format already, with BOS before it where the model wants one.
+
+        Raises:
+            EmptyPromptError: the text is empty.
+        """
+        token_ids, bos = self.encode(text), self._default_bos
+        if not token_ids:
+            raise EmptyPromptError("the prompt is empty: there is nothing to answer")
+        return Prompt((), (), token_ids if token_ids[: len(bos)] == bos else bos + token_ids)
+
+    def split_system(self, instruction: str | None, messages: Sequence[Message]) -> Prompt:
+        """The prompt in whose system turn documents stand after `instruction`, without the documents.
+
+        A system message among `messages` stands after the documents, in the same turn.
+
+        Raises:
+            EmptyPromptError: there is no message but system messages.
+            ChatTemplateError: the template refuses these messages.
+        """
+        opening = [f"{instruction}\n\n"] if instruction else []
+        rest = list(messages)
+        closing: list[str] = []
+        while rest and rest[0].get("role") == "system":
+            closing += ["\n\n", *_parts(rest.pop(0))]
+        if not rest:
+            raise EmptyPromptError("there is no question: pass at least one user message")
+        system = {"role": "system", "content": [*opening, Document("…"), *closing]}
+        framed = self.prompt([system, *rest])
+        return Prompt(framed.head_ids, (), framed.tail_ids, framed.thinking)
+
+    def instruction_ids(self, instruction: str | None) -> tuple[int, ...]:
+        """The tokens that stand before the documents: the opening of the system turn and `instruction`."""
+        return self.split_system(instruction, [{"role": "user", "content": "…"}]).head_ids
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """Messages as one text.
+
+        Raises:
+            ChatTemplateError: the template refuses them, also after roles were joined as the class describes.
+        """
+        joined = _join_leading_system([_normal(message) for message in messages])
+        if not self.has_template:
+            return "\n\n".join(message["content"] for message in joined if message["content"])
+        if not self.has_system_role:
+            joined = _fold_system(joined)
+        try:
+            return self._apply(joined, tools, add_generation_prompt)
+        except TemplateError as refused:
+            try:
+                return self._apply(_alternate(joined), tools, add_generation_prompt)
+            except TemplateError:
+                raise ChatTemplateError(
+                    f"the chat template refuses these messages ({', '.join(m['role'] for m in joined)}): {refused}"
+                ) from refused
+
+    @cached_property
+    def generation_ids(self) -> tuple[int, ...]:
+        """The tokens that open the assistant's turn, at the end of a prompt."""
+        question = [{"role": "user", "content": _PROBE}]
+        closed, opened = (self.render(question, add_generation_prompt=opens) for opens in (False, True))
+        return self.encode(opened.removeprefix(closed)) if opened.startswith(closed) else ()
+
+    @property
+    def has_template(self) -> bool:
+        """Whether the tokenizer has a chat template; without one, prompts are plain completions."""
+        return bool(self.tokenizer.chat_template)
+
+    @cached_property
+    def has_system_role(self) -> bool:
+        """Whether a system message is rendered, and before the user's."""
+        probe = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "x"}]
+        try:
+            return self._apply(probe, None, True).count(_PROBE) == 1
+        except TemplateError:
+            return False
+
+    @cached_property
+    def bos_ids(self) -> tuple[int, ...]:
+        """BOS for a completion; a chat template writes its own."""
+        return () if self.has_template else self._default_bos
+
+    @cached_property
+    def _default_bos(self) -> tuple[int, ...]:
+        """BOS, where the tokenizer would add it."""
+        bos = self.tokenizer.bos_token_id
+        return (bos,) if bos is not None and self.tokenizer("x")["input_ids"][:1] == [bos] else ()
+
+    def _apply(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+    ) -> str:
+        text = self.tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tools=[dict(tool) for tool in tools] if tools else None,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            **self.variables,
+        )
+        return str(text)
+
+
+def as_messages(prompt: str | Sequence[Message]) -> list[Message]:
+    """A str is one user message."""
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise EmptyPromptError("the prompt is empty: there is nothing to answer")
+        return [{"role": "user", "content": prompt}]
+    return list(prompt)
+
+
+def _parts(message: Message) -> list[str]:
+    """A content as a list of str; `Document`s among them stay what they are."""
+    content = message.get("content")
+    if content is None:
+        return []
+    if isinstance(content, str):
+        return [content]
+    parts: list[str] = []
+    for part in content:
+        if isinstance(part, str):
+            parts.append(part)
+        elif isinstance(part, Mapping) and part.get("type") == "text":
+            parts.append(str(part["text"]))
+        else:
+            kind = part.get("type", part) if isinstance(part, Mapping) else type(part).__name__
+            raise UnsupportedContentError(
+                f"a message holds content of type {kind!r}, and a text model reads text alone. "
+                "Pass {'type': 'text', 'text': …} parts."
+            )
+    return parts
+
+
+def _normal(message: Message) -> dict[str, Any]:
+    """A message whose content is a str, or a list of str where a `Document` is among them."""
+    if not isinstance(message, Mapping) or "role" not in message:
+        raise InvalidInputError(f"a message is a mapping with 'role' and 'content', not {message!r:.80}")
+    parts = _parts(message)
+    has_document = any(isinstance(part, Document) for part in parts)
+    return {**message, "content": parts if has_document else "".join(parts)}
+
+
+def _take_documents(messages: list[dict[str, Any]]) -> tuple[int | None, list[str]]:
+    """Put the sentinel in the place of the first run of documents, and join every other list.
+
+    Returns the index of the message that held them, and the documents.
+    """
+    holder, documents = None, list[str]()
+    for index, message in enumerate(messages):
+        parts = message["content"]
+        if isinstance(parts, str):
+            continue
+        if holder is not None:
+            message["content"] = "".join(parts)
+            continue
+        places = [i for i, part in enumerate(parts) if isinstance(part, Document)]
+        first, last = places[0], places[-1]
+        holder, documents = index, [part for part in parts[first : last + 1] if part]
+        message["content"] = "".join([*parts[:first], _SENTINEL, *parts[last + 1 :]])
+    return holder, documents
+
+
+def _join_leading_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    count = next((i for i, m in enumerate(messages) if m["role"] != "system"), len(messages))
+    if count < 2:
+        return messages
+    content = "\n\n".join(m["content"] for m in messages[:count] if m["content"])
+    return [{**messages[0], "content": content}, *messages[count:]]
+
+
+def _fold_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Let what the system says open the next user turn."""
+    folded: list[dict[str, Any]] = []
+    for message in messages:
+        if folded and folded[-1]["role"] == "system":
+            system = folded.pop()["content"]
+            if message["role"] == "user":
+                message = {**message, "content": f"{system}\n\n{message['content']}"}
+            else:
+                folded.append({"role": "user", "content": system})
+        folded.append(message)
+    if folded and folded[-1]["role"] == "system":
+        folded[-1] = {"role": "user", "content": folded[-1]["content"]}
+    return folded
+
+
+def _alternate(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Join neighbours of the same role; tool results and tool calls stay single."""
+    joined: list[dict[str, Any]] = []
+    for message in messages:
+        plain = message["role"] in ("user", "assistant") and not message.get("tool_calls")
+        if plain and joined and joined[-1]["role"] == message["role"] and not joined[-1].get("tool_calls"):
+            joined[-1] = {**joined[-1], "content": f"{joined[-1]['content']}\n\n{message['content']}"}
+        else:
+            joined.append(message)
+    return joined

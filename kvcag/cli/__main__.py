@@ -1,5 +1,0 @@
-"""`python -m kvcag.cli`."""
-
-from kvcag.cli import main
-
-main()

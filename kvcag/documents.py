@@ -1,0 +1,85 @@
+"""What can be read as a text: a str, several, a conversation, or another library's document."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from pydantic import BaseModel
+
+from kvcag.chat_template import Message
+from kvcag.core import EncodedItem, TextualMemoryItem
+from kvcag.errors import InvalidInputError
+
+Texts: TypeAlias = str | Sequence[str] | Sequence[Message]
+
+SEPARATOR = "\n\n"
+"""Ends every document, also the last one."""
+
+
+def texts_of(text: Texts) -> list[str]:
+    """The texts, one for each message of a conversation."""
+    if isinstance(text, str):
+        return [text]
+    return [part if isinstance(part, str) else _line(part) for part in text]
+
+
+def _line(message: Message) -> str:
+    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+        raise InvalidInputError(f"extract takes a str, a list of str or chat messages, not {type(message).__name__}")
+    return f"{message['role']}: {message['content']}"
+
+
+def documents_of(documents: object) -> list[Any]:
+    """One document or several as a list. A str is one document, and so is whatever has a text of its own.
+
+    Raises:
+        InvalidInputError: neither a document nor an iterable of documents.
+    """
+    if isinstance(documents, str | EncodedItem | Mapping) or _has_text(documents):
+        return [documents]
+    if isinstance(documents, Iterable):
+        return list(documents)
+    raise _not_a_text(documents)
+
+
+def segment(text: str, separator: str = SEPARATOR) -> str:
+    """A document as it stands in a prompt: it ends with the separator, and so has the same tokens everywhere."""
+    return text if text.endswith(separator) else text + separator
+
+
+def text_and_metadata(memory: object) -> tuple[str, dict[str, Any]]:
+    """The text and the metadata of a str, a `Document`, a textual memory, or a node as LlamaIndex shows it to an LLM.
+
+    Raises:
+        InvalidInputError: it has no text.
+    """
+    if isinstance(memory, str):
+        return memory, {}
+    metadata = getattr(memory, "metadata", None) or {}
+    if isinstance(metadata, BaseModel):
+        metadata = metadata.model_dump(mode="json")
+    for field in _TEXT_FIELDS:
+        text = getattr(memory, field, None)
+        if isinstance(text, str):
+            return text, dict(metadata)
+    get_content = getattr(memory, "get_content", None)
+    if callable(get_content):
+        return str(get_content(metadata_mode="llm")), dict(metadata)
+    raise _not_a_text(memory)
+
+
+_TEXT_FIELDS = ("page_content", "memory")
+"""Where LangChain's documents, and MemOS's and our own textual memories, have their text."""
+
+
+def _has_text(value: object) -> bool:
+    """LlamaIndex's nodes have `get_content`."""
+    return callable(getattr(value, "get_content", None)) or any(hasattr(value, field) for field in _TEXT_FIELDS)
+
+
+def _not_a_text(value: object) -> InvalidInputError:
+    return InvalidInputError(
+        f"cannot read a text from {type(value).__name__}: pass a str, a LangChain Document, a LlamaIndex node, "
+        f"or a {TextualMemoryItem.__name__}"
+    )

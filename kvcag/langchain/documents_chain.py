@@ -1,0 +1,238 @@
+"""Prompts in which each document is a text block, and what can be encoded before a question comes."""
+
+from __future__ import annotations
+
+import json
+import uuid
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from langchain_core.documents import Document
+from langchain_core.language_models import LanguageModelLike
+from langchain_core.messages import BaseMessage
+from langchain_core.output_parsers import BaseOutputParser, StrOutputParser
+from langchain_core.prompt_values import ChatPromptValue, PromptValue
+from langchain_core.prompts import (
+    BasePromptTemplate,
+    ChatPromptTemplate,
+    PromptTemplate,
+    aformat_document,
+    format_document,
+)
+from langchain_core.runnables import Runnable
+from pydantic import Field, SkipValidation, model_validator
+from typing_extensions import Self
+
+from kvcag.documents import SEPARATOR, documents_of, segment, text_and_metadata
+from kvcag.errors import InvalidInputError
+from kvcag.langchain.messages import noted_documents, to_messages, with_documents
+from kvcag.memory import KVCacheMemory
+
+DOCUMENTS_KEY = "context"
+DOCUMENT_PROMPT: BasePromptTemplate[str] = PromptTemplate.from_template("{page_content}")
+
+_ANY_PROMPT = ChatPromptTemplate.from_messages([("system", f"{{{DOCUMENTS_KEY}}}"), ("human", "…")])
+
+
+class DocumentsPrompt(BasePromptTemplate[PromptValue]):
+    """A prompt with a text block for each document, where the prompt that it wraps has one text.
+
+    Every document ends with the separator, also the last one, and so has the same tokens in any place.
+
+    Attributes:
+        prompt: shows the documents' variable, as it is, in one of its messages.
+        document_prompt: renders one document; its variables are `page_content` and metadata keys.
+        document_separator: ends each document that does not end with it.
+        document_variable_name: the variable that holds the list of documents.
+
+    Raises:
+        InvalidInputError: the prompt has no such variable.
+    """
+
+    input_variables: list[str] = Field(default_factory=list)
+    prompt: SkipValidation[BasePromptTemplate[Any]]
+    document_prompt: SkipValidation[BasePromptTemplate[str]] = DOCUMENT_PROMPT
+    document_separator: str = SEPARATOR
+    document_variable_name: str = DOCUMENTS_KEY
+
+    @model_validator(mode="before")
+    @classmethod
+    def _variables_of_the_prompt(cls, values: dict[str, Any]) -> dict[str, Any]:
+        prompt = values["prompt"]
+        taken = {name: getattr(prompt, name) for name in ("input_variables", "optional_variables", "input_types")}
+        return {**taken, **values}
+
+    @model_validator(mode="after")
+    def _shows_the_documents(self) -> Self:
+        if self.document_variable_name not in self.prompt.input_variables:
+            raise InvalidInputError(
+                f"the prompt has no variable {self.document_variable_name!r} for the documents, only "
+                f"{sorted(self.prompt.input_variables)}. Add it, or set document_variable_name."
+            )
+        return self
+
+    @property
+    def _prompt_type(self) -> str:
+        return "kvcag-documents"
+
+    def format_prompt(self, **kwargs: Any) -> PromptValue:
+        """The messages, with a block for each document."""
+        documents = [format_document(document, self.document_prompt) for document in self._documents(kwargs)]
+        mark = uuid.uuid4().hex
+        value = self.prompt.format_prompt(**{**kwargs, self.document_variable_name: mark})
+        return self._split(value, mark, documents)
+
+    async def aformat_prompt(self, **kwargs: Any) -> PromptValue:
+        """The messages, with a block for each document."""
+        documents = [await aformat_document(document, self.document_prompt) for document in self._documents(kwargs)]
+        mark = uuid.uuid4().hex
+        value = await self.prompt.aformat_prompt(**{**kwargs, self.document_variable_name: mark})
+        return self._split(value, mark, documents)
+
+    def format(self, **kwargs: Any) -> PromptValue:
+        """The messages, with a block for each document."""
+        return self.format_prompt(**kwargs)
+
+    def _documents(self, values: Mapping[str, Any]) -> list[Document]:
+        documents = values[self.document_variable_name]
+        if isinstance(documents, list | tuple) and all(isinstance(document, Document) for document in documents):
+            if not documents:
+                warnings.warn(
+                    f"{self.document_variable_name!r} is empty: the retriever found no documents, so the model "
+                    "answers without any. Check the retriever's index and its score threshold.",
+                    UserWarning,
+                    stacklevel=3,
+                )
+            return list(documents)
+        raise InvalidInputError(
+            f"{self.document_variable_name!r} holds {type(documents).__name__}, and each document is encoded by "
+            "itself. Pass a list of Documents, as a retriever returns it; do not join their texts."
+        )
+
+    def _split(self, value: PromptValue, mark: str, documents: Sequence[str]) -> PromptValue:
+        """Put the documents in the place of the mark."""
+        texts = [segment(document, self.document_separator) for document in documents]
+        messages = [_split_message(message, mark, texts) for message in value.to_messages()]
+        if messages == value.to_messages():
+            raise InvalidInputError(
+                f"the prompt does not show {{{self.document_variable_name}}} as it is: its template changes it, or "
+                "shows it in a message that is not text. Use document_prompt to format the documents."
+            )
+        return ChatPromptValue(messages=messages)
+
+
+def _split_message(message: BaseMessage, mark: str, documents: Sequence[str]) -> BaseMessage:
+    """A message with the documents in the place of the mark; where the mark comes again, with their text."""
+    if not isinstance(message.content, str):
+        if not any(mark in str(block) for block in message.content):
+            return message
+        blocks = [block if isinstance(block, str) else block.get("text", "") for block in message.content]
+        if any(isinstance(block, dict) and block.get("type") != "text" for block in message.content):
+            return message
+        content = "".join(blocks)
+    else:
+        content = message.content
+    before, found, after = content.partition(mark)
+    return with_documents(message, before, documents, after.replace(mark, "".join(documents))) if found else message
+
+
+def create_cag_documents_chain(
+    llm: LanguageModelLike,
+    prompt: BasePromptTemplate[Any],
+    *,
+    output_parser: BaseOutputParser[Any] | None = None,
+    document_prompt: BasePromptTemplate[str] | None = None,
+    document_separator: str = SEPARATOR,
+    document_variable_name: str = DOCUMENTS_KEY,
+) -> Runnable[dict[str, Any], Any]:
+    r"""`create_stuff_documents_chain`, with the documents as separate text blocks.
+
+    The arguments and the output are the same. A `ChatKVCAG` finds each document by its content, in whatever order
+    the documents were retrieved, and puts them together as its `merge_strategy` says. Any other chat model reads the
+    blocks as text.
+
+    Args:
+        llm: the chat model.
+        prompt: shows `{context}` (see `document_variable_name`) in one of its messages.
+        output_parser: `StrOutputParser` by default.
+        document_prompt: renders one document from `page_content` and its metadata; the content alone by default.
+        document_separator: ends each document that does not end with it, also the last one.
+        document_variable_name: the variable that holds the list of documents.
+
+    Raises:
+        InvalidInputError: the prompt has no such variable.
+
+    Example:
+        ```python
+        prompt = ChatPromptTemplate.from_messages([("system", "Answer from:\n\n{context}"), ("human", "{input}")])
+        chain = create_retrieval_chain(retriever, create_cag_documents_chain(llm, prompt))
+        chain.invoke({"input": "When was the tower completed?"})["answer"]
+        ```
+    """
+    documents = DocumentsPrompt(
+        prompt=prompt,
+        document_prompt=document_prompt or DOCUMENT_PROMPT,
+        document_separator=document_separator,
+        document_variable_name=document_variable_name,
+    )
+    return (documents | llm | (output_parser or StrOutputParser())).with_config(run_name="cag_documents_chain")
+
+
+# --- before a question comes -------------------------------------------------------------------------------------
+
+
+def read_documents(documents: object) -> list[Document]:
+    """One document or several as LangChain's. A str is one document.
+
+    Raises:
+        InvalidInputError: a document without a text.
+    """
+    found = []
+    for document in documents_of(documents):
+        if not isinstance(document, Document):
+            text, metadata = text_and_metadata(document)
+            document = Document(page_content=text, metadata=metadata)
+        found.append(document)
+    return found
+
+
+def encode_ahead(
+    memory: KVCacheMemory, documents: Sequence[Document], prompt: BasePromptTemplate[Any] | None, **settings: Any
+) -> Iterator[str]:
+    """Encode and keep documents, one at each step, and yield their ids.
+
+    Args:
+        memory: where they are kept.
+        documents: what a retriever may find.
+        prompt: the prompt in which they will stand; None: a system message that holds nothing else.
+        **settings: further attributes of `DocumentsPrompt`.
+
+    Raises:
+        InvalidInputError: a variable of the prompt stands before the documents.
+    """
+    shown = DocumentsPrompt(prompt=prompt or _ANY_PROMPT, **settings)
+    for document in documents:
+        metadata = json.loads(json.dumps(document.metadata, default=str))
+        yield from memory.keep(to_messages(_without_question(shown, document)), [metadata])
+
+
+def _without_question(prompt: DocumentsPrompt, document: Document) -> list[BaseMessage]:
+    """The prompt with one document and placeholders for its other variables."""
+    unknown = uuid.uuid4().hex
+    values: dict[str, Any] = {
+        name: [] if "Message" in str(prompt.input_types.get(name, "")) else unknown
+        for name in prompt.input_variables
+        if name != prompt.document_variable_name
+    }
+    messages = prompt.format_prompt(**{prompt.document_variable_name: [document]}, **values).to_messages()
+    holder = next(index for index, message in enumerate(messages) if noted_documents(message))
+    [first] = noted_documents(messages[holder]) or [0]
+    before = [*messages[:holder], *messages[holder].content[:first]]
+    if any(unknown in str(part) for part in before):
+        raise InvalidInputError(
+            f"the prompt shows {sorted(values)} before {{{prompt.document_variable_name}}}, so the text before the "
+            "documents depends on the question, and documents cannot be encoded ahead. Move the documents to the "
+            "front of the prompt, best into the system message."
+        )
+    return messages

@@ -1,0 +1,196 @@
+"""Dumps: several items, and other files, that are replaced together.
+
+```
+folder/
+├── kv_cache_memories.json          the manifest: which directory counts, and what is in it
+└── kv_cache_memories.json-3f9c…/   a directory of a DiskStore, one for each dump
+```
+
+The manifest is written last, so a crash at any point leaves the old dump or the new one, whole. The next dump deletes
+the directories that no manifest names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field, ValidationError
+
+from kvcag.core import KVCacheItem
+from kvcag.errors import CorruptItemError, FormatError, StoreError, StoreUnavailableError
+from kvcag.fingerprint import ModelFingerprint
+from kvcag.stores.disk import DiskStore
+from kvcag.stores.files import SUFFIX, TEMPORARY, atomic_write, locked, make_private, unavailable
+from kvcag.stores.format import checksum, read_item, read_sealed, write_sealed
+
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Dump:
+    """A dump that was read and verified. The items' tensors are mapped from their files."""
+
+    items: list[KVCacheItem] = field(default_factory=list)
+    files: dict[str, bytes] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+class _Contents(BaseModel):
+    """The content of a manifest. `files` maps the name of each file to its checksum."""
+
+    directory: str
+    items: list[str]
+    files: dict[str, str] = Field(default_factory=dict)
+    about: dict[str, Any] = Field(default_factory=dict)
+
+
+def write_dump(
+    folder: str | os.PathLike[str],
+    filename: str,
+    items: Iterable[KVCacheItem],
+    *,
+    kind: str = "kvcag-memory",
+    files: Mapping[str, bytes] | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a dump, in place of an earlier one of the same `filename`. Other processes wait.
+
+    Args:
+        folder: where. It may hold other files, and dumps under other names.
+        filename: the name of the manifest.
+        items: the items to write.
+        kind: what the dump is, for its reader to check.
+        files: other files of the dump, by name.
+        about: JSON to keep in the manifest.
+
+    Raises:
+        InvalidInputError: an item's metadata is not JSON. The earlier dump is unchanged.
+        StoreUnavailableError: the disk is full, permission was denied. The earlier dump is unchanged.
+    """
+    root = Path(folder)
+    with unavailable(root):
+        make_private(root)
+        with locked(root / f".{filename}.lock"):
+            name = f"{filename}-{secrets.token_hex(16)}"
+            earlier = _directory(root / filename, kind)
+            if earlier is not None:  # where the manifest is damaged, nothing is deleted until the new dump is written
+                _clear(root, filename, earlier)
+            try:
+                store = DiskStore(root / name)
+                contents = _Contents(directory=name, items=[], about=dict(about or {}))
+                for item in items:
+                    store.put(item)
+                    contents.items.append(item.id)
+                for file, data in (files or {}).items():
+                    with atomic_write(root / name / file) as temporary:
+                        temporary.write_bytes(data)
+                    contents.files[file] = checksum(data)
+                write_sealed(root / filename, kind, _VERSION, contents.model_dump())
+            except BaseException:
+                if _directory(root / filename, kind) != name:  # else the manifest was renamed before the error
+                    shutil.rmtree(root / name, ignore_errors=True)
+                raise
+            _clear(root, filename, name)
+
+
+def read_dump(
+    folder: str | os.PathLike[str],
+    filename: str,
+    *,
+    kind: str = "kvcag-memory",
+    expected: ModelFingerprint | None = None,
+) -> Dump | None:
+    """Read and verify a dump. Returns None where the folder is missing or holds no items.
+
+    A dump that is replaced while it is read is read again.
+
+    Args:
+        folder: where it is.
+        filename: the name of its manifest.
+        kind: what the dump must be.
+        expected: the model that made the items; None accepts any model.
+
+    Raises:
+        CorruptItemError: the manifest or a file was cut or changed, or a file is missing.
+        FormatError: there are items and no manifest; the manifest is a pickle, of another kind, or of a newer version.
+        FingerprintMismatchError: another model made the items.
+        StoreUnavailableError: the folder cannot be read.
+    """
+    root = Path(folder)
+    while True:
+        try:
+            contents = _contents(root / filename, kind)
+        except StoreUnavailableError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            if any(root.rglob(f"*{SUFFIX}")):
+                raise FormatError(
+                    f"{root} holds items and no manifest {filename!r}: it was written under another file name, or its "
+                    "manifest was lost. Pass that name (memory_filename=…), or write the dump again."
+                ) from None
+            return None
+        try:
+            return _read(root, filename, contents, expected)
+        except StoreError:
+            if _contents(root / filename, kind).directory == contents.directory:
+                raise
+
+
+def _read(root: Path, filename: str, contents: _Contents, expected: ModelFingerprint | None) -> Dump:
+    directory = root / contents.directory
+    paths = {name: directory / name for name in contents.files}
+    store = DiskStore(directory) if directory.is_dir() else None
+    located = [(key, store.file(key) if store else directory) for key in contents.items]
+    for path in (*paths.values(), *(path for _, path in located)):
+        if not path.is_file():
+            raise CorruptItemError(path, f"the manifest {filename} names it, and it is missing")
+    files = {}
+    for name, path in paths.items():
+        with unavailable(path):
+            files[name] = path.read_bytes()
+        if checksum(files[name]) != contents.files[name]:
+            raise CorruptItemError(path, "its checksum does not match")
+    items = [read_item(path, expected=expected) for _, path in located]
+    for item, (key, path) in zip(items, located, strict=True):
+        if item.id != key:
+            raise CorruptItemError(path, f"it should hold item {key!r} and holds {item.id!r}")
+    return Dump(items, files, contents.about)
+
+
+def _contents(path: Path, kind: str) -> _Contents:
+    try:
+        contents = _Contents.model_validate(read_sealed(path, kind, _VERSION))
+    except ValidationError as error:
+        raise CorruptItemError(path, f"it is not a manifest of a dump: {error.errors()[0]['msg']}") from error
+    if not _is_directory(contents.directory, path.name) or any(Path(name).name != name for name in contents.files):
+        raise CorruptItemError(path, "it names a file outside its folder")
+    return contents
+
+
+def _directory(path: Path, kind: str) -> str | None:
+    """The directory that a manifest names; None where the manifest is missing or damaged."""
+    with contextlib.suppress(StoreError):
+        return _contents(path, kind).directory
+    return None
+
+
+def _is_directory(name: str, filename: str) -> bool:
+    return re.fullmatch(re.escape(filename) + "-[0-9a-f]{32}", name) is not None
+
+
+def _clear(root: Path, filename: str, current: str) -> None:
+    """Delete what replaced and unfinished dumps of this name left. The caller holds the lock."""
+    for entry in list(root.iterdir()):
+        if entry.name != current and _is_directory(entry.name, filename):
+            shutil.rmtree(entry)
+        elif entry.name.startswith(f".{filename}.") and entry.name.endswith(TEMPORARY):
+            entry.unlink()

@@ -1,0 +1,135 @@
+"""Files, folders and globs as texts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from commands import write
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvcag.cli.files import Text, read_corpus, read_paths, split
+from kvcag.demo.corpus import Topic, python_topics
+from kvcag.errors import EmptyPromptError, InvalidInputError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write(tmp_path / "b.md", "# B\n")
+    write(tmp_path / "deep" / "a.RST", "A\n")
+    write(tmp_path / "c.jsonl", '{"text": "one", "title": "T"}\n{"text": "two"}\n')
+    write(tmp_path / ".git" / "hidden.txt", "hidden")
+    write(tmp_path / "picture.png", b"\x89PNG\0")
+    write(tmp_path / "empty.txt", " \n")
+    write(tmp_path / "latin.txt", "caf\xe9".encode("latin-1"))
+    return tmp_path
+
+
+def test_a_folder_gives_its_texts_in_order_and_says_what_it_leaves_out(folder: Path) -> None:
+    reading = read_paths([str(folder)])
+    assert [(Path(text.metadata["source"]).name, text.text) for text in reading.texts] == [
+        ("b.md", "# B"),
+        ("c.jsonl", "one"),
+        ("c.jsonl", "two"),
+        ("a.RST", "A"),
+    ]
+    assert [text.metadata.get("part") for text in reading.texts] == [None, 1, 2, None]
+    assert {Path(path).name for path, _ in reading.skipped} == {"empty.txt", "latin.txt"}
+    assert reading.unreadable == {str(folder / "latin.txt")}
+    assert reading.others == 1
+
+
+def test_globs_and_overlapping_paths_read_each_file_once(folder: Path) -> None:
+    reading = read_paths([str(folder / "*.md"), str(folder / "b.md"), str(folder / "**" / "*.RST")])
+    assert [text.text for text in reading.texts] == ["# B", "A"]
+
+
+def test_a_file_that_is_named_is_read_whatever_its_suffix(tmp_path: Path) -> None:
+    assert read_paths([str(write(tmp_path / "main.py", "print()\n"))]).texts[0].text == "print()"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("picture.png", b"\x89PNG\0", "picture.png: this is a binary file"),
+        ("page.html", b"<p>", "page.html: .html files are not read. Convert it to text"),
+        ("a.txt", b" \n\t", "a.txt: the file is empty"),
+        ("a.jsonl", b"", "a.jsonl: the file is empty"),
+        ("a.txt", b"fine\nfine\ncaf\xe9\n", "a.txt, line 3: byte 0xe9 is not UTF-8"),
+        ("a.jsonl", b'{"text": "ok"}\n{"text": ', "a.jsonl, line 2: not JSON"),
+        ("a.jsonl", b'\n["text"]', "a.jsonl, line 2: expected an object .* found list"),
+        ("a.jsonl", b"null", "a.jsonl, line 1: expected an object .* found null"),
+        ("a.jsonl", b'{"title": "x"}', 'a.jsonl, line 1: "text" must be a string'),
+        ("a.jsonl", b'{"text": 3}', 'a.jsonl, line 1: "text" must be a string'),
+        ("a.jsonl", b'{"text": "  "}', 'a.jsonl, line 1: "text" must be a string that is not blank'),
+        ("a.jsonl", b'{"text": "x", "title": 3}', 'a.jsonl, line 1: "title" must be a string, found int'),
+    ],
+)
+def test_a_file_that_is_named_and_cannot_be_read_is_refused(
+    tmp_path: Path, name: str, content: bytes, complaint: str
+) -> None:
+    with pytest.raises(InvalidInputError, match=complaint):
+        read_paths([str(write(tmp_path / name, content))])
+
+
+def test_what_is_missing_or_blank_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(EmptyPromptError, match="empty"):
+        read_paths([str(write(tmp_path / "blank.txt", "\n"))])
+    for path, complaint in (("nowhere", "no such file or folder"), ("*.zzz", "nothing matches")):
+        with pytest.raises(InvalidInputError, match=complaint):
+            read_paths([str(tmp_path / path)])
+
+
+def test_a_folder_below_a_hidden_one_can_be_named(tmp_path: Path) -> None:
+    folder = write(tmp_path / ".notes" / "2026" / "a.md", "text").parent
+    assert [text.text for text in read_paths([str(folder)]).texts] == ["text"]
+
+
+def test_paths_keep_the_order_in_which_they_are_given(tmp_path: Path) -> None:
+    paths = [str(write(tmp_path / name, name)) for name in ("z.txt", "a.txt")]
+    assert [text.text for text in read_paths(paths).texts] == ["z.txt", "a.txt"]
+
+
+def test_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:
+    assert read_paths([str(write(tmp_path / "a.txt", b"\xef\xbb\xbfhello"))]).texts[0].text == "hello"
+
+
+def test_a_corpus_has_titles_and_defaults_to_topics_of_python(tmp_path: Path) -> None:
+    file = write(tmp_path / "c.jsonl", '{"text": "first", "title": "T"}\n\n{"text": " second "}\n')
+    assert read_corpus([str(file)]) == [Topic("T", "first"), Topic(f"{file}:3", "second")]
+    assert read_corpus(None) == python_topics()
+
+
+# JSON strings may hold U+2028 and other characters at which str.splitlines() would cut.
+texts = st.text().filter(str.strip)
+
+
+@given(records=st.lists(st.tuples(texts, st.text()), min_size=1), ascii_only=st.booleans())
+def test_jsonl_comes_back_as_it_was_written(
+    tmp_path_factory: pytest.TempPathFactory, records: list[tuple[str, str]], ascii_only: bool
+) -> None:
+    lines = [json.dumps({"text": text, "title": title}, ensure_ascii=ascii_only) for text, title in records]
+    file = write(tmp_path_factory.getbasetemp() / "a.jsonl", "\n".join(lines))
+    read = [(text.text, text.metadata["title"]) for text in read_paths([str(file)]).texts]
+    assert read == [(text.strip(), title) for text, title in records]
+
+
+def words(text: str) -> int:
+    return len(text.split())
+
+
+@given(st.text("ab .\n", min_size=1, max_size=300), st.integers(1, 12))
+def test_parts_hold_the_whole_text_in_order_and_none_is_longer_than_asked(text: str, limit: int) -> None:
+    parts = split(Text(text, {"source": "s"}), limit, words)
+    assert " ".join(part.text for part in parts).split() == text.split()
+    assert all(words(part.text) <= limit for part in parts)
+    if len(parts) > 1:
+        assert [part.metadata["part"] for part in parts] == list(range(1, len(parts) + 1))
+        assert {part.metadata["parts"] for part in parts} == {len(parts)}
+
+
+def test_short_paragraphs_stay_together() -> None:
+    parts = split(Text("a b\n\nc d\n\ne f g", {"source": "s"}), 4, words)
+    assert [part.text for part in parts] == ["a b\n\nc d", "e f g"]

@@ -1,0 +1,116 @@
+"""A cube as the memory of LangChain: its texts are found, its caches used and filled, and both follow."""
+
+from __future__ import annotations
+
+import pytest
+from langchain.agents import create_agent
+from langchain_classic.chains import create_retrieval_chain
+from langchain_core.messages import HumanMessage
+from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables import ConfigurableField
+from langchain_core.vectorstores import InMemoryVectorStore
+from retrievers import HashedWords
+
+from kvcag import HFEngine, KVCacheMemory, MemoryCube
+from kvcag.core import TextualMemoryItem
+from kvcag.langchain import ChatKVCAG, CubeRetriever, KVCAGMiddleware, VectorStoreTexts, create_cag_documents_chain
+from kvcag.stores import MemoryStore
+from kvcag.testing import EchoEngine, whole_prompt
+
+TOWER = TextualMemoryItem(id="tower", memory="The tower is made of iron.")
+BRIDGE = TextualMemoryItem(id="bridge", memory="The bridge is made of steel.")
+
+
+@pytest.fixture
+def cube(tiny_engine: HFEngine) -> MemoryCube:
+    """Without an instruction, so that its caches are found behind any instruction."""
+    made = MemoryCube(tiny_engine, namespace="mine")
+    made.add([TOWER, BRIDGE])
+    made.encode()
+    return made
+
+
+@pytest.fixture
+def echo() -> MemoryCube:
+    made = MemoryCube(EchoEngine(whole_prompt))
+    made.add([TOWER, BRIDGE])
+    return made
+
+
+def test_a_chat_model_answers_with_the_cubes_engine_and_caches(cube: MemoryCube) -> None:
+    llm = ChatKVCAG(memory=cube, max_tokens=4)
+    assert llm.memory() is cube.memory
+    assert (llm.namespace, llm.engine) == ("mine", cube.memory.engine)
+    prompt = ChatPromptTemplate.from_messages([("system", "Answer from:\n\n{context}"), ("human", "{input}")])
+    chain = create_retrieval_chain(
+        CubeRetriever(cube=cube), create_cag_documents_chain(llm, prompt, output_parser=lambda message: message)
+    )
+    said = chain.invoke({"input": "Of what is the tower made?"})
+    assert [document.id for document in said["context"]] == ["tower", "bridge"]
+    report = said["answer"].response_metadata["kvcag"]
+    assert report["encoded_tokens"] <= len(cube.memory.engine.template.encode("<|im_start|>system\nAnswer from:\n\n"))
+    assert len(list(cube.memory.store.keys())) == 2  # nothing was encoded again
+
+
+def test_a_kv_memory_is_taken_as_well(tiny_engine: HFEngine) -> None:
+    memory = KVCacheMemory(tiny_engine, instruction="Notes:")
+    assert ChatKVCAG(memory=memory).memory() is memory
+
+
+def test_what_a_memory_brings_is_not_given_twice(cube: MemoryCube) -> None:
+    with pytest.raises(ValueError, match="leave store out"):
+        ChatKVCAG(memory=cube, store=MemoryStore())
+    with pytest.raises(ValueError, match="a MemoryCube or a KVCacheMemory, not a str"):
+        ChatKVCAG(memory="cube/")
+
+
+def test_a_chat_model_with_a_cube_keeps_its_contract(cube: MemoryCube) -> None:
+    llm = ChatKVCAG(memory=cube, max_tokens=4)
+    assert "kept" not in llm._identifying_params
+    assert llm._identifying_params == ChatKVCAG(engine=cube.memory.engine, max_tokens=4)._identifying_params
+    changed = llm.configurable_fields(max_tokens=ConfigurableField(id="most")).with_config(configurable={"most": 2})
+    assert changed.invoke("Hi").usage_metadata["output_tokens"] <= 2
+    assert llm.model_copy().memory() is cube.memory
+
+
+def test_an_agent_finds_what_the_cube_says_now(echo: MemoryCube) -> None:
+    llm = ChatKVCAG(memory=echo, max_tokens=800)
+    agent = create_agent(llm, system_prompt="Be brief.", middleware=[KVCAGMiddleware(memory=echo)])
+    asked = {"messages": [HumanMessage("Which tower?")]}
+    shown = "system: Be brief.\n\nThe tower is made of iron.\n\nThe bridge is made of steel.\n\n\nuser: Which tower?"
+    assert agent.invoke(asked)["messages"][-1].text == shown
+    echo.edit("tower", "The tower is of glass.")
+    echo.delete("bridge")
+    answer = agent.invoke(asked)["messages"][-1].text
+    assert answer == "system: Be brief.\n\nThe tower is of glass.\n\n\nuser: Which tower?"
+
+
+async def test_an_agent_retrieves_by_what_was_said_last(tiny_engine: HFEngine) -> None:
+    cube = MemoryCube(tiny_engine, VectorStoreTexts(InMemoryVectorStore(HashedWords()), k=1))
+    cube.add([TOWER, BRIDGE])
+    agent = create_agent(ChatKVCAG(memory=cube, max_tokens=4), middleware=[KVCAGMiddleware(memory=cube)])
+    for _ in range(2):
+        said = (await agent.ainvoke({"messages": [HumanMessage("Is the bridge made of steel?")]}))["messages"][-1]
+    report = said.response_metadata["kvcag"]
+    assert (report["mode"], report["encoded_tokens"]) == ("prefix", 0)
+    [item] = cube.memory.get_all()
+    assert item.records.composed_text_memory == "The bridge is made of steel.\n\n"
+
+
+def test_a_cube_that_keeps_texts_together_is_one_segment_for_an_agent(tiny_engine: HFEngine) -> None:
+    cube = MemoryCube(tiny_engine, instruction="Be brief.", strategy="exact")
+    cube.add([TOWER, BRIDGE])
+    cube.encode()
+    llm = ChatKVCAG(memory=cube, max_tokens=4)
+    agent = create_agent(llm, system_prompt="Be brief.", middleware=[KVCAGMiddleware(memory=cube)])
+    report = agent.invoke({"messages": [HumanMessage("Tower?")]})["messages"][-1].response_metadata["kvcag"]
+    assert (report["mode"], report["encoded_tokens"], report["recomputed_tokens"]) == ("prefix", 0, 0)
+
+
+def test_a_deletion_reaches_what_a_chat_encoded(cube: MemoryCube) -> None:
+    llm = ChatKVCAG(memory=cube, max_tokens=2)
+    llm.invoke([("system", [{"type": "text", "text": f"Title: T\n{TOWER.memory}\n\n"}, {"type": "text", "text": "x"}])])
+    llm.create_context([TOWER.memory, BRIDGE.memory])
+    assert len([item for item in cube.memory.get_all() if TOWER.memory in item.records.composed_text_memory]) == 3
+    cube.delete("tower")
+    assert not [item for item in cube.memory.get_all() if "iron" in item.records.composed_text_memory]

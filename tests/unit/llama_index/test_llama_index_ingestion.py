@@ -1,0 +1,156 @@
+"""KVCacheTransform: run twice over edited and deleted documents; what is gone leaves the store."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+from llama_index.core import Document
+from llama_index.core.embeddings import MockEmbedding
+from llama_index.core.ingestion import DocstoreStrategy, IngestionCache, IngestionPipeline
+from llama_index.core.node_parser import SentenceSplitter
+from llama_index.core.schema import TextNode
+from llama_index.core.storage.docstore import SimpleDocumentStore
+from llama_index.core.vector_stores import SimpleVectorStore
+
+from kvcag import HFEngine
+from kvcag.errors import InvalidInputError
+from kvcag.llama_index import CAGQueryEngine, CAGSynthesizer, KVCacheLLM, KVCacheTransform
+from kvcag.stores.disk import DiskStore
+from kvcag.testing import byte_tokenizer, tiny_model
+
+TOWER = Document(text="The tower is 330 metres tall.", doc_id="tower")
+BRIDGE = Document(text="The bridge is red.", doc_id="bridge")
+RIVER = Document(text="The river is long.", doc_id="river")
+
+
+def model(seed: int = 0) -> HFEngine:
+    return HFEngine(tiny_model(seed=seed), byte_tokenizer())
+
+
+class Ingestion:
+    """A pipeline with a docstore, and caches on disk."""
+
+    def __init__(self, path: Path, **transform: object) -> None:
+        self.path = path
+        self.llm = KVCacheLLM(engine=model(), store=path, max_new_tokens=4)
+        self.docstore = SimpleDocumentStore()
+        self.transform = KVCacheTransform(self.llm, docstore=self.docstore, **transform)
+        self.pipeline = IngestionPipeline(
+            transformations=[SentenceSplitter(), MockEmbedding(embed_dim=4), self.transform],
+            docstore=self.docstore,
+            vector_store=SimpleVectorStore(),
+            docstore_strategy=DocstoreStrategy.UPSERTS_AND_DELETE,
+        )
+
+    def run(self, *documents: Document) -> list[str]:
+        """Which texts were encoded, in the order in which they are kept."""
+        before = self.texts()
+        self.pipeline.run(documents=list(documents))
+        return sorted(self.texts() - before)
+
+    def texts(self) -> set[str]:
+        store = DiskStore(self.path)
+        manifests = [store.manifest(key) for key in list(store.keys())]
+        return {manifest.records.composed_text_memory.strip() for manifest in manifests}
+
+    def modified(self) -> dict[str, int]:
+        return {str(file): file.stat().st_mtime_ns for file in self.path.rglob("*.safetensors")}
+
+
+def test_only_what_changed_is_encoded_again_and_what_is_gone_leaves_the_store(tmp_path: Path) -> None:
+    ingestion = Ingestion(tmp_path)
+    assert ingestion.run(TOWER, BRIDGE, RIVER) == sorted(document.text for document in (TOWER, BRIDGE, RIVER))
+    written = ingestion.modified()
+    assert ingestion.run(TOWER, BRIDGE, RIVER) == []
+    assert ingestion.modified() == written
+    edited = Document(text="The bridge is green.", doc_id="bridge")
+    assert ingestion.run(TOWER, edited, RIVER) == ["The bridge is green."]
+    assert ingestion.texts() == {TOWER.text, edited.text, RIVER.text}
+    assert len(ingestion.modified().items() & written.items()) == 2
+    assert ingestion.run(TOWER) == []
+    assert ingestion.texts() == {TOWER.text}
+    ingestion.run(TOWER, RIVER)
+    ingestion.run(TOWER)
+    assert ingestion.texts() == {TOWER.text}
+
+
+async def test_an_asynchronous_run_does_the_same(tmp_path: Path) -> None:
+    ingestion = Ingestion(tmp_path)
+    await ingestion.pipeline.arun(documents=[TOWER, BRIDGE])
+    await ingestion.pipeline.arun(documents=[BRIDGE])
+    assert ingestion.texts() == {BRIDGE.text}
+
+
+def test_the_first_question_finds_what_was_ingested(tmp_path: Path) -> None:
+    ingestion = Ingestion(tmp_path)
+    ingestion.run(TOWER, BRIDGE)
+    llm = KVCacheLLM(engine=model(), store=tmp_path, max_new_tokens=4)
+    messages = CAGSynthesizer(llm).messages("How tall?", [TOWER.text, BRIDGE.text])
+    context = llm.chat(messages).raw["usage"]["context"]
+    head = len(llm.engine.template.encode("x"))
+    assert context["mode"] == "merged"
+    assert context["reused_tokens"] >= len(TOWER.text) + len(BRIDGE.text) - context["recomputed_tokens"] - head
+
+
+def test_a_deleted_store_behind_an_ingestion_hit_still_answers(tmp_path: Path) -> None:
+    cache = IngestionCache()
+
+    def ingest(path: Path) -> KVCacheLLM:
+        llm = KVCacheLLM(engine=model(), store=path, max_new_tokens=8)
+        IngestionPipeline(transformations=[KVCacheTransform(llm)], cache=cache).run(documents=[TOWER])
+        return llm
+
+    first, second = ingest(tmp_path / "kept"), ingest(tmp_path / "skipped")
+    assert list(second.memory.store.keys()) == []
+    answers = [
+        str(CAGQueryEngine.from_documents([TOWER], llm, exact=False).query("How tall?")) for llm in (first, second)
+    ]
+    assert answers[0] == answers[1]
+    assert list(first.memory.store.keys()) == list(second.memory.store.keys())
+
+
+def test_another_model_or_template_is_another_transform(tmp_path: Path) -> None:
+    """What `IngestionCache` goes by; it holds JSON and no tensors."""
+    llm = KVCacheLLM(engine=model())
+    other = KVCacheLLM(engine=model(seed=1))
+    prompted = CAGSynthesizer(KVCacheLLM(engine=llm.engine, system_prompt="Be kind."))
+    made = [KVCacheTransform(llm), KVCacheTransform(other), KVCacheTransform(synthesizer=prompted)]
+    assert len({each.to_json() for each in made}) == 3
+    assert KVCacheTransform(llm).to_dict() == made[0].to_dict()
+    assert len(made[0].to_json()) < 2000
+
+
+def test_collections_share_a_store_and_forget_only_their_own(tmp_path: Path) -> None:
+    one, two = Ingestion(tmp_path, collection="one"), Ingestion(tmp_path, collection="two")
+    one.run(TOWER)
+    two.run(BRIDGE)
+    assert one.texts() == {TOWER.text, BRIDGE.text}
+    assert len(two.transform.prune([])) == 1
+    assert one.texts() == {TOWER.text}
+
+
+def test_what_others_asked_of_a_deleted_text_goes_with_it(tmp_path: Path) -> None:
+    """Another prompt uses the item that was encoded behind the first one's instruction."""
+    ingestion = Ingestion(tmp_path)
+    ingestion.run(TOWER, BRIDGE)
+    kind = KVCacheLLM(engine=ingestion.llm.engine, store=tmp_path, system_prompt="Be kind.", max_new_tokens=2)
+    CAGQueryEngine.from_documents([TOWER, BRIDGE], kind, exact=False).query("How tall?")
+    assert len(ingestion.modified()) == 2
+    ingestion.run(BRIDGE)
+    assert ingestion.texts() == {BRIDGE.text}
+    assert len(ingestion.modified()) == 1
+
+
+def test_nodes_go_through_unchanged_and_blank_ones_are_left_out(tmp_path: Path) -> None:
+    nodes = [TextNode(text="  "), TextNode(text="Something.")]
+    llm = KVCacheLLM(engine=model(), store=tmp_path)
+    assert KVCacheTransform(llm)(nodes) == nodes
+    assert len(list(llm.memory.store.keys())) == 1
+
+
+def test_what_cannot_encode_node_by_node_is_refused() -> None:
+    llm = KVCacheLLM(engine=model())
+    with pytest.raises(InvalidInputError, match="one by one"):
+        KVCacheTransform(synthesizer=CAGSynthesizer(llm, exact=True))
+    with pytest.raises(InvalidInputError, match="without num_workers"):
+        pickle.dumps(KVCacheTransform(KVCacheLLM(engine=model())))

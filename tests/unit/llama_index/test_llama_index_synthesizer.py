@@ -1,0 +1,288 @@
+"""CAGSynthesizer and CAGQueryEngine: what is asked, what is cached, what comes back."""
+
+import re
+import warnings
+from collections.abc import AsyncGenerator, Generator
+
+import pytest
+from llama_index.core import Document, Settings, VectorStoreIndex
+from llama_index.core.base.response.schema import AsyncStreamingResponse, Response, StreamingResponse
+from llama_index.core.embeddings import MockEmbedding
+from llama_index.core.llms import MockLLM
+from llama_index.core.postprocessor import MetadataReplacementPostProcessor, SimilarityPostprocessor
+from llama_index.core.prompts import PromptTemplate
+from llama_index.core.query_engine import RetrieverQueryEngine
+from llama_index.core.response_synthesizers import CompactAndRefine
+from llama_index.core.schema import MetadataMode, NodeWithScore, TextNode
+from llama_index.retrievers.bm25 import BM25Retriever
+
+from kvcag import HFEngine
+from kvcag.errors import InvalidInputError
+from kvcag.llama_index import CAGQueryEngine, CAGSynthesizer, KVCacheLLM, RoundsWarning
+from kvcag.llama_index.messages import to_messages
+from kvcag.testing import EchoEngine, byte_tokenizer, tiny_model, whole_prompt
+
+TEXTS = ["The tower is 330 metres tall.", "It was built in 1889 {by} Eiffel.", "It stands in Paris."]
+
+
+def nodes(texts: list[str] = TEXTS) -> list[TextNode]:
+    return [TextNode(text=text, id_=f"node-{index}") for index, text in enumerate(texts)]
+
+
+def scored(texts: list[str] = TEXTS) -> list[NodeWithScore]:
+    return [NodeWithScore(node=node, score=1.0) for node in nodes(texts)]
+
+
+@pytest.fixture
+def llm() -> KVCacheLLM:
+    return KVCacheLLM(engine=EchoEngine(whole_prompt))
+
+
+@pytest.fixture
+def tiny_llm(tiny_engine: HFEngine) -> KVCacheLLM:
+    return KVCacheLLM(engine=tiny_engine, max_new_tokens=6)
+
+
+def squeezed(text: str) -> str:
+    return re.sub(r"\s+", " ", text).strip()
+
+
+# --- what is asked -------------------------------------------------------------------------------------------------
+
+
+def test_the_model_reads_what_rag_would_have_it_read(llm: KVCacheLLM) -> None:
+    """Ours differs in white space alone."""
+    rag = str(CompactAndRefine(llm).synthesize("How tall?", scored()))
+    cag = str(CAGSynthesizer(llm).synthesize("How tall?", scored()))
+    assert squeezed(cag) == squeezed(rag)
+
+
+def test_every_text_is_a_document_of_its_own(llm: KVCacheLLM) -> None:
+    messages = CAGSynthesizer(llm).messages("How tall?", TEXTS)
+    prompt = llm.engine.template.prompt(to_messages(messages))
+    assert [document.strip() for document in prompt.documents] == TEXTS
+
+
+def test_a_template_that_shows_its_context_twice_or_never_is_asked_as_it_is(llm: KVCacheLLM) -> None:
+    twice = CAGSynthesizer(llm, text_qa_template=PromptTemplate("{context_str}|{query_str}|{context_str}"))
+    assert str(twice.synthesize("Q", scored(["a", "b"]))) == "user: a\n\nb\n\n|Q|a\n\nb"
+    never = CAGSynthesizer(llm, text_qa_template=PromptTemplate("Just {query_str}"))
+    assert str(never.synthesize("Q", scored())) == "user: Just Q"
+
+
+def test_system_prompt_and_the_templates_own_are_one(llm: KVCacheLLM) -> None:
+    prompted = KVCacheLLM(engine=EchoEngine(whole_prompt), system_prompt="Be kind.")
+    said = str(CAGSynthesizer(prompted).synthesize("Q", scored()))
+    assert said.startswith("system: Be kind.\n\nYou are an expert Q&A system")
+    assert said.count("system: ") == 1
+
+
+def test_canonical_order_is_the_same_for_every_order_of_retrieval(llm: KVCacheLLM) -> None:
+    one, other = (
+        str(CAGSynthesizer(llm, order="canonical").synthesize("Q", found)) for found in (scored(), scored()[::-1])
+    )
+    assert one == other
+    retrieval = CAGSynthesizer(llm)
+    assert str(retrieval.synthesize("Q", scored())) != str(retrieval.synthesize("Q", scored()[::-1]))
+
+
+def test_prompts_can_be_updated_from_the_query_engine(llm: KVCacheLLM) -> None:
+    engine = CAGQueryEngine.from_documents(nodes(), llm)
+    before = str(engine.query("Q"))
+    assert set(engine.get_prompts()) == {
+        "response_synthesizer:text_qa_template",
+        "response_synthesizer:refine_template",
+    }
+    engine.update_prompts({"response_synthesizer:text_qa_template": PromptTemplate("Shout! {context_str} {query_str}")})
+    assert str(engine.query("Q")).startswith("user: Shout!")
+    assert not before.startswith("user: Shout!")
+
+
+# --- what comes back -----------------------------------------------------------------------------------------------
+
+
+async def test_synchronous_asynchronous_and_streamed_answers_are_the_same(tiny_llm: KVCacheLLM) -> None:
+    plain, streaming = CAGSynthesizer(tiny_llm), CAGSynthesizer(tiny_llm, streaming=True)
+    answer = plain.synthesize("How tall?", scored())
+    stream = streaming.synthesize("How tall?", scored())
+    astream = await streaming.asynthesize("How tall?", scored())
+    assert type(answer) is Response
+    assert isinstance(stream, StreamingResponse)
+    assert isinstance(stream.response_gen, Generator)
+    assert isinstance(astream, AsyncStreamingResponse)
+    assert isinstance(astream.response_gen, AsyncGenerator)
+    answers = {
+        str(answer),
+        str(await plain.asynthesize("How tall?", scored())),
+        "".join(stream.response_gen),
+        "".join([piece async for piece in astream.async_response_gen()]),
+    }
+    assert len(answers) == 1
+    assert [node.node_id for node in stream.source_nodes] == [node.node_id for node in answer.source_nodes]
+
+
+@pytest.mark.parametrize("found", [[], scored(["", "  \n"])])
+@pytest.mark.parametrize("streaming", [True, False])
+async def test_without_anything_to_read_the_response_is_empty(
+    llm: KVCacheLLM, found: list[NodeWithScore], streaming: bool
+) -> None:
+    synthesizer = CAGSynthesizer(llm, streaming=streaming)
+    assert str(synthesizer.synthesize("Q", found)) == "Empty Response"
+    answer = await synthesizer.asynthesize("Q", found)
+    text = "".join([piece async for piece in answer.async_response_gen()]) if streaming else str(answer)
+    assert text == "Empty Response"
+
+
+def test_an_llm_that_keeps_no_caches_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match="not with a MockLLM"):
+        CAGSynthesizer(MockLLM())
+
+
+def test_the_llm_may_come_from_settings(llm: KVCacheLLM) -> None:
+    before = Settings._llm
+    Settings.llm = llm
+    try:
+        assert "330" in str(CAGSynthesizer().synthesize("Q", scored()))
+    finally:
+        Settings._llm = before
+
+
+# --- what is cached ------------------------------------------------------------------------------------------------
+
+
+def test_a_second_question_encodes_no_document_again(tiny_engine: HFEngine) -> None:
+    tiny_llm = KVCacheLLM(engine=tiny_engine, merge_strategy="query", max_new_tokens=6)
+    synthesizer = CAGSynthesizer(tiny_llm)
+
+    def ask(question: str, found: list[str]) -> dict[str, int]:
+        return tiny_llm.chat(synthesizer.messages(question, found)).raw["usage"]["context"]
+
+    cold, warm, turned = ask("How tall?", TEXTS), ask("When?", TEXTS), ask("When?", TEXTS[::-1])
+    assert cold["encoded_tokens"] > warm["encoded_tokens"] == turned["encoded_tokens"] == 0
+    assert warm["mode"] == turned["mode"] == "merged"
+    assert 0 < warm["recomputed_tokens"] <= 0.2 * warm["context_tokens"]
+
+
+def test_the_exact_strategy_is_a_full_prefill_and_encodes_only_the_tail_again(tiny_engine: HFEngine) -> None:
+    llm = KVCacheLLM(engine=tiny_engine, merge_strategy="exact", max_new_tokens=12)
+    synthesizer = CAGSynthesizer(llm)
+    fresh = KVCacheLLM(engine=HFEngine(tiny_model(), byte_tokenizer(), prefix_cache_bytes=0), merge_strategy="exact")
+    for question in ("How tall?", "When?"):
+        messages = synthesizer.messages(question, TEXTS)
+        answer = llm.chat(messages)
+        assert answer.message.content == fresh.chat(messages, max_new_tokens=12).message.content
+    usage = answer.raw["usage"]
+    tail = usage["prompt_tokens"] - usage["context"]["context_tokens"]
+    assert usage["created_tokens"] <= tail
+    assert usage["prompt_tokens"] - usage["cached_tokens"] <= tail
+
+
+def test_a_whole_corpus_is_one_exact_prefix_that_outlives_the_engine(tmp_path) -> None:
+    def ask(question: str, store: object, **settings: object) -> tuple[str, dict]:
+        engine = HFEngine(tiny_model(), byte_tokenizer(), prefix_cache_bytes=0)
+        llm = KVCacheLLM(engine=engine, store=store, max_new_tokens=12)
+        synthesizer = CAGQueryEngine.from_documents(nodes(), llm, **settings)._response_synthesizer
+        answer = llm.chat(synthesizer.messages(question, TEXTS))
+        return answer.message.content, answer.raw["usage"]["context"]
+
+    ask("When?", tmp_path)
+    answer, context = ask("How tall?", tmp_path)
+    assert (context["mode"], context["is_exact"], context["recomputed_tokens"]) == ("prefix", True, 0)
+    assert context["reused_tokens"] >= sum(map(len, TEXTS))
+    assert answer == ask("How tall?", None)[0]
+    assert ask("How tall?", None, exact=False)[1]["mode"] == "merged"
+
+
+def test_text_that_changed_under_the_same_id_is_never_answered_from_a_stale_cache(tiny_llm: KVCacheLLM) -> None:
+    """A window of sentences under the same node id and hash, and metadata that is left out of the text or not."""
+    windowed = nodes()
+    for node in windowed:
+        node.metadata = {"window": f"{node.text} And more."}
+        node.excluded_llm_metadata_keys = ["window"]
+    retriever = CAGQueryEngine.from_documents(windowed, tiny_llm).retriever
+    swap = MetadataReplacementPostProcessor(target_metadata_key="window")
+    plain = CAGQueryEngine.from_retriever(retriever, tiny_llm)
+    swapped = CAGQueryEngine.from_retriever(retriever, tiny_llm, node_postprocessors=[swap])
+    store = tiny_llm.memory.store
+
+    def texts() -> set[str]:
+        return {store.manifest(key).records.composed_text_memory.strip() for key in list(store.keys())}
+
+    plain.query("How tall?")
+    assert texts() == set(TEXTS)
+    swapped.query("How tall?")
+    assert texts() == {*TEXTS, *(f"{text} And more." for text in TEXTS)}
+    shown = [TextNode(text=text, id_=str(i), metadata={"year": 1889}) for i, text in enumerate(TEXTS)]
+    CAGQueryEngine.from_documents(shown, tiny_llm, exact=False).query("How tall?")
+    assert {f"year: 1889\n\n{text}" for text in TEXTS} < texts()
+
+
+# --- rounds --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+async def test_what_does_not_fit_at_once_is_read_in_rounds_and_said_so(streaming: bool) -> None:
+    engine = EchoEngine(lambda prompt: "so far", context_length=2600)
+    synthesizer = CAGSynthesizer(KVCacheLLM(engine=engine, max_new_tokens=100), streaming=streaming)
+    found = scored([f"Document {i}. " + "word " * 60 for i in range(12)])
+    with pytest.warns(RoundsWarning, match=r"12 documents .* 2600 tokens .* in \d rounds"):
+        assert str(synthesizer.synthesize("How tall?", found)) == "so far"
+    asked = [str(engine.tokenizer.decode(list(token_ids))) for _, token_ids in engine.prompts]
+    assert len(asked) > 1
+    assert all("How tall?" in prompt for prompt in asked)
+    assert ["so far" in prompt for prompt in asked] == [False] + [True] * (len(asked) - 1)
+    read = [int(number) for prompt in asked for number in re.findall(r"Document (\d+)\.", prompt)]
+    assert read == list(range(12))
+    with pytest.warns(RoundsWarning):
+        await synthesizer.asynthesize("How tall?", found)
+
+
+def test_a_document_longer_than_the_context_is_cut_and_read_whole() -> None:
+    engine = EchoEngine(lambda prompt: "so far", context_length=2000)
+    synthesizer = CAGSynthesizer(KVCacheLLM(engine=engine, max_new_tokens=100))
+    words = [f"w{i}" for i in range(900)]
+    with pytest.warns(RoundsWarning):
+        synthesizer.synthesize("How tall?", scored([" ".join(words)]))
+    asked = " ".join(str(engine.tokenizer.decode(list(token_ids))) for _, token_ids in engine.prompts)
+    assert re.findall(r"\bw\d+\b", asked) == words
+
+
+def test_what_fits_is_read_at_once_without_a_word(llm: KVCacheLLM) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CAGSynthesizer(llm).synthesize("How tall?", scored())
+    assert len(llm.engine.prompts) == 1
+
+
+# --- over retrievers -----------------------------------------------------------------------------------------------
+
+
+def test_sources_are_those_of_rag_after_postprocessors(llm: KVCacheLLM) -> None:
+    retriever = BM25Retriever.from_defaults(nodes=nodes(), similarity_top_k=3)
+    keep = [SimilarityPostprocessor(similarity_cutoff=0.1)]
+    rag = RetrieverQueryEngine.from_args(retriever, llm=llm, node_postprocessors=keep)
+    cag = RetrieverQueryEngine(retriever, CAGSynthesizer(llm), node_postprocessors=keep)
+    ours = CAGQueryEngine.from_retriever(retriever, llm, node_postprocessors=keep)
+    question = "How tall is the tower?"
+    expected = rag.query(question).source_nodes
+    assert 0 < len(expected) < 3
+    assert cag.query(question).source_nodes == ours.query(question).source_nodes == expected
+
+
+async def test_an_index_needs_one_more_argument(llm: KVCacheLLM) -> None:
+    index = VectorStoreIndex(nodes(), embed_model=MockEmbedding(embed_dim=4))
+    engine = index.as_query_engine(llm=llm, response_synthesizer=CAGSynthesizer(llm), similarity_top_k=2)
+    answer = engine.query("How tall?")
+    retrieved = index.as_retriever(similarity_top_k=2).retrieve("How tall?")
+    assert [node.node_id for node in answer.source_nodes] == [node.node_id for node in retrieved]
+    assert all(node.text in str(answer) for node in answer.source_nodes)
+    assert str(await engine.aquery("How tall?")) == str(answer)
+
+
+def test_a_whole_corpus_is_answered_from_without_an_index(llm: KVCacheLLM) -> None:
+    documents = [Document(text=text, metadata={"title": f"T{i}"}) for i, text in enumerate(TEXTS)]
+    answer = CAGQueryEngine.from_documents(documents, llm).query("How tall?")
+    assert [source.node for source in answer.source_nodes] == documents
+    assert all(document.get_content(MetadataMode.LLM) in str(answer) for document in documents)
+    with pytest.raises(InvalidInputError, match="at least one"):
+        CAGQueryEngine.from_documents([], llm)

@@ -1,0 +1,103 @@
+"""What caches are worth, and the budget: pure bookkeeping."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvcag.scheduler.store import Cached, Policy, WorkingSet, gdsf
+from kvcag.scheduler.texts import TextStats
+
+
+def lru(stats: TextStats, tokens: int, size: int, now: float) -> float:
+    return stats.last
+
+
+def used(*moments: float) -> TextStats:
+    use = TextStats(last=moments[0])
+    for moment in moments:
+        use.add_use(moment)
+    return use
+
+
+def test_a_rate_is_the_number_of_uses_in_a_round() -> None:
+    """Asked for twice a round, for long: both averages come to that."""
+    use = used(*(moment / 2 for moment in range(400)))
+    assert use.rate(use.last) == pytest.approx(2, rel=0.15)
+    assert use.rate(use.last + 3) < 0.9 * use.rate(use.last)
+    assert use.rate(use.last + 200) < 0.001
+
+
+def test_what_was_hot_long_ago_is_worth_less_than_what_is_asked_now() -> None:
+    once_hot, rising = used(*range(50)), used(100, 101, 102)
+    assert rising.count < once_hot.count
+    assert gdsf(rising, 100, 1000, 102) > gdsf(once_hot, 100, 1000, 102)
+
+
+def test_a_long_text_is_worth_more_a_byte_since_attention_is_quadratic() -> None:
+    use = used(0, 1)
+    assert gdsf(use, 8192, 8192, 1) == pytest.approx(2 * gdsf(use, 1, 1, 1), rel=1e-3)
+
+
+def test_a_text_that_is_asked_once_displaces_nothing_that_is_asked_often() -> None:
+    uses = {"often": used(1, 2, 3, 4), "once": used(4.5)}
+    for policy, displaced in ((gdsf, None), (lru, ["often"])):
+        working = WorkingSet(100, policy, uses.__getitem__)
+        working.add(Cached("a", "often", 10, 80))
+        room = working.room_for(Cached("b", "once", 10, 80), 5)
+        assert (room and [entry.digest for entry in room]) == displaced
+
+
+def test_the_least_worth_leaves_and_nothing_that_need_not() -> None:
+    uses = {"cold": used(1), "warm": used(1, 5), "hot": used(1, 5, 6), "new": used(2, 3, 4, 5, 6, 7)}
+    working = WorkingSet(100, gdsf, uses.__getitem__)
+    for name, size in (("cold", 10), ("warm", 60), ("hot", 30)):
+        working.add(Cached(name, name, size, size))
+    room = working.room_for(Cached("new", "new", 50, 50), 7)
+    assert room is not None
+    assert [entry.key for entry in room] == ["warm"]  # with it gone, the cold one can stay
+    assert working.room_for(Cached("new", "new", 101, 101), 7) is None
+    assert working.room_for(Cached("new", "new", 101, 101), 7, force=True) is None
+
+
+def test_what_somebody_added_by_hand_counts_and_stays() -> None:
+    working = WorkingSet(100, lru, lambda digest: TextStats(last=digest == "new"))
+    working.add(Cached("mine", "mine", 60, 60, managed=False))
+    working.add(Cached("other", "other", 40, 40))
+    room = working.room_for(Cached("new", "new", 40, 40), 1)
+    assert room is not None
+    assert [entry.key for entry in room] == ["other"]
+    assert not working.can_hold(Cached("new", "new", 41, 41))
+
+
+operations = st.lists(
+    st.tuples(st.sampled_from("abcdefgh"), st.integers(1, 60), st.sampled_from(["use", "put", "force", "remove"])),
+    max_size=60,
+)
+
+
+@pytest.mark.parametrize("policy", [gdsf, lru])
+@given(operations=operations, budget=st.integers(1, 120))
+def test_the_budget_holds_whatever_happens(policy: Policy, operations: list[tuple[str, int, str]], budget: int) -> None:
+    uses: dict[str, TextStats] = {}
+    working = WorkingSet(budget, policy, lambda digest: uses.get(digest, TextStats()))
+    for now, (name, size, what) in enumerate(operations):
+        if what == "use":
+            uses.setdefault(name, TextStats(last=now)).add_use(now)
+        elif what == "remove":
+            working.remove(name)
+        else:
+            new = Cached(name, name, size, size)
+            room = working.room_for(new, now, force=what == "force")
+            if room is None:
+                assert what == "put" or size > budget
+                continue
+            assert name not in [entry.key for entry in room]
+            kept = sum(entry.bytes for entry in working.entries.values() if entry not in room and entry.key != name)
+            assert all(kept + size + left.bytes > budget for left in room)  # none of them could have stayed
+            for entry in room:
+                working.remove(entry.key)
+            working.add(new)
+        assert working.bytes == sum(entry.bytes for entry in working.entries.values()) <= budget
+        assert working.excess(now) == []

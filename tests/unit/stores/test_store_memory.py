@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stored import assert_same, random_item
+from waits import run_together
+
+from kvcag.cache.layers import layers_of, nbytes
+from kvcag.errors import InvalidInputError, StoreFullError
+from kvcag.stores.base import StoreStats
+from kvcag.stores.disk import DiskStore
+from kvcag.stores.memory import MemoryStore
+from kvcag.stores.tiered import TieredStore
+
+SIZE = nbytes(layers_of(random_item().memory))
+
+
+def test_get_gives_what_put_took_and_none_for_the_rest() -> None:
+    store = MemoryStore()
+    store.put(random_item("a"))
+
+    assert_same(store.get("a"), random_item("a"))
+    assert store.get("b") is None
+    assert store.contains("a")
+    assert not store.contains("b")
+    assert list(store.keys()) == ["a"]
+    stats = store.stats()
+    assert (stats.items, stats.bytes, stats.hits, stats.misses) == (1, SIZE, 1, 1)
+
+
+def test_putting_the_same_id_replaces_it() -> None:
+    store = MemoryStore()
+    store.put(random_item("a"))
+    store.put(random_item("a", seed=1))
+
+    assert_same(store.get("a"), random_item("a", seed=1))
+    assert store.stats().bytes == SIZE
+
+
+def test_the_least_recently_used_leaves_first() -> None:
+    store = MemoryStore(max_bytes=3 * SIZE)
+    for id in "abc":
+        store.put(random_item(id))
+    store.get("a")
+    store.contains("b")  # to ask is not to use
+    store.put(random_item("d"))
+
+    assert sorted(store.keys()) == ["a", "c", "d"]
+    assert store.stats().evictions == 1
+
+
+def test_what_is_pinned_stays() -> None:
+    store = MemoryStore(max_bytes=2 * SIZE, ttl=0.01)
+    store.put(random_item("a"))
+    store.pin("a")
+    for id in "bcd":
+        store.put(random_item(id))
+    time.sleep(0.02)
+
+    assert list(store.keys()) == ["a"]
+    store.unpin("a")
+    assert store.get("a") is None
+
+
+def test_what_cannot_fit_is_refused_and_nothing_leaves_for_it() -> None:
+    store = MemoryStore(max_bytes=2 * SIZE)
+    store.put(random_item("a"))
+    store.put(random_item("b"))
+    with pytest.raises(StoreFullError, match="max_bytes"):
+        store.put(random_item("c", tokens=30))
+    store.pin("a")
+    with pytest.raises(StoreFullError, match="pinned"):
+        store.put(random_item("c", tokens=15))
+
+    assert sorted(store.keys()) == ["a", "b"]
+    assert store.stats().evictions == 0
+
+
+def test_an_item_expires() -> None:
+    store = MemoryStore(ttl=0.02)
+    store.put(random_item("a"))
+    assert store.contains("a")
+    time.sleep(0.03)
+
+    assert not store.contains("a")
+    assert store.get("a") is None
+    assert store.manifest("a") is None
+    assert store.stats().bytes == 0
+
+
+def test_delete_ignores_what_is_missing() -> None:
+    store = MemoryStore()
+    store.put(random_item("a"))
+    store.delete(["none", "a", "a"])
+    assert list(store.keys()) == []
+
+
+def test_on_a_device_the_item_is_a_copy() -> None:
+    item = random_item("a")
+    store = MemoryStore(device="cpu")
+    store.put(item)
+    for keys, _ in layers_of(item.memory):
+        keys.zero_()
+
+    assert_same(store.get("a"), random_item("a"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_an_item_goes_from_disk_over_pinned_memory_to_the_accelerator(tmp_path: Path) -> None:
+    device, pinned = MemoryStore(device="cuda"), MemoryStore(pin_memory=True)
+    with TieredStore([device, pinned, DiskStore(tmp_path)]) as store:
+        store.tiers[2].put(random_item("a"))
+        found = store.get("a")
+        assert found is not None
+        assert all(keys.is_cuda and values.is_cuda for keys, values in layers_of(found.memory))
+        assert all(keys.is_pinned() and values.is_pinned() for keys, values in layers_of(pinned.get("a").memory))
+        for (keys, _), (true, _) in zip(layers_of(found.memory), layers_of(random_item("a").memory), strict=True):
+            assert torch.equal(keys.cpu(), true)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here it works")
+def test_pinned_host_memory_needs_an_accelerator() -> None:
+    with pytest.raises(InvalidInputError, match="CUDA"):
+        MemoryStore(pin_memory=True)
+
+
+@pytest.mark.parametrize(
+    ("size", "says"), [(0, "0 bytes"), (999, "999 bytes"), (3_400_000, "3.4 MB"), (5 * 10**15, "5000.0 TB")]
+)
+def test_sizes_are_said_in_units_that_people_read(size: int, says: str) -> None:
+    assert str(StoreStats(2, size)) == f"2 items, {says}"
+    assert str(StoreStats(1, size)) == f"1 item, {says}"
+
+
+def test_its_repr_says_what_it_holds() -> None:
+    store = MemoryStore()
+    store.put(random_item("a"))
+    assert repr(store) == "<MemoryStore 1 item, 1.9 kB>"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["put", "get", "delete", "pin", "unpin"]), st.sampled_from("abcdef"), st.integers(1, 25)
+        ),
+        max_size=40,
+    )
+)
+def test_the_budget_holds_and_the_bytes_add_up_whatever_is_done(steps: list[tuple[str, str, int]]) -> None:
+    store = MemoryStore(max_bytes=5 * SIZE)
+    pinned: set[str] = set()
+    for step, id, tokens in steps:
+        if step == "put":
+            try:
+                store.put(random_item(id, tokens=tokens))
+            except StoreFullError:
+                assert pinned or tokens > 50
+                continue
+            assert store.contains(id)
+        elif step == "delete":
+            store.delete([id])
+            pinned.discard(id)
+            assert not store.contains(id)
+        elif step == "get":
+            store.get(id)
+        else:
+            held = store.contains(id)
+            getattr(store, step)(id)
+            (pinned.add if step == "pin" else pinned.discard)(id)
+            assert store.contains(id) == held
+        items = [store.get(key) for key in list(store.keys())]
+        assert store.stats().bytes == sum(nbytes(layers_of(item.memory)) for item in items if item) <= 5 * SIZE
+
+
+def test_many_threads_keep_the_bytes_right() -> None:
+    store = MemoryStore(max_bytes=5 * SIZE)
+    failed: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        try:
+            for n in range(40):
+                store.put(random_item(f"{(seed * 7 + n) % 9}", seed=seed))
+                found = store.get(f"{n % 9}")
+                assert found is None or found.id == f"{n % 9}"
+                store.delete([f"{(n + seed) % 9}"])
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    run_together(threads)
+    assert not failed
+    assert store.stats().bytes == SIZE * len(list(store.keys())) <= 5 * SIZE
+
+
+def test_purge_deletes_everything_made_from_one_text() -> None:
+    store = MemoryStore()
+    store.put(random_item("by path", metadata={"source": "a.txt"}))
+    store.put(random_item("by id", metadata={"doc_id": "a.txt"}))
+    store.put(random_item("by text", text="a.txt"))
+    store.put(random_item("another", metadata={"language": "a.txt"}))
+
+    assert sorted(store.purge("a.txt")) == ["by id", "by path", "by text"]
+    assert list(store.keys()) == ["another"]
+
+
+async def test_the_async_twins_do_the_same() -> None:
+    store = MemoryStore()
+    await store.aput(random_item("a", metadata={"source": "x"}))
+    await store.aput(random_item("b"))
+
+    assert_same(await store.aget("b"), random_item("b"))
+    assert await store.acontains("a")
+    assert [key async for key in store.akeys()] == ["a", "b"]
+    manifest = await store.amanifest("a")
+    assert manifest is not None
+    assert manifest.tokens == 10
+    assert await store.apurge("x") == ["a"]
+    await store.adelete(["b"])
+    assert (await store.astats()).items == 0

@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+from stored import assert_same, random_item
+
+from kvcag.errors import CorruptItemError, InvalidInputError, MissingExtraError, StoreUnavailableError
+from kvcag.stores.base import KVStore
+from kvcag.stores.format import item_to_bytes
+from kvcag.stores.remote import ByteKVStore, FsspecStore
+
+
+class Bytes:
+    """A store of bytes as LangChain's are, over a dict."""
+
+    def __init__(self) -> None:
+        self.data: dict[str, bytes] = {}
+
+    def mget(self, keys: Sequence[str]) -> list[bytes | None]:
+        return [self.data.get(key) for key in keys]
+
+    def mset(self, key_value_pairs: Sequence[tuple[str, bytes]]) -> None:
+        self.data.update(key_value_pairs)
+
+    def mdelete(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self.data.pop(key, None)
+
+    def yield_keys(self, *, prefix: str | None = None) -> Iterator[str]:
+        yield from [key for key in self.data if key.startswith(prefix or "")]
+
+
+@pytest.fixture(params=["fsspec", "bytes"])
+def place(request: pytest.FixtureRequest) -> Any:
+    """Makes stores over one place."""
+    if request.param == "fsspec":
+        url = f"memory://{uuid.uuid4()}/kv"
+        return lambda **options: FsspecStore(url, **options)
+    data = Bytes()
+    return lambda **options: ByteKVStore(data, **options)
+
+
+def test_what_is_got_is_what_was_put(place: Any) -> None:
+    store: KVStore = place()
+    item = random_item("kv:ü/..", metadata={"source": "a.txt"})
+    store.put(item)
+
+    assert_same(place().get("kv:ü/.."), item)
+    assert store.contains("kv:ü/..")
+    assert list(store.keys()) == ["kv:ü/.."]
+    manifest = store.manifest("kv:ü/..")
+    assert manifest is not None
+    assert manifest.metadata == {"source": "a.txt"}
+    assert store.stats().items == 1
+    assert store.stats().bytes == len(item_to_bytes(item))
+
+
+def test_what_is_missing_is_none(place: Any) -> None:
+    store: KVStore = place()
+    assert store.get("a") is None
+    assert store.manifest("a") is None
+    assert not store.contains("a")
+    assert list(store.keys()) == []
+    store.delete(["a"])
+    assert store.stats().items == 0
+    assert store.stats().misses == 1
+
+
+def test_a_put_replaces_and_a_delete_deletes_everything(place: Any) -> None:
+    store: KVStore = place()
+    for seed in range(3):
+        store.put(random_item("a", seed=seed))
+    assert_same(store.get("a"), random_item("a", seed=2))
+    store.delete(["a"])
+
+    assert store.get("a") is None
+    if isinstance(store, ByteKVStore):
+        assert list(store.store.yield_keys(prefix="")) == []
+
+
+def test_int8_and_purge_work_here_too(place: Any) -> None:
+    store: KVStore = place(quantize="int8")
+    store.put(random_item("a", text="private"))
+    store.put(random_item("b"))
+
+    assert store.purge("private") == ["a"]
+    assert list(store.keys()) == ["b"]
+
+
+def test_two_tenants_with_the_same_text_share_nothing(place: Any) -> None:
+    one, two = place(namespace="one", salt=b"s"), place(namespace="two", salt=b"s")
+    one.put(random_item("the same"))
+
+    assert two.get("the same") is None
+    assert list(two.keys()) == []
+    two.delete(["the same"])
+    assert_same(one.get("the same"), random_item("the same"))
+
+
+def test_a_damaged_item_is_named_left_out_of_the_list_and_mended_by_a_put(place: Any) -> None:
+    store: KVStore = place()
+    store.put(random_item("a"))
+    _spoil(store)
+
+    with pytest.raises(CorruptItemError):
+        store.get("a")
+    store.put(random_item("a"))
+    assert_same(store.get("a"), random_item("a"))
+
+
+def test_a_remote_that_fails_is_a_typed_error(place: Any) -> None:
+    store: KVStore = place()
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise TimeoutError("no answer")
+
+    target: Any = store.store if isinstance(store, ByteKVStore) else store._fs  # type: ignore[attr-defined]
+    for name in ("cat_file", "pipe_file", "exists", "find", "rm_file", "mget", "mset", "mdelete", "yield_keys"):
+        if hasattr(target, name):
+            setattr(target, name, fail)
+    try:
+        for act in (
+            lambda: store.get("a"),
+            lambda: store.put(random_item("a")),
+            lambda: store.delete(["a"]),
+            lambda: store.contains("a"),
+            lambda: list(store.keys()),
+        ):
+            with pytest.raises(StoreUnavailableError, match="no answer"):
+                act()
+    finally:
+        for name in list(vars(target)):
+            if vars(target)[name] is fail:
+                delattr(target, name)
+
+
+def test_a_local_path_is_for_the_disk_store(tmp_path: Any) -> None:
+    with pytest.raises(InvalidInputError, match="DiskStore"):
+        FsspecStore(f"file://{tmp_path}")
+    with pytest.raises(InvalidInputError, match="does not know the address"):
+        FsspecStore("nowhere://x")
+
+
+def test_a_protocol_that_is_not_installed_names_the_extra() -> None:
+    with pytest.raises(MissingExtraError, match=r"kvcag\[store\]"):
+        FsspecStore("s3://bucket/kv")
+
+
+def test_a_mixture_of_two_puts_is_detected_and_replaced_by_the_next() -> None:
+    """A store of bytes that does not write two values in one step, and a put that dies between them."""
+    data = Bytes()
+    store = ByteKVStore(data)
+    store.put(random_item("a"))
+    plain = data.mset
+
+    def die(key_value_pairs: Sequence[tuple[str, bytes]]) -> None:
+        plain(key_value_pairs[:1])
+        raise ConnectionError("died")
+
+    data.mset = die  # type: ignore[method-assign]
+    with pytest.raises(StoreUnavailableError, match="died"):
+        store.put(random_item("a", seed=1))
+
+    with pytest.raises(CorruptItemError):
+        store.get("a")
+    data.mset = plain  # type: ignore[method-assign]
+    store.put(random_item("a", seed=1))
+    assert_same(store.get("a"), random_item("a", seed=1))
+
+
+def test_a_look_at_an_item_transfers_no_tensors() -> None:
+    data = Bytes()
+    store = ByteKVStore(data)
+    store.put(random_item("a"))
+    asked: list[str] = []
+    plain = data.mget
+
+    def mget(keys: Sequence[str]) -> list[bytes | None]:
+        asked.extend(keys)
+        return plain(keys)
+
+    data.mget = mget  # type: ignore[method-assign]
+    assert list(store.keys()) == ["a"]
+    assert store.contains("a")
+    assert store.manifest("a") is not None
+    assert store.stats().items == 1
+    assert not [key for key in asked if key.endswith(".tensors")]
+
+
+def test_its_repr_asks_the_remote_nothing(place: Any) -> None:
+    store = place()
+    assert repr(store) == f"<{type(store).__name__} {store.url}>"
+
+
+def test_langchains_byte_stores_can_back_one(tmp_path: Any) -> None:
+    stores = pytest.importorskip("langchain_core.stores")
+    storage = pytest.importorskip("langchain_classic.storage")
+    for backing in (stores.InMemoryByteStore(), storage.LocalFileStore(tmp_path)):
+        store = ByteKVStore(backing)
+        store.put(random_item("a"))
+        assert_same(store.get("a"), random_item("a"))
+        assert list(store.keys()) == ["a"]
+        store.delete(["a"])
+        assert store.stats().items == 0
+
+
+def _spoil(store: Any) -> None:
+    path = store._path("a")
+    data = bytearray(store._fs.cat_file(path))
+    data[-1] ^= 1
+    store._fs.pipe_file(path, bytes(data))
