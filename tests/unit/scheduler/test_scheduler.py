@@ -14,7 +14,6 @@ import torch
 from forwards import forward_lengths
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tiny import byte_tokenizer, tiny_model
 from waits import run_together, until
 
 from kvcag import HFEngine, KVCacheMemory
@@ -32,7 +31,7 @@ from kvcag.scheduler import CacheScheduler, Policy, TextStats, gdsf
 from kvcag.scheduler.store import logger
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.memory import MemoryStore
-from kvcag.testing import EchoEngine
+from kvcag.testing import EchoEngine, byte_tokenizer, tiny_model
 
 PER_TOKEN = 384  # bytes: 2 × 3 layers × 2 heads × 8 × 4
 TEXTS = [f"Document {number} says a little about {number}." for number in range(8)]

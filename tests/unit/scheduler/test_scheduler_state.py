@@ -7,7 +7,6 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from tiny import byte_tokenizer, tiny_model
 from typer.testing import CliRunner
 
 from kvcag import HFEngine, KVCacheMemory
@@ -18,6 +17,7 @@ from kvcag.errors import InvalidInputError, SchedulerStateError, StoreUnavailabl
 from kvcag.scheduler import CacheScheduler, read_texts
 from kvcag.scheduler.texts import Texts
 from kvcag.stores.disk import DiskStore
+from kvcag.testing import byte_tokenizer, tiny_model
 
 
 @pytest.fixture
