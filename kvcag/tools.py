@@ -131,7 +131,7 @@ class CallFormat:
         return f"{self.before_name}{json.dumps(name)}{self.before_arguments}{written}{self.after_arguments}"
 
 
-PLAIN = CallFormat()
+_PLAIN = CallFormat()
 """The format for templates that render no tools, or calls that are not JSON."""
 
 
@@ -158,12 +158,12 @@ class ToolSpec:
     @property
     def tools(self) -> list[dict[str, Any]] | None:
         """The tools for the template; None if the template renders none, and `messages` lists them."""
-        return None if self.format is PLAIN else [tool.shown for tool in self.offered]
+        return None if self.format is _PLAIN else [tool.shown for tool in self.offered]
 
     def messages(self, messages: Sequence[Message]) -> list[Message]:
         """The messages as the template can render them, with an instruction if the template renders no tools."""
         shown = tool_messages(self.template, messages)
-        if self.format is not PLAIN:
+        if self.format is not _PLAIN:
             return shown
         system: Message = {"role": "system", "content": ""}
         if shown and shown[0]["role"] == "system":
@@ -351,7 +351,7 @@ def tool_spec(
 
 def tool_messages(template: ChatTemplate, messages: Sequence[Message]) -> list[Message]:
     """A history that the template can render: unchanged, or with calls and results written into the contents."""
-    if call_format(template) is not PLAIN and _renders_results(template):
+    if call_format(template) is not _PLAIN and _renders_results(template):
         return [dict(message) for message in messages]
     return [_as_text(message) for message in messages]
 
@@ -371,7 +371,7 @@ def _as_text(message: Message) -> Message:
         function = call.get("function", call)
         arguments = function.get("arguments") or {}
         arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-        lines.append(PLAIN.write(function["name"], arguments))
+        lines.append(_PLAIN.write(function["name"], arguments))
     return {"role": "assistant", "content": "\n".join(lines)}
 
 
@@ -387,7 +387,7 @@ _PROBE_CALL = re.compile(
 
 
 def call_format(template: ChatTemplate) -> CallFormat:
-    """The format in which a template writes calls; `PLAIN` if it renders no tools, or calls that are not JSON."""
+    """The format in which a template writes calls. Plain, if it renders no tools, or calls that are not JSON."""
     known = template.__dict__.get("_call_format")
     if known is None:
         known = template.__dict__["_call_format"] = _read_format(template)
@@ -399,7 +399,7 @@ def _read_format(template: ChatTemplate) -> CallFormat:
     one, two = _rendered_calls(template, 1), _rendered_calls(template, 2)
     call = _PROBE_CALL.search(one)
     if call is None:
-        return PLAIN
+        return _PLAIN
     opening, closing, separator = one[: call.start()], one[call.end() :], None
     if two.startswith(one[: call.end()]):
         second = two.find(call["before"], call.end())

@@ -71,7 +71,7 @@ def test_a_memos_configuration_of_a_server_reads_the_same(model_dir: Path) -> No
     settings = {"model_name_or_path": "tiny", "temperature": 0.5, "max_tokens": 7, "enable_thinking": False}
     with WireServer(HFEngine(tiny_model(), byte_tokenizer())) as server:
         extractor = {"backend": "vllm", "config": {**settings, "api_base": server.url}}
-        memory = KVCacheMemory.from_config({"extractor_llm": extractor, "head": "Read."})
+        memory = KVCacheMemory.from_config({"extractor_llm": extractor, "instruction": "Read."})
         assert memory.engine.sampling() == Sampling(max_new_tokens=7, temperature=0.5, top_k=20, top_p=0.95)
         assert memory.engine.template.variables == {"enable_thinking": False}
         item = memory.extract("text")

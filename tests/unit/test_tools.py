@@ -14,7 +14,7 @@ from kvcag.chat_template import ChatTemplate, Document
 from kvcag.engines.hf import HFEngine
 from kvcag.errors import InvalidInputError
 from kvcag.testing import CHATML, byte_tokenizer, tiny_model
-from kvcag.tools import PLAIN, call_format, tool_messages, tool_spec
+from kvcag.tools import _PLAIN, call_format, tool_messages, tool_spec
 
 WEATHER = {
     "name": "weather",
@@ -51,7 +51,7 @@ def engines() -> dict[str, HFEngine]:
 
 def test_the_format_is_read_from_the_template():
     formats = {name: call_format(template) for name, template in TEMPLATES.items()}
-    assert formats["plain"] is formats["none"] is PLAIN
+    assert formats["plain"] is formats["none"] is _PLAIN
     hermes, llama, mistral = formats["hermes"], formats["llama"], formats["mistral"]
     assert (hermes.opening, hermes.closing) == ("<tool_call>\n", "\n</tool_call>")
     assert hermes.separator == "\n</tool_call>\n<tool_call>\n"
