@@ -59,13 +59,14 @@ def main() -> None:
     synthesizer = CAGSynthesizer(llm=KVCacheLLM(engine=engine, max_new_tokens=4))
     memory = KVCacheMemory(engine)
     ids = memory.add(TEXTS)
+    item = memory.get_all()[0]
     with tempfile.TemporaryDirectory() as folder:
         store = DiskStore(folder)
         ways: dict[str, Callable[[], object]] = {
             "documents chain": lambda: chain.invoke({"context": documents, "input": "When does it open?"}),
             "CAGSynthesizer": lambda: synthesizer.get_response("When does it open?", TEXTS),
             "KVCacheMemory.merge": lambda: memory.merge(ids, "When does it open?", strategy="query"),
-            "DiskStore.put": lambda: store.put(memory.get(ids[0])),  # type: ignore[arg-type]
+            "DiskStore.put": lambda: store.put(item),  # type: ignore[arg-type]
         }
         for name, work in ways.items():
             entered = files_entered(work)
