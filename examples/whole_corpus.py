@@ -14,8 +14,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from kvcag.handles import ContextHandles
-
 from kvcag import HFEngine, KVCacheMemory, Sampling, Usage
 from kvcag.demo.corpus import python_topics
 from kvcag.demo.model import embedded_model
@@ -26,9 +24,9 @@ INSTRUCTION = "Answer the question using only the passages below."
 QUESTIONS = ["What happens when 0.0 is raised to a negative power?", 'What is the "while" statement used for?']
 
 
-def answer(memory: KVCacheMemory, handles: ContextHandles, corpus: str, question: str) -> tuple[str, Usage]:
+def answer(memory: KVCacheMemory, corpus: str, question: str) -> tuple[str, Usage]:
     """Ask a corpus by its id."""
-    messages = handles.place(corpus, [{"role": "user", "content": question}])
+    messages = memory.with_context(corpus, [{"role": "user", "content": question}])
     text, usage = "", None
     for chunk in memory.stream(messages, strategy="rotate", sampling=Sampling(max_new_tokens=24)):
         text, usage = text + chunk.text, chunk.usage or usage
@@ -41,16 +39,15 @@ def answer(memory: KVCacheMemory, handles: ContextHandles, corpus: str, question
 def main(model: str, folder: str | Path) -> list[tuple[str, Usage]]:
     engine = HFEngine.from_pretrained(model)
     memory = KVCacheMemory(engine, DiskStore(folder))
-    handles = ContextHandles(memory)
     started = time.perf_counter()
-    corpus = handles.create([topic.text for topic in python_topics(TOPICS)], INSTRUCTION)
+    corpus = memory.create_context([topic.text for topic in python_topics(TOPICS)], INSTRUCTION)
     print(f"{corpus[:22]}…, in {time.perf_counter() - started:.2f} s")
-    answers = [answer(memory, handles, corpus, question) for question in QUESTIONS]
+    answers = [answer(memory, corpus, question) for question in QUESTIONS]
 
     print("Another process, with nothing but the folder and the id:")
     engine = HFEngine(engine.model, engine.tokenizer)  # the weights are the same, what it remembers is nothing
     memory = KVCacheMemory(engine, DiskStore(folder))
-    return answers + [answer(memory, ContextHandles(memory), corpus, question) for question in QUESTIONS]
+    return answers + [answer(memory, corpus, question) for question in QUESTIONS]
 
 
 if __name__ == "__main__":

@@ -3,14 +3,12 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import pytest_timeout
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # tests import their helpers by name: `from commands import Kvcag`
 
 from kvcag import HFEngine
 from kvcag.demo.model import embedded_model
@@ -22,6 +20,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core, so a thread a worker
 # A shell starts jobs in the background with Ctrl-C ignored, and the processes that tests start inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    """Limits the teardown of a test that failed too: at a failure pytest-timeout and pytest stop their clocks."""
+    item.ihook.pytest_timeout_set_timer(item=item, settings=pytest_timeout._get_item_settings(item))
+    try:
+        return (yield)
+    finally:
+        item.ihook.pytest_timeout_cancel_timer(item=item)
 
 
 @pytest.fixture(autouse=True, scope="session")

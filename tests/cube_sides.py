@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from llama_index.core.base.embeddings.base import BaseEmbedding
-from retrievers import HashedWords
+
+from tests.retrievers import HashedWords
 
 
 class Embedding(BaseEmbedding):

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from pydantic import BaseModel, Field
-from stored import random_item
 from transformers import DynamicCache
 
 from kvcag.cache.layers import layers_of
+from tests.stored import random_item
 
 MODULE = "memos.memories.activation.item"
 

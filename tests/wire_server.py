@@ -18,13 +18,12 @@ from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from waits import joined
-
 from kvcag.chat_template import Prompt
 from kvcag.engines.base import Engine
 from kvcag.engines.constrain import Choices, Grammar, JsonSchema, Regex
 from kvcag.engines.sampling import Sampling
 from kvcag.errors import ConstraintError
+from tests.waits import joined
 
 
 @dataclass

@@ -25,7 +25,7 @@ QUESTION = "Who painted the lighthouse?"
 FRESH = """
 import json, sys, warnings
 sys.path.insert(0, sys.argv[1])
-from forwards import forward_lengths
+from tests.forwards import forward_lengths
 from kvcag import HFEngine, MemoryCube
 model, folder, dtype, strategy, question = sys.argv[2:]
 engine = HFEngine.from_pretrained(model, dtype=dtype, device="cpu")

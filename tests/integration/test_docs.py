@@ -19,9 +19,9 @@ from typing import Any
 from urllib.parse import unquote, urldefrag
 
 import pytest
-from pages import ROOT, Block, blocks, named, pages_with
 
 from kvcag.engines.hf import _load
+from tests.pages import ROOT, Block, blocks, named, pages_with
 
 # --- Python ---------------------------------------------------------------------------------------------------------
 
@@ -146,13 +146,6 @@ def test_the_site_needs_no_network(site: Path) -> None:
         if 'rel="canonical"' not in found
     ]
     assert not foreign
-
-
-def test_the_architecture_page_says_what_every_module_does(site: Path) -> None:
-    shown = (site / "architecture" / "index.html").read_text(encoding="utf-8")
-    package = ROOT / "kvcag"
-    names = {file.relative_to(package).with_suffix("").as_posix() for file in package.rglob("[!_]*.py")}
-    assert not {name for name in names if f"<td><code>{name}</code></td>" not in shown}
 
 
 def test_diagrams_are_drawn(site: Path) -> None:

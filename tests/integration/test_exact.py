@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import DynamicCache
-from waits import run_together
 
 from kvcag import HFEngine, KVCacheMemory, Sampling
 from kvcag.cache.layers import LayerKV, cache_argument, cut, layers_of
 from kvcag.cache.merge import Part, merge
 from kvcag.chat_template import as_messages
 from kvcag.demo.corpus import python_topics
+from tests.waits import run_together
 
 HEAD = "Answer from the documents."
 ASKED = [
@@ -170,5 +170,5 @@ def test_a_stored_cache_takes_the_bytes_of_its_tokens(
     memory.dump(tmp_path)
     config = smollm2_engine.model.config
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
-    (file,) = tmp_path.glob("*.safetensors")
+    (file,) = tmp_path.rglob("*.safetensors")
     assert len(item.token_ids) * per_token <= file.stat().st_size <= 1.01 * len(item.token_ids) * per_token

@@ -14,13 +14,13 @@ from langchain_core.documents import Document
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnablePassthrough
-from retrievers import BM25, Faiss
 
 from kvcag import HFEngine
 from kvcag.demo.corpus import python_topics
 from kvcag.langchain import ChatKVCAG, create_cag_documents_chain
 from kvcag.langchain.messages import to_messages
 from kvcag.stores.memory import MemoryStore
+from tests.retrievers import BM25, Faiss
 
 TOPICS = [
     Document(topic.text, metadata={"title": topic.title}) for topic in python_topics(["break", "pass", "imaginary"])

@@ -14,12 +14,12 @@ from llama_index.core.schema import TextNode
 from llama_index.core.tools import FunctionTool
 from llama_index.retrievers.bm25 import BM25Retriever
 from pydantic import BaseModel, Field
-from waits import awaited
 
 from kvcag import HFEngine
 from kvcag.llama_index import CAGQueryEngine, CAGSynthesizer, KVCacheLLM
 from kvcag.llama_index.messages import to_messages
 from kvcag.stores.memory import MemoryStore
+from tests.waits import awaited
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "llama_index_rag_to_cag.py"
 TEXTS = [

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 import outlines
 import pytest
 import torch._dynamo
-from forwards import forward_lengths
 from outlines.inputs import Chat
 
 from kvcag import Choices, HFEngine, Regex
 from kvcag.cache.layers import cache_argument
+from tests.forwards import forward_lengths
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's, when it loads its compiler
 

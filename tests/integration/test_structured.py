@@ -8,14 +8,14 @@ from itertools import accumulate
 
 import jsonschema
 import pytest
-from forwards import forward_lengths
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from schemas import Schema, check_holds, schemas
 
 from kvcag import Choices, HFEngine, KVCacheMemory, Regex, tool_spec
 from kvcag.chat_template import Prompt
 from kvcag.engines.session import Session
+from tests.forwards import forward_lengths
+from tests.schemas import Schema, check_holds, schemas
 
 FACTS = [
     "The harbour of Brindle has four piers, and the oldest of them is made of oak. It was built in 1874.",

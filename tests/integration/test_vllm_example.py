@@ -8,9 +8,8 @@ from __future__ import annotations
 import runpy
 from pathlib import Path
 
-from wire_server import WireServer
-
 from kvcag import HFEngine, VLLMEngine
+from tests.wire_server import WireServer
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "vllm_server.py"
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import Kvcag, saved_model, write
+
+from tests.commands import Kvcag, saved_model, write
 
 
 @pytest.fixture(autouse=True)

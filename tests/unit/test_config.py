@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from wire_server import WireServer
 
 from kvcag import HFEngine, KVCacheMemory, KVCacheMemoryConfig, Sampling
 from kvcag.testing import byte_tokenizer, tiny_model
+from tests.wire_server import WireServer
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Kvcag, write
 from langchain_core.documents import Document
 from langchain_core.messages import AIMessage
 from langchain_core.prompts import ChatPromptTemplate
@@ -22,6 +21,7 @@ from kvcag.langchain import ChatKVCAG, KVCAGMiddleware, create_cag_documents_cha
 from kvcag.llama_index import CAGMemoryBlock, CAGSynthesizer, KVCacheLLM, KVCacheTransform
 from kvcag.memory import insert_documents
 from kvcag.testing import byte_tokenizer, tiny_model
+from tests.commands import Kvcag, write
 
 TEXTS = ["The tower was completed in 1889.", "The bridge ends here.\n\nIts keeper has a dog.", "A line of its own.\n"]
 INSTRUCTION = "Answer from the notes."

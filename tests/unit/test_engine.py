@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import Cache, DynamicCache
-from waits import run_together
 
 from kvcag import CacheWarning, ContextCache, HFEngine, Sampling
 from kvcag.cache.layers import cache_argument, layers_of, nbytes
@@ -24,6 +23,7 @@ from kvcag.errors import (
     UnsupportedModelError,
 )
 from kvcag.testing import CHATML, byte_tokenizer, tiny_model
+from tests.waits import run_together
 
 TEXT = "Alice has a red bicycle. Bob has a green car."
 ASK = [{"role": "user", "content": "What does Bob have?"}]

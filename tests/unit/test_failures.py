@@ -18,7 +18,6 @@ from llama_index.core.memory import ChatMemoryBuffer
 from llama_index.core.schema import TextNode
 from llama_index.retrievers.bm25 import BM25Retriever
 from tqdm import tqdm
-from waits import joined, run_together, until
 
 from kvcag import CacheScheduler, Document, HFEngine, KVCacheMemory, MemoryCube
 from kvcag.core import KVCacheItem
@@ -28,6 +27,7 @@ from kvcag.llama_index import CAGContextChatEngine, CAGSynthesizer, KVCacheLLM
 from kvcag.stores.memory import MemoryStore
 from kvcag.streams import in_thread, iterate
 from kvcag.testing import byte_tokenizer, tiny_model
+from tests.waits import joined, run_together, until
 
 TEXTS = ["Alice has a red bicycle.", "Bob has a green car."]
 QUESTION = "Who has a car?"

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 import typer.main
-from pages import ROOT, Block, blocks, named, pages_with
+
+from tests.pages import ROOT, Block, blocks, named, pages_with
 
 
 @pytest.mark.parametrize("page", pages_with("py"), ids=named)

@@ -5,10 +5,10 @@ import threading
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from waits import run_together
 
 from kvcag.cache.layers import LayerKV, concat, nbytes
 from kvcag.cache.prefix_cache import PrefixCache
+from tests.waits import run_together
 
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=12)
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from forwards import forward_lengths
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,6 +17,7 @@ from kvcag.engines.hf import HFEngine
 from kvcag.engines.session import Session
 from kvcag.errors import ConstraintError, ContextLengthError, EmptyPromptError, InvalidInputError, TokenMismatchError
 from kvcag.testing import CHATML, byte_tokenizer, tiny_model
+from tests.forwards import forward_lengths
 
 STRIPS_THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and not loop.last %}"

@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from waits import awaited
 
 from kvcag import streams
+from tests.waits import awaited
 
 
 class Source:

@@ -8,13 +8,13 @@ import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from templates import HERMES, LLAMA, MISTRAL, with_markers
 
 from kvcag.chat_template import ChatTemplate, Document
 from kvcag.engines.hf import HFEngine
 from kvcag.errors import InvalidInputError
 from kvcag.testing import CHATML, byte_tokenizer, tiny_model
 from kvcag.tools import _PLAIN, call_format, tool_messages, tool_spec
+from tests.templates import HERMES, LLAMA, MISTRAL, with_markers
 
 WEATHER = {
     "name": "weather",

@@ -17,7 +17,6 @@ from langchain_core.tools import tool
 from llama_index.core.llms import ChatMessage
 from pydantic import BaseModel, Field
 from vllm_process import Vllm
-from waits import awaited
 
 from kvcag import Choices, Document, Grammar, HFEngine, KVCacheMemory, Regex, VLLMEngine
 from kvcag.demo.corpus import python_topics
@@ -25,6 +24,7 @@ from kvcag.errors import ConstraintError, ContextLengthError
 from kvcag.langchain import ChatKVCAG
 from kvcag.llama_index import KVCacheLLM
 from kvcag.streams import iterate
+from tests.waits import awaited
 
 Figures = Callable[[str], None]
 QUESTIONS = ["What happens when 0.0 is raised to a negative power?", 'What is the "while" statement used for?']

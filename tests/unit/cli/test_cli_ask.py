@@ -8,12 +8,12 @@ from typing import get_args
 
 import pytest
 import torch
-from commands import Kvcag, saved_model, write
 
 from kvcag import HFEngine
 from kvcag.cli.options import INSTRUCTION, Strategy
 from kvcag.contexts import STRATEGIES
 from kvcag.stores.disk import DiskStore
+from tests.commands import Kvcag, saved_model, write
 
 NOTES = "The lighthouse of Varn is painted green.\n\nIts keeper is called Ode.\n\nShe has a dog.\n\n"
 

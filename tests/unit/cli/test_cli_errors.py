@@ -7,12 +7,12 @@ import json
 import subprocess
 
 import pytest
-from commands import Kvcag, write
 from typer.testing import CliRunner
 
 from kvcag import __version__, errors
 from kvcag.cli.app import app
 from kvcag.cli.group import FAILED, NEGATIVE, USAGE, exit_code
+from tests.commands import Kvcag, write
 
 
 def test_every_error_of_the_library_has_a_code() -> None:

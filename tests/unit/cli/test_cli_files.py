@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import write
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcag.cli.files import Text, read_corpus, read_paths, split
 from kvcag.demo.corpus import Topic, python_topics
 from kvcag.errors import EmptyPromptError, InvalidInputError
+from tests.commands import write
 
 
 @pytest.fixture

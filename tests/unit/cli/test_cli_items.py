@@ -6,11 +6,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from commands import Kvcag, saved_model, write
 
 from kvcag import KVCacheMemory
 from kvcag.cli.options import INSTRUCTION
 from kvcag.stores.disk import DiskStore
+from tests.commands import Kvcag, saved_model, write
 
 
 def sources(kvcag: Kvcag, *arguments: object) -> list[str]:

@@ -12,9 +12,9 @@ import sys
 import time
 
 import pytest
-from commands import Kvcag, write
 
 from kvcag.cli.app import app
+from tests.commands import Kvcag, write
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="terminals and signals of POSIX")
 

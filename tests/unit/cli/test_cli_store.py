@@ -4,15 +4,15 @@ import os
 import pickle
 from pathlib import Path
 
-from memos_pickles import dump, written
-from memos_pickles import memos as memos  # the fixture
-from stored import random_item
 from typer.testing import CliRunner
 
 from kvcag import HFEngine, KVCacheMemory
 from kvcag.cli.app import app
 from kvcag.stores.disk import DiskStore
 from kvcag.testing import byte_tokenizer, tiny_model
+from tests.memos_pickles import dump, written
+from tests.memos_pickles import memos as memos  # the fixture
+from tests.stored import random_item
 
 
 def run(*arguments: object) -> tuple[int, str]:

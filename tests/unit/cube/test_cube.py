@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from waits import run_together, until
 
 from kvcag import CacheScheduler, CacheWarning, Document, HFEngine, MemoryCube
 from kvcag.cache.layers import layers_of
@@ -27,6 +26,7 @@ from kvcag.errors import (
 from kvcag.memory import insert_documents
 from kvcag.stores import DiskStore, MemoryStore, TieredStore
 from kvcag.testing import EchoEngine, byte_tokenizer, tiny_model, whole_prompt
+from tests.waits import run_together, until
 
 HEAD = "Answer from the notes."
 ALICE = TextualMemoryItem(id="alice", memory="Alice has a red bicycle.", metadata={"page": 1})

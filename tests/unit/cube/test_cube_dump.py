@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from waits import joined
 
 from kvcag import CacheWarning, HFEngine, MemoryCube
 from kvcag.core import TextualMemoryItem
@@ -22,6 +21,7 @@ from kvcag.cube.dump import read_dump
 from kvcag.errors import CorruptItemError, FormatError, InvalidInputError, StoreError, StoreUnavailableError
 from kvcag.stores import DiskStore
 from kvcag.testing import EchoEngine, byte_tokenizer, tiny_model, whole_prompt
+from tests.waits import joined
 
 HEAD = "Answer from the notes."
 TEXTS = {"alice": "Alice has a red bicycle.", "bob": "Bob has a green car."}

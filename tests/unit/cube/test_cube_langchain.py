@@ -9,13 +9,13 @@ from langchain_core.messages import HumanMessage
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import ConfigurableField
 from langchain_core.vectorstores import InMemoryVectorStore
-from retrievers import HashedWords
 
 from kvcag import HFEngine, KVCacheMemory, MemoryCube
 from kvcag.core import TextualMemoryItem
 from kvcag.langchain import ChatKVCAG, CubeRetriever, KVCAGMiddleware, VectorStoreTexts, create_cag_documents_chain
 from kvcag.stores import MemoryStore
 from kvcag.testing import EchoEngine, whole_prompt
+from tests.retrievers import HashedWords
 
 TOWER = TextualMemoryItem(id="tower", memory="The tower is made of iron.")
 BRIDGE = TextualMemoryItem(id="bridge", memory="The bridge is made of steel.")

@@ -6,7 +6,6 @@ import gc
 from collections.abc import Iterator
 
 import pytest
-from cube_sides import Embedding
 from llama_index.core import VectorStoreIndex
 from llama_index.core.agent.workflow import FunctionAgent
 from llama_index.core.base.llms.types import ChatMessage
@@ -20,6 +19,7 @@ from kvcag.errors import InvalidInputError
 from kvcag.llama_index import CAGMemoryBlock, CAGQueryEngine, IndexTexts, KVCacheLLM
 from kvcag.stores import MemoryStore
 from kvcag.testing import EchoEngine, whole_prompt
+from tests.cube_sides import Embedding
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # see the fixture

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from wire_server import WireServer
 
 from kvcag import HFEngine, MemoryCube
 from kvcag.core import TextualMemoryItem
@@ -14,6 +13,7 @@ from kvcag.engines.vllm.engine import VLLMEngine
 from kvcag.errors import CacheWarning
 from kvcag.memory import insert_documents
 from kvcag.testing import byte_tokenizer, tiny_model
+from tests.wire_server import WireServer
 
 TEXTS = [
     TextualMemoryItem(id="tower", memory="The tower is made of iron. " * 4),

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
-from cube_sides import Embedding
 from hypothesis import given
 from hypothesis import strategies as st
 from langchain_core.documents import Document
@@ -15,13 +14,14 @@ from llama_index.core import SummaryIndex, VectorStoreIndex
 from llama_index.core.schema import NodeWithScore, TextNode
 from llama_index.core.storage.docstore import SimpleDocumentStore
 from llama_index.retrievers.bm25 import BM25Retriever
-from retrievers import BM25, HashedWords
 
 from kvcag import HFEngine, MemoryCube, langchain, llama_index
 from kvcag.core import TextualMemoryItem
 from kvcag.cube.texts import SearchableTexts, TextSide, distinct, is_made_of, read, stripped
 from kvcag.errors import CorpusLengthError, InvalidInputError
 from kvcag.testing import EchoEngine
+from tests.cube_sides import Embedding
+from tests.retrievers import BM25, HashedWords
 
 TOWER = TextualMemoryItem(id="tower", memory="The tower is made of iron.", metadata={"page": 1})
 BRIDGE = TextualMemoryItem(id="bridge", memory="The bridge is made of steel.", metadata={"page": 2})

@@ -10,11 +10,9 @@ from collections.abc import Iterator
 
 import jsonschema
 import pytest
-from forwards import forward_lengths
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, Field
-from schemas import check_holds, schemas
 
 from kvcag import Choices, Grammar, JsonSchema, KVCacheMemory, Regex
 from kvcag.chat_template import Document
@@ -22,6 +20,8 @@ from kvcag.engines.closing import examples
 from kvcag.engines.hf import HFEngine
 from kvcag.errors import ConstraintBudgetError, ConstraintError
 from kvcag.testing import EchoEngine, byte_tokenizer, tiny_model
+from tests.forwards import forward_lengths
+from tests.schemas import check_holds, schemas
 
 
 @pytest.fixture(scope="module")

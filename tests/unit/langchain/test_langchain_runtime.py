@@ -15,11 +15,11 @@ from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.language_models import FakeListChatModel
 from langchain_core.load import dumps
 from langchain_core.messages import HumanMessage, SystemMessage
-from waits import awaited, set_by
 
 from kvcag import HFEngine
 from kvcag.langchain import ChatKVCAG
 from kvcag.testing import EchoEngine, byte_tokenizer, tiny_model
+from tests.waits import awaited, set_by
 
 DOCUMENTS = [SystemMessage(["one. ", "two. ", "Answer."]), HumanMessage("why?")]
 

@@ -15,7 +15,6 @@ from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.prompts import PromptTemplate
 from tokenizers.processors import TemplateProcessing
-from waits import auntil, awaited
 
 from kvcag import HFEngine
 from kvcag.core import Chunk
@@ -23,6 +22,7 @@ from kvcag.errors import CacheWarning, ContextLengthError, EngineError, InvalidI
 from kvcag.llama_index import KVCacheLLM
 from kvcag.stores.disk import DiskStore
 from kvcag.testing import CHATML, EchoEngine, byte_tokenizer, tiny_model, whole_prompt
+from tests.waits import auntil, awaited
 
 Way = Callable[..., Awaitable[str]]
 

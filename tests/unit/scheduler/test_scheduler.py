@@ -11,10 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from forwards import forward_lengths
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from waits import run_together, until
 
 from kvcag import HFEngine, KVCacheMemory
 from kvcag.cache.layers import layers_of, nbytes
@@ -32,6 +30,8 @@ from kvcag.scheduler.store import logger
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.memory import MemoryStore
 from kvcag.testing import EchoEngine, byte_tokenizer, tiny_model
+from tests.forwards import forward_lengths
+from tests.waits import run_together, until
 
 PER_TOKEN = 384  # bytes: 2 × 3 layers × 2 heads × 8 × 4
 TEXTS = [f"Document {number} says a little about {number}." for number in range(8)]

@@ -15,12 +15,12 @@ from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.postprocessor import MetadataReplacementPostProcessor
 from llama_index.core.schema import MetadataMode, TextNode
 from llama_index.retrievers.bm25 import BM25Retriever
-from retrievers import BM25, Faiss
 
 from kvcag import CacheScheduler, HFEngine
 from kvcag.langchain import ChatKVCAG, KVCAGMiddleware, SchedulerCallback, create_cag_documents_chain
 from kvcag.llama_index import CAGQueryEngine, KVCacheLLM, SchedulerEventHandler
 from kvcag.stores.memory import MemoryStore
+from tests.retrievers import BM25, Faiss
 
 TEXTS = [
     "The lighthouse keeper wrote a letter every week.",

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from stored import FINGERPRINT, assert_same, random_item
 
 from kvcag import HFEngine, KVCacheMemory
 from kvcag.cache.layers import layers_of
@@ -27,6 +26,7 @@ from kvcag.stores.disk import DiskStore, verify
 from kvcag.stores.dump import read_dump, write_dump
 from kvcag.stores.format import write_sealed
 from kvcag.testing import byte_tokenizer, tiny_model
+from tests.stored import FINGERPRINT, assert_same, random_item
 
 TEXTS = ["Alice has a red bicycle.", "Bob has a green car."]
 MANIFEST = "kv_cache_memories.json"

@@ -14,7 +14,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
-from stored import FINGERPRINT, assert_same, random_item
 
 from kvcag.cache.layers import cache_of, layers_of
 from kvcag.core import KVCacheItem
@@ -38,6 +37,7 @@ from kvcag.stores.format import (
     write_item,
     write_sealed,
 )
+from tests.stored import FINGERPRINT, assert_same, random_item
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
-from memos_pickles import MODULE, dump, written
-from memos_pickles import memos as memos  # the fixture
-from stored import FINGERPRINT, random_item
 
 from kvcag.cache.layers import layers_of
 from kvcag.errors import CorruptItemError, FormatError, StoreError, TokenMismatchError, UnsafePickleError
 from kvcag.stores.format import read_item, write_item
 from kvcag.stores.memos import read_memos_pickle
+from tests.memos_pickles import MODULE, dump, written
+from tests.memos_pickles import memos as memos  # the fixture
+from tests.stored import FINGERPRINT, random_item
 
 
 @pytest.mark.parametrize("protocol", [2, 4, 5])

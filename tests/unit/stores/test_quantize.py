@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stored import assert_same, random_item
 
 from kvcag.cache.int8 import dequantize_int8, quantize_int8
 from kvcag.cache.layers import layers_of
 from kvcag.errors import InvalidInputError
 from kvcag.stores.format import read_item, read_manifest, write_item
+from tests.stored import assert_same, random_item
 
 
 @settings(max_examples=100, deadline=None)

@@ -8,12 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
-from stored import assert_same, random_item
 
 from kvcag.errors import CorruptItemError, StoreFullError, StoreUnavailableError
 from kvcag.stores.disk import DiskStore, verify
 from kvcag.stores.files import atomic_write, unavailable
 from kvcag.stores.format import item_to_bytes
+from tests.stored import assert_same, random_item
 
 SIZE = len(item_to_bytes(random_item("a")))
 

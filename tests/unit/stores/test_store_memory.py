@@ -8,8 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stored import assert_same, random_item
-from waits import run_together
 
 from kvcag.cache.layers import layers_of, nbytes
 from kvcag.errors import InvalidInputError, StoreFullError
@@ -17,6 +15,8 @@ from kvcag.stores.base import StoreStats
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.memory import MemoryStore
 from kvcag.stores.tiered import TieredStore
+from tests.stored import assert_same, random_item
+from tests.waits import run_together
 
 SIZE = nbytes(layers_of(random_item().memory))
 

@@ -5,12 +5,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
-from stored import assert_same, random_item
 
 from kvcag.errors import CorruptItemError, InvalidInputError, MissingExtraError, StoreUnavailableError
 from kvcag.stores.base import KVStore
 from kvcag.stores.format import item_to_bytes
 from kvcag.stores.remote import ByteKVStore, FsspecStore
+from tests.stored import assert_same, random_item
 
 
 class Bytes:

@@ -5,8 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from stored import assert_same, random_item
-from waits import joined, until
 
 from kvcag.cache.layers import layers_of, nbytes
 from kvcag.core import KVCacheItem
@@ -15,6 +13,8 @@ from kvcag.stores.disk import DiskStore
 from kvcag.stores.memory import MemoryStore
 from kvcag.stores.remote import FsspecStore
 from kvcag.stores.tiered import StoreWarning, TieredStore
+from tests.stored import assert_same, random_item
+from tests.waits import joined, until
 
 SIZE = nbytes(layers_of(random_item().memory))
 

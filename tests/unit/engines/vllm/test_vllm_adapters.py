@@ -12,7 +12,6 @@ from langchain_core.tools import tool
 from llama_index.core import Document as Node
 from llama_index.core.llms import ChatMessage
 from pydantic import BaseModel
-from wire_server import WireServer
 
 from kvcag import HFEngine
 from kvcag.engines.vllm.engine import VLLMEngine
@@ -20,6 +19,7 @@ from kvcag.errors import ContextLengthError, ServerUnavailableError
 from kvcag.langchain import ChatKVCAG, create_cag_documents_chain
 from kvcag.llama_index import CAGQueryEngine, KVCacheLLM
 from kvcag.testing import byte_tokenizer, tiny_model
+from tests.wire_server import WireServer
 
 TEXTS = ["The tower was completed in 1889. " * 4, "It is 330 metres high. " * 4]
 QUESTION = "When was it completed?"

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 
 import pytest
 from pydantic import BaseModel
-from wire_server import WireServer
 
 from kvcag import Choices, Grammar, HFEngine, JsonSchema, Regex
 from kvcag.engines.vllm.client import server_constraint
 from kvcag.engines.vllm.engine import VLLMEngine
 from kvcag.errors import ConstraintError, ServerUnavailableError
 from kvcag.testing import byte_tokenizer, tiny_model
+from tests.wire_server import WireServer
 
 
 class Answer(BaseModel):

@@ -9,8 +9,6 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from waits import run_together
-from wire_server import WireServer
 
 from kvcag import HFEngine
 from kvcag.chat_template import Document, Prompt
@@ -27,6 +25,8 @@ from kvcag.errors import (
     UnsupportedModelError,
 )
 from kvcag.testing import CHATML, EchoEngine, byte_tokenizer, tiny_model, whole_prompt
+from tests.waits import run_together
+from tests.wire_server import WireServer
 
 CHAT = [
     {

@@ -9,8 +9,6 @@ import warnings
 from collections.abc import Iterator
 
 import pytest
-from waits import auntil, awaited, joined
-from wire_server import WireServer
 
 from kvcag import HFEngine
 from kvcag.chat_template import Prompt
@@ -26,6 +24,8 @@ from kvcag.errors import (
 )
 from kvcag.streams import iterate
 from kvcag.testing import EchoEngine, byte_tokenizer
+from tests.waits import auntil, awaited, joined
+from tests.wire_server import WireServer
 
 QUICK = {"retry_wait": 0.02, "tokenizer": byte_tokenizer()}
 

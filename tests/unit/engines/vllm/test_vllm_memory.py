@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from wire_server import WireServer
 
 from kvcag import HFEngine, KVCacheMemory, TextualMemoryItem, VLLMKVCacheItem
 from kvcag.chat_template import Document
@@ -23,6 +22,7 @@ from kvcag.errors import (
 )
 from kvcag.stores import DiskStore
 from kvcag.testing import CHATML, byte_tokenizer, tiny_model
+from tests.wire_server import WireServer
 
 HEAD = "Answer from the documents."
 TEXTS = ["The tower was completed in 1889. " * 3, "It is 330 metres high. " * 3, "It stands in Paris. " * 3]
