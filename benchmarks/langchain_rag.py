@@ -47,8 +47,8 @@ from kvcag.demo.model import embedded_model
 from kvcag.langchain import ChatKVCAG, create_cag_documents_chain
 from kvcag.stores.memory import MemoryStore
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from retrievers import BM25
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.retrievers import BM25
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

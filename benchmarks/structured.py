@@ -31,8 +31,8 @@ from kvcag.engines.constrain import Choices
 from kvcag.engines.session import Session
 from kvcag.errors import ConstraintBudgetError
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from schemas import Schema, schemas
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.schemas import Schema, schemas
 
 
 def holds(engine: HFEngine, schema: Schema, budget: int) -> dict[str, Any]:

@@ -45,7 +45,7 @@ for _ in sys.stdin:
 @pytest.mark.skipif(os.name == "nt", reason="fork and kill are POSIX")
 def test_a_dump_killed_at_any_moment_loses_nothing(tmp_path: Path) -> None:
     folder, engine = tmp_path / "cube", HFEngine(tiny_model(), byte_tokenizer())
-    arguments = [sys.executable, "-c", DUMPING, str(Path(__file__).parents[1]), str(folder)]
+    arguments = [sys.executable, "-c", DUMPING, str(Path(__file__).parents[2]), str(folder)]
     with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None

@@ -46,7 +46,7 @@ print(json.dumps({
 
 def asked_elsewhere(model: Path, folder: Path, dtype: str, strategy: str) -> dict[str, Any]:
     """What a process that knows nothing but the folder answers."""
-    tests = str(Path(__file__).parents[1])
+    tests = str(Path(__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-c", FRESH, tests, str(model), str(folder), dtype, strategy, QUESTION],
         capture_output=True,
