@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal, TypeAlias, cast, get_args
-from weakref import WeakKeyDictionary
 
 import torch
 
 from kvcag.cache.layers import LayerKV, concat, layers_of
-from kvcag.cache.merge import Part, check_mergeable, merge, refine
+from kvcag.cache.merge import MergedBefore, Part, check_mergeable, merge, refine
 from kvcag.cache.merge import Strategy as MergeStrategy
-from kvcag.cache.select import Layout
 from kvcag.calibration import calibration_of, usual_drift_of
 from kvcag.chat_template import Prompt
 from kvcag.core import Item, KVCacheItem, MergedContext, MergeReport, Mode, ids_digest
@@ -31,53 +27,6 @@ DEFAULT_RATIO = 0.2
 
 MAX_KL = 0.05
 """Nats per token that `auto` lets a merged context be off, on the calibration's probes."""
-
-
-@dataclass
-class MergedBefore:
-    """What is known of a merged context that is among the engine's recent contexts.
-
-    Attributes:
-        layout: its tokens; `open` are those that no question has had recomputed.
-        tails: the tokens that followed it, one tuple for each question.
-    """
-
-    layout: Layout
-    tails: list[Ids]
-
-
-class MergeHistory:
-    """The merged contexts of an engine. Forgets those that were not used for longest."""
-
-    def __init__(self, remembered: int = 256) -> None:
-        self._remembered = remembered
-        self._contexts: OrderedDict[tuple[str, Ids], MergedBefore] = OrderedDict()
-        self._lock = threading.Lock()
-
-    @classmethod
-    def of(cls, engine: Engine) -> MergeHistory:
-        """The one of an engine."""
-        with _histories_lock:
-            return _histories.setdefault(engine, cls())
-
-    def get(self, namespace: str, context_ids: Ids) -> MergedBefore | None:
-        """What is known of a context, if it was merged before."""
-        with self._lock:
-            found = self._contexts.get((namespace, context_ids))
-            if found is not None:
-                self._contexts.move_to_end((namespace, context_ids))
-            return found
-
-    def put(self, namespace: str, context_ids: Ids, merged: MergedBefore) -> None:
-        """Remember a context that was merged."""
-        with self._lock:
-            self._contexts[namespace, context_ids] = merged
-            if len(self._contexts) > self._remembered:
-                self._contexts.popitem(last=False)
-
-
-_histories: WeakKeyDictionary[Engine, MergeHistory] = WeakKeyDictionary()
-_histories_lock = threading.Lock()
 
 
 def check_strategy(strategy: str, ratio: float) -> None:
@@ -102,10 +51,11 @@ def reusable(documents: DocumentCache, prompt: Prompt, strategy: Strategy) -> Mo
     engine, namespace, context_ids = documents.engine, documents.namespace, prompt.context_ids
     if engine.known_prefix(context_ids, namespace) == len(context_ids):
         return "prefix"
-    merged = MergeHistory.of(engine).get(namespace, context_ids)
+    model = cast("HFEngine", engine)
+    merged = model.merge_history.get(namespace, context_ids)
     if merged is None:
         return None
-    known = cast("HFEngine", engine).known_prefix(prompt.token_ids[:-1], namespace, merged=True) - len(context_ids)
+    known = model.known_prefix(prompt.token_ids[:-1], namespace, merged=True) - len(context_ids)
     if known < 0:
         return None
     answers = len(engine.template.generation_ids)
@@ -244,7 +194,7 @@ def _merged(
         tail = torch.tensor(tail_ids, dtype=torch.long)
         merged = merge(model, parts, tail, strategy=strategy, ratio=ratio, usual_drift=drift)
     context_ids = (*head_ids, *same_ids(items))
-    MergeHistory.of(engine).put(namespace, context_ids, MergedBefore(merged.layout, [tuple(tail_ids)]))
+    engine.merge_history.put(namespace, context_ids, MergedBefore(merged.layout, [tuple(tail_ids)]))
     recomputed = len(merged.recomputed) + first_recomputed
     encoded = min(encoded + len(head_ids) - head_reused, len(context_ids) - recomputed)
     report = MergeReport(
@@ -264,7 +214,7 @@ def _refined(engine: HFEngine, context_ids: Ids, tail_ids: Ids, ratio: float, na
 
     From the next question on it is reused as it is, and it is encoded as a whole when the model is idle.
     """
-    before = MergeHistory.of(engine).get(namespace, context_ids)
+    before = engine.merge_history.get(namespace, context_ids)
     matched, pieces = engine.prefixes.match(context_ids, namespace, merged=True)
     if before is None or matched < len(context_ids):
         return None

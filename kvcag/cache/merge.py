@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -124,6 +126,49 @@ def refine(
     if len(chosen):
         recompute(model, layers, layout, chosen)
     return chosen
+
+
+@dataclass
+class MergedBefore:
+    """What is known of a merged context that is among an engine's recent contexts.
+
+    Attributes:
+        layout: its tokens; `open` are those that no question has had recomputed.
+        tails: the token ids that followed it, one tuple for each question.
+    """
+
+    layout: Layout
+    tails: list[tuple[int, ...]]
+
+
+class MergeHistory:
+    """The merged contexts of an engine. Forgets those not used for longest. Safe to use from several threads."""
+
+    def __init__(self, remembered: int = 256) -> None:
+        self._remembered = remembered
+        self._contexts: OrderedDict[tuple[str, tuple[int, ...]], MergedBefore] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, namespace: str, context_ids: tuple[int, ...]) -> MergedBefore | None:
+        """What is known of a context, if it was merged before."""
+        with self._lock:
+            found = self._contexts.get((namespace, context_ids))
+            if found is not None:
+                self._contexts.move_to_end((namespace, context_ids))
+            return found
+
+    def put(self, namespace: str, context_ids: tuple[int, ...], merged: MergedBefore) -> None:
+        """Remember a context that was merged."""
+        with self._lock:
+            self._contexts[namespace, context_ids] = merged
+            if len(self._contexts) > self._remembered:
+                self._contexts.popitem(last=False)
+
+    def clear(self, namespace: str) -> None:
+        """Forget a namespace's contexts."""
+        with self._lock:
+            for key in [key for key in self._contexts if key[0] == namespace]:
+                del self._contexts[key]
 
 
 def _check(parts: Sequence[Part], strategy: str, ratio: float) -> None:

@@ -29,6 +29,7 @@ from kvcag.cache.layers import (
     generation_cache,
     layers_of,
 )
+from kvcag.cache.merge import MergeHistory
 from kvcag.cache.prefix_cache import PrefixCache
 from kvcag.cache.rope import check_mergeable
 from kvcag.chat_template import ChatTemplate, Message, Prompt
@@ -95,6 +96,7 @@ class HFEngine(Engine):
         self.template = ChatTemplate(tokenizer, template_variables)
         self.prefixes = PrefixCache(prefix_cache_bytes)
         self.lock = ModelLock()
+        self.merge_history = MergeHistory()
         self._in_flight = InFlight()
         self._idle = IdleWork()
         self._chunk_tokens = _FIRST_CHUNK
@@ -323,6 +325,7 @@ class HFEngine(Engine):
     def forget(self, namespace: str = "") -> None:
         """Drop a namespace's recent contexts, and what is encoded for it in the background."""
         self._idle.cancel(namespace)
+        self.merge_history.clear(namespace)
         self.prefixes.clear(namespace)
 
     def encode_after(
