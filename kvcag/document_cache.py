@@ -136,8 +136,11 @@ class DocumentCache:
         Looks at a few items, and is silent where one of them fits: models may share a store.
         """
         own = self.engine.fingerprint
-        manifests = (self.store.manifest(key) for key in islice(self.store.keys(), 8))
-        made_by = [manifest.fingerprint for manifest in manifests if manifest and manifest.fingerprint]
+        try:
+            made_by = [found.fingerprint for _, found in islice(self.store.manifests(), 8) if found.fingerprint]
+        except StoreError as gone:
+            warnings.warn(f"the store cannot be read, so documents are encoded: {gone}", CacheWarning, stacklevel=3)
+            return
         if made_by and not any(own.matches(other) for other in made_by):
             warnings.warn(
                 f"the store's items were made by another model ({'; '.join(own.differences(made_by[0]))}). They stay "
@@ -197,8 +200,8 @@ def diff(
         wanted[documents.key(token_ids)] = (token_ids, text, metadata)
     store = documents.store
     new = [key for key, (token_ids, *_) in wanted.items() if not documents.contains(head_ids, token_ids)]
-    manifests = ((key, store.manifest(key)) for key in iter(store.keys()) if key not in wanted)
-    return SyncDiff(wanted, new, [key for key, manifest in manifests if manifest and is_mine(manifest)])
+    gone = [key for key, manifest in store.manifests() if key not in wanted and is_mine(manifest)]
+    return SyncDiff(wanted, new, gone)
 
 
 def sync(documents: DocumentCache, head_ids: Ids, corpus: Iterable[Read], name: str) -> SyncReport:

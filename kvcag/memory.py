@@ -203,12 +203,14 @@ class KVCacheMemory:
         return sorted(items, key=lambda item: (item.records.timestamp, item.id))
 
     def delete(self, ids: str | Iterable[str]) -> None:
-        """Forget items. Missing ids are ignored."""
+        """Forget items, and this namespace's recent contexts, which may hold them. Missing ids are ignored."""
+        self._forget()
         self.store.delete(_as_list(ids))
 
     def delete_all(self) -> None:
-        """Forget every item."""
-        self.store.delete(list(self.store.keys()))
+        """Forget every item, and this namespace's recent contexts."""
+        self._forget()
+        self.store.delete([key for key, _ in self.store.manifests()])
 
     def dump(self, dir: str | PathLike[str]) -> None:
         """Write every item to a folder. What stood there before is replaced in one step, or not at all."""
@@ -266,7 +268,7 @@ class KVCacheMemory:
         Args:
             source: the text itself, or what an item's metadata names as its source: a path, a URL, a document's id.
         """
-        self.engine.forget(self.namespace)
+        self._forget()
         return self.store.purge(source)
 
     # --- putting together --------------------------------------------------------------------------------------
@@ -498,6 +500,11 @@ class KVCacheMemory:
         return self._contexts[id]
 
     # --- inside ------------------------------------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        """Forget what is kept outside the store: recent contexts, work under way, and the texts of contexts by id."""
+        self.engine.forget(self.namespace)
+        self._contexts.clear()
 
     @property
     def _instruction_ids(self) -> Ids:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from types import TracebackType
 
 from typing_extensions import Self
 
 from kvcag.core import KVCacheItem
+from kvcag.errors import CacheWarning, CorruptItemError, FormatError
 from kvcag.stores.format import Manifest
 from kvcag.streams import async_twin, in_thread
 
@@ -111,10 +114,35 @@ class KVStore(ABC):
             source: the text itself, or a value of one of the metadata fields in `SOURCE_FIELDS`: a path, a URL, a
                 document's id.
         """
-        manifests = ((key, self.manifest(key)) for key in self.keys())
-        made = [key for key, manifest in manifests if manifest is not None and made_from(manifest, source)]
+        made = [key for key, manifest in self.manifests() if made_from(manifest, source)]
         self.delete(made)
         return made
+
+    def manifests(self) -> Iterator[tuple[str, Manifest]]:
+        """The id and the manifest of every item.
+
+        A damaged item cannot say what it was made from. It is left out, and named in a `CacheWarning`.
+        """
+        damaged: list[str] = []
+        for key, read in self._manifests():
+            try:
+                manifest = read()
+            except (CorruptItemError, FormatError) as error:
+                damaged.append(str(error))
+                continue
+            if manifest is not None:
+                yield key, manifest
+        if damaged:
+            warnings.warn(
+                f"{len(damaged)} items of {self!r} cannot be read, so what they were made from is unknown. "
+                f"`kvcag verify --repair` deletes them: {'; '.join(damaged[:5])}",
+                CacheWarning,
+                stacklevel=2,
+            )
+
+    def _manifests(self) -> Iterator[tuple[str, Callable[[], Manifest | None]]]:
+        """Each item's id and what reads its manifest. A damaged item may have any name in the place of its id."""
+        return ((key, partial(self.manifest, key)) for key in self.keys())
 
     def close(self) -> None:  # noqa: B027 - most stores have nothing to release
         """Release threads and connections. Do not use the store afterwards."""
@@ -146,6 +174,9 @@ class KVStore(ABC):
 def made_from(manifest: Manifest, source: str) -> bool:
     """Whether an item was made from `source`, alone or together with other texts."""
     records = manifest.records
-    texts = [*records.text_memories, records.composed_text_memory]
     named = [manifest.metadata.get(field) for field in (*SOURCE_FIELDS, MADE_OF)]
-    return source in texts or any(source in value if isinstance(value, list) else source == value for value in named)
+    names: list[object] = [*records.text_memories, records.composed_text_memory]
+    for value in named:
+        names += value if isinstance(value, list) else [value]
+    # A document is kept with the separator that ended it in its prompt.
+    return source.rstrip("\n") in {name.rstrip("\n") for name in names if isinstance(name, str)}

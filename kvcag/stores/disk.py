@@ -13,14 +13,15 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 from kvcag.cache.layers import layers_of, nbytes
 from kvcag.core import KVCacheItem
-from kvcag.errors import CorruptItemError, FormatError, StoreFullError, StoreUnavailableError
+from kvcag.errors import CorruptItemError, FormatError, StoreError, StoreFullError, StoreUnavailableError
 from kvcag.stores.base import KVStore, StoreStats
 from kvcag.stores.files import (
     SUFFIX,
@@ -150,12 +151,23 @@ class DiskStore(KVStore):
 
     def manifest(self, key: str) -> Manifest | None:
         """From the file's header. Does not count as a use."""
-        if not self.contains(key):
-            return None
+        return self._manifest(self.file(key)) if self.contains(key) else None
+
+    def _manifests(self) -> Iterator[tuple[str, Callable[[], Manifest | None]]]:
+        """By file: a damaged file does not say its id."""
+        for entry in self._entries():
+            try:
+                name = read_id(entry.path)
+            except StoreError:
+                name = entry.path
+            yield name, partial(self._manifest, entry.path)
+
+    @staticmethod
+    def _manifest(path: str | os.PathLike[str]) -> Manifest | None:
         try:
-            return read_manifest(self.file(key))
+            return read_manifest(path)
         except StoreUnavailableError as error:
-            if error.errno == errno.ENOENT:
+            if error.errno == errno.ENOENT:  # deleted in the meantime
                 return None
             raise
 
