@@ -179,7 +179,7 @@ class _Probe:
     ) -> None:
         self.engine = engine
         prompt = engine.template.split_system(instruction, as_messages(question))
-        segments = [engine.template.encode(text) for text in texts]
+        segments = [engine.template.encode_text(text) for text in texts]
         self.tail_ids = prompt.tail_ids
         self.context_ids = tuple(chain(prompt.head_ids, *segments))
         engine.check_fits(len(self.context_ids) + len(self.tail_ids), tokens)

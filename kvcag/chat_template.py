@@ -7,6 +7,7 @@ from here on the ids are the truth, for the cached and for the uncached run alik
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,8 @@ Message: TypeAlias = Mapping[str, Any]
 `{"type": "text", "text": …}` parts."""
 
 _SENTINEL = "kvcag-documents-5b1d7c0e"
+_BREAK = "kvcag-break-3c9e4a"
+"""Stands in a rendered text where two tokens must not be joined."""
 _PROBE = "kvcag-probe-9a41"
 
 
@@ -73,17 +76,48 @@ class ChatTemplate:
         variables: passed to every rendering, for what a template asks for: `enable_thinking=False`, or
             `date_string="21 Nov 2026"`, without which Llama 3's template writes today's date into the head, and caches
             made yesterday no longer match.
+        control_tokens: texts of documents, users and tools may contain the template's control tokens, such as
+            `<|im_end|>`, and mean them. By default they are text there, so that a document cannot end its turn.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, variables: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        variables: Mapping[str, Any] | None = None,
+        *,
+        control_tokens: bool = False,
+    ) -> None:
         self.tokenizer = tokenizer
         self.variables = dict(variables or {})
+        self.control_tokens = control_tokens
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of one segment, without special tokens around it."""
-        if not text:
-            return ()
-        return tuple(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        """Token ids of a rendered text, in which control tokens are control tokens; none are added around it."""
+        pieces = filter(None, text.split(_BREAK))
+        return tuple(
+            token
+            for piece in pieces
+            for token in self.tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+        )
+
+    def encode_text(self, text: str) -> tuple[int, ...]:
+        """Token ids of a document or another text that is data: what looks like a control token in it is text."""
+        return self.encode(self._as_data(text))
+
+    def _as_data(self, text: str) -> str:
+        """A text whose control tokens are broken in two: `encode` tokenises the halves apart, for any tokenizer."""
+        if self.control_tokens or self._control is None:
+            return text
+        return self._control.sub(lambda found: f"{found[0][0]}{_BREAK}{found[0][1:]}", text)
+
+    @cached_property
+    def _control(self) -> re.Pattern[str] | None:
+        """Finds the tokenizer's special tokens; None where it does not say which it has, as a server's."""
+        special = set(getattr(self.tokenizer, "all_special_tokens", None) or ())
+        added = getattr(self.tokenizer, "added_tokens_decoder", None) or {}
+        special |= {str(token) for token in added.values() if getattr(token, "special", False)}
+        longest_first = sorted((token for token in special if len(token) > 1), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
     def prompt(
         self,
@@ -114,7 +148,7 @@ class ChatTemplate:
                 "documents cannot be placed in it. Put them into another message, or set another chat_template."
             )
         head, tail = text.split(_SENTINEL)
-        document_ids = tuple(self.encode(document) for document in documents)
+        document_ids = tuple(self.encode_text(document) for document in documents)
         texts = tuple(str(document) for document in documents)
         return Prompt(bos + self.encode(head), document_ids, self.encode(tail), thinking, texts)
 
@@ -160,12 +194,12 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
     ) -> str:
-        """Messages as one text.
+        """Messages as one text, for `encode`: control tokens within what users, tools and documents say are broken.
 
         Raises:
             ChatTemplateError: the template refuses them, also after roles were joined as the class describes.
         """
-        joined = _join_leading_system([_normal(message) for message in messages])
+        joined = _join_leading_system([self._spoken(_normal(message)) for message in messages])
         if not self.has_template:
             return "\n\n".join(message["content"] for message in joined if message["content"])
         if not self.has_system_role:
@@ -179,6 +213,12 @@ class ChatTemplate:
                 raise ChatTemplateError(
                     f"the chat template refuses these messages ({', '.join(m['role'] for m in joined)}): {refused}"
                 ) from refused
+
+    def _spoken(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A message whose content is data. What the model itself said stays as it is."""
+        if message["role"] == "assistant" or not isinstance(message["content"], str):
+            return message
+        return {**message, "content": self._as_data(message["content"])}
 
     @cached_property
     def generation_ids(self) -> tuple[int, ...]:

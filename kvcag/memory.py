@@ -511,7 +511,7 @@ class KVCacheMemory:
         return self.engine.template.instruction_ids(self.instruction)
 
     def _segment(self, text: str) -> Ids:
-        return self.engine.template.encode(segment(text, self.separator))
+        return self.engine.template.encode_text(segment(text, self.separator))
 
     def _prompt(
         self, messages: list[Message], ids: Iterable[str] | None, tools: Sequence[Mapping[str, Any]] | None

@@ -136,8 +136,8 @@ def _diff(memory: KVCacheMemory, reading: Reading, limit: int | None, is_mine: C
     room = memory.engine.context_length - len(head_ids)
     read = []
     for text in reading.texts:
-        for piece in [text] if limit is None else split(text, limit, lambda part: len(template.encode(part))):
-            token_ids = template.encode(segment(piece.text))
+        for piece in [text] if limit is None else split(text, limit, lambda part: len(template.encode_text(part))):
+            token_ids = template.encode_text(segment(piece.text))
             if len(token_ids) > room:
                 raise InvalidInputError(
                     f"{piece.metadata['source']}: {len(token_ids):,} tokens, and the model's context holds {room:,} "

@@ -552,7 +552,7 @@ class MemoryCube:
         ]
         template, documents = self.memory.engine.template, self.memory.documents
         # also by id: a store does not list a damaged file
-        self.memory.delete([*stale, *(documents.key(template.encode(f"{text}\n\n")) for text in gone)])
+        self.memory.delete([*stale, *(documents.key(template.encode_text(f"{text}\n\n")) for text in gone)])
         if isinstance(self.memory.store, ScheduledStore):  # which records texts, to encode them again
             for text in gone:
                 self.memory.store.purge(text)

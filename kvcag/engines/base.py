@@ -278,7 +278,7 @@ def context_ids(
         text = "\n\n".join(part for part in parts if part.strip())
         if not text:
             raise EmptyPromptError("the prompt is empty: there is nothing to encode")
-        return template.instruction_ids(None) + template.encode(text), None
+        return template.instruction_ids(None) + template.encode_text(text), None
     messages = [dict(message) for message in parts]
     return template.prompt(messages, add_generation_prompt=False).token_ids, messages
 

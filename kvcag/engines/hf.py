@@ -70,6 +70,7 @@ class HFEngine(Engine):
         prefix_cache_bytes: how much of recent contexts to keep, so that a prompt which begins like an earlier one is
             prefilled only from where it differs; 2 GiB by default. 0 switches that off.
         template_variables: passed to the chat template; see `ChatTemplate`.
+        control_tokens: documents and messages may contain control tokens; see `ChatTemplate`.
         defaults: settings of `Sampling` for calls that do not give them.
 
     Raises:
@@ -86,6 +87,7 @@ class HFEngine(Engine):
         *,
         prefix_cache_bytes: int = _PREFIX_CACHE_BYTES,
         template_variables: Mapping[str, Any] | None = None,
+        control_tokens: bool = False,
         defaults: Mapping[str, Any] | None = None,
     ) -> None:
         check_cacheable(model)
@@ -93,7 +95,7 @@ class HFEngine(Engine):
         self.defaults = dict(defaults or {})
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self.template = ChatTemplate(tokenizer, template_variables)
+        self.template = ChatTemplate(tokenizer, template_variables, control_tokens=control_tokens)
         self.prefixes = PrefixCache(prefix_cache_bytes)
         self.lock = ModelLock()
         self.merge_history = MergeHistory()
@@ -112,6 +114,7 @@ class HFEngine(Engine):
         *,
         prefix_cache_bytes: int = _PREFIX_CACHE_BYTES,
         template_variables: Mapping[str, Any] | None = None,
+        control_tokens: bool = False,
         defaults: Mapping[str, Any] | None = None,
         **from_pretrained_kwargs: Any,
     ) -> HFEngine:
@@ -123,6 +126,7 @@ class HFEngine(Engine):
             device: `"auto"` is CUDA, then MPS, then the CPU. With a `device_map` among the rest it is not used.
             prefix_cache_bytes: see the class.
             template_variables: see the class.
+            control_tokens: see the class.
             defaults: see the class.
             **from_pretrained_kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
         """
@@ -132,6 +136,7 @@ class HFEngine(Engine):
             tokenizer,
             prefix_cache_bytes=prefix_cache_bytes,
             template_variables=template_variables,
+            control_tokens=control_tokens,
             defaults=defaults,
         )
 

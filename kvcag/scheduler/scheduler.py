@@ -392,7 +392,7 @@ class CacheScheduler:
         if not stats.asked:
             ending = self.memory.separator if self._texts.head_ids is None else self._texts.ending or ""
             text += "" if text.endswith(ending or "\n") else ending
-        token_ids = self._engine.template.encode(text)
+        token_ids = self._engine.template.encode_text(text)
         key = self.memory.documents.key(token_ids)
         if self._store.contains(key):
             self._store.reconcile()
