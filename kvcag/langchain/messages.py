@@ -4,8 +4,8 @@ The documents of a conversation are the text blocks that are encoded once each, 
 
 1. Blocks that are marked: text blocks with `cache_control={"type": "ephemeral"}`, `text-plain` blocks, and the blocks
    that `with_documents` wrote.
-2. If no block is marked: every text block of a system message that has two or more, and every text block but the last
-   of a human message that has two or more. The last one is the question.
+2. If no block is marked: every text block of a system message that has two or more. What a human says is kept in the
+   store only if it is marked: it may be a password.
 
 Texts are joined as they are. End each block with a newline.
 """
@@ -114,10 +114,8 @@ def _content(message: BaseMessage, marked: bool) -> str | list[str]:
         return "".join(texts)
     if marked:
         documents = _marks(message)
-    elif len(texts) > 1:
-        documents = [True] * (len(texts) - 1) + [isinstance(message, SystemMessage)]
     else:
-        documents = [False] * len(texts)
+        documents = [len(texts) > 1 and isinstance(message, SystemMessage)] * len(texts)
     if not any(documents):
         return "".join(texts)
     return [Document(text) if document else text for text, document in zip(texts, documents, strict=True)]

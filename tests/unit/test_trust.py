@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from langchain_core.documents import Document
+from langchain_core.messages import HumanMessage
 from langchain_core.prompts import ChatPromptTemplate
 from llama_index.core.schema import TextNode
 
@@ -208,3 +209,10 @@ def test_what_the_model_said_stays_its_own_tokens(tiny_engine: HFEngine) -> None
     said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<|endoftext|>"}]
     ids = tiny_engine.template.prompt([*said, {"role": "user", "content": "Go on"}]).token_ids
     assert tiny_engine.tokenizer.convert_tokens_to_ids("<|endoftext|>") in ids
+
+
+def test_what_a_human_says_in_two_blocks_is_not_kept(tiny_engine: HFEngine, tmp_path: Path) -> None:
+    """The first of two text blocks was taken for a document and written to the store."""
+    llm = ChatKVCAG(engine=tiny_engine, store=str(tmp_path), max_tokens=4)
+    llm.invoke([HumanMessage([{"type": "text", "text": SECRET}, {"type": "text", "text": "What is it?"}])])
+    assert not found(tmp_path, SECRET)

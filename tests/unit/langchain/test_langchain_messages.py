@@ -77,14 +77,15 @@ def test_plain_text_blocks_are_documents() -> None:
     assert documents([HumanMessage([plain, text("q")])]) == ["doc"]
 
 
-def test_without_marks_every_block_is_a_segment_but_what_the_human_says() -> None:
+def test_without_marks_the_blocks_of_a_system_message_are_documents_and_what_a_human_says_is_not() -> None:
+    """A password in the first of two blocks was left in the store."""
     conversation = [
         SystemMessage([text("a"), "b"]),
         HumanMessage([text("c"), text("d")]),
         AIMessage([text("x"), text("y")]),
         HumanMessage([text("e"), text("question")]),
     ]
-    assert documents(conversation) == ["a", "b", "c", "e"]
+    assert documents(conversation) == ["a", "b"]
 
 
 def test_a_message_of_one_block_is_no_document() -> None:
