@@ -1,0 +1,141 @@
+"""Conversations over merged documents: what follows is reused and marked, and never given to who asked for `exact`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kvcag import Document, HFEngine, KVCacheMemory
+from kvcag.core import Usage
+from kvcag.testing import byte_tokenizer, tiny_model
+from tests.waits import until
+
+TEXTS = ["Alice has a red bicycle.\n\n", "Bob has a green car.\n\n", "Carol sails to Norway.\n\n"]
+QUESTIONS = ["Who has a car?", "What does Alice have?", "Where does Carol sail?"]
+ROLES = ("user", "assistant")
+MODEL, TOKENIZER = tiny_model(), byte_tokenizer()
+
+
+def messages(order: list[int], turns: list[tuple[str, str]], question: str) -> list[dict[str, Any]]:
+    said = [{"role": role, "content": text} for turn in turns for role, text in zip(ROLES, turn, strict=True)]
+    documents = [Document(TEXTS[index]) for index in order]
+    return [
+        {"role": "system", "content": ["Answer from these.\n\n", *documents]},
+        *said,
+        {"role": "user", "content": question},
+    ]
+
+
+def ask(memory: KVCacheMemory, conversation: list[dict[str, Any]], **options: Any) -> tuple[str, Usage]:
+    answer = memory.ask(conversation, max_new_tokens=6, **options)
+    return answer.text, answer.usage
+
+
+@pytest.mark.parametrize("strategy", ["auto", "query", "rotate"])
+def test_a_follow_up_prefills_only_its_own_tokens(strategy: Any) -> None:
+    """After a merge nothing behind the documents was reused: each turn merged them again, and read the history."""
+    memory = KVCacheMemory(HFEngine(MODEL, TOKENIZER))
+    turns: list[tuple[str, str]] = []
+    for index, question in enumerate(QUESTIONS):
+        text, usage = ask(memory, messages([0, 1, 2], turns, question), strategy=strategy)
+        assert usage.context is not None
+        assert usage.context.mode == "merged"
+        if index:
+            prefilled = usage.prompt_tokens - usage.cached_tokens
+            assert prefilled < len(question) + 80  # the question and the template around it, a token a byte
+            assert usage.context.recomputed_tokens == usage.context.encoded_tokens == 0
+            assert usage.context.reason.startswith("merged for an earlier question")
+        turns.append((question, text))
+
+
+def test_who_asks_for_exact_never_gets_a_merged_context() -> None:
+    memory = KVCacheMemory(HFEngine(MODEL, TOKENIZER))
+    first = messages([2, 0, 1], [], QUESTIONS[0])
+    said, _ = ask(memory, first, strategy="rotate")
+    follow_up = messages([2, 0, 1], [(QUESTIONS[0], said)], QUESTIONS[1])
+    for conversation in (first, follow_up):
+        text, usage = ask(memory, conversation, strategy="exact")
+        assert usage.context is not None
+        assert usage.context.is_exact
+        assert text == ask(KVCacheMemory(HFEngine(MODEL, TOKENIZER)), conversation, strategy="exact")[0]
+
+
+def test_another_namespace_reuses_nothing() -> None:
+    engine = HFEngine(MODEL, TOKENIZER)
+    mine, theirs = (KVCacheMemory(engine, namespace=name) for name in ("mine", "theirs"))
+    conversation = messages([0, 1], [], QUESTIONS[0])
+    ask(mine, conversation, strategy="query")
+    _, usage = ask(theirs, conversation, strategy="query")
+    assert usage.cached_tokens == 0
+
+
+def test_a_forgotten_conversation_is_not_reused() -> None:
+    memory = KVCacheMemory(HFEngine(MODEL, TOKENIZER))
+    said, _ = ask(memory, messages([0, 1], [], QUESTIONS[0]))
+    memory.purge(TEXTS[1])
+    _, usage = ask(memory, messages([0, 1], [(QUESTIONS[0], said)], QUESTIONS[1]), strategy="query")
+    assert usage.context is not None
+    assert usage.context.encoded_tokens >= len(TEXTS[1])
+
+
+def test_a_context_that_is_asked_about_again_becomes_exact_when_the_model_is_idle() -> None:
+    engine = HFEngine(MODEL, TOKENIZER)
+    memory = KVCacheMemory(engine)
+    for question in QUESTIONS[:2]:
+        ask(memory, messages([1, 0, 2], [], question))
+    context_ids = engine.template.prompt(messages([1, 0, 2], [], "?")).context_ids
+    until(lambda: engine.known_prefix(context_ids) == len(context_ids))
+    text, usage = ask(memory, messages([1, 0, 2], [], QUESTIONS[2]))
+    assert usage.context is not None
+    assert usage.context.is_exact
+    fresh = KVCacheMemory(HFEngine(MODEL, TOKENIZER))
+    assert text == ask(fresh, messages([1, 0, 2], [], QUESTIONS[2]), strategy="exact")[0]
+
+
+def test_a_context_that_cannot_be_encoded_in_the_background_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    engine = HFEngine(MODEL, TOKENIZER)
+    memory = KVCacheMemory(engine)
+    ask(memory, messages([0, 2], [], QUESTIONS[0]))
+
+    def fail(token_ids: tuple[int, ...], namespace: str) -> None:
+        raise RuntimeError("the device is lost")
+
+    engine._encode_in_background = fail  # type: ignore[method-assign]
+    ask(memory, messages([0, 2], [], QUESTIONS[1]))
+    until(lambda: "could not be encoded in the background" in caplog.text)
+    until(lambda: engine._idle._thread is None)
+
+
+asked = st.tuples(
+    st.permutations([0, 1, 2]),
+    st.sampled_from(QUESTIONS),
+    st.sampled_from(["exact", "auto", "query", "rotate"]),
+    st.sampled_from(["", "other"]),
+    st.booleans(),  # whether the conversation goes on
+)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(asked, min_size=2, max_size=6))
+def test_whatever_was_asked_before_exact_is_a_full_prefill_and_no_figure_lies(asks: list[Any]) -> None:
+    engine = HFEngine(MODEL, TOKENIZER)
+    memories = {name: KVCacheMemory(engine, namespace=name) for name in ("", "other")}
+    turns: dict[tuple[str, tuple[int, ...]], list[tuple[str, str]]] = {}
+    for order, question, strategy, namespace, goes_on in asks:
+        history = turns.setdefault((namespace, tuple(order)), []) if goes_on else []
+        conversation = messages(list(order), history, question)
+        text, usage = ask(memories[namespace], conversation, strategy=strategy)
+        report = usage.context
+        assert report is not None
+        assert report.reused_tokens + report.recomputed_tokens + report.encoded_tokens == report.context_tokens
+        assert usage.cached_tokens + usage.created_tokens <= usage.prompt_tokens
+        if report.is_exact:
+            fresh = KVCacheMemory(HFEngine(MODEL, TOKENIZER))
+            assert text == ask(fresh, conversation, strategy="exact")[0]
+        else:
+            assert strategy != "exact"
+        if goes_on:
+            history.append((question, text))
