@@ -97,6 +97,9 @@ class ChatKVCAG(BaseChatModel):
     """Given as `memory`: a `MemoryCube` or a `KVCacheMemory` that answers, with its engine, store and namespace."""
     store: SkipValidation[KVStore | str | PathLike[str] | None] = Field(default=None, exclude=True)
     """Where documents are kept: a store, or a folder. None: in memory, up to 4 GiB, shared over the same engine."""
+    cached_content: str | None = None
+    """The id of a context from `create_context`: every answer is given from it. Tools, structured output and agents
+    made from this model keep it, as `bind(cached_content=id)` does."""
     merge_strategy: Strategy = "auto"
     """How cached documents are put together: see `KVCacheMemory.merge`."""
     recompute_ratio: float = Field(default=DEFAULT_RATIO, ge=0, le=1)
@@ -293,6 +296,17 @@ class ChatKVCAG(BaseChatModel):
 
     # --- tools and structured output ---------------------------------------------------------------------------
 
+    def bind(self, **kwargs: Any) -> Any:
+        """`Runnable.bind`. `cached_content` becomes a field of a copy of this model.
+
+        LangChain drops bound arguments in `bind_tools`, `with_structured_output` and agents (langchain#30983); a field
+        stays.
+        """
+        if "cached_content" not in kwargs:
+            return super().bind(**kwargs)
+        model = self.model_copy(update={"cached_content": kwargs.pop("cached_content")})
+        return model.bind(**kwargs) if kwargs else model
+
     def bind_tools(
         self,
         tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
@@ -416,7 +430,7 @@ class ChatKVCAG(BaseChatModel):
             settings["stop"] = stop
         options = call_settings(memory.engine, self, settings)
         conversation = to_messages(messages)
-        if context := given.get("cached_content"):
+        if context := given.get("cached_content", self.cached_content):
             conversation = memory.with_context(context, conversation)
         asked = ask(memory.engine.template, conversation, given)
         chunks = memory.stream(asked.messages, (), tools=asked.tools, constraint=asked.constraint, **options)

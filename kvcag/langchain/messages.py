@@ -112,10 +112,8 @@ def _content(message: BaseMessage, marked: bool) -> str | list[str]:
     texts = [_text(block, message) for block in blocks]
     if not isinstance(message, SystemMessage | HumanMessage):
         return "".join(texts)
-    if marked:
-        documents = _marks(message)
-    else:
-        documents = [len(texts) > 1 and isinstance(message, SystemMessage)] * len(texts)
+    in_system = len(texts) > 1 and isinstance(message, SystemMessage)
+    documents = _marks(message) if marked else [in_system] * len(texts)
     if not any(documents):
         return "".join(texts)
     return [Document(text) if document else text for text, document in zip(texts, documents, strict=True)]
