@@ -338,7 +338,10 @@ class ChatKVCAG(BaseChatModel):
         if response_format is not None:
             bound["response_format"] = response_format
         given = {name: value for name, value in bound.items() if value is not None}
-        return self.bind(**({"tools": shown} if shown else {}), **given, **kwargs)
+        bound_model: Runnable[LanguageModelInput, AIMessage] = self.bind(
+            **({"tools": shown} if shown else {}), **given, **kwargs
+        )
+        return bound_model
 
     def with_structured_output(
         self,
