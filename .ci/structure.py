@@ -17,7 +17,7 @@ from pathlib import Path
 FLOORS = [
     {"errors", "fingerprint", "streams"},
     {"chat_template", "core"},
-    {"cache", "cuda"},
+    {"cache"},
     {"documents", "engines", "stores"},
     {"calibration", "config", "document_cache", "sizing", "testing", "tools"},
     {"contexts"},

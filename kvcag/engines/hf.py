@@ -48,7 +48,7 @@ from kvcag.fingerprint import ModelFingerprint
 from kvcag.streams import cancellation
 
 if TYPE_CHECKING:
-    from kvcag.cuda.graphs import Graphs
+    from kvcag.engines.cuda.graphs import Graphs
 
 _LOG = logging.getLogger(__name__)
 
@@ -76,9 +76,10 @@ class HFEngine(Engine):
         tokenizer: its tokenizer.
         prefix_cache_bytes: how much of recent contexts to keep, so that a prompt which begins like an earlier one is
             prefilled only from where it differs; 2 GiB by default. 0 switches that off.
-        cuda_graphs: on an NVIDIA GPU, run passes of up to 256 tokens over a cache as CUDA graphs (`kvcag.cuda`), 5 to
-            10 times faster. The first such pass compares a graph's logits with the model's own; a model whose
-            logits differ, or that cannot be captured, runs without graphs, and the engine's repr says why.
+        cuda_graphs: on an NVIDIA GPU, run passes of up to 256 tokens over a cache as CUDA graphs
+            (`kvcag.engines.cuda`), 5 to 10 times faster. The first such pass compares a graph's logits with the
+            model's own. A model whose logits differ, or that cannot be captured, runs without graphs, and the engine's
+            repr says why. Do not change the model's weights afterwards: a graph reads them where they were.
         template_variables: passed to the chat template; see `ChatTemplate`.
         defaults: settings of `Sampling` for calls that do not give them.
 
@@ -477,7 +478,7 @@ class HFEngine(Engine):
     def _graphs(self) -> Graphs | None:
         """The model's captured passes; None where it has none."""
         try:
-            from kvcag.cuda.graphs import Graphs  # needs Triton, which torch brings for CUDA
+            from kvcag.engines.cuda.graphs import Graphs  # needs Triton, which torch brings for CUDA
 
             return Graphs(self.model)
         except torch.OutOfMemoryError:

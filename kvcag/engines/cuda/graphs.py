@@ -3,7 +3,7 @@
 A pass of a few tokens is hundreds of kernels of a few microseconds: launched one by one from Python, they keep the GPU
 waiting. A graph launches all of them at once. It is captured once for each number of new tokens (`SIZES`) and serves
 every generation at any length, since its kernels read the cache's addresses and positions from the device
-(`kvcag.cuda.attention`): the cache of a generation stays its own, and may grow.
+(`kvcag.engines.cuda.attention`): the cache of a generation stays its own, and may grow.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from transformers.cache_utils import Cache
 from kvcag.cache.attention import decoder_of
 from kvcag.cache.layers import BETWEEN_LAYERS, LayerKV, advance, cache_argument, crop, generation_cache, roomy_buffers
 from kvcag.cache.rope import check_mergeable
-from kvcag.cuda.attention import NAME, Inputs, append, inputs
-from kvcag.cuda.fused import fused
+from kvcag.engines.cuda.attention import NAME, Inputs, append, inputs
+from kvcag.engines.cuda.fused import fused
 from kvcag.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ class _NeverWaiting(TorchDispatchMode):
 
 @contextmanager
 def _attending(model: PreTrainedModel) -> Iterator[None]:
-    """The model attends by `kvcag.cuda.attention`."""
+    """The model attends by `kvcag.engines.cuda.attention`."""
     config = decoder_of(model).config
     own = config._attn_implementation
     config._attn_implementation = NAME

@@ -15,7 +15,7 @@ from tiny import byte_tokenizer, tiny_model
 
 from kvcag import HFEngine, KVCacheMemory, Sampling
 from kvcag.cache.layers import generation_cache
-from kvcag.cuda.graphs import SIZES
+from kvcag.engines.cuda.graphs import SIZES
 from kvcag.engines.session import Session
 
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
