@@ -11,12 +11,11 @@ pytest.importorskip("triton", reason="needs Triton")
 if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
-from tiny import byte_tokenizer, tiny_model
-
 from kvcag import HFEngine, KVCacheMemory, Sampling
 from kvcag.cache.layers import generation_cache
 from kvcag.engines.cuda.graphs import SIZES
 from kvcag.engines.session import Session
+from kvcag.testing import byte_tokenizer, tiny_model
 
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 FAMILIES = {
