@@ -23,6 +23,7 @@ KVCAGError
 │   ├── StoreUnavailableError (OSError)     disk full, permission denied, remote gone
 │   └── SchedulerStateError                 a scheduler's database is damaged, locked or not one
 ├── EngineError                             the model, or the server that runs it, failed
+│   ├── DeviceMemoryError                   the device has no memory left
 │   ├── ServerError                         the server refused a request, or failed at it
 │   ├── ServerUnavailableError (ConnectionError)  down, restarting, overloaded, or gone while it answered
 │   └── ServerTimeoutError (TimeoutError)   silent for longer than it may be
@@ -231,6 +232,10 @@ class SchedulerStateError(StoreError):
 
 class EngineError(KVCAGError):
     """The model, or the server that runs it, failed while it encoded or generated."""
+
+
+class DeviceMemoryError(EngineError):
+    """The device has too little memory for the keys and values of this prompt. Nothing that was kept is lost."""
 
 
 class ServerError(EngineError):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-Forward = Callable[[Sequence[int], Cache], torch.Tensor]
-"""Runs tokens over a cache, which grows by them, and returns the logits after the last, `(1, vocabulary)`."""
+Forward = Callable[["Sequence[int] | torch.Tensor", Cache], torch.Tensor]
+"""Runs tokens over a cache, which grows by them, and returns the logits after the last, `(1, vocabulary)`. A tensor,
+`(1,)` int64, is a token that was not read from the device yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,7 @@ class Decoding:
 
     @property
     def cached_ids(self) -> list[int]:
-        """The tokens that are in the cache now: all of the prompt once it is prefilled, and the answer but its last."""
+        """The tokens in the cache now: the prompt once it is prefilled, and the answer, often without its last."""
         return [*self.prompt_ids, *self.answer_ids][: self.cache.get_seq_length()]
 
     def prefill(self) -> torch.Tensor:
@@ -110,17 +112,30 @@ class Decoding:
         return self._logits
 
     def tokens(self) -> Iterator[int]:
-        """Generate until an end-of-sequence token, which is the last one given, a constraint's or the budget's end."""
+        """Generate until an end-of-sequence token, which is the last one given, a constraint's or the budget's end.
+
+        On a GPU the next step is launched before the last token is read, unless a constraint needs the token first.
+        The cache then holds the last token of the answer, too.
+        """
         logits = self.prefill() if self._logits is None else self._logits
-        while len(self.answer_ids) < self._max_new_tokens:
-            if self.answer_ids:
-                logits = self._forward(self.answer_ids[-1:], self.cache)
-            token = self._sampler.choose(logits, self.prompt_ids + self.answer_ids)
+        history = self._sampler.history(self.prompt_ids)
+        ahead = logits.is_cuda and not self._sampler.waits
+        while True:
+            drawn = self._sampler.draw(logits, history)
+            arriving = _Arriving(drawn)
+            last = len(self.answer_ids) + 1 == self._max_new_tokens
+            if ahead and not last:
+                logits = self._forward(drawn, self.cache)
+            token = self._sampler.take(arriving.token())
+            if history is not None:
+                history = torch.cat([history, history.new_full((1, 1), token)], dim=1)
             self.answer_ids.append(token)
             self._first_token_at = self._first_token_at or time.perf_counter()
             yield token
-            if token in self._eos_ids or self._sampler.complete:
+            if last or token in self._eos_ids or self._sampler.complete:
                 return
+            if not ahead:
+                logits = self._forward([token], self.cache)
 
     def chunks(self, detokenizer: Detokenizer, stop: StopStrings, thinking: ThinkingFilter | None) -> Iterator[Chunk]:
         """The answer as text, a chunk a token; the last chunk says why it ended and what it took."""
@@ -159,11 +174,29 @@ class Decoding:
         )
 
 
+class _Arriving:
+    """A token on its way from the device. What is launched after it does not delay it."""
+
+    def __init__(self, drawn: torch.Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._token = drawn
+        if drawn.is_cuda:
+            self._token = torch.empty(1, dtype=drawn.dtype, pin_memory=True).copy_(drawn, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def token(self) -> int:
+        """Wait for it."""
+        if self._event is not None:
+            self._event.synchronize()
+        return int(self._token)
+
+
 _OPEN, _CLOSE = "<think>", "</think>"
 
 
 class Detokenizer:
-    """ModelLock tokens into text as they come. A character is given out when all of its bytes are there.
+    """Turns tokens into text as they come. A character is given out when all of its bytes are there.
 
     Decodes a short window that overlaps what was given out before, since a token's text depends on its neighbours
     (leading spaces, bytes of one character); the whole answer is never decoded again.
@@ -354,7 +387,7 @@ def reusable_prefix(
             f"the cache holds {cache.get_seq_length()} tokens and its token_ids {len(held)}: something was "
             "generated into it, or it was cut. Pass it as it was made; generate() never writes into it."
         )
-    agreeing = _common_prefix(held.tolist(), token_ids)
+    agreeing = _common_prefix(held.cpu().numpy(), np.asarray(token_ids, dtype=np.int64))
     if agreeing == 0 or (agreeing < len(held) and not exact):
         raise TokenMismatchError(
             f"the prompt agrees with the context's token_ids only in its first {agreeing} of {len(held)} tokens. "
@@ -363,6 +396,7 @@ def reusable_prefix(
     return ReusablePrefix(cut(layers_of(cache), 0, min(agreeing, len(token_ids) - 1)), exact, report)
 
 
-def _common_prefix(left: Sequence[int], right: Sequence[int]) -> int:
-    pairs = zip(left, right, strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(left), len(right)))
+def _common_prefix(left: np.ndarray, right: np.ndarray) -> int:
+    length = min(len(left), len(right))
+    differs = np.flatnonzero(left[:length] != right[:length])
+    return int(differs[0]) if len(differs) else length

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cached_property
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
@@ -25,6 +27,7 @@ from kvcag.cache.layers import (
     cache_of,
     check_cacheable,
     contiguous_copy,
+    crop,
     cut,
     generation_cache,
     layers_of,
@@ -41,9 +44,14 @@ from kvcag.engines.idle import IdleWork
 from kvcag.engines.in_flight import InFlight
 from kvcag.engines.model_lock import ModelLock
 from kvcag.engines.sampling import Sampler, Sampling
-from kvcag.errors import CacheWarning, EmptyPromptError, UnsupportedModelError, WarnOnce
+from kvcag.errors import CacheWarning, DeviceMemoryError, EmptyPromptError, UnsupportedModelError, WarnOnce
 from kvcag.fingerprint import ModelFingerprint
 from kvcag.streams import cancellation
+
+if TYPE_CHECKING:
+    from kvcag.engines.cuda.graphs import Graphs
+
+_LOG = logging.getLogger(__name__)
 
 _FIRST_CHUNK, _SHORTEST_CHUNK, _LONGEST_CHUNK = 512, 64, 2048
 """Tokens of one forward pass while encoding. On a CPU the length follows from the last pass's time per layer."""
@@ -69,6 +77,10 @@ class HFEngine(Engine):
         tokenizer: its tokenizer.
         prefix_cache_bytes: how much of recent contexts to keep, so that a prompt which begins like an earlier one is
             prefilled only from where it differs; 2 GiB by default. 0 switches that off.
+        cuda_graphs: on an NVIDIA GPU, run passes of up to 256 tokens over a cache as CUDA graphs
+            (`kvcag.engines.cuda`), 5 to 10 times faster. The first such pass compares a graph's logits with the
+            model's own. A model whose logits differ, or that cannot be captured, runs without graphs, and the engine's
+            repr says why. Do not change the model's weights afterwards: a graph reads them where they were.
         template_variables: passed to the chat template; see `ChatTemplate`.
         control_tokens: documents and messages may contain control tokens; see `ChatTemplate`.
         defaults: settings of `Sampling` for calls that do not give them.
@@ -79,6 +91,7 @@ class HFEngine(Engine):
 
     merges = True
     item_type = KVCacheItem
+    _without_graphs = ""
 
     def __init__(
         self,
@@ -86,6 +99,7 @@ class HFEngine(Engine):
         tokenizer: PreTrainedTokenizerBase,
         *,
         prefix_cache_bytes: int = _PREFIX_CACHE_BYTES,
+        cuda_graphs: bool = True,
         template_variables: Mapping[str, Any] | None = None,
         control_tokens: bool = False,
         defaults: Mapping[str, Any] | None = None,
@@ -103,6 +117,7 @@ class HFEngine(Engine):
         self._idle = IdleWork()
         self._chunk_tokens = _FIRST_CHUNK
         self._notices = WarnOnce()
+        self._cuda_graphs = cuda_graphs
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @classmethod
@@ -113,6 +128,7 @@ class HFEngine(Engine):
         device: str | torch.device = "auto",
         *,
         prefix_cache_bytes: int = _PREFIX_CACHE_BYTES,
+        cuda_graphs: bool = True,
         template_variables: Mapping[str, Any] | None = None,
         control_tokens: bool = False,
         defaults: Mapping[str, Any] | None = None,
@@ -125,6 +141,7 @@ class HFEngine(Engine):
             dtype: `"auto"` is the checkpoint's own.
             device: `"auto"` is CUDA, then MPS, then the CPU. With a `device_map` among the rest it is not used.
             prefix_cache_bytes: see the class.
+            cuda_graphs: see the class.
             template_variables: see the class.
             control_tokens: see the class.
             defaults: see the class.
@@ -135,6 +152,7 @@ class HFEngine(Engine):
             model,
             tokenizer,
             prefix_cache_bytes=prefix_cache_bytes,
+            cuda_graphs=cuda_graphs,
             template_variables=template_variables,
             control_tokens=control_tokens,
             defaults=defaults,
@@ -151,6 +169,12 @@ class HFEngine(Engine):
     def model_name(self) -> str:
         """The hub id or folder it came from."""
         return self.fingerprint.model_name
+
+    def __repr__(self) -> str:
+        how = ""
+        if self.device.type == "cuda":
+            how = f", cuda_graphs={self._without_graphs or self._cuda_graphs!r}"
+        return f"{type(self).__name__}({type(self.model).__name__}, {self.model.dtype}, {str(self.device)!r}{how})"
 
     @property
     def device(self) -> torch.device:
@@ -260,7 +284,8 @@ class HFEngine(Engine):
         self.check_fits(len(token_ids), 0)
         with self._in_flight.prefill(token_ids, namespace, self.known_prefix, background=_IN_BACKGROUND.get()):
             reused, pieces = self.prefixes.match(token_ids, namespace)
-            cache = generation_cache(pieces, room=len(token_ids) - reused)
+            with _memory_errors():
+                cache = generation_cache(pieces, room=len(token_ids) - reused)
             if reused < len(token_ids):
                 self.forward(token_ids[reused:], cache)
                 self.prefixes.insert(token_ids, layers_of(cache), namespace)
@@ -356,9 +381,10 @@ class HFEngine(Engine):
             raise EmptyPromptError("there are no tokens to encode")
         self.check_fits(len(prefix_ids) + len(token_ids), 0)
         prefix = self.prefill(prefix_ids, namespace=namespace)[0] if prefix_ids else []
-        cache = generation_cache([prefix] if prefix else [], room=len(token_ids))
-        self.forward(token_ids, cache)
-        return contiguous_copy(cut(layers_of(cache), len(prefix_ids)))
+        with _memory_errors():
+            cache = generation_cache([prefix] if prefix else [], room=len(token_ids))
+            self.forward(token_ids, cache)
+            return contiguous_copy(cut(layers_of(cache), len(prefix_ids)))
 
     # --- answering ---------------------------------------------------------------------------------------------
 
@@ -385,14 +411,15 @@ class HFEngine(Engine):
             raise EmptyPromptError("the prompt has no tokens")
         max_new_tokens = self.check_fits(len(token_ids), sampling.max_new_tokens)
         compiled = None if constraint is None else self.constrain(constraint, max_new_tokens, prompt.thinking)
-        given = reusable_prefix(past_key_values, token_ids, self.fingerprint)
+        ids: Any = np.asarray(token_ids, dtype=np.int64)  # once: for 32,000 tokens it takes a millisecond
+        given = reusable_prefix(past_key_values, ids, self.fingerprint)
         if past_key_values is None:
             self.warn_unless_kept(len(token_ids))
 
         def run() -> Generator[Chunk, None, None]:
             known = functools.partial(self.known_prefix, merged=accept_merged)
-            with self._in_flight.prefill(token_ids[:-1], namespace, known):
-                prefix = given.longest(self.prefixes, token_ids[:-1], namespace, merged=accept_merged)
+            with self._in_flight.prefill(ids[:-1], namespace, known), _memory_errors():
+                prefix = given.longest(self.prefixes, ids[:-1], namespace, merged=accept_merged)
                 reused, pieces = prefix.length, prefix.pieces
                 kept = len(token_ids) - reused if self.keeps(len(token_ids)) else 0
                 decoding = Decoding(
@@ -405,7 +432,7 @@ class HFEngine(Engine):
                     account=Account.of(prompt, given.report, prefix, kept, started),
                 )
                 decoding.prefill()
-                self.prefixes.insert(token_ids, layers_of(decoding.cache), namespace, merged=prefix.is_merged)
+                self.prefixes.insert(ids, layers_of(decoding.cache), namespace, merged=prefix.is_merged)
             thinking = ThinkingFilter(prompt.thinking) if sampling.strip_thinking else None
             whole = False  # an error in the middle of a step leaves layers of different lengths
             try:
@@ -421,18 +448,67 @@ class HFEngine(Engine):
 
         return run()
 
-    def forward(self, token_ids: Sequence[int], cache: Cache) -> torch.Tensor:
-        """Run tokens over `cache`, which grows by them; logits after the last, `(1, vocabulary)`."""
-        last = {"logits_to_keep": 1} if self._takes_logits_to_keep else {}
+    def forward(self, token_ids: Sequence[int] | torch.Tensor, cache: Cache) -> torch.Tensor:
+        """Run tokens over `cache`, which grows by them; logits after the last, `(1, vocabulary)`.
+
+        On a GPU the logits are returned before they are there.
+
+        Args:
+            token_ids: at least one; or one token that is on the device, `(1,)` int64.
+            cache: of `generation_cache`.
+
+        Raises:
+            DeviceMemoryError: the device has too little memory.
+        """
         logits, start = torch.empty(0), 0
         while start < len(token_ids):
-            with self.exclusive() as model:
-                chunk = torch.tensor([token_ids[start : start + self._chunk_tokens]], device=self.device)
-                began = time.thread_time()
-                with self._attention(cache.get_seq_length(), chunk.shape[1]):
-                    logits = model(input_ids=chunk, use_cache=True, **last, **cache_argument(model, cache)).logits
-                self._fit_chunk(chunk.shape[1], time.thread_time() - began)
-            start += chunk.shape[1]
+            chunk = token_ids[start : start + self._chunk_tokens]
+            with self.exclusive():
+                captured = self._captured(chunk, cache) if self._cuda_graphs else None
+                logits = self._uncaptured(chunk, cache) if captured is None else captured
+            start += len(chunk)
+        return logits
+
+    def _captured(self, token_ids: Sequence[int] | torch.Tensor, cache: Cache) -> torch.Tensor | None:
+        """The pass as a CUDA graph. None where there is none for it."""
+        past = cache.get_seq_length()
+        if past == 0 or self.device.type != "cuda":
+            return None
+        try:
+            graphs = self._graphs
+            return graphs.forward(token_ids, cache) if graphs and graphs.takes(len(token_ids), cache) else None
+        except torch.OutOfMemoryError:
+            self._give_up_graphs("the device had too little memory for them")
+            crop(cache, past)
+            return None
+
+    @cached_property
+    def _graphs(self) -> Graphs | None:
+        """The model's captured passes; None where it has none."""
+        try:
+            from kvcag.engines.cuda.graphs import Graphs  # needs Triton, which torch brings for CUDA
+
+            return Graphs(self.model)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever a compiler or a driver raises: the model runs without
+            self._give_up_graphs(str(error) or type(error).__name__)
+            return None
+
+    def _give_up_graphs(self, why: str) -> None:
+        self._cuda_graphs, self._without_graphs = False, f"off: {why}"
+        self.__dict__["_graphs"] = None
+        torch.cuda.empty_cache()
+        _LOG.warning("%s runs without CUDA graphs: %s", type(self.model).__name__, why)
+
+    def _uncaptured(self, token_ids: Sequence[int] | torch.Tensor, cache: Cache) -> torch.Tensor:
+        last = {"logits_to_keep": 1} if self._takes_logits_to_keep else {}
+        ids = torch.as_tensor(token_ids, device=self.device)[None]
+        began = time.thread_time()
+        with _memory_errors(), self._attention(cache.get_seq_length(), len(token_ids)):
+            model = self.model
+            logits: torch.Tensor = model(input_ids=ids, use_cache=True, **last, **cache_argument(model, cache)).logits
+        self._fit_chunk(len(token_ids), time.thread_time() - began)
         return logits[:, -1]
 
     def _fit_chunk(self, tokens: int, seconds: float) -> None:
@@ -470,6 +546,17 @@ class HFEngine(Engine):
         finally:
             BETWEEN_LAYERS.reset(paused)
         return True
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(
+            f"the device has too little memory ({error}). Pass fewer documents, lower max_new_tokens, or make "
+            "prefix_cache_bytes smaller."
+        ) from error
 
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")

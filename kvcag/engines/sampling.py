@@ -118,11 +118,13 @@ class Sampler:
         constraint: Enforcement | None = None,
     ) -> None:
         self._constraint = constraint
+        self._device = device
         self._greedy = sampling.greedy
         self._generator: torch.Generator | None = None
         self._processors = LogitsProcessorList()
         if sampling.repetition_penalty not in (None, 1.0):
             self._processors.append(hf.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+        self._reads_history = bool(self._processors)
         if constraint is not None:
             self._processors.append(constraint)
         if not sampling.greedy:
@@ -140,14 +142,36 @@ class Sampler:
             logits: floating point, `(1, vocabulary)`.
             token_ids: the prompt and the answer so far.
         """
+        return self.take(int(self.draw(logits, self.history(token_ids))))
+
+    def draw(self, logits: torch.Tensor, history: torch.Tensor | None) -> torch.Tensor:
+        """The next token, `(1,)` int64, where the logits are. Nothing waits for the device, without a constraint.
+
+        Args:
+            logits: `(1, vocabulary)`.
+            history: prompt and answer so far, `(1, tokens)` int64, or None where `history` gave None.
+        """
         scores = logits.float()
         if self._processors:
-            seen = torch.tensor([token_ids], dtype=torch.long, device=logits.device)
-            scores = self._processors(seen, scores)  # type: ignore[arg-type]
+            scores = self._processors(history, scores)  # type: ignore[arg-type]
         if self._greedy:
-            token = int(scores.argmax(-1))
-        else:
-            token = int(torch.multinomial(scores.softmax(-1), 1, generator=self._generator))
+            return scores.argmax(-1)
+        # What torch.multinomial does for one draw, which waits for the device to check its input.
+        probabilities = scores.softmax(-1)
+        noise = torch.empty_like(probabilities).exponential_(1, generator=self._generator)
+        return (probabilities / noise).argmax(-1)
+
+    def history(self, token_ids: Sequence[int]) -> torch.Tensor | None:
+        """The tokens so far as `draw` takes them: None where the settings do not look at them."""
+        return torch.tensor([token_ids], dtype=torch.long, device=self._device) if self._reads_history else None
+
+    @property
+    def waits(self) -> bool:
+        """Whether a token has to be read, and handed to `take`, before the next can be drawn."""
+        return self._constraint is not None
+
+    def take(self, token: int) -> int:
+        """Tell the constraint which token was drawn. Returns the one that it puts in its place, if it does."""
         return token if self._constraint is None else self._constraint.take(token)
 
     @property

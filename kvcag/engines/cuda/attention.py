@@ -1,0 +1,374 @@
+"""Attention over caches whose addresses, lengths and positions are read on the device.
+
+A CUDA graph replays the same kernels with the same arguments. So that one graph serves every generation, at any
+length, the kernels here take no pointer to a cache and no length. They read both from two tensors (`Inputs`):
+
+- `table`, `(sequences, layers, 4)` int64: the address of a layer's keys, of its values, the capacity of both in tokens,
+  and an unused entry that keeps rows aligned. A layer's keys are `(kv_heads, capacity, head_dim)`, contiguous.
+- `positions`, `(sequences, tokens)` int64, ascending: where each new token stands. A query at position `p` sees the
+  keys 0 … p.
+
+How attention is divided among the GPU's processors (Flash-Decoding): each program takes one block of queries of one KV
+head and one share of the keys, and leaves a partial output and the logarithm of its sum of weights; a second kernel
+joins the shares. The query heads that share a KV head are rows of the same block, so each key is read once for all of
+them. Scores and sums are fp32.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from transformers import AttentionInterface
+
+from kvcag.errors import UnsupportedModelError
+
+NAME = "kvcag_cuda"
+"""Under which `attention` is registered with transformers."""
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a pass reads from the device; see the module's description.
+
+    Attributes:
+        table: `(sequences, layers, 4)` int64.
+        positions: `(sequences, tokens)` int64.
+    """
+
+    table: torch.Tensor
+    positions: torch.Tensor
+
+
+inputs: ContextVar[Inputs] = ContextVar("kvcag_cuda_inputs")
+"""Of the pass that runs, or is captured, now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """How one call is divided.
+
+    Attributes:
+        rows: queries of one program, heads that share a KV head counted each.
+        keys: keys that a program reads at a time.
+        splits: programs that share the keys of one block of queries.
+        warps: of 32 threads, that run one program.
+        stages: tiles of keys that are on their way at a time.
+    """
+
+    rows: int
+    keys: int
+    splits: int
+    warps: int
+    stages: int
+
+    @classmethod
+    def of(cls, rows: int, sets: int, head_dim: int, dtype: torch.dtype, processors: int) -> Tiles:
+        """For `rows` queries of each of `sets` sets of keys: one set for each sequence and KV head."""
+        wide = head_dim > 128
+        if dtype == torch.float32:
+            size, keys, warps, stages = (16 if rows <= 16 else 32), (16 if wide else 32), 4, 2
+        elif rows <= 16:
+            size, keys, warps, stages = 16, (32 if wide else 64), 4, 3
+        elif rows <= 64 or wide:
+            size, keys, warps, stages = (32 if rows <= 32 else 64), (32 if wide else 64), 4, 3
+        else:
+            size, keys, warps, stages = 128, 64, 8, 3
+        programs, splits = sets * triton.cdiv(rows, size), 1
+        while programs * splits * 2 <= processors and splits < 64:
+            splits *= 2
+        return cls(size, keys, splits, warps, stages)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+def attend(
+    query: torch.Tensor,
+    table: torch.Tensor,
+    positions: torch.Tensor,
+    kv_heads: int,
+    *,
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    tiles: Tiles | None = None,
+) -> torch.Tensor:
+    """Attention of new tokens over the caches in `table`, which hold their keys and values already.
+
+    Args:
+        query: `(sequences, heads, tokens, head_dim)`, fp32, fp16 or bf16; the last dimension contiguous.
+        table: one layer's entries, `(sequences, 4)` int64.
+        positions: `(sequences, tokens)` int64, ascending.
+        kv_heads: how many there are; `heads` is a multiple.
+        scaling: what scores are multiplied with.
+        window: how many tokens a query sees, itself included; None for all.
+        softcap: bound of the scores, as in Gemma 2.
+        sinks: `(heads,)`: the logit of an additional key without a value, as in gpt-oss.
+        tiles: how to divide the work; chosen by shape if not given.
+
+    Returns:
+        `(sequences, tokens, heads, head_dim)`.
+    """
+    sequences, heads, tokens, head_dim = query.shape
+    group = heads // kv_heads
+    tiles = tiles or Tiles.of(tokens * group, sequences * kv_heads, head_dim, query.dtype, _processors(query.device))
+    padded = max(16, triton.next_power_of_2(head_dim))
+    out = torch.empty(sequences, tokens, heads, head_dim, dtype=query.dtype, device=query.device)
+    rows = sequences * heads * tokens
+    partial, sums = out, positions  # not written where nothing is split
+    if tiles.splits > 1:
+        partial = torch.empty(tiles.splits, rows, head_dim, dtype=torch.float32, device=query.device)
+        sums = torch.empty(tiles.splits, rows, dtype=torch.float32, device=query.device)
+    blocks = triton.cdiv(tokens * group, tiles.rows)
+    _attend[(sequences * blocks, kv_heads, tiles.splits)](
+        query,
+        table,
+        positions,
+        positions if sinks is None else sinks,
+        partial,
+        sums,
+        scaling,
+        softcap or 0.0,
+        window or 0,
+        tokens,
+        query.stride(0),
+        query.stride(1),
+        query.stride(2),
+        table.stride(0),
+        GROUP=group,
+        DIM=head_dim,
+        PADDED=padded,
+        ROWS=tiles.rows,
+        KEYS=tiles.keys,
+        SPLITS=tiles.splits,
+        WINDOWED=window is not None,
+        CAPPED=softcap is not None,
+        SUNK=sinks is not None,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    if tiles.splits > 1:
+        _join[(rows,)](
+            partial,
+            sums,
+            out,
+            tokens,
+            kv_heads,
+            GROUP=group,
+            DIM=head_dim,
+            PADDED=padded,
+            SPLITS=tiles.splits,
+            num_warps=1 if tiles.splits < 16 else 4,
+        )
+    return out
+
+
+def append(key: torch.Tensor, value: torch.Tensor, table: torch.Tensor, positions: torch.Tensor) -> None:
+    """Write keys and values of new tokens, `(sequences, kv_heads, tokens, head_dim)`, into the caches in `table`."""
+    sequences, kv_heads, tokens, head_dim = key.shape
+    _append[(sequences * tokens, kv_heads)](
+        key,
+        value,
+        table,
+        positions,
+        tokens,
+        *key.stride()[:3],
+        *value.stride()[:3],
+        table.stride(0),
+        DIM=head_dim,
+        PADDED=triton.next_power_of_2(head_dim),
+        num_warps=1,
+    )
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls: `key` and `value` are the new tokens' alone, in the cache already."""
+    if value.shape[-1] != query.shape[-1]:
+        raise UnsupportedModelError("keys and values have heads of different sizes")
+    given = inputs.get()
+    out = attend(
+        query if query.stride(-1) == 1 else query.contiguous(),
+        given.table[:, int(module.layer_idx)],  # type: ignore[arg-type]
+        given.positions,
+        key.shape[1],
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    return out, None
+
+
+AttentionInterface.register(NAME, attention)
+
+
+@triton.jit
+def _read(
+    best, total, acc, q, keys, values, n, end, position, scaling, softcap, window,
+    DIM: tl.constexpr, PADDED: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,
+    WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """Take the keys n … n + KEYS in. `best`: the largest score so far; `total`: of weights; `acc`: of values."""
+    d = tl.arange(0, PADDED)
+    j = n + tl.arange(0, KEYS)
+    there = j < end
+    if MASKED or DIM < PADDED:
+        k = tl.load(keys + j[None, :] * DIM + d[:, None], mask=there[None, :] & (d[:, None] < DIM), other=0.0)
+        v = tl.load(values + j[:, None] * DIM + d[None, :], mask=there[:, None] & (d[None, :] < DIM), other=0.0)
+    else:
+        k = tl.load(keys + j[None, :] * DIM + d[:, None])
+        v = tl.load(values + j[:, None] * DIM + d[None, :])
+    score = tl.dot(q, k, input_precision="ieee") * scaling
+    if CAPPED:
+        score = softcap * (1.0 - 2.0 / (tl.math.exp2(score * (2.0 * LOG2E / softcap)) + 1.0))
+    score = score * LOG2E
+    if MASKED:
+        seen = there[None, :] & (j[None, :] <= position[:, None])
+        if WINDOWED:
+            seen = seen & (j[None, :] > position[:, None] - window)
+        score = tl.where(seen, score, float("-inf"))
+    now = tl.maximum(best, tl.max(score, 1))
+    base = tl.where(now == float("-inf"), 0.0, now)
+    weight = tl.math.exp2(score - base[:, None])
+    shrunk = tl.math.exp2(best - base)
+    total = total * shrunk + tl.sum(weight, 1)
+    acc = acc * shrunk[:, None] + tl.dot(weight.to(v.dtype), v, input_precision="ieee")
+    return now, total, acc
+
+
+@triton.jit
+def _attend(
+    query, table, positions, sinks, partial, sums, scaling, softcap, window, tokens,
+    stride_sequence, stride_head, stride_token, stride_table,
+    GROUP: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    SPLITS: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, SUNK: tl.constexpr,
+):  # fmt: skip
+    """One block of queries of one KV head, over one share of the keys."""
+    blocks = tl.cdiv(tokens * GROUP, ROWS)
+    sequence, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
+    kv_head, split = tl.program_id(1), tl.program_id(2)
+    kv_heads = tl.num_programs(1)
+
+    entry = table + sequence * stride_table
+    dtype = query.dtype.element_ty
+    start = kv_head * tl.load(entry + 2) * DIM
+    keys = tl.multiple_of(tl.load(entry).to(tl.pointer_type(dtype)), 16) + start
+    values = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(dtype)), 16) + start
+
+    row = block * ROWS + tl.arange(0, ROWS)
+    token, head = row // GROUP, kv_head * GROUP + row % GROUP
+    real = token < tokens
+    d = tl.arange(0, PADDED)
+    q = tl.load(
+        query + sequence * stride_sequence + (head * stride_head + token * stride_token)[:, None] + d[None, :],
+        mask=real[:, None] & (d[None, :] < DIM),
+        other=0.0,
+    )
+    position = tl.load(positions + sequence * tokens + token, mask=real, other=-1).to(tl.int32)
+
+    # This block's rows see keys up to `last`; all of them see those before `common`.
+    last = tl.max(position, 0) + 1
+    first_token = (block * ROWS) // GROUP
+    common = tl.load(positions + sequence * tokens + first_token).to(tl.int32) + 1
+    begin = 0
+    if WINDOWED:
+        begin = tl.maximum(common - window, 0) // KEYS * KEYS
+    share = tl.cdiv(tl.cdiv(last - begin, KEYS), SPLITS) * KEYS
+    low = begin + split * share
+    high = tl.minimum(low + share, last)
+    middle = low
+    if not WINDOWED:
+        middle = low + tl.maximum(tl.minimum(high, common) - low, 0) // KEYS * KEYS
+
+    best = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, PADDED], tl.float32)
+    if SUNK:
+        if split == 0:
+            best = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32) * LOG2E
+            total = tl.full([ROWS], 1.0, tl.float32)
+    for n in range(low, middle, KEYS):
+        best, total, acc = _read(
+            best, total, acc, q, keys, values, n, high, position, scaling, softcap, window,
+            DIM, PADDED, KEYS, False, WINDOWED, CAPPED,
+        )  # fmt: skip
+    for n in range(middle, high, KEYS):
+        best, total, acc = _read(
+            best, total, acc, q, keys, values, n, high, position, scaling, softcap, window,
+            DIM, PADDED, KEYS, True, WINDOWED, CAPPED,
+        )  # fmt: skip
+
+    some = tl.where(total == 0.0, 1.0, total)
+    acc = acc / some[:, None]
+    wanted = real[:, None] & (d[None, :] < DIM)
+    if SPLITS == 1:
+        to = (sequence * tokens + token) * (kv_heads * GROUP) + head
+        tl.store(partial + to[:, None] * DIM + d[None, :], acc.to(partial.dtype.element_ty), mask=wanted)
+    else:
+        sequences = tl.num_programs(0) // blocks
+        to = (split * sequences + sequence) * (kv_heads * GROUP * tokens) + kv_head * (tokens * GROUP) + row
+        tl.store(partial + to[:, None].to(tl.int64) * DIM + d[None, :], acc, mask=wanted)
+        tl.store(sums + to, tl.where(total == 0.0, float("-inf"), best + tl.math.log2(some)), mask=real)
+
+
+@triton.jit
+def _join(
+    partial, sums, out, tokens, kv_heads,
+    GROUP: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """The output of one query of one head: the mean of its shares, by their sums of weights."""
+    row, rows = tl.program_id(0), tl.num_programs(0)
+    split, d = tl.arange(0, SPLITS), tl.arange(0, PADDED)
+    total = tl.load(sums + split * rows + row)
+    weight = tl.math.exp2(total - tl.max(total, 0))
+    weight = weight / tl.sum(weight, 0)
+    at = (split * rows + row).to(tl.int64)[:, None] * DIM + d[None, :]
+    shares = tl.load(partial + at, mask=(weight[:, None] > 0) & (d[None, :] < DIM), other=0.0)
+    joined = tl.sum(shares * weight[:, None], 0)
+    token, kv_head = row // GROUP % tokens, row // (GROUP * tokens) % kv_heads
+    sequence = row // (GROUP * tokens * kv_heads)
+    to = (sequence * tokens + token) * (kv_heads * GROUP) + kv_head * GROUP + row % GROUP
+    tl.store(out + to * DIM + d, joined.to(out.dtype.element_ty), mask=d < DIM)
+
+
+@triton.jit
+def _append(
+    key, value, table, positions, tokens,
+    key_sequence, key_head, key_token, value_sequence, value_head, value_token, stride_table,
+    DIM: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """One token's key and value of one head."""
+    sequence, token, head = tl.program_id(0) // tokens, tl.program_id(0) % tokens, tl.program_id(1)
+    d = tl.arange(0, PADDED)
+    entry = table + sequence * stride_table
+    position = tl.load(positions + sequence * tokens + token)
+    to = (head * tl.load(entry + 2) + position) * DIM
+    dtype = key.dtype.element_ty
+    keys = tl.load(entry).to(tl.pointer_type(dtype)) + to
+    values = tl.load(entry + 1).to(tl.pointer_type(dtype)) + to
+    k = tl.load(key + sequence * key_sequence + head * key_head + token * key_token + d, mask=d < DIM)
+    v = tl.load(value + sequence * value_sequence + head * value_head + token * value_token + d, mask=d < DIM)
+    tl.store(keys + d, k, mask=d < DIM)
+    tl.store(values + d, v, mask=d < DIM)

@@ -1,0 +1,162 @@
+"""Answers through captured passes are the answers without them."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs Triton")
+if not torch.cuda.is_available():
+    pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
+
+from kvcag import HFEngine, KVCacheMemory, Sampling
+from kvcag.cache.layers import generation_cache
+from kvcag.engines.cuda.graphs import SIZES
+from kvcag.engines.session import Session
+from kvcag.testing import byte_tokenizer, tiny_model
+
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+FAMILIES = {
+    "llama": {},
+    "llama eager": {"attn_implementation": "eager"},
+    "llama, head size 128": {"head_dim": 128},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": 16},
+    "gemma": {},
+    "gemma2": {"sliding_window": 16},
+    "gemma3_text": {"sliding_window": 16, "layer_types": MIXED},
+    "phi": {},
+    "phi3": {"sliding_window": 16},
+    "gpt_neox": {},
+    "granite": {},
+    "olmo2": {},
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "glm": {},
+    "cohere": {},
+    "gpt_oss": {"sliding_window": 16, "layer_types": MIXED, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+}
+MAY_FALL_BACK = {"gpt_oss", "qwen3_moe"}  # experts may wait for the device
+TEXT = "Alice has a red bicycle. Bob has a green car. " * 8
+ASK = [{"role": "user", "content": "What does Bob have?"}]
+
+
+def engines(family: str = "llama", **config: object) -> tuple[HFEngine, HFEngine]:
+    """One with graphs and one without, over the same model."""
+    model = tiny_model(family, **{"eos_token_id": None, **config}).to("cuda")
+    return HFEngine(model, byte_tokenizer()), HFEngine(model, byte_tokenizer(), cuda_graphs=False)
+
+
+def answer(engine: HFEngine, cache: object = None, messages: object = ASK, **sampling: object) -> list[int]:
+    chunks = engine.stream(engine.build_prompt(messages, cache), Sampling.of(**sampling), cache)
+    return [token for chunk in chunks for token in chunk.token_ids]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_answers_are_the_same(family):
+    name = family.split()[0].rstrip(",")
+    fast, plain = engines(name, **FAMILIES[family])
+    answers = [answer(each, each.build_kv_cache(TEXT), max_new_tokens=48) for each in (fast, plain)]
+    assert answers[0] == answers[1]
+    assert fast._graphs is not None or name in MAY_FALL_BACK, repr(fast)
+
+
+def test_graphs_serve_all_generations():
+    fast, plain = engines()
+    for text in ("One.", TEXT, TEXT * 5, "Two."):
+        for count in (3, 40):
+            got, right = (answer(each, each.build_kv_cache(text), max_new_tokens=count) for each in (fast, plain))
+            assert got == right
+    assert set(fast._graphs._passes) <= set(SIZES)
+    assert "cuda_graphs=True" in repr(fast)
+    assert "cuda_graphs=False" in repr(plain)
+
+
+@pytest.mark.parametrize("extra", [0, 1, 15, 16, 17, 200, 250])
+def test_questions_of_any_length(extra):
+    fast, plain = engines()
+    asked = [{"role": "user", "content": "x" * extra}]
+    got, right = (answer(each, each.build_kv_cache(TEXT), asked, max_new_tokens=8) for each in (fast, plain))
+    assert got == right
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0.8}, {"temperature": 1.0, "top_k": 9, "top_p": 0.9, "repetition_penalty": 1.2}]
+)
+def test_a_seed_draws_the_same(settings):
+    fast, plain = engines()
+    got, right = (answer(e, e.build_kv_cache(TEXT), max_new_tokens=32, seed=3, **settings) for e in (fast, plain))
+    assert got == right
+
+
+def test_merged_contexts():
+    answers = []
+    for engine in engines("qwen3"):
+        memory = KVCacheMemory(engine, instruction="Answer.")
+        ids = memory.add([memory.extract(text * 6) for text in ("The sky is blue. ", "Grass is green. ")])
+        context = memory.merge(ids, "What is green?", strategy="query", ratio=0.2)
+        answers.append(answer(engine, context, None, max_new_tokens=24))
+    assert answers[0] == answers[1]
+
+
+def test_stop_strings_and_what_is_kept():
+    for stop in ("a", "e", " "):
+        texts = []
+        for engine in engines():
+            cache = engine.build_kv_cache(TEXT)
+            texts.append(engine.generate(ASK, cache, max_new_tokens=40, stop=stop, temperature=1.0, seed=1))
+            texts.append(engine.generate(ASK, cache, max_new_tokens=40, temperature=1.0, seed=1))
+        assert texts[:2] == texts[2:]
+
+
+def test_closing_a_stream_leaves_the_next_right():
+    fast, plain = engines()
+    stream = fast.stream(fast.build_prompt(ASK), Sampling(max_new_tokens=50))
+    for _ in range(5):
+        next(stream)
+    stream.close()
+    assert answer(fast, max_new_tokens=50) == answer(plain, max_new_tokens=50)
+
+
+def test_threads_answer_as_one_does():
+    fast, plain = engines()
+    caches = [each.build_kv_cache(TEXT) for each in (fast, plain)]
+    asked = [[{"role": "user", "content": f"Question {i}?"}] for i in range(8)]
+    right = [answer(plain, caches[1], each, max_new_tokens=24) for each in asked]
+    got: dict[int, list[int]] = {}
+
+    def run(index: int) -> None:
+        got[index] = answer(fast, caches[0], asked[index], max_new_tokens=24)
+
+    threads = [threading.Thread(target=run, args=(index,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [got[i] for i in range(8)] == right
+
+
+def test_a_session_rolls_back_over_what_was_launched_ahead():
+    texts = []
+    for engine in engines():
+        session = Session(engine)
+        session.generate("One?", max_new_tokens=9)
+        session.rollback()
+        texts.append(session.generate("Two?", max_new_tokens=9))
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_close(dtype):
+    model = tiny_model("qwen3", hidden_size=256, head_dim=64, num_hidden_layers=6).to("cuda", dtype)
+    logits = []
+    for graphs in (True, False):
+        engine = HFEngine(model, byte_tokenizer(), cuda_graphs=graphs)
+        layers, _ = engine.prefill(list(range(100)))
+        cache = generation_cache([layers], room=64)
+        logits.append([engine.forward(list(range(30)), cache).float(), engine.forward([7], cache).float()])
+    for got, right in zip(*logits, strict=True):
+        assert float((got - right).norm() / right.norm()) < 1e-2
