@@ -18,6 +18,7 @@ from kvcag.document_cache import DocumentCache, Ids, same_ids
 from kvcag.engines.base import Engine
 from kvcag.engines.hf import HFEngine
 from kvcag.errors import InvalidInputError, UnsupportedModelError
+from kvcag.streams import holding
 
 Strategy: TypeAlias = MergeStrategy | Literal["exact", "auto"]
 STRATEGIES: tuple[str, ...] = (*get_args(MergeStrategy), "exact", "auto")
@@ -41,19 +42,25 @@ def check_strategy(strategy: str, ratio: float) -> None:
         raise InvalidInputError(f"ratio is {ratio}; it is the share of tokens to recompute, from 0 to 1.")
 
 
-def reusable(documents: DocumentCache, prompt: Prompt, strategy: Strategy) -> Mode | None:
+def reusable(
+    documents: DocumentCache,
+    prompt: Prompt,
+    strategy: Strategy = "auto",
+    ratio: float = DEFAULT_RATIO,
+    max_kl: float = MAX_KL,
+) -> Mode | None:
     """How the engine's recent contexts hold all that a prompt needs of its documents; None if they do not.
 
-    They do where the context is known exactly; where the prompt continues a conversation over a merged context; and,
-    under `auto`, where the context was merged for this question, or refined for a second one: it is being encoded in
-    the background then, and is exact soon.
+    They do where the context is known exactly, and where the prompt continues a conversation over a context that was
+    merged with the same settings. Under `auto` they also do where the context was merged for this question, or refined
+    for a second one: it is being encoded in the background then, and is exact soon.
     """
     engine, namespace, context_ids = documents.engine, documents.namespace, prompt.context_ids
     if engine.known_prefix(context_ids, namespace) == len(context_ids):
         return "prefix"
     model = cast("HFEngine", engine)
     merged = model.merge_history.get(namespace, context_ids)
-    if merged is None:
+    if merged is None or merged.settings != (strategy, ratio, max_kl):
         return None
     known = model.known_prefix(prompt.token_ids[:-1], namespace, merged=True) - len(context_ids)
     if known < 0:
@@ -84,12 +91,15 @@ def context_of_prompt(
     check_strategy(strategy, ratio)
     engine, namespace = documents.engine, documents.namespace
     known = engine.known_prefix(prompt.context_ids, namespace)
+    asked = strategy, ratio, max_kl
     chosen, ratio, reason = _choose(engine, prompt.context_ids, known, strategy, ratio, max_kl)
     if chosen == "exact":
         return _because(engine.exact_context(prompt.context_ids, prompt.tail_ids, namespace), reason)
     model = cast("HFEngine", engine)
-    if strategy == "auto" and (refined := _refined(model, prompt.context_ids, prompt.tail_ids, ratio, namespace)):
-        return refined
+    if strategy == "auto" and chosen == "query":
+        refined = _refined(model, prompt.context_ids, prompt.tail_ids, ratio, namespace, asked)
+        if refined is not None:
+            return refined
     documents.store.prefetch(documents.key(token_ids) for token_ids in prompt.document_ids)
     found = [
         documents.find_or_encode(prompt.head_ids, token_ids, text)
@@ -99,7 +109,7 @@ def context_of_prompt(
     encoded = sum(len(item.token_ids) for item, is_new in found if is_new)
     if encoded:  # the first of them encoded the instruction too
         encoded += max(0, len(prompt.head_ids) - known)
-    return _merged(model, prompt.head_ids, items, prompt.tail_ids, chosen, ratio, namespace, encoded, reason)
+    return _merged(model, prompt.head_ids, items, prompt.tail_ids, chosen, ratio, namespace, encoded, reason, asked)
 
 
 def context_of_items(
@@ -123,10 +133,11 @@ def context_of_items(
         engine.check_item(item)
     context_ids = (*head_ids, *same_ids(items))
     known = engine.known_prefix(context_ids, namespace)
+    asked = strategy, ratio, max_kl
     chosen, ratio, reason = _choose(engine, context_ids, known, strategy, ratio, max_kl)
     if chosen == "exact":
         return _because(engine.exact_context(context_ids, tail_ids, namespace), reason)
-    return _merged(cast("HFEngine", engine), head_ids, items, tail_ids, chosen, ratio, namespace, 0, reason)
+    return _merged(cast("HFEngine", engine), head_ids, items, tail_ids, chosen, ratio, namespace, 0, reason, asked)
 
 
 def _choose(
@@ -149,7 +160,8 @@ def _choose(
         return strategy, ratio, ""
     model = cast("HFEngine", engine)
     try:
-        check_mergeable(model.model)
+        with model.exclusive() as live:
+            check_mergeable(live)
     except UnsupportedModelError as refused:
         return "exact", 1.0, f"auto: {refused}"
     calibration = calibration_of(engine)
@@ -172,6 +184,7 @@ def _merged(
     namespace: str,
     encoded: int,
     reason: str,
+    asked: tuple[str, float, float],
 ) -> MergedContext:
     """Move each document to its position and recompute what the strategy chooses; `encoded` is for the report."""
     head, head_reused = engine.prefill(head_ids, namespace=namespace) if head_ids else ([], 0)
@@ -189,12 +202,17 @@ def _merged(
             continue
         layers = _beside(head, layers_of(item.memory), engine.device)
         parts.append(Part(item.token_ids, layers, item.base_position, is_exact=index == 0 and item.is_exact))
-    drift = lambda: usual_drift_of(engine)  # noqa: E731 - learned only where nothing is recomputed
+    context_ids = (*head_ids, *same_ids(items))
+    drift = None  # before the model is taken: it is learned with the model, under a lock of its own
+    if (strategy == "rotate" or int(ratio * len(context_ids)) == 0) and not all(part.is_exact for part in parts):
+        drift = usual_drift_of(engine)
+    epoch = engine.prefixes.epoch(namespace)
     with engine.exclusive() as model:
         tail = torch.tensor(tail_ids, dtype=torch.long)
-        merged = merge(model, parts, tail, strategy=strategy, ratio=ratio, usual_drift=drift)
-    context_ids = (*head_ids, *same_ids(items))
-    engine.merge_history.put(namespace, context_ids, MergedBefore(merged.layout, [tuple(tail_ids)]))
+        merged = merge(model, parts, tail, strategy=strategy, ratio=ratio, usual_drift=lambda: drift)
+    if engine.prefixes.epoch(namespace) == epoch:
+        engine.merge_history.put(namespace, context_ids, MergedBefore(merged.layout, [tuple(tail_ids)], asked))
+        engine.prefixes.replace_merged(context_ids, merged.layers, namespace)
     recomputed = len(merged.recomputed) + first_recomputed
     encoded = min(encoded + len(head_ids) - head_reused, len(context_ids) - recomputed)
     report = MergeReport(
@@ -209,21 +227,26 @@ def _merged(
     return engine.context_of(merged.layers, context_ids, tail_ids, report)
 
 
-def _refined(engine: HFEngine, context_ids: Ids, tail_ids: Ids, ratio: float, namespace: str) -> MergedContext | None:
+def _refined(
+    engine: HFEngine, context_ids: Ids, tail_ids: Ids, ratio: float, namespace: str, asked: tuple[str, float, float]
+) -> MergedContext | None:
     """A context that was merged for one question, refined for another; None where it is not among the recent ones.
 
     From the next question on it is reused as it is, and it is encoded as a whole when the model is idle.
     """
     before = engine.merge_history.get(namespace, context_ids)
-    matched, pieces = engine.prefixes.match(context_ids, namespace, merged=True)
-    if before is None or matched < len(context_ids):
+    if before is None or before.settings != asked:
         return None
-    layers = concat(pieces)
-    with engine.exclusive() as model:
-        chosen = refine(model, layers, before.layout, torch.tensor(tail_ids, dtype=torch.long), ratio=ratio)
-    engine.prefixes.replace_merged(context_ids, layers, namespace)
-    before.layout.open[chosen] = False
-    before.tails.append(tail_ids)
+    with holding(before.refining):
+        matched, pieces = engine.prefixes.match(context_ids, namespace, merged=True)
+        if matched < len(context_ids):
+            return None
+        layers = concat(pieces)
+        with engine.exclusive() as model:
+            chosen = refine(model, layers, before.layout, torch.tensor(tail_ids, dtype=torch.long), ratio=ratio)
+        engine.prefixes.replace_merged(context_ids, layers, namespace)
+        before.layout.open[chosen] = False
+        before.tails.append(tail_ids)
     engine.encode_when_idle(context_ids, namespace)
     reused = len(context_ids) - len(chosen)
     reason = "merged for an earlier question, refined for this one"

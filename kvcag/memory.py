@@ -269,7 +269,9 @@ class KVCacheMemory:
             source: the text itself, or what an item's metadata names as its source: a path, a URL, a document's id.
         """
         self._forget()
-        return self.store.purge(source)
+        purged = self.store.purge(source)
+        self._forget()  # what a question that ran meanwhile has left
+        return purged
 
     # --- putting together --------------------------------------------------------------------------------------
 
@@ -413,7 +415,7 @@ class KVCacheMemory:
         if prompt.document_ids and self.engine.merges and strategy != "exact":
             for watch in self.watchers:
                 watch(prompt)
-            known = reusable(self.documents, prompt, strategy)
+            known = reusable(self.documents, prompt, strategy, ratio, max_kl)
             if known is None:
                 context = self.context_for(prompt, strategy, ratio, max_kl)
         return self.engine.stream(

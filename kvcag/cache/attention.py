@@ -201,7 +201,8 @@ def _attention(
     if read is not None and not own:
         return read, None
     if query.shape[2] == 1 and call.window is None and not own:
-        return _one_query(query, key, value, call.scaling), None
+        keys = running.blocks[0][1]  # a token that is recomputed alone sees none of those behind it
+        return _one_query(query, key[:, :, :keys], value[:, :, :keys], call.scaling), None
     outputs = []
     for block, keys in running.blocks:
         q, k, v, mask = query[:, :, block], key[:, :, :keys], value[:, :, :keys], call.mask(block, keys)

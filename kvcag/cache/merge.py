@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -135,10 +135,14 @@ class MergedBefore:
     Attributes:
         layout: its tokens; `open` are those that no question has had recomputed.
         tails: the token ids that followed it, one tuple for each question.
+        settings: the strategy, ratio and bound that it was asked for with: who asks for others gets another context.
+        refining: of questions that are asked at once, one refines the context.
     """
 
     layout: Layout
     tails: list[tuple[int, ...]]
+    settings: tuple[str, float, float]
+    refining: threading.Lock = field(default_factory=threading.Lock)
 
 
 class MergeHistory:

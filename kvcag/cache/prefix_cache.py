@@ -58,6 +58,7 @@ class PrefixCache:
         self.nbytes = 0
         self._roots: dict[tuple[str, bool], _Node] = {}
         self._clock = 0
+        self._epochs: dict[str, int] = {}
         self._lock = threading.Lock()
 
     def match(
@@ -81,7 +82,13 @@ class PrefixCache:
             return matched, pieces
 
     def insert(
-        self, token_ids: Sequence[int], layers: Sequence[LayerKV], namespace: str = "", *, merged: bool = False
+        self,
+        token_ids: Sequence[int],
+        layers: Sequence[LayerKV],
+        namespace: str = "",
+        *,
+        merged: bool = False,
+        epoch: int | None = None,
     ) -> None:
         """Keep a context. Only what is new is copied.
 
@@ -90,11 +97,14 @@ class PrefixCache:
             layers: one key and one value for each token, `(1, kv_heads, seq_len, head_dim)` a layer.
             namespace: whose it is.
             merged: it is an approximation, or was generated over one.
+            epoch: `epoch` when the work began; what was cleared since then is not kept.
         """
         wanted = np.asarray(token_ids, dtype=np.int64)
         if not len(wanted) or nbytes(layers) > self.max_bytes:
             return
         with self._lock:
+            if epoch is not None and epoch != self._epochs.get(namespace, 0):
+                return
             self._clock += 1
             node = self._roots.setdefault((namespace, merged), _Node(wanted[:0], [], None, is_exact=not merged))
             matched = 0
@@ -109,6 +119,11 @@ class PrefixCache:
                 self.nbytes += leaf.nbytes
             self._evict()
 
+    def epoch(self, namespace: str = "") -> int:
+        """How often a namespace was cleared. Work that began before must not put its result back."""
+        with self._lock:
+            return self._epochs.get(namespace, 0)
+
     def replace_merged(self, token_ids: Sequence[int], layers: Sequence[LayerKV], namespace: str = "") -> None:
         """Put better keys and values in the place of those of a merged context; what follows it stays.
 
@@ -122,14 +137,20 @@ class PrefixCache:
             start = 0
             for reached, shared in path:
                 node = reached if shared == len(reached.token_ids) else self._split(reached, shared)
+                old = _memory(node)
                 node.layers = contiguous_copy(cut(layers, start, start + shared))
+                for below in _below(node):  # a half of a split node must not keep the memory of the whole
+                    if below.layers and _memory(below) == old:
+                        below.layers = contiguous_copy(below.layers)
                 start += shared
 
     def clear(self, namespace: str | None = None) -> None:
         """Forget everything, or everything of one namespace."""
         with self._lock:
-            for name in [name for name in self._roots if namespace is None or name[0] == namespace]:
-                self.nbytes -= sum(node.nbytes for node in _below(self._roots.pop(name)))
+            for name in {name for name, _ in self._roots} if namespace is None else [namespace]:
+                self._epochs[name] = self._epochs.get(name, 0) + 1
+            for root in [root for root in self._roots if namespace is None or root[0] == namespace]:
+                self.nbytes -= sum(node.nbytes for node in _below(self._roots.pop(root)))
 
     def _path(self, wanted: np.ndarray, namespace: str, merged: bool) -> list[tuple[_Node, int]]:
         """The nodes along `wanted`, each with how many of its tokens agree; all but the last agree in full."""

@@ -54,7 +54,7 @@ class Account:
         """
         reused = prefix.length
         if report is not None:
-            return cls(started, reused - report.paid_tokens, report.encoded_tokens + kept, report)
+            return cls(started, max(0, reused - report.paid_tokens), report.encoded_tokens + kept, report)
         if prompt.document_ids:
             size = len(prompt.context_ids)
             found = min(reused, size)

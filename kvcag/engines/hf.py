@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 import time
@@ -283,12 +282,13 @@ class HFEngine(Engine):
             raise EmptyPromptError("there are no tokens to encode")
         self.check_fits(len(token_ids), 0)
         with self._in_flight.prefill(token_ids, namespace, self.known_prefix, background=_IN_BACKGROUND.get()):
+            epoch = self.prefixes.epoch(namespace)
             reused, pieces = self.prefixes.match(token_ids, namespace)
             with _memory_errors():
                 cache = generation_cache(pieces, room=len(token_ids) - reused)
             if reused < len(token_ids):
                 self.forward(token_ids[reused:], cache)
-                self.prefixes.insert(token_ids, layers_of(cache), namespace)
+                self.prefixes.insert(token_ids, layers_of(cache), namespace, epoch=epoch)
         return layers_of(cache), reused
 
     def encode_when_idle(self, token_ids: Sequence[int], namespace: str = "") -> None:
@@ -417,7 +417,13 @@ class HFEngine(Engine):
             self.warn_unless_kept(len(token_ids))
 
         def run() -> Generator[Chunk, None, None]:
-            known = functools.partial(self.known_prefix, merged=accept_merged)
+            epoch = self.prefixes.epoch(namespace)
+
+            def known(token_ids: Sequence[int], namespace: str) -> int:
+                if not given.is_exact or not self.keeps(len(token_ids)):
+                    return len(token_ids)  # another prompt's prefill would not be used
+                return max(given.length, self.known_prefix(token_ids, namespace, merged=accept_merged))
+
             with self._in_flight.prefill(ids[:-1], namespace, known), _memory_errors():
                 prefix = given.longest(self.prefixes, ids[:-1], namespace, merged=accept_merged)
                 reused, pieces = prefix.length, prefix.pieces
@@ -432,7 +438,7 @@ class HFEngine(Engine):
                     account=Account.of(prompt, given.report, prefix, kept, started),
                 )
                 decoding.prefill()
-                self.prefixes.insert(ids, layers_of(decoding.cache), namespace, merged=prefix.is_merged)
+                self.prefixes.insert(ids, layers_of(decoding.cache), namespace, merged=prefix.is_merged, epoch=epoch)
             thinking = ThinkingFilter(prompt.thinking) if sampling.strip_thinking else None
             whole = False  # an error in the middle of a step leaves layers of different lengths
             try:
@@ -444,7 +450,7 @@ class HFEngine(Engine):
             finally:
                 if whole:
                     cached_ids, layers = decoding.cached_ids, layers_of(decoding.cache)
-                    self.prefixes.insert(cached_ids, layers, namespace, merged=prefix.is_merged)
+                    self.prefixes.insert(cached_ids, layers, namespace, merged=prefix.is_merged, epoch=epoch)
 
         return run()
 

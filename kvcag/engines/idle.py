@@ -28,8 +28,9 @@ class IdleWork:
         with self._lock:
             self._queue.setdefault((namespace, token_ids), Cancellation())
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, args=(encode,), name="kvcag-idle", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._work, args=(encode,), name="kvcag-idle", daemon=True)
+                thread.start()
+                self._thread = thread
 
     def cancel(self, namespace: str) -> None:
         """Drop a namespace's contexts; the one that is being encoded stops between two layers."""
@@ -50,7 +51,8 @@ class IdleWork:
             except Exception:  # the boundary: nobody waits for this work
                 _log.warning("a context could not be encoded in the background", exc_info=True)
             with self._lock:
-                self._queue.pop((namespace, token_ids), None)
+                if self._queue.get((namespace, token_ids)) is cancellation:  # else it was cancelled and asked for again
+                    del self._queue[namespace, token_ids]
 
     def _next(self) -> tuple[tuple[str, tuple[int, ...]], Cancellation] | None:
         with self._lock:

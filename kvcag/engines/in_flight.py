@@ -12,7 +12,7 @@ import numpy as np
 from kvcag.streams import holding
 
 _WORTH_WAITING = 32
-"""Tokens that another prompt's prefill has to save this one, so that waiting for it is quicker."""
+"""Tokens that another prompt's prefill has to save this one, at least, and half of what that prefill computes."""
 
 
 @dataclass(eq=False)
@@ -71,7 +71,8 @@ class InFlight:
         """An earlier prefill to wait for. Without one, `mine` is registered for others to wait for."""
         with self._lock:
             for other in self._prefills:
-                if other.namespace == mine.namespace and other.shares(mine.token_ids) >= known + _WORTH_WAITING:
+                saved = other.shares(mine.token_ids) - known if other.namespace == mine.namespace else 0
+                if saved >= max(_WORTH_WAITING, (len(other.token_ids) - known) // 2):
                     return other
             if register:
                 self._prefills.append(mine)

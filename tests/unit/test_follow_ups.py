@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvcag import Document, HFEngine, KVCacheMemory
+from kvcag.cache.layers import concat, contiguous_copy
+from kvcag.cache.prefix_cache import _below
+from kvcag.cache.recompute import recompute
+from kvcag.cache.select import Layout
 from kvcag.core import Usage
 from kvcag.testing import byte_tokenizer, tiny_model
-from tests.waits import until
+from tests.waits import run_together, until
 
 TEXTS = ["Alice has a red bicycle.\n\n", "Bob has a green car.\n\n", "Carol sails to Norway.\n\n"]
 QUESTIONS = ["Who has a car?", "What does Alice have?", "Where does Carol sail?"]
@@ -139,3 +145,70 @@ def test_whatever_was_asked_before_exact_is_a_full_prefill_and_no_figure_lies(as
             assert strategy != "exact"
         if goes_on:
             history.append((question, text))
+
+
+def test_a_token_that_is_recomputed_alone_sees_nothing_behind_it() -> None:
+    """It attended to all keys, the later ones too."""
+    engine = HFEngine(MODEL, TOKENIZER)
+    ids = torch.randint(0, 250, (20,), generator=torch.Generator().manual_seed(3))
+    wanted, _ = engine.prefill(ids.tolist())
+    layers = contiguous_copy(wanted)
+    layout = Layout(ids, torch.zeros(20, dtype=torch.long), torch.ones(20, dtype=torch.bool))
+    with engine.exclusive() as model:
+        recompute(model, layers, layout, torch.tensor([5]), correct=False)
+    for (keys, values), (right_keys, right_values) in zip(layers, wanted, strict=True):
+        torch.testing.assert_close(keys, right_keys, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(values, right_values, atol=1e-4, rtol=1e-4)
+
+
+def test_who_asks_with_other_settings_gets_another_context() -> None:
+    memory = KVCacheMemory(HFEngine(MODEL, TOKENIZER))
+    conversation = messages([0, 1, 2], [], QUESTIONS[0])
+    ask(memory, conversation, strategy="rotate")
+    _, usage = ask(memory, conversation, ratio=1.0)
+    assert usage.context is not None
+    assert usage.context.recomputed_tokens > 0
+    matched, pieces = memory.engine.prefixes.match(  # type: ignore[attr-defined]
+        memory.engine.template.prompt(conversation).context_ids, merged=True
+    )
+    exact, _ = HFEngine(MODEL, TOKENIZER).prefill(memory.engine.template.prompt(conversation).context_ids)
+    kept = concat(pieces)
+    assert matched == kept[0][0].shape[-2]
+    for (keys, _), (right, _) in zip(kept, exact, strict=True):  # the better merge took the place of the worse one
+        torch.testing.assert_close(keys, right, atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_purged_in_the_middle_of_an_answer_does_not_come_back() -> None:
+    engine = HFEngine(MODEL, TOKENIZER)
+    memory = KVCacheMemory(engine)
+    stream = memory.stream(messages([0, 1], [], QUESTIONS[0]), strategy="query", max_new_tokens=8)
+    next(stream)
+    memory.purge(TEXTS[0])
+    list(stream)
+    ids = engine.template.prompt(messages([0, 1], [], QUESTIONS[0])).context_ids
+    assert engine.known_prefix(ids, merged=True) == 0
+
+
+def test_many_merges_at_once_over_a_model_whose_drift_is_not_known_end() -> None:
+    """One held the model and waited for the drift, another learned the drift and waited for the model."""
+    engine = HFEngine(tiny_model(seed=11), TOKENIZER)
+    memory = KVCacheMemory(engine)
+    ids = memory.add(TEXTS)
+    threads = [threading.Thread(target=memory.get_cache, args=(ids[turn:],), daemon=True) for turn in (0, 0, 1)]
+    run_together(threads, seconds=30)
+
+
+def test_a_refined_context_takes_its_bytes_once() -> None:
+    engine = HFEngine(MODEL, TOKENIZER)
+    memory = KVCacheMemory(engine)
+    for question in QUESTIONS[:2]:
+        ask(memory, messages([2, 1, 0], [], question))
+    until(lambda: engine._idle._thread is None)
+    storages = {
+        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
+        for root in engine.prefixes._roots.values()
+        for node in _below(root)
+        for layer in node.layers
+        for tensor in layer
+    }
+    assert sum(storages.values()) <= 1.01 * engine.prefixes.nbytes
