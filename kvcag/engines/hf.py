@@ -173,7 +173,7 @@ class HFEngine(Engine):
         how = ""
         if self.device.type == "cuda":
             how = f", cuda_graphs={self._without_graphs or self._cuda_graphs!r}"
-        return f"{type(self).__name__}({type(self.model).__name__}, {self.model.dtype}, {str(self.device)!r}{how})"
+        return f"<{type(self).__name__} {self.model_name}, {self.model.dtype}, {self.device}{how}>"
 
     @property
     def device(self) -> torch.device:
