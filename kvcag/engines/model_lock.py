@@ -10,6 +10,10 @@ from contextlib import contextmanager
 
 from kvcag.streams import cancellation
 
+_TURN_SECONDS = 0.05
+"""How long an answer keeps the model before it lets others go first: a short pass is not cut into as many turns as a
+long one has layers."""
+
 _QUIET_SECONDS = 0.05
 """Background work goes on once no answer has used the model for so long, so that it does not come between two steps."""
 
@@ -28,6 +32,7 @@ class ModelLock:
         self._background: deque[int] = deque()
         self._holder: int | None = None
         self._holds_in_background = False
+        self._held_since = 0.0
         self._quiet_until = float("-inf")
 
     @contextmanager
@@ -68,7 +73,8 @@ class ModelLock:
         """
         cancellation().check()
         waiting = self._answers or (self._holds_in_background and (self._background or self._quiet_for() > 0))
-        if waiting and self._holder == threading.get_ident():
+        long_enough = self._holds_in_background or time.monotonic() - self._held_since >= _TURN_SECONDS
+        if waiting and long_enough and self._holder == threading.get_ident():
             background = self._holds_in_background
             self._leave()
             self._enter(background)
@@ -84,6 +90,7 @@ class ModelLock:
                     self._changed.wait(max(self._quiet_for(), 0.001) if background and self._holder is None else None)
                 left.check()
                 self._holder, self._holds_in_background = me, background
+                self._held_since = time.monotonic()
             finally:
                 queue.remove(me)
                 self._changed.notify_all()

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from kvcag import HFEngine
-from kvcag.engines.model_lock import ModelLock
+from kvcag.engines.model_lock import _TURN_SECONDS, ModelLock
 from kvcag.streams import CANCELLATION, Cancellation, Cancelled, iterate
 from kvcag.testing import byte_tokenizer, tiny_model
 from tests.waits import awaited, joined, until
@@ -140,6 +140,7 @@ def test_a_reader_that_left_while_it_had_paused_keeps_nothing() -> None:
         with lock.acquire():
             until(lambda: lock._answers)
             paused.append(True)
+            time.sleep(2 * _TURN_SECONDS)  # a turn that is shorter does not pause
             with pytest.raises(Cancelled):
                 lock.pause()
 
