@@ -544,13 +544,10 @@ class HFEngine(Engine):
     def _by_position(self) -> bool:
         if not self._attends_by_sdpa:
             return False
-        paused = BETWEEN_LAYERS.set(None)  # a pause here would keep the lock that Python < 3.12 holds for this property
         try:
             check_mergeable(self.model)
         except UnsupportedModelError:
             return False
-        finally:
-            BETWEEN_LAYERS.reset(paused)
         return True
 
 

@@ -48,7 +48,7 @@ class IdleWork:
                 encode(token_ids, namespace)
             except Cancelled:
                 pass
-            except Exception:  # the boundary: nobody waits for this work
+            except Exception:  # the boundary: no caller waits for this work, so the error goes to the log
                 _log.warning("a context could not be encoded in the background", exc_info=True)
             with self._lock:
                 if self._queue.get((namespace, token_ids)) is cancellation:  # else it was cancelled and asked for again
