@@ -15,11 +15,11 @@ from functools import cache
 from pathlib import Path
 
 FLOORS = [
-    {"errors", "fingerprint", "streams"},
+    {"concurrency", "errors", "fingerprint"},
     {"chat_template", "core"},
     {"cache"},
     {"documents", "engines", "stores"},
-    {"calibration", "config", "document_cache", "sizing", "testing", "tools"},
+    {"calibration", "config", "sizing", "testing", "tools"},
     {"contexts"},
     {"memory"},
     {"cube", "scheduler"},

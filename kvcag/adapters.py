@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from os import PathLike, fspath
 from typing import Any
@@ -12,7 +12,7 @@ from weakref import WeakValueDictionary
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from kvcag.chat_template import ChatTemplate
+from kvcag.chat_template import ChatTemplate, Message
 from kvcag.cube.memory_cube import MemoryCube
 from kvcag.engines.base import Engine
 from kvcag.engines.hf import HUB_ARGUMENTS, HFEngine
@@ -20,6 +20,7 @@ from kvcag.engines.sampling import Sampling
 from kvcag.errors import InvalidInputError
 from kvcag.memory import KVCacheMemory, open_store
 from kvcag.stores.base import KVStore
+from kvcag.tools import ToolSpec, tool_messages, tool_spec
 
 SAMPLING_SETTINGS = tuple(field.name for field in fields(Sampling))
 """Settings of an answer that a call may give, beside `MERGE_SETTINGS`."""
@@ -50,6 +51,28 @@ def call_settings(engine: Engine, fields: object, given: Mapping[str, Any]) -> d
 def _one_budget(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings in which `max_tokens` has the name that `Sampling` gives it."""
     return {"max_new_tokens" if name == "max_tokens" else name: value for name, value in settings.items()}
+
+
+def with_tools(
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] | None,
+    choice: str = "auto",
+    parallel: bool = True,
+) -> tuple[list[Message], ToolSpec | None]:
+    """Messages that the template can render, and what `kvcag.tool_spec` makes of the tools, if any are offered.
+
+    Raises:
+        InvalidInputError: as for `kvcag.tool_spec`.
+    """
+    if not tools and choice == "auto" and not any(_is_about_a_call(message) for message in messages):
+        return list(messages), None
+    spec = tool_spec(template, tools, choice, parallel)
+    return (tool_messages(template, messages) if spec is None else spec.messages(messages)), spec
+
+
+def _is_about_a_call(message: Message) -> bool:
+    return message["role"] == "tool" or bool(message.get("tool_calls"))
 
 
 class LazyMemory:

@@ -20,8 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from kvcag.cache.layers import LayerKV, cache_argument, concat, cut, generation_cache, layers_of
-from kvcag.cache.merge import Part, Strategy, merge
-from kvcag.cache.recompute import UsualDrift
+from kvcag.cache.merge import Part, Strategy, UsualDrift, merge
 from kvcag.chat_template import as_messages
 from kvcag.core import ids_digest
 from kvcag.engines.base import Engine

@@ -14,18 +14,23 @@ from weakref import WeakKeyDictionary
 
 from kvcag.cache.layers import ContextCache, layers_of
 from kvcag.chat_template import Document, Message, Prompt, as_messages
+from kvcag.concurrency import async_twin, iterate
 from kvcag.config import KVCacheMemoryConfig, parse
 from kvcag.contexts import (
     DEFAULT_RATIO,
     MAX_KL,
+    DocumentCache,
+    Ids,
     Strategy,
+    SyncReport,
     check_strategy,
     context_of_items,
     context_of_prompt,
     reusable,
+    same_ids,
+    sync,
 )
 from kvcag.core import Answer, Chunk, ContextPrompt, EncodedItem, Item, MergedContext
-from kvcag.document_cache import DocumentCache, Ids, SyncReport, same_ids, sync
 from kvcag.documents import SEPARATOR, Texts, documents_of, segment, text_and_metadata, texts_of
 from kvcag.engines.base import Engine
 from kvcag.engines.constrain import ConstraintLike
@@ -36,7 +41,6 @@ from kvcag.stores.base import MADE_OF, KVStore
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.dump import read_dump, write_dump
 from kvcag.stores.memory import MemoryStore
-from kvcag.streams import async_twin, iterate
 
 DEFAULT_STORE_BYTES = 4 << 30
 _INSTRUCTION = "instruction"

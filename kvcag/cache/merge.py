@@ -1,23 +1,23 @@
-"""Put caches that were made one by one beside each other, as if their tokens had been read in this order."""
+"""Caches that were made one by one, put together: moved to their positions, and a few tokens recomputed."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
-from kvcag.cache.layers import LayerKV, concat
-from kvcag.cache.recompute import UsualDrift, recompute
+from kvcag.cache.attention import Call, EnoughError, attend
+from kvcag.cache.layers import LayerKV, concat, peek_cache, scatter_cache
 from kvcag.cache.rope import PositionShift, check_mergeable
-from kvcag.cache.select import STRATEGIES, Layout, Strategy, select
 from kvcag.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
 
 __all__ = ["Merged", "Part", "Strategy", "check_mergeable", "merge"]
 
@@ -74,7 +74,7 @@ def merge(
         parts: in the order in which they are to be read; the first is the head.
         tail_ids: 1-D int64, what is read after the parts: the question. Strategy `query` looks at it; where it is
             empty there is no question to choose by, and `query` chooses as `deviation` does.
-        strategy: which tokens are recomputed (`kvcag.cache.select`).
+        strategy: which tokens are recomputed (`kvcag.cache.merge`).
         ratio: how many of them, as a share of all tokens of the parts, rounded down: 0 recomputes nothing, 1
             everything that is not exact. `rotate` and `full` do not look at it.
         usual_drift: asked for where nothing is recomputed, and given to all that is not exact. Recomputed tokens show
@@ -204,3 +204,326 @@ def _place(model: PreTrainedModel, parts: Sequence[Part]) -> list[LayerKV]:
         for index, (keys, _) in enumerate(layers):
             move.turn(index, keys[..., first:, :])
     return layers
+
+
+Strategy = Literal["rotate", "anchor", "deviation", "query", "full"]
+"""`rotate`: none. `anchor`: the first ones of each document. `deviation`: those whose keys and values change most.
+`query`: those that the question attends to most. `full`: all."""
+
+STRATEGIES: tuple[str, ...] = get_args(Strategy)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What stands where in a merged context; all 1-D, one entry a token.
+
+    Attributes:
+        token_ids: int64.
+        part_of: int64, ascending, the index of the part that a token belongs to.
+        open: bool, whether the token may be recomputed; the others are exact already.
+    """
+
+    token_ids: torch.Tensor
+    part_of: torch.Tensor
+    open: torch.Tensor
+
+
+def select(
+    model: PreTrainedModel,
+    layers: Sequence[LayerKV],
+    layout: Layout,
+    tail_ids: torch.Tensor,
+    *,
+    strategy: Strategy,
+    ratio: float,
+) -> torch.Tensor:
+    """The positions to recompute, ascending, 1-D int64: at most `ratio` of all tokens, and only open ones."""
+    candidates = layout.open.nonzero()[:, 0]
+    budget = min(int(ratio * len(layout.token_ids)), len(candidates))
+    if strategy == "full" or (ratio == 1 and strategy != "rotate"):
+        return candidates
+    if strategy == "rotate" or budget == 0:
+        return candidates[:0]
+    if budget == len(candidates):
+        return candidates
+    scores = _SCORES[strategy](model, layers, layout, tail_ids).cpu()
+    best = scores[candidates].argsort(descending=True, stable=True)[:budget]
+    return candidates[best].sort().values
+
+
+def anchor(model: PreTrainedModel, layers: Sequence[LayerKV], layout: Layout, tail_ids: torch.Tensor) -> torch.Tensor:
+    """The earlier a token stands in its document, the higher: the first k tokens of each, as in EPIC (ICML'25)."""
+    starts = torch.searchsorted(layout.part_of, layout.part_of)
+    return (starts - torch.arange(len(starts))).float()
+
+
+def deviation(
+    model: PreTrainedModel, layers: Sequence[LayerKV], layout: Layout, tail_ids: torch.Tensor
+) -> torch.Tensor:
+    """How far a token's key and value in layer 1 are from what they should be, as in CacheBlend (EuroSys'25).
+
+    One layer of attention over all open tokens, and no more: the pass is stopped when layer 1 has its keys.
+    """
+    last = min(1, len(layers) - 1)
+    positions = layout.open.nonzero()[:, 0]
+    scores = torch.zeros(len(layout.token_ids))
+
+    def compare(layer_idx: int, held: LayerKV, new: LayerKV) -> None:
+        if layer_idx < last:
+            return
+        for old, right in zip(held, new, strict=True):
+            at = positions.to(old.device)
+            scores[positions] += (right.float() - old[..., at, :].float()).square().sum(dim=(0, 1, 3)).cpu()
+        raise EnoughError
+
+    # Layer 0 sees no other token, so what the pass writes there is what stood there already.
+    cache = scatter_cache(layers, positions, compare)
+    attend(model, layout.token_ids[positions], positions, cache)
+    return scores
+
+
+def query(model: PreTrainedModel, layers: Sequence[LayerKV], layout: Layout, tail_ids: torch.Tensor) -> torch.Tensor:
+    """How much the question takes from a token: attention weight x norm of the value, over layers, heads, question.
+
+    The idea of ProphetKV (ICML'26) with a score of our own. Weights are summed as they are made, a block of question
+    tokens at a time, so that no attention map is kept.
+    """
+    if len(tail_ids) == 0:
+        return deviation(model, layers, layout, tail_ids)
+    length = len(layout.token_ids)
+    scores: dict[torch.device, torch.Tensor] = {}
+
+    def read(layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> torch.Tensor:
+        attention, output = _attention_sums(q, k, v, call)
+        gain = (attention[:, :length] * v[0, :, :length].float().norm(dim=-1)).sum(0)
+        scores[k.device] = scores.get(k.device, 0) + gain
+        if layer_idx == len(layers) - 1:
+            raise EnoughError
+        return output
+
+    positions = torch.arange(length, length + len(tail_ids))
+    attend(model, tail_ids, positions, peek_cache(layers), read)
+    return torch.stack([part.cpu() for part in scores.values()]).sum(0)
+
+
+_WEIGHTS = {"cpu": 2**20, "cuda": 2**25}
+"""Attention weights held at a time: 4 and 128 MiB in fp32, and about as much again three times while they are made.
+Products of a few rows at a time keep a GPU waiting: over 32,855 keys 21 ms a layer with 2**22, 4 with this."""
+
+
+def _attention_sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    """The attention that each key gets from all queries and the heads that share it, `(kv_heads, keys)`, fp32.
+
+    And the attention's output, which takes one product more: `(1, queries, heads, head_dim)`. The queries are the last
+    of the keys.
+    """
+    kv_heads, keys = k.shape[1], k.shape[2]
+    grouped = q.reshape(kv_heads, -1, q.shape[2], q.shape[3])
+    outputs = []
+    first = keys - q.shape[2] if call.window is None else 0  # every query sees what stands before the first of them
+    sums = torch.zeros(kv_heads, keys, device=q.device)
+    rows = max(1, _WEIGHTS.get(q.device.type, 2**20) // (q.shape[1] * keys))
+    for start in range(0, q.shape[2], rows):
+        block = slice(start, min(start + rows, q.shape[2]))
+        part = grouped[:, :, block].flatten(1, 2)
+        weights = (part @ k[0].transpose(-1, -2)).float() * call.scaling
+        if call.softcap is not None:
+            weights = call.softcap * (weights / call.softcap).tanh()
+        hidden = ~call.mask(block, keys)[:, first:].repeat(grouped.shape[1], 1)
+        weights[..., first:].masked_fill_(hidden, float("-inf"))
+        weights = weights.softmax(-1)
+        sums += weights.sum(1)
+        outputs.append((weights.to(v.dtype) @ v[0]).reshape(kv_heads, grouped.shape[1], -1, v.shape[-1]))
+    return sums, torch.cat(outputs, dim=2).flatten(0, 1).transpose(0, 1)[None]
+
+
+_Score = Callable[["PreTrainedModel", Sequence[LayerKV], Layout, torch.Tensor], torch.Tensor]
+_SCORES: dict[str, _Score] = {"anchor": anchor, "deviation": deviation, "query": query}
+
+
+def recompute(
+    model: PreTrainedModel, layers: list[LayerKV], layout: Layout, positions: torch.Tensor, *, correct: bool = True
+) -> None:
+    """Recompute the keys and values of the tokens at `positions` (1-D int64, ascending), in place.
+
+    One forward pass: each token attends to all that stands before it, recomputed or not, and a cache layer writes
+    its new key and value where the old ones stood. With every open token at once, this is a prefill. `correct` gives
+    the other open tokens the drift that the recomputed ones show (`kvcag.cache.merge`).
+    """
+    watch = DriftCorrection(model, layout, positions).watch if correct else None
+    cache = scatter_cache(layers, positions.to(model.device), watch)
+
+    def stop_at_the_last(layer_idx: int, *_: object) -> None:
+        if layer_idx == len(layers) - 1:  # its keys and values are in place, and its output is nobody's
+            raise EnoughError
+
+    attend(model, layout.token_ids[positions], positions, cache, stop_at_the_last)
+
+
+_MEAN = 0.6
+"""Share of the estimated mean drift that is given: the tokens it is estimated from are those that change most."""
+
+_RIDGE = 0.4
+"""Share of the estimated drift of a token beyond its document's mean. At 1 it is worse than nothing."""
+
+_SHRINK = 4.0
+"""A document's mean counts as if it had this many more tokens of the mean of all documents."""
+
+_PENALTY = 1.0
+"""Of the ridge regression, in units of its features' variance."""
+
+_BLOCK = {"cpu": 1024, "cuda": 16384}
+"""Tokens that are corrected at a time: their fp32 copies stay small beside the cache; a GPU wants few launches."""
+
+
+class DriftCorrection:
+    """Corrects the tokens that are not recomputed. Its `watch` is called by the cache of the scatter pass."""
+
+    def __init__(self, model: PreTrainedModel, layout: Layout, positions: torch.Tensor) -> None:
+        chosen = torch.zeros_like(layout.open)
+        chosen[positions] = True
+        self.chosen = _Tokens.at(model, layout, positions.to(model.device))
+        rest = torch.split((layout.open & ~chosen).nonzero()[:, 0], _BLOCK.get(model.device.type, 1024))
+        self.rest = [_Tokens.at(model, layout, block.to(model.device)) for block in rest if len(block)]
+        self.averages = _averages(self.chosen.part_of, int(layout.part_of[-1]) + 1)
+
+    def watch(self, layer_idx: int, held: LayerKV, new: LayerKV) -> None:
+        """Estimate layer `layer_idx`'s drift from `new`, and correct the rest of `held` by it, in place."""
+        if not self.rest:
+            return
+        device = held[0].device
+        chosen = self.chosen.to(device)
+        cached = chosen.features(layer_idx, (t[..., chosen.positions, :] for t in held))
+        now = chosen.features(layer_idx, new)
+        drift = _Drift.fit(cached, now - cached, chosen.part_of, self.averages.to(device))
+        for block in self.rest:
+            rest = block.to(device)
+            features = rest.features(layer_idx, (t[..., rest.positions, :] for t in held))
+            rest.give(layer_idx, held, drift.of(features, rest.part_of)[None])
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    """Some tokens of the context: 1-D int64, where they stand and which part they belong to."""
+
+    positions: torch.Tensor
+    part_of: torch.Tensor
+    move: PositionShift
+    """From position 0 to where they stand."""
+
+    @classmethod
+    def at(cls, model: PreTrainedModel, layout: Layout, positions: torch.Tensor) -> _Tokens:
+        part_of = layout.part_of.to(positions.device)[positions]
+        return cls(positions, part_of, PositionShift(model, torch.zeros_like(positions), positions))
+
+    def to(self, device: torch.device) -> _Tokens:
+        return replace(self, positions=self.positions.to(device), part_of=self.part_of.to(device))
+
+    def features(self, layer_idx: int, kv: Iterable[torch.Tensor]) -> torch.Tensor:
+        """Key, as at position 0, and value of each token, side by side: `(kv_heads, tokens, features)`, fp32."""
+        keys, values = kv
+        side_by_side = torch.cat([keys, values], dim=-1).float()
+        self.move.turn(layer_idx, side_by_side[..., : keys.shape[-1]], back=True)
+        return side_by_side[0]
+
+    def give(self, layer_idx: int, held: LayerKV, change: torch.Tensor) -> None:
+        """Add `(1, kv_heads, tokens, features)` to these tokens of `held`, in place; `change` is used up."""
+        head_dim = held[0].shape[-1]
+        keys, values = change[..., :head_dim], change[..., head_dim:]
+        self.move.turn(layer_idx, keys)
+        held[0].index_add_(-2, self.positions, keys.to(held[0].dtype))
+        held[1].index_add_(-2, self.positions, values.to(held[1].dtype))
+
+
+@dataclass(frozen=True, slots=True)
+class UsualDrift:
+    """How keys and values change, on average, when documents stand before their own.
+
+    Attributes:
+        layers: `(kv_heads, key and value features)` a layer, fp32; keys as at position 0.
+    """
+
+    layers: list[torch.Tensor]
+
+    @classmethod
+    def between(
+        cls,
+        model: PreTrainedModel,
+        alone: Sequence[LayerKV],
+        alone_at: torch.Tensor,
+        together: Sequence[LayerKV],
+        together_at: torch.Tensor,
+    ) -> UsualDrift:
+        """The mean over tokens that were encoded behind a head alone, and behind other documents too.
+
+        Args:
+            model: what encoded them.
+            alone: keys and values of the tokens, each document behind the head.
+            alone_at: 1-D int64, the positions at which they were encoded there.
+            together: those of the same tokens, documents one behind another.
+            together_at: 1-D int64, their positions there.
+        """
+
+        def means(layers: Sequence[LayerKV], at: torch.Tensor) -> list[torch.Tensor]:
+            tokens = _Tokens(at, torch.zeros_like(at), PositionShift(model, torch.zeros_like(at), at))
+            return [tokens.features(index, kv).mean(1) for index, kv in enumerate(layers)]
+
+        before, after = means(alone, alone_at), means(together, together_at)
+        return cls([now - was for was, now in zip(before, after, strict=True)])
+
+    def add_to(self, model: PreTrainedModel, layers: Sequence[LayerKV], layout: Layout) -> None:
+        """Give it to every open token of `layers`, in place."""
+        for run in _runs(layout.open):
+            positions = torch.arange(run.start, run.stop, device=model.device)
+            move = PositionShift(model, torch.zeros_like(positions), positions)
+            for index, (keys, values) in enumerate(layers):
+                drift = self.layers[index].to(keys.device)[None, :, None]
+                turned = drift[..., : keys.shape[-1]].repeat(1, 1, len(positions), 1)
+                move.turn(index, turned)
+                keys[..., run, :] += turned
+                values[..., run, :] += drift[..., keys.shape[-1] :]
+
+
+def _runs(which: torch.Tensor) -> list[slice]:
+    """Where a 1-D bool tensor is true, one slice a run."""
+    edges = torch.nn.functional.pad(which.int(), (1, 1)).diff().nonzero()[:, 0].tolist()
+    return [slice(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Drift:
+    """A linear model of the drift to give to a token, by KV head: `features @ slope + offset` of its part."""
+
+    slope: torch.Tensor
+    """`(kv_heads, features, features)`."""
+    offset: torch.Tensor
+    """`(kv_heads, parts, features)`."""
+
+    @classmethod
+    def fit(cls, features: torch.Tensor, drift: torch.Tensor, part_of: torch.Tensor, averages: torch.Tensor) -> _Drift:
+        """From recomputed tokens: `features` and `drift` are `(kv_heads, tokens, features)`.
+
+        A part's mean drift, and a ridge regression of what is left on how a token differs from its part's mean.
+        """
+        mean, centre = averages @ drift, averages @ features
+        x = features - centre[:, part_of]
+        scale = x.square().mean(1, keepdim=True).sqrt().clamp(min=1e-6)
+        x = x / scale
+        gram = x.mT @ x
+        gram.diagonal(dim1=-2, dim2=-1).add_(_PENALTY * x.shape[1])
+        lower = torch.linalg.cholesky(gram)
+        # Solved by hand: torch.cholesky_solve of a batch is 121 kernels on CUDA, these two are 18.
+        halfway = torch.linalg.solve_triangular(lower, x.mT @ (drift - mean[:, part_of]), upper=False)
+        scaled = torch.linalg.solve_triangular(lower.mT, halfway, upper=True)
+        slope = _RIDGE * scaled / scale.mT
+        return cls(slope, _MEAN * mean - centre @ slope)
+
+    def of(self, features: torch.Tensor, part_of: torch.Tensor) -> torch.Tensor:
+        """The drift to give to other tokens, `(kv_heads, tokens, features)`."""
+        return torch.baddbmm(self.offset[:, part_of], features, self.slope)
+
+
+def _averages(part_of: torch.Tensor, parts: int) -> torch.Tensor:
+    """What gives each part's mean over tokens, shrunk towards the mean of all: `(parts, tokens)`, fp32."""
+    member = (torch.arange(parts, device=part_of.device)[:, None] == part_of).float()
+    return (member + _SHRINK / len(part_of)) / (member.sum(1, keepdim=True) + _SHRINK)

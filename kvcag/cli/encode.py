@@ -25,7 +25,7 @@ from kvcag.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from kvcag.cli.files import Reading
-    from kvcag.document_cache import SyncDiff
+    from kvcag.contexts import SyncDiff
     from kvcag.memory import KVCacheMemory
     from kvcag.stores.base import KVStore
     from kvcag.stores.format import Manifest
@@ -128,7 +128,7 @@ def _memory(model: str | None, store: KVStore, instruction: str, namespace: str)
 def _diff(memory: KVCacheMemory, reading: Reading, limit: int | None, is_mine: Callable[[Manifest], bool]) -> SyncDiff:
     """Compare the texts with the store. A text that does not fit is refused before anything is encoded."""
     from kvcag.cli.files import split
-    from kvcag.document_cache import diff
+    from kvcag.contexts import diff
     from kvcag.documents import segment
 
     template = memory.engine.template

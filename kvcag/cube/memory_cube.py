@@ -17,6 +17,7 @@ from typing import Any, cast
 
 from kvcag.cache.layers import layers_of
 from kvcag.chat_template import Message, Prompt, as_messages
+from kvcag.concurrency import async_twin, in_thread, iterate
 from kvcag.contexts import DEFAULT_RATIO, MAX_KL, Strategy
 from kvcag.core import Answer, Chunk, KVCacheItem, Mode, TextualMemoryItem
 from kvcag.cube.dump import CubeDump, read_dump, write_dump
@@ -45,7 +46,6 @@ from kvcag.errors import (
 from kvcag.memory import KVCacheMemory, insert_documents
 from kvcag.scheduler.store import ScheduledStore
 from kvcag.stores.base import KVStore
-from kvcag.streams import async_twin, in_thread, iterate
 
 _QUESTION: Message = {"role": "user", "content": "…"}
 

@@ -32,20 +32,17 @@ from kvcag.cache.layers import (
     layers_of,
 )
 from kvcag.cache.merge import MergeHistory
-from kvcag.cache.prefix_cache import PrefixCache
+from kvcag.cache.prefix_cache import InFlight, PrefixCache
 from kvcag.cache.rope import check_mergeable
 from kvcag.chat_template import ChatTemplate, Message, Prompt
+from kvcag.concurrency import IdleWork, ModelLock, cancellation
 from kvcag.core import Chunk, ContextPrompt, KVCacheItem, MergedContext, MergeReport, Mode, ids_digest
 from kvcag.engines.base import Engine, context_ids
 from kvcag.engines.constrain import Constraint, ConstraintCompiler, ConstraintLike
 from kvcag.engines.decode import Account, Decoding, Detokenizer, StopStrings, ThinkingFilter, reusable_prefix
-from kvcag.engines.idle import IdleWork
-from kvcag.engines.in_flight import InFlight
-from kvcag.engines.model_lock import ModelLock
 from kvcag.engines.sampling import Sampler, Sampling
 from kvcag.errors import CacheWarning, DeviceMemoryError, EmptyPromptError, UnsupportedModelError, WarnOnce
 from kvcag.fingerprint import ModelFingerprint
-from kvcag.streams import cancellation
 
 if TYPE_CHECKING:
     from kvcag.engines.cuda.graphs import Graphs

@@ -22,16 +22,15 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from typing_extensions import Self
 
 from kvcag.adapters import MERGE_SETTINGS, SAMPLING_SETTINGS, LazyMemory, call_settings
+from kvcag.concurrency import in_thread, iterate
 from kvcag.contexts import DEFAULT_RATIO, MAX_KL, Strategy
 from kvcag.cube.memory_cube import MemoryCube
 from kvcag.engines.base import Engine
 from kvcag.errors import ChatTemplateError, FingerprintMismatchError, InvalidInputError
 from kvcag.langchain.documents_chain import encode_ahead, read_documents
-from kvcag.langchain.messages import generation_chunks, to_messages
-from kvcag.langchain.tools import ask, choice_of, parsing, response_format, schema_of
+from kvcag.langchain.messages import ask, choice_of, generation_chunks, parsing, response_format, schema_of, to_messages
 from kvcag.memory import KVCacheMemory
 from kvcag.stores.base import SOURCE_FIELDS, KVStore
-from kvcag.streams import in_thread, iterate
 
 _SAMPLING = tuple("max_tokens" if name == "max_new_tokens" else name for name in SAMPLING_SETTINGS if name != "stop")
 _TOOLS = ("tools", "tool_choice", "parallel_tool_calls", "response_format")

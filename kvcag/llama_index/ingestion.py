@@ -12,10 +12,10 @@ from llama_index.core.schema import BaseNode, MetadataMode, TransformComponent
 from llama_index.core.storage.docstore.types import BaseDocumentStore
 from pydantic import Field, PrivateAttr
 
+from kvcag.concurrency import in_thread
 from kvcag.errors import InvalidInputError
 from kvcag.llama_index.messages import to_messages
 from kvcag.llama_index.synthesizer import CAGSynthesizer
-from kvcag.streams import in_thread
 
 
 class KVCacheTransform(TransformComponent):

@@ -25,18 +25,27 @@ from llama_index.core.program.utils import get_program_for_llm
 from llama_index.core.tools.types import BaseTool
 from pydantic import Field, PrivateAttr
 
-from kvcag.adapters import LazyMemory, call_settings
+from kvcag.adapters import LazyMemory, call_settings, with_tools
 from kvcag.chat_template import Message, Prompt, as_messages
+from kvcag.concurrency import in_thread
 from kvcag.contexts import DEFAULT_RATIO, MAX_KL, Strategy
 from kvcag.cube.memory_cube import MemoryCube
 from kvcag.engines.base import Engine
 from kvcag.errors import InvalidInputError
-from kvcag.llama_index.messages import Answer, Opener, aeach, alast, each, last, to_messages
-from kvcag.llama_index.tools import choice_of, selections, tool_specs
+from kvcag.llama_index.messages import (
+    Answer,
+    Opener,
+    aeach,
+    alast,
+    choice_of,
+    each,
+    last,
+    selections,
+    to_messages,
+    tool_specs,
+)
 from kvcag.memory import KVCacheMemory
 from kvcag.stores.base import KVStore
-from kvcag.streams import in_thread
-from kvcag.tools import tool_messages, tool_spec
 
 
 class KVCacheLLM(FunctionCallingLLM):
@@ -279,12 +288,12 @@ class KVCacheLLM(FunctionCallingLLM):
         memory = self.memory
         template = memory.engine.template
         tools, choice = kwargs.pop("tools", None), kwargs.pop("tool_choice", None) or "auto"
-        plan = tool_spec(template, tools, choice, kwargs.pop("parallel_tool_calls", True))
+        parallel = kwargs.pop("parallel_tool_calls", True)
+        plan = None
+        if not isinstance(messages, Prompt):
+            messages, plan = with_tools(template, messages, tools, choice, parallel)
         options = call_settings(memory.engine, self, kwargs)
-        if plan is not None and not isinstance(messages, Prompt):
-            messages = plan.messages(messages)
+        if plan is not None:
             options |= {"tools": plan.tools, "constraint": plan.constraint}
-        elif not isinstance(messages, Prompt):
-            messages = tool_messages(template, messages)
         ids = None if isinstance(messages, Prompt) else ()
         return lambda: memory.stream(messages, ids, **options), Answer(self.model, plan.parser() if plan else None)

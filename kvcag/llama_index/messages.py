@@ -1,15 +1,9 @@
-"""LlamaIndex's messages as those of `kvcag.chat_template`, and an engine's answer as LlamaIndex's responses.
-
-A `CachePoint` closes a segment: the text before it in its message is encoded once and kept, and the answer is that of
-a full prefill. `DOCUMENT_END`, a cache point of type `document`, closes a document: the text block just before it is
-encoded once, under its own content, and found again in any order.
-
-Text blocks are joined by a line break, as `ChatMessage.content` joins them. A document always ends with one.
-"""
+"""LlamaIndex's messages and tools, and ours."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
+import json
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import aclosing, closing
 from dataclasses import asdict
 from typing import Any, TypeAlias, TypeVar
@@ -28,11 +22,14 @@ from llama_index.core.base.llms.types import (
     ThinkingBlock,
     ToolCallBlock,
 )
+from llama_index.core.llms.llm import ToolSelection
+from llama_index.core.tools.types import BaseTool
 
 from kvcag.chat_template import Document, Message
+from kvcag.concurrency import iterate
 from kvcag.core import Chunk
 from kvcag.documents import documents_of, segment
-from kvcag.streams import iterate
+from kvcag.errors import InvalidInputError
 from kvcag.tools import CallParser, Parsed
 
 R = TypeVar("R", ChatResponse, CompletionResponse)
@@ -207,3 +204,43 @@ def last(responses: Generator[R, None, None]) -> R:
 async def alast(responses: AsyncGenerator[R, None]) -> R:
     """The whole answer."""
     return [response async for response in responses][-1]
+
+
+def tool_specs(tools: Sequence[BaseTool]) -> list[dict[str, Any]]:
+    """The tools' specifications, as JSON, so that events that carry them can be serialised."""
+    return [tool.metadata.to_openai_tool(skip_length_check=True) for tool in tools]
+
+
+def choice_of(tool_choice: str | Mapping[str, Any] | None, required: bool) -> str:
+    """The choice as `tool_spec` takes it: `auto`, `any`, `none`, or a tool's name.
+
+    Args:
+        tool_choice: one of these, `required`, or OpenAI's `{"type": "function", "function": {"name": …}}`.
+        required: a tool must be called, whichever it is.
+
+    Raises:
+        InvalidInputError: a mapping without a tool's name.
+    """
+    if isinstance(tool_choice, Mapping):
+        chosen = tool_choice
+        tool_choice = str(chosen.get("function", chosen).get("name", ""))
+        if not tool_choice:
+            raise InvalidInputError(
+                f"tool_choice {dict(chosen)!r:.80} has no tool's name. Pass {{'function': {{'name': …}}}}, or the name."
+            )
+    if required and tool_choice in (None, "auto"):
+        return "any"
+    return tool_choice or "auto"
+
+
+def selections(response: ChatResponse) -> list[ToolSelection]:
+    """The calls in a response."""
+    return [
+        ToolSelection(tool_id=block.tool_call_id or "", tool_name=block.tool_name, tool_kwargs=_arguments(block))
+        for block in response.message.blocks
+        if isinstance(block, ToolCallBlock)
+    ]
+
+
+def _arguments(call: ToolCallBlock) -> dict[str, Any]:
+    return call.tool_kwargs if isinstance(call.tool_kwargs, dict) else dict(json.loads(call.tool_kwargs))

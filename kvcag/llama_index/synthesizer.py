@@ -29,11 +29,11 @@ from llama_index.core.types import RESPONSE_TEXT_TYPE
 from llama_index_instrumentation import get_dispatcher
 from pydantic import BaseModel
 
+from kvcag.concurrency import in_thread
 from kvcag.documents import documents_of, segment
 from kvcag.errors import InvalidInputError
 from kvcag.llama_index.llm import KVCacheLLM
 from kvcag.llama_index.messages import document_blocks
-from kvcag.streams import in_thread
 
 Order: TypeAlias = Literal["retrieval", "canonical"]
 

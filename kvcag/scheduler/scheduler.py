@@ -15,6 +15,7 @@ from typing import Any, cast
 from typing_extensions import Self
 
 from kvcag.chat_template import Prompt
+from kvcag.concurrency import CANCELLATION, Cancellation, Cancelled
 from kvcag.core import KVCacheItem
 from kvcag.documents import documents_of, text_and_metadata
 from kvcag.engines.hf import HFEngine
@@ -28,7 +29,6 @@ from kvcag.errors import (
 from kvcag.memory import KVCacheMemory
 from kvcag.scheduler.store import Cached, Metrics, Policy, ScheduledStore, WorkingSet, gdsf, logger
 from kvcag.scheduler.texts import Texts, TextStats, digest_of
-from kvcag.streams import CANCELLATION, Cancellation, Cancelled
 
 _SAVE_EVERY_S = 5.0
 _POLL_S = 0.01

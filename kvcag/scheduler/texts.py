@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcag.chat_template import Prompt
-from kvcag.document_cache import Ids
+from kvcag.contexts import Ids
 from kvcag.errors import InvalidInputError, SchedulerStateError
 from kvcag.stores.base import MADE_OF, SOURCE_FIELDS
 from kvcag.stores.files import make_private, unavailable

@@ -12,10 +12,10 @@ from types import TracebackType
 
 from typing_extensions import Self
 
+from kvcag.concurrency import async_twin, in_thread
 from kvcag.core import KVCacheItem
 from kvcag.errors import CacheWarning, CorruptItemError, FormatError
 from kvcag.stores.format import Manifest
-from kvcag.streams import async_twin, in_thread
 
 SOURCE_FIELDS = ("source", "source_text", "file_path", "doc_id", "ref_doc_id")
 """Metadata fields that name what an item was made from: ours, LangChain's and LlamaIndex's."""

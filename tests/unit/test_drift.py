@@ -2,11 +2,10 @@
 
 import torch
 
-from kvcag.cache import recompute as drifts
+from kvcag.cache import merge as drifts
 from kvcag.cache.layers import contiguous_copy
-from kvcag.cache.recompute import DriftCorrection, _Drift
+from kvcag.cache.merge import DriftCorrection, Layout, _Drift
 from kvcag.cache.rope import PositionShift
-from kvcag.cache.select import Layout
 from kvcag.testing import tiny_model
 from tests.merging import equal, ids
 

@@ -20,12 +20,12 @@ from llama_index.retrievers.bm25 import BM25Retriever
 from tqdm import tqdm
 
 from kvcag import CacheScheduler, Document, HFEngine, KVCacheMemory, MemoryCube
+from kvcag.concurrency import in_thread, iterate
 from kvcag.core import KVCacheItem
 from kvcag.engines.session import Session
 from kvcag.langchain import ChatKVCAG
 from kvcag.llama_index import CAGContextChatEngine, CAGSynthesizer, KVCacheLLM
 from kvcag.stores.memory import MemoryStore
-from kvcag.streams import in_thread, iterate
 from kvcag.testing import byte_tokenizer, tiny_model
 from tests.waits import joined, run_together, until
 

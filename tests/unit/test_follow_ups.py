@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 from kvcag import Document, HFEngine, KVCacheMemory
 from kvcag.cache.layers import concat, contiguous_copy
+from kvcag.cache.merge import Layout, recompute
 from kvcag.cache.prefix_cache import _below
-from kvcag.cache.recompute import recompute
-from kvcag.cache.select import Layout
 from kvcag.core import Usage
 from kvcag.testing import byte_tokenizer, tiny_model
 from tests.waits import run_together, until

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcag.cache.layers import contiguous_copy, cut
-from kvcag.cache.merge import Part, merge
-from kvcag.cache.select import STRATEGIES
+from kvcag.cache.merge import STRATEGIES, Part, merge
 from kvcag.errors import InvalidInputError
 from kvcag.testing import tiny_model
 from tests.merging import encode, equal, error, ids, parts_of, tokens_of

@@ -7,9 +7,7 @@ import torch
 
 from kvcag.cache import attention as attend
 from kvcag.cache.layers import contiguous_copy, cut, peek_cache
-from kvcag.cache.merge import merge
-from kvcag.cache.recompute import recompute
-from kvcag.cache.select import Layout
+from kvcag.cache.merge import Layout, merge, recompute
 from kvcag.testing import tiny_model
 from tests.merging import encode, equal, error, ids, parts_of, tokens_of
 from tests.waits import run_together

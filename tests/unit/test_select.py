@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from kvcag.cache import select as selection
+from kvcag.cache import merge as selection
 from kvcag.cache.layers import cache_argument, cache_of, contiguous_copy, layers_of
-from kvcag.cache.merge import merge
-from kvcag.cache.select import Layout, anchor, deviation, query, select
+from kvcag.cache.merge import Layout, anchor, deviation, merge, query, select
 from kvcag.testing import tiny_model
 from tests.merging import encode, ids, parts_of, tokens_of
 

@@ -7,8 +7,7 @@ import torch
 
 from kvcag import HFEngine, KVCacheMemory
 from kvcag.cache.layers import contiguous_copy, layers_of
-from kvcag.cache.merge import merge
-from kvcag.cache.recompute import UsualDrift
+from kvcag.cache.merge import UsualDrift, merge
 from kvcag.calibration import PASSAGES, usual_drift_of
 from kvcag.errors import CacheWarning
 from kvcag.testing import byte_tokenizer, tiny_model

@@ -19,11 +19,11 @@ from pydantic import BaseModel, Field
 from vllm_process import Vllm
 
 from kvcag import Choices, Document, Grammar, HFEngine, KVCacheMemory, Regex, VLLMEngine
+from kvcag.concurrency import iterate
 from kvcag.demo.corpus import python_topics
 from kvcag.errors import ConstraintError, ContextLengthError
 from kvcag.langchain import ChatKVCAG
 from kvcag.llama_index import KVCacheLLM
-from kvcag.streams import iterate
 from tests.waits import awaited
 
 Figures = Callable[[str], None]

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel
 
+from kvcag.concurrency import CANCELLATION, Cancellation, cancellation
 from kvcag.engines.constrain import Choices, Grammar, JsonSchema, Regex, ServerConstraint, close_objects, to_lark
 from kvcag.errors import (
     ConstraintError,
@@ -28,7 +29,6 @@ from kvcag.errors import (
     ServerUnavailableError,
     WarnOnce,
 )
-from kvcag.streams import CANCELLATION, Cancellation, cancellation
 
 try:
     import httpx

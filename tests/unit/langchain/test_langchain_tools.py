@@ -17,8 +17,7 @@ from kvcag import HFEngine
 from kvcag.core import Chunk, Usage
 from kvcag.errors import ConstraintBudgetError, InvalidInputError
 from kvcag.langchain import ChatKVCAG
-from kvcag.langchain.messages import generation_chunks
-from kvcag.langchain.tools import choice_of
+from kvcag.langchain.messages import choice_of, generation_chunks
 from kvcag.testing import EchoEngine
 from kvcag.tools import tool_spec
 

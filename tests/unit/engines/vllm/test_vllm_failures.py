@@ -12,6 +12,7 @@ import pytest
 
 from kvcag import HFEngine
 from kvcag.chat_template import Prompt
+from kvcag.concurrency import iterate
 from kvcag.engines.vllm.client import Preloads
 from kvcag.engines.vllm.engine import VLLMEngine
 from kvcag.errors import (
@@ -22,7 +23,6 @@ from kvcag.errors import (
     ServerTimeoutError,
     ServerUnavailableError,
 )
-from kvcag.streams import iterate
 from kvcag.testing import EchoEngine, byte_tokenizer
 from tests.waits import auntil, awaited, joined
 from tests.wire_server import WireServer

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvcag import streams
+from kvcag import concurrency as streams
 from tests.waits import awaited
 
 

@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from kvcag import HFEngine
-from kvcag.engines.model_lock import _TURN_SECONDS, ModelLock
-from kvcag.streams import CANCELLATION, Cancellation, Cancelled, iterate
+from kvcag.concurrency import _TURN_SECONDS, CANCELLATION, Cancellation, Cancelled, ModelLock, iterate
 from kvcag.testing import byte_tokenizer, tiny_model
 from tests.waits import awaited, joined, until
 
