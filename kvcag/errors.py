@@ -3,7 +3,8 @@
 ```
 KVCAGError
 ├── InvalidInputError (ValueError)          an argument that cannot work
-│   ├── EmptyPromptError                    nothing to encode
+│   └── EmptyPromptError                    nothing to encode
+├── PromptError                             this model cannot take this prompt; no ValueError: LlamaIndex swallows those
 │   ├── ContextLengthError                  prompt + max_new_tokens exceed the model's context
 │   │   └── CorpusLengthError               … because of the texts that a cube put into it
 │   ├── ChatTemplateError                   the chat template cannot render these messages
@@ -58,7 +59,14 @@ class EmptyPromptError(InvalidInputError):
     """There is nothing to encode."""
 
 
-class ContextLengthError(InvalidInputError):
+class PromptError(KVCAGError):
+    """The model cannot take this prompt. Raised before any work is done.
+
+    Not a ValueError: LlamaIndex's `Refine` catches those, and answers "Empty Response".
+    """
+
+
+class ContextLengthError(PromptError):
     """The prompt and the tokens to generate do not fit into the model's context.
 
     Attributes:
@@ -104,15 +112,15 @@ class CorpusLengthError(ContextLengthError):
         )
 
 
-class ChatTemplateError(InvalidInputError):
+class ChatTemplateError(PromptError):
     """The tokenizer's chat template cannot render these messages."""
 
 
-class UnsupportedContentError(InvalidInputError):
+class UnsupportedContentError(PromptError):
     """A message holds content that a text model cannot read."""
 
 
-class ConstraintError(InvalidInputError):
+class ConstraintError(PromptError):
     """A schema, regex, list of choices or grammar that cannot constrain a generation."""
 
 

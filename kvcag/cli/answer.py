@@ -31,7 +31,13 @@ from kvcag.cli.options import (
     default_store,
     load_engine,
 )
-from kvcag.errors import ContextLengthError, EmptyPromptError, FingerprintMismatchError, InvalidInputError
+from kvcag.errors import (
+    ContextLengthError,
+    EmptyPromptError,
+    FingerprintMismatchError,
+    InvalidInputError,
+    PromptError,
+)
 
 if TYPE_CHECKING:
     from kvcag.chat_template import Prompt
@@ -361,7 +367,7 @@ class _Conversation:
     def _answer(self, question: str) -> None:
         try:
             answer, usage = self._turn(question)
-        except InvalidInputError as refused:  # most often the prompt is too long
+        except (InvalidInputError, PromptError) as refused:  # most often the prompt is too long
             if not sys.stdin.isatty():
                 raise
             say(f"{refused} /reset forgets the conversation." if self.session else str(refused))

@@ -18,6 +18,7 @@ from kvcag.errors import (
     KVCAGError,
     MissingExtraError,
     ModelFetchError,
+    PromptError,
     StoreFullError,
     StoreUnavailableError,
     UnknownItemError,
@@ -65,7 +66,7 @@ class Commands(TyperGroup):
 
 def exit_code(error: KVCAGError) -> int:
     """Return the exit code for an error."""
-    if isinstance(error, InvalidInputError):
+    if isinstance(error, InvalidInputError | PromptError):
         return USAGE
     return FAILED if isinstance(error, _FAILURES) else NEGATIVE
 

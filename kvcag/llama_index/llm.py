@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from os import PathLike
 from typing import Any
 
+import llama_index.core
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ChatResponse,
@@ -25,15 +26,17 @@ from llama_index.core.program.utils import get_program_for_llm
 from llama_index.core.tools.types import BaseTool
 from pydantic import Field, PrivateAttr
 
-from kvcag.adapters import LazyMemory, call_settings, with_tools
+from kvcag.adapters import SAMPLING_SETTINGS, LazyMemory, call_settings, with_tools
 from kvcag.chat_template import Message, Prompt, as_messages
 from kvcag.concurrency import in_thread
 from kvcag.contexts import DEFAULT_RATIO, MAX_KL, Strategy
 from kvcag.cube.memory_cube import MemoryCube
 from kvcag.engines.base import Engine
-from kvcag.errors import InvalidInputError
+from kvcag.engines.sampling import Sampling
+from kvcag.errors import ContextLengthError, InvalidInputError
 from kvcag.llama_index.messages import (
     Answer,
+    Chunks,
     Opener,
     aeach,
     alast,
@@ -70,7 +73,8 @@ class KVCacheLLM(FunctionCallingLLM):
         **settings: the fields below, and those of LlamaIndex's `LLM`.
 
     Raises:
-        InvalidInputError: there is no model, two arguments contradict each other, or a setting is unknown.
+        InvalidInputError: there is no model, two arguments contradict each other, or a setting is unknown or out of
+            range.
     """
 
     model: str = Field(default="", description="A hub id or a folder.")
@@ -111,6 +115,7 @@ class KVCacheLLM(FunctionCallingLLM):
                 f"unknown argument {', '.join(unknown)}. Put arguments of HFEngine.from_pretrained into model_kwargs."
             )
         folder = None if store is None or isinstance(store, KVStore) else str(store)
+        Sampling.of(**{name: value for name, value in settings.items() if name in SAMPLING_SETTINGS})
         super().__init__(model=str(model), store=folder, **settings)
         self._memory = LazyMemory(
             model,
@@ -123,6 +128,11 @@ class KVCacheLLM(FunctionCallingLLM):
             **(model_kwargs or {}),
         )
         self.model, self.namespace = self._memory.model, self._memory.namespace
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in SAMPLING_SETTINGS:  # here and not in a query, where core's `Refine` swallows a ValueError
+            Sampling.of(**{name: value})
+        super().__setattr__(name, value)
 
     @classmethod
     def class_name(cls) -> str:
@@ -296,4 +306,21 @@ class KVCacheLLM(FunctionCallingLLM):
         if plan is not None:
             options |= {"tools": plan.tools, "constraint": plan.constraint}
         ids = None if isinstance(messages, Prompt) else ()
-        return lambda: memory.stream(messages, ids, **options), Answer(self.model, plan.parser() if plan else None)
+
+        def opener() -> Chunks:
+            try:
+                return memory.stream(messages, ids, **options)
+            except ContextLengthError as too_long:
+                counts = llama_index.core.global_tokenizer
+                if counts is None or len(counts(_COUNTED)) != len(template.encode(_COUNTED)):
+                    too_long.args = (f"{too_long} {_HINT}",)
+                raise
+
+        return opener, Answer(self.model, plan.parser() if plan else None)
+
+
+_COUNTED = "Forty-two unmistakable words, counted in tokens: 3.14159, naïveté."
+_HINT = (
+    "If a synthesizer or a splitter of LlamaIndex cut the texts: it counts with Settings.tokenizer, which is not this "
+    "model's. Set Settings.tokenizer = llm.engine.template.encode, or answer with a CAGSynthesizer."
+)

@@ -24,6 +24,7 @@ from kvcag.errors import (
     InvalidInputError,
     KVCAGError,
     MissingExtraError,
+    PromptError,
     ServerError,
     ServerTimeoutError,
     ServerUnavailableError,
@@ -229,7 +230,7 @@ def _requested_pause(failure: EngineError) -> float:
     return float(asked) if asked.isdigit() else 0.0
 
 
-def _refusal(url: str, status: int, text: str) -> InvalidInputError | EngineError:
+def _refusal(url: str, status: int, text: str) -> InvalidInputError | PromptError | EngineError:
     """The error for an answer that is not a success."""
     detail = text[:500]
     with suppress(ValueError):  # OpenAI's shape, an older one of vLLM, FastAPI's, or plain text
@@ -400,7 +401,7 @@ def constraint_support(complete: Callable[[Mapping[str, Any]], str]) -> Constrai
                 return support
         except (ServerUnavailableError, ServerTimeoutError):
             raise
-        except (EngineError, InvalidInputError, ValueError):  # refused, or a free answer that is not JSON
+        except (EngineError, PromptError, ValueError):  # refused, or a free answer that is not JSON
             continue
     return "none"
 

@@ -2,8 +2,10 @@
 
 import re
 import warnings
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Generator, Iterator
+from typing import Any
 
+import llama_index.core
 import pytest
 from llama_index.core import Document, Settings, VectorStoreIndex
 from llama_index.core.base.response.schema import AsyncStreamingResponse, Response, StreamingResponse
@@ -12,17 +14,22 @@ from llama_index.core.llms import MockLLM
 from llama_index.core.postprocessor import MetadataReplacementPostProcessor, SimilarityPostprocessor
 from llama_index.core.prompts import PromptTemplate
 from llama_index.core.query_engine import RetrieverQueryEngine
-from llama_index.core.response_synthesizers import CompactAndRefine
+from llama_index.core.response_synthesizers import CompactAndRefine, Refine, TreeSummarize
 from llama_index.core.schema import MetadataMode, NodeWithScore, TextNode
 from llama_index.retrievers.bm25 import BM25Retriever
+from pydantic import BaseModel
 
 from kvcag import HFEngine
-from kvcag.errors import InvalidInputError
+from kvcag.errors import ConstraintBudgetError, ContextLengthError, InvalidInputError
 from kvcag.llama_index import CAGQueryEngine, CAGSynthesizer, KVCacheLLM, RoundsWarning
 from kvcag.llama_index.messages import to_messages
 from kvcag.testing import EchoEngine, byte_tokenizer, tiny_model, whole_prompt
 
 TEXTS = ["The tower is 330 metres tall.", "It was built in 1889 {by} Eiffel.", "It stands in Paris."]
+
+
+class Tall(BaseModel):
+    metres: int
 
 
 def nodes(texts: list[str] = TEXTS) -> list[TextNode]:
@@ -286,3 +293,56 @@ def test_a_whole_corpus_is_answered_from_without_an_index(llm: KVCacheLLM) -> No
     assert all(document.get_content(MetadataMode.LLM) in str(answer) for document in documents)
     with pytest.raises(InvalidInputError, match="at least one"):
         CAGQueryEngine.from_documents([], llm)
+
+
+# --- errors reach the caller, also through core's synthesizers, which swallow every ValueError ----------------------
+
+TABLE = "\n".join(f"| {i} | {i * 7919 % 1000}.{i} | {i:x} |" for i in range(120))
+"""Far more bytes than a tiktoken count thinks."""
+
+
+@pytest.fixture
+def _tokenizer_as_it_was() -> Iterator[None]:
+    before = llama_index.core.global_tokenizer
+    yield
+    llama_index.core.global_tokenizer = before
+
+
+def shorter(**settings: Any) -> KVCacheLLM:
+    return KVCacheLLM(engine=EchoEngine(lambda prompt: "so far", context_length=2600), max_new_tokens=100, **settings)
+
+
+async def test_a_prompt_that_is_too_long_is_never_an_empty_response() -> None:
+    refused = r"context of 2600\..* Settings.tokenizer = llm.engine"
+    for synthesizer in (CompactAndRefine(shorter()), Refine(shorter()), TreeSummarize(shorter())):
+        with pytest.raises(ContextLengthError, match=refused):
+            synthesizer.synthesize("How many?", scored([TABLE]))
+        with pytest.raises(ContextLengthError, match=refused):
+            await synthesizer.asynthesize("How many?", scored([TABLE]))
+
+
+@pytest.mark.usefixtures("_tokenizer_as_it_was")
+def test_cores_synthesizers_read_in_rounds_once_they_count_with_the_models_tokenizer() -> None:
+    llm = shorter()
+    Settings.tokenizer = llm.engine.template.encode
+    assert str(CompactAndRefine(llm).synthesize("How many?", scored([TABLE]))) == "so far"
+    assert len(llm.engine.prompts) > 1
+    with pytest.raises(ContextLengthError, match=r"lower max_new_tokens\.$"):
+        llm.complete("x" * 3000)
+
+
+def test_an_answer_that_does_not_fit_its_schema_is_never_an_empty_response() -> None:
+    pytest.importorskip("llguidance")
+    synthesizer = CompactAndRefine(KVCacheLLM(engine=EchoEngine(), max_new_tokens=3), output_cls=Tall)
+    with pytest.raises(ConstraintBudgetError, match="max_new_tokens is 3"):
+        synthesizer.synthesize("How tall?", scored())
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"max_new_tokens": 0}, {"top_p": 2}, {"stop": [""]}])
+def test_settings_are_checked_by_the_constructor_and_when_they_are_set(wrong: dict[str, Any], llm: KVCacheLLM) -> None:
+    [(name, value)] = wrong.items()
+    with pytest.raises(InvalidInputError, match=name):
+        KVCacheLLM("never/loaded", **wrong)
+    with pytest.raises(InvalidInputError, match=name):
+        setattr(llm, name, value)
+    assert getattr(llm, name) is None

@@ -19,6 +19,7 @@ from kvcag.cache.layers import layers_of, nbytes
 from kvcag.chat_template import Document
 from kvcag.core import TextualMemoryItem
 from kvcag.errors import (
+    ContextLengthError,
     EmptyPromptError,
     InvalidInputError,
     StoreFullError,
@@ -195,7 +196,7 @@ def test_a_text_that_does_not_fit_the_models_context_is_tried_once(
         assert larger.why("y" * 3000).action == "failed"
         assert "2048" in larger.why("y" * 3000).reason
         assert "2048" in larger.metrics().last_error
-        with pytest.raises(InvalidInputError, match="more than the model's context"):
+        with pytest.raises(ContextLengthError, match="more than the model's context"):
             larger.promote("y" * 3000)
 
 
