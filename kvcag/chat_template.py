@@ -8,7 +8,7 @@ from here on the ids are the truth, for the cached and for the uncached run alik
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -92,7 +92,12 @@ class ChatTemplate:
         self.control_tokens = control_tokens
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of a rendered text, in which control tokens are control tokens; none are added around it."""
+        """Token ids of a rendered text, in which control tokens are control tokens; none are added around it.
+
+        Raises:
+            InvalidInputError: the text is not Unicode: it holds half of a surrogate pair.
+        """
+        check_unicode(text)
         pieces = filter(None, text.split(_BREAK))
         return tuple(
             token
@@ -269,12 +274,40 @@ class ChatTemplate:
 
 
 def as_messages(prompt: str | Sequence[Message]) -> list[Message]:
-    """A str is one user message."""
+    """A str is one user message.
+
+    Raises:
+        EmptyPromptError: the str is empty.
+        InvalidInputError: neither a str nor messages.
+    """
     if isinstance(prompt, str):
         if not prompt.strip():
             raise EmptyPromptError("the prompt is empty: there is nothing to answer")
         return [{"role": "user", "content": prompt}]
-    return list(prompt)
+    if isinstance(prompt, Mapping) or not isinstance(prompt, Iterable):
+        raise InvalidInputError(f"a prompt is a str or a list of messages, not {prompt!r:.80}")
+    return [_checked(message) for message in prompt]
+
+
+def check_unicode(text: str) -> None:
+    """Refuse half of a surrogate pair, which no tokenizer and no file takes.
+
+    Raises:
+        InvalidInputError: as said.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidInputError(
+            f"the text holds half of a surrogate pair at character {error.start}, which is not Unicode. Repair it: "
+            'text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").'
+        ) from error
+
+
+def _checked(message: object) -> Message:
+    if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+        raise InvalidInputError(f"a message is a mapping with 'role' and 'content', not {message!r:.80}")
+    return message
 
 
 def _parts(message: Message) -> list[str]:
@@ -284,12 +317,14 @@ def _parts(message: Message) -> list[str]:
         return []
     if isinstance(content, str):
         return [content]
+    if isinstance(content, Mapping) or not isinstance(content, Iterable):
+        raise UnsupportedContentError(f"a message's content is a str or a list of text parts, not {content!r:.80}")
     parts: list[str] = []
     for part in content:
         if isinstance(part, str):
             parts.append(part)
-        elif isinstance(part, Mapping) and part.get("type") == "text":
-            parts.append(str(part["text"]))
+        elif isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
+            parts.append(part["text"])
         else:
             kind = part.get("type", part) if isinstance(part, Mapping) else type(part).__name__
             raise UnsupportedContentError(
@@ -301,9 +336,7 @@ def _parts(message: Message) -> list[str]:
 
 def _normal(message: Message) -> dict[str, Any]:
     """A message whose content is a str, or a list of str where a `Document` is among them."""
-    if not isinstance(message, Mapping) or "role" not in message:
-        raise InvalidInputError(f"a message is a mapping with 'role' and 'content', not {message!r:.80}")
-    parts = _parts(message)
+    parts = _parts(_checked(message))
     has_document = any(isinstance(part, Document) for part in parts)
     return {**message, "content": parts if has_document else "".join(parts)}
 

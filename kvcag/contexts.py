@@ -53,16 +53,18 @@ MAX_KL = 0.05
 """Nats per token that `auto` lets a merged context be off, on the calibration's probes."""
 
 
-def check_strategy(strategy: str, ratio: float) -> None:
-    """Refuse an unknown strategy or a ratio out of range.
+def check_strategy(strategy: str, ratio: float, max_kl: float = MAX_KL) -> None:
+    """Refuse an unknown strategy, and a ratio or an allowed error out of range.
 
     Raises:
         InvalidInputError: as said.
     """
     if strategy not in STRATEGIES:
         raise InvalidInputError(f"unknown strategy {strategy!r}. Use one of {', '.join(STRATEGIES)}.")
-    if not 0 <= ratio <= 1:
-        raise InvalidInputError(f"ratio is {ratio}; it is the share of tokens to recompute, from 0 to 1.")
+    if not (isinstance(ratio, int | float) and 0 <= ratio <= 1):
+        raise InvalidInputError(f"ratio is {ratio!r}; it is the share of tokens to recompute, from 0 to 1.")
+    if not (isinstance(max_kl, int | float) and max_kl >= 0):
+        raise InvalidInputError(f"max_kl is {max_kl!r}; it is in nats per token, 0 or more.")
 
 
 def reusable(
@@ -111,7 +113,7 @@ def context_of_prompt(
         ratio: the recompute ratio, in [0, 1].
         max_kl: what `auto` allows, in nats per token.
     """
-    check_strategy(strategy, ratio)
+    check_strategy(strategy, ratio, max_kl)
     engine, namespace = documents.engine, documents.namespace
     known = engine.known_prefix(prompt.context_ids, namespace)
     asked = strategy, ratio, max_kl
@@ -150,7 +152,7 @@ def context_of_items(
         InvalidInputError: an item that this engine did not make; an unknown strategy, a ratio out of range.
         FingerprintMismatchError: another model made an item.
     """
-    check_strategy(strategy, ratio)
+    check_strategy(strategy, ratio, max_kl)
     engine, namespace = documents.engine, documents.namespace
     for item in items:
         engine.check_item(item)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 from pydantic import BaseModel
 
-from kvcag.chat_template import Message
+from kvcag.chat_template import Message, check_unicode
 from kvcag.core import EncodedItem, TextualMemoryItem
 from kvcag.errors import InvalidInputError
 
@@ -52,21 +53,39 @@ def text_and_metadata(memory: object) -> tuple[str, dict[str, Any]]:
     """The text and the metadata of a str, a `Document`, a textual memory, or a node as LlamaIndex shows it to an LLM.
 
     Raises:
-        InvalidInputError: it has no text.
+        InvalidInputError: it has no text, or one that is not Unicode.
     """
-    if isinstance(memory, str):
-        return memory, {}
+    text = _text_of(memory)
+    check_unicode(text)
     metadata = getattr(memory, "metadata", None) or {}
     if isinstance(metadata, BaseModel):
         metadata = metadata.model_dump(mode="json")
+    return text, dict(metadata)
+
+
+def _text_of(memory: object) -> str:
+    if isinstance(memory, str):
+        return memory
     for field in _TEXT_FIELDS:
         text = getattr(memory, field, None)
         if isinstance(text, str):
-            return text, dict(metadata)
+            return text
     get_content = getattr(memory, "get_content", None)
     if callable(get_content):
-        return str(get_content(metadata_mode="llm")), dict(metadata)
+        return str(get_content(metadata_mode="llm"))
     raise _not_a_text(memory)
+
+
+def as_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata in the types of JSON; dates and paths become str.
+
+    Raises:
+        InvalidInputError: a key is not a str or a number, or a value contains itself.
+    """
+    try:
+        return dict(json.loads(json.dumps(metadata, default=str)))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidInputError(f"a document's metadata cannot be written as JSON: {error}") from error
 
 
 _TEXT_FIELDS = ("page_content", "memory")

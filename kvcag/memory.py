@@ -330,7 +330,7 @@ class KVCacheMemory:
             ContextLengthError: instruction, documents and question exceed the model's context.
             UnsupportedModelError: the model's keys cannot be re-rotated.
         """
-        check_strategy(strategy, ratio)
+        check_strategy(strategy, ratio, max_kl)
         prompt = self.engine.template.split_system(self.instruction, as_messages(query))
         found = self._items(items, skip_missing)
         if not found:
@@ -405,7 +405,7 @@ class KVCacheMemory:
             ConstraintError: the constraint cannot be used, or does not fit the budget; nothing was encoded.
         """
         started = time.perf_counter()
-        check_strategy(strategy, ratio)
+        check_strategy(strategy, ratio, max_kl)
         if sampling is None:
             sampling = self.engine.sampling(**settings)
         elif settings:
@@ -532,7 +532,9 @@ class KVCacheMemory:
         return self.engine.template.prompt(messages, tools=tools)
 
     def _items(self, given: str | Item | Iterable[str | Item], skip_missing: bool) -> list[Item]:
-        wanted = [given] if isinstance(given, str | EncodedItem) else list(given)
+        wanted = [given] if isinstance(given, str | EncodedItem) or not isinstance(given, Iterable) else list(given)
+        if wrong := [one for one in wanted if not isinstance(one, str | EncodedItem)]:
+            raise InvalidInputError(f"pass items or their ids, not {wrong[0]!r:.80}")
         found = [self.get(one) if isinstance(one, str) else one for one in wanted]
         missing = [str(id) for id, item in zip(wanted, found, strict=True) if item is None]
         if missing and not skip_missing:
@@ -581,8 +583,17 @@ def _has_documents(message: Message) -> bool:
 
 
 def _as_list(texts: str | Iterable[str]) -> list[str]:
-    """A str is one text or id, and not its characters."""
-    return [texts] if isinstance(texts, str) else list(texts)
+    """A str is one text or id, and not its characters.
+
+    Raises:
+        InvalidInputError: neither a str nor several.
+    """
+    if isinstance(texts, str):
+        return [texts]
+    listed = list(texts) if isinstance(texts, Iterable) else [texts]
+    if not all(isinstance(text, str) for text in listed):
+        raise InvalidInputError(f"pass one str or several, not {texts!r:.80}")
+    return listed
 
 
 _QUESTION: Message = {"role": "user", "content": "…"}

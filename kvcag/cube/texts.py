@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from kvcag.core import TextualMemoryItem
-from kvcag.documents import documents_of, text_and_metadata
+from kvcag.documents import as_json, documents_of, text_and_metadata
 from kvcag.errors import EmptyPromptError, InvalidInputError
 
 
@@ -135,7 +134,7 @@ def read(document: object) -> TextualMemoryItem:
     """
     text, metadata = text_and_metadata(document)
     id = getattr(document, "node_id", None) or getattr(document, "id", None) or _text_id(text)
-    return TextualMemoryItem(id=str(id), memory=text, metadata=json.loads(json.dumps(metadata, default=str)))
+    return TextualMemoryItem(id=str(id), memory=text, metadata=as_json(metadata))
 
 
 def read_all(documents: object) -> list[TextualMemoryItem]:

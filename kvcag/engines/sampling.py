@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +10,17 @@ import torch
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as hf
 
+from kvcag.chat_template import check_unicode
 from kvcag.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from kvcag.engines.constrain import Enforcement
 
 DEFAULT_MAX_NEW_TOKENS = 512
+
+_FINE = 1e-6
+"""The smallest temperature and penalty: logits in float32 that are divided by less may become infinite."""
+_RANGE = "from 1e-6 to 1e6"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +54,17 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        _check("max_new_tokens", self.max_new_tokens, lambda v: v >= 1, "at least 1")
-        _check("temperature", self.temperature, lambda v: v >= 0, "0 (greedy) or more")
-        _check("top_k", self.top_k, lambda v: v >= 1, "at least 1")
+        _check("max_new_tokens", self.max_new_tokens, lambda v: v >= 1, "a whole number, at least 1", int)
+        _check("temperature", self.temperature, lambda v: v == 0 or _FINE <= v <= 1 / _FINE, f"0 (greedy) or {_RANGE}")
+        _check("top_k", self.top_k, lambda v: v >= 1, "a whole number, at least 1", int)
         _check("top_p", self.top_p, lambda v: 0 < v <= 1, "in (0, 1]")
         _check("min_p", self.min_p, lambda v: 0 <= v <= 1, "in [0, 1]")
-        _check("repetition_penalty", self.repetition_penalty, lambda v: v > 0, "above 0")
+        _check("repetition_penalty", self.repetition_penalty, lambda v: _FINE <= v <= 1 / _FINE, _RANGE)
+        _check("seed", self.seed, lambda v: -(1 << 63) <= v < 1 << 64, "a whole number of 64 bits", int)
         if not all(isinstance(stop, str) and stop for stop in self.stop):
             raise InvalidInputError(f"stop must be one or more non-empty strings, not {self.stop!r}")
+        for stop in self.stop:
+            check_unicode(stop)
 
     @classmethod
     def of(cls, **given: Any) -> Sampling:
@@ -76,7 +84,7 @@ class Sampling:
             settings["temperature"] = (settings.get("temperature") or 1.0) if do_sample else 0.0
         if "stop" in settings:
             stop = settings["stop"]
-            settings["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+            settings["stop"] = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
         known = {field.name for field in fields(cls)}
         unknown = sorted(settings.keys() - known)
         if unknown:
@@ -194,8 +202,8 @@ def _warpers(sampling: Sampling) -> list[hf.LogitsProcessor]:
     return warpers
 
 
-def _check(name: str, value: Any, holds: Any, wanted: str) -> None:
+def _check(name: str, value: Any, holds: Any, wanted: str, kinds: Any = int | float) -> None:
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, int | float) or not holds(value):
+    if isinstance(value, bool) or not isinstance(value, kinds) or not holds(value):
         raise InvalidInputError(f"{name} must be {wanted}, not {value!r}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from langchain_core.runnables import Runnable
 from pydantic import Field, SkipValidation, model_validator
 from typing_extensions import Self
 
-from kvcag.documents import SEPARATOR, documents_of, segment, text_and_metadata
+from kvcag.documents import SEPARATOR, as_json, documents_of, segment, text_and_metadata
 from kvcag.errors import InvalidInputError
 from kvcag.langchain.messages import noted_documents, to_messages, with_documents
 from kvcag.memory import KVCacheMemory
@@ -213,8 +212,7 @@ def encode_ahead(
     """
     shown = DocumentsPrompt(prompt=prompt or _ANY_PROMPT, **settings)
     for document in documents:
-        metadata = json.loads(json.dumps(document.metadata, default=str))
-        yield from memory.keep(to_messages(_without_question(shown, document)), [metadata])
+        yield from memory.keep(to_messages(_without_question(shown, document)), [as_json(document.metadata)])
 
 
 def _without_question(prompt: DocumentsPrompt, document: Document) -> list[BaseMessage]:

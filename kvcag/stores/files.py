@@ -165,7 +165,7 @@ class Names:
     """
 
     def __init__(self, namespace: str = "", salt: bytes = b"") -> None:
-        self._secret = hmac.digest(salt, namespace.encode(), "sha256")
+        self._secret = hmac.digest(salt, namespace.encode("utf-8", "surrogatepass"), "sha256")
         self.space = self._digest("namespace")[:32]
 
     def file(self, key: str) -> str:

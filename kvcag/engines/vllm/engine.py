@@ -526,7 +526,7 @@ def cache_salt(secret: str, namespace: str) -> str | None:
     """
     if not secret and not namespace:
         return None
-    digest = hmac.new(secret.encode(), namespace.encode(), hashlib.sha256).digest()
+    digest = hmac.new(secret.encode(), namespace.encode("utf-8", "surrogatepass"), hashlib.sha256).digest()
     return base64.urlsafe_b64encode(digest).decode().rstrip("=")
 
 
