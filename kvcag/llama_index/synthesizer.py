@@ -31,7 +31,7 @@ from pydantic import BaseModel
 
 from kvcag.concurrency import in_thread
 from kvcag.documents import documents_of, segment
-from kvcag.errors import InvalidInputError
+from kvcag.errors import CacheWarning, InvalidInputError
 from kvcag.llama_index.llm import KVCacheLLM
 from kvcag.llama_index.messages import document_blocks
 
@@ -158,11 +158,25 @@ class CAGSynthesizer(BaseSynthesizer):
             **response_kwargs: further variables of the template.
         """
         if answer is None:
-            template, variables = self._text_qa_template, {"context_str": CONTEXT}
+            template, context, variables = self._text_qa_template, "context_str", response_kwargs
         else:
-            template, variables = self._refine_template, {"context_msg": CONTEXT, "existing_answer": answer}
-        rendered = self.cag._get_messages(template, query_str=query_str, **variables, **response_kwargs)
-        return _place(rendered, texts, exact=self.exact)
+            template, context = self._refine_template, "context_msg"
+            variables = {**response_kwargs, "existing_answer": answer}
+
+        def rendered(shown: str) -> list[ChatMessage]:
+            return self.cag._get_messages(template, query_str=query_str, **{context: shown}, **variables)
+
+        marked, joined = rendered(CONTEXT), "\n\n".join(text.strip() for text in texts)
+        as_text = rendered(joined)
+        if [_replaced(message, joined) for message in marked] != as_text:
+            warnings.warn(
+                f"the template changes {{{context}}}, by a function or a filter, so the documents are read as one text "
+                "and not from caches. Change the documents before they are ingested instead, or the template.",
+                CacheWarning,
+                stacklevel=2,
+            )
+            return as_text
+        return _place(marked, texts, exact=self.exact)
 
     # --- rounds ------------------------------------------------------------------------------------------------
 
@@ -230,6 +244,15 @@ def _place(messages: Sequence[ChatMessage], texts: Sequence[str], *, exact: bool
                 blocks.append(TextBlock(text=block.text.replace(CONTEXT, "\n\n".join(texts))))
         placed.append(message.model_copy(update={"blocks": blocks}))
     return placed
+
+
+def _replaced(message: ChatMessage, context: str) -> ChatMessage:
+    """A message with the context in the place of `CONTEXT`."""
+    blocks = [
+        TextBlock(text=block.text.replace(CONTEXT, context)) if isinstance(block, TextBlock) else block
+        for block in message.blocks
+    ]
+    return message.model_copy(update={"blocks": blocks})
 
 
 _Sized: TypeAlias = tuple[str, int]
