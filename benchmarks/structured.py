@@ -1,4 +1,4 @@
-"""Do random schemas hold on the real model, and do a session's turns answer as full prefills do?
+"""Do random schemas hold on the real model, and do a conversation's turns answer as full prefills do?
 
     python benchmarks/structured.py [--schemas 200] [--budget 3 40] [--turns 10] [--out FILE]
 
@@ -6,8 +6,8 @@ Schemas are the test suite's (`tests/schemas.py`, every keyword that a constrain
 Each output is validated by `jsonschema` and held against its budget; a schema whose shortest output does not fit is
 refused, and then answered with the budget that the refusal names.
 
-Turns: a session over some 2,000 tokens, free and constrained turns in turn, beside a fresh engine that reads the same
-tokens anew for each turn, one after the other in one run. Greedy, fp32.
+Turns: a conversation over some 2,000 tokens, free and constrained turns in turn, beside a fresh engine that reads the
+same tokens anew for each turn, one after the other in one run. Greedy, fp32.
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ from typing import Any
 import jsonschema
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-from kvcag import HFEngine
-from kvcag.chat_template import Prompt
+from kvcag import HFEngine, KVCacheMemory
+from kvcag.chat_template import Message, Prompt
 from kvcag.demo.model import embedded_model
 from kvcag.engines.constrain import Choices
-from kvcag.engines.session import Session
 from kvcag.errors import ConstraintBudgetError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -77,36 +76,35 @@ def random_schemas(engine: HFEngine, count: int, budgets: tuple[int, int]) -> di
 
 def turns(engine: HFEngine, count: int) -> dict[str, Any]:
     filler = " ".join(f"Berth {number} is let to boat {number * 7 % 100}." for number in range(150))
-    context = engine.build_kv_cache(f"The lighthouse keeper is called Ines Falk. She keeps bees. {filler}")
+    memory = KVCacheMemory(engine)
+    id = memory.create_context([f"The lighthouse keeper is called Ines Falk. She keeps bees. {filler}"])
     fresh = HFEngine(engine.model, engine.tokenizer, prefix_cache_bytes=0)
     asked = [("Who keeps bees?", None), ("Is that so?", Choices(["yes", "no", "maybe"]))]
-    equal, mine, theirs = 0, [], []
-    with Session(engine, context) as session:
-        for number in range(count):
-            question, constraint = asked[number % 2]
-            started = time.perf_counter()
-            session.generate(question, constraint=constraint, max_new_tokens=8)
-            mine.append(time.perf_counter() - started)
-            said = session.turns[-1].completion_tokens
-            before, answer = session.token_ids[:-said], session.token_ids[-said:]
-            started = time.perf_counter()
-            sampling = fresh.sampling(max_new_tokens=8)
-            chunks = list(fresh.stream(Prompt((), (), tuple(before)), sampling, constraint=constraint))
-            theirs.append(time.perf_counter() - started)
-            equal += tuple(answer) == tuple(token for chunk in chunks for token in chunk.token_ids)
-            print(f"turn {number + 1}", file=sys.stderr)
-        new = len(session.token_ids) - len(context.token_ids)
-        said = sum(turn.completion_tokens for turn in session.turns)
-        return {
-            "context_tokens": len(context.token_ids),
-            "turns": count,
-            "equal_to_a_full_prefill": equal,
-            "new_tokens_of_the_turns": new - said,
-            "prefilled_tokens": session.prefilled_tokens,
-            "of_them_last_tokens_of_answers": count - 1,
-            "seconds_a_turn": median(mine),
-            "seconds_a_full_prefill": median(theirs),
-        }
+    messages: list[Message] = []
+    equal, prefilled, mine, theirs = 0, [], [], []
+    for number in range(count):
+        question, constraint = asked[number % 2]
+        messages.append({"role": "user", "content": question})
+        prompt = engine.template.prompt(memory.with_context(id, messages))
+        started = time.perf_counter()
+        answer = memory.ask(prompt, constraint=constraint, max_new_tokens=8)
+        mine.append(time.perf_counter() - started)
+        messages.append({"role": "assistant", "content": answer.text})
+        prefilled.append(answer.usage.prompt_tokens - answer.usage.cached_tokens)
+        started = time.perf_counter()
+        sampling = fresh.sampling(max_new_tokens=8)
+        chunks = list(fresh.stream(Prompt((), (), prompt.token_ids), sampling, constraint=constraint))
+        theirs.append(time.perf_counter() - started)
+        equal += answer.text == "".join(chunk.text for chunk in chunks)
+        print(f"turn {number + 1}", file=sys.stderr)
+    return {
+        "context_tokens": len(prompt.context_ids),
+        "turns": count,
+        "equal_to_a_full_prefill": equal,
+        "prefilled_tokens_of_each_turn": prefilled,
+        "seconds_a_turn": median(mine),
+        "seconds_a_full_prefill": median(theirs),
+    }
 
 
 def main() -> None:

@@ -2,17 +2,18 @@
 
     python examples/multi_turn_chat.py [MODEL]
 
-The session keeps its cache between turns. A turn can be taken back, and a conversation can go on in two directions
-without being read again. `kvcag chat` is this with a prompt. Needs `pip install "kvcag[demo]"`.
+A conversation is a list of messages. The engine keeps recent contexts, so a turn can be taken back, and a conversation
+can go on in two directions without being read again. `kvcag chat` is this with a prompt. Needs `pip install
+"kvcag[demo]"`.
 """
 
 from __future__ import annotations
 
 import sys
 
-from kvcag import HFEngine, KVCacheMemory
+from kvcag import KVCacheMemory
+from kvcag.chat_template import Message
 from kvcag.demo.model import embedded_model
-from kvcag.engines.session import Session
 
 DOCUMENTS = [
     "The lighthouse of Varn is painted green. It was built in 1887 by the engineer Tomas Rehn.",
@@ -23,34 +24,33 @@ HEAD = "You are a helpful assistant. Answer the question using only the passages
 TURNS = ["What colour is the lighthouse?", "When was it built?", "When does the ferry leave?"]
 
 
-def say(session: Session, question: str) -> str:
-    """One turn, streamed, with what it cost."""
+def say(memory: KVCacheMemory, id: str, messages: list[Message], question: str) -> tuple[list[Message], int]:
+    """One turn, streamed, with what it cost: the conversation with its answer, and the tokens that were prefilled."""
     print(f"\n> {question}\n  ", end="")
+    asked: list[Message] = [*messages, {"role": "user", "content": question}]
     answer = ""
-    for chunk in session.stream(question, max_new_tokens=32):
+    for chunk in memory.stream(memory.with_context(id, asked), max_new_tokens=32):
         print(chunk.text, end="", flush=True)
         answer += chunk.text
-    turn, tokens = session.turns[-1], len(session.token_ids)
-    print(f"\n  [{turn.prefilled_tokens} tokens prefilled, the conversation has {tokens}]")
-    return answer.strip()
+        usage = chunk.usage
+    prefilled = usage.prompt_tokens - usage.cached_tokens
+    print(f"\n  [{prefilled} tokens prefilled, the conversation has {usage.total_tokens}]")
+    return [*asked, {"role": "assistant", "content": answer}], prefilled
 
 
 def main(model: str) -> tuple[list[str], list[int]]:
-    engine = HFEngine.from_pretrained(model)
-    memory = KVCacheMemory(engine, instruction=HEAD)
-    items = [memory.extract(text) for text in DOCUMENTS]
-    memory.add(items)
-    context = memory.merge([item.id for item in items], TURNS[0], strategy="exact")
-    with Session(engine, context) as session:
-        answers = [say(session, question) for question in TURNS]
-        prefilled = [turn.prefilled_tokens for turn in session.turns]
+    memory = KVCacheMemory(model)
+    id = memory.create_context(DOCUMENTS, HEAD)
+    messages: list[Message] = []
+    prefilled = []
+    for question in TURNS:
+        messages, tokens = say(memory, id, messages, question)
+        prefilled.append(tokens)
 
-        print("\nThe same conversation, with another end:")
-        with session.fork() as other:  # shares the cache until one of the two writes
-            other.rollback(1)
-            answers.append(say(other, "What does a return ticket cost?"))
-        assert len(session.turns) == len(TURNS)  # the first one is as it was
-    return answers, prefilled
+    print("\nThe same conversation, with another end:")
+    other, tokens = say(memory, id, messages[:-2], "What does a return ticket cost?")
+    prefilled.append(tokens)
+    return [message["content"] for message in [*messages, other[-1]] if message["role"] == "assistant"], prefilled
 
 
 if __name__ == "__main__":

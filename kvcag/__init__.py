@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from kvcag.engines.constrain import Regex as Regex
     from kvcag.engines.hf import HFEngine as HFEngine
     from kvcag.engines.sampling import Sampling as Sampling
-    from kvcag.engines.session import Session as Session
     from kvcag.engines.vllm.engine import VLLMEngine as VLLMEngine
     from kvcag.errors import CacheWarning as CacheWarning
     from kvcag.errors import KVCAGError as KVCAGError
@@ -86,7 +85,6 @@ _HOMES = {
     "Sampling": "kvcag.engines.sampling",
     "ServedContext": "kvcag.core",
     "ServerWarning": "kvcag.errors",
-    "Session": "kvcag.engines.session",
     "TextualMemoryItem": "kvcag.core",
     "Usage": "kvcag.core",
     "VLLMEngine": "kvcag.engines.vllm.engine",
@@ -129,7 +127,6 @@ __all__ = [
     "Sampling",
     "ServedContext",
     "ServerWarning",
-    "Session",
     "TextualMemoryItem",
     "Usage",
     "VLLMEngine",

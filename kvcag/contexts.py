@@ -118,7 +118,7 @@ def context_of_prompt(
     known = engine.known_prefix(prompt.context_ids, namespace)
     asked = strategy, ratio, max_kl
     chosen, ratio, reason = _choose(engine, prompt.context_ids, known, strategy, ratio, max_kl)
-    if chosen == "exact":
+    if chosen == "exact" and not is_stored_whole(documents, prompt):
         return _because(engine.exact_context(prompt.context_ids, prompt.tail_ids, namespace), reason)
     model = cast("HFEngine", engine)
     if strategy == "auto" and chosen == "query":
@@ -135,6 +135,24 @@ def context_of_prompt(
     if encoded:  # the first of them encoded the instruction too
         encoded += max(0, len(prompt.head_ids) - known)
     return _merged(model, prompt.head_ids, items, prompt.tail_ids, chosen, ratio, namespace, encoded, reason, asked)
+
+
+def is_stored_whole(documents: DocumentCache, prompt: Prompt) -> bool:
+    """Whether the store has the context of a prompt: its one document, encoded behind its instruction.
+
+    A context that is among the recent ones, or a store that cannot be read, counts as no: the engine reads the prompt.
+    """
+    engine, context_ids = documents.engine, prompt.context_ids
+    if not engine.merges or len(prompt.document_ids) != 1:
+        return False
+    if engine.known_prefix(context_ids, documents.namespace) == len(context_ids):
+        return False
+    try:
+        manifest = documents.store.manifest(documents.key(prompt.document_ids[0]))
+    except StoreError as unreadable:
+        warnings.warn(f"encoding a document again: {unreadable}", CacheWarning, stacklevel=4)
+        return False
+    return manifest is not None and manifest.is_exact and manifest.prefix_digest == ids_digest(prompt.head_ids)
 
 
 def context_of_items(
@@ -204,14 +222,17 @@ def _merged(
     head_ids: Ids,
     items: Sequence[Item],
     tail_ids: Ids,
-    strategy: MergeStrategy,
+    strategy: MergeStrategy | Literal["exact"],
     ratio: float,
     namespace: str,
     encoded: int,
     reason: str,
     asked: tuple[str, float, float],
 ) -> MergedContext:
-    """Move each document to its position and recompute what the strategy chooses; `encoded` is for the report."""
+    """Move each document to its position and recompute what the strategy chooses; `encoded` is for the report.
+
+    `exact` is for a document that stands behind its instruction already.
+    """
     head, head_reused = engine.prefill(head_ids, namespace=namespace) if head_ids else ([], 0)
     start_ids, start, first_recomputed = head_ids, head, 0
     if items[0].prefix_digest != ids_digest(head_ids):
@@ -234,7 +255,8 @@ def _merged(
     epoch = engine.prefixes.epoch(namespace)
     with engine.exclusive() as model:
         tail = torch.tensor(tail_ids, dtype=torch.long)
-        merged = merge(model, parts, tail, strategy=strategy, ratio=ratio, usual_drift=lambda: drift)
+        criterion = "rotate" if strategy == "exact" else strategy
+        merged = merge(model, parts, tail, strategy=criterion, ratio=ratio, usual_drift=lambda: drift)
     if engine.prefixes.epoch(namespace) == epoch:
         engine.merge_history.put(namespace, context_ids, MergedBefore(merged.layout, [tuple(tail_ids)], asked))
         engine.prefixes.replace_merged(context_ids, merged.layers, namespace)

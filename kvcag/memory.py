@@ -26,6 +26,7 @@ from kvcag.contexts import (
     check_strategy,
     context_of_items,
     context_of_prompt,
+    is_stored_whole,
     reusable,
     same_ids,
     sync,
@@ -416,7 +417,10 @@ class KVCacheMemory:
             constraint = self.engine.constrain(constraint, budget, prompt.thinking)
         context = None  # the engine finds the longest known prefix by itself
         known = None
-        if prompt.document_ids and self.engine.merges and strategy != "exact":
+        if strategy == "exact":
+            if is_stored_whole(self.documents, prompt):
+                context = self.context_for(prompt, strategy)
+        elif prompt.document_ids and self.engine.merges:
             for watch in self.watchers:
                 watch(prompt)
             known = reusable(self.documents, prompt, strategy, ratio, max_kl)

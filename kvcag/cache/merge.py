@@ -82,10 +82,11 @@ def merge(
 
     Raises:
         InvalidInputError: an unknown strategy, a ratio outside [0, 1], or a part whose tokens and keys disagree.
-        UnsupportedModelError: the model's caches cannot be merged (`check_mergeable`).
+        UnsupportedModelError: the model's caches cannot be merged (`check_mergeable`), and not all parts are exact.
     """
     _check(parts, strategy, ratio)
-    check_mergeable(model)
+    if not all(part.is_exact for part in parts):  # what is exact stands where it stood, whatever the model
+        check_mergeable(model)
     layers = _place(model, parts)
     layout = Layout(
         token_ids=torch.cat([part.token_ids for part in parts]),

@@ -7,9 +7,8 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -25,11 +24,11 @@ from kvcag.cli.options import (
     Ratio,
     Source,
     Store,
-    Strategy,
     StrategyOption,
     Temperature,
     default_store,
     load_engine,
+    takes,
 )
 from kvcag.errors import (
     ContextLengthError,
@@ -40,11 +39,11 @@ from kvcag.errors import (
 )
 
 if TYPE_CHECKING:
-    from kvcag.chat_template import Prompt
+    from kvcag.chat_template import Message, Prompt
     from kvcag.cli.entries import Entry
-    from kvcag.core import Chunk, Item, MergedContext, MergeReport, Usage
+    from kvcag.core import Chunk, Usage
+    from kvcag.engines.base import Engine
     from kvcag.engines.hf import HFEngine
-    from kvcag.engines.session import Session
     from kvcag.memory import KVCacheMemory
 
 Ids = Annotated[list[str] | None, typer.Option("--id", metavar="ID", help="Answer from this item only; repeatable.")]
@@ -56,19 +55,26 @@ _HELP = """/reset   forget the conversation; the documents stay
 /exit    leave, as Ctrl-D does. Ctrl-C cancels an answer; a second Ctrl-C leaves."""
 
 
+@dataclass(frozen=True, slots=True)
+class Answering:
+    """Options of `ask` and `chat`: what to answer from, and how."""
+
+    model: Model = None
+    store: Store = None
+    namespace: Namespace = ""
+    ids: Ids = None
+    source: Source = None
+    strategy: StrategyOption = "auto"
+    ratio: Ratio = 0.2
+    instruction: Instruction = INSTRUCTION
+    max_new_tokens: MaxNewTokens = None
+    temperature: Temperature = 0.0
+    as_json: Json = False
+
+
+@takes(Answering)
 def ask(
-    question: Annotated[str, typer.Argument(help="The question; - reads it from stdin.")],
-    model: Model = None,
-    store: Store = None,
-    namespace: Namespace = "",
-    ids: Ids = None,
-    source: Source = None,
-    strategy: StrategyOption = "auto",
-    ratio: Ratio = 0.2,
-    instruction: Instruction = INSTRUCTION,
-    max_new_tokens: MaxNewTokens = None,
-    temperature: Temperature = 0.0,
-    as_json: Json = False,
+    question: Annotated[str, typer.Argument(help="The question; - reads it from stdin.")], options: Answering
 ) -> None:
     """Answer a question from the items of a store, or from chosen ones.
 
@@ -86,34 +92,17 @@ def ask(
     question = sys.stdin.read() if question == "-" else question
     if not question.strip():
         raise EmptyPromptError("the question is empty: there is nothing to answer")
-    corpus = open_corpus(model, store, namespace, instruction, ids, source)
-    engine = corpus.engine
-    started = time.perf_counter()
-    context = corpus.context(question, strategy, ratio)
-    sampling = engine.sampling(max_new_tokens=max_new_tokens, temperature=temperature)
-    prompt = engine.build_prompt(None, context)
-    chunks = engine.stream(prompt, sampling, context, namespace=namespace, started=started)
-    answer, usage = _read(chunks, silent=as_json)
-    if as_json:
-        facts = {"ids": [entry.id for entry in corpus.entries], "model": engine.model_name}
-        output.emit({"question": question, "answer": answer, **facts, **_figures(usage, context.report)})
+    corpus = open_corpus(options)
+    text, usage = corpus.answer([{"role": "user", "content": question}])
+    if options.as_json:
+        facts = {"ids": [entry.id for entry in corpus.entries], "model": corpus.memory.engine.model_name}
+        output.emit({"question": question, "answer": text.strip(), **facts, **_figures(usage)})
     else:
-        output.stderr().print(_summary(usage, context.report), style="dim")
+        output.stderr().print(_summary(usage), style="dim")
 
 
-def chat(
-    model: Model = None,
-    store: Store = None,
-    namespace: Namespace = "",
-    ids: Ids = None,
-    source: Source = None,
-    strategy: StrategyOption = "auto",
-    ratio: Ratio = 0.2,
-    instruction: Instruction = INSTRUCTION,
-    max_new_tokens: MaxNewTokens = None,
-    temperature: Temperature = 0.0,
-    as_json: Json = False,
-) -> None:
+@takes(Answering)
+def chat(options: Answering) -> None:
     r"""Talk about the items of a store, or about chosen ones. Each turn prefills its own tokens only.
 
     Ctrl-C cancels an answer and removes its turn; a second Ctrl-C, or Ctrl-D, leaves. Lines from a pipe are turns:
@@ -127,12 +116,11 @@ def chat(
 
         printf 'Who is it about?\nAnd where?\n' | kvcag chat --json | jq -r .answer
     """
-    corpus = open_corpus(model, store, namespace, instruction, ids, source)
+    corpus = open_corpus(options)
     if sys.stdin.isatty():
         documents = output.counted(len(corpus.entries), "item")
-        say(f"{documents} and {Path(corpus.engine.model_name).name}; /help lists the commands")
-    settings = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-    _Conversation(corpus, strategy, ratio, settings, as_json).run()
+        say(f"{documents} and {Path(corpus.memory.engine.model_name).name}; /help lists the commands")
+    _Conversation(corpus).run()
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,130 +130,100 @@ class Corpus:
     Attributes:
         memory: the model and the store.
         entries: the items, in the order in which the model reads them.
-        is_whole: these are all items of the store that the model made.
+        options: how to answer. Strategy `exact` keeps the context of a whole store in the store, and `auto` uses that
+            context if it is there.
     """
 
     memory: KVCacheMemory
     entries: list[Entry]
-    is_whole: bool
+    options: Answering
 
-    @property
-    def engine(self) -> HFEngine:
-        """The model."""
-        from kvcag.engines.hf import HFEngine
-
-        assert isinstance(self.memory.engine, HFEngine)
-        return self.memory.engine
-
-    def context(self, question: str, strategy: Strategy, ratio: float) -> MergedContext:
-        """Put the items together for a question.
-
-        Args:
-            question: the question; strategy `query` chooses tokens by it.
-            strategy: as for `KVCacheMemory.merge`. `exact` keeps the context of a whole store in the store, and `auto`
-                uses that context if it is there.
-            ratio: the recompute ratio of a merge, in [0, 1].
+    def answer(self, conversation: list[Message]) -> tuple[str, Usage]:
+        """Answer the last message of a conversation. Without `--json`, print the answer as it is generated.
 
         Raises:
-            InvalidInputError: items and question exceed the model's context.
+            InvalidInputError: items and conversation exceed the model's context.
         """
+        started = time.perf_counter()
+        engine, options = self.memory.engine, self.options
+        sampling = engine.sampling(max_new_tokens=options.max_new_tokens, temperature=options.temperature)
+        prompt = self._prompt([entry.text for entry in self.entries], conversation)
+        try:
+            engine.check_fits(len(prompt.token_ids), 1)
+        except ContextLengthError as long:
+            what = "with the question" if len(conversation) == 1 else "with the conversation"
+            raise InvalidInputError(
+                f"{output.counted(len(self.entries), 'item')} {what} are {long.prompt_tokens:,} tokens, and "
+                f"the model's context is {long.limit:,}: choose fewer with --id or --source."
+            ) from long
+        engine.check_fits(len(prompt.token_ids), sampling.max_new_tokens)
+        encoded = 0
+        if not (options.ids or options.source):
+            whole = self._prompt(["".join(prompt.documents)], conversation)
+            if options.strategy == "exact" or self._prefers(whole):
+                prompt, encoded = whole, self._keep(whole)
+        prepared = time.perf_counter() - started
+        chunks = self.memory.stream(prompt, strategy=options.strategy, ratio=options.ratio, sampling=sampling)
+        with contextlib.closing(chunks):
+            text, usage = _read(chunks, silent=options.as_json)
+        usage = replace(usage, ttft_s=usage.ttft_s + prepared, total_s=usage.total_s + prepared)
+        return text, _as_encoded(usage) if encoded else usage
+
+    def _prompt(self, texts: list[str], conversation: list[Message]) -> Prompt:
         from kvcag.documents import segment
         from kvcag.memory import insert_documents
 
-        memory, documents = self.memory, self.memory.documents
-        texts = [segment(entry.text) for entry in self.entries]
-        messages = insert_documents(memory.instruction or "", texts, [{"role": "user", "content": question}])
-        prompt = self.engine.template.prompt(messages)
-        try:
-            self.engine.check_fits(len(prompt.token_ids), 1)
-        except ContextLengthError as long:
-            raise InvalidInputError(
-                f"{output.counted(len(self.entries), 'item')} with the question are {long.prompt_tokens:,} tokens, and "
-                f"the model's context is {long.limit:,}: choose fewer with --id or --source."
-            ) from long
-        whole_ids = tuple(chain.from_iterable(prompt.document_ids))
-        if self.is_whole and (strategy == "exact" or self._prefers(whole_ids, strategy)):
-            if not documents.contains(prompt.head_ids, whole_ids):
-                say(f"reading {output.counted(len(self.entries), 'item')}, {len(whole_ids):,} tokens, as one context")
-            item, is_new = documents.find_or_encode(
-                prompt.head_ids, whole_ids, "".join(prompt.documents), self._made_of()
-            )
-            if is_new:
-                self._delete_old_contexts(item.id)
-            return exact_context(self.engine, item, prompt, memory.namespace, is_new=is_new)
-        return memory.context_for(prompt, strategy, ratio)
+        messages = insert_documents(self.memory.instruction or "", list(map(segment, texts)), conversation)
+        return self.memory.engine.template.prompt(messages)
 
-    def _prefers(self, whole_ids: tuple[int, ...], strategy: Strategy) -> bool:
+    def _prefers(self, whole: Prompt) -> bool:
         """Whether `auto` answers from the context of the whole store: it is kept, or the model cannot merge."""
         from kvcag.cache.rope import check_mergeable
         from kvcag.errors import UnsupportedModelError
 
-        if strategy != "auto":
+        if self.options.strategy != "auto":
             return False
-        if self.memory.store.contains(self.memory.documents.key(whole_ids)):
+        if self.memory.store.contains(self.memory.documents.key(whole.document_ids[0])):
             return True
         try:
-            check_mergeable(self.engine.model)
+            check_mergeable(cast("HFEngine", self.memory.engine).model)
         except UnsupportedModelError:
             return True
         return False
 
-    def _made_of(self) -> dict[str, Any]:
-        from kvcag.cli.entries import CONTEXT_OF
+    def _keep(self, whole: Prompt) -> bool:
+        """Keep the whole store as one document. Return whether it was encoded; the context it replaces is deleted."""
+        from kvcag.cli.entries import CONTEXT_OF, read_entries
         from kvcag.stores.base import MADE_OF
 
+        memory, tokens = self.memory, whole.document_ids[0]
+        if memory.documents.contains(whole.head_ids, tokens):
+            return False
+        say(f"reading {output.counted(len(self.entries), 'item')}, {len(tokens):,} tokens, as one context")
         sources = [entry.manifest.metadata.get("source") for entry in self.entries]
-        return {
+        made_of = {
             CONTEXT_OF: [entry.id for entry in self.entries],
             MADE_OF: [entry.text for entry in self.entries],
             "source": list(dict.fromkeys(source for source in sources if isinstance(source, str))),
         }
-
-    def _delete_old_contexts(self, new: str) -> None:
-        """Delete contexts that this model made of the whole store before the store changed."""
-        from kvcag.cli.entries import read_entries
-
-        store = self.memory.store
-        if store.contains(new):  # else the store cannot be written
-            old = [entry for entry in read_entries(store)[0] if entry.members and _made_by(self.engine, entry)]
-            store.delete(entry.id for entry in old if entry.id != new)
+        item, is_new = memory.documents.find_or_encode(whole.head_ids, tokens, whole.documents[0], made_of)
+        if memory.store.contains(item.id):  # else the store cannot be written
+            old = [entry for entry in read_entries(memory.store)[0] if entry.members and _made_by(memory.engine, entry)]
+            memory.store.delete(entry.id for entry in old if entry.id != item.id)
+        return is_new
 
 
-def exact_context(
-    engine: HFEngine, item: Item, prompt: Prompt, namespace: str = "", *, is_new: bool = False
-) -> MergedContext:
-    """Return the context of a prompt whose documents are one item; nothing but the instruction is prefilled.
-
-    Args:
-        engine: the model.
-        item: all documents of the prompt. If it was encoded behind another instruction, it is encoded again.
-        prompt: instruction, documents and question.
-        namespace: the namespace of recent contexts.
-        is_new: the item was encoded for this prompt; for the report.
-    """
-    from kvcag.cache.layers import concat, layers_of
-    from kvcag.core import KVCacheItem, MergeReport, ids_digest
-
-    assert isinstance(item, KVCacheItem)
-    if item.prefix_digest != ids_digest(prompt.head_ids):
-        return engine.exact_context(prompt.context_ids, prompt.tail_ids, namespace)
-    layers = [(keys.to(engine.device), values.to(engine.device)) for keys, values in layers_of(item.memory)]
-    if prompt.head_ids:
-        layers = concat([engine.prefill(prompt.head_ids, namespace=namespace)[0], layers])
-    count = len(prompt.context_ids)
-    encoded = count if is_new else 0
-    report = MergeReport("encoded" if is_new else "prefix", "exact", count, count - encoded, 0, encoded)
-    return engine.context_of(layers, prompt.context_ids, prompt.tail_ids, report)
+def _as_encoded(usage: Usage) -> Usage:
+    """Usage of an answer whose context was encoded and kept just before."""
+    context = usage.context
+    assert context is not None
+    tokens = context.context_tokens
+    made = replace(context, mode="encoded", reused_tokens=0, encoded_tokens=tokens)
+    cached = max(0, usage.cached_tokens - tokens)
+    return replace(usage, cached_tokens=cached, created_tokens=usage.prompt_tokens - cached, context=made)
 
 
-def open_corpus(
-    model: str | None,
-    store: Path | None,
-    namespace: str,
-    instruction: str,
-    ids: list[str] | None,
-    sources: list[str] | None,
-) -> Corpus:
+def open_corpus(options: Answering) -> Corpus:
     """Choose items of a store, then load the model.
 
     Raises:
@@ -274,19 +232,19 @@ def open_corpus(
     """
     from kvcag.cli.entries import choose, find, open_existing, read_entries
 
-    opened = open_existing(store, namespace)
+    opened = open_existing(options.store, options.namespace)
     entries = read_entries(opened)[0]
     chosen = sorted((entry for entry in entries if not entry.is_context), key=_place)
-    if ids or sources:
-        from_sources = choose(chosen, sources, None) if sources else []
-        chosen = list({entry.id: entry for entry in [*find(entries, ids or []), *from_sources]}.values())
+    if options.ids or options.source:
+        from_sources = choose(chosen, options.source, None) if options.source else []
+        chosen = list({entry.id: entry for entry in [*find(entries, options.ids or []), *from_sources]}.values())
     if not chosen or opened is None:
         what = "no item has this source" if entries else "there are no items"
-        say(f"{what} in {store or default_store()}. `kvcag ls` lists items; `kvcag encode PATH` adds some.")
+        say(f"{what} in {options.store or default_store()}. `kvcag ls` lists items; `kvcag encode PATH` adds some.")
         raise typer.Exit(NEGATIVE)
-    engine = load_engine(model)
+    engine = load_engine(options.model)
     own = [entry for entry in chosen if _made_by(engine, entry)]
-    if not own or (ids and len(own) < len(chosen)):
+    if not own or (options.ids and len(own) < len(chosen)):
         other = next(entry for entry in chosen if entry not in own)
         made_by = other.manifest.fingerprint
         differences = engine.fingerprint.differences(made_by) if made_by else ["it names no model"]
@@ -295,11 +253,13 @@ def open_corpus(
         say(f"{output.counted(len(chosen) - len(own), 'item')} of other models left out")
     from kvcag.memory import KVCacheMemory
 
-    memory = KVCacheMemory(engine, opened, instruction, namespace=namespace)
-    return Corpus(memory, own, not (ids or sources))
+    # A conversation of any length stays among the recent contexts, merged and exact.
+    room = 2 * engine.context_length * engine.bytes_per_token
+    engine.prefixes.max_bytes = max(engine.prefixes.max_bytes, room)
+    return Corpus(KVCacheMemory(engine, opened, options.instruction, namespace=options.namespace), own, options)
 
 
-def _made_by(engine: HFEngine, entry: Entry) -> bool:
+def _made_by(engine: Engine, entry: Entry) -> bool:
     made_by = entry.manifest.fingerprint
     return made_by is not None and engine.fingerprint.matches(made_by)
 
@@ -311,22 +271,11 @@ def _place(entry: Entry) -> tuple[str, int, str]:
 
 
 class _Conversation:
-    """Reads turns and answers them. A cancelled turn is removed.
+    """Reads turns and answers them: a list of messages, to which a turn is added when its answer is complete."""
 
-    Args:
-        corpus: the items to answer from.
-        strategy: how they are put together, for the first question; so is `ratio`.
-        ratio: the recompute ratio, in [0, 1].
-        settings: settings of `Sampling`.
-        as_json: print one JSON object per turn in place of the text.
-    """
-
-    def __init__(
-        self, corpus: Corpus, strategy: Strategy, ratio: float, settings: dict[str, Any], as_json: bool
-    ) -> None:
-        self.corpus, self.strategy, self.ratio, self.settings, self.as_json = corpus, strategy, ratio, settings, as_json
-        self.session: Session | None = None
-        self._report: MergeReport | None = None
+    def __init__(self, corpus: Corpus) -> None:
+        self.corpus = corpus
+        self.messages: list[Message] = []
 
     def run(self) -> None:
         """Answer until the end of the input, /exit, or a second Ctrl-C."""
@@ -351,13 +300,12 @@ class _Conversation:
                 say("cancelled; Ctrl-C again, or Ctrl-D, leaves")
 
     def _command(self, name: str) -> None:
-        turns = len(self.session.turns) if self.session else 0
         if name == "/reset":
-            self.session = self._report = None
+            self.messages.clear()
             say("the conversation is forgotten; the documents stay")
-        elif name == "/undo" and self.session and turns:
-            self.session.rollback()
-            say(f"the last turn is removed; {output.counted(turns - 1, 'turn')} left")
+        elif name == "/undo" and self.messages:
+            del self.messages[-2:]
+            say(f"the last turn is removed; {output.counted(len(self.messages) // 2, 'turn')} left")
         elif name == "/context":
             for entry in self.corpus.entries:
                 say(f"{entry.short}  {entry.manifest.tokens:>7,} tokens  {entry.source}")
@@ -365,34 +313,22 @@ class _Conversation:
             say("there is no turn to remove" if name == "/undo" else f"the commands are\n{_HELP}")
 
     def _answer(self, question: str) -> None:
+        asked: list[Message] = [*self.messages, {"role": "user", "content": question}]
         try:
-            answer, usage = self._turn(question)
+            text, usage = self.corpus.answer(asked)
         except (InvalidInputError, PromptError) as refused:  # most often the prompt is too long
             if not sys.stdin.isatty():
                 raise
-            say(f"{refused} /reset forgets the conversation." if self.session else str(refused))
+            say(f"{refused} /reset forgets the conversation." if self.messages else str(refused))
             return
-        report = self._report if self.session and len(self.session.turns) == 1 else None
-        if self.as_json:
-            output.emit_line({"question": question, "answer": answer, **_figures(usage, report)})
-            return
-        later = f"{usage.cached_tokens:,} tokens reused, {usage.created_tokens:,} read; {_timing(usage)}"
-        output.stderr().print(_summary(usage, report) if report else later, style="dim")
-
-    def _turn(self, question: str) -> tuple[str, Usage]:
-        started = time.perf_counter()
-        if self.session is None:
-            from kvcag.engines.session import Session
-
-            context = self.corpus.context(question, self.strategy, self.ratio)
-            self.session, self._report = Session(self.corpus.engine, context), context.report
-        prepared = time.perf_counter() - started
-        stream = self.session.stream(question, **self.settings)
-        try:
-            answer, usage = _read(stream, silent=self.as_json)
-        finally:
-            stream.close()
-        return answer, replace(usage, ttft_s=usage.ttft_s + prepared, total_s=usage.total_s + prepared)
+        if self.corpus.options.as_json:
+            output.emit_line({"question": question, "answer": text.strip(), **_figures(usage)})
+        elif self.messages:
+            read = f"{usage.cached_tokens:,} tokens reused, {usage.created_tokens:,} read"
+            output.stderr().print(f"{read}; {_timing(usage)}", style="dim")
+        else:
+            output.stderr().print(_summary(usage), style="dim")
+        self.messages = [*asked, {"role": "assistant", "content": text}]
 
     def _read_line(self) -> str | None:
         """Return a line without surrounding blanks, or None at the end of the input."""
@@ -410,9 +346,9 @@ class _Conversation:
 
 def _read(chunks: Iterable[Chunk], *, silent: bool) -> tuple[str, Usage]:
     """Return an answer and its usage; print the answer as it is generated, unless `silent`."""
-    answer, usage = "", None
+    text, usage = "", None
     for chunk in chunks:
-        answer += chunk.text
+        text += chunk.text
         usage = chunk.usage or usage
         if not silent:
             sys.stdout.write(chunk.text)
@@ -420,24 +356,24 @@ def _read(chunks: Iterable[Chunk], *, silent: bool) -> tuple[str, Usage]:
     if not silent:
         typer.echo()
     assert usage is not None  # the last chunk has it
-    return answer.strip(), usage
+    return text, usage
 
 
-def _figures(usage: Usage, report: MergeReport | None) -> dict[str, object]:
-    """Return usage and report for JSON. Counts are tokens, times are seconds."""
-    return {
-        "context": asdict(report) if report else None,
-        "usage": {name: value for name, value in asdict(usage).items() if name != "context"},
-    }
+def _figures(usage: Usage) -> dict[str, object]:
+    """Return usage for JSON. Counts are tokens, times are seconds."""
+    figures = asdict(usage)
+    return {"context": figures.pop("context"), "usage": figures}
 
 
-def _summary(usage: Usage, report: MergeReport) -> str:
-    parts = [f"{report.reused_tokens:,} of {report.context_tokens:,} context tokens reused"]
-    if report.recomputed_tokens:
-        parts.append(f"{report.recomputed_tokens:,} recomputed ({report.strategy})")
-    if report.encoded_tokens:
-        parts.append(f"{report.encoded_tokens:,} encoded")
-    reason = report.reason.replace("kvcag.calibrate(engine, documents)", "`kvcag doctor`")
+def _summary(usage: Usage) -> str:
+    context = usage.context
+    assert context is not None
+    parts = [f"{context.reused_tokens:,} of {context.context_tokens:,} context tokens reused"]
+    if context.recomputed_tokens:
+        parts.append(f"{context.recomputed_tokens:,} recomputed ({context.strategy})")
+    if context.encoded_tokens:
+        parts.append(f"{context.encoded_tokens:,} encoded")
+    reason = context.reason.replace("kvcag.calibrate(engine, documents)", "`kvcag doctor`")
     return f"{', '.join(parts)}; {_timing(usage)}{f' [{reason}]' if reason else ''}"
 
 

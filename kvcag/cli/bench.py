@@ -9,7 +9,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -103,14 +102,11 @@ def bench(
 
 def _measure(engine: HFEngine, texts: Sequence[str], tokens: int, repeat: int, ratio: float) -> dict[str, Any]:
     """Return medians, in seconds, for a context of about `tokens` tokens."""
-    from kvcag.cli.answer import exact_context
-    from kvcag.core import KVCacheItem
     from kvcag.engines.sampling import Sampling
     from kvcag.memory import KVCacheMemory, insert_documents
-    from kvcag.stores.disk import DiskStore
 
     documents = [f"{text}\n\n" for text in _documents(engine, texts, tokens)]
-    messages = insert_documents(INSTRUCTION, documents, [{"role": "user", "content": _QUESTION}])
+    messages = insert_documents(INSTRUCTION, ["".join(documents)], [{"role": "user", "content": _QUESTION}])
     prompt = engine.template.prompt(messages)
     memory = KVCacheMemory(engine, instruction=INSTRUCTION)
     ids = memory.add(documents)
@@ -121,16 +117,15 @@ def _measure(engine: HFEngine, texts: Sequence[str], tokens: int, repeat: int, r
         stream.close()
 
     with tempfile.TemporaryDirectory() as folder:
-        disk = DiskStore(folder)
-        whole = engine.encode_item(prompt.head_ids, tuple(chain.from_iterable(prompt.document_ids)))
-        assert isinstance(whole, KVCacheItem)
-        disk.put(whole)
+        disk = KVCacheMemory(engine, folder, INSTRUCTION)
+        whole = memory.extract("".join(documents))  # one document behind its instruction: exact without a merge
+        disk.add(whole)
         seconds = _medians(
             repeat,
             {
                 "full_s": lambda: first(None),
-                "memory_s": lambda: first(exact_context(engine, whole, prompt)),
-                "disk_s": lambda: first(exact_context(engine, disk.get(whole.id) or whole, prompt)),
+                "memory_s": lambda: first(memory.merge(whole, _QUESTION, "rotate")),
+                "disk_s": lambda: first(disk.merge(whole.id, _QUESTION, "rotate")),
                 "merged_s": lambda: first(memory.merge(ids, _QUESTION, "query", ratio)),
             },
         )

@@ -1,10 +1,9 @@
-"""Structured generation on the real model: answers are valid, equal with and without a cache, and sessions prefill only
-new tokens."""
+"""Structured generation on the real model: answers are valid, equal with and without a cache, and a turn prefills only
+its new tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import accumulate
 
 import jsonschema
 import pytest
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 
 from kvcag import Choices, HFEngine, KVCacheMemory, Regex, tool_spec
 from kvcag.chat_template import Prompt
-from kvcag.engines.session import Session
 from tests.forwards import forward_lengths
 from tests.schemas import Schema, check_holds, schemas
 
@@ -73,29 +71,32 @@ def test_ten_turns_over_two_thousand_tokens(smollm2_engine, forwards):
     """Each token is prefilled once, and every answer equals that of a full prefill."""
     engine = smollm2_engine
     filler = " ".join(f"Berth {number} is let to boat {number * 7 % 100}." for number in range(150))
-    context = engine.build_kv_cache(" ".join([*FACTS, filler]))
-    assert 1800 < len(context.token_ids) < 2400
-    turns = [("Who keeps bees?", None), ("Is that so?", Choices(["yes", "no", "maybe"]))] * 5
-    forwards.clear()
-    with Session(engine, context) as session:
-        starts = []
-        for question, constraint in turns:
-            session.generate(question, constraint=constraint, max_new_tokens=6)
-            starts.append(len(session.token_ids) - session.turns[-1].completion_tokens)
-        new = len(session.token_ids) - len(context.token_ids)
-        said = sum(turn.completion_tokens for turn in session.turns)
-        assert sum(forwards) == new - 1, "only the new tokens of each turn, once"
-        assert session.prefilled_tokens == new - said + len(turns) - 1, "an answer's last token runs with the next turn"
-        ids = session.token_ids
-        answers = [
-            ids[start : start + turn.completion_tokens] for start, turn in zip(starts, session.turns, strict=True)
-        ]
+    memory = KVCacheMemory(engine)
+    id = memory.create_context([*FACTS, filler])
+    questions = [("Who keeps bees?", None), ("Is that so?", Choices(["yes", "no", "maybe"]))] * 5
+    messages: list[dict[str, str]] = []
+    prompts, answers, read = [], [], []
+    for question, constraint in questions:
+        messages.append({"role": "user", "content": question})
+        prompt = engine.template.prompt(memory.with_context(id, messages))
+        forwards.clear()
+        answer = memory.ask(prompt, constraint=constraint, max_new_tokens=6)
+        messages.append({"role": "assistant", "content": answer.text})
+        prompts.append(prompt.token_ids)
+        answers.append(answer)
+        read.append(sum(forwards))
+    assert 1800 < len(prompts[0]) < 2400
+    for turn in range(1, len(questions)):
+        new = len(prompts[turn]) - len(prompts[turn - 1]) - answers[turn - 1].usage.completion_tokens
+        assert read[turn] <= new + 1 + answers[turn].usage.completion_tokens, (
+            "an answer's last token runs with the next"
+        )
     fresh = HFEngine(engine.model, engine.tokenizer, prefix_cache_bytes=0)
-    for number in (0, 5, 9):  # benchmarks/structured.py does it for all ten
-        prompt = Prompt((), (), ids[: starts[number]])
-        chunks = list(fresh.stream(prompt, fresh.sampling(max_new_tokens=6), constraint=turns[number][1]))
-        assert tuple(token for chunk in chunks for token in chunk.token_ids) == tuple(answers[number])
-    assert list(accumulate(map(len, answers)))[-1] == said
+    for turn in (0, 5, 9):  # benchmarks/structured.py does it for all ten
+        chunks = fresh.stream(
+            Prompt((), (), prompts[turn]), fresh.sampling(max_new_tokens=6), constraint=questions[turn][1]
+        )
+        assert "".join(chunk.text for chunk in chunks) == answers[turn].text
 
 
 def test_a_forced_call_and_a_structured_answer_over_merged_documents(smollm2_engine):

@@ -22,7 +22,6 @@ from tqdm import tqdm
 from kvcag import CacheScheduler, Document, HFEngine, KVCacheMemory, MemoryCube
 from kvcag.concurrency import in_thread, iterate
 from kvcag.core import KVCacheItem
-from kvcag.engines.session import Session
 from kvcag.langchain import ChatKVCAG
 from kvcag.llama_index import CAGContextChatEngine, CAGSynthesizer, KVCacheLLM
 from kvcag.stores.memory import MemoryStore
@@ -119,7 +118,6 @@ AsyncWay = Callable[[HFEngine], Awaitable[Any]]
 ANSWERING: dict[str, Way] = {
     "generate": lambda engine: engine.generate(QUESTION, max_new_tokens=8),
     "generate_stream": lambda engine: list(engine.generate_stream(QUESTION, max_new_tokens=8)),
-    "session": lambda engine: Session(engine).generate(QUESTION, max_new_tokens=8),
     "memory.stream": lambda engine: list(memory_over(engine).stream(QUESTION, sampling=sampled(engine))),
     "memory.stream, documents": lambda engine: list(
         memory_over(engine).stream(with_documents(engine), sampling=sampled(engine))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,12 +11,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvcag import Document, HFEngine, KVCacheMemory
+from kvcag import CacheWarning, Choices, Document, HFEngine, KVCacheMemory
 from kvcag.cache.layers import concat, contiguous_copy
 from kvcag.cache.merge import Layout, recompute
 from kvcag.cache.prefix_cache import _below
 from kvcag.core import Usage
-from kvcag.testing import byte_tokenizer, tiny_model
+from kvcag.stores.disk import DiskStore
+from kvcag.testing import CHATML, byte_tokenizer, tiny_model
+from tests.forwards import forward_lengths
 from tests.waits import run_together, until
 
 TEXTS = ["Alice has a red bicycle.\n\n", "Bob has a green car.\n\n", "Carol sails to Norway.\n\n"]
@@ -211,3 +214,115 @@ def test_a_refined_context_takes_its_bytes_once() -> None:
         for tensor in layer
     }
     assert sum(storages.values()) <= 1.01 * engine.prefixes.nbytes
+
+
+ASCII = Choices(["yes", "no"])  # text that stands for its tokens
+
+
+@pytest.mark.parametrize("strategy", ["auto", "exact", "query", "rotate"])
+@pytest.mark.parametrize("documents", [0, 1, 3])
+def test_each_token_of_a_conversation_is_run_once(strategy: Any, documents: int) -> None:
+    """Over a merged context too, and when a turn is taken back or the conversation goes on in two directions."""
+    engine = HFEngine(MODEL, TOKENIZER)
+    memory = KVCacheMemory(engine)
+    turns: list[tuple[str, str]] = []
+
+    def say(question: str, turns: list[tuple[str, str]]) -> int:
+        """Tokens that ran, but for those of the answer."""
+        conversation = messages(list(range(documents)), turns, question)
+        with forward_lengths(MODEL) as lengths:
+            answer = memory.ask(conversation, ids=[], strategy=strategy, constraint=ASCII)
+        turns.append((question, answer.text))
+        return sum(lengths) - (answer.usage.completion_tokens - 1)
+
+    def new(question: str) -> int:
+        return 1 + len(
+            TOKENIZER(f"<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n").input_ids
+        )
+
+    say(QUESTIONS[0], turns)
+    assert say(QUESTIONS[1], turns) == new(QUESTIONS[1])
+    other = turns[:1]  # the last turn is taken back
+    assert say(QUESTIONS[2], other) <= new(QUESTIONS[2])
+    assert say("Is that so?", turns) == new("Is that so?")
+    assert say("Is it?", other) == new("Is it?")
+
+
+def test_a_template_that_rewrites_history_costs_only_what_differs() -> None:
+    strips = CHATML.replace(
+        "message['content'] }}",
+        "message['content'].split('</think>')[-1] if message.role == 'assistant' else message['content'] }}",
+    )
+    engine = HFEngine(MODEL, byte_tokenizer(strips))
+    asked = [{"role": "user", "content": "a long question that is not prefilled again"}]
+    thinks = engine.generate(asked, constraint=Choices(["<think>why</think>so"]))
+    again = [*asked, {"role": "assistant", "content": thinks}, {"role": "user", "content": "and now?"}]
+    usage = KVCacheMemory(engine).ask(again, ids=[], max_new_tokens=2).usage
+    first = len(engine.template.prompt(asked).token_ids)
+    assert usage.cached_tokens == first
+    assert usage.prompt_tokens == len(engine.template.prompt(again).token_ids)
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.sampled_from(["say", "say", "back", "abandon", "fail"]), max_size=8))
+def test_whatever_happened_before_the_next_answer_is_that_of_a_replay(steps: list[str]) -> None:
+    memory, said = KVCacheMemory(HFEngine(MODEL, TOKENIZER)), list[tuple[str, str]]()
+    for number, step in enumerate(steps):
+        conversation = messages([0, 1], said, f"q{number}")
+        if step == "say":
+            said.append((f"q{number}", memory.ask(conversation, strategy="exact", max_new_tokens=3).text))
+        elif step == "back":
+            del said[-1:]
+        elif step == "abandon":
+            stream = memory.stream(conversation, strategy="exact", max_new_tokens=3)
+            next(stream)
+            stream.close()
+        else:
+            hook = MODEL.model.layers[1].register_forward_pre_hook(fails)
+            with hook, pytest.raises(RuntimeError, match="the device is lost"):
+                memory.ask(conversation, strategy="exact", max_new_tokens=3)
+    last = messages([0, 1], said, "last?")
+    fresh = KVCacheMemory(HFEngine(MODEL, TOKENIZER))
+    assert ask(memory, last, strategy="exact")[0] == ask(fresh, last, strategy="exact")[0]
+
+
+def fails(module: Any, args: Any) -> None:
+    raise RuntimeError("the device is lost")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_exact_takes_a_context_from_the_store(architecture: str, tmp_path: Path) -> None:
+    """It was read again, though the store had it, by a model whose caches cannot be merged under `auto` too."""
+    model = MODEL if architecture == "llama" else tiny_model("gpt2", n_embd=32, n_head=4, n_layer=2, n_positions=2048)
+    store = DiskStore(tmp_path)
+    id = KVCacheMemory(HFEngine(model, TOKENIZER), store).create_context(TEXTS, "Answer from these.")
+    question = [{"role": "user", "content": QUESTIONS[0]}]
+    wanted = None
+    for strategy in ("exact", "auto"):
+        memory = KVCacheMemory(HFEngine(model, TOKENIZER), store)
+        with forward_lengths(model) as lengths:
+            answer = memory.ask(memory.with_context(id, question), strategy=strategy, max_new_tokens=4)
+        report = answer.report
+        assert report is not None
+        assert report.is_exact
+        head = len(memory.engine.template.instruction_ids(None))
+        assert (report.encoded_tokens, report.reused_tokens) == (head, report.context_tokens - head)
+        assert sum(lengths) == answer.usage.prompt_tokens - report.reused_tokens + 3
+        bare = HFEngine(model, TOKENIZER)
+        prompt = bare.template.prompt(memory.with_context(id, question))
+        wanted = wanted or "".join(chunk.text for chunk in bare.stream(prompt, bare.sampling(max_new_tokens=4)))
+        assert answer.text == wanted
+
+
+def test_exact_reads_again_what_the_store_cannot_give(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path)
+    memory = KVCacheMemory(HFEngine(MODEL, TOKENIZER), store)
+    id = memory.create_context(TEXTS)
+    conversation = memory.with_context(id, [{"role": "user", "content": QUESTIONS[0]}])
+    store.file(id).write_bytes(b"")
+    later = KVCacheMemory(HFEngine(MODEL, TOKENIZER), store)
+    with pytest.warns(CacheWarning, match="again"):
+        text, usage = ask(later, conversation, strategy="exact")
+    assert usage.context is not None
+    assert usage.context.is_exact
+    assert text == ask(KVCacheMemory(HFEngine(MODEL, TOKENIZER)), conversation, strategy="exact")[0]

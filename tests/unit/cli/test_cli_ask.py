@@ -12,7 +12,9 @@ import torch
 from kvcag import HFEngine
 from kvcag.cli.options import INSTRUCTION, Strategy
 from kvcag.contexts import STRATEGIES
+from kvcag.engines.sampling import Sampler
 from kvcag.stores.disk import DiskStore
+from kvcag.testing import byte_tokenizer
 from tests.commands import Kvcag, saved_model, write
 
 NOTES = "The lighthouse of Varn is painted green.\n\nIts keeper is called Ode.\n\nShe has a dog.\n\n"
@@ -48,7 +50,8 @@ def test_exact_answers_as_the_model_does_and_reads_the_store_once(kvcag: Kvcag, 
     warm = kvcag("ask", "Who?", "--max-new-tokens", 12, "--json").json
     assert cold["answer"] == warm["answer"] == uncached(kvcag.environment["KVCAG_MODEL"], "Who?", 12)
     assert cold["context"]["encoded_tokens"] == cold["context"]["context_tokens"]
-    assert warm["context"]["reused_tokens"] == warm["context"]["context_tokens"]
+    assert warm["context"]["reused_tokens"] == len(NOTES)  # another process reads the instruction alone
+    assert warm["context"]["mode"] == "prefix"
     assert warm["usage"]["completion_tokens"] == 12
     assert warm["ids"] == notes
 
@@ -57,7 +60,7 @@ def test_the_answer_is_on_stdout_and_what_was_reused_on_stderr(kvcag: Kvcag, not
     answer = kvcag("ask", "Who?", "--strategy", "exact", "--max-new-tokens", 8, "--json").json["answer"]
     done = kvcag("ask", "-", "--max-new-tokens", 8, input="Who?")  # auto finds the exact context
     assert done.out.strip() == answer
-    assert "174 of 174 context tokens reused; first token after" in done.err
+    assert f"{len(NOTES)} of 174 context tokens reused, {174 - len(NOTES)} encoded; first token after" in done.err
 
 
 def test_a_store_that_changed_is_read_again_and_the_old_context_leaves(kvcag: Kvcag, notes: list[str]) -> None:
@@ -93,7 +96,7 @@ def test_auto_says_why_it_merges_as_it_does(kvcag: Kvcag, notes: list[str]) -> N
 def test_a_model_whose_caches_cannot_be_merged_reads_the_store_once(kvcag: Kvcag, tmp_path: Path) -> None:
     gpt2 = saved_model(tmp_path / "gpt2", model_type="gpt2", n_embd=32, n_head=4, n_layer=2, n_positions=2048)
     kvcag("encode", "notes", "--model", gpt2)
-    for encoded in (174, 0):
+    for encoded in (174, 174 - len(NOTES)):  # then the instruction alone
         done = kvcag("ask", "Who?", "--model", gpt2, "--max-new-tokens", 1, "--json")
         assert done.json["context"]["encoded_tokens"] == encoded, done.err
 
@@ -101,7 +104,8 @@ def test_a_model_whose_caches_cannot_be_merged_reads_the_store_once(kvcag: Kvcag
 def test_one_item_is_its_own_exact_context(kvcag: Kvcag) -> None:
     kvcag("encode", "notes/a.md")
     done = kvcag("ask", "Who?", "--strategy", "exact", "--max-new-tokens", 1, "--json").json
-    assert done["context"]["encoded_tokens"] == 0
+    assert done["context"]["mode"] == "prefix"
+    assert done["context"]["reused_tokens"] == len(NOTES.partition("Its")[0])  # all but the instruction
     assert len(kvcag("ls", "--json").json) == 1
 
 
@@ -165,14 +169,45 @@ def turns(kvcag: Kvcag, said: str, *arguments: object) -> list[dict]:
     return [json.loads(line) for line in done.out.splitlines()]
 
 
+@pytest.fixture
+def ascii_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers whose text stands for the tokens that the model chose: random bytes are no text."""
+    letters = byte_tokenizer()("abcdefgh").input_ids
+    draw = Sampler.draw
+    monkeypatch.setattr(
+        Sampler,
+        "draw",
+        lambda self, logits, history: logits.new_tensor(letters).long()[draw(self, logits, history) % 8],
+    )
+
+
+@pytest.mark.usefixtures("ascii_answers")
 def test_each_turn_reads_only_what_is_new(kvcag: Kvcag, notes: list[str]) -> None:
     first, second = turns(kvcag, "Who?\n\nWhere?\n", "--strategy", "exact")
     assert [first["question"], second["question"]] == ["Who?", "Where?"]
     assert first["context"]["encoded_tokens"] == 174
-    assert second["context"] is None
+    assert second["context"]["reused_tokens"] == second["context"]["context_tokens"] == 174
     assert second["usage"]["cached_tokens"] >= first["usage"]["prompt_tokens"] + 5  # the answer's last is not run yet
     assert second["usage"]["created_tokens"] <= len("*\n*user\nWhere?*\n*assistant\n") + 1
     assert first["answer"] == kvcag("ask", "Who?", "--max-new-tokens", 6, "--json").json["answer"]
+
+
+@pytest.mark.parametrize("strategy", ["auto", "exact", "query", "rotate"])
+@pytest.mark.usefixtures("ascii_answers")
+def test_a_turn_prefills_its_own_tokens_and_no_others(
+    kvcag: Kvcag, notes: list[str], strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted in the model."""
+    lengths: list[int] = []
+    forward = HFEngine.forward
+    monkeypatch.setattr(HFEngine, "forward", lambda *given: lengths.append(len(given[1])) or forward(*given))
+    asked = [f"Question {number}?" for number in range(4)]
+    turns(kvcag, "\n".join(asked), "--strategy", strategy)
+    passes = [lengths[at : at + 6] for at in range(len(lengths) - 4 * 6, len(lengths), 6)]
+    markup = len(byte_tokenizer()("<|im_end|>\n<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n").input_ids)
+    for question, (prefilled, *steps) in zip(asked[1:], passes[1:], strict=True):
+        assert prefilled == 1 + markup + len(question)  # the last token of an answer runs with the next turn
+        assert steps == [1] * 5
 
 
 def test_reset_forgets_and_undo_takes_back(kvcag: Kvcag, notes: list[str]) -> None:

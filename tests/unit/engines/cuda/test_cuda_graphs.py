@@ -11,10 +11,10 @@ pytest.importorskip("triton", reason="needs Triton")
 if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
+
 from kvcag import HFEngine, KVCacheMemory, Sampling
 from kvcag.cache.layers import generation_cache
 from kvcag.engines.cuda.graphs import SIZES
-from kvcag.engines.session import Session
 from kvcag.testing import byte_tokenizer, tiny_model
 
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -139,13 +139,14 @@ def test_threads_answer_as_one_does():
     assert [got[i] for i in range(8)] == right
 
 
-def test_a_session_rolls_back_over_what_was_launched_ahead():
+def test_a_conversation_goes_on_over_what_was_launched_ahead():
     texts = []
     for engine in engines():
-        session = Session(engine)
-        session.generate("One?", max_new_tokens=9)
-        session.rollback()
-        texts.append(session.generate("Two?", max_new_tokens=9))
+        first = {"role": "user", "content": "One?"}
+        said = engine.generate([first], max_new_tokens=9)
+        reply = {"role": "assistant", "content": said}
+        texts.append([engine.generate([*before, {"role": "user", "content": "Two?"}], max_new_tokens=9)
+                      for before in ([first, reply], [])])  # fmt: skip
     assert texts[0] == texts[1]
 
 
