@@ -24,6 +24,9 @@ class CAGMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
     await agent.run("When was it built?", memory=memory)
     ```
 
+    The documents do not change, so they are encoded together, in their order, and are exact: the second turn reuses
+    them. Those that a cube finds differ from turn to turn, and are merged.
+
     Its priority is 0, so `Memory` does not cut it to fit `token_limit`. Messages that leave the short-term memory do
     not enter it.
 
@@ -68,7 +71,7 @@ class CAGMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
         if not texts:
             return []
         opening = [TextBlock(text=f"{self.instruction}\n")] if self.instruction else []
-        exact = self.memory is not None and self.memory.strategy == "exact"
+        exact = self.memory is None or self.memory.strategy == "exact"
         return [ChatMessage(role=MessageRole.SYSTEM, blocks=[*opening, *document_blocks(texts, exact=exact)])]
 
     async def _aput(self, messages: list[ChatMessage]) -> None:
