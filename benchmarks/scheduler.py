@@ -5,7 +5,7 @@
 
 `policy` replays 2,000 retrievals over 200 documents: Zipf popularity, sets of three to five documents that are often of
 one topic, lengths as documents have them, and drift: every 25 retrievals a document from anywhere becomes popular.
-Counters and working set are the scheduler's own. A text that is not stored is encoded by the answer and offered to
+Counters, worth and choice are the scheduler's own. A text that is not stored is encoded by the answer and offered to
 the store. LRU and LFU accept every text, and LFU never forgets a count. "Next use known" knows the future and evicts
 the text that is asked for again the latest: no policy can do better.
 
@@ -26,7 +26,7 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 
 from kvcag.scheduler import Policy, TextStats, gdsf
-from kvcag.scheduler.store import Cached, WorkingSet
+from kvcag.scheduler.store import Cached, room_for
 from kvcag.scheduler.texts import Texts, digest_of
 
 RESULTS = Path(__file__).parent / "results"
@@ -102,38 +102,40 @@ class Clairvoyant:
 def replay(load: Workload, budget: int, policy: Policy) -> list[tuple[int, int]]:
     """For each retrieval, the tokens that were kept and all its tokens."""
     texts = Texts(None, "model")
-    working = WorkingSet(budget, policy, texts.stats)
+    stored: dict[str, Cached] = {}
     names = [f"document {document}" for document in range(DOCUMENTS)]
     digests = [digest_of(name) for name in names]
     account = []
     for documents in load.retrievals:
         for document in documents:
             texts.retrieved(names[document])
-        account.append(serve(documents, load, working, digests, texts.now, admit_all=policy is not gdsf))
+
+        def worth(entry: Cached, now: float = texts.now) -> float:
+            return policy(texts.stats(entry.digest), entry.tokens, entry.bytes, now)
+
+        account.append(serve(documents, load, stored, budget, worth, digests, admit_all=policy is not gdsf))
     return account
 
 
 def foresee(load: Workload, budget: int) -> list[tuple[int, int]]:
     """`replay` for a policy that knows the future."""
     knows = Clairvoyant(load)
-
-    def worth(stats: TextStats, tokens: int, size: int, now: float) -> float:
-        return knows.of(stats.count)
-
-    working = WorkingSet(budget, worth, lambda digest: TextStats(count=int(digest)))
+    stored: dict[str, Cached] = {}
     account = []
     for moment, documents in enumerate(load.retrievals):
         knows.moment = moment
-        account.append(serve(documents, load, working, [str(n) for n in range(DOCUMENTS)], moment))
+        digests = [str(number) for number in range(DOCUMENTS)]
+        account.append(serve(documents, load, stored, budget, lambda entry: knows.of(int(entry.digest)), digests))
     return account
 
 
 def serve(
     documents: list[int],
     load: Workload,
-    working: WorkingSet,
+    stored: dict[str, Cached],
+    budget: int,
+    worth: Callable[[Cached], float],
     digests: list[str],
-    now: float,
     *,
     admit_all: bool = False,
 ) -> tuple[int, int]:
@@ -141,16 +143,16 @@ def serve(
     reused = 0
     for document in documents:
         tokens = int(load.tokens[document])
-        if digests[document] in working.entries:
+        if digests[document] in stored:
             reused += tokens
             continue
         new = Cached(digests[document], digests[document], tokens, tokens * BYTES_PER_TOKEN)
-        leaving = working.room_for(new, now, force=admit_all)
+        leaving = room_for(new, stored.values(), budget, worth, force=admit_all)
         if leaving is not None:
             for entry in leaving:
-                working.remove(entry.key)
-            working.add(new)
-            assert working.bytes <= working.budget_bytes
+                del stored[entry.key]
+            stored[new.key] = new
+            assert sum(entry.bytes for entry in stored.values()) <= budget
     return reused, sum(int(load.tokens[document]) for document in documents)
 
 
@@ -321,7 +323,7 @@ def ttft(questions: int, think_s: float) -> dict[str, Any]:
         "machine": {"cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads()},
         "questions": questions,
         "working_when_asked": working,
-        "promoted": metrics.promoted_total,
+        "promoted": metrics["promoted"],
         "waited_for_the_model_s": {"median": statistics.median(waited), "most": max(waited)},
         "median_s": {arm: statistics.median(values) for arm, values in times.items()},
         "p95_s": {arm: float(np.quantile(values, 0.95)) for arm, values in times.items()},
@@ -336,7 +338,7 @@ def ttft(questions: int, think_s: float) -> dict[str, Any]:
 
 def supply(scheduler: Any, others: list[str]) -> None:
     """Let there always be something to encode."""
-    cached = scheduler.metrics().caches
+    cached = scheduler.metrics()["caches"]
     if cached > 0.8 * len(others):
         scheduler.demote(others)
     scheduler.observe(others)

@@ -108,8 +108,8 @@ def kill(path: Path, moments: int) -> bool:
                     text = None
                 lost += text is None or text.strip() not in map(str.strip, TEXTS)
             lost += sum(scheduler._texts.stats(digest).count < count for digest, count in counts.items())
-            over += scheduler.metrics().cached_bytes > BUDGET
-            over += scheduler.metrics().caches != len(list(scheduler.memory.store.keys()))
+            over += scheduler.metrics()["cached_bytes"] > BUDGET
+            over += scheduler.metrics()["caches"] != len(list(scheduler.memory.store.keys()))
     rubbish = list(path.rglob("*.tmp"))
     said = ", ".join(f"{count} within {what}" for what, count in within.items())
     print(

@@ -27,8 +27,6 @@ def log(
 
     For example:
 
-        kvcag scheduler log scheduler.sqlite
-
         kvcag scheduler log scheduler.sqlite --limit 1000 --json | jq 'select(.action == "demoted")'
     """
     from kvcag.scheduler import read_texts
@@ -39,17 +37,11 @@ def log(
             emit_line(asdict(stats))
         return
     columns = {"when": "left", "action": "left", "uses": "right", "tokens": "right", "reason": "left", "text": "left"}
-    rows = [
-        (
-            f"{datetime.fromtimestamp(stats.at):%m-%d %H:%M:%S}" if stats.at else "",
-            stats.action,
-            stats.count,
-            stats.tokens,
-            stats.reason,
-            " ".join((stats.text or "").split())[:60],
-        )
-        for stats in texts
-    ]
+    rows = []
+    for stats in texts:
+        when = f"{datetime.fromtimestamp(stats.at):%m-%d %H:%M:%S}" if stats.at else ""
+        text = " ".join(stats.text.split())[:60]
+        rows.append((when, stats.action, stats.count, stats.tokens, stats.reason, text))
     stdout().print(table(columns, rows))
 
 
@@ -67,10 +59,10 @@ def why(
     """
     from kvcag.scheduler import read_texts
 
-    found = [each for each in read_texts(path) if text == each.id or text.strip() == (each.text or "").strip()]
+    found = next((each for each in read_texts(path) if text.strip() in (each.id, each.text.strip())), None)
     if json:
-        emit(asdict(found[0]) if found else None)
+        emit(asdict(found) if found else None)
     else:
-        stdout().print(str(found[0]) if found else "not known: it was never retrieved, asked or encoded")
+        stdout().print(str(found) if found else "not known: it was never retrieved, asked or encoded")
     if not found:
         raise typer.Exit(NEGATIVE)

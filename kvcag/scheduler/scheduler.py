@@ -8,9 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from types import TracebackType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from typing_extensions import Self
 
@@ -27,11 +25,9 @@ from kvcag.errors import (
     UnsupportedModelError,
 )
 from kvcag.memory import KVCacheMemory
-from kvcag.scheduler.store import Cached, Metrics, Policy, ScheduledStore, WorkingSet, gdsf, logger
+from kvcag.scheduler.store import Policy, ScheduledStore, gdsf, logger
 from kvcag.scheduler.texts import Texts, TextStats, digest_of
 
-_SAVE_EVERY_S = 5.0
-_POLL_S = 0.01
 _MARGIN = 1.25
 """How many times more a text must be worth than each cache that it evicts, to be encoded ahead. Without a margin, two
 texts that are used equally often would evict each other forever."""
@@ -40,8 +36,7 @@ _TRIES = 8
 _SCORED_AT_ONCE = 512
 
 
-@dataclass(frozen=True, slots=True)
-class PassReport:
+class PassReport(NamedTuple):
     """What one pass did: the ids of the caches."""
 
     promoted: list[str]
@@ -78,7 +73,6 @@ class CacheScheduler:
             makes passes.
         quiet_s: seconds without a question before encoding ahead starts or goes on.
         promote_after: uses after which a text is encoded ahead.
-        cold_after: rounds without a use after which a cache is deleted even if there is room; None: never.
         remember: how many texts to count. The coldest ones without a cache are forgotten.
         identity: what identifies a document. Another text with the same identity replaces it, and its cache is deleted.
 
@@ -98,7 +92,6 @@ class CacheScheduler:
         every_s: float | None = 30.0,
         quiet_s: float = 0.25,
         promote_after: int = 2,
-        cold_after: float | None = None,
         remember: int = 100_000,
         identity: Callable[[Any], str | None] = identity_of,
     ) -> None:
@@ -113,16 +106,13 @@ class CacheScheduler:
             )
         self.memory, self.every_s, self.identity = memory, every_s, identity
         self._engine = cast("HFEngine", memory.engine)
-        self._quiet_s, self._promote_after = quiet_s, promote_after
-        self._cold_after, self._remember = cold_after, remember
-        self._metrics = Metrics(budget_bytes=budget_bytes)
+        self._quiet_s, self._promote_after, self._remember = quiet_s, promote_after, remember
         self._texts = Texts(state, self._engine.fingerprint.digest)
-        self._working = WorkingSet(budget_bytes, policy, self._texts.stats)
-        self._store = ScheduledStore(memory.store, self._working, self._texts, self._metrics, self._engine)
+        self._store = ScheduledStore(memory.store, budget_bytes, policy, self._texts, self._engine)
         self._stop, self._wake, self._passing = Cancellation(), threading.Event(), threading.RLock()
         self._too_long: set[str] = set()
-        self._saved_at = time.monotonic()
-        self._tidy()
+        self._reconciled_at = 0.0
+        self._tidy(reconcile=True)
         memory.store = self._store
         memory.watchers.append(self._asked)
         atexit.register(self.close)  # before the interpreter shuts down what the thread needs
@@ -147,7 +137,6 @@ class CacheScheduler:
         for text, metadata, identity in read:
             if text.strip():
                 self._texts.retrieved(text, identity, metadata)
-        self._metrics.add(retrieved_total=len(read))
         self._wake.set()
 
     def step_aside(self) -> None:
@@ -157,18 +146,17 @@ class CacheScheduler:
     def _asked(self, prompt: Prompt) -> None:
         self.step_aside()
         self._texts.asked(prompt)
-        self._metrics.add(asked_total=len(prompt.documents))
         self._wake.set()
 
     # --- on demand ---------------------------------------------------------------------------------------------
 
     def run_once(self) -> PassReport:
-        """Make one pass now: delete the caches of changed, cold and excess texts, and encode the hot ones.
+        """Make one pass now: delete the caches of changed texts and what is over the budget, and encode the hot ones.
 
         Questions go first here too. It returns when everything is encoded.
         """
         with self._pass():
-            demoted, dropped = self._tidy()
+            demoted, dropped = self._tidy(reconcile=True)
             return PassReport(self._promote_hot(), demoted, dropped)
 
     def promote(self, texts: object) -> list[str]:
@@ -183,9 +171,17 @@ class CacheScheduler:
             StoreFullError: a text's cache is larger than the budget.
             UnknownItemError: no text is known that had a cache with this id.
         """
+        promoted = []
         with self._pass():
-            self._texts.save()
-            return [self._promote(document) for document in documents_of(texts)]
+            for document in documents_of(texts):
+                text, digest = self._find(document)
+                text = self._texts.stats(digest).text or text
+                if _is_key(text):
+                    raise UnknownItemError([text])
+                if not text.strip():
+                    raise EmptyPromptError("a text is empty: there is nothing to encode")
+                promoted.append(self._encode(digest, text, "on demand", force=True))
+        return [key for key in promoted if key is not None]
 
     def demote(self, texts: object) -> list[str]:
         """Delete caches and return their ids. The texts stay known; what is not cached is ignored.
@@ -194,8 +190,9 @@ class CacheScheduler:
             texts: one or several texts, or ids of caches.
         """
         self._check_open()
+        digests = {self._find(document)[1] for document in documents_of(texts)}
         with self._store.lock:
-            entries = [entry for each in documents_of(texts) for entry in self._working.of_text(self._digest(each))]
+            entries = [entry for entry in self._store.entries.values() if entry.digest in digests]
             return self._store.evict(entries, "demoted", "on demand")
 
     # --- looking -----------------------------------------------------------------------------------------------
@@ -209,20 +206,32 @@ class CacheScheduler:
         Raises:
             UnknownItemError: the text was never retrieved, asked or encoded, or it was forgotten.
         """
-        digest = self._digest(text)
+        given, digest = self._find(text)
         if digest not in self._texts.known:
-            raise UnknownItemError([text_and_metadata(text)[0]])
-        return replace(self._texts.stats(digest), text=self._texts.text(digest))
+            raise UnknownItemError([given])
+        return self._texts.stats(digest)
 
-    def metrics(self) -> Metrics:
-        """The figures now. `dataclasses.asdict` makes them a dict."""
+    def metrics(self) -> dict[str, float]:
+        """The figures by name.
+
+        Now: `documents` (texts that are counted), `caches`, `cached_bytes`, `budget_bytes`.
+
+        Since this object was made: `retrieved` and `asked` (texts that retrievers found and that stood in prompts);
+        `reused_tokens` (tokens of documents that were found in the store), `encoded_tokens` (tokens that were encoded
+        for a question) and `hit_rate`, the first as a share of both; and for each action in `TextStats.action`, how
+        often it was decided. Passes that failed count as `failed`, too.
+        """
         with self._store.lock:
-            return replace(
-                self._metrics,
-                documents=len(self._texts.known),
-                caches=len(self._working.entries),
-                cached_bytes=self._working.bytes,
-            )
+            entries, totals = list(self._store.entries.values()), dict(self._texts.totals)
+        reused, tokens = totals["reused_tokens"], totals["reused_tokens"] + totals["encoded_tokens"]
+        return {
+            "documents": len(self._texts.known),
+            "caches": len(entries),
+            "cached_bytes": sum(entry.bytes for entry in entries),
+            "budget_bytes": self._store.budget_bytes,
+            "hit_rate": reused / tokens if tokens else 0.0,
+            **totals,
+        }
 
     # --- ending ------------------------------------------------------------------------------------------------
 
@@ -247,39 +256,38 @@ class CacheScheduler:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     # --- passes ------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
         """The thread: a pass after every question, and every `every_s` seconds."""
-        CANCELLATION.set(self._stop)
         while not self._stop.cancelled:
-            asked = self._wake.wait(self.every_s)
+            self._wake.wait(self.every_s)
             self._wake.clear()
             try:
-                with self._passing:
+                with self._pass():
+                    self._texts.save()  # before a wait that may be long
                     self._wait_until_idle()  # the question is answered first
-                    self._drop_changed() if asked else self._tidy()
+                    self._tidy(reconcile=time.monotonic() - self._reconciled_at >= (self.every_s or 0.0))
                     self._promote_hot()
-            except Cancelled:
-                return
-            except Exception as error:
+            except Exception:
+                if self._stop.sleep(0.0):  # closed meanwhile
+                    return
                 logger.exception("a pass of the scheduler failed and will be tried again")
-                self._metrics.fail(f"a pass failed and will be tried again: {type(error).__name__}: {error}")
+                self._texts.add("failed", 1)
                 self._stop.sleep(self.every_s or 0.0)
 
     @contextmanager
     def _pass(self) -> Iterator[None]:
-        """One pass at a time."""
+        """One pass at a time; its decisions are saved."""
         with self._passing:
             self._check_open()
             outer = CANCELLATION.set(self._stop)
             try:
                 yield
+                self._texts.save()
             except Cancelled:
                 self._check_open()
                 raise
@@ -291,80 +299,46 @@ class CacheScheduler:
             raise InvalidInputError("the scheduler is closed: make another one")
 
     def _wait_until_idle(self) -> None:
-        """Wait until no question is being answered or on its way, and save the counters now and then.
+        """Wait until no question is being answered or on its way.
 
         Raises:
             Cancelled: the scheduler was closed.
         """
-        while not self._engine.lock.is_idle:
-            self._stop.sleep(_POLL_S)
+        with self._engine.lock.acquire(background=True):
             self._stop.check()
-            if time.monotonic() - self._saved_at > _SAVE_EVERY_S:
-                self._saved_at = time.monotonic()
-                self._texts.save()
-        self._stop.check()
 
-    # --- deleting caches ---------------------------------------------------------------------------------------
+    def _tidy(self, *, reconcile: bool) -> tuple[list[str], list[str]]:
+        """Delete what changed and what is over the budget. Returns the demoted and the dropped ids.
 
-    def _tidy(self) -> tuple[list[str], list[str]]:
-        """Delete what changed, what is over the budget and what is cold. Returns the demoted and the dropped ids."""
-        dropped = self._drop_changed()
+        Args:
+            reconcile: look into the store first, which may take long.
+        """
         with self._store.lock:
-            self._store.reconcile()
-            demoted = self._store.evict(self._working.excess(self._texts.now), "demoted", "over the budget")
-            if self._cold_after is not None:
-                oldest = self._texts.now - self._cold_after
-                entries = list(self._working.entries.values())
-                cold = [e for e in entries if e.managed and self._texts.stats(e.digest).last < oldest]
-                demoted += self._store.evict(cold, "demoted", f"not used for {self._cold_after:g} rounds")
-            self._texts.forget_coldest(self._remember, {entry.digest for entry in self._working.entries.values()})
-        self._texts.save()
+            if reconcile:
+                self._store.reconcile()
+                self._reconciled_at = time.monotonic()
+            changed = [e for e in self._store.entries.values() if e.managed and e.digest not in self._texts.known]
+            dropped = self._store.evict(changed, "dropped", "its text changed")
+            demoted = self._store.evict(self._store.room_for(None) or (), "demoted", "over the budget")
+            self._texts.forget_coldest(self._remember, self._cached())
         return demoted, dropped
-
-    def _drop_changed(self) -> list[str]:
-        """Delete the caches of texts that another text has replaced."""
-        dropped = []
-        for digest in self._texts.take_changed():
-            with self._store.lock:
-                dropped += self._store.evict(self._working.of_text(digest), "dropped", "its text changed")
-        self._texts.save()
-        return dropped
 
     # --- encoding ahead ----------------------------------------------------------------------------------------
 
     def _promote_hot(self) -> list[str]:
-        """Encode what is worth more than what it evicts, the most worth first. Returns the ids of the caches.
-
-        Raises:
-            Cancelled: the scheduler was closed meanwhile.
-        """
+        """Encode what is worth more than what it evicts, the most worth first. Returns the ids of the caches."""
         promoted: list[str] = []
-        not_worth_it = 0
+        tries = _TRIES
         for _, digest in self._candidates():
-            stats = self._texts.known.get(digest)
-            if stats is None or self._working.of_text(digest):
+            text = self._texts.stats(digest).text
+            if not text or digest in self._cached():  # forgotten, or encoded for a question meanwhile
                 continue
-            if not self._is_worth_it(self._estimate(digest, stats)):
-                self._texts.decide(digest, "passed", "worth less than what it would evict")
-                not_worth_it += 1
-                if not_worth_it == _TRIES:
-                    break
-            elif key := self._encode(digest, stats, self._texts.text(digest), "hot and not cached", force=False):
+            key = self._encode(digest, text, "hot and not cached", force=False)
+            if key is not None:
                 promoted.append(key)
+            elif not (tries := tries - 1):
+                break
         return promoted
-
-    def _promote(self, document: object) -> str:
-        digest = self._digest(document)
-        text = self._texts.text(digest)
-        if text is None:
-            text = text_and_metadata(document)[0]
-            if _is_key(text):
-                raise UnknownItemError([text])
-            if not text.strip():
-                raise EmptyPromptError("a text is empty: there is nothing to encode")
-        key = self._encode(digest, self._texts.known.get(digest) or TextStats(), text, "on demand", force=True)
-        assert key is not None
-        return key
 
     def _candidates(self) -> list[tuple[float, str]]:
         """Worth and digest of the texts that are hot and not cached, the most worth first.
@@ -372,70 +346,63 @@ class CacheScheduler:
         A text that prompts show in another form than retrievers do is left out until it has stood in a prompt.
         """
         found: list[tuple[float, str]] = []
-        cached = self._too_long | {entry.digest for entry in list(self._working.entries.values())}
-        texts = list(self._texts.known.items())
+        out = self._too_long | self._cached()
         shown = self._texts.head_ids is None or self._texts.ending is not None
-        for start in range(0, len(texts), _SCORED_AT_ONCE):
-            self._wait_until_idle()
-            for digest, stats in texts[start : start + _SCORED_AT_ONCE]:
-                if stats.count >= self._promote_after and digest not in cached and (shown or stats.asked):
-                    found.append((self._working.worth(self._estimate(digest, stats), self._texts.now), digest))
+        for number, (digest, stats) in enumerate(list(self._texts.known.items())):
+            if number % _SCORED_AT_ONCE == 0:
+                self._wait_until_idle()
+            if stats.count >= self._promote_after and digest not in out and (shown or stats.asked):
+                found.append((self._store.worth(self._store.entry("", digest, stats.tokens)), digest))
         return sorted(found, reverse=True)
 
-    def _encode(self, digest: str, stats: TextStats, text: str | None, reason: str, *, force: bool) -> str | None:
+    def _encode(self, digest: str, text: str, reason: str, *, force: bool) -> str | None:
         """Encode a text as it will stand in prompts, and store it. Returns its id, or None if it was not stored."""
-        if text is None:
-            return None
-        head_ids = self._texts.head_ids
+        stats, head_ids = self._texts.stats(digest), self._texts.head_ids
+        ending = self.memory.separator if head_ids is None else self._texts.ending or ""
+        if not stats.asked and not text.endswith(ending):
+            text += ending
         if head_ids is None:
             head_ids = self._engine.template.instruction_ids(self.memory.instruction)
-        if not stats.asked:
-            ending = self.memory.separator if self._texts.head_ids is None else self._texts.ending or ""
-            text += "" if text.endswith(ending or "\n") else ending
         token_ids = self._engine.template.encode_text(text)
+        stats.tokens = len(token_ids)
         key = self.memory.documents.key(token_ids)
+        entry = self._store.entry(key, digest, len(token_ids))
         if self._store.contains(key):
             self._store.reconcile()
             return key
-        stats.tokens = len(token_ids)
-        entry = replace(self._estimate(digest, stats), key=key)
-        if force and not self._working.can_hold(entry):
-            raise self._store.full(entry)
-        if not force and not self._is_worth_it(entry):
+        if self._store.room_for(entry, margin=_MARGIN, force=force) is None:
+            if stats.action != "passed":
+                self._store.note("passed", entry, "worth less than what it would evict")
             return None
         self._wait_until_idle()
         try:
             with self._engine.in_background():
                 item = self.memory.documents.encode(head_ids, token_ids, text)
         except ContextLengthError as error:
-            if force:
-                raise
             self._too_long.add(digest)
             self._store.note("failed", entry, str(error))
+            if force:
+                raise
             return None
         self._wait_until_idle()  # a question that has come meanwhile does not wait for the disk
-        if not self._store.contains(key):  # else a question has encoded it meanwhile
-            if not self._store.keep(cast("KVCacheItem", item), "promoted", reason, force=force):
-                return None
-            self._metrics.add(promoted_tokens_total=len(token_ids))
-        return key
+        if self._store.contains(key):  # a question has encoded it meanwhile
+            return key
+        return key if self._store.keep(cast("KVCacheItem", item), "promoted", reason, force=force) else None
 
-    def _is_worth_it(self, entry: Cached) -> bool:
-        with self._store.lock:
-            return self._working.room_for(entry, self._texts.now, margin=_MARGIN) is not None
-
-    def _estimate(self, digest: str, stats: TextStats) -> Cached:
-        return Cached("", digest, stats.tokens, stats.tokens * self._engine.bytes_per_token)
-
-    def _digest(self, document: object) -> str:
-        """The digest of a text, as prompts show it, or of the text of a cache's id."""
+    def _find(self, document: object) -> tuple[str, str]:
+        """A text or a cache's id as it was given, and the digest of the text, as prompts show it; empty if unknown."""
         text = text_and_metadata(document)[0]
-        if text in self._working.entries:
-            return self._working.entries[text].digest
+        if (entry := self._store.entries.get(text)) is not None:
+            return text, entry.digest
         if _is_key(text):
             known = list(self._texts.known.items())
-            return next((digest for digest, stats in known if stats.id == text), "")
-        return self._texts.shown_as.get(digest_of(text), digest_of(text))
+            return text, next((digest for digest, stats in known if stats.id == text), "")
+        return text, self._texts.shown_as.get(digest_of(text), digest_of(text))
+
+    def _cached(self) -> set[str]:
+        """The digests of the texts that are cached."""
+        with self._store.lock:
+            return {entry.digest for entry in self._store.entries.values()}
 
 
 def _is_key(text: str) -> bool:

@@ -1,14 +1,13 @@
-"""A store that keeps within a byte budget the caches that are worth most, and counts what happens to them."""
+"""A store that keeps within a byte budget the caches that are worth most."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-from kvcag.cache.layers import layers_of, nbytes
 from kvcag.core import KVCacheItem
 from kvcag.engines.hf import HFEngine
 from kvcag.errors import StoreError, StoreFullError
@@ -18,7 +17,6 @@ from kvcag.stores.base import KVStore, StoreStats
 from kvcag.stores.format import Manifest
 
 logger = logging.getLogger("kvcag.scheduler")
-_counting = threading.Lock()
 _ATTENTION_TOKENS = 8192
 """The length in tokens at which attention costs as much as the rest of a prefill."""
 
@@ -37,10 +35,10 @@ def gdsf(stats: TextStats, tokens: int, size: int, now: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Cached:
-    """A stored cache.
+    """A stored cache, or one that may be stored.
 
     Attributes:
-        key: its item's id.
+        key: its item's id, the content key of its tokens.
         digest: of its text, from `digest_of`.
         tokens: its length.
         bytes: of its keys and values.
@@ -55,180 +53,72 @@ class Cached:
     managed: bool = True
 
 
-class WorkingSet:
-    """The stored caches and their budget. Sizes and counters only; no tensors.
+def room_for(
+    new: Cached | None,
+    stored: Iterable[Cached],
+    budget_bytes: int,
+    worth: Callable[[Cached], float],
+    *,
+    margin: float = 1.0,
+    force: bool = False,
+) -> list[Cached] | None:
+    """The caches to evict for a new one, the least worth first. None: it does not fit, or is not worth it.
 
     Args:
+        new: the new cache; it replaces one with the same key. None: what to evict so that the rest fits the budget.
+        stored: all caches that are stored.
         budget_bytes: the most that keys and values may take together.
-        policy: what a cache is worth.
-        stats_of: digest → the stats of a text.
+        worth: what a cache is worth per byte, stored or not.
+        margin: how many times more the new one must be worth than each cache that it evicts. A text that is asked for
+            once evicts nothing that is asked for often (TinyLFU: Einziger, Friedman and Manes 2017).
+        force: accept it whatever it is worth.
     """
-
-    def __init__(self, budget_bytes: int, policy: Policy, stats_of: Callable[[str], TextStats]) -> None:
-        self.budget_bytes = budget_bytes
-        self.entries: dict[str, Cached] = {}
-        self.bytes = 0
-        self._policy, self._stats_of = policy, stats_of
-
-    def add(self, entry: Cached) -> None:
-        """Add a cache, in place of one with the same key."""
-        self.remove(entry.key)
-        self.entries[entry.key] = entry
-        self.bytes += entry.bytes
-
-    def remove(self, key: str) -> None:
-        """Remove a cache, if it is there."""
-        entry = self.entries.pop(key, None)
-        self.bytes -= entry.bytes if entry else 0
-
-    def of_text(self, digest: str) -> list[Cached]:
-        """The caches of a text. May be called while another thread adds."""
-        return [entry for entry in list(self.entries.values()) if entry.digest == digest]
-
-    def worth(self, entry: Cached, now: float) -> float:
-        """What a cache is worth per byte, stored or not."""
-        return self._policy(self._stats_of(entry.digest), entry.tokens, entry.bytes, now)
-
-    def protected_bytes(self, but: str = "") -> int:
-        """Bytes of the caches that are never evicted, leaving out the one with the key `but`."""
-        return sum(entry.bytes for entry in self.entries.values() if not entry.managed and entry.key != but)
-
-    def can_hold(self, new: Cached) -> bool:
-        """Whether a cache fits beside the protected ones."""
-        return new.bytes + self.protected_bytes(new.key) <= self.budget_bytes
-
-    def room_for(self, new: Cached, now: float, *, margin: float = 1.0, force: bool = False) -> list[Cached] | None:
-        """The caches to evict for a new one, the least worth first. None: it does not fit, or is not worth it.
-
-        Args:
-            new: the new cache.
-            now: the moment, in rounds.
-            margin: how many times more it must be worth than each cache that it evicts. A text that is asked for once
-                evicts nothing that is asked for often (TinyLFU: Einziger, Friedman and Manes 2017).
-            force: accept it whatever it is worth.
-        """
-        if not self.can_hold(new):
-            return None
-        present = self.entries.get(new.key)
-        leaving = self._least_worth(self.bytes - (present.bytes if present else 0) + new.bytes, now, new.key)
-        worth = self.worth(new, now)
-        if not force and any(worth <= margin * self.worth(entry, now) for entry in leaving):
-            return None
-        return leaving
-
-    def excess(self, now: float) -> list[Cached]:
-        """The caches to evict so that the rest fits the budget."""
-        return self._least_worth(self.bytes, now)
-
-    def _least_worth(self, total: int, now: float, but: str = "") -> list[Cached]:
-        """The least worth caches that bring `total` bytes within the budget, and no more than necessary."""
-        over = total - self.budget_bytes
-        if over <= 0:
-            return []
-
-        def order(entry: Cached) -> tuple[float, float, str]:
-            return self.worth(entry, now), self._stats_of(entry.digest).last, entry.key
-
-        leaving: list[Cached] = []
-        for entry in sorted((e for e in self.entries.values() if e.managed and e.key != but), key=order):
-            if over <= 0:
-                break
-            leaving.append(entry)
-            over -= entry.bytes
+    others = [entry for entry in stored if new is None or entry.key != new.key]
+    over = sum(entry.bytes for entry in others) + (new.bytes if new else 0) - budget_bytes
+    leaving: list[Cached] = []
+    if over > 0:
+        for entry in sorted((e for e in others if e.managed), key=lambda entry: (worth(entry), entry.key)):
+            if over > 0:
+                leaving.append(entry)
+                over -= entry.bytes
         for entry in reversed(leaving):  # one of the last may be so large that an earlier one can stay
             if over + entry.bytes <= 0:
                 leaving.remove(entry)
                 over += entry.bytes
-        return leaving
-
-
-@dataclass(slots=True)
-class Metrics:
-    """The figures of a scheduler. Names that end in `_total` count since it was made and only grow.
-
-    Attributes:
-        documents: texts that are counted.
-        caches: caches that are stored.
-        cached_bytes: bytes of their keys and values.
-        budget_bytes: the budget for these.
-        retrieved_total: texts that retrievers found.
-        asked_total: texts that stood in prompts.
-        reused_tokens_total: tokens of documents that were found in the store.
-        encoded_tokens_total: tokens of documents that were encoded for a question.
-        promoted_total: caches that were encoded ahead and stored.
-        promoted_tokens_total: their tokens.
-        kept_total: caches that were encoded for a question and stored.
-        passed_total: caches that were encoded and not stored.
-        demoted_total: caches that were deleted for better ones, for the budget, or on demand.
-        dropped_total: caches whose text changed, or that the caller deleted.
-        gone_total: caches that the store evicted.
-        failures_total: texts and passes that failed.
-        last_error: the last failure; empty if there was none.
-    """
-
-    documents: int = 0
-    caches: int = 0
-    cached_bytes: int = 0
-    budget_bytes: int = 0
-    retrieved_total: int = 0
-    asked_total: int = 0
-    reused_tokens_total: int = 0
-    encoded_tokens_total: int = 0
-    promoted_total: int = 0
-    promoted_tokens_total: int = 0
-    kept_total: int = 0
-    passed_total: int = 0
-    demoted_total: int = 0
-    dropped_total: int = 0
-    gone_total: int = 0
-    failures_total: int = 0
-    last_error: str = ""
-
-    @property
-    def hit_rate(self) -> float:
-        """The share of the documents' tokens that was found in the store."""
-        tokens = self.reused_tokens_total + self.encoded_tokens_total
-        return self.reused_tokens_total / tokens if tokens else 0.0
-
-    def add(self, **amounts: int) -> None:
-        """Raise counters. Thread-safe."""
-        with _counting:
-            for name, amount in amounts.items():
-                setattr(self, name, getattr(self, name) + amount)
-
-    def fail(self, reason: str) -> None:
-        """Count a failure and keep its reason."""
-        self.add(failures_total=1)
-        self.last_error = reason
+    if new is None or force:
+        return leaving if new is None or over <= 0 else None
+    return leaving if over <= 0 and all(worth(new) > margin * worth(entry) for entry in leaving) else None
 
 
 class ScheduledStore(KVStore):
     """A store within a byte budget: an item enters if it is worth its bytes, and what it evicts is deleted.
 
-    The text of a cache is saved before the cache is stored, and deleting it leaves the text, so no text is lost. An
-    item with an id of its own, and a context with a handle, always enters and is never evicted.
+    The text of a cache is saved before the cache is deleted, so no text is lost. An item with an id of its own, and a
+    context with a handle, always enters and is never evicted.
 
     Args:
         inner: where items live.
-        working: which are stored.
-        texts: how often their texts are used.
-        metrics: counts what happens.
+        budget_bytes: the most that keys and values may take together.
+        policy: what a cache is worth.
+        texts: how often their texts are used, and what was decided about them.
         engine: the model; items of another model are not counted and stay as they are.
+
+    Attributes:
+        entries: the caches that are stored, by their ids.
+        lock: held while entries change.
     """
 
-    def __init__(self, inner: KVStore, working: WorkingSet, texts: Texts, metrics: Metrics, engine: HFEngine) -> None:
-        self.inner, self.working = inner, working
-        self._texts, self._metrics, self._engine = texts, metrics, engine
+    def __init__(self, inner: KVStore, budget_bytes: int, policy: Policy, texts: Texts, engine: HFEngine) -> None:
+        self.inner, self.budget_bytes = inner, budget_bytes
+        self.entries: dict[str, Cached] = {}
         self.lock = threading.RLock()
+        self._policy, self._texts, self._engine = policy, texts, engine
 
     def get(self, key: str) -> KVCacheItem | None:
         """The item, or None."""
         item = self.inner.get(key)
         if item is not None:
-            self._metrics.add(reused_tokens_total=len(item.token_ids))
-        elif key in self.working.entries:
-            with self.lock:  # waits for a `put` of this key
-                self._note_gone(key)
+            self._texts.add("reused_tokens", len(item.token_ids))
         return item
 
     def put(self, item: KVCacheItem) -> None:
@@ -237,7 +127,7 @@ class ScheduledStore(KVStore):
         Raises:
             StoreFullError: it has an id or a handle of its own, and does not fit beside others like it.
         """
-        self._metrics.add(encoded_tokens_total=len(item.token_ids))
+        self._texts.add("encoded_tokens", len(item.token_ids))
         self.keep(item, "kept", "encoded for a question")
 
     def keep(self, item: KVCacheItem, action: str, reason: str, *, force: bool = False) -> bool:
@@ -245,54 +135,39 @@ class ScheduledStore(KVStore):
 
         Raises:
             StoreFullError: `force` is set or the item is protected, and it does not fit.
-            SchedulerStateError: its text cannot be saved. It was not stored.
+            SchedulerStateError: it evicts caches whose texts cannot be saved. Nothing was changed.
         """
-        text = item.records.composed_text_memory
-        managed = _is_managed(item.id, item.metadata)
-        entry = Cached(item.id, digest_of(text), len(item.token_ids), nbytes(layers_of(item.memory)), managed)
-        force = force or not managed
+        entry = self.entry(item.id, digest_of(item.records.composed_text_memory), len(item.token_ids), item)
         with self.lock:
-            fits = self.working.can_hold(entry)
-            if force and not fits:
-                raise self.full(entry)
-            sources = {*item.records.text_memories, *sources_of(item.metadata)}
-            self._texts.encoded(text, entry.tokens, entry.key, sources)
-            leaving = self.working.room_for(entry, self._texts.now, force=force)
+            self._remember(entry, item)
+            leaving = self.room_for(entry, force=force or not entry.managed)
             if leaving is None:
-                why = "worth less than what it would evict" if fits else "larger than the budget"
-                self.note("passed", entry, f"{reason}; {why}")
-                self._texts.save()
+                self.note("passed", entry, f"{reason}; worth less than what it would evict, or larger than the budget")
                 return False
             self.evict(leaving, "demoted", f"made room for {item.id}")
+            self.inner.put(item)
+            self.entries[entry.key] = entry
             self.note(action, entry, reason)
-            self._texts.save()
-            self.working.add(entry)
-            try:
-                self.inner.put(item)
-            except BaseException as error:
-                self.working.remove(entry.key)
-                self.note("failed", entry, f"the store failed: {error}")
-                raise
             return True
 
     def delete(self, keys: Iterable[str]) -> None:
         """Delete items, for the caller."""
         with self.lock:
             listed = list(keys)
-            entries = [self.working.entries[key] for key in listed if key in self.working.entries]
+            entries = [self.entries[key] for key in listed if key in self.entries]
             self.evict(entries, "dropped", "deleted by the caller")
             self.inner.delete(listed)
 
-    def purge(self, source: str) -> list[str]:
-        """Delete every cache that was made from one text, and every trace of the text."""
+    def purge(self, *sources: str) -> list[str]:
+        """Delete every cache that was made from one of the texts, and every trace of the texts."""
         with self.lock:
-            purged = dict.fromkeys(self.inner.purge(source))
-            digests = {self.working.entries[key].digest for key in purged if key in self.working.entries}
-            digests |= self._texts.purge(source, digests)
-            purged |= dict.fromkeys(entry.key for digest in digests for entry in self.working.of_text(digest))
+            purged = dict.fromkeys(self.inner.purge(*sources))
+            digests = {self.entries[key].digest for key in purged if key in self.entries}
+            digests |= self._texts.purge(set(sources), digests)
+            purged |= dict.fromkeys(entry.key for entry in self.entries.values() if entry.digest in digests)
             self.inner.delete(purged)
             for key in purged:
-                self.working.remove(key)
+                self.entries.pop(key, None)
             return list(purged)
 
     def contains(self, key: str) -> bool:
@@ -319,29 +194,50 @@ class ScheduledStore(KVStore):
         """Close the inner store."""
         self.inner.close()
 
-    def full(self, entry: Cached) -> StoreFullError:
-        """The error for a cache that does not fit beside the protected ones."""
-        return StoreFullError(entry.key, entry.bytes, self.working.budget_bytes, self.working.protected_bytes())
+    def entry(self, key: str, digest: str, tokens: int, made: KVCacheItem | Manifest | None = None) -> Cached:
+        """The entry of a cache of so many tokens; of `made`, or of a text that may be encoded."""
+        managed = made is None or (key.startswith("kv:sha256:") and not is_context(made.metadata))
+        return Cached(key, digest, tokens, tokens * self._engine.bytes_per_token, managed)
+
+    def worth(self, entry: Cached) -> float:
+        """What a cache is worth per byte now, stored or not."""
+        return self._policy(self._texts.stats(entry.digest), entry.tokens, entry.bytes, self._texts.now)
+
+    def room_for(self, new: Cached | None, *, margin: float = 1.0, force: bool = False) -> list[Cached] | None:
+        """The function `room_for`, with the entries.
+
+        Raises:
+            StoreFullError: `force` is set, and the cache does not fit beside the protected ones.
+        """
+        with self.lock:
+            stored = list(self.entries.values())
+        leaving = room_for(new, stored, self.budget_bytes, self.worth, margin=margin, force=force)
+        if leaving is None and force and new is not None:
+            protected = sum(entry.bytes for entry in stored if not entry.managed and entry.key != new.key)
+            raise StoreFullError(new.key, new.bytes, self.budget_bytes, protected)
+        return leaving
 
     def evict(self, entries: Iterable[Cached], action: str, reason: str) -> list[str]:
-        """Delete caches, after their texts are saved. Call it with `lock` held. Returns their keys."""
+        """Delete caches, after their texts are saved. Returns their keys."""
         listed = list(entries)
+        keys = [entry.key for entry in listed]
         if listed:
-            for entry in listed:
-                self.note(action, entry, reason)
-            self._texts.save()
-            self.inner.delete([entry.key for entry in listed])
-            for entry in listed:
-                self.working.remove(entry.key)
-        return [entry.key for entry in listed]
+            with self.lock:
+                for entry in listed:
+                    self.note(action, entry, reason)
+                self._texts.save()
+                self.inner.delete(keys)
+                for key in keys:
+                    self.entries.pop(key, None)
+        return keys
 
     def reconcile(self) -> None:
         """Bring the working set in step with what is in the inner store."""
         with self.lock:
             stored = set(self.inner.keys())
-            for key in self.working.entries.keys() - stored:
-                self._note_gone(key)
-            for key in stored - self.working.entries.keys():
+            for key in self.entries.keys() - stored:
+                self.note("gone", self.entries.pop(key), "the store evicted it")
+            for key in stored - self.entries.keys():
                 try:
                     manifest = self.inner.manifest(key)
                 except StoreError:  # a damaged file; the next question that needs it encodes it again
@@ -349,32 +245,17 @@ class ScheduledStore(KVStore):
                 made_by = manifest.fingerprint if manifest else None
                 if manifest is None or made_by is None or not self._engine.fingerprint.matches(made_by):
                     continue
-                text, size = manifest.records.composed_text_memory, manifest.tokens * self._engine.bytes_per_token
-                managed = _is_managed(key, manifest.metadata)
-                entry = Cached(key, digest_of(text), manifest.tokens, size, managed)
-                sources = {*manifest.records.text_memories, *sources_of(manifest.metadata)}
-                self._texts.encoded(text, entry.tokens, key, sources)
-                self.working.add(entry)
+                entry = self.entry(key, digest_of(manifest.records.composed_text_memory), manifest.tokens, manifest)
+                self._remember(entry, manifest)
+                self.entries[key] = entry
                 if not self._texts.stats(entry.digest).is_cached:
                     self.note("found", entry, "it was in the store")
-            self._texts.save()
 
     def note(self, action: str, entry: Cached, reason: str) -> None:
         """Log, count and remember a decision about a cache."""
         logger.info("%s %s (%d tokens): %s", action, entry.key, entry.tokens, reason)
         self._texts.decide(entry.digest, action, reason)
-        if action == "failed":
-            self._metrics.fail(reason)
-        elif action != "found":
-            self._metrics.add(**{f"{action}_total": 1})
 
-    def _note_gone(self, key: str) -> None:
-        entry = self.working.entries.get(key)
-        if entry is not None and not self.inner.contains(key):
-            self.working.remove(key)
-            self.note("gone", entry, "the store evicted it")
-
-
-def _is_managed(id: str, metadata: Mapping[str, Any]) -> bool:
-    """Whether an item may be evicted: its id is a content key, and it is not a context with a handle."""
-    return id.startswith("kv:sha256:") and not is_context(metadata)
+    def _remember(self, entry: Cached, made: KVCacheItem | Manifest) -> None:
+        sources = {*made.records.text_memories, *sources_of(made.metadata)}
+        self._texts.encoded(made.records.composed_text_memory, entry.tokens, entry.key, sources)

@@ -1,43 +1,35 @@
-"""How often each text is retrieved and asked, and what was decided about it: counters in one SQLite table."""
+"""How often each text is retrieved and asked, and what was decided about it."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import math
 import os
-import sqlite3
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kvcag.chat_template import Prompt
 from kvcag.contexts import Ids
-from kvcag.errors import InvalidInputError, SchedulerStateError
+from kvcag.errors import SchedulerStateError
+from kvcag.scheduler.state import StateFile, read_rows
 from kvcag.stores.base import MADE_OF, SOURCE_FIELDS
-from kvcag.stores.files import make_private, unavailable
 
 _FAST, _SLOW = 3.0, 20.0
 """Half-lives of the two averages of a text's uses, in rounds."""
 _MIN_ROUND = 20
 """The fewest uses in a round, so that the first questions do not count as many rounds."""
-_PENDING = 64
-_PENDING_S = 60.0
+_FOUND = 256
+_FOUND_S = 60.0
 """A text that stands in a prompt this soon after a retriever found it counts as one use."""
-
-_VERSION = 2
-_TABLE = "CREATE TABLE texts(digest TEXT PRIMARY KEY, text TEXT, stats TEXT)"
-_SAVE = (
-    "INSERT INTO texts VALUES (?, ?, ?) "
-    "ON CONFLICT(digest) DO UPDATE SET text = coalesce(excluded.text, text), stats = excluded.stats"
-)
-_DELETE_IT = "Delete it and its -wal and -shm files to begin again: it holds counters and texts, and no caches."
+_COUNTED = ("retrieved", "asked", "reused_tokens", "encoded_tokens")
+_DECIDED = ("promoted", "kept", "found", "passed", "demoted", "dropped", "gone", "failed")
+_PROMPT = "prompt"
+"""The row of the state that says how the last prompt looked."""
 
 
 def digest_of(text: str) -> str:
@@ -54,7 +46,7 @@ class TextStats:
 
     Attributes:
         tokens: its length; estimated until it has stood in a prompt.
-        text: as it stands in prompts if `asked`, else as a retriever found it. None in memory once it is saved.
+        text: as it stands in prompts if `asked`, else as a retriever found it.
         count: how often it was retrieved or asked.
         fast: uses, of which half are forgotten every 3 rounds.
         slow: uses, of which half are forgotten every 20 rounds.
@@ -69,11 +61,10 @@ class TextStats:
         at: when, in seconds since the epoch; 0 for `seen`.
         sources: what its documents' metadata name as their sources, for `purge`.
         identities: which documents have this text.
-        found_as: digests of the texts that retrievers find and prompts show as this one.
     """
 
     tokens: int = 0
-    text: str | None = None
+    text: str = ""
     count: int = 0
     fast: float = 0.0
     slow: float = 0.0
@@ -85,7 +76,6 @@ class TextStats:
     at: float = 0.0
     sources: list[str] = field(default_factory=list)
     identities: list[str] = field(default_factory=list)
-    found_as: list[str] = field(default_factory=list)
 
     @property
     def is_cached(self) -> bool:
@@ -111,64 +101,62 @@ class TextStats:
         return math.log(2) / 2 * (self.fast * 2 ** (-since / _FAST) / _FAST + self.slow * 2 ** (-since / _SLOW) / _SLOW)
 
 
-@dataclass(slots=True)
-class _Pending:
+class _Found(NamedTuple):
     """A text that a retriever found, and that may stand in a prompt soon."""
 
+    digest: str
     text: str
-    times: int
     at: float
 
 
 class Texts:
-    """The texts that are retrieved and asked, counted in memory and saved to one SQLite table.
+    """The texts that are retrieved and asked, counted in memory.
 
     Counting takes microseconds and touches no disk; `save` writes what changed, in one transaction. Thread-safe.
 
     Args:
-        path: the database, created if it is missing, readable by this user alone. None: in memory.
+        path: the file in which they are saved. None: they are not saved.
         model: the digest of the model's fingerprint. Token ids of another model are not loaded.
 
     Attributes:
         known: digest → stats.
+        totals: what was counted and decided since this object was made, by its name in `CacheScheduler.metrics`.
         shown_as: the digest of a text as retrievers find it → its digest as prompts show it, where the two differ.
         head_ids: the tokens before the documents in the last prompt; None until a prompt was seen.
         ending: what prompts add to the end of a retrieved text; None if they show retrieved texts in another form.
         now: the current moment, in rounds.
-        changed: digests of texts that another text has replaced.
 
     Raises:
-        SchedulerStateError: the database is damaged, in use by another scheduler, or not a scheduler's.
+        SchedulerStateError: the file is damaged, in use by another scheduler, or not a scheduler's.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, model: str) -> None:
-        self.path = "in memory" if path is None else os.fspath(path)
         self.known: dict[str, TextStats] = {}
+        self.totals = dict.fromkeys((*_COUNTED, *_DECIDED), 0)
         self.shown_as: dict[str, str] = {}
         self.head_ids: Ids | None = None
         self.ending: str | None = None
         self.now = 0.0
-        self.changed: list[str] = []
         self.lock = threading.RLock()
         self._identities: dict[str, str] = {}
-        self._pending: OrderedDict[str, _Pending] = OrderedDict()
+        self._found: deque[_Found] = deque(maxlen=_FOUND)
         self._fresh: set[str] = set()
         self._model = model
-        self._db_lock = threading.RLock()
-        self._owner: sqlite3.Connection | None = None
-        self._db: sqlite3.Connection | None = None
-        try:
-            self._open(path)
-            self._load()
-        except BaseException:
-            self.close()
-            raise
-
-    # --- counting ----------------------------------------------------------------------------------------------
+        self._saving = threading.RLock()
+        self._state = None if path is None else StateFile(path)
+        if self._state is not None:
+            self._load(self._state.rows())
 
     def stats(self, digest: str) -> TextStats:
         """The stats of a text; empty ones if it is unknown."""
         return self.known.get(digest) or TextStats()
+
+    # --- counting ----------------------------------------------------------------------------------------------
+
+    def add(self, name: str, amount: int) -> None:
+        """Raise a total."""
+        with self.lock:
+            self.totals[name] += amount
 
     def retrieved(self, text: str, identity: str | None = None, metadata: Mapping[str, Any] | None = None) -> None:
         """Count a text that a retriever found.
@@ -185,45 +173,42 @@ class Texts:
             stats.sources = sorted({*stats.sources, *sources_of(metadata or {})})
             if identity is not None:
                 self._identify(identity, digest)
-            times = self._pending.pop(digest).times if digest in self._pending else 0
-            self._pending[digest] = _Pending(text, times + 1, time.monotonic())
-            if len(self._pending) > _PENDING:
-                self._pending.popitem(last=False)
+            self._found.append(_Found(digest, text, time.monotonic()))
+            self.totals["retrieved"] += 1
 
     def asked(self, prompt: Prompt) -> None:
         """Count the documents of a prompt, and learn from it how prompts show what retrievers find."""
         if not prompt.documents:  # token ids alone say nothing of the texts
             return
         with self.lock:
+            self.totals["asked"] += len(prompt.documents)
             digests = [digest_of(text) for text in prompt.documents]
-            retrieved = [self._take_pending(digest) for digest in digests]
+            retrieved = [self._take(digest) for digest in digests]
             endings: set[str] = set()
-            rendered = False
+            is_rendered = False
             for digest, text, found in zip(digests, prompt.documents, retrieved, strict=True):
                 self.shown_as.pop(digest, None)
-                if found is not None and digest_of(found) == digest:
-                    endings.add(text[len(found) :])
-                elif found is not None or self._replace_pending_within(digest, text):
-                    rendered = True
+                if found is not None and digest_of(found.text) == digest:
+                    endings.add(text[len(found.text) :])
+                elif found is not None or self._replace_within(digest, text):
+                    is_rendered = True
                 else:
                     self._count(digest, text)
-            if rendered:
+            if is_rendered:
                 self.ending = None
             elif endings:
                 self.ending = min(endings)
             elif self.head_ids is None:
                 first = prompt.documents[0]
                 self.ending = first[len(first.rstrip()) :]
-            moved, self.head_ids = self.head_ids != prompt.head_ids, prompt.head_ids
+            self.head_ids = prompt.head_ids
             for digest, text, ids in zip(digests, prompt.documents, prompt.document_ids, strict=True):
                 stats = self.known.get(digest) or self._count(digest, text)  # a purge may have come in between
-                if moved or not stats.asked or stats.text is not None:
-                    stats.text = text
-                stats.asked, stats.tokens = True, len(ids)
-                self._fresh.add(digest)
+                stats.text, stats.asked, stats.tokens = text, True, len(ids)
+                self._fresh |= {digest, _PROMPT}
 
     def encoded(self, text: str, tokens: int, id: str, sources: Iterable[str]) -> None:
-        """Remember a text whose cache is stored. This does not count as a use."""
+        """Remember a text that has a cache. This does not count as a use."""
         with self.lock:
             digest = digest_of(text)
             stats = self.known.setdefault(digest, TextStats(tokens, text, last=self.now))
@@ -233,59 +218,13 @@ class Texts:
             self._fresh.add(digest)
 
     def decide(self, digest: str, action: str, reason: str) -> None:
-        """Note a decision about a text, if it is known."""
+        """Count a decision, and note it where the text is known."""
         with self.lock:
+            self.totals[action] += 1
             stats = self.known.get(digest)
-            if stats is not None and (stats.action, stats.reason) != (action, reason):
+            if stats is not None:
                 stats.action, stats.reason, stats.at = action, reason, time.time()
                 self._fresh.add(digest)
-
-    def take_changed(self) -> list[str]:
-        """Forget the texts that another text has replaced, and return their digests."""
-        with self.lock:
-            changed = [digest for digest in self.changed if not self.stats(digest).identities]
-            self.changed = []
-            for digest in changed:
-                self.forget(digest)
-            return changed
-
-    def forget_coldest(self, remember: int, cached: set[str]) -> None:
-        """Forget the texts that were not used for longest until `remember` are left; never one in `cached`."""
-        with self.lock:
-            excess = len(self.known) - remember
-            if excess > 0:
-                cold = sorted((stats.last, digest) for digest, stats in self.known.items() if digest not in cached)
-                for _, digest in cold[:excess]:
-                    self.forget(digest)
-
-    def forget(self, digest: str) -> None:
-        """Forget a text; the next `save` deletes it from the database."""
-        with self.lock:
-            stats = self.known.pop(digest, TextStats())
-            self._pending.pop(digest, None)
-            self._fresh.add(digest)
-            for identity in stats.identities:
-                del self._identities[identity]
-            for found in stats.found_as:
-                if self.shown_as.get(found) == digest:
-                    del self.shown_as[found]
-
-    def purge(self, source: str, digests: Iterable[str] = ()) -> set[str]:
-        """Delete every trace of the texts that are `source` or name it as their source, and of `digests`.
-
-        Returns the digests of all of them.
-        """
-        with self._db_lock:
-            with self.lock:
-                own = digest_of(source)
-                purged = {own, self.shown_as.get(own, own), *digests}
-                purged |= {digest for digest, stats in self.known.items() if source in stats.sources}
-                for digest in purged:
-                    self.forget(digest)
-            self.save()
-            with self._reading() as db:
-                db.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # no copy stays in the write-ahead log
-        return purged
 
     def _count(self, digest: str, text: str) -> TextStats:
         stats = self.known.get(digest)
@@ -304,154 +243,108 @@ class Texts:
             self.known[before].identities.remove(identity)
             self._fresh.add(before)
             if not self.known[before].identities:
-                self.changed.append(before)
+                self.forget({before})
         self._identities[identity] = digest
         self.known[digest].identities.append(identity)
 
-    def _take_pending(self, digest: str) -> str | None:
-        """The text as a retriever found it a moment ago, or None. Its use has been counted."""
-        pending = self._pending.get(digest)
-        if pending is None or time.monotonic() - pending.at > _PENDING_S:
-            return None
-        pending.times -= 1
-        if not pending.times:
-            del self._pending[digest]
-        return pending.text
+    def _take(self, digest: str, within: str = "") -> _Found | None:
+        """What a retriever found a moment ago: a text by its digest, or one within another. Its use was counted."""
+        earliest = time.monotonic() - _FOUND_S
+        for found in self._found:
+            if found.at >= earliest and (found.digest == digest or found.text.strip() in within):
+                self._found.remove(found)
+                return found
+        return None
 
-    def _replace_pending_within(self, digest: str, text: str) -> bool:
-        """Whether `text` contains one that was retrieved a moment ago. Prompts show that one as `text`."""
-        earliest = time.monotonic() - _PENDING_S
-        for found, pending in self._pending.items():
-            inner = pending.text.strip()
-            if pending.at >= earliest and inner and inner in text:
-                self._replace(found, digest, text)
-                return True
-        return False
-
-    def _replace(self, found: str, digest: str, text: str) -> None:
-        """Let `text` take over the uses, sources and identities of a retrieved text."""
-        self._take_pending(found)
-        was = self.known.get(found, TextStats())
-        if was.asked or digest in self.known or found not in self.known:
+    def _replace_within(self, digest: str, text: str) -> bool:
+        """Let `text` take over the uses and identities of a retrieved text that it contains. Whether it has one."""
+        found = self._take(digest, within=text)
+        if found is None:
+            return False
+        was = self.stats(found.digest)
+        if was.asked or digest in self.known:
             stats = self._count(digest, text)
             stats.identities += was.identities
             was.identities = []
-            if not was.asked:
-                self.known.pop(found, None)
         else:
-            stats = self.known[digest] = self.known.pop(found)
-            stats.text = text
-        self._fresh |= {found, digest}
+            stats = self.known[digest] = was
+        if not was.asked:
+            self.known.pop(found.digest, None)
+        self._fresh |= {found.digest, digest}
         self._identities |= dict.fromkeys(stats.identities, digest)
-        self.shown_as[found] = digest
-        stats.found_as = sorted({*stats.found_as, found})
+        self.shown_as[found.digest] = digest
+        return True
 
-    # --- the database ------------------------------------------------------------------------------------------
+    # --- forgetting --------------------------------------------------------------------------------------------
 
-    def text(self, digest: str) -> str | None:
-        """A text, from memory or from the database."""
-        stats = self.known.get(digest)
-        if stats is None or stats.text is not None:
-            return None if stats is None else stats.text
-        with self._reading() as db:
-            found = db.execute("SELECT text FROM texts WHERE digest = ?", (digest,)).fetchone()
-        return None if found is None else found[0]
+    def forget(self, digests: Iterable[str]) -> None:
+        """Forget texts; the next `save` deletes them from the file."""
+        with self.lock:
+            gone = set(digests)
+            for digest in gone & self.known.keys():
+                for identity in self.known.pop(digest).identities:
+                    del self._identities[identity]
+            self.shown_as = {found: shown for found, shown in self.shown_as.items() if shown not in gone}
+            self._found = deque((one for one in self._found if one.digest not in gone), _FOUND)
+            self._fresh |= gone
+
+    def forget_coldest(self, remember: int, cached: set[str]) -> None:
+        """Forget the texts that were not used for longest until `remember` are left; never one in `cached`."""
+        with self.lock:
+            if (excess := len(self.known) - remember) > 0:
+                self.forget(sorted(self.known.keys() - cached, key=lambda digest: self.known[digest].last)[:excess])
+
+    def purge(self, sources: set[str], digests: Iterable[str] = ()) -> set[str]:
+        """Forget the texts that are one of `sources` or name one as their source, and `digests`. No trace stays.
+
+        Returns the digests of all of them.
+        """
+        with self._saving:
+            with self.lock:
+                own = {digest_of(source) for source in sources}
+                purged = {*own, *(self.shown_as.get(digest, digest) for digest in own), *digests}
+                purged |= {digest for digest, stats in self.known.items() if not sources.isdisjoint(stats.sources)}
+                self.forget(purged)
+            self.save()
+        return purged
+
+    # --- the file ----------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write what changed, in one transaction.
+        """Write what changed.
 
         Raises:
             SchedulerStateError: it cannot be written. The next `save` writes it.
         """
-        with self._db_lock:  # from reading to writing: otherwise a text that is purged in between would come back
+        with self._saving:  # from reading to writing: otherwise a text that is purged in between would come back
             with self.lock:
                 fresh, self._fresh = self._fresh, set()
-                rows = [self._row(digest) for digest in fresh & self.known.keys()]
-                gone = [(digest,) for digest in fresh - self.known.keys()]
-            if not fresh:
-                return
+                rows: dict[str, Any] = {digest: asdict(self.known[digest]) for digest in fresh & self.known.keys()}
+                gone = fresh - self.known.keys() - {_PROMPT}
+                if _PROMPT in fresh:
+                    rows[_PROMPT] = [self._model, self.head_ids, self.ending]
             try:
-                with self._writing() as db:
-                    db.executemany(_SAVE, rows)
-                    db.executemany("DELETE FROM texts WHERE digest = ?", gone)
+                if fresh and self._state is not None:
+                    self._state.write(rows, gone)
             except SchedulerStateError:
                 with self.lock:
                     self._fresh |= fresh
                 raise
-            with self.lock:
-                for digest in (fresh & self.known.keys()) - self._fresh:
-                    self.known[digest].text = None
 
     def close(self) -> None:
-        """Close the database, which lets another scheduler open it."""
-        with self._db_lock:
-            for connection in (self._db, self._owner):
-                if connection is not None:
-                    connection.close()
-            self._db = self._owner = None
+        """Let another scheduler open the file."""
+        with self._saving:
+            if self._state is not None:
+                self._state.close()
 
-    def _row(self, digest: str) -> tuple[str, str | None, str]:
-        stats = self.known[digest]
-        saved = asdict(stats) | {"prompt": [self._model, self.head_ids, self.ending] if stats.asked else None}
-        return digest, saved.pop("text"), json.dumps(saved)
-
-    def _load(self) -> None:
-        with self._reading() as db:
-            rows = [(digest, json.loads(saved)) for digest, saved in db.execute("SELECT digest, stats FROM texts")]
-        for digest, saved in sorted(rows, key=lambda row: row[1]["last"]):
-            prompt = saved.pop("prompt")
-            stats = self.known[digest] = TextStats(**saved)
+    def _load(self, rows: dict[str, Any]) -> None:
+        model, head_ids, ending = rows.pop(_PROMPT, ("", None, None))
+        if model == self._model:
+            self.head_ids, self.ending = tuple(head_ids), ending
+        self.known = {digest: TextStats(**row) for digest, row in rows.items()}
+        for digest, stats in self.known.items():
             self._identities |= dict.fromkeys(stats.identities, digest)
-            self.shown_as |= dict.fromkeys(stats.found_as, digest)
-            self.now = stats.last
-            if prompt and prompt[0] == self._model:
-                self.head_ids, self.ending = tuple(prompt[1]), prompt[2]
-
-    def _open(self, path: str | os.PathLike[str] | None) -> None:
-        if path is None:
-            self._db = db = _connect(":memory:", timeout=0)
-        else:
-            file = Path(path)
-            with unavailable(file):
-                make_private(file.absolute().parent)
-                os.close(os.open(file, os.O_RDWR | os.O_CREAT, 0o600))
-            with _typed(self.path):
-                self._owner = _connect(f"{self.path}.owner", timeout=0)
-                self._owner.execute("BEGIN EXCLUSIVE")  # until this process closes it or ends
-                self._db = db = _connect(self.path, timeout=5)
-        with _typed(self.path):
-            [(sound,)] = db.execute("PRAGMA quick_check(1)")
-            if sound != "ok":
-                raise SchedulerStateError(self.path, f"is damaged ({' '.join(sound.split())}). {_DELETE_IT}")
-            [(version,)] = db.execute("PRAGMA user_version")
-            if version:
-                _check_version(self.path, version)
-            elif db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                raise SchedulerStateError(self.path, "is another program's database. Choose another path.")
-            db.execute("PRAGMA journal_mode = WAL")
-            db.execute("PRAGMA synchronous = NORMAL")
-            db.execute("PRAGMA secure_delete = ON")
-            if not version:
-                db.executescript(f"BEGIN; {_TABLE}; PRAGMA user_version = {_VERSION}; COMMIT;")
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        with self._db_lock, _typed(self.path):
-            if self._db is None:
-                raise SchedulerStateError(self.path, "is closed, as its scheduler is. Make another scheduler.")
-            yield self._db
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        with self._reading() as db:
-            db.execute("BEGIN IMMEDIATE")
-            try:
-                yield db
-                db.execute("COMMIT")
-            except BaseException:
-                with contextlib.suppress(sqlite3.Error):  # some errors, such as a full disk, have ended it already
-                    db.execute("ROLLBACK")
-                raise
+            self.now = max(self.now, stats.last)
 
 
 def sources_of(metadata: Mapping[str, Any]) -> set[str]:
@@ -461,47 +354,11 @@ def sources_of(metadata: Mapping[str, Any]) -> set[str]:
 
 
 def read_texts(path: str | os.PathLike[str]) -> list[TextStats]:
-    """The texts in a scheduler's database, those with the latest decisions last. The scheduler may be running.
+    """The texts in a scheduler's state, those with the latest decisions last. The scheduler may be running.
 
     Raises:
         InvalidInputError: there is no such file.
-        SchedulerStateError: it is not a scheduler's database, or damaged.
+        SchedulerStateError: it is not a scheduler's, or damaged.
     """
-    name = os.fspath(path)
-    if not Path(path).is_file():
-        raise InvalidInputError(f"there is no file {name}: pass the path that CacheScheduler has as state=")
-    uri = f"{Path(path).absolute().as_uri()}?mode=ro"
-    with _typed(name), contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
-        _check_version(name, db.execute("PRAGMA user_version").fetchone()[0])
-        rows = [(text, json.loads(saved)) for text, saved in db.execute("SELECT text, stats FROM texts")]
-    texts = [TextStats(text=text, **{k: v for k, v in saved.items() if k != "prompt"}) for text, saved in rows]
+    texts = [TextStats(**row) for digest, row in read_rows(path).items() if digest != _PROMPT]
     return sorted(texts, key=lambda stats: stats.at)
-
-
-@contextlib.contextmanager
-def _typed(path: str) -> Iterator[None]:
-    """Turn SQLite's errors into a `SchedulerStateError` that says what to do."""
-    try:
-        yield
-    except sqlite3.Error as error:
-        message = str(error)
-        if "locked" in message or "busy" in message:
-            reason = "is in use by another scheduler, or locked by another program. Close that, or choose another path."
-        elif "malformed" in message or "not a database" in message:
-            reason = f"is damaged ({message}). {_DELETE_IT}"
-        else:
-            reason = f"cannot be used: {message}."
-        raise SchedulerStateError(path, reason) from error
-
-
-def _check_version(path: str, version: int) -> None:
-    if version == 0:
-        raise SchedulerStateError(path, "is not a scheduler's database. Pass the path that CacheScheduler has.")
-    if version != _VERSION:
-        raise SchedulerStateError(
-            path, f"has version {version}, and this release reads {_VERSION}: upgrade kvcag, or choose another path."
-        )
-
-
-def _connect(path: str, timeout: float) -> sqlite3.Connection:
-    return sqlite3.connect(path, timeout=timeout, check_same_thread=False, isolation_level=None)

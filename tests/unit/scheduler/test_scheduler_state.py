@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 from pathlib import Path
@@ -46,7 +47,7 @@ def test_counters_survive_a_restart(path: Path) -> None:
         assert (after.now, after._identities) == (before.now, before._identities)
         assert sorted(len(stats.sources) for stats in after.known.values()) == [0, 1]
         scheduler.observe(TextualMemoryItem(id="a", memory="another one"))
-        assert len(after.changed) == 1  # it is known what `a` stood for
+        assert len(after.known) == 2  # it is known what `a` stood for: "one" was forgotten
 
 
 def test_the_file_is_for_this_user_alone(path: Path) -> None:
@@ -63,7 +64,7 @@ def test_one_scheduler_at_a_time(path: Path) -> None:
 
 def test_a_program_that_locks_the_database_is_named_as_the_cause(path: Path) -> None:
     with scheduler_of(path) as scheduler:
-        scheduler._texts._db.execute("PRAGMA busy_timeout = 10")  # type: ignore[union-attr]
+        scheduler._texts._state._db.execute("PRAGMA busy_timeout = 10")  # type: ignore[union-attr]
         other = sqlite3.connect(path, isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
         scheduler.observe("one")
@@ -73,18 +74,18 @@ def test_a_program_that_locks_the_database_is_named_as_the_cause(path: Path) -> 
         other.close()
         scheduler.run_once()
     with scheduler_of(path) as scheduler:
-        assert scheduler.metrics().documents == 1  # what could not be written down then was written down later
+        assert scheduler.metrics()["documents"] == 1  # what could not be written down then was written down later
 
 
 def test_an_answer_comes_though_the_state_is_locked(path: Path) -> None:
     with scheduler_of(path) as scheduler:
-        scheduler._texts._db.execute("PRAGMA busy_timeout = 10")  # type: ignore[union-attr]
+        scheduler._texts._state._db.execute("PRAGMA busy_timeout = 10")  # type: ignore[union-attr]
         other = sqlite3.connect(path, isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
         messages = [{"role": "system", "content": [Document("A document.\n\n")]}, {"role": "user", "content": "What?"}]
         sampling = scheduler.memory.engine.sampling(max_new_tokens=2)
-        with pytest.warns(UserWarning, match="encoded and not kept"):
-            assert list(scheduler.memory.stream(messages, sampling=sampling))
+        assert list(scheduler.memory.stream(messages, sampling=sampling))
+        assert len(scheduler.memory) == 1  # nothing was evicted, so its text need not be saved yet
         other.close()
 
 
@@ -131,15 +132,16 @@ def test_what_is_no_scheduler_database_is_left_as_it_is(path: Path, tmp_path: Pa
 def test_a_save_that_fails_is_made_up_for(path: Path) -> None:
     texts = Texts(path, "model")
     texts.retrieved("one")
-    db, texts._db = texts._db, None
-    with pytest.raises(SchedulerStateError, match="closed"):
-        texts.save()
-    texts._db = db
+    texts._state._db.execute("PRAGMA busy_timeout = 10")  # type: ignore[union-attr]
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(SchedulerStateError, match="locked"):
+            texts.save()
     texts.save()
     texts.close()
     read = Texts(path, "model")
     assert read.known == texts.known
-    assert [read.text(digest) for digest in read.known] == ["one"]
+    assert [stats.text for stats in read.known.values()] == ["one"]
     read.close()
 
 
@@ -189,10 +191,10 @@ def test_a_file_that_is_no_state_is_named(path: Path, tmp_path: Path) -> None:
         read_texts(path)
     assert run("scheduler", "log", path)[0] == 2
     assert not path.exists()
-    empty = tmp_path / "empty"
-    empty.touch()
-    with pytest.raises(SchedulerStateError, match="not a scheduler's database"):
-        read_texts(empty)
+    with contextlib.closing(sqlite3.connect(tmp_path / "other")) as other:
+        other.execute("CREATE TABLE mine(a)")
+    with pytest.raises(SchedulerStateError, match="another program's database"):
+        read_texts(tmp_path / "other")
     (tmp_path / "rubbish").write_text("rubbish " * 1000)
     with pytest.raises(SchedulerStateError, match="damaged"):
         read_texts(tmp_path / "rubbish")

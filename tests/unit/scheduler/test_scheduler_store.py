@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcag.scheduler.store import Cached, Policy, WorkingSet, gdsf
+from kvcag.scheduler.store import Cached, Policy, gdsf, room_for
 from kvcag.scheduler.texts import TextStats
 
 
@@ -19,6 +21,10 @@ def used(*moments: float) -> TextStats:
     for moment in moments:
         use.add_use(moment)
     return use
+
+
+def worth(policy: Policy, uses: dict[str, TextStats], now: float) -> Callable[[Cached], float]:
+    return lambda entry: policy(uses.get(entry.digest, TextStats()), entry.tokens, entry.bytes, now)
 
 
 def test_a_rate_is_the_number_of_uses_in_a_round() -> None:
@@ -43,32 +49,27 @@ def test_a_long_text_is_worth_more_a_byte_since_attention_is_quadratic() -> None
 def test_a_text_that_is_asked_once_displaces_nothing_that_is_asked_often() -> None:
     uses = {"often": used(1, 2, 3, 4), "once": used(4.5)}
     for policy, displaced in ((gdsf, None), (lru, ["often"])):
-        working = WorkingSet(100, policy, uses.__getitem__)
-        working.add(Cached("a", "often", 10, 80))
-        room = working.room_for(Cached("b", "once", 10, 80), 5)
+        room = room_for(Cached("b", "once", 10, 80), [Cached("a", "often", 10, 80)], 100, worth(policy, uses, 5))
         assert (room and [entry.digest for entry in room]) == displaced
 
 
 def test_the_least_worth_leaves_and_nothing_that_need_not() -> None:
     uses = {"cold": used(1), "warm": used(1, 5), "hot": used(1, 5, 6), "new": used(2, 3, 4, 5, 6, 7)}
-    working = WorkingSet(100, gdsf, uses.__getitem__)
-    for name, size in (("cold", 10), ("warm", 60), ("hot", 30)):
-        working.add(Cached(name, name, size, size))
-    room = working.room_for(Cached("new", "new", 50, 50), 7)
+    stored = [Cached(name, name, size, size) for name, size in (("cold", 10), ("warm", 60), ("hot", 30))]
+    room = room_for(Cached("new", "new", 50, 50), stored, 100, worth(gdsf, uses, 7))
     assert room is not None
     assert [entry.key for entry in room] == ["warm"]  # with it gone, the cold one can stay
-    assert working.room_for(Cached("new", "new", 101, 101), 7) is None
-    assert working.room_for(Cached("new", "new", 101, 101), 7, force=True) is None
+    for force in (False, True):
+        assert room_for(Cached("new", "new", 101, 101), stored, 100, worth(gdsf, uses, 7), force=force) is None
 
 
 def test_what_somebody_added_by_hand_counts_and_stays() -> None:
-    working = WorkingSet(100, lru, lambda digest: TextStats(last=digest == "new"))
-    working.add(Cached("mine", "mine", 60, 60, managed=False))
-    working.add(Cached("other", "other", 40, 40))
-    room = working.room_for(Cached("new", "new", 40, 40), 1)
+    stored = [Cached("mine", "mine", 60, 60, managed=False), Cached("other", "other", 40, 40)]
+    new = worth(lru, {"new": used(1)}, 1)
+    room = room_for(Cached("new", "new", 40, 40), stored, 100, new)
     assert room is not None
     assert [entry.key for entry in room] == ["other"]
-    assert not working.can_hold(Cached("new", "new", 41, 41))
+    assert room_for(Cached("new", "new", 41, 41), stored, 100, new, force=True) is None
 
 
 operations = st.lists(
@@ -81,23 +82,23 @@ operations = st.lists(
 @given(operations=operations, budget=st.integers(1, 120))
 def test_the_budget_holds_whatever_happens(policy: Policy, operations: list[tuple[str, int, str]], budget: int) -> None:
     uses: dict[str, TextStats] = {}
-    working = WorkingSet(budget, policy, lambda digest: uses.get(digest, TextStats()))
+    stored: dict[str, Cached] = {}
     for now, (name, size, what) in enumerate(operations):
         if what == "use":
             uses.setdefault(name, TextStats(last=now)).add_use(now)
         elif what == "remove":
-            working.remove(name)
+            stored.pop(name, None)
         else:
-            new = Cached(name, name, size, size)
-            room = working.room_for(new, now, force=what == "force")
+            new, is_forced = Cached(name, name, size, size), what == "force"
+            room = room_for(new, stored.values(), budget, worth(policy, uses, now), force=is_forced)
             if room is None:
                 assert what == "put" or size > budget
                 continue
             assert name not in [entry.key for entry in room]
-            kept = sum(entry.bytes for entry in working.entries.values() if entry not in room and entry.key != name)
+            kept = sum(entry.bytes for entry in stored.values() if entry not in room and entry.key != name)
             assert all(kept + size + left.bytes > budget for left in room)  # none of them could have stayed
             for entry in room:
-                working.remove(entry.key)
-            working.add(new)
-        assert working.bytes == sum(entry.bytes for entry in working.entries.values()) <= budget
-        assert working.excess(now) == []
+                del stored[entry.key]
+            stored[name] = new
+        assert sum(entry.bytes for entry in stored.values()) <= budget
+        assert room_for(None, stored.values(), budget, worth(policy, uses, now)) == []

@@ -60,9 +60,9 @@ def test_another_text_under_the_same_identity_replaces_it() -> None:
     texts.retrieved("old", identity="a")
     texts.retrieved("old", identity="b")
     texts.retrieved("new", identity="a")
-    assert texts.changed == []  # b still stands for it
+    assert texts.known.keys() == {digest_of("old"), digest_of("new")}  # b still stands for it
     texts.retrieved("new", identity="b")
-    assert texts.changed == [digest_of("old")]
+    assert texts.known.keys() == {digest_of("new")}
 
 
 def test_nothing_ages_while_nobody_asks_and_a_round_is_as_many_uses_as_texts() -> None:
@@ -78,6 +78,6 @@ def test_nothing_ages_while_nobody_asks_and_a_round_is_as_many_uses_as_texts() -
 def test_a_text_that_was_purged_while_it_was_asked_is_no_error() -> None:
     texts = Texts(None, "model")
     texts.retrieved("one")
-    texts.forget(digest_of("one"))
+    texts.forget({digest_of("one")})
     texts.asked(prompt("one\n\n"))
     assert count(texts, "one") == 1
