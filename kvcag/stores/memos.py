@@ -1,29 +1,29 @@
 """Reads dumps of MemOS without running code from them.
 
-A pickle names functions to call. The unpickler here finds only a dozen, which build tensors, dates and plain
-containers. Objects of MemOS's and transformers' classes become inert records: neither package has to be installed, and
-none of their code runs. Every other name is refused.
+A pickle is a program that names functions and calls them. This reader interprets that program itself and calls nothing:
+names stay names, calls and objects become inert records, and containers become lists. Tensors, dates and caches are
+made from those records afterwards. So a refused file has changed nothing in the process, and reading takes time and
+memory in proportion to the file. Neither MemOS nor transformers' code for caches runs.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import copyreg
 import datetime
 import io
+import math
+import mmap
 import os
-import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import pickletools
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
 
 import torch
 from pydantic import ValidationError
-from torch._utils import _rebuild_tensor_v2
 from transformers import DynamicCache
 
-from kvcag.cache.layers import LayerKV, cache_of, contiguous_copy
+from kvcag.cache.layers import LayerKV, cache_of
 from kvcag.core import KVCacheItem, KVCacheRecords
 from kvcag.errors import CorruptItemError, FormatError, TokenMismatchError, UnsafePickleError
 from kvcag.fingerprint import ModelFingerprint
@@ -78,98 +78,295 @@ def read_memos_pickle(path: str | os.PathLike[str]) -> list[MemosItem]:
     Raises:
         UnsafePickleError: the file names a function that no such dump needs. It was not called.
         FormatError: it is not a pickle, or not one of a KVCacheMemory.
-        CorruptItemError: it was cut or changed.
+        CorruptItemError: it was cut or changed, or asks for more work than its size explains.
         StoreUnavailableError: it does not exist, or cannot be read.
     """
     name = os.fspath(path)
     with unavailable(path), open(path, "rb") as file, _understood(name):
         if file.peek(1)[:1] != b"\x80":
             raise FormatError(f"{name} is not a pickle. Give the file that MemOS's KVCacheMemory.dump wrote.")
-        dumped = _Unpickler(file, name).load()
-        return [_item(each) for each in _items(dumped, name)]
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:  # its `read` allocates only what is there
+            items = _items(_Pickle(mapped, name).load(), name)
+            values = _Values(len(mapped))
+        return [_item(each, values) for each in items]
 
 
-class _Record:
-    """The pickled fields of an object of another library, without its code."""
-
-    fields: dict[str, Any]
-
-    def __new__(cls, *args: object) -> _Record:  # a pickle creates objects without __init__
-        made = super().__new__(cls)
-        made.fields = {}
-        return made
-
-    def __setstate__(self, state: Any) -> None:
-        if isinstance(state, tuple) and len(state) == 2:  # (__dict__, __slots__)
-            state = {**(state[0] or {}), **(state[1] or {})}
-        fields = state.get("__dict__", state)  # pydantic nests its fields
-        self.fields.update(fields)
+# --- a pickle as inert records -------------------------------------------------------------------------------------
 
 
-def _storage(data: bytes) -> Any:
-    """Stands for `torch.storage._load_from_bytes`, which would unpickle any object."""
-    return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+class _Dict(list[Any]):
+    """A dict as its keys and values in turn: hashing chosen keys can take quadratic time."""
+
+    def get(self, key: str) -> Any:
+        """The last value under a key; None without one."""
+        return next((value for name, value in zip(self[-2::-2], self[::-2], strict=True) if name == key), None)
 
 
-def _latin1(text: str, encoding: str) -> bytes:
-    """Stands for `_codecs.encode`, with which old pickles hold bytes."""
-    if encoding != "latin1":
-        raise ValueError(f"it uses the codec {encoding!r}, not latin1")
-    return text.encode("latin1")
+@dataclass(frozen=True, slots=True, eq=False)
+class _Call:
+    """A name that the pickle uses, and what it would be called with: None for the name alone."""
+
+    name: str
+    args: Any = None
 
 
-_ADMITTED: dict[tuple[str, str], Callable[..., Any]] = {
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor_v2,
-    ("torch.storage", "_load_from_bytes"): _storage,
-    ("torch", "device"): torch.device,
-    ("torch", "Size"): torch.Size,
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("builtins", "set"): set,
-    ("builtins", "frozenset"): frozenset,
-    ("builtins", "object"): object,
-    ("copyreg", "_reconstructor"): copyreg._reconstructor,  # type: ignore[attr-defined]
-    ("_codecs", "encode"): _latin1,
-    ("datetime", "datetime"): datetime.datetime,
-    ("datetime", "timedelta"): datetime.timedelta,
-    ("datetime", "timezone"): datetime.timezone,
+@dataclass(frozen=True, slots=True, eq=False)
+class _Object:
+    """An object of MemOS or transformers: the fields that were pickled."""
+
+    fields: _Dict = field(default_factory=_Dict)
+
+    def set_state(self, state: Any) -> None:
+        for part in state if isinstance(state, tuple) else (state,):  # (__dict__, __slots__)
+            if isinstance(part, _Dict):
+                nested = part.get("__dict__")  # pydantic nests its fields
+                self.fields.extend(nested if isinstance(nested, _Dict) else part)
+
+
+_OBJECTS = {
+    "transformers.cache_utils.DynamicCache",
+    "transformers.cache_utils.DynamicLayer",
+    *(
+        f"memos.memories.activation.{module}.{name}"
+        for module in ("item", "kv")
+        for name in ("KVCacheItem", "KVCacheRecords", "ActivationMemoryItem")
+    ),
+}
+_DTYPES = {str(each): each for each in vars(torch).values() if isinstance(each, torch.dtype)}
+_NAMES = {*_OBJECTS, *_DTYPES} | {
+    *("torch._utils._rebuild_tensor_v2", "torch.storage._load_from_bytes", "torch.device", "torch.Size"),
+    *("collections.OrderedDict", "builtins.set", "builtins.frozenset", "builtins.object", "copyreg._reconstructor"),
+    *("_codecs.encode", "datetime.datetime", "datetime.timedelta", "datetime.timezone"),
+}
+_STORAGES = {
+    "torch.DoubleStorage": torch.float64,
+    "torch.FloatStorage": torch.float32,
+    "torch.HalfStorage": torch.float16,
+    "torch.BFloat16Storage": torch.bfloat16,
 }
 _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # the names in protocols below 3
-_RECORDS = {
-    "transformers.cache_utils": {"DynamicCache", "DynamicLayer"},
-    "memos.memories.activation.item": {"KVCacheItem", "KVCacheRecords", "ActivationMemoryItem"},
-    "memos.memories.activation.kv": {"KVCacheItem", "KVCacheRecords", "ActivationMemoryItem"},
+
+_MOST_STEPS = 2_000_000
+"""Instructions of a file. Each makes at most one small object beside what the file holds."""
+
+
+class _Pickle:
+    """Interprets the pickles of a file, one after another, which may use `names`."""
+
+    def __init__(self, file: BinaryIO | mmap.mmap, name: str, names: Collection[str] = _NAMES) -> None:
+        self.file, self.name, self.names, self.steps = file, name, names, 0
+
+    def load(self) -> Any:
+        """The next pickle's value: plain values, lists, tuples and the records above."""
+        stack: list[Any] = []
+        marks: list[int] = []
+        memo: dict[int, Any] = {}
+
+        def marked() -> list[Any]:
+            start = marks.pop()
+            taken = stack[start:]
+            del stack[start:]
+            return taken
+
+        def add(values: list[Any], kind: type[list[Any]]) -> None:
+            if type(stack[-1]) is not kind or (kind is _Dict and len(values) % 2):
+                raise TypeError(f"it adds to a {type(stack[-1]).__name__}")
+            stack[-1].extend(values)
+
+        for opcode, argument, _ in pickletools.genops(self.file):
+            self.steps += 1
+            if self.steps > _MOST_STEPS:
+                raise ValueError(f"it has more than {_MOST_STEPS:,} instructions")
+            match opcode.name:
+                case "STOP":
+                    return stack.pop()
+                case "PROTO" | "FRAME":
+                    pass
+                case "NONE":
+                    stack.append(None)
+                case "NEWTRUE" | "NEWFALSE":
+                    stack.append(opcode.name == "NEWTRUE")
+                case "EMPTY_LIST" | "EMPTY_SET":
+                    stack.append([])
+                case "EMPTY_DICT":
+                    stack.append(_Dict())
+                case "MARK":
+                    marks.append(len(stack))
+                case "POP":
+                    stack.pop()
+                case "POP_MARK":
+                    marked()
+                case "LIST" | "FROZENSET":
+                    stack.append(marked())
+                case "DICT":
+                    stack.append(_Dict(marked()))
+                case "TUPLE":
+                    stack.append(tuple(marked()))
+                case "EMPTY_TUPLE":
+                    stack.append(())
+                case "TUPLE1" | "TUPLE2" | "TUPLE3" as made:
+                    stack[-int(made[-1]) :] = [tuple(stack[-int(made[-1]) :])]
+                case "APPEND":
+                    add([stack.pop()], list)
+                case "APPENDS" | "ADDITEMS":
+                    add(marked(), list)
+                case "SETITEM":
+                    add([stack.pop(), stack.pop()][::-1], _Dict)
+                case "SETITEMS":
+                    add(marked(), _Dict)
+                case "PUT" | "BINPUT" | "LONG_BINPUT":
+                    memo[argument] = stack[-1]
+                case "MEMOIZE":
+                    memo[len(memo)] = stack[-1]
+                case "GET" | "BINGET" | "LONG_BINGET":
+                    stack.append(memo[argument])
+                case "GLOBAL":
+                    stack.append(self._named(*argument.split(" ", 1)))
+                case "STACK_GLOBAL":
+                    stack.append(self._named(*[stack.pop(), stack.pop()][::-1]))
+                case "REDUCE" | "NEWOBJ":
+                    args, called = stack.pop(), stack.pop()
+                    if not isinstance(called, _Call) or called.args is not None or not isinstance(args, tuple):
+                        raise TypeError(f"it calls a {type(called).__name__}")
+                    stack.append(_called(called.name, args))
+                case "BUILD":
+                    state = stack.pop()
+                    if not isinstance(stack[-1], _Object):
+                        raise TypeError(f"it sets the state of a {type(stack[-1]).__name__}")
+                    stack[-1].set_state(state)
+                case "BINPERSID":
+                    if self.names is not _STORAGES:
+                        raise UnsafePickleError(
+                            f"{self.name} refers to an outside object, and no dump does. Encode the texts again."
+                        )
+                    stack.append(_Call("storage", stack.pop()))
+                case literal if literal in _LITERALS:
+                    stack.append(argument)
+                case other:
+                    raise ValueError(f"it uses {other}, which no dump needs")
+        raise EOFError("it has no end")
+
+    def _named(self, module: Any, name: Any) -> _Call:
+        full = f"{_PYTHON_2.get(module, module)}.{name}" if isinstance(module, str) else str(type(module))
+        if full not in self.names:
+            raise UnsafePickleError(
+                f"{self.name} uses {full}, which no dump of a KVCacheMemory needs. It was not called. Do not unpickle "
+                "this file by other means; encode the texts again from their source."
+            )
+        return _Call(full)
+
+
+_LITERALS = {
+    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+    *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
 }
 
 
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BufferedReader, name: str) -> None:
-        super().__init__(file)
-        self.name = name
+def _called(name: str, args: tuple[Any, ...]) -> Any:
+    """What a call makes, as far as it is a container or an object; else a record of it."""
+    match name, args:
+        case "copyreg._reconstructor", (_Call(name=cls, args=None), *_) if cls in _OBJECTS:
+            return _Object()
+        case "collections.OrderedDict", ():
+            return _Dict()
+        case (("builtins.set" | "builtins.frozenset"), ([*values],)):
+            return list(values)
+        case "torch.Size", (tuple() as size,):
+            return size
+        case "_codecs.encode", (str() as text, "latin1"):  # protocols below 3 hold bytes so
+            return text.encode("latin1")
+    return _Object() if name in _OBJECTS else _Call(name, args)
 
-    def find_class(self, module: str, name: str) -> Any:
-        """The function, class or dtype of this name, if a dump needs it."""
-        module = _PYTHON_2.get(module, module)
-        if name in _RECORDS.get(module, ()):
-            return _Record
-        if (module, name) in _ADMITTED:
-            return _ADMITTED[module, name]
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        raise UnsafePickleError(
-            f"{self.name} uses {module}.{name}, which no dump of a KVCacheMemory needs. It was not called. Do not "
-            "unpickle this file by other means; encode the texts again from their source."
-        )
 
-    def persistent_load(self, pid: Any) -> Any:
-        """Refuses objects outside the pickle, as in archives of torch.save. A dump has none."""
-        raise UnsafePickleError(
-            f"{self.name} refers to the outside object {str(pid)[:80]!r}, and no dump does. Encode the texts again."
-        )
+# --- records as values ---------------------------------------------------------------------------------------------
+
+
+class _Values:
+    """Makes tensors and JSON values of one file's records.
+
+    A record may be used in several places, so that a short file can describe more than memory holds: what is made is
+    limited to `MOST` values, and to the file's size in tensors.
+    """
+
+    MOST = 1_000_000
+
+    def __init__(self, file_bytes: int) -> None:
+        self.left, self.bytes_left = self.MOST, file_bytes
+        self.storages: dict[int, torch.Tensor] = {}  # by the id of their bytes, which the records hold
+
+    def plain(self, value: Any) -> Any:
+        """A JSON value. What JSON cannot hold becomes a str."""
+        self.left -= 1 + (len(value) // 64 if isinstance(value, str | bytes) else 0)
+        if self.left < 0:
+            raise ValueError(f"its texts and metadata hold more than {self.MOST:,} values")
+        match value:
+            case _Dict():
+                keys = (key if isinstance(key, str | int | float | None) else "object" for key in value[::2])
+                return {str(key): self.plain(each) for key, each in zip(keys, value[1::2], strict=True)}
+            case list() | tuple():
+                return [self.plain(each) for each in value]
+            case _Call():
+                return str(_date(value) or value.name)
+            case str() | int() | float() | None:
+                return value
+        return str(value) if isinstance(value, bytes) else "object"
+
+    def tensor(self, value: Any) -> torch.Tensor | None:
+        """The tensor of a call of `_rebuild_tensor_v2`, a copy; None for anything else."""
+        match value:
+            case _Call(
+                name="torch._utils._rebuild_tensor_v2", args=(_Call(args=(bytes() as data,)), offset, size, stride, *_)
+            ):
+                numbers = (offset, *size, *stride)
+                if not all(isinstance(each, int) and each >= 0 for each in numbers):
+                    raise ValueError("the sizes of a tensor are not whole numbers")
+                flat = self.storages[id(data)] if id(data) in self.storages else _storage(data)
+                self.storages[id(data)] = flat
+                self.bytes_left -= math.prod(size) * flat.itemsize
+                if self.bytes_left < 0:
+                    raise ValueError("its tensors are larger than the file")
+                return flat.as_strided(size, stride, offset).clone(memory_format=torch.contiguous_format)
+        return None
+
+
+def _storage(data: bytes) -> torch.Tensor:
+    """The values in the bytes of a pickled storage: torch's format before archives, of five pickles and the values."""
+    file = io.BytesIO(data)
+    pickles = _Pickle(file, "a storage", _STORAGES)
+    _magic, _protocol, _system, described, _keys = (pickles.load() for _ in range(5))
+    match described:
+        case _Call(name="storage", args=("storage", _Call(name=kind), _, _, int() as count, *_)):
+            values = data[file.tell() + 8 :]  # after the number of values
+            if len(values) != count * _STORAGES[kind].itemsize:
+                raise ValueError("a storage has another length than it says")
+            return torch.frombuffer(bytearray(values or 8), dtype=_STORAGES[kind])[:count]
+    raise ValueError("a storage is not described")
+
+
+def _date(call: _Call) -> datetime.datetime | None:
+    """The date that a call of `datetime` would make; None for other calls."""
+    match call:
+        case _Call(name="datetime.datetime", args=(bytes() as packed,)):
+            return datetime.datetime(packed)  # type: ignore[call-overload, no-any-return]
+        case _Call(
+            name="datetime.datetime",
+            args=(
+                bytes() as packed,
+                _Call(
+                    name="datetime.timezone",
+                    args=(_Call(name="datetime.timedelta", args=(int(), int(), int()) as offset),),
+                ),
+            ),
+        ):
+            zone = datetime.timezone(datetime.timedelta(*offset))
+            return datetime.datetime(packed, zone)  # type: ignore[call-overload, no-any-return]
+    return None
 
 
 @contextlib.contextmanager
 def _understood(name: str) -> Iterator[None]:
-    """Turn every error of the unpickler and of torch into a `CorruptItemError`: the file is damaged."""
+    """Turn every error of the interpretation into a `CorruptItemError`: the file is damaged."""
     try:
         yield
     except (FormatError, CorruptItemError, OSError):
@@ -178,44 +375,45 @@ def _understood(name: str) -> Iterator[None]:
         raise CorruptItemError(name, f"it cannot be unpickled ({type(error).__name__}: {error})") from error
 
 
-def _items(dumped: Any, name: str) -> list[_Record]:
-    kept = dumped.get("kv_cache_memories") if isinstance(dumped, Mapping) else dumped
-    items = list(kept.values()) if isinstance(kept, Mapping) else kept
-    if not isinstance(items, list) or not all(isinstance(item, _Record) for item in items):
+def _items(dumped: Any, name: str) -> list[_Object]:
+    held = dumped.get("kv_cache_memories") if isinstance(dumped, _Dict) else dumped
+    items = held[1::2] if isinstance(held, _Dict) else held
+    if not isinstance(items, list) or not all(isinstance(item, _Object) for item in items):
         raise FormatError(f"{name} is a pickle, but not one of a KVCacheMemory: it has no kv_cache_memories.")
     return items
 
 
-def _item(record: _Record) -> MemosItem:
+def _item(record: _Object, values: _Values) -> MemosItem:
     fields = record.fields
-    records = fields.get("records")
+    records, memory, id = fields.get("records"), fields.get("memory"), fields.get("id")
     try:
+        if not isinstance(id, str) or not isinstance(memory, _Object):
+            raise TypeError("it has no id or no cache")
         return MemosItem(
-            id=str(fields["id"]),
-            memory=cache_of(contiguous_copy(_layers(fields["memory"]))),
-            records=KVCacheRecords.model_validate(records.fields if isinstance(records, _Record) else {}),
-            metadata=_plain(fields.get("metadata") or {}),
+            id=id,
+            memory=cache_of(_layers(memory.fields, values)),
+            records=_records(records.fields, values) if isinstance(records, _Object) else KVCacheRecords(),
+            metadata=values.plain(fields.get("metadata") or _Dict()),
         )
-    except (KeyError, AttributeError, TypeError, ValidationError) as error:
-        raise FormatError(f"item {fields.get('id')!r} is not a KVCacheItem of MemOS: {error!r}") from error
+    except (AttributeError, TypeError, ValidationError) as error:
+        raise FormatError(f"item {id!r:.80} is not a KVCacheItem of MemOS: {error!r}") from error
 
 
-def _layers(cache: _Record) -> list[LayerKV]:
+def _records(fields: _Dict, values: _Values) -> KVCacheRecords:
+    when = fields.get("timestamp")
+    made = {**values.plain(fields), "timestamp": _date(when) if isinstance(when, _Call) else None}
+    return KVCacheRecords.model_validate({key: value for key, value in made.items() if value is not None})
+
+
+def _layers(cache: _Dict, values: _Values) -> list[LayerKV]:
     """The keys and values of a DynamicCache of transformers 5, or of transformers 4 before it had layers."""
-    if "layers" in cache.fields:
-        pairs = [(layer.fields.get("keys"), layer.fields.get("values")) for layer in cache.fields["layers"]]
+    layers = cache.get("layers")
+    if layers is not None:
+        pairs = [(layer.fields.get("keys"), layer.fields.get("values")) for layer in layers]
     else:
-        pairs = list(zip(cache.fields["key_cache"], cache.fields["value_cache"], strict=True))
-    kept = [(k, v) for k, v in pairs if isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor) and k.ndim == 4]
-    if len({(keys.shape[-2], values.shape[-2]) for keys, values in kept}) > 1:
+        pairs = list(zip(cache.get("key_cache"), cache.get("value_cache"), strict=True))
+    tensors = [(values.tensor(k), values.tensor(v)) for k, v in pairs]
+    kept = [(k, v) for k, v in tensors if k is not None and v is not None and k.ndim == v.ndim == 4]
+    if len({(keys.shape[-2], states.shape[-2]) for keys, states in kept}) > 1:
         raise TypeError("its layers differ in length")
     return kept
-
-
-def _plain(value: Any) -> Any:
-    """A JSON value. What JSON cannot hold becomes a str."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(each) for each in value]
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

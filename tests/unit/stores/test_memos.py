@@ -154,3 +154,90 @@ def test_a_damaged_dump_never_crashes_the_reader(tmp_path: Path) -> None:
             read_memos_pickle(file)  # a flip in a tensor's values: pickles have no checksums
         except (FormatError, CorruptItemError):
             assert True
+
+
+# --- what must not change anything, or take long -------------------------------------------------------------------
+
+
+def pickled(*parts: bytes | str) -> bytes:
+    """A pickle of protocol 4 of these parts; a str becomes `module name` of a global."""
+    return (
+        b"\x80\x04"
+        + b"".join(
+            part if isinstance(part, bytes) else b"c" + part.replace(" ", "\n").encode() + b"\n" for part in parts
+        )
+        + b"."
+    )
+
+
+TENSOR, DATE = "torch._utils _rebuild_tensor_v2", "datetime datetime"
+SET_DEFAULTS = b"N}\x8c\x0c__defaults__K\x01\x85s\x86b"  # BUILD with (None, {"__defaults__": (1,)})
+
+
+@pytest.mark.parametrize("function", [TENSOR, "torch.storage _load_from_bytes", "_codecs encode"])
+def test_a_refused_pickle_changes_no_function_of_this_process(tmp_path: Path, function: str) -> None:
+    """BUILD set the `__defaults__` of `_rebuild_tensor_v2`, and torch.load was another function from then on."""
+    before = torch._utils._rebuild_tensor_v2.__defaults__, dict(vars(torch._utils._rebuild_tensor_v2))
+    (tmp_path / "bad").write_bytes(pickled(function, SET_DEFAULTS))
+    with pytest.raises(StoreError):
+        read_memos_pickle(tmp_path / "bad")
+    after = torch._utils._rebuild_tensor_v2.__defaults__, dict(vars(torch._utils._rebuild_tensor_v2))
+    torch._utils._rebuild_tensor_v2.__defaults__ = before[0]  # for the tests after this one
+    assert after == before
+
+
+def item_with(metadata: bytes) -> bytes:
+    """A dump of one item without layers, with this metadata."""
+    cls = "memos.memories.activation.item KVCacheItem"
+    cache = b"ctransformers.cache_utils\nDynamicCache\n)\x81}\x8c\x06layers]sb"
+    fields = b"}(\x8c\x02id\x8c\x01a\x8c\x06memory" + cache + b"\x8c\x08metadata}\x8c\x01m" + metadata + b"su"
+    return pickled(b"]", cls, b")\x81", fields, b"ba")
+
+
+def colliding() -> bytes:
+    """A dict of 100,000 whole numbers that have one hash."""
+    packed = [pickle.encode_long(number * sys.hash_info.modulus) for number in range(1, 100_000)]
+    return b"}(" + b"".join(b"\x8a" + bytes([len(number)]) + number + b"N" for number in packed) + b"u"
+
+
+BOMBS = {
+    "nine bytes that wanted 4.3 GB of memo": b"\x80\x04Nr\xff\xff\xff\x7f.",
+    "a bytearray that is longer than the file": pickled(b"\x96" + (1 << 33).to_bytes(8, "little")),
+    "bytes that are longer than the file": pickled(b"\x8e" + (1 << 33).to_bytes(8, "little")),
+    "lists of lists in metadata": item_with(b"]\x94" + b"".join(b"0](h%ch%ce\x94" % (n, n) for n in range(60))),
+    "colliding keys in metadata": item_with(colliding()),
+    "nested keys in metadata": item_with(b"N\x94" + b"".join(b"0}h%cNs\x94" % n for n in range(200))),
+    "three million lists": pickled(b"]" * 3_000_000),
+    "deep metadata": item_with(b"](" * 100_000 + b"e" * 100_000),
+}
+
+
+def test_a_small_file_takes_little_time_and_memory(tmp_path: Path) -> None:
+    """Nine bytes took 4.3 GB, and metadata ran for 25 s."""
+    for name, bomb in BOMBS.items():
+        (tmp_path / name).write_bytes(bomb)
+    reader = (
+        "import resource, sys, time\n"
+        "from kvcag.errors import StoreError\n"
+        "from kvcag.stores.memos import read_memos_pickle\n"
+        "for name in sys.argv[1:]:\n"
+        "    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()\n"
+        "    try:\n        read_memos_pickle(name)\n"
+        "    except StoreError:\n        pass\n"
+        "    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10, time.process_time() - began)\n"
+    )
+    command = [sys.executable, "-c", reader, *map(str, sorted(tmp_path.iterdir()))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    taken = {
+        name: tuple(map(float, line.split()))
+        for name, line in zip(sorted(BOMBS), done.stdout.splitlines(), strict=True)
+    }
+    assert len(taken) == len(BOMBS)
+    assert all(megabytes < 500 and seconds < 10 for megabytes, seconds in taken.values()), taken
+
+
+def test_a_tensor_that_repeats_its_values_is_no_larger_than_the_file(tmp_path: Path) -> None:
+    item = written()
+    item.memory.layers[0].keys = torch.zeros(1, 1, 1, 1).expand(1, 1 << 20, 10, 8)
+    with pytest.raises(CorruptItemError, match="larger than the file"):
+        read_memos_pickle(dump(tmp_path / "bomb", [item]))
