@@ -15,9 +15,9 @@ import math
 import mmap
 import os
 import pickletools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -153,7 +153,7 @@ _MOST_STEPS = 2_000_000
 class _Pickle:
     """Interprets the pickles of a file, one after another, which may use `names`."""
 
-    def __init__(self, file: BinaryIO | mmap.mmap, name: str, names: Collection[str] = _NAMES) -> None:
+    def __init__(self, file: Any, name: str, names: Collection[str] = _NAMES) -> None:
         self.file, self.name, self.names, self.steps = file, name, names, 0
 
     def load(self) -> Any:
@@ -173,6 +173,7 @@ class _Pickle:
                 raise TypeError(f"it adds to a {type(stack[-1]).__name__}")
             stack[-1].extend(values)
 
+        argument: Any
         for opcode, argument, _ in pickletools.genops(self.file):
             self.steps += 1
             if self.steps > _MOST_STEPS:
@@ -346,9 +347,10 @@ def _storage(data: bytes) -> torch.Tensor:
 
 def _date(call: _Call) -> datetime.datetime | None:
     """The date that a call of `datetime` would make; None for other calls."""
+    unpacked: Callable[..., datetime.datetime] = datetime.datetime  # its stubs do not know what it pickles
     match call:
         case _Call(name="datetime.datetime", args=(bytes() as packed,)):
-            return datetime.datetime(packed)  # type: ignore[call-overload, no-any-return]
+            return unpacked(packed)
         case _Call(
             name="datetime.datetime",
             args=(
@@ -360,7 +362,7 @@ def _date(call: _Call) -> datetime.datetime | None:
             ),
         ):
             zone = datetime.timezone(datetime.timedelta(*offset))
-            return datetime.datetime(packed, zone)  # type: ignore[call-overload, no-any-return]
+            return unpacked(packed, zone)
     return None
 
 
