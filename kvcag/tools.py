@@ -350,10 +350,36 @@ def tool_spec(
 
 
 def tool_messages(template: ChatTemplate, messages: Sequence[Message]) -> list[Message]:
-    """A history that the template can render: unchanged, or with calls and results written into the contents."""
+    """A history that the template can render: as it is, or with calls and results written into the contents.
+
+    Each result has its tool's name. Ids become numbers of calls: random ones would make every run's prompt another, and
+    some templates refuse those of other models.
+    """
+    numbered = _numbered(messages)
     if call_format(template) is not _PLAIN and _renders_results(template):
-        return [dict(message) for message in messages]
-    return [_as_text(message) for message in messages]
+        return numbered
+    return [_as_text(message) for message in numbered]
+
+
+def _numbered(messages: Sequence[Message]) -> list[Message]:
+    """The messages, with the calls' ids counted, and each result under its call's number and its tool's name."""
+    shown = list[Message]()
+    answers = dict[str, dict[str, str]]()
+    count = 0
+    for message in messages:
+        message = dict(message)
+        if message.get("tool_calls"):
+            calls = []
+            for call in message["tool_calls"]:
+                count += 1
+                calls.append({**call, "id": f"call{count:05}"})
+                name = call.get("function", call)["name"]
+                answers[call.get("id") or ""] = {"tool_call_id": calls[-1]["id"], "name": name}
+            message["tool_calls"] = calls
+        elif message["role"] == "tool":
+            message |= answers.get(message.get("tool_call_id") or "", {})
+        shown.append(message)
+    return shown
 
 
 def _as_text(message: Message) -> Message:

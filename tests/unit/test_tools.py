@@ -197,3 +197,27 @@ def test_arguments_in_a_history_may_be_json_text():
     call = {"function": {"name": "stop", "arguments": json.dumps({"a": 1})}}
     shown = tool_messages(TEMPLATES["plain"], [{"role": "assistant", "content": "So:", "tool_calls": [call]}])
     assert shown == [{"role": "assistant", "content": 'So:\n{"name": "stop", "arguments": {"a": 1}}'}]
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_result_has_its_tools_name_and_ids_change_no_prompt(name):
+    """An agent read that it was handed off to "1by2npxu1", and every run had another prompt."""
+
+    def rendered(first: str, second: str) -> str:
+        calls = [
+            {"id": id, "type": "function", "function": {"name": "weather", "arguments": {"city": city}}}
+            for id, city in ((first, "Rome"), (second, "Oslo"))
+        ]
+        history = [*ASK]
+        for call in calls:
+            history += [
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+                {"role": "tool", "tool_call_id": call["id"], "content": "dry"},
+            ]
+        return TEMPLATES[name].render(tool_messages(TEMPLATES[name], history))
+
+    shown = rendered("abc123xyz", "1by2npxu1")
+    assert shown == rendered("call_4fRz0dTMMpyTDGWjA9pVb1nN", "")
+    assert "1by2npxu1" not in shown
+    if call_format(TEMPLATES[name]) is _PLAIN:
+        assert shown.count(json.dumps({"name": "weather", "result": "dry"})) == 2

@@ -174,3 +174,14 @@ def test_a_model_that_cannot_call_says_so() -> None:
     llm = KVCacheLLM(engine=HFEngine(tiny_model(), byte_tokenizer(chat_template=None)))
     assert not llm.metadata.is_function_calling_model
     assert KVCacheLLM(engine=EchoEngine()).metadata.is_function_calling_model
+
+
+async def test_the_prompts_of_an_agent_are_the_same_in_every_run_and_name_the_tool() -> None:
+    async def prompts() -> list[str]:
+        llm = calling('{"name": "add", "arguments": {"a":20,"b":3}}')
+        await FunctionAgent(tools=[ADD], llm=llm).run("What is 20 + 3?")
+        return [str(llm.engine.template.tokenizer.decode(list(token_ids))) for _, token_ids in llm.engine.prompts]
+
+    first = await prompts()
+    assert first == await prompts()
+    assert '{"name": "add", "result": "23"}' in first[-1]
