@@ -8,6 +8,7 @@ from here on the ids are the truth, for the cached and for the uncached run alik
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,8 +27,12 @@ Message: TypeAlias = Mapping[str, Any]
 `{"type": "text", "text": …}` parts."""
 
 _SENTINEL = "kvcag-documents-5b1d7c0e"
-_BREAK = "kvcag-break-3c9e4a"
-"""Stands in a rendered text where two tokens must not be joined."""
+_BREAK = f"kvcag-break-{secrets.token_hex(8)}"
+"""Stands in a rendered text where two tokens must not be joined. No text can know it."""
+_LIKE_CONTROL = (
+    r"<[|｜][^|｜<>\s]{1,40}[|｜]>|</?s>|<(?:bos|eos|start_of_turn|end_of_turn)>|\[/?(?:INST|[A-Z]+_[A-Z_]+)\]"
+)
+"""What control tokens of the known model families look like."""
 _PROBE = "kvcag-probe-9a41"
 
 
@@ -76,8 +81,9 @@ class ChatTemplate:
         variables: passed to every rendering, for what a template asks for: `enable_thinking=False`, or
             `date_string="21 Nov 2026"`, without which Llama 3's template writes today's date into the head, and caches
             made yesterday no longer match.
-        control_tokens: texts of documents, users and tools may contain the template's control tokens, such as
-            `<|im_end|>`, and mean them. By default they are text there, so that a document cannot end its turn.
+        control_tokens: texts of documents, users and tools, and definitions of tools, may contain the template's
+            control tokens, such as `<|im_end|>` or `<tool_call>`, and mean them. By default they are text there, so
+            that a document cannot end its turn.
     """
 
     def __init__(
@@ -109,20 +115,79 @@ class ChatTemplate:
         """Token ids of a document or another text that is data: what looks like a control token in it is text."""
         return self.encode(self._as_data(text))
 
-    def _as_data(self, text: str) -> str:
-        """A text whose control tokens are broken in two: `encode` tokenises the halves apart, for any tokenizer."""
-        if self.control_tokens or self._control is None:
+    def _as_data(self, text: str, *, said: bool = False) -> str:
+        """A text whose control tokens are broken in two: `encode` tokenises the halves apart, for any tokenizer.
+
+        Args:
+            text: what a document, a user, a system message or a tool says.
+            said: the model said it: markers of tool calls and thinking are its own. Special tokens are not: they are
+                left out of answers, so the model copied them as text.
+        """
+        if self.control_tokens:
             return text
-        return self._control.sub(lambda found: f"{found[0][0]}{_BREAK}{found[0][1:]}", text)
+        pattern = self._special_pattern if said else self._control_pattern
+        broken = pattern.sub(lambda found: f"{found[0][0]}{_BREAK}{found[0][1:]}", text)
+        return _BREAK.join(map(self._apart, broken.split(_BREAK))) if self._normalizes and not said else broken
+
+    def _apart(self, text: str) -> str:
+        """A text with breaks wherever the tokenizer still sees a control token, as after a change of case."""
+        half = len(text) // 2
+        if not half or self._control_ids.isdisjoint(self.tokenizer(text, add_special_tokens=False)["input_ids"]):
+            return text
+        return f"{self._apart(text[:half])}{_BREAK}{self._apart(text[half:])}"
+
+    def _data_in(self, value: Any) -> Any:
+        """A value of a message, or a tool's definition, in which every str is data."""
+        if isinstance(value, str):
+            return self._as_data(value)
+        if isinstance(value, Mapping):
+            return {self._data_in(name): self._data_in(each) for name, each in value.items()}
+        return [self._data_in(each) for each in value] if isinstance(value, list | tuple) else value
 
     @cached_property
-    def _control(self) -> re.Pattern[str] | None:
-        """Finds the tokenizer's special tokens; None where it does not say which it has, as a server's."""
-        special = set(getattr(self.tokenizer, "all_special_tokens", None) or ())
+    def _added(self) -> dict[str, int]:
+        """The tokens that were added to the vocabulary, and their ids; empty for a server's tokenizer."""
+        return {str(token): id for id, token in (getattr(self.tokenizer, "added_tokens_decoder", None) or {}).items()}
+
+    @cached_property
+    def _special(self) -> set[str]:
         added = getattr(self.tokenizer, "added_tokens_decoder", None) or {}
-        special |= {str(token) for token in added.values() if getattr(token, "special", False)}
-        longest_first = sorted((token for token in special if len(token) > 1), key=len, reverse=True)
-        return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+        special = {str(token) for token in added.values() if getattr(token, "special", False)}
+        return special.union(getattr(self.tokenizer, "all_special_tokens", None) or ())
+
+    @cached_property
+    def _control(self) -> set[str]:
+        """Special tokens, and added ones that the chat template writes or that look like control tokens.
+
+        Of other added tokens, such as runs of spaces or HTML tags, texts are full.
+        """
+        template, looks = str(self.tokenizer.chat_template or ""), re.compile(_LIKE_CONTROL)
+        return self._special | {
+            token for token in self._added if token.strip() and (token in template or looks.fullmatch(token))
+        }
+
+    @cached_property
+    def _control_ids(self) -> frozenset[int]:
+        return frozenset(id for token, id in self._added.items() if token in self._control)
+
+    @cached_property
+    def _normalizes(self) -> bool:
+        """Whether the tokenizer finds control tokens in a changed text, such as one in lower case."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", None) or {}
+        return any(str(token) in self._control and getattr(token, "normalized", False) for token in added.values())
+
+    @cached_property
+    def _special_pattern(self) -> re.Pattern[str]:
+        return self._any_of(self._special)
+
+    @cached_property
+    def _control_pattern(self) -> re.Pattern[str]:
+        return self._any_of(self._control)
+
+    def _any_of(self, tokens: set[str]) -> re.Pattern[str]:
+        """Finds any of these; also what looks like a control token, where the tokenizer does not name its tokens."""
+        longest_first = sorted((token for token in tokens if len(token) > 1), key=len, reverse=True)
+        return re.compile("|".join([*map(re.escape, longest_first), "(?!)" if self._added else _LIKE_CONTROL]))
 
     def prompt(
         self,
@@ -220,10 +285,10 @@ class ChatTemplate:
                 ) from refused
 
     def _spoken(self, message: dict[str, Any]) -> dict[str, Any]:
-        """A message whose content is data. What the model itself said stays as it is."""
-        if message["role"] == "assistant" or not isinstance(message["content"], str):
-            return message
-        return {**message, "content": self._as_data(message["content"])}
+        """A message that is data. In what the model itself said, markers of tool calls and thinking are its own."""
+        said = message["role"] == "assistant" and isinstance(message["content"], str)
+        own = {"content": self._as_data(message["content"], said=True)} if said else {}
+        return {name: own[name] if name in own else self._data_in(value) for name, value in message.items()}
 
     @cached_property
     def generation_ids(self) -> tuple[int, ...]:
@@ -265,7 +330,7 @@ class ChatTemplate:
     ) -> str:
         text = self.tokenizer.apply_chat_template(
             [dict(message) for message in messages],
-            tools=[dict(tool) for tool in tools] if tools else None,
+            tools=[self._data_in(tool) for tool in tools] if tools else None,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             **self.variables,

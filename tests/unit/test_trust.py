@@ -205,12 +205,6 @@ def test_clean_texts_have_the_tokens_that_they_had(text: str, tiny_engine: HFEng
     assert tiny_engine.template.encode_text(text) == plain
 
 
-def test_what_the_model_said_stays_its_own_tokens(tiny_engine: HFEngine) -> None:
-    said = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<|endoftext|>"}]
-    ids = tiny_engine.template.prompt([*said, {"role": "user", "content": "Go on"}]).token_ids
-    assert tiny_engine.tokenizer.convert_tokens_to_ids("<|endoftext|>") in ids
-
-
 def test_what_a_human_says_in_two_blocks_is_not_kept(tiny_engine: HFEngine, tmp_path: Path) -> None:
     """The first of two text blocks was taken for a document and written to the store."""
     llm = ChatKVCAG(engine=tiny_engine, store=str(tmp_path), max_tokens=4)
