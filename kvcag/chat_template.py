@@ -1,8 +1,8 @@
 """From chat messages to token ids, split where caches begin and end: head │ document … document │ tail.
 
 The chat template is rendered once with a sentinel in the place of the documents and split there, so any template
-works unread. Each segment is tokenised by itself: text that is joined first tokenises differently at the seams, and
-from here on the ids are the truth, for the cached and for the uncached run alike.
+works unread. Each segment is tokenised by itself, as between line breaks: where documents stand on lines of their own,
+the ids are those of the joined text. From here on the ids are the truth, for the cached and for the uncached run alike.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
-from typing import TYPE_CHECKING, Any, TypeAlias
+from itertools import chain, pairwise, takewhile
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from jinja2.exceptions import TemplateError
+from typing_extensions import Self
 
 from kvcag.errors import ChatTemplateError, EmptyPromptError, InvalidInputError, UnsupportedContentError
 
@@ -26,6 +27,9 @@ Message: TypeAlias = Mapping[str, Any]
 """`{"role": …, "content": …}`; the content is a str, None, or a list of str, `Document` and
 `{"type": "text", "text": …}` parts."""
 
+Seams: TypeAlias = Literal["endings", "documents", "none"]
+"""How the documents of a prompt are joined: see `ChatTemplate.prompt`."""
+
 _SENTINEL = "kvcag-documents-5b1d7c0e"
 _BREAK = f"kvcag-break-{secrets.token_hex(8)}"
 """Stands in a rendered text where two tokens must not be joined. No text can know it."""
@@ -34,10 +38,27 @@ _LIKE_CONTROL = (
 )
 """What control tokens of the known model families look like."""
 _PROBE = "kvcag-probe-9a41"
+_LINE, _WORD = "\n\n", "x"
+"""What a segment is tokenised behind, and before."""
+_SEAM = 24
+"""Characters on each side of a seam that are tokenised to see whether it changes the tokens."""
 
 
 class Document(str):
-    """A text within a message's content that is a segment of its own: encoded once, under its own content."""
+    """A text within a message's content that is a segment of its own: encoded once, under its own content.
+
+    Attributes:
+        ending: follows the text where the document is kept and not in this prompt: the separator, for the last of
+            several. A prompt uses the cached document as far as it agrees.
+    """
+
+    ending: str
+
+    def __new__(cls, text: str, ending: str = "") -> Self:
+        """A document, and what it is kept with."""
+        made = super().__new__(cls, text)
+        made.ending = ending
+        return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +70,9 @@ class Prompt:
         document_ids: one tuple for each document.
         tail_ids: what follows them, with the question and the generation prompt.
         thinking: the generation prompt ends within a thinking block, so the answer begins in its middle.
-        documents: the documents' texts, for the records of what was encoded.
+        documents: the documents' texts as they are kept, for the records of what was encoded.
+        ending_ids: what follows the last document's tokens where it is kept, and not here.
+        seams: how many places are tokenised otherwise than in the joined text.
     """
 
     head_ids: tuple[int, ...]
@@ -57,6 +80,13 @@ class Prompt:
     tail_ids: tuple[int, ...]
     thinking: bool = False
     documents: tuple[str, ...] = ()
+    ending_ids: tuple[int, ...] = ()
+    seams: int = 0
+
+    @property
+    def kept_ids(self) -> tuple[tuple[int, ...], ...]:
+        """Each document's tokens as they are kept."""
+        return (*self.document_ids[:-1], self.document_ids[-1] + self.ending_ids) if self.document_ids else ()
 
     @property
     def context_ids(self) -> tuple[int, ...]:
@@ -112,8 +142,32 @@ class ChatTemplate:
         )
 
     def encode_text(self, text: str) -> tuple[int, ...]:
-        """Token ids of a document or another text that is data: what looks like a control token in it is text."""
-        return self.encode(self._as_data(text))
+        """Token ids of a document or another text that is data: what looks like a control token in it is text.
+
+        They are those that the text has between two other lines.
+        """
+        return self._between(self._as_data(text), opens=_opens(text), closes=_closes(text))
+
+    def _between(self, text: str, *, opens: bool, closes: bool) -> tuple[int, ...]:
+        """Token ids of a rendered text behind a blank line if it `opens` one, and before a word if it `closes` one.
+
+        Many tokenizers read the same line breaks as other tokens at the end of a text than before a word, and some
+        put a space before a text's first word.
+        """
+        before, after = self._line_ids if opens else (), self._word_ids if closes else ()
+        ids = self.encode(f"{_LINE if before else ''}{text}{_WORD if after else ''}")
+        start, end = len(before), len(ids) - len(after)
+        if ids[:start] == before and ids[end:] == after:
+            return ids[start:end]
+        return self.encode(text)  # the tokenizer joins it with what surrounds it
+
+    @cached_property
+    def _line_ids(self) -> tuple[int, ...]:
+        return self.encode(_LINE + _WORD)[:-1]
+
+    @cached_property
+    def _word_ids(self) -> tuple[int, ...]:
+        return self.encode(_LINE + _WORD)[-1:]
 
     def _as_data(self, text: str, *, said: bool = False) -> str:
         """A text whose control tokens are broken in two: `encode` tokenises the halves apart, for any tokenizer.
@@ -195,8 +249,17 @@ class ChatTemplate:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        seams: Seams = "endings",
     ) -> Prompt:
         """Messages as ids, split around their documents.
+
+        Args:
+            messages: the conversation. Documents are in one of them; those in later messages are text.
+            tools: shown by the template, if it shows tools.
+            add_generation_prompt: open the assistant's turn.
+            seams: `"endings"`: each document is as it is kept, with its ending, also the last one. `"documents"`: the
+                last one ends where the joined text's tokens differ from those that are kept. `"none"`: the text is
+                tokenised as a whole, and all documents are one.
 
         Raises:
             EmptyPromptError: there are no messages.
@@ -206,6 +269,7 @@ class ChatTemplate:
         normal = [_normal(message) for message in messages]
         if not normal:
             raise EmptyPromptError("there are no messages: pass at least one user message")
+        joined = [{**message, "content": "".join(message["content"])} for message in normal]
         holder, documents = _take_documents(normal)
         text = self.render(normal, tools=tools, add_generation_prompt=add_generation_prompt)
         thinking = add_generation_prompt and text.rstrip().endswith("<think>")
@@ -218,9 +282,51 @@ class ChatTemplate:
                 "documents cannot be placed in it. Put them into another message, or set another chat_template."
             )
         head, tail = text.split(_SENTINEL)
-        document_ids = tuple(self.encode_text(document) for document in documents)
-        texts = tuple(str(document) for document in documents)
-        return Prompt(bos + self.encode(head), document_ids, self.encode(tail), thinking, texts)
+        head_ids = bos + self._between(head, opens=False, closes=_closes(head))
+        made = Prompt(head_ids, (), self.encode(tail), thinking)
+        if seams != "none" or len(documents) == 1:
+            made = self._with_documents(made, head, documents, tail, whole=seams != "endings")
+        if seams == "none":
+            shown = self.render(joined, tools=tools, add_generation_prompt=add_generation_prompt)
+            token_ids = bos + self.encode(shown)
+            return made if made.token_ids == token_ids else _split_around(token_ids, made, "".join(documents))
+        return made
+
+    def _with_documents(
+        self, prompt: Prompt, head: str, documents: Sequence[Document], tail: str, *, whole: bool
+    ) -> Prompt:
+        """A prompt with its documents; `whole`: the last of them ends where the joined text's tokens differ."""
+        kept = [f"{document}{document.ending}" for document in documents]
+        document_ids = [self.encode_text(text) for text in kept]
+        shared = 0
+        if whole and documents:
+            last = documents[-1]
+            rest = self._between(self._as_data(last) + tail, opens=_opens(last), closes=False)
+            shared = common_length(document_ids[-1], rest)
+            if not shared:
+                kept[-1], document_ids[-1] = str(last), self.encode_text(last)
+            prompt = replace(prompt, seams=self._seams([head, *map(self._as_data, documents)]))
+        if not shared:
+            return replace(prompt, document_ids=tuple(document_ids), documents=tuple(kept))
+        return replace(
+            prompt,
+            document_ids=(*document_ids[:-1], rest[:shared]),
+            tail_ids=rest[shared:],
+            documents=tuple(kept),
+            ending_ids=document_ids[-1][shared:],
+        )
+
+    def _seams(self, pieces: Sequence[str]) -> int:
+        """Between how many neighbours of these rendered texts the tokens are not those of the joined text."""
+        seams = 0
+        for left, right in pairwise(pieces):
+            if left.endswith("\n") and _opens(right):
+                continue
+            left, right = left[-_SEAM:], right[:_SEAM]
+            apart = self._between(left, opens=False, closes=_closes(left))
+            apart += self._between(right, opens=_opens(right), closes=False)
+            seams += self.encode(left + right) != apart
+        return seams
 
     def verbatim(self, text: str) -> Prompt:
         """A text that is in the model's own format already, with BOS before it where the model wants one.
@@ -406,12 +512,35 @@ def _normal(message: Message) -> dict[str, Any]:
     return {**message, "content": parts if has_document else "".join(parts)}
 
 
-def _take_documents(messages: list[dict[str, Any]]) -> tuple[int | None, list[str]]:
+def _opens(text: str) -> bool:
+    """Whether a text can begin a line without changing the line break before it."""
+    return not text[:1].isspace()
+
+
+def _closes(text: str) -> bool:
+    """Whether what follows a text can change the tokens of its end."""
+    return text[-1:].isspace()
+
+
+def _split_around(token_ids: tuple[int, ...], apart: Prompt, document: str) -> Prompt:
+    """A whole prompt, split where it stops beginning and begins ending as one that was tokenised in pieces."""
+    start = common_length(token_ids, apart.head_ids)
+    end = max(start, len(token_ids) - common_length(token_ids[::-1], apart.tail_ids[::-1]))
+    documents, texts = ((token_ids[start:end],), (document,)) if end > start else ((), ())
+    return Prompt(token_ids[:start], documents, token_ids[end:], apart.thinking, texts)
+
+
+def common_length(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many tokens two sequences share at their beginning."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
+
+
+def _take_documents(messages: list[dict[str, Any]]) -> tuple[int | None, list[Document]]:
     """Put the sentinel in the place of the first run of documents, and join every other list.
 
     Returns the index of the message that held them, and the documents.
     """
-    holder, documents = None, list[str]()
+    holder, documents = None, list[Document]()
     for index, message in enumerate(messages):
         parts = message["content"]
         if isinstance(parts, str):
@@ -421,7 +550,8 @@ def _take_documents(messages: list[dict[str, Any]]) -> tuple[int | None, list[st
             continue
         places = [i for i, part in enumerate(parts) if isinstance(part, Document)]
         first, last = places[0], places[-1]
-        holder, documents = index, [part for part in parts[first : last + 1] if part]
+        run = [part if isinstance(part, Document) else Document(part) for part in parts[first : last + 1]]
+        holder, documents = index, [document for document in run if document]
         message["content"] = "".join([*parts[:first], _SENTINEL, *parts[last + 1 :]])
     return holder, documents
 

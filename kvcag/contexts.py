@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from kvcag.cache.layers import LayerKV, concat, layers_of, share
+from kvcag.cache.layers import LayerKV, cache_of, concat, cut, layers_of, share
 from kvcag.cache.merge import MergedBefore, Part, check_mergeable, merge, refine
 from kvcag.cache.merge import Strategy as MergeStrategy
 from kvcag.calibration import calibration_of, usual_drift_of
@@ -125,12 +125,13 @@ def context_of_prompt(
         refined = _refined(model, prompt.context_ids, prompt.tail_ids, ratio, namespace, asked)
         if refined is not None:
             return refined
-    documents.store.prefetch(documents.key(token_ids) for token_ids in prompt.document_ids)
+    documents.store.prefetch(documents.key(token_ids) for token_ids in prompt.kept_ids)
     found = [
         documents.find_or_encode(prompt.head_ids, token_ids, text)
-        for token_ids, text in zip(prompt.document_ids, prompt.documents, strict=True)
+        for token_ids, text in zip(prompt.kept_ids, prompt.documents, strict=True)
     ]
     items = [item for item, _ in found]
+    items[-1] = _beginning(items[-1], len(prompt.document_ids[-1]))
     encoded = sum(len(item.token_ids) for item, is_new in found if is_new)
     if encoded:  # the first of them encoded the instruction too
         encoded += max(0, len(prompt.head_ids) - known)
@@ -148,7 +149,7 @@ def is_stored_whole(documents: DocumentCache, prompt: Prompt) -> bool:
     if engine.known_prefix(context_ids, documents.namespace) == len(context_ids):
         return False
     try:
-        manifest = documents.store.manifest(documents.key(prompt.document_ids[0]))
+        manifest = documents.store.manifest(documents.key(prompt.kept_ids[0]))
     except StoreError as unreadable:
         warnings.warn(f"encoding a document again: {unreadable}", CacheWarning, stacklevel=4)
         return False
@@ -299,6 +300,15 @@ def _refined(
     reason = "merged for an earlier question, refined for this one"
     report = MergeReport("merged", "query", len(context_ids), reused, len(chosen), 0, reason)
     return engine.context_of(layers, context_ids, tail_ids, report)
+
+
+def _beginning(item: Item, length: int) -> Item:
+    """An item's first tokens, which do not depend on those behind them."""
+    if length == len(item.token_ids):
+        return item
+    assert isinstance(item, KVCacheItem)
+    layers = cut(layers_of(item.memory), 0, length)
+    return item.model_copy(update={"token_ids": item.token_ids[:length], "memory": cache_of(layers)})
 
 
 def _beside(head: Sequence[LayerKV], layers: Sequence[LayerKV], device: torch.device) -> list[LayerKV]:

@@ -13,7 +13,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from kvcag.cache.layers import ContextCache, layers_of
-from kvcag.chat_template import Document, Message, Prompt, as_messages
+from kvcag.chat_template import Document, Message, Prompt, Seams, as_messages
 from kvcag.concurrency import async_twin, iterate
 from kvcag.config import KVCacheMemoryConfig, parse
 from kvcag.contexts import (
@@ -244,11 +244,11 @@ class KVCacheMemory:
             metadata: one for each document, for what is encoded now.
         """
         prompt = self.engine.template.prompt(messages)
-        for at, token_ids in enumerate(prompt.document_ids):
+        for at, token_ids in enumerate(prompt.kept_ids):
             if not self.documents.contains(prompt.head_ids, token_ids):
                 about = metadata[at] if metadata else {}
                 self.documents.find_or_encode(prompt.head_ids, token_ids, prompt.documents[at], about)
-        return [self.documents.key(token_ids) for token_ids in prompt.document_ids]
+        return [self.documents.key(token_ids) for token_ids in prompt.kept_ids]
 
     def sync(self, documents: Iterable[object], corpus: str = "default") -> SyncReport:
         """Bring what is kept in step with a corpus: encode what is new, keep what is the same, drop what is gone.
@@ -411,7 +411,8 @@ class KVCacheMemory:
             sampling = self.engine.sampling(**settings)
         elif settings:
             raise InvalidInputError(f"pass either sampling= or {', '.join(settings)}, not both")
-        prompt = messages if isinstance(messages, Prompt) else self._prompt(as_messages(messages), ids, tools)
+        seams: Seams = "documents" if self.engine.merges and strategy != "exact" else self.engine.seams
+        prompt = messages if isinstance(messages, Prompt) else self._prompt(as_messages(messages), ids, tools, seams)
         budget = self.engine.check_fits(len(prompt.token_ids), sampling.max_new_tokens)
         if constraint is not None:
             constraint = self.engine.constrain(constraint, budget, prompt.thinking)
@@ -524,7 +525,11 @@ class KVCacheMemory:
         return self.engine.template.encode_text(segment(text, self.separator))
 
     def _prompt(
-        self, messages: list[Message], ids: Iterable[str] | None, tools: Sequence[Mapping[str, Any]] | None
+        self,
+        messages: list[Message],
+        ids: Iterable[str] | None,
+        tools: Sequence[Mapping[str, Any]] | None,
+        seams: Seams,
     ) -> Prompt:
         if ids is None and not any(_has_documents(message) for message in messages):
             items = self.get_all()
@@ -533,7 +538,7 @@ class KVCacheMemory:
         if items:
             texts = [segment(item.records.composed_text_memory, self.separator) for item in items]
             messages = insert_documents(self.instruction or "", texts, messages)
-        return self.engine.template.prompt(messages, tools=tools)
+        return self.engine.template.prompt(messages, tools=tools, seams=seams)
 
     def _items(self, given: str | Item | Iterable[str | Item], skip_missing: bool) -> list[Item]:
         wanted = [given] if isinstance(given, str | EncodedItem) or not isinstance(given, Iterable) else list(given)

@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from functools import cached_property
-from itertools import takewhile
 from typing import Any, cast
 
 import torch
@@ -25,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.cache_utils import Cache
 
-from kvcag.chat_template import ChatTemplate, Prompt
+from kvcag.chat_template import ChatTemplate, Prompt, common_length
 from kvcag.core import Chunk, ContextPrompt, EncodedItem, FinishReason, MergedContext, Usage
 from kvcag.engines.base import Engine
 from kvcag.engines.constrain import Constraint, ConstraintCompiler, ConstraintLike
@@ -229,10 +228,6 @@ class EchoEngine(Engine):
     def _remember(self, token_ids: tuple[int, ...], namespace: str) -> int:
         """Record a prompt, and return the length of the longest prefix it shares with an earlier prompt."""
         with self._lock:
-            shared = [_common(token_ids, known) for whose, known in self.prompts if whose == namespace]
+            shared = [common_length(token_ids, known) for whose, known in self.prompts if whose == namespace]
             self.prompts.append((namespace, token_ids))
         return min(max(shared, default=0), len(token_ids) - 1)
-
-
-def _common(left: tuple[int, ...], right: tuple[int, ...]) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))

@@ -484,7 +484,7 @@ class MemoryCube:
         engine, documents = self.memory.engine, self.memory.documents
         known = engine.known_prefix(prompt.context_ids, self.namespace)
         if engine.merges and known < len(prompt.context_ids):
-            return [documents.contains(prompt.head_ids, token_ids) for token_ids in prompt.document_ids]
+            return [documents.contains(prompt.head_ids, token_ids) for token_ids in prompt.kept_ids]
         return [end <= known for end in _ends(prompt)]
 
     def _encode(self, texts: Sequence[TextualMemoryItem]) -> bool:
@@ -493,7 +493,7 @@ class MemoryCube:
             if not self._are_current(texts):
                 return False
             prompt = self._prompt(texts, [_QUESTION], "exact")
-            [token_ids], [document] = prompt.document_ids, prompt.documents
+            [token_ids], [document] = prompt.kept_ids, prompt.documents
             if self.memory.documents.contains(prompt.head_ids, token_ids):
                 return False
             metadata = {"doc_id": texts[0].id} if len(texts) == 1 else {}

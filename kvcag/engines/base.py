@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from transformers.cache_utils import Cache
 
 from kvcag.cache.layers import ContextCache
-from kvcag.chat_template import ChatTemplate, Message, Prompt, as_messages
+from kvcag.chat_template import ChatTemplate, Message, Prompt, Seams, as_messages
 from kvcag.core import Chunk, ContextPrompt, EncodedItem, Item, MergedContext
 from kvcag.engines.constrain import ConstraintLike
 from kvcag.engines.sampling import DEFAULT_MAX_NEW_TOKENS, Sampling
@@ -33,12 +33,14 @@ class Engine(ABC):
 
     Attributes:
         merges: its caches can be put together in any order. Such an engine is an `HFEngine` or behaves as one.
+        seams: how the documents of a prompt that is read in order are joined: see `ChatTemplate.prompt`.
         item_type: what `encode_item` returns.
         template: makes prompts of messages.
         defaults: `Sampling` settings of every call that gives no others.
     """
 
     merges: ClassVar[bool] = False
+    seams: Seams = "none"
     item_type: ClassVar[type[EncodedItem]]
     template: ChatTemplate
     defaults: Mapping[str, Any]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -54,7 +54,8 @@ class Account:
         """
         reused = prefix.length
         if report is not None:
-            return cls(started, max(0, reused - report.paid_tokens), report.encoded_tokens + kept, report)
+            cached, created = max(0, reused - report.paid_tokens), report.encoded_tokens + kept
+            return cls(started, cached, created, _with_seams(report, prompt.seams))
         if prompt.document_ids:
             size = len(prompt.context_ids)
             found = min(reused, size)
@@ -63,7 +64,18 @@ class Account:
                 report = MergeReport("merged", "reused", size, found, 0, size - found, reason)
             else:
                 report = MergeReport("prefix" if found else "encoded", "exact", size, found, 0, size - found)
-        return cls(started, reused, kept, report)
+        return cls(started, reused, kept, report and _with_seams(report, prompt.seams))
+
+
+def _with_seams(report: MergeReport, seams: int) -> MergeReport:
+    """A report that says where a prompt's tokens are not those of its text."""
+    if not seams:
+        return report
+    said = (
+        f"{seams} {'place' if seams == 1 else 'places'} between documents tokenised otherwise than in the joined text: "
+        "let each document begin and end a line, or use the strategy 'exact'"
+    )
+    return replace(report, reason=f"{report.reason}; {said}" if report.reason else said)
 
 
 class Decoding:

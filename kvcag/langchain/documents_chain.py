@@ -37,12 +37,12 @@ _ANY_PROMPT = ChatPromptTemplate.from_messages([("system", f"{{{DOCUMENTS_KEY}}}
 class DocumentsPrompt(BasePromptTemplate[PromptValue]):
     """A prompt with a text block for each document, where the prompt that it wraps has one text.
 
-    Every document ends with the separator, also the last one, and so has the same tokens in any place.
+    Each document but the last ends with the separator. Each is kept with it, and so is found in any place.
 
     Attributes:
         prompt: shows the documents' variable, as it is, in one of its messages.
         document_prompt: renders one document; its variables are `page_content` and metadata keys.
-        document_separator: ends each document that does not end with it.
+        document_separator: stands between documents.
         document_variable_name: the variable that holds the list of documents.
 
     Raises:
@@ -111,8 +111,10 @@ class DocumentsPrompt(BasePromptTemplate[PromptValue]):
 
     def _split(self, value: PromptValue, mark: str, documents: Sequence[str]) -> PromptValue:
         """Put the documents in the place of the mark."""
-        texts = [segment(document, self.document_separator) for document in documents]
-        messages = [_split_message(message, mark, texts) for message in value.to_messages()]
+        *others, last = documents or [""]
+        texts = [*(f"{document}{self.document_separator}" for document in others), last]
+        ending = segment(last, self.document_separator)[len(last) :]
+        messages = [_split_message(message, mark, texts, ending) for message in value.to_messages()]
         if messages == value.to_messages():
             raise InvalidInputError(
                 f"the prompt does not show {{{self.document_variable_name}}} as it is: its template changes it, or "
@@ -121,7 +123,7 @@ class DocumentsPrompt(BasePromptTemplate[PromptValue]):
         return ChatPromptValue(messages=messages)
 
 
-def _split_message(message: BaseMessage, mark: str, documents: Sequence[str]) -> BaseMessage:
+def _split_message(message: BaseMessage, mark: str, documents: Sequence[str], ending: str) -> BaseMessage:
     """A message with the documents in the place of the mark; where the mark comes again, with their text."""
     if not isinstance(message.content, str):
         if not any(mark in str(block) for block in message.content):
@@ -133,7 +135,8 @@ def _split_message(message: BaseMessage, mark: str, documents: Sequence[str]) ->
     else:
         content = message.content
     before, found, after = content.partition(mark)
-    return with_documents(message, before, documents, after.replace(mark, "".join(documents))) if found else message
+    after = after.replace(mark, "".join(documents))
+    return with_documents(message, before, documents, after, ending=ending) if found else message
 
 
 def create_cag_documents_chain(
@@ -156,7 +159,7 @@ def create_cag_documents_chain(
         prompt: shows `{context}` (see `document_variable_name`) in one of its messages.
         output_parser: `StrOutputParser` by default.
         document_prompt: renders one document from `page_content` and its metadata; the content alone by default.
-        document_separator: ends each document that does not end with it, also the last one.
+        document_separator: stands between documents.
         document_variable_name: the variable that holds the list of documents.
 
     Raises:

@@ -36,9 +36,9 @@ from kvcag.engines.constrain import ConstraintLike, Grammar, JsonSchema, close_o
 from kvcag.errors import InvalidInputError, UnsupportedContentError
 from kvcag.tools import Parsed, ToolSpec
 
-_NOTE = "kvcag_documents"
-"""Key in `additional_kwargs`: the indices of a message's document blocks. Other chat models do not send this key to
-their server; some would refuse a mark within the blocks."""
+_NOTE, _ENDING = "kvcag_documents", "kvcag_ending"
+"""Keys in `additional_kwargs`: the indices of a message's document blocks, and what ends the last of them where it is
+kept. Other chat models do not send these keys to their server; some would refuse a mark within the blocks."""
 
 _OWN_BLOCKS = {
     "tool_use", "tool_call", "tool_call_chunk", "invalid_tool_call", "function_call",  # repeated in tool_calls
@@ -51,15 +51,20 @@ MessageT = TypeVar("MessageT", bound=BaseMessage)
 # --- documents in messages ---------------------------------------------------------------------------------------
 
 
-def with_documents(message: MessageT, before: str, documents: Sequence[str], after: str) -> MessageT:
-    """A copy of the message whose content is `before`, a text block for each document, and `after`."""
+def with_documents(
+    message: MessageT, before: str, documents: Sequence[str], after: str = "", *, ending: str = ""
+) -> MessageT:
+    """A copy of the message whose content is `before`, a text block for each document, and `after`.
+
+    Where the last document is kept, `ending` follows it.
+    """
     texts = [(before, False), *((document, True) for document in documents), (after, False)]
     shown = [(text, is_document) for text, is_document in texts if text]
     noted = [index for index, (_, is_document) in enumerate(shown) if is_document]
     return message.model_copy(
         update={
             "content": [{"type": "text", "text": text} for text, _ in shown] or "",
-            "additional_kwargs": {**message.additional_kwargs, _NOTE: noted},
+            "additional_kwargs": {**message.additional_kwargs, _NOTE: noted, _ENDING: ending},
         }
     )
 
@@ -116,7 +121,10 @@ def _content(message: BaseMessage, marked: bool) -> str | list[str]:
     documents = _marks(message) if marked else [in_system] * len(texts)
     if not any(documents):
         return "".join(texts)
-    return [Document(text) if document else text for text, document in zip(texts, documents, strict=True)]
+    shown = [Document(text) if document else text for text, document in zip(texts, documents, strict=True)]
+    if noted := noted_documents(message):
+        shown[noted[-1]] = Document(texts[noted[-1]], message.additional_kwargs.get(_ENDING, ""))
+    return shown
 
 
 def _blocks(message: BaseMessage) -> list[str | dict[str, Any]]:

@@ -91,7 +91,7 @@ class KVCAGMiddleware(AgentMiddleware[Any, Any, Any]):
         instruction = f"{request.system_message.text}\n\n" if request.system_message else ""
         system = request.system_message or SystemMessage("")
         if self._keeps_caches(request):
-            shown = with_documents(system, instruction, texts, "")
+            shown = with_documents(system, instruction, texts)
         else:
             shown = system.model_copy(update={"content": instruction + "".join(texts)})
         return request.override(system_message=shown)

@@ -202,7 +202,7 @@ class Texts:
                 first = prompt.documents[0]
                 self.ending = first[len(first.rstrip()) :]
             self.head_ids = prompt.head_ids
-            for digest, text, ids in zip(digests, prompt.documents, prompt.document_ids, strict=True):
+            for digest, text, ids in zip(digests, prompt.documents, prompt.kept_ids, strict=True):
                 stats = self.known.get(digest) or self._count(digest, text)  # a purge may have come in between
                 stats.text, stats.asked, stats.tokens = text, True, len(ids)
                 self._fresh |= {digest, _PROMPT}

@@ -45,7 +45,7 @@ def test_exact_answers_are_the_uncached_models_token_for_token(smollm2_engine: H
         SystemMessage(["Answer from:\n\n", *(t.page_content + "\n\n" for t in TOPICS)]),
         HumanMessage("What is pass?"),
     ]
-    expected = uncached(smollm2_engine, smollm2_engine.template.prompt(to_messages(asked)).token_ids, 16)
+    expected = uncached(smollm2_engine, smollm2_engine.template.prompt(to_messages(asked), seams="none").token_ids, 16)
     cold, warm = llm.invoke(asked), llm.invoke(asked)
     assert (cold.text, warm.text) == (expected, expected)
     assert warm.response_metadata["kvcag"]["encoded_tokens"] == 0
@@ -76,6 +76,21 @@ def test_recomputing_everything_gives_the_models_own_answer(smollm2_engine: HFEn
         for strategy in ("full", "exact")
     ]
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("template", ["Answer from:\n\n{context}", "Question: {input} \nContext: {context} \nAnswer:"])
+def test_exact_answers_are_the_stuff_chains(smollm2_engine: HFEngine, template: str) -> None:
+    """The documents chain had 91 tokens where the stuff chain had 87, and one answer of six was another."""
+    prompt = ChatPromptTemplate.from_messages([("system", template), ("human", "{input}")])
+    llm = ChatKVCAG(engine=smollm2_engine, max_tokens=12, merge_strategy="exact", store=MemoryStore())
+    identity: Any = RunnablePassthrough()
+    cag, stuff = (
+        make(llm, prompt, output_parser=identity) for make in (create_cag_documents_chain, create_stuff_documents_chain)
+    )
+    for question in ("What is pass?", "What does break do?", "What does an imaginary literal yield?"):
+        given = {"context": TOPICS[::-1], "input": question}
+        ours, theirs = cag.invoke(given), stuff.invoke(given)
+        assert (ours.text, ours.usage_metadata["input_tokens"]) == (theirs.text, theirs.usage_metadata["input_tokens"])
 
 
 def test_a_chat_over_a_corpus_reads_it_once(smollm2_engine: HFEngine) -> None:

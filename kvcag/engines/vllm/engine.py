@@ -128,6 +128,7 @@ class VLLMEngine(Engine):
         Sampling.of(**(defaults or {}))
         self.defaults = dict(defaults or {})
         self._order = DocumentSorter(document_order)
+        self.seams = "none" if document_order == "given" else "endings"
         self._http = HTTPClient(
             base_url,
             api_key=api_key,
