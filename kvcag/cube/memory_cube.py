@@ -11,13 +11,13 @@ import warnings
 from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
 from dataclasses import dataclass, field
-from itertools import accumulate, chain
+from itertools import accumulate
 from os import PathLike
 from typing import Any, cast
 
 from kvcag.cache.layers import layers_of
 from kvcag.chat_template import Message, Prompt, as_messages
-from kvcag.concurrency import async_twin, in_thread, iterate
+from kvcag.concurrency import async_twin, iterate
 from kvcag.contexts import DEFAULT_RATIO, MAX_KL, Strategy
 from kvcag.core import Answer, Chunk, KVCacheItem, Mode, TextualMemoryItem
 from kvcag.cube.dump import CubeDump, read_dump, write_dump
@@ -28,6 +28,7 @@ from kvcag.cube.texts import (
     TextSide,
     distinct,
     is_made_of,
+    live_of,
     read_all,
     stripped,
 )
@@ -44,7 +45,6 @@ from kvcag.errors import (
     UnknownItemError,
 )
 from kvcag.memory import KVCacheMemory, insert_documents
-from kvcag.scheduler.store import ScheduledStore
 from kvcag.stores.base import KVStore
 
 _QUESTION: Message = {"role": "user", "content": "…"}
@@ -86,9 +86,9 @@ class _Opened:
     merges: bool
     chunks: Generator[Chunk, None, None]
 
-    def answer(self, chunks: Iterable[Chunk]) -> CubeAnswer:
-        """The answer of these chunks."""
-        whole, held, ids = Answer.of(chunks), self.held, [text.id for text in self.sources]
+    def answer(self) -> CubeAnswer:
+        """Generate the answer."""
+        whole, held, ids = Answer.of(self.chunks), self.held, [text.id for text in self.sources]
         report = whole.report
         if report is not None and report.strategy == "exact" and self.merges:  # encoded in order, as far as not reused
             held = [end <= report.reused_tokens for end in _ends(self.prompt)]
@@ -236,7 +236,7 @@ class MemoryCube:
         encoded. Arguments and errors are those of `add`.
         """
         texts = read_all(documents)
-        ids, live = {text.id for text in texts}, {stripped(text.memory) for text in texts}
+        ids, live = {text.id for text in texts}, live_of(texts)
         with self._lock:
             self.add(texts)
             self.delete([id for id in self._known if id not in ids])
@@ -254,7 +254,7 @@ class MemoryCube:
             InvalidInputError: the cube holds the text.
         """
         with self._lock:
-            live = self._live(self._known)
+            live = live_of(self._known.values())
             if stripped(text) in live:
                 raise InvalidInputError("the cube holds this text. Delete the text by its id: that deletes its caches.")
             return self._drop({text}, live)
@@ -322,7 +322,7 @@ class MemoryCube:
         """
         opened = self._open(question, k, **answering)
         with closing(opened.chunks):
-            return opened.answer(opened.chunks)
+            return opened.answer()
 
     def stream(
         self,
@@ -351,8 +351,7 @@ class MemoryCube:
             InvalidInputError: an unknown setting or strategy, or `k` without texts that can be searched.
             ConstraintError: the constraint cannot be used.
         """
-        given = {"strategy": strategy, "ratio": ratio, "max_kl": max_kl, "constraint": constraint, **sampling}
-        return self._open(question, k, **given).chunks
+        return self._open(question, k, strategy, ratio, max_kl, constraint, **sampling).chunks
 
     # --- dumps ---------------------------------------------------------------------------------------------------
 
@@ -365,8 +364,7 @@ class MemoryCube:
             StoreUnavailableError: the disk is full, permission was denied. The earlier dump is unchanged.
         """
         texts = self.get_all()
-        items = chain(self._instruction_item(), self._items_of({stripped(text.memory) for text in texts}))
-        write_dump(dir, CubeDump(self.namespace, self.memory.instruction, texts, items))
+        write_dump(dir, CubeDump(self.namespace, self.memory.instruction, texts, self._items_of(live_of(texts))))
 
     def load(self, dir: str | PathLike[str]) -> None:
         """Add the texts and caches of a dump. A text replaces one with the same id. `texts` gets what it lacks.
@@ -412,14 +410,9 @@ class MemoryCube:
     apurge = async_twin(purge)
     asearch = async_twin(search)
     aencode = async_twin(encode)
+    aask = async_twin(ask)
     adump = async_twin(dump)
     aload = async_twin(load)
-
-    async def aask(self, question: str | Sequence[Message], k: int | None = None, **answering: Any) -> CubeAnswer:
-        """`ask`, in worker threads; cancelling stops the model."""
-        opened = await in_thread(self._open, question, k, **answering)
-        async with aclosing(iterate(lambda: opened.chunks)) as chunks:
-            return opened.answer([chunk async for chunk in chunks])
 
     async def astream(
         self, question: str | Sequence[Message], k: int | None = None, **answering: Any
@@ -435,7 +428,6 @@ class MemoryCube:
         self,
         question: str | Sequence[Message],
         k: int | None,
-        *,
         strategy: Strategy | None = None,
         ratio: float | None = None,
         max_kl: float = MAX_KL,
@@ -443,8 +435,7 @@ class MemoryCube:
         **sampling: Any,
     ) -> _Opened:
         """Find texts and prepare their context; the answer is generated as `chunks` are read."""
-        messages = as_messages(question)
-        settings = self.memory.engine.sampling(**sampling)
+        messages, settings = as_messages(question), self.memory.engine.sampling(**sampling)
         strategy = strategy or self.strategy
         while True:
             sources = self.search(_question_of(messages), k)
@@ -505,9 +496,6 @@ class MemoryCube:
     def _are_current(self, texts: Iterable[TextualMemoryItem]) -> bool:
         return all(text.id in self._known and self._known[text.id].memory == text.memory for text in texts)
 
-    def _live(self, texts: Mapping[str, TextualMemoryItem]) -> set[str]:
-        return {stripped(text.memory) for text in texts.values()}
-
     def _look(self) -> None:
         """Follow a place whose texts others may change."""
         with self._lock:
@@ -524,7 +512,7 @@ class MemoryCube:
         known = self._known | {text.id: text for text in texts}
         for id in gone:
             known.pop(id, None)
-        live = self._live(known)
+        live = live_of(known.values())
         is_same = known.keys() == self._known.keys() and self._are_current(known.values())
         if not is_same:
             self._drop({was.memory for was in self._known.values() if stripped(was.memory) not in live}, live)
@@ -553,9 +541,7 @@ class MemoryCube:
         template, documents = self.memory.engine.template, self.memory.documents
         # also by id: a store does not list a damaged file
         self.memory.delete([*stale, *(documents.key(template.encode_text(f"{text}\n\n")) for text in gone)])
-        if isinstance(self.memory.store, ScheduledStore):  # which records texts, to encode them again
-            for text in gone:
-                self.memory.store.purge(text)
+        self.memory.store.forget(gone)
         self.memory.engine.forget(self.namespace)
         return stale
 
@@ -574,7 +560,15 @@ class MemoryCube:
     # --- items of a dump -----------------------------------------------------------------------------------------
 
     def _items_of(self, live: set[str]) -> Iterator[KVCacheItem]:
-        """The items made from live texts alone. A damaged item is left out, with a `CacheWarning`."""
+        """The items made from live texts alone, behind the instruction's own cache, so that none is encoded on load.
+
+        A damaged item is left out, with a `CacheWarning`.
+        """
+        engine = self.memory.engine
+        head_ids = engine.template.instruction_ids(self.memory.instruction)
+        if engine.merges and head_ids:
+            context = engine.exact_context(head_ids, (), self.namespace)
+            yield KVCacheItem(memory=context.cache, token_ids=context.token_ids, fingerprint=engine.fingerprint)
         for key in list(self.memory.store.keys()):
             try:
                 item = self.memory.store.get(key)
@@ -582,15 +576,6 @@ class MemoryCube:
                     yield item
             except (CorruptItemError, FormatError) as damaged:
                 warnings.warn(f"a cache was left out of the dump: {damaged}", CacheWarning, stacklevel=5)
-
-    def _instruction_item(self) -> list[KVCacheItem]:
-        """The instruction's own cache, if there is one, so that a loaded cube need not encode the instruction."""
-        engine = self.memory.engine
-        head_ids = engine.template.instruction_ids(self.memory.instruction)
-        if not engine.merges or not head_ids:
-            return []
-        context = engine.exact_context(head_ids, (), self.namespace)
-        return [KVCacheItem(memory=context.cache, token_ids=context.token_ids, fingerprint=engine.fingerprint)]
 
     def _take(self, items: Iterable[KVCacheItem]) -> list[str]:
         """Keep the items of this cube's model. Returns how the model of another item differs, if texts need it."""

@@ -41,8 +41,8 @@ class ListedTexts(TextSide, Protocol):
         """All texts."""
 
 
-Find: TypeAlias = Callable[[str], Iterable[object]]
-"""Takes a question and returns documents, best first."""
+Search: TypeAlias = Callable[[str, int | None], list[TextualMemoryItem]]
+"""Takes a question and `k`, as `SearchableTexts.search` does."""
 
 
 class RetrieverTexts:
@@ -56,11 +56,11 @@ class RetrieverTexts:
     """
 
     def __init__(self, retriever: Any) -> None:
-        self._find = find_of(retriever)
+        self._search = search_of(retriever)
 
     def search(self, question: str, k: int | None) -> list[TextualMemoryItem]:
         """The first `k` texts that the retriever finds."""
-        return [read(document) for document in self._find(question)][:k]
+        return self._search(question, k)
 
     def add(self, texts: Sequence[TextualMemoryItem]) -> None:
         """Refuse, because a retriever only reads.
@@ -89,32 +89,32 @@ class BuiltTexts:
     def __init__(self, build: Callable[[list[TextualMemoryItem]], Any]) -> None:
         self._build = build
         self._texts: dict[str, TextualMemoryItem] = {}
-        self._find: Find | None = None
+        self._search: Search | None = None
 
     def search(self, question: str, k: int | None) -> list[TextualMemoryItem]:
         """The first `k` texts that the retriever finds."""
         if not self._texts:
             return []
-        find = self._find
-        if find is None:
-            find = self._find = find_of(self._build(list(self._texts.values())))
-        return [read(document) for document in find(question)][:k]
+        search = self._search
+        if search is None:
+            search = self._search = search_of(self._build(list(self._texts.values())))
+        return search(question, k)
 
     def add(self, texts: Sequence[TextualMemoryItem]) -> None:
         """Add texts."""
         self._texts = {**self._texts, **{text.id: text for text in texts}}
-        self._find = None
+        self._search = None
 
     def delete(self, ids: Sequence[str]) -> None:
         """Delete texts."""
         self._texts = {id: text for id, text in self._texts.items() if id not in ids}
-        self._find = None
+        self._search = None
 
 
-def find_of(retriever: Any) -> Find:
-    """The method of a LangChain or LlamaIndex retriever that searches; a function as it is."""
-    find: Find = getattr(retriever, "invoke", None) or getattr(retriever, "retrieve", None) or retriever
-    return find
+def search_of(retriever: Any) -> Search:
+    """A LangChain or LlamaIndex retriever, or a function that takes a question and returns documents, as a search."""
+    find = getattr(retriever, "invoke", None) or getattr(retriever, "retrieve", None) or retriever
+    return lambda question, k: [read(document) for document in find(question)][:k]
 
 
 def changed(texts: Iterable[TextualMemoryItem], stored: Iterable[object]) -> list[TextualMemoryItem]:
@@ -164,6 +164,11 @@ def distinct(texts: Iterable[TextualMemoryItem]) -> list[TextualMemoryItem]:
 def stripped(text: str) -> str:
     """A text without line breaks at its ends. A prompt adds such line breaks to the texts that the cube was given."""
     return text.strip("\n")
+
+
+def live_of(texts: Iterable[TextualMemoryItem]) -> set[str]:
+    """What texts say, each as `stripped`."""
+    return {stripped(text.memory) for text in texts}
 
 
 def is_made_of(text: str, known: set[str]) -> bool:

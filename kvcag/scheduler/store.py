@@ -158,12 +158,16 @@ class ScheduledStore(KVStore):
             self.evict(entries, "dropped", "deleted by the caller")
             self.inner.delete(listed)
 
-    def purge(self, *sources: str) -> list[str]:
-        """Delete every cache that was made from one of the texts, and every trace of the texts."""
+    def forget(self, texts: Iterable[str]) -> None:
+        """Forget texts, so that they are not encoded again."""
+        self._texts.purge(set(texts))
+
+    def purge(self, source: str) -> list[str]:
+        """Delete every cache that was made from one text, and every trace of the text."""
         with self.lock:
-            purged = dict.fromkeys(self.inner.purge(*sources))
+            purged = dict.fromkeys(self.inner.purge(source))
             digests = {self.entries[key].digest for key in purged if key in self.entries}
-            digests |= self._texts.purge(set(sources), digests)
+            digests |= self._texts.purge({source}, digests)
             purged |= dict.fromkeys(entry.key for entry in self.entries.values() if entry.digest in digests)
             self.inner.delete(purged)
             for key in purged:

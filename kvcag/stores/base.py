@@ -107,14 +107,17 @@ class KVStore(ABC):
         """Begin to move items to the fastest tier, and return at once. Does nothing where there is one tier."""
         return None
 
-    def purge(self, *sources: str) -> list[str]:
-        """Delete every item that was made from one of these texts, and return the ids.
+    def forget(self, texts: Iterable[str]) -> None:  # noqa: B027 - most stores have nothing to forget
+        """Forget texts whose items were deleted. Does nothing in a store that keeps texts in its items alone."""
+
+    def purge(self, source: str) -> list[str]:
+        """Delete every item that was made from one text, and return the ids.
 
         Args:
-            *sources: the text itself, or a value of one of the metadata fields in `SOURCE_FIELDS`: a path, a URL, a
+            source: the text itself, or a value of one of the metadata fields in `SOURCE_FIELDS`: a path, a URL, a
                 document's id.
         """
-        made = [key for key, manifest in self.manifests() if made_from(manifest, sources)]
+        made = [key for key, manifest in self.manifests() if made_from(manifest, source)]
         self.delete(made)
         return made
 
@@ -171,13 +174,12 @@ class KVStore(ABC):
                 yield key
 
 
-def made_from(manifest: Manifest, sources: Iterable[str]) -> bool:
-    """Whether an item was made from one of `sources`, alone or together with other texts."""
+def made_from(manifest: Manifest, source: str) -> bool:
+    """Whether an item was made from `source`, alone or together with other texts."""
     records = manifest.records
     named = [manifest.metadata.get(field) for field in (*SOURCE_FIELDS, MADE_OF)]
     names: list[object] = [*records.text_memories, records.composed_text_memory]
     for value in named:
         names += value if isinstance(value, list) else [value]
     # A document is kept with the separator that ended it in its prompt.
-    made = {name.rstrip("\n") for name in names if isinstance(name, str)}
-    return any(source.rstrip("\n") in made for source in sources)
+    return source.rstrip("\n") in {name.rstrip("\n") for name in names if isinstance(name, str)}

@@ -111,10 +111,10 @@ class TieredStore(KVStore):
         if failures:
             raise failures[0]
 
-    def purge(self, *sources: str) -> list[str]:
-        """Delete every item made from one of these texts, from every tier. Raises as `delete`."""
+    def purge(self, source: str) -> list[str]:
+        """Delete every item made from one text, from every tier. Raises as `delete`."""
         purged: set[str] = set()
-        failures = self._everywhere(lambda tier: purged.update(tier.purge(*sources)))
+        failures = self._everywhere(lambda tier: purged.update(tier.purge(source)))
         self.delete(purged)  # again: a prefetch may have copied an item from a tier that was purged later
         if failures:
             raise failures[0]
