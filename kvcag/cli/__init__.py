@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command. `kvcag.cli.group` lists the exit codes."""
+    """Run the command. `kvcag.cli.common` lists the exit codes."""
     try:
         from kvcag.cli.app import app
     except ModuleNotFoundError as missing:

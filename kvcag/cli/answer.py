@@ -5,48 +5,25 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from kvcag.cli import output
-from kvcag.cli.group import NEGATIVE, say
-from kvcag.cli.options import (
-    INSTRUCTION,
-    Instruction,
-    Json,
-    MaxNewTokens,
-    Model,
-    Namespace,
-    Ratio,
-    Source,
-    Store,
-    StrategyOption,
-    Temperature,
-    default_store,
-    load_engine,
-    takes,
-)
-from kvcag.errors import (
-    ContextLengthError,
-    EmptyPromptError,
-    FingerprintMismatchError,
-    InvalidInputError,
-    PromptError,
-)
+from kvcag.cli import common
+from kvcag.cli.common import INSTRUCTION, Instruction, Json, Model, Namespace, Ratio, Source, Store, StrategyOption
+from kvcag.errors import ContextLengthError, EmptyPromptError, FingerprintMismatchError, InvalidInputError, PromptError
 
 if TYPE_CHECKING:
     from kvcag.chat_template import Message, Prompt
     from kvcag.cli.entries import Entry
-    from kvcag.core import Chunk, Usage
-    from kvcag.engines.base import Engine
+    from kvcag.core import Usage
     from kvcag.engines.hf import HFEngine
     from kvcag.memory import KVCacheMemory
 
-Ids = Annotated[list[str] | None, typer.Option("--id", metavar="ID", help="Answer from this item only; repeatable.")]
+_MAX_NEW_TOKENS = "Generate at most this many tokens. Default: 512, or what fits."
+_TEMPERATURE = "Sample at this temperature; 0 is greedy."
 
 _HELP = """/reset   forget the conversation; the documents stay
 /undo    remove the last turn
@@ -62,17 +39,17 @@ class Answering:
     model: Model = None
     store: Store = None
     namespace: Namespace = ""
-    ids: Ids = None
+    id: Annotated[list[str] | None, typer.Option(metavar="ID", help="Answer from this item only; repeatable.")] = None
     source: Source = None
     strategy: StrategyOption = "auto"
     ratio: Ratio = 0.2
     instruction: Instruction = INSTRUCTION
-    max_new_tokens: MaxNewTokens = None
-    temperature: Temperature = 0.0
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help=_MAX_NEW_TOKENS)] = None
+    temperature: Annotated[float, typer.Option(min=0, help=_TEMPERATURE)] = 0.0
     as_json: Json = False
 
 
-@takes(Answering)
+@common.takes(Answering)
 def ask(
     question: Annotated[str, typer.Argument(help="The question; - reads it from stdin.")], options: Answering
 ) -> None:
@@ -96,12 +73,12 @@ def ask(
     text, usage = corpus.answer([{"role": "user", "content": question}])
     if options.as_json:
         facts = {"ids": [entry.id for entry in corpus.entries], "model": corpus.memory.engine.model_name}
-        output.emit({"question": question, "answer": text.strip(), **facts, **_figures(usage)})
+        common.emit({"question": question, "answer": text.strip(), **facts, **_figures(usage)})
     else:
-        output.stderr().print(_summary(usage), style="dim")
+        common.stderr().print(_summary(usage), style="dim")
 
 
-@takes(Answering)
+@common.takes(Answering)
 def chat(options: Answering) -> None:
     r"""Talk about the items of a store, or about chosen ones. Each turn prefills its own tokens only.
 
@@ -118,8 +95,8 @@ def chat(options: Answering) -> None:
     """
     corpus = open_corpus(options)
     if sys.stdin.isatty():
-        documents = output.counted(len(corpus.entries), "item")
-        say(f"{documents} and {Path(corpus.memory.engine.model_name).name}; /help lists the commands")
+        documents = common.counted(len(corpus.entries), "item")
+        common.say(f"{documents} and {Path(corpus.memory.engine.model_name).name}; /help lists the commands")
     _Conversation(corpus).run()
 
 
@@ -153,21 +130,27 @@ class Corpus:
         except ContextLengthError as long:
             what = "with the question" if len(conversation) == 1 else "with the conversation"
             raise InvalidInputError(
-                f"{output.counted(len(self.entries), 'item')} {what} are {long.prompt_tokens:,} tokens, and "
+                f"{common.counted(len(self.entries), 'item')} {what} are {long.prompt_tokens:,} tokens, and "
                 f"the model's context is {long.limit:,}: choose fewer with --id or --source."
             ) from long
         engine.check_fits(len(prompt.token_ids), sampling.max_new_tokens)
-        encoded = 0
-        if not (options.ids or options.source):
+        is_new = False
+        if not (options.id or options.source):
             whole = self._prompt(["".join(prompt.documents)], conversation)
             if options.strategy == "exact" or self._prefers(whole):
-                prompt, encoded = whole, self._keep(whole)
+                prompt, is_new = whole, self._keep(whole)
         prepared = time.perf_counter() - started
         chunks = self.memory.stream(prompt, strategy=options.strategy, ratio=options.ratio, sampling=sampling)
+        text, usage = "", None
         with contextlib.closing(chunks):
-            text, usage = _read(chunks, silent=options.as_json)
+            for chunk in chunks:
+                text, usage = text + chunk.text, chunk.usage
+                if not options.as_json:
+                    sys.stdout.write(chunk.text if usage is None else f"{chunk.text}\n")
+                    sys.stdout.flush()
+        assert usage is not None  # the last chunk has it
         usage = replace(usage, ttft_s=usage.ttft_s + prepared, total_s=usage.total_s + prepared)
-        return text, _as_encoded(usage) if encoded else usage
+        return text, _as_encoded(usage) if is_new else usage
 
     def _prompt(self, texts: list[str], conversation: list[Message]) -> Prompt:
         from kvcag.documents import segment
@@ -193,13 +176,13 @@ class Corpus:
 
     def _keep(self, whole: Prompt) -> bool:
         """Keep the whole store as one document. Return whether it was encoded; the context it replaces is deleted."""
-        from kvcag.cli.entries import CONTEXT_OF, read_entries
+        from kvcag.cli.entries import CONTEXT_OF, made_by, read_entries
         from kvcag.stores.base import MADE_OF
 
         memory, tokens = self.memory, whole.document_ids[0]
         if memory.documents.contains(whole.head_ids, tokens):
             return False
-        say(f"reading {output.counted(len(self.entries), 'item')}, {len(tokens):,} tokens, as one context")
+        common.say(f"reading {common.counted(len(self.entries), 'item')}, {len(tokens):,} tokens, as one context")
         sources = [entry.manifest.metadata.get("source") for entry in self.entries]
         made_of = {
             CONTEXT_OF: [entry.id for entry in self.entries],
@@ -208,8 +191,8 @@ class Corpus:
         }
         item, is_new = memory.documents.find_or_encode(whole.head_ids, tokens, whole.documents[0], made_of)
         if memory.store.contains(item.id):  # else the store cannot be written
-            old = [entry for entry in read_entries(memory.store)[0] if entry.members and _made_by(memory.engine, entry)]
-            memory.store.delete(entry.id for entry in old if entry.id != item.id)
+            old = [each for each in read_entries(memory.store)[0] if each.members and each.id != item.id]
+            memory.store.delete(each.id for each in old if made_by(memory.engine, each.manifest))
         return is_new
 
 
@@ -230,38 +213,34 @@ def open_corpus(options: Answering) -> Corpus:
         UnknownItemError: no item has such an id.
         FingerprintMismatchError: another model made the items.
     """
-    from kvcag.cli.entries import choose, find, open_existing, read_entries
+    from kvcag.cli.entries import choose, find, made_by, open_existing, read_entries
 
     opened = open_existing(options.store, options.namespace)
     entries = read_entries(opened)[0]
     chosen = sorted((entry for entry in entries if not entry.is_context), key=_place)
-    if options.ids or options.source:
+    if options.id or options.source:
         from_sources = choose(chosen, options.source, None) if options.source else []
-        chosen = list({entry.id: entry for entry in [*find(entries, options.ids or []), *from_sources]}.values())
+        chosen = list({entry.id: entry for entry in [*find(entries, options.id or []), *from_sources]}.values())
     if not chosen or opened is None:
         what = "no item has this source" if entries else "there are no items"
-        say(f"{what} in {options.store or default_store()}. `kvcag ls` lists items; `kvcag encode PATH` adds some.")
-        raise typer.Exit(NEGATIVE)
-    engine = load_engine(options.model)
-    own = [entry for entry in chosen if _made_by(engine, entry)]
-    if not own or (options.ids and len(own) < len(chosen)):
+        folder = options.store or common.default_store()
+        common.say(f"{what} in {folder}. `kvcag ls` lists items; `kvcag encode PATH` adds some.")
+        raise typer.Exit(common.NEGATIVE)
+    engine = common.load_engine(options.model)
+    own = [entry for entry in chosen if made_by(engine, entry.manifest)]
+    if not own or (options.id and len(own) < len(chosen)):
         other = next(entry for entry in chosen if entry not in own)
-        made_by = other.manifest.fingerprint
-        differences = engine.fingerprint.differences(made_by) if made_by else ["it names no model"]
-        raise FingerprintMismatchError(f"item {other.short} ({made_by.model_name if made_by else '?'})", differences)
+        found = other.manifest.fingerprint
+        differences = engine.fingerprint.differences(found) if found else ["it names no model"]
+        raise FingerprintMismatchError(f"item {other.short} ({found.model_name if found else '?'})", differences)
     if len(own) < len(chosen):
-        say(f"{output.counted(len(chosen) - len(own), 'item')} of other models left out")
+        common.say(f"{common.counted(len(chosen) - len(own), 'item')} of other models left out")
     from kvcag.memory import KVCacheMemory
 
     # A conversation of any length stays among the recent contexts, merged and exact.
     room = 2 * engine.context_length * engine.bytes_per_token
     engine.prefixes.max_bytes = max(engine.prefixes.max_bytes, room)
     return Corpus(KVCacheMemory(engine, opened, options.instruction, namespace=options.namespace), own, options)
-
-
-def _made_by(engine: Engine, entry: Entry) -> bool:
-    made_by = entry.manifest.fingerprint
-    return made_by is not None and engine.fingerprint.matches(made_by)
 
 
 def _place(entry: Entry) -> tuple[str, int, str]:
@@ -297,20 +276,20 @@ class _Conversation:
                     raise
                 interrupted = True
                 typer.echo(err=True)
-                say("cancelled; Ctrl-C again, or Ctrl-D, leaves")
+                common.say("cancelled; Ctrl-C again, or Ctrl-D, leaves")
 
     def _command(self, name: str) -> None:
         if name == "/reset":
             self.messages.clear()
-            say("the conversation is forgotten; the documents stay")
+            common.say("the conversation is forgotten; the documents stay")
         elif name == "/undo" and self.messages:
             del self.messages[-2:]
-            say(f"the last turn is removed; {output.counted(len(self.messages) // 2, 'turn')} left")
+            common.say(f"the last turn is removed; {common.counted(len(self.messages) // 2, 'turn')} left")
         elif name == "/context":
             for entry in self.corpus.entries:
-                say(f"{entry.short}  {entry.manifest.tokens:>7,} tokens  {entry.source}")
+                common.say(f"{entry.short}  {entry.manifest.tokens:>7,} tokens  {entry.source}")
         else:
-            say("there is no turn to remove" if name == "/undo" else f"the commands are\n{_HELP}")
+            common.say("there is no turn to remove" if name == "/undo" else f"the commands are\n{_HELP}")
 
     def _answer(self, question: str) -> None:
         asked: list[Message] = [*self.messages, {"role": "user", "content": question}]
@@ -319,15 +298,15 @@ class _Conversation:
         except (InvalidInputError, PromptError) as refused:  # most often the prompt is too long
             if not sys.stdin.isatty():
                 raise
-            say(f"{refused} /reset forgets the conversation." if self.messages else str(refused))
+            common.say(f"{refused} /reset forgets the conversation." if self.messages else str(refused))
             return
         if self.corpus.options.as_json:
-            output.emit_line({"question": question, "answer": text.strip(), **_figures(usage)})
+            common.emit({"question": question, "answer": text.strip(), **_figures(usage)}, indent=None)
         elif self.messages:
             read = f"{usage.cached_tokens:,} tokens reused, {usage.created_tokens:,} read"
-            output.stderr().print(f"{read}; {_timing(usage)}", style="dim")
+            common.stderr().print(f"{read}; {_timing(usage)}", style="dim")
         else:
-            output.stderr().print(_summary(usage), style="dim")
+            common.stderr().print(_summary(usage), style="dim")
         self.messages = [*asked, {"role": "assistant", "content": text}]
 
     def _read_line(self) -> str | None:
@@ -342,21 +321,6 @@ class _Conversation:
         except EOFError:
             typer.echo(err=True)
             return None
-
-
-def _read(chunks: Iterable[Chunk], *, silent: bool) -> tuple[str, Usage]:
-    """Return an answer and its usage; print the answer as it is generated, unless `silent`."""
-    text, usage = "", None
-    for chunk in chunks:
-        text += chunk.text
-        usage = chunk.usage or usage
-        if not silent:
-            sys.stdout.write(chunk.text)
-            sys.stdout.flush()
-    if not silent:
-        typer.echo()
-    assert usage is not None  # the last chunk has it
-    return text, usage
 
 
 def _figures(usage: Usage) -> dict[str, object]:
@@ -378,5 +342,5 @@ def _summary(usage: Usage) -> str:
 
 
 def _timing(usage: Usage) -> str:
-    tokens = output.counted(usage.completion_tokens, "token")
+    tokens = common.counted(usage.completion_tokens, "token")
     return f"first token after {usage.ttft_s:.2f} s, {tokens} in {usage.total_s:.2f} s"

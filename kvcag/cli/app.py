@@ -10,10 +10,10 @@ import typer
 import kvcag
 from kvcag.cli.answer import ask, chat
 from kvcag.cli.bench import bench
+from kvcag.cli.common import DEBUG, Commands
 from kvcag.cli.demo import demo
 from kvcag.cli.doctor import doctor
 from kvcag.cli.encode import encode, sync
-from kvcag.cli.group import DEBUG, Commands
 from kvcag.cli.scheduler import scheduler
 from kvcag.cli.size import size
 from kvcag.cli.store import import_memos, inspect, ls, rm, verify

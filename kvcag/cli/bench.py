@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import kvcag
-from kvcag.cli import output
-from kvcag.cli.options import INSTRUCTION, CorpusOption, Json, Model, Ratio, load_engine
+from kvcag.cli import common
+from kvcag.cli.common import INSTRUCTION, CorpusOption, Json, Model, Ratio
 from kvcag.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -27,12 +27,11 @@ _QUESTION = "Which of the statements described above transfers control, and what
 _DOCUMENTS = 4
 """Documents of a merged context."""
 
-_WAYS = {
-    "full_s": "full prefill",
-    "memory_s": "cached",
-    "disk_s": "from disk",
-    "merged_s": "merged",
-}
+_WAYS = {"full_s": "full prefill", "memory_s": "cached", "disk_s": "from disk", "merged_s": "merged"}
+_REPORT = (
+    "Run benchmarks/report.py of a checkout instead, which compares other libraries. Takes --model, --tokens and "
+    "--repeat; 40 minutes on two cores without --tokens."
+)
 
 
 def bench(
@@ -47,14 +46,7 @@ def bench(
         int | None, typer.Option(min=1, help="Take medians of this many rounds. Default: 3; 5 for --report.")
     ] = None,
     ratio: Ratio = 0.2,
-    report: Annotated[
-        bool,
-        typer.Option(
-            "--report",
-            help="Run benchmarks/report.py of a checkout instead, which compares other libraries. Takes --model, "
-            "--tokens and --repeat; 40 minutes on two cores without --tokens.",
-        ),
-    ] = False,
+    report: Annotated[bool, typer.Option("--report", help=_REPORT)] = False,
     as_json: Json = False,
 ) -> None:
     """Measure the time to first token for contexts of several lengths, in four ways.
@@ -79,25 +71,31 @@ def bench(
     from kvcag.cli.files import read_corpus
 
     texts = [document.text for document in read_corpus(corpus)]
-    engine = load_engine(model, prefix_cache_bytes=0)
+    engine = common.load_engine(model, prefix_cache_bytes=0)
     lengths, rounds = tokens or [512, 1024, 2048], repeat or 3
     for length in lengths:
         engine.check_fits(length + 256, 1)
     rows = []
-    with output.progress("measuring", len(lengths), "lengths") as advance:
+    with common.progress("measuring", len(lengths), "lengths") as advance:
         for length in lengths:
             advance(0, f"{length:,} tokens")
             rows.append(_measure(engine, texts, length, rounds, ratio))
             advance(1)
     if as_json:
-        output.emit({"machine": _machine(engine), "repeat": rounds, "ratio": ratio, "rows": rows})
+        common.emit({"machine": _machine(engine), "repeat": rounds, "ratio": ratio, "rows": rows})
         return
-    console = output.stdout()
     headings = ["context", *_WAYS.values(), "speed-up, cached", "speed-up, merged"]
-    console.print(output.table(dict.fromkeys(headings, "right"), [_cells(row) for row in rows]))
-    console.print(
-        f"\nseconds to the first token, medians of {rounds}; {', '.join(map(str, _machine(engine).values()))}"
-    )
+    cells = [
+        [
+            f"{row['context_tokens']:,}",
+            *(f"{row[name]:.3f}" for name in _WAYS),
+            *(f"{row['full_s'] / row[name]:.1f}×" for name in ("memory_s", "merged_s")),
+        ]
+        for row in rows
+    ]
+    common.stdout().print(common.table([f">{heading}" for heading in headings], cells))
+    machine = ", ".join(map(str, _machine(engine).values()))
+    common.stdout().print(f"\nseconds to the first token, medians of {rounds}; {machine}")
 
 
 def _measure(engine: HFEngine, texts: Sequence[str], tokens: int, repeat: int, ratio: float) -> dict[str, Any]:
@@ -151,11 +149,6 @@ def _documents(engine: HFEngine, texts: Sequence[str], tokens: int) -> list[str]
     return [str(engine.tokenizer.decode(ids[start : start + step])) for start in range(0, len(ids), step)]
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    speedups = (f"{row['full_s'] / row[name]:.1f}×" for name in ("memory_s", "merged_s"))
-    return [f"{row['context_tokens']:,}", *(f"{row[name]:.3f}" for name in _WAYS), *speedups]
-
-
 def _machine(engine: HFEngine) -> dict[str, Any]:
     """Return the model, the machine and the versions, for the record."""
     import torch
@@ -174,22 +167,18 @@ def _machine(engine: HFEngine) -> dict[str, Any]:
 
 
 def _run_report(model: str | None, tokens: list[int] | None, repeat: int | None) -> int:
-    """Run benchmarks/report.py and return its exit code. Without `tokens` it measures its own lengths."""
-    arguments = [*(["--model", model] if model else []), *(["--repeat", str(repeat)] if repeat else [])]
-    arguments += ["--context", *map(str, tokens)] if tokens else []
-    return subprocess.call([sys.executable, str(_report_script()), *arguments])
-
-
-def _report_script() -> Path:
-    """Find benchmarks/report.py in the working directory, or in the checkout that kvcag is imported from.
+    """Run benchmarks/report.py of the working directory or of kvcag's checkout, and return its exit code.
 
     Raises:
         InvalidInputError: there is no such file.
     """
-    for root in (Path.cwd(), Path(kvcag.__file__).resolve().parents[1]):
-        script = root / "benchmarks" / "report.py"
-        if script.is_file():
-            return script
-    raise InvalidInputError(
-        "--report needs a checkout of the repository, with benchmarks/report.py. Run it there, or leave --report out."
-    )
+    scripts = [root / "benchmarks" / "report.py" for root in (Path.cwd(), Path(kvcag.__file__).resolve().parents[1])]
+    script = next(filter(Path.is_file, scripts), None)
+    if script is None:
+        raise InvalidInputError(
+            "--report needs a checkout of the repository, with benchmarks/report.py. Run it there, or leave --report "
+            "out."
+        )
+    arguments = [*(["--model", model] if model else []), *(["--repeat", str(repeat)] if repeat else [])]
+    arguments += ["--context", *map(str, tokens)] if tokens else []  # else it measures its own lengths
+    return subprocess.call([sys.executable, str(script), *arguments])

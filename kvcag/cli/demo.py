@@ -12,12 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from kvcag.cli import output
-from kvcag.cli.options import CorpusOption, Json, Model, Ratio, StrategyOption, loading, resolve
+from kvcag.cli import common
+from kvcag.cli.common import CorpusOption, Json, Model, Ratio, StrategyOption
 
 if TYPE_CHECKING:
-    from kvcag.demo.corpus import Topic
-    from kvcag.demo.run import Comparison, Demonstration
+    from kvcag.demo.run import Comparison
 
 
 def demo(
@@ -44,23 +43,31 @@ def demo(
 
     documents = read_corpus(corpus)
     questions = question or list(GENERAL_QUESTIONS if corpus else DEFAULT_QUESTIONS)
-    name, folder = resolve(model)
-    console = output.stderr() if as_json else output.stdout()
-    with loading(name):
+    name, folder = common.resolve(model)
+    console = common.stderr() if as_json else common.stdout()
+    with common.loading(name):
         from kvcag.demo.run import Demonstration
 
         shown = Demonstration(folder, documents, strategy=strategy, ratio=ratio, max_new_tokens=max_new_tokens)
     shown.check(questions)
-    encode_s = _encode(shown, documents)
+    started = time.perf_counter()
+    with common.progress("encoding", shown.corpus_tokens, "tokens") as advance:
+        for document, tokens in zip(documents, shown.encode(), strict=True):
+            advance(tokens, document.title)
+    encode_s = time.perf_counter() - started
     console.print(
         f"{len(documents)} documents, {shown.corpus_tokens} tokens encoded once in {encode_s:.1f} s; "
-        f"the caches take {output.size(shown.cache_bytes)}"
+        f"the caches take {common.size(shown.cache_bytes)}"
     )
-    answered = [_ask(shown, question, number, console) for number, question in enumerate(questions, start=1)]
+    answered = []
+    for number, asked in enumerate(questions, start=1):
+        console.print(Text(f"\n{number}. {asked}", style="bold"))
+        answered.append(shown.ask(asked, _printer(console, "full prefill"), _printer(console, "from caches")))
+        console.print()
     console.print("\ntime to first token, and the tokens of the context\n")
     console.print(_table(answered))
     if as_json:
-        output.emit(
+        common.emit(
             {
                 "model": name,
                 "strategy": strategy,
@@ -70,23 +77,6 @@ def demo(
                 "questions": [asdict(row) for row in answered],
             }
         )
-
-
-def _encode(shown: Demonstration, documents: Sequence[Topic]) -> float:
-    """Encode the corpus; return the seconds it took."""
-    started = time.perf_counter()
-    with output.progress("encoding", shown.corpus_tokens, "tokens") as advance:
-        for document, tokens in zip(documents, shown.encode(), strict=True):
-            advance(tokens, document.title)
-    return time.perf_counter() - started
-
-
-def _ask(shown: Demonstration, question: str, number: int, console: Console) -> Comparison:
-    """Answer a question twice, and print both answers as they are generated."""
-    console.print(Text(f"\n{number}. {question}", style="bold"))
-    answered = shown.ask(question, _printer(console, "full prefill"), _printer(console, "from caches"))
-    console.print()
-    return answered
 
 
 def _printer(console: Console, label: str) -> Callable[[str], None]:
@@ -105,18 +95,10 @@ def _printer(console: Console, label: str) -> Callable[[str], None]:
 
 
 def _table(answered: Sequence[Comparison]) -> Table:
-    columns = ("full", "cached", "speed-up", "encoded", "reused", "recomputed", "same")
-    rows = [
-        (
-            f"{number}. {row.question[:40]}",
-            f"{row.ttft_full_s:.2f} s",
-            f"{row.ttft_cached_s:.2f} s",
-            f"{row.speedup:.1f}×",
-            row.encoded_tokens,
-            row.reused_tokens,
-            row.recomputed_tokens,
-            "yes" if row.same_answer else "no",
-        )
-        for number, row in enumerate(answered, start=1)
-    ]
-    return output.table({"question": "left", **dict.fromkeys(columns, "right")}, rows)
+    columns = ["question", ">full", ">cached", ">speed-up", ">encoded", ">reused", ">recomputed", ">same"]
+    rows = []
+    for number, row in enumerate(answered, start=1):
+        times = f"{row.ttft_full_s:.2f} s", f"{row.ttft_cached_s:.2f} s", f"{row.speedup:.1f}×"
+        tokens = row.encoded_tokens, row.reused_tokens, row.recomputed_tokens
+        rows.append((f"{number}. {row.question[:40]}", *times, *tokens, "yes" if row.same_answer else "no"))
+    return common.table(columns, rows)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from kvcag.cli import output
-from kvcag.cli.group import NEGATIVE
-from kvcag.cli.options import CorpusOption, Json, Model, load_engine
-
-if TYPE_CHECKING:
-    from kvcag.calibration import Calibration, Verdict
+from kvcag.cli import common
+from kvcag.cli.common import CorpusOption, Json, Model
 
 
 def doctor(
@@ -36,43 +32,41 @@ def doctor(
     from kvcag.cli.files import read_corpus
 
     documents = [document.text for document in read_corpus(corpus)]
-    engine = load_engine(model)
+    engine = common.load_engine(model)
     from kvcag.cache.merge import check_mergeable
     from kvcag.calibration import calibrate
 
     with engine.exclusive() as live:
         check_mergeable(live)
-    with output.progress("probing", probes, "contexts") as advance:
+    with common.progress("probing", probes, "contexts") as advance:
         calibration = calibrate(
             engine, documents, instruction=instruction, probes=probes, progress=lambda done, total: advance(1)
         )
     best = calibration.cheapest(max_kl)
     if as_json:
-        output.emit({**calibration.model_dump(), "max_kl": max_kl, "best": best.model_dump() if best else None})
+        common.emit({**calibration.model_dump(), "max_kl": max_kl, "best": best.model_dump() if best else None})
     else:
-        _show(calibration, best, engine.model_name, max_kl)
-    if best is None:
-        raise typer.Exit(NEGATIVE)
-
-
-def _show(calibration: Calibration, best: Verdict | None, name: str, max_kl: float) -> None:
-    console = output.stdout()
-    columns = ("recomputed", "KL, nats per token", "same token", "time to first token")
-    rows = [
-        (
-            f"{verdict.strategy} *" if verdict == best else verdict.strategy,
-            f"{verdict.ratio:.0%}",
-            f"{verdict.kl:.4f}",
-            f"{verdict.agreement:.1%}",
-            f"{verdict.cost:.0%} of full",
-        )
-        for verdict in sorted(calibration.verdicts, key=lambda verdict: verdict.cost)
-    ]
-    console.print(f"{name}: {calibration.probes} contexts of about {calibration.context_tokens} tokens\n")
-    console.print(output.table({"strategy": "left", **dict.fromkeys(columns, "right")}, rows))
-    if best is None:
+        console = common.stdout()
         console.print(
-            f"\nNo strategy is within KL {max_kl:g} and cheaper than a full prefill: 'auto' encodes everything."
+            f"{engine.model_name}: {calibration.probes} contexts of about {calibration.context_tokens} tokens\n"
         )
-    else:
-        console.print(f"\n* strategy='auto', max_kl={max_kl:g} uses {best.strategy!r} at ratio {best.ratio:g}.")
+        rows = [
+            (
+                f"{verdict.strategy} *" if verdict == best else verdict.strategy,
+                f"{verdict.ratio:.0%}",
+                f"{verdict.kl:.4f}",
+                f"{verdict.agreement:.1%}",
+                f"{verdict.cost:.0%} of full",
+            )
+            for verdict in sorted(calibration.verdicts, key=lambda verdict: verdict.cost)
+        ]
+        columns = ["strategy", ">recomputed", ">KL, nats per token", ">same token", ">time to first token"]
+        console.print(common.table(columns, rows))
+        if best:
+            console.print(f"\n* strategy='auto', max_kl={max_kl:g} uses {best.strategy!r} at ratio {best.ratio:g}.")
+        else:
+            console.print(
+                f"\nNo strategy is within KL {max_kl:g} and cheaper than a full prefill: 'auto' encodes everything."
+            )
+    if best is None:
+        raise typer.Exit(common.NEGATIVE)

@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kvcag.cli import output
-from kvcag.cli.group import say
-from kvcag.cli.options import (
-    INSTRUCTION,
-    Instruction,
-    Json,
-    Model,
-    Namespace,
-    Store,
-    default_store,
-    load_engine,
-)
+from kvcag.cli import common
+from kvcag.cli.common import INSTRUCTION, Instruction, Json, Model, Namespace, Store
 from kvcag.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -30,20 +20,38 @@ if TYPE_CHECKING:
     from kvcag.stores.base import KVStore
     from kvcag.stores.format import Manifest
 
-Split = Annotated[
-    int | None,
-    typer.Option("--split", min=16, metavar="TOKENS", help="Cut files into items of at most this many tokens."),
-]
+_SPLIT = "Cut files into items of at most this many tokens."
 
 
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """Options of `encode` and `sync`."""
+
+    model: Model = None
+    store: Store = None
+    namespace: Namespace = ""
+    instruction: Instruction = INSTRUCTION
+    split: Annotated[int | None, typer.Option("--split", min=16, metavar="TOKENS", help=_SPLIT)] = None
+    as_json: Json = False
+
+    def open(self) -> KVStore:
+        """Open the store, or make one."""
+        from kvcag.stores.disk import DiskStore
+
+        return DiskStore(self.store or common.default_store(), namespace=self.namespace)
+
+    def memory(self, store: KVStore) -> KVCacheMemory:
+        """Load the model. The store was opened before: that fails sooner."""
+        engine = common.load_engine(self.model)
+        from kvcag.memory import KVCacheMemory
+
+        return KVCacheMemory(engine, store, self.instruction, namespace=self.namespace)
+
+
+@common.takes(Encoding)
 def encode(
     paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Files, folders or globs of UTF-8 text.")],
-    model: Model = None,
-    store: Store = None,
-    namespace: Namespace = "",
-    instruction: Instruction = INSTRUCTION,
-    split: Split = None,
-    as_json: Json = False,
+    options: Encoding,
 ) -> None:
     """Encode files and keep their caches, one item per file. Items that are in the store are not encoded again.
 
@@ -59,27 +67,20 @@ def encode(
         kvcag encode notes/ --json | jq .encoded
     """
     from kvcag.cli.files import read_texts
-    from kvcag.stores.disk import DiskStore
 
     reading = read_texts(paths)
-    opened = DiskStore(store or default_store(), namespace=namespace)  # before the model: it fails sooner
-    memory = _memory(model, opened, instruction, namespace)
-    diff = _diff(memory, reading, split, lambda manifest: False)
-    tokens = _encode(memory, diff)
-    done = {"encoded": len(diff.new), "kept": len(diff.wanted) - len(diff.new)}
-    line = f"{output.counted(done['encoded'], 'item')} encoded ({tokens:,} tokens), {done['kept']} kept already"
-    _report({**done, "tokens": tokens}, line, diff, reading, memory, as_json)
+    memory = options.memory(options.open())
+    diff = _diff(memory, reading, options.split, lambda manifest: False)
+    done = {"encoded": len(diff.new), "kept": len(diff.wanted) - len(diff.new), "tokens": _encode(memory, diff)}
+    line = f"{common.counted(done['encoded'], 'item')} encoded ({done['tokens']:,} tokens), {done['kept']} kept already"
+    _report(done, line, diff, reading, memory, options.as_json)
 
 
+@common.takes(Encoding)
 def sync(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A file or a folder.")],
-    model: Model = None,
-    store: Store = None,
-    namespace: Namespace = "",
-    instruction: Instruction = INSTRUCTION,
-    split: Split = None,
+    options: Encoding,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change, and change nothing.")] = False,
-    as_json: Json = False,
 ) -> None:
     """Update the items of a file or folder: encode new and changed texts, keep the others, delete removed ones.
 
@@ -93,36 +94,25 @@ def sync(
     """
     from kvcag.cli.entries import open_existing, read_entries, with_contexts
     from kvcag.cli.files import read_texts
-    from kvcag.stores.disk import DiskStore
     from kvcag.stores.memory import MemoryStore
 
     reading = read_texts([path], may_be_empty=True)
-    opened: KVStore
+    store: KVStore | None = None
     if not dry_run:
-        opened = DiskStore(store or default_store(), namespace=namespace)
-    else:
-        exists = store is None or store.is_dir()
-        opened = (open_existing(store, namespace) if exists else None) or MemoryStore()
-    memory = _memory(model, opened, instruction, namespace)
-    diff = _diff(memory, reading, split, _made_here(memory, path, reading.unreadable))
-    tokens = 0
-    if not dry_run:
-        tokens = _encode(memory, diff)
-        if diff.gone:
-            entries, _ = read_entries(opened)
-            gone = [entry for entry in entries if entry.id in set(diff.gone)]
-            opened.delete(entry.id for entry in with_contexts(entries, gone))
+        store = options.open()
+    elif options.store is None or options.store.is_dir():
+        store = open_existing(options.store, options.namespace)
+    memory = options.memory(store or MemoryStore())
+    diff = _diff(memory, reading, options.split, _made_here(memory, path, reading.unreadable))
+    tokens = 0 if dry_run else _encode(memory, diff)
+    if diff.gone and not dry_run:
+        entries, _ = read_entries(store)
+        gone = [entry for entry in entries if entry.id in set(diff.gone)]
+        memory.store.delete(entry.id for entry in with_contexts(entries, gone))
     done = {"encoded": len(diff.new), "kept": len(diff.wanted) - len(diff.new), "dropped": len(diff.gone)}
     line = ", ".join(f"{count} {verb}" for verb, count in done.items())
     facts = {**done, "tokens": tokens, "dry_run": dry_run}
-    _report(facts, f"would be: {line}" if dry_run else line, diff, reading, memory, as_json)
-
-
-def _memory(model: str | None, store: KVStore, instruction: str, namespace: str) -> KVCacheMemory:
-    engine = load_engine(model)
-    from kvcag.memory import KVCacheMemory
-
-    return KVCacheMemory(engine, store, instruction, namespace=namespace)
+    _report(facts, f"would be: {line}" if dry_run else line, diff, reading, memory, options.as_json)
 
 
 def _diff(memory: KVCacheMemory, reading: Reading, limit: int | None, is_mine: Callable[[Manifest], bool]) -> SyncDiff:
@@ -152,29 +142,28 @@ def _encode(memory: KVCacheMemory, diff: SyncDiff) -> int:
     documents, head_ids = memory.documents, memory.engine.template.instruction_ids(memory.instruction)
     total = sum(len(diff.wanted[key][0]) for key in diff.new)
     try:
-        with output.progress("encoding", total, "tokens") as advance:
+        with common.progress("encoding", total, "tokens") as advance:
             for key in diff.new:
                 token_ids, text, metadata = diff.wanted[key]
                 advance(0, os.path.basename(metadata["source"]))
                 documents.put(documents.encode(head_ids, token_ids, text, metadata))
                 advance(len(token_ids))
     except KeyboardInterrupt:
-        kept = sum(map(documents.store.contains, diff.new))
-        say(f"{kept} of {output.counted(len(diff.new), 'item')} encoded and kept; run the command again to continue.")
+        kept, new = sum(map(documents.store.contains, diff.new)), common.counted(len(diff.new), "item")
+        common.say(f"{kept} of {new} encoded and kept; run the command again to continue.")
         raise
     return total
 
 
 def _made_here(memory: KVCacheMemory, path: str, unreadable: set[str]) -> Callable[[Manifest], bool]:
     """Return a test for items of this path and model, but not of files that cannot be read today."""
-    from kvcag.cli.entries import comes_from
+    from kvcag.cli.entries import comes_from, made_by
     from kvcag.stores.base import MADE_OF
 
     def made_here(manifest: Manifest) -> bool:
-        made_by, metadata = manifest.fingerprint, manifest.metadata
-        if MADE_OF in metadata or metadata.get("source") in unreadable:
+        if MADE_OF in manifest.metadata or manifest.metadata.get("source") in unreadable:
             return False  # a context is deleted with the items that it holds
-        return made_by is not None and memory.engine.fingerprint.matches(made_by) and comes_from(manifest, path)
+        return made_by(memory.engine, manifest) and comes_from(manifest, path)
 
     return made_here
 
@@ -182,9 +171,9 @@ def _made_here(memory: KVCacheMemory, path: str, unreadable: set[str]) -> Callab
 def _report(
     facts: dict[str, Any], line: str, diff: SyncDiff, reading: Reading, memory: KVCacheMemory, as_json: bool
 ) -> None:
-    place: Path | None = getattr(memory.store, "path", None)
+    place = getattr(memory.store, "path", None)
     if as_json:
         skipped = [{"path": path, "reason": reason} for path, reason in reading.skipped]
-        output.emit({**facts, "store": place, "ids": list(diff.wanted), "skipped": skipped})
+        common.emit({**facts, "store": place, "ids": list(diff.wanted), "skipped": skipped})
     else:
         typer.echo(f"{line}; in {place}" if place else line)

@@ -9,18 +9,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from kvcag.cli.options import default_store
+from kvcag.cli import common
 from kvcag.errors import CorruptItemError, FormatError, InvalidInputError, StoreUnavailableError, UnknownItemError
 from kvcag.stores.base import MADE_OF, SOURCE_FIELDS, KVStore
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.files import Names
 from kvcag.stores.format import Manifest
 
+if TYPE_CHECKING:
+    from kvcag.engines.base import Engine
+
 CONTEXT_OF = "context_of"
 """Metadata of the context of a whole store: the ids of its items."""
 
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _PREFIX = "kv:sha256:"
 
 
@@ -83,6 +86,16 @@ class Entry:
         """When it was encoded, in seconds since 1970."""
         return self.manifest.records.timestamp.timestamp()
 
+    def cells(self) -> list[object]:
+        """Return what `ls` prints."""
+        return [
+            self.short,
+            self.source,
+            f"{self.manifest.tokens:,}",
+            common.size(self.bytes),
+            common.age(self.encoded_at),
+        ]
+
     def row(self) -> dict[str, object]:
         """Return what `ls --json` prints."""
         return {
@@ -103,7 +116,7 @@ def open_existing(path: Path | None, namespace: str) -> DiskStore | None:
     Raises:
         InvalidInputError: `path` is given and does not exist.
     """
-    folder = path or default_store()
+    folder = path or common.default_store()
     if path is not None and not folder.is_dir():
         raise InvalidInputError(
             f"{folder}: no such folder. Name the store's with --store, or make one: kvcag encode PATH --store {folder}"
@@ -180,6 +193,11 @@ def comes_from(manifest: Manifest, pattern: str) -> bool:
     )
 
 
+def made_by(engine: Engine, manifest: Manifest) -> bool:
+    """Return whether an engine's model made an item."""
+    return manifest.fingerprint is not None and engine.fingerprint.matches(manifest.fingerprint)
+
+
 def with_contexts(entries: Iterable[Entry], deleted: Iterable[Entry]) -> list[Entry]:
     """Return `deleted` and the contexts that hold their texts."""
     gone = {entry.id: entry for entry in deleted}
@@ -197,4 +215,4 @@ def seconds_of(age: str) -> float:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", age.strip())
     if match is None:
         raise InvalidInputError(f"--older-than {age}: give a number and a unit, such as 90s, 30m, 12h, 7d or 4w.")
-    return float(match[1]) * _UNITS[match[2]]
+    return float(match[1]) * common.UNITS[match[2]]

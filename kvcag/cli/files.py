@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvcag.cli import output
-from kvcag.cli.group import say
+from kvcag.cli import common
 from kvcag.demo.corpus import Topic, python_topics
 from kvcag.errors import EmptyPromptError, InvalidInputError
 
@@ -89,9 +88,9 @@ def read_texts(paths: Sequence[str], *, may_be_empty: bool = False) -> Reading:
     if not reading.texts and not may_be_empty:
         raise InvalidInputError("; ".join(reason for _, reason in reading.skipped))
     for _, reason in reading.skipped:
-        say(f"skipped: {reason}")
+        common.say(f"skipped: {reason}")
     if reading.others:
-        say(f"skipped: {output.counted(reading.others, 'file')} of other kinds")
+        common.say(f"skipped: {common.counted(reading.others, 'file')} of other kinds")
     return reading
 
 

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from kvcag.cli import output
-from kvcag.cli.options import Json, Model, resolve
-from kvcag.sizing import BreakEven, KVGeometry, break_even, kv_geometry
+from kvcag.cli import common
+from kvcag.cli.common import Json, Model
+from kvcag.sizing import BreakEven, break_even, kv_geometry
 
 
 def size(
@@ -25,7 +25,7 @@ def size(
         float | None, typer.Option("--load-bytes-per-s", help="Assume this speed of the store, such as 3e9.")
     ] = None,
     latency: Annotated[float, typer.Option("--latency-ms", min=0, help="Assume this latency of the store.")] = 0.0,
-    json: Json = False,
+    as_json: Json = False,
 ) -> None:
     """Compute the bytes of keys and values, and when loading is faster than encoding. Loads no weights.
 
@@ -37,61 +37,50 @@ def size(
     """
     if (prefill is None) != (load is None):
         raise typer.BadParameter("--prefill-tokens-per-s and --load-bytes-per-s go together: pass both, or neither")
-    geometry = kv_geometry(model or resolve(None)[1])
+    geometry = kv_geometry(model or common.resolve(None)[1])
     per_token = {"kept": geometry.bytes_per_token(dtype), "int8": geometry.bytes_per_token(dtype, int8=True)}
+    stored_as = geometry.check_dtype(dtype)
     even = {}
     if prefill is not None and load is not None:
         even = {name: break_even(tokens, size, prefill, load, latency / 1000) for name, size in per_token.items()}
-    if json:
-        output.emit(_described(geometry, geometry.check_dtype(dtype), tokens, documents, per_token, even))
-    else:
-        _show(geometry, geometry.check_dtype(dtype), tokens, documents, per_token, even)
-
-
-def _described(
-    geometry: KVGeometry, dtype: str, tokens: int, documents: int, per_token: dict[str, int], even: dict[str, BreakEven]
-) -> dict[str, object]:
-    """Return the figures for `--json`; infinity is null."""
-    return {
-        **asdict(geometry),
-        "dtype": dtype,
-        "sliding_layers": geometry.sliding_layers,
-        "tokens": tokens,
-        "documents": documents,
-        "bytes_per_token": per_token["kept"],
-        "bytes_per_token_int8": per_token["int8"],
-        "bytes": per_token["kept"] * tokens * documents,
-        "bytes_int8": per_token["int8"] * tokens * documents,
-        "break_even": {
-            name: {
-                "load": made.load,
-                **{field: value if math.isfinite(value) else None for field, value in asdict(made).items()},
+    if as_json:
+        common.emit(
+            {
+                **asdict(geometry),
+                "dtype": stored_as,
+                "sliding_layers": geometry.sliding_layers,
+                "tokens": tokens,
+                "documents": documents,
+                "bytes_per_token": per_token["kept"],
+                "bytes_per_token_int8": per_token["int8"],
+                "bytes": per_token["kept"] * tokens * documents,
+                "bytes_int8": per_token["int8"] * tokens * documents,
+                "break_even": {name: _finite({"load": made.load, **asdict(made)}) for name, made in even.items()},
             }
-            for name, made in even.items()
-        },
-    }
-
-
-def _show(
-    geometry: KVGeometry, dtype: str, tokens: int, documents: int, per_token: dict[str, int], even: dict[str, BreakEven]
-) -> None:
-    console = output.stdout()
-    first = geometry.layers[0]
-    sharing = geometry.attention_heads // first.kv_heads
+        )
+        return
+    console, first = common.stdout(), geometry.layers[0]
+    sharing = common.counted(geometry.attention_heads // first.kv_heads, "query head")
     console.print(
-        f"{geometry.model}: {len(geometry.layers)} layers, {output.counted(first.kv_heads, 'KV head')} of "
-        f"{first.key_dim} numbers ({output.counted(sharing, 'query head')} for each)"
+        f"{geometry.model}: {len(geometry.layers)} layers, {common.counted(first.kv_heads, 'KV head')} of "
+        f"{first.key_dim} numbers ({sharing} for each)"
     )
     if geometry.sliding_layers:
         console.print(f"{geometry.sliding_layers} layers have a sliding window; their caches keep all tokens too")
-    rows = []
-    for name, label in (("kept", dtype), ("int8", "int8 at rest")):
-        one = per_token[name] * tokens
-        rows.append((label, f"{per_token[name]:,}", output.size(one), output.size(one * documents)))
-    columns = ("bytes per token", f"{output.counted(tokens, 'token')}", output.counted(documents, "document"))
-    console.print(output.table({"dtype": "left", **dict.fromkeys(columns, "right")}, rows))
+    labels = {"kept": stored_as, "int8": "int8 at rest"}
+    rows = [
+        (labels[name], f"{one:,}", common.size(one * tokens), common.size(one * tokens * documents))
+        for name, one in per_token.items()
+    ]
+    amounts = f">{common.counted(tokens, 'token')}", f">{common.counted(documents, 'document')}"
+    console.print(common.table(["dtype", ">bytes per token", *amounts], rows))
     for name, made in even.items():
-        console.print(f"{dtype if name == 'kept' else 'int8 at rest'}: {_verdict(made)}")
+        console.print(f"{labels[name]}: {_verdict(made)}")
+
+
+def _finite(figures: dict[str, object]) -> dict[str, object]:
+    """Return figures for JSON, which has no infinity."""
+    return {name: None if value == math.inf else value for name, value in figures.items()}
 
 
 def _verdict(made: BreakEven) -> str:
@@ -102,4 +91,4 @@ def _verdict(made: BreakEven) -> str:
         return f"{chosen}: {times}; loading is faster {from_on}"
     if math.isinf(made.even_bytes_per_s):
         return f"{chosen}: {times}; the latency alone takes longer"
-    return f"{chosen}: {times}; loading is faster above {output.size(int(made.even_bytes_per_s))} per second"
+    return f"{chosen}: {times}; loading is faster above {common.size(int(made.even_bytes_per_s))} per second"

@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
-from kvcag.cli import output
-from kvcag.cli.group import NEGATIVE, say
-from kvcag.cli.options import Json, Model, Namespace, OlderThan, Source, Store, default_store, load_engine
+from kvcag.cli import common
+from kvcag.cli.common import Json, Model, Namespace, Source, Store
 from kvcag.errors import InvalidInputError
 
 _EXCERPT = 400
+_AGE = "Choose items encoded longer ago than 90s, 30m, 12h, 7d or 4w."
+_DUMP = "A store, or a folder that KVCacheMemory.dump wrote. Default: --store."
 
 
+@dataclass(frozen=True, slots=True)
+class Choosing:
+    """Options of `ls` and `rm`: which items of which store."""
+
+    store: Store = None
+    namespace: Namespace = ""
+    source: Source = None
+    older_than: Annotated[str | None, typer.Option(metavar="AGE", help=_AGE)] = None
+    as_json: Json = False
+
+
+@common.takes(Choosing)
 def ls(
-    store: Store = None,
-    namespace: Namespace = "",
-    source: Source = None,
-    older_than: OlderThan = None,
+    options: Choosing,
     sort: Annotated[
         Literal["age", "bytes", "source", "tokens"],
         typer.Option("--sort", help="Sort: newest first, largest first, or by name."),
     ] = "age",
-    as_json: Json = False,
 ) -> None:
     """List items: id, source, tokens, bytes, age.
 
@@ -40,42 +49,37 @@ def ls(
     """
     from kvcag.cli.entries import choose, open_existing, read_entries
 
-    entries, unreadable = read_entries(open_existing(store, namespace))
-    chosen = choose(entries, source, older_than)
+    entries, unreadable = read_entries(open_existing(options.store, options.namespace))
+    chosen = choose(entries, options.source, options.older_than)
     if sort == "source":
         chosen.sort(key=lambda entry: entry.source)
     elif sort != "age":
         chosen.sort(key=lambda entry: -(entry.bytes if sort == "bytes" else entry.manifest.tokens))
-    folder = store or default_store()
-    if as_json:
-        output.emit([entry.row() for entry in chosen])
+    if options.as_json:
+        common.emit([entry.row() for entry in chosen])
     elif chosen:
-        several = len({entry.model for entry in chosen}) > 1
-        columns = {"id": "", "source": "", "tokens": "right", "bytes": "right", "age": "right"}
-        rows = [_cells(entry, several) for entry in chosen]
-        output.stdout().print(output.table({**columns, **({"model": ""} if several else {})}, rows))
-    total = f"{output.counted(len(chosen), 'item')}, {output.size(sum(entry.bytes for entry in chosen))} in {folder}"
+        columns, rows = ["id", "source", ">tokens", ">bytes", ">age"], [entry.cells() for entry in chosen]
+        if len({entry.model for entry in chosen}) > 1:
+            columns, rows = [*columns, "model"], [[*entry.cells(), entry.model] for entry in chosen]
+        common.stdout().print(common.table(columns, rows))
+    folder = options.store or common.default_store()
+    total = f"{common.counted(len(chosen), 'item')}, {common.size(sum(entry.bytes for entry in chosen))} in {folder}"
     if len(chosen) < len(entries):
         total += f" ({len(entries)} without the filters)"
     typer.echo(total, err=True)
     if not entries:
-        say(f"there are no items yet{_elsewhere(folder, namespace)}. `kvcag encode PATH` adds some.")
+        common.say(f"there are no items yet{_elsewhere(folder, options.namespace)}. `kvcag encode PATH` adds some.")
     if unreadable:
-        say(f"{output.counted(unreadable, 'file')} cannot be read: `kvcag verify` names damaged files.")
+        common.say(f"{common.counted(unreadable, 'file')} cannot be read: `kvcag verify` names damaged files.")
 
 
-def _cells(entry: Any, with_model: bool) -> list[object]:
-    cells = [entry.short, entry.source, f"{entry.manifest.tokens:,}", output.size(entry.bytes)]
-    return [*cells, output.age(entry.encoded_at), *([entry.model] if with_model else [])]
-
-
-def _elsewhere(folder: Any, namespace: str) -> str:
+def _elsewhere(folder: Path, namespace: str) -> str:
     """Say how many other namespaces there are. Their folders do not show their names."""
     from kvcag.stores.files import Names
 
     own = Names(namespace).space
     others = [path for path in folder.glob("[0-9a-f]*") if len(path.name) == 32 and path.name != own]
-    return f" in this namespace ({output.counted(len(others), 'other')} may have some)" if others else ""
+    return f" in this namespace ({common.counted(len(others), 'other')} may have some)" if others else ""
 
 
 def inspect(
@@ -116,33 +120,27 @@ def inspect(
         "prefix_digest": manifest.prefix_digest,
     }
     if as_json:
-        output.emit({**shown, **manifest.model_dump(mode="json", exclude={"id", "dtype", "layers", "is_exact"})})
+        common.emit({**shown, **manifest.model_dump(mode="json", exclude={"id", "dtype", "layers", "is_exact"})})
         return
-    console = output.stdout()
-    shown["bytes"] = output.size(entry.bytes)
-    shown["encoded_at"] = f"{shown['encoded_at']} ({output.age(entry.encoded_at)} ago)"
+    shown["bytes"] = common.size(entry.bytes)
+    shown["encoded_at"] = f"{shown['encoded_at']} ({common.age(entry.encoded_at)} ago)"
     shown["checksums"] = f"all {len(manifest.checksums)} match"
     shown |= {f"model.{field}": value for field, value in (made_by.model_dump() if made_by else {}).items()}
-    metadata = {field: value for field, value in manifest.metadata.items() if field != "source_text"}
-    shown |= {f"metadata.{field}": value for field, value in metadata.items()}
-    for field, value in shown.items():
-        console.print(f"{field:<22} {value}", soft_wrap=True)
+    shown |= {f"metadata.{field}": value for field, value in manifest.metadata.items() if field != "source_text"}
     text = entry.text.strip()
-    if text:
-        console.print(f"\n{text[:_EXCERPT]}{' …' if len(text) > _EXCERPT else ''}", soft_wrap=True)
+    lines = [f"{field:<22} {value}" for field, value in shown.items()]
+    lines += [f"\n{text[:_EXCERPT]}{' …' if len(text) > _EXCERPT else ''}"] if text else []
+    common.stdout().print("\n".join(lines), soft_wrap=True)
 
 
+@common.takes(Choosing)
 def rm(
+    options: Choosing,
     ids: Annotated[
         list[str] | None, typer.Argument(help="Ids, or unique beginnings of ids.", show_default=False)
     ] = None,
-    store: Store = None,
-    namespace: Namespace = "",
-    source: Source = None,
-    older_than: OlderThan = None,
     everything: Annotated[bool, typer.Option("--all", help="Delete every item of this namespace.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
-    as_json: Json = False,
 ) -> None:
     """Delete items, and the contexts that hold them. Asks before it deletes more than was named.
 
@@ -156,44 +154,32 @@ def rm(
     """
     from kvcag.cli.entries import choose, find, open_existing, read_entries, with_contexts
 
-    filtered = bool(source or older_than or everything)
-    if bool(ids) == filtered:
+    if bool(ids) == bool(options.source or options.older_than or everything):
         raise InvalidInputError("pass either ids, or one of --source, --older-than and --all.")
-    opened = open_existing(store, namespace)
+    opened = open_existing(options.store, options.namespace)
     entries, _ = read_entries(opened)
-    chosen = find(entries, ids) if ids else choose(entries, source, older_than)
+    chosen = find(entries, ids) if ids else choose(entries, options.source, options.older_than)
     if not chosen or opened is None:
-        say("no item matches: nothing was deleted.")
-        raise typer.Exit(NEGATIVE)
+        common.say("no item matches: nothing was deleted.")
+        raise typer.Exit(common.NEGATIVE)
     deleted = with_contexts(entries, chosen)
     held = sum(entry.bytes for entry in deleted)
-    if len(deleted) > 1 and not yes and len(deleted) > len(ids or []):
-        _confirm(f"{output.counted(len(deleted), 'item')}, {output.size(held)}")
+    what = common.counted(len(deleted), "item")
+    if len(deleted) > max(1, len(ids or [])) and not yes:
+        if not sys.stdin.isatty():
+            raise InvalidInputError(f"this would delete {what}, {common.size(held)}. Pass --yes to confirm.")
+        if not typer.confirm(f"Delete {what}, {common.size(held)}?", err=True):
+            common.say("nothing was deleted.")
+            raise typer.Exit(common.NEGATIVE)
     opened.delete([entry.id for entry in deleted])
-    if as_json:
-        output.emit({"deleted": [entry.id for entry in deleted], "bytes": held})
+    if options.as_json:
+        common.emit({"deleted": [entry.id for entry in deleted], "bytes": held})
     else:
-        typer.echo(f"{output.counted(len(deleted), 'item')} deleted, {output.size(held)}")
-
-
-def _confirm(what: str) -> None:
-    """Ask for confirmation. Without a terminal, --yes is required."""
-    if not sys.stdin.isatty():
-        raise InvalidInputError(f"this would delete {what}. Pass --yes to confirm.")
-    if not typer.confirm(f"Delete {what}?", err=True):
-        say("nothing was deleted.")
-        raise typer.Exit(NEGATIVE)
+        typer.echo(f"{what} deleted, {common.size(held)}")
 
 
 def verify(
-    path: Annotated[
-        Path | None,
-        typer.Argument(
-            exists=True,
-            help="A store, or a folder that KVCacheMemory.dump wrote. Default: --store.",
-            show_default=False,
-        ),
-    ] = None,
+    path: Annotated[Path | None, typer.Argument(exists=True, help=_DUMP, show_default=False)] = None,
     store: Store = None,
     repair: Annotated[bool, typer.Option("--repair", help="Delete damaged and half-written files.")] = False,
     as_json: Json = False,
@@ -211,12 +197,12 @@ def verify(
     from kvcag.stores.disk import VerifyReport
     from kvcag.stores.disk import verify as check
 
-    folder = path or store or default_store()
+    folder = path or store or common.default_store()
     if path is None and store is not None and not store.exists():
         raise InvalidInputError(f"{store}: no such folder. Name the store's with --store.")
     report = check(folder, repair=repair) if folder.exists() else VerifyReport()
     if as_json:
-        output.emit({"path": folder, "clean": report.clean, "repaired": repair, **asdict(report)})
+        common.emit({"path": folder, "clean": report.clean, "repaired": repair, **asdict(report)})
     else:
         for file, reason in (*report.damaged, *report.foreign):
             typer.echo(f"{file}: {reason.removeprefix(f'{file} ')}")
@@ -224,11 +210,11 @@ def verify(
             typer.echo(f"{file}: half written: its writer ended too early")
         found = {"damaged": len(report.damaged), "half written": len(report.abandoned)}
         bad = (f"{count} {what}{', deleted' if repair and count else ''}" for what, count in found.items())
-        sound = f"{report.sound} items sound ({output.size(report.bytes)})"
+        sound = f"{report.sound} items sound ({common.size(report.bytes)})"
         typer.echo(", ".join([sound, *bad, f"{len(report.foreign)} of other programs"]))
     if not (report.clean or repair):
-        say("`kvcag verify --repair` deletes these files; `kvcag encode` or `sync` encodes their texts again.")
-        raise typer.Exit(NEGATIVE)
+        common.say("`kvcag verify --repair` deletes these files; `kvcag encode` or `sync` encodes their texts again.")
+        raise typer.Exit(common.NEGATIVE)
 
 
 def import_memos(
@@ -252,12 +238,12 @@ def import_memos(
     from kvcag.stores.memos import read_memos_pickle
 
     items = read_memos_pickle(file)
-    engine = load_engine(model)
+    engine = common.load_engine(model)
     from kvcag.memory import KVCacheMemory
 
     memory = KVCacheMemory(engine, instruction=instruction)
     converted: list[dict[str, object]] = []
-    with output.progress("encoding", len(items), "items") as advance:
+    with common.progress("encoding", len(items), "items") as advance:
         for old in items:
             new = memory.extract(old.records.text_memories or old.records.composed_text_memory)
             records = new.records.model_copy(update={"timestamp": old.records.timestamp})
@@ -267,8 +253,8 @@ def import_memos(
             advance(1, old.id)
     memory.dump(out)
     if as_json:
-        output.emit({"folder": out, "items": converted})
+        common.emit({"folder": out, "items": converted})
         return
     for each in converted:
         typer.echo(f"{each['id']}: {each['tokens']} tokens")
-    typer.echo(f"{output.counted(len(converted), 'item')} in {out}")
+    typer.echo(f"{common.counted(len(converted), 'item')} in {out}")

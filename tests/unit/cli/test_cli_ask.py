@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kvcag import HFEngine
-from kvcag.cli.options import INSTRUCTION, Strategy
+from kvcag.cli.common import INSTRUCTION, Strategy
 from kvcag.contexts import STRATEGIES
 from kvcag.engines.sampling import Sampler
 from kvcag.stores.disk import DiskStore

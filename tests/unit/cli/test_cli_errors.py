@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from kvcag import __version__, errors
 from kvcag.cli.app import app
-from kvcag.cli.group import FAILED, NEGATIVE, USAGE, exit_code
+from kvcag.cli.common import FAILED, NEGATIVE, USAGE, exit_code
 from tests.commands import Kvcag, write
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvcag import KVCacheMemory
-from kvcag.cli.options import INSTRUCTION
+from kvcag.cli.common import INSTRUCTION
 from kvcag.stores.disk import DiskStore
 from tests.commands import Kvcag, saved_model, write
 

@@ -56,7 +56,7 @@ def test_every_command_says_what_it_does_with_an_example(name: str) -> None:
 
 
 def test_the_exit_codes_are_those_of_the_code() -> None:
-    from kvcag.cli import group
+    from kvcag.cli import common
 
-    codes = {group.NEGATIVE, group.USAGE, group.FAILED, group.INTERRUPTED, group.CLOSED_PIPE, 0}
+    codes = {common.NEGATIVE, common.USAGE, common.FAILED, common.INTERRUPTED, common.CLOSED_PIPE, 0}
     assert {int(code) for code in re.findall(r"^\| (\d+) \|", TEXT, flags=re.MULTILINE)} == codes

@@ -1,0 +1,299 @@
+"""What the commands share: options, the model and the store's folder, printing, errors and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_type_hints
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from typer.core import TyperGroup
+
+from kvcag import errors
+from kvcag.errors import CacheWarning, InvalidInputError, KVCAGError, StoreUnavailableError
+
+if TYPE_CHECKING:
+    from kvcag.engines.hf import HFEngine
+
+# --- exit codes ---------------------------------------------------------------------------------------------------
+
+NEGATIVE = 1
+"""Something is damaged, missing, of another model, or was not confirmed."""
+USAGE = 2
+"""The arguments are wrong."""
+FAILED = 3
+"""The disk, the network, a missing extra or the model prevented it."""
+INTERRUPTED = 130
+"""Ctrl-C."""
+CLOSED_PIPE = 141
+"""The reader of stdout closed it."""
+
+_USAGE_ERRORS = (InvalidInputError, errors.PromptError)
+_FAILURES = (
+    errors.EngineError,
+    errors.MissingExtraError,
+    errors.ModelFetchError,
+    errors.StoreFullError,
+    StoreUnavailableError,
+)
+DEBUG = "KVCAG_DEBUG"
+
+
+class Commands(TyperGroup):
+    """Runs a command, and turns its errors into a message on stderr and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command. With `--debug`, an error keeps its traceback."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", CacheWarning)
+            warnings.showwarning = _warn
+            try:
+                result = super().invoke(ctx)
+                sys.stdout.flush()  # raises BrokenPipeError here rather than at the exit of Python
+                return result
+            except KVCAGError as error:
+                if os.environ.get(DEBUG):
+                    raise
+                say(_message(error))
+                raise typer.Exit(exit_code(error)) from None
+            except KeyboardInterrupt:
+                say("interrupted")
+                raise typer.Exit(INTERRUPTED) from None
+            except BrokenPipeError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more
+                raise typer.Exit(CLOSED_PIPE) from None
+
+
+def exit_code(error: KVCAGError) -> int:
+    """Return the exit code for an error."""
+    if isinstance(error, _USAGE_ERRORS):
+        return USAGE
+    return FAILED if isinstance(error, _FAILURES) else NEGATIVE
+
+
+def say(line: str) -> None:
+    """Print a line on stderr."""
+    typer.echo(f"kvcag: {line}", err=True)
+
+
+def _message(error: KVCAGError) -> str:
+    """Return the error's message; its advice names options in place of arguments of the library."""
+    if isinstance(error, errors.UnknownItemError):
+        return f"there is no item {', '.join(map(repr, error.ids))} in this store. `kvcag ls` lists the items."
+    if isinstance(error, errors.ContextLengthError):
+        return (
+            f"the prompt has {error.prompt_tokens:,} tokens; with --max-new-tokens {error.max_new_tokens:,} that is "
+            f"{error.excess:,} more than the model's context of {error.limit:,}. Choose fewer documents, or lower "
+            "--max-new-tokens."
+        )
+    if isinstance(error, StoreUnavailableError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def _warn(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+    if issubclass(category, UserWarning):
+        say(f"warning: {message}")
+
+
+# --- options ------------------------------------------------------------------------------------------------------
+
+INSTRUCTION = "You are a helpful assistant. Answer the question using only the passages below."
+"""The default of `--instruction`."""
+
+Strategy: TypeAlias = Literal["auto", "exact", "rotate", "anchor", "deviation", "query", "full"]
+"""`kvcag.contexts.STRATEGIES` without importing torch. A test compares the two."""
+
+
+def _shared(name: str, short: str | None, help: str, metavar: str) -> Any:
+    """Return an option that an environment variable sets, too: `KVCAG_` and its name."""
+    names = [f"--{name}", *([f"-{short}"] if short else [])]
+    return typer.Option(*names, envvar=f"KVCAG_{name.upper()}", metavar=metavar, help=help)
+
+
+_MODEL = "Load this hub id or folder. Default: the embedded SmolLM2-135M-Instruct."
+_STORE = "Keep caches in this folder. Default: a folder in your user's cache folder; `kvcag ls` shows it."
+_NAMESPACE = "Use the items of this namespace. Namespaces share nothing."
+_STRATEGY = (
+    "Put documents together this way. exact: as one context. auto: exact where that context is cached, else what "
+    "`kvcag doctor` measured, or 'query'."
+)
+_SOURCE = "Choose items by file, folder, glob or source; repeatable."
+_CORPUS = "Read these files, folders or globs; repeatable. Default: twelve topics of Python's manual."
+
+Model = Annotated[str | None, _shared("model", "m", _MODEL, "NAME")]
+Store = Annotated[Path | None, _shared("store", "s", _STORE, "FOLDER")]
+Namespace = Annotated[str, _shared("namespace", "n", _NAMESPACE, "NAME")]
+Instruction = Annotated[str, _shared("instruction", None, "Put this instruction before the documents.", "TEXT")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and everything else on stderr.")]
+Source = Annotated[list[str] | None, typer.Option("--source", metavar="PATTERN", help=_SOURCE)]
+StrategyOption = Annotated[Strategy, typer.Option("--strategy", help=_STRATEGY)]
+Ratio = Annotated[float, typer.Option("--ratio", min=0, max=1, help="Recompute this share of tokens in a merge.")]
+CorpusOption = Annotated[list[str] | None, typer.Option("--corpus", help=_CORPUS)]
+
+
+def takes(options: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Let a command take the fields of a dataclass as options. It is called with the dataclass as `options`."""
+    hints = get_type_hints(options, include_extras=True)
+    shared = [
+        Parameter(each.name, Parameter.KEYWORD_ONLY, default=each.default, annotation=hints[each.name])
+        for each in fields(options)
+    ]
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def run(**given: Any) -> None:
+            chosen = options(**{each.name: given.pop(each.name) for each in shared})
+            command(**given, options=chosen)
+
+        own = [each for each in signature(command, eval_str=True).parameters.values() if each.name != "options"]
+        run.__signature__ = Signature([*own, *shared])  # type: ignore[attr-defined]
+        run.__annotations__ = {each.name: each.annotation for each in (*own, *shared)}
+        return run
+
+    return decorate
+
+
+def default_store() -> Path:
+    """Return `$KVCAG_CACHE/store`, or a folder in the platform's cache folder if that is not set."""
+    if root := os.environ.get("KVCAG_CACHE"):
+        return Path(root).expanduser() / "store"
+    from platformdirs import user_cache_path
+
+    return user_cache_path("kvcag", appauthor=False) / "store"
+
+
+def resolve(model: str | None) -> tuple[str, str]:
+    """Return a model's name and where to load it from. The embedded model is fetched if it is missing."""
+    console = stderr()
+    with console.status("importing torch and transformers"):
+        import transformers
+
+        from kvcag.demo.model import SMOLLM2, embedded_model
+    transformers.utils.logging.disable_progress_bar()
+    return (model, model) if model else (SMOLLM2.name, str(embedded_model(say=console.print)))
+
+
+def load_engine(model: str | None, **settings: Any) -> HFEngine:
+    """Load a model and its tokenizer. Raises as `loading`."""
+    name, folder = resolve(model)
+    with loading(name):
+        from kvcag.engines.hf import HFEngine
+
+        return HFEngine.from_pretrained(folder, **settings)
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Show that a model is being loaded.
+
+    Raises:
+        InvalidInputError: there is no such model, or transformers cannot load it.
+    """
+    try:
+        with stderr().status(f"loading {name}"):
+            yield
+    except KVCAGError:
+        raise
+    except (OSError, ValueError) as refused:
+        reason = next(iter(str(refused).strip().splitlines()), type(refused).__name__)
+        raise InvalidInputError(
+            f"the model {name!r} could not be loaded: {reason} Pass a folder that save_pretrained wrote, or a hub id."
+        ) from refused
+
+
+# --- printing: results on stdout, progress on stderr --------------------------------------------------------------
+
+
+class _Console(Console):
+    """Prints text as it is, with colours only on a terminal, and without cutting paths in a pipe or a file."""
+
+    def __init__(self, *, stderr: bool) -> None:
+        width = None if (sys.stderr if stderr else sys.stdout).isatty() else 240
+        super().__init__(stderr=stderr, markup=False, highlight=False, width=width)
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # `Commands` handles it
+
+
+def stdout() -> Console:
+    """Return a console for results."""
+    return _Console(stderr=False)
+
+
+def stderr() -> Console:
+    """Return a console for progress and remarks."""
+    return _Console(stderr=True)
+
+
+def emit(value: object, *, indent: int | None = 2) -> None:
+    """Print one JSON document on stdout; with `indent=None` on one line."""
+    sys.stdout.write(json.dumps(value, indent=indent, ensure_ascii=False, default=str) + "\n")
+    sys.stdout.flush()
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+    """Return a table without borders.
+
+    Args:
+        columns: the headings; the cells below one that begins with `>` end at the right.
+        rows: the cells, shown with `str`; None is an empty cell.
+    """
+    made = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in columns:
+        justify: Any = "right" if heading.startswith(">") else "left"
+        made.add_column(heading.removeprefix(">"), justify=justify, no_wrap=True, overflow="ellipsis")
+    for row in rows:
+        made.add_row(*("" if cell is None else str(cell) for cell in row))
+    return made
+
+
+@contextmanager
+def progress(doing: str, total: int, unit: str) -> Iterator[Any]:
+    """Show a progress bar on stderr if that is a terminal. Yields `advance(amount, next_item)`."""
+    console = stderr()
+    text = TextColumn("{task.description}", markup=False)
+    columns = text, BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(doing, total=total)
+        yield lambda amount=0, next_item="": bar.update(
+            task, advance=amount, description=f"{doing} {next_item[-32:]:<32}"
+        )
+
+
+def size(count: int) -> str:
+    """Return bytes as text, in powers of 1000."""
+    amount = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 1000:
+            return f"{amount:.0f} {unit}" if unit == "B" or amount >= 100 else f"{amount:.1f} {unit}"
+        amount /= 1000
+    return f"{amount:.1f} TB"
+
+
+UNITS = {"w": 604_800, "d": 86_400, "h": 3600, "m": 60, "s": 1}
+"""Seconds."""
+
+
+def age(timestamp: float) -> str:
+    """Return the time since `timestamp` (seconds since 1970) in its largest unit."""
+    seconds = max(0.0, time.time() - timestamp)
+    unit = next((unit for unit, length in UNITS.items() if seconds >= length), "s")
+    return f"{seconds / UNITS[unit]:.0f} {unit}"
+
+
+def counted(count: int, noun: str) -> str:
+    """Return `1 item`, `2 items`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
