@@ -294,12 +294,16 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of an answer. The last one has `finish_reason` and `usage`, and whatever text was held back."""
+    """A piece of an answer. The last one has `finish_reason` and `usage`, and whatever text was held back.
+
+    `thinking` is the piece of `<think>…</think>` that `strip_thinking` left out of the text.
+    """
 
     text: str
     token_ids: tuple[int, ...] = ()
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
+    thinking: str = ""
 
     def __str__(self) -> str:
         return self.text

@@ -28,7 +28,7 @@ from kvcag.chat_template import ChatTemplate, Prompt, common_length
 from kvcag.core import Chunk, ContextPrompt, EncodedItem, FinishReason, MergedContext, Usage
 from kvcag.engines.base import Engine
 from kvcag.engines.constrain import Constraint, ConstraintCompiler, ConstraintLike
-from kvcag.engines.decode import Detokenizer, StopStrings
+from kvcag.engines.decode import Detokenizer, StopStrings, ThinkingFilter
 from kvcag.engines.sampling import Sampling
 from kvcag.errors import EmptyPromptError, UnsupportedModelError
 from kvcag.fingerprint import ModelFingerprint
@@ -207,6 +207,7 @@ class EchoEngine(Engine):
         started: float,
     ) -> Generator[Chunk, None, None]:
         detokenizer, stop = Detokenizer(self.tokenizer), StopStrings(sampling.stop)
+        thinking = ThinkingFilter(prompt.thinking, strips=sampling.strip_thinking)
         first_at, said = time.perf_counter(), 0
 
         def usage() -> Usage:
@@ -216,14 +217,15 @@ class EchoEngine(Engine):
 
         for token in answer_ids[:budget]:
             said += 1
-            text = stop.push(detokenizer.push(token))
+            text = stop.push(thinking.push(detokenizer.push(token)))
             if stop.found:
-                yield Chunk(text, (token,), "stop", usage())
+                yield Chunk(text, (token,), "stop", usage(), thinking.take())
                 return
-            yield Chunk(text, (token,))
+            yield Chunk(text, (token,), thinking=thinking.take())
         finish: FinishReason = "length" if len(answer_ids) > budget else "stop"
-        text = stop.push(detokenizer.flush())
-        yield Chunk(text if stop.found else text + stop.flush(), (), "stop" if stop.found else finish, usage())
+        text = stop.push(thinking.push(detokenizer.flush()) + thinking.flush())
+        text += "" if stop.found else stop.flush()
+        yield Chunk(text, (), "stop" if stop.found else finish, usage(), thinking.take())
 
     def _remember(self, token_ids: tuple[int, ...], namespace: str) -> int:
         """Record a prompt, and return the length of the longest prefix it shares with an earlier prompt."""

@@ -298,6 +298,22 @@ class CallParser:
         new, self._given = prose[self._given :], max(self._given, len(prose))
         return new
 
+    def written(self) -> list[tuple[str, str]]:
+        """The name, and the arguments' JSON as far as it is written, of each call that has begun."""
+        form, marker = self._spec.format, self._spec.format.marker
+        at = self._text.find(marker) if marker else 0
+        if at < 0 or not (marker or self._spec.forced or re.match(r"\s*\[?\s*\{", self._text)):
+            return []
+        name = re.compile(f'{re.escape(form.before_name)}"([^"]+)"{re.escape(form.before_arguments)}')
+        calls = []
+        while found := name.search(self._text, at):
+            try:
+                _, at = json.JSONDecoder().raw_decode(self._text, found.end())
+            except json.JSONDecodeError:
+                at = len(self._text)
+            calls.append((found[1], self._text[found.end() : at]))
+        return calls
+
     def close(self) -> Parsed:
         """The whole answer, parsed."""
         parsed = self._spec.parse(self._text)

@@ -149,27 +149,22 @@ class Decoding:
             if not ahead:
                 logits = self._forward([token], self.cache)
 
-    def chunks(self, detokenizer: Detokenizer, stop: StopStrings, thinking: ThinkingFilter | None) -> Iterator[Chunk]:
+    def chunks(self, detokenizer: Detokenizer, stop: StopStrings, thinking: ThinkingFilter) -> Iterator[Chunk]:
         """The answer as text, a chunk a token; the last chunk says why it ended and what it took."""
-
-        def visible(text: str) -> str:
-            return thinking.push(text) if thinking else text
-
         finish: FinishReason = "length"
         for token in self.tokens():
             if token in self._eos_ids:
                 finish = "stop"
                 break
-            text = stop.push(visible(detokenizer.push(token)))
+            text = stop.push(thinking.push(detokenizer.push(token)))
             if stop.found:
-                yield Chunk(text, (token,), "stop", self.usage())
+                yield Chunk(text, (token,), "stop", self.usage(), thinking.take())
                 return
-            yield Chunk(text, (token,))
+            yield Chunk(text, (token,), thinking=thinking.take())
             finish = "stop" if self._sampler.complete else "length"
-        rest = visible(detokenizer.flush()) + (thinking.flush() if thinking else "")
-        text = stop.push(rest)
+        text = stop.push(thinking.push(detokenizer.flush()) + thinking.flush())
         text += "" if stop.found else stop.flush()
-        yield Chunk(text, (), "stop" if stop.found else finish, self.usage())
+        yield Chunk(text, (), "stop" if stop.found else finish, self.usage(), thinking.take())
 
     def usage(self) -> Usage:
         """What it took so far."""
@@ -269,19 +264,29 @@ class StopStrings:
 
 
 class ThinkingFilter:
-    """Leaves out `<think>…</think>` and the blank lines after it.
+    """Takes `<think>…</think>` and the blank lines after it out of a text.
 
     Args:
         thinking: the text begins within a thinking block, because the generation prompt opened it.
+        strips: take it out; False leaves the text as it is.
     """
 
-    def __init__(self, thinking: bool) -> None:
+    def __init__(self, thinking: bool, *, strips: bool = True) -> None:
         self._thinking = thinking
+        self._strips = strips
         self._held = ""
         self._trim = False
+        self._thought = ""
+
+    def take(self) -> str:
+        """What was thought since this was last asked."""
+        thought, self._thought = self._thought, ""
+        return thought
 
     def push(self, text: str) -> str:
         """The text that is no thinking."""
+        if not self._strips:
+            return text
         self._held += text
         out = ""
         while True:
@@ -306,6 +311,7 @@ class ThinkingFilter:
 
     def _visible(self, text: str) -> str:
         if self._thinking:
+            self._thought += text
             return ""
         if self._trim:
             text = text.lstrip()

@@ -436,7 +436,7 @@ class HFEngine(Engine):
                 )
                 decoding.prefill()
                 self.prefixes.insert(ids, layers_of(decoding.cache), namespace, merged=prefix.is_merged, epoch=epoch)
-            thinking = ThinkingFilter(prompt.thinking) if sampling.strip_thinking else None
+            thinking = ThinkingFilter(prompt.thinking, strips=sampling.strip_thinking)
             whole = False  # an error in the middle of a step leaves layers of different lengths
             try:
                 for chunk in decoding.chunks(Detokenizer(self.tokenizer), StopStrings(sampling.stop), thinking):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from os import PathLike
 from typing import Any
@@ -23,7 +24,9 @@ from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_ca
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.llms.llm import ToolSelection
 from llama_index.core.program.utils import get_program_for_llm
+from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.tools.types import BaseTool
+from llama_index.core.types import TokenAsyncGen, TokenGen
 from pydantic import Field, PrivateAttr
 
 from kvcag.adapters import SAMPLING_SETTINGS, LazyMemory, call_settings, with_tools
@@ -94,7 +97,7 @@ class KVCacheLLM(FunctionCallingLLM):
     repetition_penalty: float | None = None
     seed: int | None = None
     stop: list[str] | None = Field(default=None, description="Strings that end the answer.")
-    strip_thinking: bool | None = Field(default=None, description="Leave `<think>…</think>` out of the answer.")
+    strip_thinking: bool | None = Field(default=None, description="Leave thinking out; else it is a `ThinkingBlock`.")
     namespace: str = Field(default="", description="Separates its recent contexts and files from other namespaces'.")
 
     _memory: LazyMemory = PrivateAttr()
@@ -235,6 +238,16 @@ class KVCacheLLM(FunctionCallingLLM):
         chunks = await in_thread(opener)
         return aeach(lambda: chunks, answer.completion)
 
+    def stream(self, prompt: BasePromptTemplate, **prompt_args: Any) -> TokenGen:
+        """`predict`, piece by piece. No piece is empty."""
+        pieces = super().stream(prompt, **prompt_args)
+        return (piece for piece in pieces if piece)
+
+    async def astream(self, prompt: BasePromptTemplate, **prompt_args: Any) -> TokenAsyncGen:
+        """`stream`, in worker threads."""
+        pieces = await super().astream(prompt, **prompt_args)
+        return (piece async for piece in pieces if piece)
+
     # --- tools -------------------------------------------------------------------------------------------------
 
     def _prepare_chat_with_tools(
@@ -303,6 +316,8 @@ class KVCacheLLM(FunctionCallingLLM):
         if not isinstance(messages, Prompt):
             messages, plan = with_tools(template, messages, tools, choice, parallel)
         options = call_settings(memory.engine, self, kwargs)
+        sampling = options["sampling"]
+        options["sampling"] = replace(sampling, strip_thinking=True)
         if plan is not None:
             options |= {"tools": plan.tools, "constraint": plan.constraint}
         ids = None if isinstance(messages, Prompt) else ()
@@ -316,7 +331,8 @@ class KVCacheLLM(FunctionCallingLLM):
                     too_long.args = (f"{too_long} {_HINT}",)
                 raise
 
-        return opener, Answer(self.model, plan.parser() if plan else None)
+        thinks = not sampling.strip_thinking
+        return opener, Answer(self.model, plan.parser() if plan else None, thinks=thinks)
 
 
 _COUNTED = "Forty-two unmistakable words, counted in tokens: 3.14159, naïveté."

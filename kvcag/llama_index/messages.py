@@ -24,13 +24,14 @@ from llama_index.core.base.llms.types import (
 )
 from llama_index.core.llms.llm import ToolSelection
 from llama_index.core.tools.types import BaseTool
+from pydantic_core import from_json
 
 from kvcag.chat_template import Document, Message
 from kvcag.concurrency import iterate
 from kvcag.core import Chunk
 from kvcag.documents import documents_of, segment
 from kvcag.errors import InvalidInputError
-from kvcag.tools import CallParser, Parsed
+from kvcag.tools import CallParser, Parsed, ToolCall
 
 R = TypeVar("R", ChatResponse, CompletionResponse)
 Chunks: TypeAlias = Generator[Chunk, None, None]
@@ -131,31 +132,65 @@ class Answer:
     Args:
         model: what `raw["model"]` says.
         parser: separates tool calls from text; None where no tool may be called.
+        thinks: whether the responses have the model's thinking.
     """
 
-    def __init__(self, model: str, parser: CallParser | None = None) -> None:
+    def __init__(self, model: str, parser: CallParser | None = None, *, thinks: bool = True) -> None:
         self._model = model
         self._parser = parser
+        self._thinks = thinks
         self._text = ""
+        self._thinking = ""
+        self._calls: list[ToolCallBlock] = []
 
-    def chat(self, chunk: Chunk) -> ChatResponse:
-        """The answer up to this chunk. The last response has the tool calls, and the usage in `raw`."""
+    def chat(self, chunk: Chunk) -> ChatResponse | None:
+        """The answer up to this chunk, with the tool calls as far as they are written; None where nothing is new.
+
+        The last response has the usage in `raw`.
+        """
         delta, parsed = self._read(chunk)
         self._text += delta
-        calls = parsed.calls if parsed else ()
-        blocks: list[ContentBlock] = [TextBlock(text=self._text)] if self._text or not calls else []
-        blocks += [
-            ToolCallBlock(tool_call_id=call.id, tool_name=call.name, tool_kwargs=call.arguments) for call in calls
-        ]
+        thought, calls = self._thought(chunk), self._calls_so_far(parsed)
+        if not (delta or thought or chunk.usage or calls != self._calls):
+            return None
+        self._calls = calls
+        blocks: list[ContentBlock] = [ThinkingBlock(content=self._thinking)] if self._thinking else []
+        blocks += [TextBlock(text=self._text)] if self._text or not calls else []
+        blocks += calls
         # core's streamed structured prediction looks for calls here, and not in the blocks
-        known = {"tool_calls": [{"id": call.id, "name": call.name} for call in calls]} if calls else {}
-        message = ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks, additional_kwargs=known)
-        return ChatResponse(message=message, delta=delta, raw=self._raw(chunk, parsed))
+        known = {"tool_calls": [{"id": call.tool_call_id, "name": call.tool_name} for call in calls]} if calls else {}
+        return ChatResponse(
+            message=ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks, additional_kwargs=known),
+            delta=delta,
+            raw=self._raw(chunk, parsed),
+            additional_kwargs=thought,
+        )
 
-    def completion(self, chunk: Chunk) -> CompletionResponse:
+    def completion(self, chunk: Chunk) -> CompletionResponse | None:
         """As `chat`, as a completion."""
         self._text += chunk.text
-        return CompletionResponse(text=self._text, delta=chunk.text, raw=self._raw(chunk))
+        thought = self._thought(chunk)
+        if not (chunk.text or thought or chunk.usage):
+            return None
+        return CompletionResponse(text=self._text, delta=chunk.text, raw=self._raw(chunk), additional_kwargs=thought)
+
+    def _thought(self, chunk: Chunk) -> dict[str, Any]:
+        if not (chunk.thinking and self._thinks):
+            return {}
+        self._thinking += chunk.thinking
+        return {"thinking_delta": chunk.thinking}
+
+    def _calls_so_far(self, parsed: Parsed | None) -> list[ToolCallBlock]:
+        if parsed is not None:
+            calls = list(parsed.calls)
+        else:
+            calls = [ToolCall(name, _so_far(text)) for name, text in self._parser.written()] if self._parser else []
+        known = [call.tool_call_id for call in self._calls]  # a call keeps its id while it is written
+        known += [call.id for call in calls[len(known) :]]
+        return [
+            ToolCallBlock(tool_call_id=id, tool_name=call.name, tool_kwargs=call.arguments)
+            for call, id in zip(calls, known, strict=False)
+        ]
 
     def _read(self, chunk: Chunk) -> tuple[str, Parsed | None]:
         """What this chunk adds to the text, and with the last chunk the calls. An invalid call stays text."""
@@ -171,27 +206,37 @@ class Answer:
         if chunk.usage is None:
             return None
         finish = "tool_calls" if parsed and parsed.calls else chunk.finish_reason
-        raw: dict[str, Any] = {"model": self._model, "finish_reason": finish, "usage": chunk.usage.as_dict()}
+        usage = {**chunk.usage.as_dict(), "prompt_tokens_details": {"cached_tokens": chunk.usage.cached_tokens}}
+        raw: dict[str, Any] = {"model": self._model, "finish_reason": finish, "usage": usage}
         if parsed and parsed.invalid_calls:
             raw["invalid_tool_calls"] = [asdict(call) for call in parsed.invalid_calls]
         return raw
 
 
-def each(chunks: Chunks, respond: Callable[[Chunk], R]) -> Generator[R, None, None]:
-    """The responses, one for each chunk that has text or usage."""
+def _so_far(arguments: str) -> dict[str, Any]:
+    """Arguments whose JSON may be cut off anywhere."""
+    try:
+        found = from_json(arguments, allow_partial="trailing-strings")
+    except ValueError:  # within a word such as `true`
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def each(chunks: Chunks, respond: Callable[[Chunk], R | None]) -> Generator[R, None, None]:
+    """The responses, one for each chunk that brings something new."""
     with closing(chunks):
         for chunk in chunks:
             response = respond(chunk)
-            if response.delta or response.raw:
+            if response is not None:
                 yield response
 
 
-async def aeach(opener: Opener, respond: Callable[[Chunk], R]) -> AsyncGenerator[R, None]:
+async def aeach(opener: Opener, respond: Callable[[Chunk], R | None]) -> AsyncGenerator[R, None]:
     """`each`, in worker threads."""
     async with aclosing(iterate(opener)) as chunks:
         async for chunk in chunks:
             response = respond(chunk)
-            if response.delta or response.raw:
+            if response is not None:
                 yield response
 
 

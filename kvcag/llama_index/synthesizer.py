@@ -275,10 +275,12 @@ def _said(response: ChatResponse) -> str:
 def _deltas(responses: ChatResponseGen) -> Generator[str, None, None]:
     with closing(responses):
         for response in responses:
-            yield response.delta or ""
+            if response.delta:
+                yield response.delta
 
 
 async def _adeltas(responses: ChatResponseAsyncGen) -> AsyncGenerator[str, None]:
     async with aclosing(responses):
         async for response in responses:
-            yield response.delta or ""
+            if response.delta:
+                yield response.delta

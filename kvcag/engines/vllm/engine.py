@@ -369,7 +369,7 @@ class VLLMEngine(Engine):
     ) -> Generator[Chunk, None, None]:
         """The answer as text, a chunk for each event. The last chunk has the finish reason and the usage."""
         self._check_tokens()
-        thinking = ThinkingFilter(prompt.thinking) if sampling.strip_thinking else None
+        thinking = ThinkingFilter(prompt.thinking, strips=sampling.strip_thinking)
         stop = StopStrings(sampling.stop)
         finish: FinishReason = "stop"
         counted: Mapping[str, Any] = {}
@@ -383,7 +383,7 @@ class VLLMEngine(Engine):
                     for choice in event.get("choices", ()):
                         first_at, pieces = first_at or time.perf_counter(), pieces + 1
                         piece = choice.get("text") or ""
-                        yield Chunk(stop.push(thinking.push(piece) if thinking else piece))
+                        yield Chunk(stop.push(thinking.push(piece)), thinking=thinking.take())
                         finish = _finish_reason(choice) or finish
                     if stop.found:
                         break
@@ -397,7 +397,7 @@ class VLLMEngine(Engine):
         rest = ""
         if not stop.found:
             self._check_hits(prompt.token_ids, namespace, cached)
-            rest = stop.push(thinking.flush() if thinking else "")
+            rest = stop.push(thinking.flush())
             rest += "" if stop.found else stop.flush()
         size, now = len(prompt.token_ids), time.perf_counter()
         reused = min(cached or 0, size - 1)
@@ -413,7 +413,7 @@ class VLLMEngine(Engine):
             total_s=now - started,
             context=account.context,
         )
-        yield Chunk(rest, (), "stop" if stop.found else finish, usage)
+        yield Chunk(rest, (), "stop" if stop.found else finish, usage, thinking.take())
 
     def _body(self, prompt: Prompt, sampling: Sampling, namespace: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         """The body of a `/v1/completions` request.

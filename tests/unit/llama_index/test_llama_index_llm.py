@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from llama_index.core.base.llms.types import CacheControl, CachePoint, ChatMessage, TextBlock
+from llama_index.core.base.llms.types import CacheControl, CachePoint, ChatMessage, TextBlock, ThinkingBlock
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.llms.function_calling import FunctionCallingLLM
 from llama_index.core.prompts import PromptTemplate
 from tokenizers.processors import TemplateProcessing
 
 from kvcag import HFEngine
+from kvcag.chat_template import ChatTemplate
 from kvcag.core import Chunk
 from kvcag.errors import CacheWarning, ContextLengthError, EngineError, InvalidInputError
 from kvcag.llama_index import KVCacheLLM
@@ -143,6 +144,41 @@ async def test_a_missing_prompt_is_a_value_error(llm: KVCacheLLM, way: Way, prom
 def test_nothing_to_answer_is_a_value_error(llm: KVCacheLLM) -> None:
     with pytest.raises(ValueError, match="at least one user message"):
         llm.chat([])
+
+
+async def test_streams_of_text_have_no_empty_piece(llm: KVCacheLLM) -> None:
+    template = PromptTemplate("Say {what}.")
+    pieces = list(llm.stream(template, what="yes"))
+    assert pieces == [piece async for piece in await llm.astream(template, what="yes")]
+    assert all(pieces)
+
+
+# --- thinking ------------------------------------------------------------------------------------------------------
+
+
+async def test_thinking_is_a_block_of_its_own() -> None:
+    llm = KVCacheLLM(engine=EchoEngine(lambda prompt: "<think>Is it?\n</think>\n\nIt is."))
+    streamed = list(llm.stream_chat(user("Is it?")))
+    astreamed = [response async for response in await llm.astream_chat(user("Is it?"))]
+    for response in (llm.chat(user("Is it?")), await llm.achat(user("Is it?")), streamed[-1], astreamed[-1]):
+        assert response.message.blocks == [ThinkingBlock(content="Is it?\n"), TextBlock(text="It is.")]
+        assert response.message.content == "It is."
+    assert "".join(response.additional_kwargs.get("thinking_delta", "") for response in streamed) == "Is it?\n"
+    assert llm.complete("Is it?").text == "It is."
+    assert [by.text for by in llm.stream_complete("Is it?")][-1] == "It is."
+
+
+def test_thinking_can_be_left_out_and_is_read_from_the_prompt_that_opens_it() -> None:
+    opened = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+    engine = EchoEngine(lambda prompt: "hm</think>Yes.")
+    engine.template = ChatTemplate(byte_tokenizer(opened))
+    assert KVCacheLLM(engine=engine).chat(user("?")).message.blocks == [
+        ThinkingBlock(content="hm"),
+        TextBlock(text="Yes."),
+    ]
+    silent = KVCacheLLM(engine=engine, strip_thinking=True)
+    assert silent.chat(user("?")).message.blocks == [TextBlock(text="Yes.")]
+    assert not any(response.additional_kwargs for response in silent.stream_chat(user("?")))
 
 
 # --- settings ------------------------------------------------------------------------------------------------------
@@ -295,6 +331,7 @@ def test_usage_says_what_was_cached(tiny_engine: HFEngine) -> None:
     assert first["prompt_tokens"] == second["prompt_tokens"]
     assert first["total_tokens"] == first["prompt_tokens"] + first["completion_tokens"]
     assert (first["cached_tokens"], second["cached_tokens"]) == (0, second["prompt_tokens"] - 1)
+    assert second["prompt_tokens_details"] == {"cached_tokens": second["cached_tokens"]}  # as OpenAI's
 
 
 def pointed(corpus: str, question: str) -> list[ChatMessage]:

@@ -185,3 +185,28 @@ async def test_the_prompts_of_an_agent_are_the_same_in_every_run_and_name_the_to
     first = await prompts()
     assert first == await prompts()
     assert '{"name": "add", "result": "23"}' in first[-1]
+
+
+async def test_streamed_structured_output_gives_partial_objects(llm: KVCacheLLM) -> None:
+    prompt = PromptTemplate("Describe {what}.")
+    whole = llm.structured_predict(Tower, prompt, what="a tower")
+    streamed = list(llm.stream_structured_predict(Tower, prompt, what="a tower"))
+    astreamed = [each async for each in await llm.astream_structured_predict(Tower, prompt, what="a tower")]
+    structured = llm.as_structured_llm(Tower)
+    by_structured_llm = [each.raw for each in structured.stream_chat([ChatMessage(content="Describe a tower.")])]
+    for objects in (streamed, astreamed, by_structured_llm):
+        names = [partial.name for partial in objects if partial.name]
+        assert len(names) > 2
+        assert all(whole.name.startswith(name) for name in names)
+        assert Tower.model_validate(objects[-1].model_dump()) == whole
+
+
+def test_a_tool_call_is_streamed_as_it_is_written() -> None:
+    llm = calling('{"name": "shout", "arguments": {"text":"a b c"}}')
+    responses = list(llm.stream_chat_with_tools([SHOUT], "Go"))
+    calls = [block for response in responses for block in response.message.blocks if isinstance(block, ToolCallBlock)]
+    assert {call.tool_name for call in calls} == {"shout"}
+    assert [call.tool_kwargs.get("text", "") for call in calls][:5] == ["", "", "a", "a ", "a b"]
+    assert calls[-1].tool_kwargs == {"text": "a b c"}
+    assert len({call.tool_call_id for call in calls}) == 1
+    assert responses[-1].raw["finish_reason"] == "tool_calls"
