@@ -260,7 +260,13 @@ class ServerError(EngineError):
 
 
 class ServerUnavailableError(EngineError, ConnectionError):
-    """A server cannot be reached, is starting or overloaded, or went away while it answered."""
+    """A server cannot be reached, is starting or overloaded, or went away while it answered.
+
+    Attributes:
+        retry_after: seconds after which the server asked to be asked again; 0 where it did not say.
+    """
+
+    retry_after = 0.0
 
 
 class ServerTimeoutError(EngineError, TimeoutError):

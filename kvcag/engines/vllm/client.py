@@ -1,34 +1,29 @@
-"""One OpenAI-compatible server: requests with retries and typed errors, preloaded contexts, constraints."""
+"""Requests to one OpenAI-compatible server: retries, limits and typed errors."""
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 import re
 import socket
-import threading
-from array import array
-from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Annotated, Any, TypeAlias, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, ValidationError
 
-from kvcag.concurrency import CANCELLATION, Cancellation, cancellation
-from kvcag.engines.constrain import Choices, Grammar, JsonSchema, Regex, ServerConstraint, close_objects, to_lark
+from kvcag.concurrency import cancellation
 from kvcag.errors import (
-    ConstraintError,
     ContextLengthError,
     EngineError,
     InvalidInputError,
     KVCAGError,
     MissingExtraError,
-    PromptError,
     ServerError,
     ServerTimeoutError,
     ServerUnavailableError,
-    WarnOnce,
 )
 
 try:
@@ -37,21 +32,83 @@ except ModuleNotFoundError:
     raise MissingExtraError("VLLMEngine", "vllm") from None
 
 T = TypeVar("T")
+M = TypeVar("M", bound=BaseModel)
 
 _RETRIED = {408, 425, 429, 500, 502, 503, 504}
 _OVERLOADED = {429, 502, 503, 504}
 _ABSENT = {404, 405, 501}
 _LONGEST_PAUSE, _METRICS_TIMEOUT = 20.0, 5.0  # seconds
-_CONTEXT_LENGTH = re.compile(r"maximum context length is (\d+)")
-_PROMPT_LENGTH = re.compile(r"contains (?:at least )?(\d+) input tokens|requested (\d+) tokens")
-_START_TIME = re.compile(r"^process_start_time_seconds (\S+)$", re.MULTILINE)
+_LARGEST_LINE, _LARGEST_BODY = 1 << 20, 64 << 20  # bytes
+_SPARE_EVENTS = 16
+"""Events of an answer beside one for each token: the finish reason, the usage, empty ones."""
+_CONTEXT_LENGTH = re.compile(r"maximum context length is (\d{1,9})")
+_PROMPT_LENGTH = re.compile(r"contains (?:at least )?(\d{1,9}) input tokens|requested (\d{1,9}) tokens")
+_START_TIME = re.compile(rb"^process_start_time_seconds (\d+(?:\.\d+)?(?:e\+?\d+)?)$", re.MULTILINE)
+
+# --- what a server sends ---------------------------------------------------------------------------------------
+
+Count: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 40)]
+
+
+class Choice(BaseModel):
+    """A piece of an answer."""
+
+    text: str | None = None
+    finish_reason: str | None = None
+
+
+class CachedTokens(BaseModel):
+    """Which tokens of a prompt were cached."""
+
+    cached_tokens: Count | None = None
+
+
+class Counts(BaseModel):
+    """Tokens of an answer."""
+
+    completion_tokens: Count | None = None
+    prompt_tokens_details: CachedTokens | None = None
+
+
+class Event(BaseModel):
+    """An event of an answer's stream. `n` is 1, so there is one choice at most."""
+
+    choices: Annotated[list[Choice], Field(max_length=1)] | None = None
+    usage: Counts | None = None
+    error: Any = None
+
+
+class Card(BaseModel):
+    """What `/v1/models` says about a model."""
+
+    id: str
+    owned_by: str | None = None
+    max_model_len: Annotated[int, Field(gt=0)] | None = None
+
+
+class Cards(BaseModel):
+    """The answer of `/v1/models`."""
+
+    data: list[Card] | None = None
+
+
+class Tokens(BaseModel):
+    """The answer of `/tokenize`."""
+
+    tokens: list[Annotated[int, Field(ge=0, lt=1 << 31)]]
+
+
+class Text(BaseModel):
+    """The answer of `/detokenize`."""
+
+    prompt: str
 
 
 class HTTPClient:
     """Requests to one server. Safe to use from several threads. `VLLMEngine` describes the arguments.
 
     Attributes:
-        root: `base_url` without `/v1`.
+        root: `base_url` without `/v1` and without a password.
         interruptions: how often the server could not be reached or dropped a connection.
     """
 
@@ -61,17 +118,31 @@ class HTTPClient:
         *,
         api_key: str | None,
         timeout: float,
+        deadline: float,
         connect_timeout: float,
         max_retries: int,
         retry_wait: float,
         client: httpx.Client | None,
     ) -> None:
-        self.root = base_url.rstrip("/").removesuffix("/v1")
-        if not self.root.startswith(("http://", "https://")):
-            raise InvalidInputError(f"base_url {base_url!r} is not a URL. Pass a URL such as http://127.0.0.1:8000/v1.")
+        try:
+            url = httpx.URL(base_url)
+        except httpx.InvalidURL:
+            url = httpx.URL("")
+        if url.scheme not in ("http", "https") or not url.host or url.query or url.fragment:
+            shown = re.sub(r".*@", "", base_url)  # without a password
+            raise InvalidInputError(f"base_url {shown!r} is not a URL. Pass a URL such as http://127.0.0.1:8000/v1.")
+        self.root = str(url.copy_with(userinfo=b"") if url.userinfo else base_url).rstrip("/").removesuffix("/v1")
+        if api_key and not (api_key.isascii() and api_key.isprintable()):
+            raise InvalidInputError(
+                "api_key holds a character that an HTTP header cannot hold, such as a line break at its end. Pass the "
+                "key without it."
+            )
+        login = f"Basic {base64.b64encode(url.userinfo).decode()}" if url.userinfo else None
+        self._headers = {"Authorization": value} if (value := f"Bearer {api_key}" if api_key else login) else {}
+        self._secrets = [secret for secret in (api_key, url.password) if secret]
         self.interruptions = 0
+        self._timeout, self._deadline = timeout, deadline
         self._max_retries, self._retry_wait = max_retries, retry_wait
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._owns_client, self._closed = client is None, False
         self._client = client or httpx.Client(
             timeout=httpx.Timeout(timeout, connect=connect_timeout),
@@ -84,22 +155,23 @@ class HTTPClient:
         if self._owns_client:
             self._client.close()
 
-    def json(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
-        """Send a POST request, or a GET request without a body, and return the JSON of the answer.
+    def json(self, kind: type[M], path: str, body: Mapping[str, Any] | None = None) -> M | None:
+        """Send a POST request, or a GET request without a body, and return the answer.
 
         Returns:
-            The JSON, or None if the server does not have this path.
+            The answer, or None if the server does not have this path.
 
         Raises:
             ServerUnavailableError: the server cannot be reached or is overloaded.
-            ServerTimeoutError: the server sent nothing for `timeout` seconds.
-            ContextLengthError, InvalidInputError, ServerError: the server refused the request.
+            ServerTimeoutError: the answer was not there after `timeout` seconds.
+            ContextLengthError, InvalidInputError, ServerError: the server refused the request, or the answer is not of
+                this kind.
         """
 
-        def attempt() -> Any:
+        def attempt(until: float) -> M:
             with self._open(path, body) as response:
-                response.read()
-                return response.json()
+                data = b"".join(self._pieces(response, _Limit(until, self._timeout), _LARGEST_BODY))
+            return self._parsed(kind, data, path)
 
         try:
             return self._retry(attempt)
@@ -108,14 +180,15 @@ class HTTPClient:
                 return None
             raise
 
-    def events(self, path: str, body: Mapping[str, Any]) -> Generator[dict[str, Any], None, None]:
+    def events(self, path: str, body: Mapping[str, Any]) -> Generator[Event, None, None]:
         """Send a POST request and yield the server-sent events of the answer. Closing the generator ends the request.
 
-        A request that failed after its first event is not repeated. Raises the same errors as `json`.
+        It ends early where a server sends more events than `max_tokens` explains. A request that failed after its first
+        event is not repeated. Raises the same errors as `json`; `ServerTimeoutError` also after `deadline` seconds.
         """
 
-        def attempt() -> tuple[list[dict[str, Any]], Generator[dict[str, Any], None, None]]:
-            events = self._events(path, body)
+        def attempt(until: float) -> tuple[list[Event], Generator[Event, None, None]]:
+            events = self._events(path, body, until)
             return [event for event in [next(events, None)] if event is not None], events
 
         first, rest = self._retry(attempt)
@@ -125,47 +198,90 @@ class HTTPClient:
 
     def start_time(self) -> float | None:
         """When the server process started, in seconds since 1970. None if the server does not publish it."""
+        limit, url = _Limit(float("inf"), _METRICS_TIMEOUT), f"{self.root}/metrics"
         try:
-            response = self._client.get(f"{self.root}/metrics", headers=self._headers, timeout=_METRICS_TIMEOUT)
-        except httpx.HTTPError:
+            with self._client.stream("GET", url, headers=self._headers, timeout=_METRICS_TIMEOUT) as response:
+                data = b"".join(self._pieces(response, limit, _LARGEST_BODY)) if response.is_success else b""
+        except (httpx.HTTPError, EngineError):
             return None
-        found = _START_TIME.search(response.text) if response.is_success else None
+        found = _START_TIME.search(data)
         return float(found[1]) if found else None
 
-    def _retry(self, attempt: Callable[[], T]) -> T:
+    def _retry(self, attempt: Callable[[float], T]) -> T:
         """Repeat what fails because the server is down, starting or overloaded; a cancelled reader ends the pauses.
 
-        `httpx.HTTPTransport(retries=…)` repeats only connections, and its pauses cannot be cancelled.
+        Each attempt is given the time at which all of them must have ended. `httpx.HTTPTransport(retries=…)` repeats
+        only connections, and its pauses cannot be cancelled.
         """
-        left, wait = self._max_retries, self._retry_wait
+        left, wait, until = self._max_retries, self._retry_wait, time.monotonic() + self._deadline
         while True:
             try:
-                return attempt()
+                return attempt(until)
             except (ServerUnavailableError, ServerError) as failure:
                 if isinstance(failure, ServerError) and failure.status not in _RETRIED:
                     raise
-                pause = _requested_pause(failure) or wait * random.uniform(0.8, 1.2)
-                if not left or cancellation().sleep(min(pause, _LONGEST_PAUSE)):
+                pause = min(getattr(failure, "retry_after", 0.0) or wait * random.uniform(0.8, 1.2), _LONGEST_PAUSE)
+                if not left or time.monotonic() + pause > until or cancellation().sleep(pause):
                     raise
             left, wait = left - 1, wait * 2
 
-    def _events(self, path: str, body: Mapping[str, Any]) -> Generator[dict[str, Any], None, None]:
-        finished = False
+    def _events(self, path: str, body: Mapping[str, Any], until: float) -> Generator[Event, None, None]:
+        finished, left = False, body["max_tokens"] + _SPARE_EVENTS
         with self._open(path, body) as response, cancellation().waking(lambda: _shut_down(response)):
-            for line in _lines(response):
-                field, _, data = line.partition(":")
-                if field != "data":  # comments keep a connection alive, blank lines end an event
+            limit = _Limit(until, self._timeout)
+            for line in self._lines(response, limit):
+                field, _, data = line.partition(b":")
+                if field != b"data":  # comments keep a connection alive, blank lines end an event
                     continue
-                if data.strip() == "[DONE]":
+                if data.strip() == b"[DONE]":
                     return
-                event = json.loads(data)
-                if "error" in event:
-                    code = event["error"].get("code") if isinstance(event["error"], dict) else None
-                    raise _refusal(self.root + path, code if isinstance(code, int) else 500, data)
-                finished = finished or any(choice.get("finish_reason") for choice in event.get("choices", ()))
+                event = self._parsed(Event, data, path)
+                if event.error is not None:
+                    code = event.error.get("code") if isinstance(event.error, dict) else None
+                    raise self._refusal(path, code if isinstance(code, int) else 500, data)
+                finished = finished or any(choice.finish_reason for choice in event.choices or ())
                 yield event
+                left -= 1
+                if not left:
+                    return
+                limit.extend()
             if not finished:
                 raise httpx.RemoteProtocolError("the answer ended without a finish reason")
+
+    def _lines(self, response: httpx.Response, limit: _Limit) -> Iterator[bytes]:
+        """The lines of an event stream. `iter_lines` would also break at U+2028 within JSON, and holds any length."""
+        line = bytearray()
+        for piece in self._pieces(response, limit):
+            *whole, rest = piece.split(b"\n")
+            for each in whole:
+                yield bytes(line + each)
+                line.clear()
+            line += rest
+            if len(line) > _LARGEST_LINE:
+                raise ServerError(str(response.url), 200, f"with a line of more than {_LARGEST_LINE:,} bytes")
+        yield bytes(line)
+
+    def _pieces(self, response: httpx.Response, limit: _Limit, most: float = float("inf")) -> Iterator[bytes]:
+        """The bytes of a response as they arrive, within a time and a size."""
+        for piece in response.iter_bytes():
+            most -= len(piece)
+            if most < 0:
+                raise ServerError(str(response.url), response.status_code, "with more bytes than such an answer has")
+            if time.monotonic() > limit.at:
+                raise ServerTimeoutError(
+                    f"{self.root} took too long: it sends something and its answer does not get on. Check its load, "
+                    "or raise timeout= (between two tokens) or deadline= (for a whole answer)."
+                )
+            yield piece
+
+    def _parsed(self, kind: type[M], data: bytes, path: str) -> M:
+        try:
+            return kind.model_validate_json(data)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+            where = ".".join(map(str, first["loc"]))
+            what = f"what is not JSON of a {kind.__name__}: {where} {first['msg']}"
+            raise ServerError(self.root + path, 200, self._without_secrets(what)) from None
 
     @contextmanager
     def _open(self, path: str, body: Mapping[str, Any] | None) -> Iterator[httpx.Response]:
@@ -176,11 +292,9 @@ class HTTPClient:
         try:
             with self._client.stream(method, url, json=body, headers=self._headers) as response:
                 if not response.is_success:
-                    response.read()
-                    response.raise_for_status()
+                    said = b"".join(self._pieces(response, _Limit(float("inf"), self._timeout), _LARGEST_BODY))
+                    raise self._refusal(path, response.status_code, said, response.headers.get("retry-after", ""))
                 yield response
-        except httpx.HTTPStatusError as refused:
-            raise _refusal(url, refused.response.status_code, refused.response.text) from refused
         except (httpx.ConnectError, httpx.ConnectTimeout) as down:
             self._count_interruption()
             raise ServerUnavailableError(
@@ -191,27 +305,59 @@ class HTTPClient:
                 f"timed out waiting for {self.root} ({type(silent).__name__}). It may be reading a long prompt or "
                 "answering others first: raise timeout=, or check its load."
             ) from silent
+        except httpx.LocalProtocolError:  # its message holds the header that cannot be sent
+            raise EngineError(f"the request to {self.root} cannot be sent. Check the headers of client=.") from None
         except httpx.TransportError as broken:
             self._count_interruption()
             raise ServerUnavailableError(
                 f"the connection to {self.root} broke: {broken}. The server stopped while it answered. Ask again when "
                 "it is back."
             ) from broken
-        except json.JSONDecodeError as malformed:
-            raise ServerError(url, 200, f"something that is not JSON: {malformed}") from malformed
+        except (httpx.HTTPError, httpx.StreamError, RuntimeError) as other:  # cannot be decoded; the client was closed
+            raise EngineError(f"the request to {self.root} failed ({type(other).__name__}: {other}).") from other
 
     def _count_interruption(self) -> None:
         if not cancellation().cancelled:  # a cancelled request was broken off by this side
             self.interruptions += 1
 
+    def _refusal(self, path: str, status: int, said: bytes, pause: str = "") -> KVCAGError:
+        """The error for an answer that is not a success."""
+        url, detail = self.root + path, self._without_secrets(said.decode(errors="replace"))
+        with suppress(ValueError, RecursionError):  # OpenAI's shape, an older one of vLLM, FastAPI's, or plain text
+            answer = json.loads(detail)
+            inner = answer.get("error", answer) if isinstance(answer, dict) else answer
+            detail = str((inner.get("message") or inner.get("detail") or inner) if isinstance(inner, dict) else inner)
+        detail = detail[:500]
+        if limit := _CONTEXT_LENGTH.search(detail):
+            length = _PROMPT_LENGTH.search(detail)
+            return ContextLengthError(int(length[1] or length[2]) if length else 0, 0, int(limit[1]))
+        if status == 404 and "model" in detail and "exist" in detail:  # other 404s: the path does not exist
+            return InvalidInputError(f"{url} serves another model: {detail} Pass one that it serves as model=.")
+        if status in (401, 403):
+            return ServerError(url, status, f"{detail}. Pass the server's key: api_key=")
+        if status not in _OVERLOADED:
+            return ServerError(url, status, detail)
+        busy = ServerUnavailableError(f"{url} answered {status}: {detail}. It is starting, stopping or overloaded.")
+        busy.retry_after = float(pause) if re.fullmatch(r"\d{1,6}", pause, re.ASCII) else 0.0
+        return busy
 
-def _lines(response: httpx.Response) -> Iterator[str]:
-    """The lines of an event stream. `iter_lines` would also break lines at U+2028 and U+0085 within JSON strings."""
-    rest = ""
-    for text in response.iter_text():
-        *lines, rest = (rest + text).split("\n")
-        yield from lines
-    yield rest
+    def _without_secrets(self, text: str) -> str:
+        """A server may repeat a key that it refuses."""
+        for secret in self._secrets:
+            text = text.replace(secret, "[hidden]")
+        return text
+
+
+class _Limit:
+    """The time at which a request ends: that of the whole, or some seconds after what it waits for began."""
+
+    def __init__(self, until: float, seconds: float) -> None:
+        self._until, self._seconds = until, seconds
+        self.extend()
+
+    def extend(self) -> None:
+        """What it waited for has come, and it waits for the next."""
+        self.at = min(self._until, time.monotonic() + self._seconds)
 
 
 def _shut_down(response: httpx.Response) -> None:
@@ -221,234 +367,3 @@ def _shut_down(response: httpx.Response) -> None:
     if connection is not None:
         with suppress(OSError):
             connection.shutdown(socket.SHUT_RDWR)
-
-
-def _requested_pause(failure: EngineError) -> float:
-    """The seconds of a `Retry-After` header; 0 without one."""
-    refused = failure.__cause__
-    asked = refused.response.headers.get("retry-after", "") if isinstance(refused, httpx.HTTPStatusError) else ""
-    return float(asked) if asked.isdigit() else 0.0
-
-
-def _refusal(url: str, status: int, text: str) -> InvalidInputError | PromptError | EngineError:
-    """The error for an answer that is not a success."""
-    detail = text[:500]
-    with suppress(ValueError):  # OpenAI's shape, an older one of vLLM, FastAPI's, or plain text
-        answer = json.loads(text)
-        inner = answer.get("error", answer) if isinstance(answer, dict) else answer
-        detail = str((inner.get("message") or inner.get("detail") or inner) if isinstance(inner, dict) else inner)
-    if limit := _CONTEXT_LENGTH.search(detail):
-        length = _PROMPT_LENGTH.search(detail)
-        return ContextLengthError(int(length[1] or length[2]) if length else 0, 0, int(limit[1]))
-    if status == 404 and "model" in detail and "exist" in detail:  # other 404s: the path does not exist
-        return InvalidInputError(f"{url} serves another model: {detail} Pass one that it serves as model=.")
-    if status in (401, 403):
-        return ServerError(url, status, f"{detail}. Pass the server's key: api_key=")
-    if status in _OVERLOADED:
-        return ServerUnavailableError(f"{url} answered {status}: {detail}. It is starting, stopping or overloaded.")
-    return ServerError(url, status, detail)
-
-
-# --- preloaded contexts ----------------------------------------------------------------------------------------
-
-
-class Preloads:
-    """Remembers preloaded contexts, and sends them again after the server restarted.
-
-    The server's start time shows a restart. It is read when the server was out of reach, or when it has fewer cached
-    tokens of a context than expected. A thread that lives only that long sends the contexts one by one.
-
-    Args:
-        http: the server.
-        send: sends a context of a namespace.
-        restarted: called when the server was restarted.
-        warnings: used if a context cannot be sent again.
-    """
-
-    MOST = 1024
-    """Contexts that are remembered; the least recently used are dropped first."""
-    SHORTFALL = 512
-    """Tokens of a context that may be missing without a sign of a restart: a server caches whole blocks."""
-    CLOSING_SECONDS = 5.0
-    """How long `close` waits for the thread. Connecting, and waiting for response headers, cannot be interrupted."""
-
-    def __init__(
-        self,
-        http: HTTPClient,
-        send: Callable[[Sequence[int], str], object],
-        restarted: Callable[[], None],
-        warnings: WarnOnce,
-    ) -> None:
-        self._http, self._send, self._restarted, self._warnings = http, send, restarted, warnings
-        self._sent: OrderedDict[tuple[str, bytes], None] = OrderedDict()  # the least recently used first
-        self._start_times: set[float] = set()  # of every process seen: there may be several behind one address
-        self._interruptions = 0
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-        self._closing = Cancellation()
-
-    def add(self, token_ids: Sequence[int], namespace: str) -> None:
-        """Remember a context that was sent."""
-        if not self._start_times and (started := self._http.start_time()):
-            self._start_times.add(started)
-        with self._lock:
-            key = (namespace, _packed(token_ids))
-            self._sent[key] = None
-            self._sent.move_to_end(key)
-            if len(self._sent) > self.MOST:
-                self._sent.popitem(last=False)
-
-    def forget(self, namespace: str) -> None:
-        """Send no context of a namespace again."""
-        with self._lock:
-            for key in [key for key in self._sent if key[0] == namespace]:
-                del self._sent[key]
-
-    def longest(self, token_ids: Sequence[int], namespace: str) -> int:
-        """The tokens of the longest context that a prompt begins with."""
-        packed = _packed(token_ids)
-        with self._lock:
-            found = [key for key in self._sent if key[0] == namespace and packed.startswith(key[1])]
-            for key in found:
-                self._sent.move_to_end(key)
-        return max((len(context) for _, context in found), default=0) // array("I").itemsize
-
-    def check(self, token_ids: Sequence[int], namespace: str, cached: int | None) -> None:
-        """After an answer, look for signs of a restart; send all contexts again if there was one.
-
-        Args:
-            token_ids: the prompt.
-            namespace: of the prompt.
-            cached: how many of its tokens the server had cached; None if the server does not say.
-        """
-        interrupted = self._http.interruptions != self._interruptions
-        self._interruptions = self._http.interruptions
-        short = cached is not None and self.longest(token_ids, namespace) - cached > self.SHORTFALL
-        with self._lock:
-            if not (interrupted or short) or self._closing.cancelled or not self._sent or self._thread is not None:
-                return
-            thread = threading.Thread(target=self._resend, args=(interrupted,), name="kvcag-preloads", daemon=True)
-            thread.start()  # if it cannot start, the next answer tries again
-            self._thread = thread
-
-    def close(self) -> None:
-        """Stop sending, and wait a few seconds for the thread."""
-        self._closing.cancel()
-        with self._lock:
-            thread = self._thread
-        if thread is not None:
-            thread.join(self.CLOSING_SECONDS)
-
-    def _resend(self, interrupted: bool) -> None:
-        CANCELLATION.set(self._closing)  # of this thread alone
-        try:
-            if not self._was_restarted(interrupted):
-                return
-            self._restarted()
-            with self._lock:
-                contexts = list(reversed(self._sent))
-            for namespace, packed in contexts:
-                if self._closing.cancelled:
-                    return
-                self._send(array("I", packed).tolist(), namespace)
-        except KVCAGError as failed:
-            if not self._closing.cancelled:
-                with suppress(Warning):  # where warnings are errors, this thread has no caller to catch one
-                    self._warnings.once(f"a context could not be sent again after a restart: {failed}")
-        finally:
-            with self._lock:
-                self._thread = None
-
-    def _was_restarted(self, interrupted: bool) -> bool:
-        """Without a start time, every interruption counts as a restart."""
-        started = self._http.start_time()
-        if started is None:
-            return interrupted
-        known = started in self._start_times
-        self._start_times.add(started)
-        return not known
-
-
-def _packed(token_ids: Sequence[int]) -> bytes:
-    return array("I", token_ids).tobytes()
-
-
-# --- constraints -----------------------------------------------------------------------------------------------
-
-ConstraintSupport: TypeAlias = Literal["lark", "structured_outputs", "response_format", "none"]
-"""What a server can enforce: any grammar; JSON schemas, regular expressions and choices; JSON schemas; nothing."""
-
-_GUIDANCE = "%llguidance {}\n"
-"""Only llguidance accepts this first line. vLLM's other backends accept some Lark too and enforce less of it; vLLM
-uses llguidance if its first choice refuses a grammar."""
-
-
-def constraint_support(complete: Callable[[Mapping[str, Any]], str]) -> ConstraintSupport:
-    """Find out what a server enforces, by asking for answers that a model gives only if it is forced to.
-
-    A server ignores fields that it does not know: a constraint that it does not enforce would go unnoticed.
-
-    Args:
-        complete: returns a short greedy answer to a request with the given fields.
-    """
-    probe = JsonSchema(
-        {"type": "object", "properties": {"word": {"enum": ["kvcag"]}}, "required": ["word"]}, closed=True
-    )
-    supports: tuple[ConstraintSupport, ...] = ("lark", "structured_outputs", "response_format")
-    for support in supports:
-        try:
-            if json.loads(complete(server_constraint(probe, support, False).fields)) == {"word": "kvcag"}:
-                return support
-        except (ServerUnavailableError, ServerTimeoutError):
-            raise
-        except (EngineError, PromptError, ValueError):  # refused, or a free answer that is not JSON
-            continue
-    return "none"
-
-
-def server_constraint(constraint: Any, support: ConstraintSupport, thinking: bool) -> ServerConstraint:
-    """A constraint as fields of a request. vLLM compiles the same llguidance grammar as `HFEngine`.
-
-    Args:
-        constraint: as `Engine.stream` takes it.
-        support: what the server enforces.
-        thinking: the answer begins within a thinking block.
-
-    Raises:
-        ConstraintError: it is not a constraint, is malformed, or the server cannot enforce it.
-    """
-    if isinstance(constraint, ServerConstraint):
-        return constraint
-    if isinstance(constraint, type) and issubclass(constraint, BaseModel):
-        constraint = JsonSchema(constraint.model_json_schema(), closed=True)
-    elif isinstance(constraint, Mapping):
-        constraint = JsonSchema(constraint)
-    lark = to_lark(constraint)
-    if thinking:
-        raise ConstraintError(
-            "the answer begins within a thinking block, and a server would apply the constraint to the thinking. "
-            "Switch thinking off, for example with template_variables={'enable_thinking': False}."
-        )
-    if support == "lark":
-        return ServerConstraint({"structured_outputs": {"grammar": _GUIDANCE + lark}})
-    fields = _without_lark(constraint)
-    if support == "structured_outputs" and fields:
-        return ServerConstraint({"structured_outputs": fields})
-    if support == "response_format" and "json" in fields:
-        schema = {"name": "answer", "schema": fields["json"]}
-        return ServerConstraint({"response_format": {"type": "json_schema", "json_schema": schema}})
-    raise ConstraintError(
-        f"the server cannot enforce a constraint of this kind ({next(iter(fields), 'grammar')}); it supports: "
-        f"{support}. vLLM enforces every kind if the backend in --structured-outputs-config is auto or guidance."
-    )
-
-
-def _without_lark(constraint: JsonSchema | Regex | Choices | Grammar) -> dict[str, Any]:
-    """A constraint as vLLM's `structured_outputs` without Lark; empty for a grammar."""
-    if isinstance(constraint, Grammar):
-        return {}
-    if isinstance(constraint, Regex):
-        return {"regex": constraint.pattern}
-    if isinstance(constraint, Choices):
-        return {"choice": list(dict.fromkeys(constraint.options))}
-    return {"json": dict(close_objects(constraint.schema) if constraint.closed else constraint.schema)}

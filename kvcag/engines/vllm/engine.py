@@ -37,7 +37,9 @@ from kvcag.engines.base import Engine, context_ids
 from kvcag.engines.constrain import ConstraintLike, ServerConstraint
 from kvcag.engines.decode import Account, FoundPrefix, StopStrings, ThinkingFilter
 from kvcag.engines.sampling import Sampling
-from kvcag.engines.vllm.client import ConstraintSupport, HTTPClient, Preloads, constraint_support, server_constraint
+from kvcag.engines.vllm.client import Card, Cards, Choice, Counts, HTTPClient
+from kvcag.engines.vllm.constraints import ConstraintSupport, constraint_support, server_constraint
+from kvcag.engines.vllm.preloads import Preloads
 from kvcag.engines.vllm.tokenizer import PROBE, ServerTokenizer, check_tokens
 from kvcag.errors import (
     ConstraintError,
@@ -94,6 +96,7 @@ class VLLMEngine(Engine):
         template_variables: passed to the chat template, for example `{"enable_thinking": False}`.
         defaults: settings of calls that give no others, for example `{"temperature": 0.7}`.
         timeout: seconds to wait for the first token, and between two tokens.
+        deadline: seconds after which a whole answer must be there, with all repetitions of its request.
         connect_timeout: seconds to wait for a connection.
         max_retries: how often to repeat a request that failed before its answer began.
         retry_wait: seconds before the first repetition. Each pause is twice as long as the one before.
@@ -120,6 +123,7 @@ class VLLMEngine(Engine):
         template_variables: Mapping[str, Any] | None = None,
         defaults: Mapping[str, Any] | None = None,
         timeout: float = 120.0,
+        deadline: float = 3600.0,
         connect_timeout: float = 5.0,
         max_retries: int = 3,
         retry_wait: float = 0.5,
@@ -133,6 +137,7 @@ class VLLMEngine(Engine):
             base_url,
             api_key=api_key,
             timeout=timeout,
+            deadline=deadline,
             connect_timeout=connect_timeout,
             max_retries=max_retries,
             retry_wait=retry_wait,
@@ -143,7 +148,7 @@ class VLLMEngine(Engine):
         self._salt_secret = salt_secret
         self._warnings = WarnOnce()
         self._server_lock = threading.RLock()  # of what is known about the server, until it restarts
-        self._known_card: Mapping[str, Any] | None = None
+        self._known_card: Card | None = None
         self._support: ConstraintSupport | None = None
         self._tokens_checked = False
         self._last_beginning: tuple[str, tuple[int, ...]] | None = None
@@ -165,7 +170,7 @@ class VLLMEngine(Engine):
     @property
     def model_name(self) -> str:
         """The model's name on the server."""
-        return self._model or str(self._card["id"])
+        return self._model or self._card.id
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -199,7 +204,7 @@ class VLLMEngine(Engine):
     @property
     def context_length(self) -> int:
         """The most tokens of prompt and answer together."""
-        length = self._context_length or self._card.get("max_model_len")
+        length = self._context_length or self._card.max_model_len
         if length is None:
             self._warnings.once(
                 f"{self._http.root} does not say how long its context is, so only the server can refuse a prompt that "
@@ -371,18 +376,18 @@ class VLLMEngine(Engine):
         self._check_tokens()
         thinking = ThinkingFilter(prompt.thinking, strips=sampling.strip_thinking)
         stop = StopStrings(sampling.stop)
-        finish: FinishReason = "stop"
-        counted: Mapping[str, Any] = {}
+        finish: FinishReason = "length"  # where the server sends more than was asked for
+        counted = Counts()
         first_at, pieces = 0.0, 0
         try:
             with closing(
                 self._http.events("/v1/completions", self._body(prompt, sampling, namespace, fields))
             ) as events:
                 for event in events:
-                    counted = event.get("usage") or counted
-                    for choice in event.get("choices", ()):
+                    counted = event.usage or counted
+                    for choice in event.choices or ():
                         first_at, pieces = first_at or time.perf_counter(), pieces + 1
-                        piece = choice.get("text") or ""
+                        piece = choice.text or ""
                         yield Chunk(stop.push(thinking.push(piece)), thinking=thinking.take())
                         finish = _finish_reason(choice) or finish
                     if stop.found:
@@ -393,7 +398,7 @@ class VLLMEngine(Engine):
                     f"the server refused the constraint: {refused.detail} (sent: {dict(fields)!r:.200})"
                 ) from refused
             raise
-        cached = (counted.get("prompt_tokens_details") or {}).get("cached_tokens")
+        cached = counted.prompt_tokens_details.cached_tokens if counted.prompt_tokens_details else None
         rest = ""
         if not stop.found:
             self._check_hits(prompt.token_ids, namespace, cached)
@@ -408,7 +413,7 @@ class VLLMEngine(Engine):
             prompt_tokens=size,
             cached_tokens=account.cached_tokens,
             created_tokens=account.created_tokens,
-            completion_tokens=int(counted.get("completion_tokens") or pieces),
+            completion_tokens=counted.completion_tokens or pieces,
             ttft_s=(first_at or now) - started,
             total_s=now - started,
             context=account.context,
@@ -421,7 +426,7 @@ class VLLMEngine(Engine):
         A vLLM server is sent every setting, since it would otherwise use the model's own defaults, which an `HFEngine`
         does not use. Other servers are sent only given settings, since some refuse fields that they do not know.
         """
-        is_vllm = self._card.get("owned_by") == "vllm"
+        is_vllm = self._card.owned_by == "vllm"
         settings = ("top_p", "top_k", "min_p", "repetition_penalty", "seed")
         given = {name: value for name in settings if (value := getattr(sampling, name)) is not None}
         neutral = {"top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0} if is_vllm else {}
@@ -460,21 +465,21 @@ class VLLMEngine(Engine):
     # --- what is known about the server ------------------------------------------------------------------------
 
     @property
-    def _card(self) -> Mapping[str, Any]:
+    def _card(self) -> Card:
         """What the server's `/v1/models` says about the model."""
         with self._server_lock:
             if self._known_card is None:
                 self._known_card = self._read_card()
             return self._known_card
 
-    def _read_card(self) -> Mapping[str, Any]:
-        listed = self._http.json("/v1/models")
-        cards = {card["id"]: card for card in (listed.get("data") if isinstance(listed, dict) else None) or []}
+    def _read_card(self) -> Card:
+        listed = self._http.json(Cards, "/v1/models")
+        cards = {card.id: card for card in (listed and listed.data) or ()}
         if not cards:
             self._warnings.once(f"{self._http.root} does not list its models. Pass model= and context_length=.")
         elif (self._model not in cards) if self._model else len(cards) > 1:
             raise InvalidInputError(f"{self._http.root} serves {', '.join(cards)}. Pass one of them as model=.")
-        return cards.get(self._model) or next(iter(cards.values()), {"id": self._model})
+        return cards.get(self._model) or next(iter(cards.values()), Card(id=self._model))
 
     def _forget_server(self) -> None:
         """Ask again at the next use: another server may run at the same address."""
@@ -531,8 +536,8 @@ def cache_salt(secret: str, namespace: str) -> str | None:
     return base64.urlsafe_b64encode(digest).decode().rstrip("=")
 
 
-def _finish_reason(choice: Mapping[str, Any]) -> FinishReason | None:
-    reason = choice.get("finish_reason")
+def _finish_reason(choice: Choice) -> FinishReason | None:
+    reason = choice.finish_reason
     if reason in ("abort", "error"):
         raise EngineError(f"the server ended the answer ({reason}). It may be stopping or out of memory. Ask again.")
     return None if reason is None else "length" if reason == "length" else "stop"

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 
 from kvcag.chat_template import ChatTemplate, Message
-from kvcag.engines.vllm.client import HTTPClient
+from kvcag.engines.vllm.client import HTTPClient, M, Text, Tokens
 from kvcag.errors import InvalidInputError, ServerError
 
 PROBE: list[Message] = [
@@ -53,7 +53,7 @@ class ServerTokenizer:
 
     def decode(self, token_ids: Sequence[int], **_: Any) -> str:
         """The text of tokens, with special tokens."""
-        return str(self._request("/detokenize", tokens=list(token_ids))["prompt"]) if token_ids else ""
+        return self._request(Text, "/detokenize", tokens=list(token_ids)).prompt if token_ids else ""
 
     def apply_chat_template(
         self,
@@ -73,7 +73,7 @@ class ServerTokenizer:
         body |= {"tools": list(tools)} if tools else {}
         body |= {"chat_template_kwargs": variables} if variables else {}
         try:
-            return self.decode(self._request("/tokenize", **body)["tokens"])
+            return self.decode(self._request(Tokens, "/tokenize", **body).tokens)
         except ServerError as refused:
             if refused.status not in (400, 422):
                 raise
@@ -119,15 +119,15 @@ class ServerTokenizer:
             if key in self._known:
                 self._known.move_to_end(key)
                 return self._known[key]
-        ids = tuple(self._request("/tokenize", prompt=text, add_special_tokens=special)["tokens"])
+        ids = tuple(self._request(Tokens, "/tokenize", prompt=text, add_special_tokens=special).tokens)
         with self._lock:
             self._known[key] = ids
             if len(self._known) > _REMEMBERED:
                 self._known.popitem(last=False)
         return ids
 
-    def _request(self, path: str, **body: Any) -> Any:
-        answer = self._http.json(path, {"model": self._model, **body})
+    def _request(self, kind: type[M], path: str, **body: Any) -> M:
+        answer = self._http.json(kind, path, {"model": self._model, **body})
         if answer is None:
             raise InvalidInputError(
                 f"{self._http.root} has no {path}, so it cannot tokenize prompts. Pass tokenizer=, the model's folder "
@@ -146,10 +146,10 @@ def check_tokens(http: HTTPClient, model: str, template: ChatTemplate) -> bool:
         InvalidInputError: the two tokenizers differ.
     """
     text = template.render(PROBE, add_generation_prompt=False)
-    answer = http.json("/tokenize", {"model": model, "prompt": text, "add_special_tokens": False})
-    if not isinstance(answer, dict) or "tokens" not in answer:
+    answer = http.json(Tokens, "/tokenize", {"model": model, "prompt": text, "add_special_tokens": False})
+    if answer is None:
         return False
-    if tuple(answer["tokens"]) != template.encode(text):
+    if tuple(answer.tokens) != template.encode(text):
         name = getattr(template.tokenizer, "name_or_path", "")
         raise InvalidInputError(
             f"the tokenizer {name!r} is not the tokenizer of {model!r} on {http.root}: they give different token ids "

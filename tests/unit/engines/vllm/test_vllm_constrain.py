@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 from kvcag import Choices, Grammar, HFEngine, JsonSchema, Regex
-from kvcag.engines.vllm.client import server_constraint
+from kvcag.engines.vllm.constraints import server_constraint
 from kvcag.engines.vllm.engine import VLLMEngine
 from kvcag.errors import ConstraintError, ServerUnavailableError
 from kvcag.testing import byte_tokenizer, tiny_model

@@ -13,8 +13,8 @@ import pytest
 from kvcag import HFEngine
 from kvcag.chat_template import Prompt
 from kvcag.concurrency import iterate
-from kvcag.engines.vllm.client import Preloads
 from kvcag.engines.vllm.engine import VLLMEngine
+from kvcag.engines.vllm.preloads import Preloads
 from kvcag.errors import (
     ContextLengthError,
     EngineError,
