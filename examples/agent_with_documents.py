@@ -4,7 +4,7 @@
 
 The corpus is encoded once and reused by every step of every conversation. Tools are as ever; what is written as a call
 follows the tool's schema. A model of 135M parameters does not know when to call, so a second middleware tells it to; a
-larger one needs none. Needs `pip install "kvcag[demo,langchain]"`.
+larger one needs none. Needs `pip install "kvcag[agents,demo]"`.
 """
 
 from __future__ import annotations

@@ -128,6 +128,34 @@ assert not any(name.split(".")[0] in {absent} for name in sys.modules)
     assert done.returncode == 0, done.stderr
 
 
+def test_langchain_core_alone_is_enough_for_the_chat_model_and_the_documents_chain() -> None:
+    """In a process of its own; what needs `langchain` says so."""
+    script = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"langchain", "langchain_classic", "langgraph", "llama_index"}:
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Absent())
+from langchain_core.documents import Document
+from langchain_core.prompts import ChatPromptTemplate
+from kvcag.errors import MissingExtraError
+from kvcag.langchain import ChatKVCAG, CubeRetriever, SchedulerCallback, create_cag_documents_chain
+from kvcag.testing import EchoEngine
+prompt = ChatPromptTemplate.from_messages([("human", "{context}")])
+chain = create_cag_documents_chain(ChatKVCAG(engine=EchoEngine()), prompt)
+assert chain.invoke({"context": [Document("a"), Document("b")]}) == "a\\n\\nb"
+try:
+    from kvcag.langchain import KVCAGMiddleware
+except MissingExtraError as error:
+    assert "pip install 'kvcag[agents]'" in str(error), error
+else:
+    raise AssertionError("KVCAGMiddleware needs langchain")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_what_is_exported_is_listed_and_there() -> None:
     assert list(kvcag.__all__) == sorted(kvcag._HOMES)
     assert set(kvcag.__all__) <= set(dir(kvcag))
