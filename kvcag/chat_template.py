@@ -1,6 +1,6 @@
 """From chat messages to token ids, split where caches begin and end: head │ document … document │ tail.
 
-The chat template is rendered once with a sentinel in the place of the documents and split there, so any template
+The chat template is rendered once with sentinels in the place of the documents and split there, so any template
 works unread. Each segment is tokenised by itself, as between line breaks: where documents stand on lines of their own,
 the ids are those of the joined text. From here on the ids are the truth, for the cached and for the uncached run alike.
 """
@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain, pairwise, takewhile
+from itertools import chain, groupby, pairwise, takewhile, zip_longest
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from jinja2.exceptions import TemplateError
@@ -30,11 +30,11 @@ Message: TypeAlias = Mapping[str, Any]
 Seams: TypeAlias = Literal["endings", "documents", "none"]
 """How the documents of a prompt are joined: see `ChatTemplate.prompt`."""
 
-_SENTINEL = "kvcag-documents-5b1d7c0e"
 _BREAK = f"kvcag-break-{secrets.token_hex(8)}"
 """Stands in a rendered text where two tokens must not be joined. No text can know it."""
 _LIKE_CONTROL = (
-    r"<[|｜][^|｜<>\s]{1,40}[|｜]>|</?s>|<(?:bos|eos|start_of_turn|end_of_turn)>|\[/?(?:INST|[A-Z]+_[A-Z_]+)\]"
+    r"<[|\uff5c][^|\uff5c<>\s]{1,40}[|\uff5c]>|</?s>|<(?:bos|eos|start_of_turn|end_of_turn)>"
+    r"|\[/?(?:INST|[A-Z]+_[A-Z_]+)\]"
 )
 """What control tokens of the known model families look like."""
 _PROBE = "kvcag-probe-9a41"
@@ -71,7 +71,8 @@ class Prompt:
         tail_ids: what follows them, with the question and the generation prompt.
         thinking: the generation prompt ends within a thinking block, so the answer begins in its middle.
         documents: the documents' texts as they are kept, for the records of what was encoded.
-        ending_ids: what follows the last document's tokens where it is kept, and not here.
+        ending_ids: what follows each document's tokens where it is kept, and not here. Empty where nothing does.
+        between_ids: what stands between each document and the next. Empty where all documents stand together.
         seams: how many places are tokenised otherwise than in the joined text.
     """
 
@@ -80,18 +81,29 @@ class Prompt:
     tail_ids: tuple[int, ...]
     thinking: bool = False
     documents: tuple[str, ...] = ()
-    ending_ids: tuple[int, ...] = ()
+    ending_ids: tuple[tuple[int, ...], ...] = ()
+    between_ids: tuple[tuple[int, ...], ...] = ()
     seams: int = 0
 
     @property
     def kept_ids(self) -> tuple[tuple[int, ...], ...]:
         """Each document's tokens as they are kept."""
-        return (*self.document_ids[:-1], self.document_ids[-1] + self.ending_ids) if self.document_ids else ()
+        return tuple(ids + ending for ids, ending in zip_longest(self.document_ids, self.ending_ids, fillvalue=()))
+
+    @property
+    def document_places(self) -> list[range]:
+        """The positions of each document's tokens."""
+        places, at = list[range](), len(self.head_ids)
+        for token_ids, between in zip_longest(self.document_ids, self.between_ids, fillvalue=()):
+            places.append(range(at, at + len(token_ids)))
+            at += len(token_ids) + len(between)
+        return places
 
     @property
     def context_ids(self) -> tuple[int, ...]:
-        """Head and documents: what can be cached."""
-        return tuple(chain(self.head_ids, *self.document_ids))
+        """Head and documents, with what stands between them: what can be cached."""
+        behind = zip_longest(self.document_ids, self.between_ids, fillvalue=())
+        return tuple(chain(self.head_ids, *chain.from_iterable(behind)))
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -186,7 +198,7 @@ class ChatTemplate:
     def _apart(self, text: str) -> str:
         """A text with breaks wherever the tokenizer still sees a control token, as after a change of case."""
         half = len(text) // 2
-        if not half or self._control_ids.isdisjoint(self.tokenizer(text, add_special_tokens=False)["input_ids"]):
+        if not half or self.control_ids.isdisjoint(self.tokenizer(text, add_special_tokens=False)["input_ids"]):
             return text
         return f"{self._apart(text[:half])}{_BREAK}{self._apart(text[half:])}"
 
@@ -221,7 +233,8 @@ class ChatTemplate:
         }
 
     @cached_property
-    def _control_ids(self) -> frozenset[int]:
+    def control_ids(self) -> frozenset[int]:
+        """The ids of the tokens at which turns, and what the template writes within them, begin and end."""
         return frozenset(id for token, id in self._added.items() if token in self._control)
 
     @cached_property
@@ -254,12 +267,12 @@ class ChatTemplate:
         """Messages as ids, split around their documents.
 
         Args:
-            messages: the conversation. Documents are in one of them; those in later messages are text.
+            messages: the conversation. Documents may be in any of them.
             tools: shown by the template, if it shows tools.
             add_generation_prompt: open the assistant's turn.
             seams: `"endings"`: each document is as it is kept, with its ending, also the last one. `"documents"`: the
-                last one ends where the joined text's tokens differ from those that are kept. `"none"`: the text is
-                tokenised as a whole, and all documents are one.
+                last one of a group ends where the joined text's tokens differ from those that are kept. `"none"`: the
+                text is tokenised as a whole, and all documents are one, with what stands between them.
 
         Raises:
             EmptyPromptError: there are no messages.
@@ -270,22 +283,25 @@ class ChatTemplate:
         if not normal:
             raise EmptyPromptError("there are no messages: pass at least one user message")
         joined = [{**message, "content": "".join(message["content"])} for message in normal]
-        holder, documents = _take_documents(normal)
+        roles, groups = _take_documents(normal)
         text = self.render(normal, tools=tools, add_generation_prompt=add_generation_prompt)
         thinking = add_generation_prompt and text.rstrip().endswith("<think>")
         bos = self.bos_ids
-        if holder is None:
+        if not groups:
             return Prompt((), (), bos + self.encode(text), thinking)
-        if text.count(_SENTINEL) != 1:
-            raise ChatTemplateError(
-                f"the chat template shows a {normal[holder]['role']} message {text.count(_SENTINEL)} times, so "
-                "documents cannot be placed in it. Put them into another message, or set another chat_template."
-            )
-        head, tail = text.split(_SENTINEL)
-        head_ids = bos + self._between(head, opens=False, closes=_closes(head))
-        made = Prompt(head_ids, (), self.encode(tail), thinking)
+        sentinels = [_sentinel(group) for group in range(len(groups))]
+        for role, sentinel in zip(roles, sentinels, strict=True):
+            if text.count(sentinel) != 1:
+                raise ChatTemplateError(
+                    f"the chat template shows a {role} message {text.count(sentinel)} times, so documents cannot be "
+                    "placed in it. Put them into another message, or set another chat_template."
+                )
+        texts = re.split("|".join(sentinels), text)
+        head_ids = bos + self._between(texts[0], opens=False, closes=_closes(texts[0]))
+        made = Prompt(head_ids, (), self.encode(texts[-1]), thinking)
+        documents = list(chain.from_iterable(groups))
         if seams != "none" or len(documents) == 1:
-            made = self._with_documents(made, head, documents, tail, whole=seams != "endings")
+            made = self._with_documents(made, texts, groups, whole=seams != "endings")
         if seams == "none":
             shown = self.render(joined, tools=tools, add_generation_prompt=add_generation_prompt)
             token_ids = bos + self.encode(shown)
@@ -293,28 +309,39 @@ class ChatTemplate:
         return made
 
     def _with_documents(
-        self, prompt: Prompt, head: str, documents: Sequence[Document], tail: str, *, whole: bool
+        self, prompt: Prompt, texts: Sequence[str], groups: Sequence[Sequence[Document]], *, whole: bool
     ) -> Prompt:
-        """A prompt with its documents; `whole`: the last of them ends where the joined text's tokens differ."""
-        kept = [f"{document}{document.ending}" for document in documents]
-        document_ids = [self.encode_text(text) for text in kept]
-        shared = 0
-        if whole and documents:
-            last = documents[-1]
-            rest = self._between(self._as_data(last) + tail, opens=_opens(last), closes=False)
-            shared = common_length(document_ids[-1], rest)
-            if not shared:
-                kept[-1], document_ids[-1] = str(last), self.encode_text(last)
-            prompt = replace(prompt, seams=self._seams([head, *map(self._as_data, documents)]))
-        if not shared:
-            return replace(prompt, document_ids=tuple(document_ids), documents=tuple(kept))
-        return replace(
-            prompt,
-            document_ids=(*document_ids[:-1], rest[:shared]),
-            tail_ids=rest[shared:],
-            documents=tuple(kept),
-            ending_ids=document_ids[-1][shared:],
-        )
+        """A prompt with its documents.
+
+        Args:
+            prompt: has the head and the tail.
+            texts: what stands before, between and behind the groups, rendered.
+            groups: documents that stand together.
+            whole: the last one of a group ends where the joined text's tokens differ.
+        """
+        for number, group in enumerate(groups, start=1):
+            before, behind = texts[number - 1 : number + 1]
+            closes = number < len(groups) and _closes(behind)
+            kept = [f"{document}{document.ending}" for document in group]
+            ids = [self.encode_text(text) for text in kept]
+            behind_ids, ending = self._between(behind, opens=False, closes=closes), tuple[int, ...]()
+            if whole:
+                last = group[-1]
+                rest = self._between(self._as_data(last) + behind, opens=_opens(last), closes=closes)
+                if shared := common_length(ids[-1], rest):
+                    ids[-1], ending, behind_ids = rest[:shared], ids[-1][shared:], rest[shared:]
+                else:
+                    kept[-1], ids[-1] = str(last), self.encode_text(last)
+            within = [()] * (len(group) - 1)
+            prompt = replace(
+                prompt,
+                document_ids=(*prompt.document_ids, *ids),
+                documents=(*prompt.documents, *kept),
+                ending_ids=(*prompt.ending_ids, *within, ending),
+                between_ids=(*prompt.between_ids, *within, behind_ids),
+                seams=prompt.seams + (self._seams([before, *map(self._as_data, group)]) if whole else 0),
+            )
+        return replace(prompt, between_ids=prompt.between_ids[:-1], tail_ids=prompt.between_ids[-1])
 
     def _seams(self, pieces: Sequence[str]) -> int:
         """Between how many neighbours of these rendered texts the tokens are not those of the joined text."""
@@ -535,25 +562,30 @@ def common_length(left: Sequence[int], right: Sequence[int]) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
 
 
-def _take_documents(messages: list[dict[str, Any]]) -> tuple[int | None, list[Document]]:
-    """Put the sentinel in the place of the first run of documents, and join every other list.
+def _sentinel(group: int) -> str:
+    """Stands in a rendered text for a group of documents."""
+    return f"kvcag-documents-{group}-5b1d7c0e"
 
-    Returns the index of the message that held them, and the documents.
+
+def _take_documents(messages: list[dict[str, Any]]) -> tuple[list[str], list[list[Document]]]:
+    """Put a sentinel in the place of each group of documents, neighbours in one message, and join the contents.
+
+    Returns the role of each group's message, and the groups.
     """
-    holder, documents = None, list[Document]()
-    for index, message in enumerate(messages):
-        parts = message["content"]
-        if isinstance(parts, str):
+    roles, groups = list[str](), list[list[Document]]()
+    for message in messages:
+        if isinstance(message["content"], str):
             continue
-        if holder is not None:
-            message["content"] = "".join(parts)
-            continue
-        places = [i for i, part in enumerate(parts) if isinstance(part, Document)]
-        first, last = places[0], places[-1]
-        run = [part if isinstance(part, Document) else Document(part) for part in parts[first : last + 1]]
-        holder, documents = index, [document for document in run if document]
-        message["content"] = "".join([*parts[:first], _SENTINEL, *parts[last + 1 :]])
-    return holder, documents
+        shown = list[str]()
+        for is_document, parts in groupby(filter(None, message["content"]), lambda part: isinstance(part, Document)):
+            if is_document:
+                shown.append(_sentinel(len(groups)))
+                roles.append(message["role"])
+                groups.append(list(parts))
+            else:
+                shown += parts
+        message["content"] = "".join(shown)
+    return roles, groups
 
 
 def _join_leading_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
-from itertools import islice
+from itertools import chain, islice
 from typing import Any, Literal, TypeAlias, cast, get_args
 from weakref import WeakValueDictionary
 
@@ -31,6 +31,7 @@ from kvcag.core import (
     ids_digest,
 )
 from kvcag.engines.base import Engine
+from kvcag.engines.decode import FoundPrefix, ReusablePrefix
 from kvcag.engines.hf import HFEngine
 from kvcag.errors import (
     CacheWarning,
@@ -79,22 +80,29 @@ def reusable(
     They do where the context is known exactly, and where the prompt continues a conversation over a context that was
     merged with the same settings. Under `auto` they also do where the context was merged for this question, or refined
     for a second one: it is being encoded in the background then, and is exact soon.
+
+    A prompt without documents needs nothing. It is `merged` where more of it is known from a conversation whose history
+    was edited (`with_kept_history`) than exactly.
     """
     engine, namespace, context_ids = documents.engine, documents.namespace, prompt.context_ids
+    model, asked = cast("HFEngine", engine), (strategy, ratio, max_kl)
     if engine.known_prefix(context_ids, namespace) == len(context_ids):
-        return "prefix"
-    model = cast("HFEngine", engine)
+        if not model.merge_history.continues(namespace, prompt.token_ids, asked, behind=len(context_ids)):
+            return "prefix"
+        before = prompt.token_ids[:-1]
+        exact, known = model.known_prefix(before, namespace), model.known_prefix(before, namespace, merged=True)
+        return "merged" if known > exact else "prefix"
     merged = model.merge_history.get(namespace, context_ids)
-    if merged is None or merged.settings != (strategy, ratio, max_kl):
+    if merged is None or merged.settings != asked:
         return None
     known = model.known_prefix(prompt.token_ids[:-1], namespace, merged=True) - len(context_ids)
     if known < 0:
         return None
     answers = len(engine.template.generation_ids)
-    asked = [tail[: len(tail) - answers] for tail in merged.tails]
-    again = [len(tail) for tail in asked if len(tail) <= known and prompt.tail_ids[: len(tail)] == tail]
+    questions = [tail[: len(tail) - answers] for tail in merged.tails]
+    again = [len(tail) for tail in questions if len(tail) <= known and prompt.tail_ids[: len(tail)] == tail]
     follows = any(len(prompt.tail_ids) > length + answers for length in again)
-    return "merged" if follows or (strategy == "auto" and (again or len(asked) > 1)) else None
+    return "merged" if follows or (strategy == "auto" and (again or len(questions) > 1)) else None
 
 
 def context_of_prompt(
@@ -114,28 +122,98 @@ def context_of_prompt(
         max_kl: what `auto` allows, in nats per token.
     """
     check_strategy(strategy, ratio, max_kl)
-    engine, namespace = documents.engine, documents.namespace
-    known = engine.known_prefix(prompt.context_ids, namespace)
+    engine, namespace, context_ids = documents.engine, documents.namespace, prompt.context_ids
+    known = engine.known_prefix(context_ids, namespace)
     asked = strategy, ratio, max_kl
-    chosen, ratio, reason = _choose(engine, prompt.context_ids, known, strategy, ratio, max_kl)
+    chosen, ratio, reason = _choose(engine, context_ids, known, strategy, ratio, max_kl)
     if chosen == "exact" and not is_stored_whole(documents, prompt):
-        return _because(engine.exact_context(prompt.context_ids, prompt.tail_ids, namespace), reason)
+        return _because(engine.exact_context(context_ids, prompt.tail_ids, namespace), reason)
     model = cast("HFEngine", engine)
     if strategy == "auto" and chosen == "query":
-        refined = _refined(model, prompt.context_ids, prompt.tail_ids, ratio, namespace, asked)
+        refined = _refined(model, context_ids, prompt.tail_ids, ratio, namespace, asked)
         if refined is not None:
             return refined
-    documents.store.prefetch(documents.key(token_ids) for token_ids in prompt.kept_ids)
-    found = [
-        documents.find_or_encode(prompt.head_ids, token_ids, text)
-        for token_ids, text in zip(prompt.kept_ids, prompt.documents, strict=True)
-    ]
-    items = [item for item, _ in found]
-    items[-1] = _beginning(items[-1], len(prompt.document_ids[-1]))
-    encoded = sum(len(item.token_ids) for item, is_new in found if is_new)
-    if encoded:  # the first of them encoded the instruction too
-        encoded += max(0, len(prompt.head_ids) - known)
-    return _merged(model, prompt.head_ids, items, prompt.tail_ids, chosen, ratio, namespace, encoded, reason, asked)
+    at, pieces = _recent_start(model, prompt, known, namespace, asked)
+    needed = [index for index, place in enumerate(prompt.document_places) if place.start >= at]
+    documents.store.prefetch(documents.key(prompt.kept_ids[index]) for index in needed)
+    if pieces:
+        start = _Start(context_ids[:at], cut(concat(pieces), 0, at), is_exact=False)
+    else:
+        start = _Start.prefilled(model, context_ids[:at], namespace)
+    found: list[Item | Ids] = []
+    for index in needed:
+        place = prompt.document_places[index]
+        if at < place.start:
+            found.append(context_ids[at : place.start])
+        item, is_new = documents.find_or_encode(prompt.head_ids, prompt.kept_ids[index], prompt.documents[index])
+        found.append(_beginning(item, len(place)))
+        at, start = place.stop, start.paid(encoded=len(place) * is_new)
+    start, parts = _parts(model, start, prompt.head_ids, found, namespace)
+    return _merged(model, start, parts, prompt.tail_ids, chosen, ratio, namespace, reason, asked)
+
+
+def with_kept_history(
+    documents: DocumentCache,
+    prompt: Prompt,
+    context: MergedContext | None,
+    strategy: Strategy = "auto",
+    ratio: float = DEFAULT_RATIO,
+    max_kl: float = MAX_KL,
+    *,
+    accept_merged: bool = False,
+) -> MergedContext | None:
+    """A context that also holds the messages behind it that stand elsewhere in recent contexts; None if they are few.
+
+    When a history is trimmed, summarised or cleared in the middle, the messages that stay are moved to their new
+    positions, and what is new between them is computed there. Under `auto` no moved token is recomputed: that gains
+    nothing (`benchmarks/edited_history.py`). The other strategies do as they say.
+
+    Args:
+        documents: whose engine and namespace.
+        prompt: the prompt.
+        context: the context of its documents. None: the recent context that it begins with.
+        strategy: see `KVCacheMemory.merge`.
+        ratio: the recompute ratio, in [0, 1].
+        max_kl: what `auto` allows, in nats per token.
+        accept_merged: that recent context may be a merged one.
+    """
+    model, namespace, token_ids = cast("HFEngine", documents.engine), documents.namespace, prompt.token_ids
+    asked = strategy, ratio, max_kl
+    if context is None:
+        recent = ReusablePrefix([]).longest(model.prefixes, token_ids[:-1], namespace, merged=accept_merged)
+    else:
+        recent = FoundPrefix(len(context.token_ids), [layers_of(context.cache)], context.report.mode == "merged")
+    at = recent.length
+    if len(token_ids) - at < _WORTH_MOVING:
+        return None
+    runs = model.prefixes.runs(token_ids[:-_LEAST_QUESTION], at, namespace)
+    moved = sum(run.length for run in runs)
+    if moved < max(_WORTH_MOVING, (len(token_ids) - at) / 2):
+        return None
+    chosen, ratio, _ = _choose(model, token_ids, 0, strategy, ratio, max_kl)
+    if chosen == "exact":
+        return None
+    if strategy == "auto":
+        chosen, ratio = "rotate", 0.0
+    parts: list[Part] = []
+    for run in runs:
+        parts.append(_read_in_place(token_ids[at : run.start]))
+        ids = torch.tensor(token_ids[run.start : run.end], dtype=torch.long)
+        parts.append(Part(ids, concat(run.pieces), run.stood, is_exact=False, is_alone=False))
+        at = run.end
+    start = _Start(token_ids[: recent.length], concat(recent.pieces), is_exact=not recent.is_merged)
+    reason = f"{moved:,} tokens of the conversation were moved to where they stand now"
+    if context is not None:
+        start = start.paid(context.report.recomputed_tokens, context.report.encoded_tokens)
+        reason = "; ".join(filter(None, [context.report.reason, reason]))
+    return _merged(model, start, parts, token_ids[at:], chosen, ratio, namespace, reason, asked)
+
+
+_WORTH_MOVING = 256
+"""Tokens of a history that are moved, at least, and half of those that would be read. Fewer are read, exactly."""
+
+_LEAST_QUESTION = 32
+"""Tokens at the end of a prompt that are always read: by them, `query` chooses."""
 
 
 def is_stored_whole(documents: DocumentCache, prompt: Prompt) -> bool:
@@ -181,7 +259,9 @@ def context_of_items(
     chosen, ratio, reason = _choose(engine, context_ids, known, strategy, ratio, max_kl)
     if chosen == "exact":
         return _because(engine.exact_context(context_ids, tail_ids, namespace), reason)
-    return _merged(cast("HFEngine", engine), head_ids, items, tail_ids, chosen, ratio, namespace, 0, reason, asked)
+    model = cast("HFEngine", engine)
+    start, parts = _parts(model, _Start.prefilled(model, head_ids, namespace), head_ids, items, namespace)
+    return _merged(model, start, parts, tail_ids, chosen, ratio, namespace, reason, asked)
 
 
 def _choose(
@@ -218,53 +298,123 @@ def _choose(
     return verdict.strategy, verdict.ratio, f"auto: {verdict.strategy} {verdict.ratio:g}, {measured}"
 
 
+@dataclass(frozen=True, slots=True)
+class _Start:
+    """What a context begins with.
+
+    Attributes:
+        token_ids: its tokens.
+        layers: their keys and values, to be read.
+        is_exact: they are what the model computes for these tokens.
+        recomputed: tokens of the context that were cached, and computed again, so far.
+        encoded: tokens of the context that were not cached, so far.
+    """
+
+    token_ids: Ids
+    layers: list[LayerKV]
+    is_exact: bool = True
+    recomputed: int = 0
+    encoded: int = 0
+
+    @classmethod
+    def prefilled(cls, engine: HFEngine, token_ids: Ids, namespace: str) -> _Start:
+        """Exact, and from now on among the recent contexts."""
+        layers, reused = engine.prefill(token_ids, namespace=namespace) if token_ids else ([], 0)
+        return cls(token_ids, layers, encoded=len(token_ids) - reused)
+
+    def paid(self, recomputed: int = 0, encoded: int = 0) -> _Start:
+        """The same, for which more was paid."""
+        return replace(self, recomputed=self.recomputed + recomputed, encoded=self.encoded + encoded)
+
+
+def _recent_start(
+    engine: HFEngine, prompt: Prompt, known: int, namespace: str, asked: tuple[str, float, float]
+) -> tuple[int, list[list[LayerKV]]]:
+    """How much of a context, at least its head, is used as it is, and its keys and values where they were merged.
+
+    Of `known` tokens, which are exact, documents that they hold in part are left out. Where a conversation goes on over
+    documents that were merged with the same settings, what stands before its last group of documents is used as it is.
+    """
+    places = prompt.document_places
+
+    def whole(length: int) -> int:
+        cut_short = (place.start for place in places if place.start < length < place.stop)
+        return next(cut_short, max(length, len(prompt.head_ids)))
+
+    last_group = max((index for index, between in enumerate(prompt.between_ids, start=1) if between), default=0)
+    if last_group and engine.merge_history.continues(namespace, prompt.token_ids, asked, behind=len(prompt.head_ids)):
+        before = prompt.context_ids[: places[last_group].start]
+        matched, pieces = engine.prefixes.match(before, namespace, merged=True)
+        if whole(matched) > whole(known):
+            return whole(matched), pieces
+    return whole(known), []
+
+
+def _parts(
+    engine: HFEngine, start: _Start, head_ids: Ids, found: Sequence[Item | Ids], namespace: str
+) -> tuple[_Start, list[Part]]:
+    """Documents, and texts between them, as parts behind `start`, which may then hold the first document, too."""
+    digest = ids_digest(start.token_ids)
+    if start.token_ids == head_ids and not isinstance(found[0], tuple) and found[0].prefix_digest != digest:
+        # Encoded behind another instruction. Nearly all that this costs in accuracy is the first document's exactness
+        # (benchmarks/instruction_key.py), so it is computed behind this one, and is then a recent context.
+        start_ids = (*head_ids, *found[0].token_ids.tolist())
+        layers, known = engine.prefill(start_ids, namespace=namespace)
+        start = replace(start, token_ids=start_ids, layers=layers)
+        start, found = start.paid(recomputed=len(start_ids) - max(known, len(head_ids))), found[1:]
+    parts = []
+    for index, piece in enumerate(found):
+        if isinstance(piece, tuple):
+            parts.append(_read_in_place(piece))
+            continue
+        assert isinstance(piece, KVCacheItem)
+        exact = index == 0 and start.is_exact and piece.is_exact and piece.prefix_digest == digest
+        layers = _beside(start.layers, layers_of(piece.memory), engine.device)
+        parts.append(Part(piece.token_ids, layers, piece.base_position, is_exact=exact))
+    return start, parts
+
+
+def _read_in_place(token_ids: Ids) -> Part:
+    return Part(torch.tensor(token_ids, dtype=torch.long), None, 0, is_exact=False, is_alone=False)
+
+
 def _merged(
     engine: HFEngine,
-    head_ids: Ids,
-    items: Sequence[Item],
+    start: _Start,
+    parts: Sequence[Part],
     tail_ids: Ids,
     strategy: MergeStrategy | Literal["exact"],
     ratio: float,
     namespace: str,
-    encoded: int,
     reason: str,
     asked: tuple[str, float, float],
 ) -> MergedContext:
-    """Move each document to its position and recompute what the strategy chooses; `encoded` is for the report.
+    """Move each part to its position behind `start`, and recompute what the strategy chooses.
 
-    `exact` is for a document that stands behind its instruction already.
+    Where `start` was merged before, `ratio` is the share of the tokens behind it. `exact` is for a document that stands
+    behind its instruction already.
     """
-    head, head_reused = engine.prefill(head_ids, namespace=namespace) if head_ids else ([], 0)
-    start_ids, start, first_recomputed = head_ids, head, 0
-    if items[0].prefix_digest != ids_digest(head_ids):
-        # Encoded behind another instruction. Nearly all that this costs in accuracy is the first document's exactness
-        # (benchmarks/instruction_key.py), so it is computed behind this one, and is then a recent context.
-        start_ids = (*head_ids, *items[0].token_ids.tolist())
-        start, known = engine.prefill(start_ids, namespace=namespace)
-        first_recomputed = len(start_ids) - max(known, len(head_ids))
-    parts = [Part(torch.tensor(start_ids, dtype=torch.long), start, 0, is_exact=True)] if start_ids else []
-    for index, item in enumerate(items):
-        assert isinstance(item, KVCacheItem)
-        if index == 0 and len(start_ids) > len(head_ids):
-            continue
-        layers = _beside(head, layers_of(item.memory), engine.device)
-        parts.append(Part(item.token_ids, layers, item.base_position, is_exact=index == 0 and item.is_exact))
-    context_ids = (*head_ids, *same_ids(items))
+    context_ids = (*start.token_ids, *chain.from_iterable(part.token_ids.tolist() for part in parts))
+    if not start.is_exact:
+        ratio *= 1 - len(start.token_ids) / len(context_ids)
     drift = None  # before the model is taken: it is learned with the model, under a lock of its own
-    if (strategy == "rotate" or int(ratio * len(context_ids)) == 0) and not all(part.is_exact for part in parts):
+    alone = any(part.is_alone and not part.is_exact for part in parts)
+    if alone and (strategy == "rotate" or int(ratio * len(context_ids)) == 0):
         drift = usual_drift_of(engine)
+    begun = [Part(torch.tensor(start.token_ids, dtype=torch.long), start.layers, 0, is_exact=True)] * bool(start.layers)
     epoch = engine.prefixes.epoch(namespace)
     with engine.exclusive() as model:
         tail = torch.tensor(tail_ids, dtype=torch.long)
         criterion = "rotate" if strategy == "exact" else strategy
-        merged = merge(model, parts, tail, strategy=criterion, ratio=ratio, usual_drift=lambda: drift)
+        merged = merge(model, [*begun, *parts], tail, strategy=criterion, ratio=ratio, usual_drift=lambda: drift)
     if engine.prefixes.epoch(namespace) == epoch:
         engine.merge_history.put(namespace, context_ids, MergedBefore(merged.layout, [tuple(tail_ids)], asked))
         engine.prefixes.replace_merged(context_ids, merged.layers, namespace)
-    recomputed = len(merged.recomputed) + first_recomputed
-    encoded = min(encoded + len(head_ids) - head_reused, len(context_ids) - recomputed)
+    recomputed = len(merged.recomputed) + start.recomputed
+    encoded = start.encoded + sum(len(part.token_ids) for part in parts if part.layers is None)
+    encoded = min(encoded, len(context_ids) - recomputed)
     report = MergeReport(
-        mode="prefix" if all(part.is_exact for part in parts) else "merged",
+        mode="prefix" if start.is_exact and all(part.is_exact for part in parts) else "merged",
         strategy=strategy,
         context_tokens=len(context_ids),
         reused_tokens=len(context_ids) - recomputed - encoded,

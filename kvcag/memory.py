@@ -30,6 +30,7 @@ from kvcag.contexts import (
     reusable,
     same_ids,
     sync,
+    with_kept_history,
 )
 from kvcag.core import Answer, Chunk, ContextPrompt, EncodedItem, Item, MergedContext
 from kvcag.documents import SEPARATOR, Texts, documents_of, segment, text_and_metadata, texts_of
@@ -416,17 +417,19 @@ class KVCacheMemory:
         budget = self.engine.check_fits(len(prompt.token_ids), sampling.max_new_tokens)
         if constraint is not None:
             constraint = self.engine.constrain(constraint, budget, prompt.thinking)
-        context = None  # the engine finds the longest known prefix by itself
-        known = None
+        context, known = None, None  # the engine finds the longest known prefix by itself
         if strategy == "exact":
             if is_stored_whole(self.documents, prompt):
                 context = self.context_for(prompt, strategy)
-        elif prompt.document_ids and self.engine.merges:
-            for watch in self.watchers:
+        elif self.engine.merges:
+            for watch in self.watchers if prompt.document_ids else ():
                 watch(prompt)
-            known = reusable(self.documents, prompt, strategy, ratio, max_kl)
+            asked = strategy, ratio, max_kl
+            known = reusable(self.documents, prompt, *asked)
             if known is None:
-                context = self.context_for(prompt, strategy, ratio, max_kl)
+                context = self.context_for(prompt, *asked)
+            accept = known == "merged"
+            context = with_kept_history(self.documents, prompt, context, *asked, accept_merged=accept) or context
         return self.engine.stream(
             prompt,
             sampling,

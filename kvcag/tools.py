@@ -18,7 +18,7 @@ from typing import Any
 
 from jinja2.exceptions import TemplateError
 
-from kvcag.chat_template import ChatTemplate, Message
+from kvcag.chat_template import ChatTemplate, Document, Message
 from kvcag.engines.constrain import Grammar, JsonSchema, lark_json, lark_literal
 from kvcag.errors import InvalidInputError, KVCAGError
 
@@ -401,10 +401,13 @@ def _numbered(messages: Sequence[Message]) -> list[Message]:
 def _as_text(message: Message) -> Message:
     """A message with its calls, or its tool's result, as text in the content."""
     content = message.get("content") or ""
+    name = message.get("name") or message.get("tool_call_id")
+    if message["role"] == "tool" and any(isinstance(part, Document) for part in content):
+        return {"role": "user", "content": [json.dumps({"result of": name}, ensure_ascii=False) + "\n", *content]}
     if not isinstance(content, str):
         content = "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in content)
     if message["role"] == "tool":
-        result = {"name": message.get("name") or message.get("tool_call_id"), "result": content}
+        result = {"name": name, "result": content}
         return {"role": "user", "content": json.dumps(result, ensure_ascii=False)}
     if not message.get("tool_calls"):
         return dict(message)

@@ -6,6 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
@@ -28,16 +29,19 @@ class Part:
 
     Attributes:
         token_ids: 1-D int64.
-        layers: keys, rotated to `base_position`, `base_position + 1`, …, and values. Never written to.
+        layers: keys, rotated to `base_position`, `base_position + 1`, …, and values. Never written to. None: they are
+            computed where the piece stands, behind the pieces before it.
         base_position: the position of its first key as stored.
         is_exact: its keys and values are right where it stands now: the head, and the first document if it was encoded
             after that head. Nothing is spent on it.
+        is_alone: it was encoded without the pieces that stand before it, as a document is.
     """
 
     token_ids: torch.Tensor
-    layers: Sequence[LayerKV]
+    layers: Sequence[LayerKV] | None
     base_position: int
     is_exact: bool
+    is_alone: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +81,8 @@ def merge(
         strategy: which tokens are recomputed (`kvcag.cache.merge`).
         ratio: how many of them, as a share of all tokens of the parts, rounded down: 0 recomputes nothing, 1
             everything that is not exact. `rotate` and `full` do not look at it.
-        usual_drift: asked for where nothing is recomputed, and given to all that is not exact. Recomputed tokens show
-            their own documents' drift, which is better.
+        usual_drift: asked for where nothing is recomputed, and given to what was encoded alone and is not exact.
+            Recomputed tokens show their own documents' drift, which is better.
 
     Raises:
         InvalidInputError: an unknown strategy, a ratio outside [0, 1], or a part whose tokens and keys disagree.
@@ -90,16 +94,20 @@ def merge(
     layers = _place(model, parts)
     layout = Layout(
         token_ids=torch.cat([part.token_ids for part in parts]),
-        part_of=torch.cat([torch.full((len(part.token_ids),), i) for i, part in enumerate(parts)]),
-        open=torch.cat([torch.full((len(part.token_ids),), not part.is_exact) for part in parts]),
+        part_of=_each(parts, list(range(len(parts)))),
+        open=_each(parts, [not part.is_exact for part in parts]),
     )
+    missing = _each(parts, [part.layers is None for part in parts]).nonzero()[:, 0]
+    if len(missing):
+        recompute(model, layers, layout, missing, correct=False)
     chosen = select(model, layers, layout, tail_ids, strategy=strategy, ratio=ratio)
+    alone = layout.open & _each(parts, [part.is_alone for part in parts])
     if len(chosen):
         recompute(model, layers, layout, chosen)
-    elif usual_drift is not None and layout.open.any():
+    elif usual_drift is not None and alone.any():
         drift = usual_drift()
         if drift is not None:
-            drift.add_to(model, layers, layout)
+            drift.add_to(model, layers, replace(layout, open=alone))
     still_open = layout.open.clone()
     still_open[chosen] = False
     return Merged(layers, chosen, replace(layout, open=still_open))
@@ -162,6 +170,17 @@ class MergeHistory:
                 self._contexts.move_to_end((namespace, context_ids))
             return found
 
+    def continues(
+        self, namespace: str, token_ids: tuple[int, ...], settings: tuple[str, float, float], *, behind: int = 0
+    ) -> bool:
+        """Whether a prompt begins with a context of more than `behind` tokens that was merged with these settings."""
+        with self._lock:
+            return any(
+                behind < len(context_ids) < len(token_ids) and token_ids[: len(context_ids)] == context_ids
+                for (whose, context_ids), merged in self._contexts.items()
+                if whose == namespace and merged.settings == settings
+            )
+
     def put(self, namespace: str, context_ids: tuple[int, ...], merged: MergedBefore) -> None:
         """Remember a context that was merged."""
         with self._lock:
@@ -176,16 +195,22 @@ class MergeHistory:
                 del self._contexts[key]
 
 
+def _each(parts: Sequence[Part], of_parts: Sequence[int | bool]) -> torch.Tensor:
+    """What is said of each part, said of each of its tokens: 1-D."""
+    lengths = torch.tensor([len(part.token_ids) for part in parts])
+    return torch.tensor(of_parts).repeat_interleave(lengths)
+
+
 def _check(parts: Sequence[Part], strategy: str, ratio: float) -> None:
     if strategy not in STRATEGIES:
         raise InvalidInputError(f"unknown strategy {strategy!r}. Use one of {', '.join(STRATEGIES)}.")
     if not 0 <= ratio <= 1:
         raise InvalidInputError(f"ratio is {ratio}; it is the share of tokens to recompute, from 0 to 1.")
-    if not any(len(part.token_ids) for part in parts):
+    if not any(len(part.token_ids) and part.layers is not None for part in parts):
         raise InvalidInputError("there are no tokens to merge. Pass at least one part that has some.")
     for index, part in enumerate(parts):
-        lengths = {kv[0].shape[-2] for kv in part.layers}
-        if len(part.token_ids) and lengths != {len(part.token_ids)}:
+        lengths = {kv[0].shape[-2] for kv in part.layers or ()}
+        if len(part.token_ids) and part.layers is not None and lengths != {len(part.token_ids)}:
             raise InvalidInputError(
                 f"part {index} has {len(part.token_ids)} token ids and keys for {sorted(lengths)}: they must agree"
             )
@@ -194,8 +219,11 @@ def _check(parts: Sequence[Part], strategy: str, ratio: float) -> None:
 def _place(model: PreTrainedModel, parts: Sequence[Part]) -> list[LayerKV]:
     """All parts one after another in fresh memory, their keys turned once from where they stood to where they stand."""
     parts = [part for part in parts if len(part.token_ids)]
-    layers = concat([part.layers for part in parts])
-    stood = torch.cat([part.base_position + torch.arange(len(part.token_ids)) for part in parts])
+    like = next(part.layers for part in parts if part.layers is not None)
+    layers = concat([_room(like, len(part.token_ids)) if part.layers is None else part.layers for part in parts])
+    starts = accumulate((len(part.token_ids) for part in parts), initial=0)
+    bases = [start if part.layers is None else part.base_position for start, part in zip(starts, parts, strict=False)]
+    stood = torch.cat([base + torch.arange(len(part.token_ids)) for base, part in zip(bases, parts, strict=True)])
     moved = (stood != torch.arange(len(stood))).nonzero()[:1, 0]
     if len(moved):  # what comes first is often the head and its document: not a bit of them changes
         first = int(moved)
@@ -205,6 +233,14 @@ def _place(model: PreTrainedModel, parts: Sequence[Part]) -> list[LayerKV]:
         for index, (keys, _) in enumerate(layers):
             move.turn(index, keys[..., first:, :])
     return layers
+
+
+def _room(like: Sequence[LayerKV], tokens: int) -> list[LayerKV]:
+    """Keys and values of zero for so many tokens, in the form of `like`."""
+    keys, values = (
+        [t.new_zeros((*t.shape[:-2], tokens, t.shape[-1])) for t in each] for each in zip(*like, strict=True)
+    )
+    return list(zip(keys, values, strict=True))
 
 
 Strategy = Literal["rotate", "anchor", "deviation", "query", "full"]

@@ -5,12 +5,15 @@ tensors (the idea is SGLang's RadixAttention, Zheng et al. 2024). A match may en
 
 Contexts that were merged, and what was generated over them, are in trees of their own: an approximation never stands
 where an exact prefix is looked for.
+
+`runs` finds what a prompt shares with recent contexts elsewhere than at its beginning: the messages that stay when a
+history is trimmed, summarised or cleared in the middle.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -27,9 +30,11 @@ class _Node:
     token_ids: np.ndarray
     layers: list[LayerKV]
     parent: _Node | None
+    start: int = 0  # the position of its first token
     children: dict[int, _Node] = field(default_factory=dict)
     used: int = 0
     is_exact: bool = True
+    openings: dict[bytes, int] | None = None  # of the turns whose first tokens end in this node: where they stand
 
     @property
     def nbytes(self) -> int:
@@ -44,6 +49,32 @@ def _memory(node: _Node) -> int:
     return node.layers[0][0].untyped_storage().data_ptr()
 
 
+_SHORTEST_RUN = 32
+"""Tokens that a prompt and a recent context have in common, at least, to be found by `PrefixCache.runs`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Tokens of a prompt that stand, one after another, in a recent context.
+
+    Attributes:
+        start: the position of the first one in the prompt.
+        stood: its position in the recent context.
+        length: how many.
+        pieces: their keys and values as they are there, piece after piece, to be read.
+    """
+
+    start: int
+    stood: int
+    length: int
+    pieces: list[list[LayerKV]]
+
+    @property
+    def end(self) -> int:
+        """The position after the last one in the prompt."""
+        return self.start + self.length
+
+
 class PrefixCache:
     """Finds the longest encoded prefix of a prompt.
 
@@ -53,10 +84,12 @@ class PrefixCache:
 
     Args:
         max_bytes: the most to keep; 0 keeps nothing.
+        turn_ids: the tokens at which a run may begin: the chat template's control tokens.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, turn_ids: Collection[int] = ()) -> None:
         self.max_bytes = max_bytes
+        self._turn_ids = np.asarray(sorted(turn_ids), dtype=np.int64)
         self.nbytes = 0
         self._roots: dict[tuple[str, bool], _Node] = {}
         self._clock = 0
@@ -82,6 +115,37 @@ class PrefixCache:
                 pieces.append(node.layers if shared == len(node.token_ids) else cut(node.layers, 0, shared))
                 matched += shared
             return matched, pieces
+
+    def runs(self, token_ids: Sequence[int], start: int, namespace: str = "") -> list[Run]:
+        """The longest runs of `token_ids` that stand in recent contexts, exact or merged, one behind another.
+
+        A run begins where a turn begins or ends, and is at least 32 tokens long.
+
+        Args:
+            token_ids: the prompt's.
+            start: the position at which to begin to look.
+            namespace: whose contexts.
+        """
+        wanted = np.asarray(token_ids, dtype=np.int64)
+        openings = self._openings(wanted, max(0, start - _SHORTEST_RUN))  # the turn that `start` stands in counts too
+        sought = {opening for opening, _ in openings}
+        places: dict[bytes, list[tuple[_Node, int]]] = {}
+        found: list[Run] = []
+        with self._lock:
+            self._clock += 1
+            for node in [node for merged in (False, True) for node in _below(self._roots.get((namespace, merged)))]:
+                known = self._openings_of(node)
+                for opening in sought & known.keys():
+                    places.setdefault(opening, []).append((node, known[opening]))
+            for opening, at in openings:
+                if opening not in places or (found and at < found[-1].end):
+                    continue
+                begin = max(at, start)
+                runs = [self._run(node, stood + begin - at, wanted, begin) for node, stood in places[opening]]
+                longest = max(runs, key=lambda run: run.length)  # the first of equals: an exact one
+                if longest.length >= _SHORTEST_RUN:
+                    found.append(longest)
+        return found
 
     def insert(
         self,
@@ -116,7 +180,7 @@ class PrefixCache:
                 node.used = self._clock
             if matched < len(wanted):
                 kept = contiguous_copy(cut(layers, matched))
-                leaf = _Node(wanted[matched:].copy(), kept, node, used=self._clock, is_exact=not merged)
+                leaf = _Node(wanted[matched:].copy(), kept, node, matched, used=self._clock, is_exact=not merged)
                 node.children[int(wanted[matched])] = leaf
                 self.nbytes += leaf.nbytes
             self._evict()
@@ -162,14 +226,49 @@ class PrefixCache:
             node = node.children.get(int(wanted[at]))
             if node is None:
                 break
-            length = min(len(node.token_ids), len(wanted) - at)
-            differs = np.flatnonzero(node.token_ids[:length] != wanted[at : at + length])
-            shared = int(differs[0]) if len(differs) else length
+            shared = agreeing(node.token_ids, wanted[at:])
             path.append((node, shared))
             if shared < len(node.token_ids):
                 break
             at += shared
         return path
+
+    def _openings(self, token_ids: np.ndarray, start: int = 0) -> list[tuple[bytes, int]]:
+        """The 32 tokens behind each place where a turn begins or ends, as bytes, and the position of the first."""
+        last = max(start, len(token_ids) - _SHORTEST_RUN + 1)
+        places = np.flatnonzero(np.isin(token_ids[start:last], self._turn_ids)) + start
+        return [(token_ids[at : at + _SHORTEST_RUN].tobytes(), int(at)) for at in places]
+
+    def _openings_of(self, node: _Node) -> dict[bytes, int]:
+        """The openings that end in a node; they may begin in nodes above it."""
+        if node.openings is None:
+            token_ids, above = node.token_ids, node.parent
+            while above is not None and (missing := len(node.token_ids) + _SHORTEST_RUN - 1 - len(token_ids)) > 0:
+                token_ids, above = np.concatenate([above.token_ids[-missing:], token_ids]), above.parent
+            first = node.start + len(node.token_ids) - len(token_ids)
+            node.openings = {opening: first + at for opening, at in self._openings(token_ids)}
+        return node.openings
+
+    def _run(self, node: _Node, stood: int, wanted: np.ndarray, start: int) -> Run:
+        """What `wanted` has from `start` on in common with the path through `node`, from its position `stood` on."""
+        route = [node]
+        while route[0].start > stood:
+            above = route[0].parent
+            assert above is not None
+            route.insert(0, above)
+        end, offset, pieces = start, stood - route[0].start, []
+        while route and end < len(wanted):
+            node, *route = route
+            node.used = self._clock
+            shared = agreeing(node.token_ids[offset:], wanted[end:])
+            pieces.append(cut(node.layers, offset, offset + shared))
+            end += shared
+            if offset + shared < len(node.token_ids):
+                break
+            if not route and end < len(wanted) and (below := node.children.get(int(wanted[end]))) is not None:
+                route = [below]
+            offset = 0
+        return Run(start, stood, end - start, pieces)
 
     def _split(self, node: _Node, at: int) -> _Node:
         """Put a node between `node` and its parent that holds its first `at` tokens, and return it.
@@ -177,10 +276,11 @@ class PrefixCache:
         Both go on sharing the memory of the one, so that a question over a long corpus does not wait for a copy of it.
         """
         assert node.parent is not None
-        upper = _Node(node.token_ids[:at], cut(node.layers, 0, at), node.parent, used=node.used, is_exact=node.is_exact)
+        kept = cut(node.layers, 0, at)
+        upper = _Node(node.token_ids[:at], kept, node.parent, node.start, used=node.used, is_exact=node.is_exact)
         node.parent.children[int(upper.token_ids[0])] = upper
         node.token_ids, node.layers = node.token_ids[at:], cut(node.layers, at)
-        node.parent = upper
+        node.parent, node.start, node.openings = upper, node.start + at, None
         upper.children[int(node.token_ids[0])] = node
         return upper
 
@@ -198,6 +298,13 @@ class PrefixCache:
     def _leaves(self) -> Iterator[_Node]:
         nodes = (node for root in self._roots.values() for node in _below(root))
         return (node for node in nodes if not node.children and node.parent is not None)
+
+
+def agreeing(left: np.ndarray, right: np.ndarray) -> int:
+    """How many tokens two sequences have in common at their beginning."""
+    length = min(len(left), len(right))
+    differs = np.flatnonzero(left[:length] != right[:length])
+    return int(differs[0]) if len(differs) else length
 
 
 def _below(root: _Node | None) -> Iterator[_Node]:
@@ -218,11 +325,6 @@ class _Prefill:
     token_ids: np.ndarray
     namespace: str
     running: threading.Lock = field(default_factory=threading.Lock)
-
-    def shares(self, token_ids: np.ndarray) -> int:
-        length = min(len(self.token_ids), len(token_ids))
-        differs = np.flatnonzero(self.token_ids[:length] != token_ids[:length])
-        return int(differs[0]) if len(differs) else length
 
 
 class InFlight:
@@ -269,7 +371,7 @@ class InFlight:
         """An earlier prefill to wait for. Without one, `mine` is registered for others to wait for."""
         with self._lock:
             for other in self._prefills:
-                saved = other.shares(mine.token_ids) - known if other.namespace == mine.namespace else 0
+                saved = agreeing(other.token_ids, mine.token_ids) - known if other.namespace == mine.namespace else 0
                 if saved >= max(_WORTH_WAITING, (len(other.token_ids) - known) // 2):
                     return other
             if register:

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
 from dataclasses import dataclass, field
-from itertools import accumulate
 from os import PathLike
 from typing import Any, cast
 
@@ -91,7 +90,7 @@ class _Opened:
         whole, held, ids = Answer.of(self.chunks), self.held, [text.id for text in self.sources]
         report = whole.report
         if report is not None and report.strategy == "exact" and self.merges:  # encoded in order, as far as not reused
-            held = [end <= report.reused_tokens for end in _ends(self.prompt)]
+            held = [place.stop <= report.reused_tokens for place in self.prompt.document_places]
         elif report is not None and self.merges and all(held) and report.encoded_tokens > len(self.prompt.head_ids):
             held = [False] * len(held)  # a cache was damaged, or left the store meanwhile
         if len(held) != len(ids):  # the texts are one document
@@ -476,7 +475,7 @@ class MemoryCube:
         known = engine.known_prefix(prompt.context_ids, self.namespace)
         if engine.merges and known < len(prompt.context_ids):
             return [documents.contains(prompt.head_ids, token_ids) for token_ids in prompt.kept_ids]
-        return [end <= known for end in _ends(prompt)]
+        return [place.stop <= known for place in prompt.document_places]
 
     def _encode(self, texts: Sequence[TextualMemoryItem]) -> bool:
         """Encode texts as one document, if they have no cache and did not change meanwhile. Whether it was done."""
@@ -604,8 +603,3 @@ def _question_of(messages: Sequence[Message]) -> str:
     if isinstance(content, str) or content is None:
         return content or ""
     return "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in content)
-
-
-def _ends(prompt: Prompt) -> list[int]:
-    """The position after the last token of each document."""
-    return list(accumulate(map(len, prompt.document_ids), initial=len(prompt.head_ids)))[1:]

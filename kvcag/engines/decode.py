@@ -12,7 +12,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from kvcag.cache.layers import LayerKV, cut, layers_of
-from kvcag.cache.prefix_cache import PrefixCache
+from kvcag.cache.prefix_cache import PrefixCache, agreeing
 from kvcag.chat_template import Prompt
 from kvcag.core import Chunk, ContextPrompt, FinishReason, MergedContext, MergeReport, Usage
 from kvcag.engines.base import with_tokens
@@ -50,14 +50,14 @@ class Account:
         """Of a prompt that begins with `prefix`, and `kept` of whose other tokens are encoded and kept.
 
         Making the context may have paid for some of the prefix. Without a report, the documents are read in this
-        order or were before; or they were merged for an earlier question.
+        order or were before; or the prefix was merged for an earlier question.
         """
         reused = prefix.length
         if report is not None:
             cached, created = max(0, reused - report.paid_tokens), report.encoded_tokens + kept
             return cls(started, cached, created, _with_seams(report, prompt.seams))
-        if prompt.document_ids:
-            size = len(prompt.context_ids)
+        if prompt.document_ids or prefix.is_merged:
+            size = len(prompt.context_ids) or reused
             found = min(reused, size)
             if prefix.is_merged:
                 reason = f"merged for an earlier question, {reused:,} tokens reused"
@@ -405,16 +405,10 @@ def reusable_prefix(
             f"the cache holds {cache.get_seq_length()} tokens and its token_ids {len(held)}: something was "
             "generated into it, or it was cut. Pass it as it was made; generate() never writes into it."
         )
-    agreeing = _common_prefix(held.cpu().numpy(), np.asarray(token_ids, dtype=np.int64))
-    if agreeing == 0 or (agreeing < len(held) and not exact):
+    common = agreeing(held.cpu().numpy(), np.asarray(token_ids, dtype=np.int64))
+    if common == 0 or (common < len(held) and not exact):
         raise TokenMismatchError(
-            f"the prompt agrees with the context's token_ids only in its first {agreeing} of {len(held)} tokens. "
+            f"the prompt agrees with the context's token_ids only in its first {common} of {len(held)} tokens. "
             "Begin the prompt with context.token_ids."
         )
-    return ReusablePrefix(cut(layers_of(cache), 0, min(agreeing, len(token_ids) - 1)), exact, report)
-
-
-def _common_prefix(left: np.ndarray, right: np.ndarray) -> int:
-    length = min(len(left), len(right))
-    differs = np.flatnonzero(left[:length] != right[:length])
-    return int(differs[0]) if len(differs) else length
+    return ReusablePrefix(cut(layers_of(cache), 0, min(common, len(token_ids) - 1)), exact, report)

@@ -106,7 +106,7 @@ class HFEngine(Engine):
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer, template_variables, control_tokens=control_tokens)
-        self.prefixes = PrefixCache(prefix_cache_bytes)
+        self.prefixes = PrefixCache(prefix_cache_bytes, self.template.control_ids)
         self.lock = ModelLock()
         self.merge_history = MergeHistory()
         self._in_flight = InFlight()

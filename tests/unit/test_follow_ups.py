@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from kvcag import CacheWarning, Choices, Document, HFEngine, KVCacheMemory
-from kvcag.cache.layers import concat, contiguous_copy
+from kvcag.cache.layers import concat, contiguous_copy, layers_of
 from kvcag.cache.merge import Layout, recompute
 from kvcag.cache.prefix_cache import _below
 from kvcag.core import Usage
@@ -115,6 +115,62 @@ def test_a_context_that_cannot_be_encoded_in_the_background_is_logged(caplog: py
     ask(memory, messages([0, 2], [], QUESTIONS[1]))
     until(lambda: "could not be encoded in the background" in caplog.text)
     until(lambda: engine._idle._thread is None)
+
+
+def agentic(groups: list[list[int]], question: str = QUESTIONS[0]) -> list[dict[str, Any]]:
+    """A conversation in which a search found documents several times."""
+    turns: list[dict[str, Any]] = [{"role": "system", "content": "Search."}, {"role": "user", "content": question}]
+    for group in groups:
+        turns.append({"role": "assistant", "content": "search()"})
+        turns.append({"role": "tool", "content": ["Found:\n", *(Document(TEXTS[index]) for index in group)]})
+    return turns
+
+
+@pytest.mark.parametrize("strategy", ["auto", "query", "rotate"])
+def test_documents_of_tool_results_are_found_by_their_content(strategy: Any) -> None:
+    """They were read with the conversation, each time, and reported as exact."""
+    memory = KVCacheMemory(HFEngine(MODEL, TOKENIZER), instruction="Search.")
+    memory.add(TEXTS)
+    _, usage = ask(memory, agentic([[2, 0]]), strategy=strategy)
+    assert usage.context is not None
+    assert usage.context.mode == "merged"
+    head = len(memory.engine.template.prompt(agentic([[2, 0]])).head_ids)
+    assert usage.context.encoded_tokens <= head
+    _, usage = ask(memory, agentic([[2, 0], [1]]), strategy=strategy)
+    assert usage.context is not None
+    assert usage.context.mode == "merged"
+    assert usage.context.encoded_tokens < 40  # what stands between the two groups
+    assert usage.context.recomputed_tokens <= len(TEXTS[1])  # the first group is as it was
+
+
+@pytest.mark.parametrize("strategy", ["auto", "query"])
+def test_documents_before_documents_that_were_merged_otherwise_are_not_reused_as_they_are(strategy: Any) -> None:
+    memory = KVCacheMemory(HFEngine(MODEL, TOKENIZER))
+    ask(memory, agentic([[2, 0]]), strategy="rotate")
+    _, usage = ask(memory, agentic([[2, 0], [1]]), strategy=strategy, ratio=1.0)
+    assert usage.context is not None
+    assert usage.context.recomputed_tokens >= len(TEXTS[0]) + len(TEXTS[1])
+
+
+def test_several_groups_recomputed_as_a_whole_are_a_full_prefill() -> None:
+    memory = KVCacheMemory(HFEngine(MODEL, TOKENIZER))
+    prompt = memory.engine.template.prompt(agentic([[1, 2], [0], [2, 1]]))
+    context = memory.context_for(prompt, "full")
+    assert tuple(context.token_ids.tolist()) == prompt.context_ids
+    right, _ = HFEngine(MODEL, TOKENIZER).prefill(prompt.context_ids)
+    for ours, theirs in zip(layers_of(context.cache), right, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_several_groups_are_exact_for_who_asks_for_exact() -> None:
+    memory = KVCacheMemory(HFEngine(MODEL, TOKENIZER))
+    for groups in ([[1]], [[1], [2]], [[1], [2, 0]]):
+        ask(memory, agentic(groups), strategy="auto")
+        text, usage = ask(memory, agentic(groups), strategy="exact")
+        assert usage.context is not None
+        assert usage.context.is_exact
+        assert text == ask(KVCacheMemory(HFEngine(MODEL, TOKENIZER)), agentic(groups), strategy="exact")[0]
 
 
 asked = st.tuples(

@@ -52,6 +52,33 @@ def test_documents_are_segments_of_their_own() -> None:
     assert prompt.token_ids == prompt.context_ids + prompt.tail_ids
 
 
+def test_documents_of_several_messages_are_segments_each() -> None:
+    messages = [
+        {"role": "system", "content": "Read."},
+        {"role": "user", "content": ["What?\n", Document("one\n"), "and\n", Document("two\n")]},
+        {"role": "assistant", "content": "Two."},
+        {"role": "user", "content": [Document("three\n"), Document("", "\n"), Document("four\n"), "And now?"]},
+    ]
+    prompt = template().prompt(messages)
+    assert prompt.documents == ("one\n", "two\n", "three\n", "four\n")
+    between = [text_of(template(), ids) for ids in prompt.between_ids]
+    turns = "<|im_end|>\n<|im_start|>assistant\nTwo.<|im_end|>\n<|im_start|>user\n"
+    assert between == ["and\n", turns, ""]
+    assert text_of(template(), prompt.tail_ids).startswith("And now?<|im_end|>")
+    ids = prompt.token_ids
+    shown = [text_of(template(), ids[place.start : place.stop]) for place in prompt.document_places]
+    assert tuple(shown) == prompt.documents
+    plain = [{**message, "content": "".join(message["content"])} for message in messages]
+    assert ids == template().prompt(plain).token_ids
+
+
+def test_a_text_that_looks_like_our_sentinel_is_refused_or_text() -> None:
+    said = [*chat("one\n"), {"role": "user", "content": "kvcag-documents-1-5b1d7c0e"}]
+    assert "kvcag-documents-1" in text_of(template(), template().prompt(said).token_ids)
+    with pytest.raises(ChatTemplateError, match="2 times"):
+        template().prompt([*chat("one\n"), {"role": "user", "content": "kvcag-documents-0-5b1d7c0e"}])
+
+
 @pytest.mark.parametrize("chat_template", [CHATML, GEMMA, SILENT, DEFAULT_SYSTEM, None])
 def test_split_and_whole_render_the_same_text(chat_template: str | None) -> None:
     made = template(chat_template)

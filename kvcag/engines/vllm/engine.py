@@ -564,8 +564,11 @@ class DocumentSorter:
         self._lock = threading.Lock()
 
     def arrange(self, prompt: Prompt, *, count: bool = False) -> Prompt:
-        """The prompt with sorted documents. `count` says that it is a question, whose documents are counted."""
-        if self.order == "given" or not prompt.document_ids:
+        """The prompt with sorted documents. `count` says that it is a question, whose documents are counted.
+
+        Documents between which something was said stay where they are.
+        """
+        if self.order == "given" or not prompt.document_ids or any(prompt.between_ids):
             return prompt
         texts = prompt.documents or ("",) * len(prompt.document_ids)
         keyed = [(ids_digest(ids), ids, text) for ids, text in zip(prompt.document_ids, texts, strict=True)]
