@@ -41,6 +41,9 @@ Opener: TypeAlias = Callable[[], Chunks]
 DOCUMENT_END = CachePoint(cache_control=CacheControl(type="document"))
 """Closes a document: the text block just before it."""
 
+JOINED = CachePoint(cache_control=CacheControl(type="joined"))
+"""No line break follows the text before it."""
+
 _ROLES = {
     MessageRole.DEVELOPER: "system",
     MessageRole.CHATBOT: "assistant",
@@ -91,20 +94,30 @@ _CARRIED = {"tool_call_id", "name"}
 def _content(message: ChatMessage) -> Any:
     """The text, or a list of texts and documents. `kvcag.chat_template` refuses parts that are not text."""
     parts: list[Any] = []
-    documents: set[int] = set()
+    documents: list[int] = []
+    joined: set[int] = set()
     keep = 0
     for block in message.blocks:
-        if isinstance(block, CachePoint):
+        if not isinstance(block, CachePoint):
+            parts += _read(block)
+        elif block.cache_control.type == JOINED.cache_control.type:
+            joined.add(len(parts) - 1)
+        else:
             keep = len(parts)
             if block.cache_control.type == DOCUMENT_END.cache_control.type and parts:
-                documents.add(len(parts) - 1)
-        else:
-            parts += _read(block)
+                documents.append(len(parts) - 1)
     if not all(isinstance(part, str) for part in parts):
         return parts
-    lines = [part + "\n" * (at < len(parts) - 1 or at in documents) for at, part in enumerate(parts)]
+    ends = range(len(parts) - 1)
     if documents:
-        return [Document(line) if at in documents else line for at, line in enumerate(lines)]
+        last = documents[-1]
+        lines = [part + "\n" * ((at in ends or at in documents) and at not in joined) for at, part in enumerate(parts)]
+        shown = [Document(line) if at in documents else line for at, line in enumerate(lines)]
+        if last in joined or not parts[last].endswith("\n"):  # the line break is not the document's
+            shown[last] = Document(parts[last], segment(parts[last])[len(parts[last]) :])
+            shown[last + 1 :] = [lines[last][len(parts[last]) :] * (last in ends), *shown[last + 1 :]]
+        return shown
+    lines = [part + "\n" * (at in ends) for at, part in enumerate(parts)]
     if any(lines[:keep]):
         return [Document("".join(lines[:keep])), *lines[keep:]]
     return "".join(lines)

@@ -33,7 +33,7 @@ from kvcag.concurrency import in_thread
 from kvcag.documents import documents_of, segment
 from kvcag.errors import CacheWarning, InvalidInputError
 from kvcag.llama_index.llm import KVCacheLLM
-from kvcag.llama_index.messages import document_blocks
+from kvcag.llama_index.messages import DOCUMENT_END, JOINED, document_blocks
 
 Order: TypeAlias = Literal["retrieval", "canonical"]
 
@@ -166,6 +166,7 @@ class CAGSynthesizer(BaseSynthesizer):
         def rendered(shown: str) -> list[ChatMessage]:
             return self.cag._get_messages(template, query_str=query_str, **{context: shown}, **variables)
 
+        texts = documents_of(texts)
         marked, joined = rendered(CONTEXT), "\n\n".join(text.strip() for text in texts)
         as_text = rendered(joined)
         if [_replaced(message, joined) for message in marked] != as_text:
@@ -223,8 +224,10 @@ class CAGSynthesizer(BaseSynthesizer):
 def _place(messages: Sequence[ChatMessage], texts: Sequence[str], *, exact: bool = False) -> list[ChatMessage]:
     """The messages with a block for each document in the place of `CONTEXT`; where it comes again, with their text.
 
-    The line breaks around the place become those between the blocks. For `exact`, see `document_blocks`.
+    The text is core's: documents with a blank line between them. With `exact` they are one document.
     """
+    shown = "\n\n".join(text.strip() for text in texts)
+    documents = [shown] if exact else list(texts)
     placed: list[ChatMessage] = []
     pending = True
     for message in messages:
@@ -233,17 +236,34 @@ def _place(messages: Sequence[ChatMessage], texts: Sequence[str], *, exact: bool
             if not isinstance(block, TextBlock) or CONTEXT not in block.text:
                 blocks.append(block)
                 continue
+            before, _, after = block.text.partition(CONTEXT)
+            after = after.replace(CONTEXT, shown)
             if pending:
-                before, _, rest = block.text.partition(CONTEXT)
-                after = rest.removeprefix("\n").replace(CONTEXT, "\n\n".join(texts))
-                blocks += [TextBlock(text=before.removesuffix("\n"))] if before else []
-                blocks += document_blocks(texts, exact=exact)
-                blocks += [TextBlock(text=after)] if after else []
+                blocks += _blocks(before, documents, after, exact)
                 pending = False
             else:
-                blocks.append(TextBlock(text=block.text.replace(CONTEXT, "\n\n".join(texts))))
+                blocks.append(TextBlock(text=f"{before}{shown}{after}"))
         placed.append(message.model_copy(update={"blocks": blocks}))
     return placed
+
+
+def _blocks(before: str, documents: Sequence[str], after: str, exact: bool) -> list[ContentBlock]:
+    """Content blocks whose text is that of `before`, the documents and `after`, with a cache point at each document."""
+    if exact:  # a space belongs to the first word
+        stripped = before.rstrip(" ")
+        documents, before = [before[len(stripped) :] + documents[0]], stripped
+    blocks: list[ContentBlock] = []
+    if before:
+        blocks += [TextBlock(text=before[:-1])] if before.endswith("\n") else [TextBlock(text=before), JOINED]
+    *others, last = documents or [""]
+    blocks += document_blocks(others)
+    if last:
+        blocks += [TextBlock(text=last), DOCUMENT_END]
+        if last.endswith("\n") or after[:1] not in ("", "\n"):
+            blocks.append(JOINED)
+        else:
+            after = after.removeprefix("\n")
+    return [*blocks, TextBlock(text=after)] if after else blocks
 
 
 def _replaced(message: ChatMessage, context: str) -> ChatMessage:

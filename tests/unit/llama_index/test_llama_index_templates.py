@@ -13,11 +13,12 @@ from llama_index.core.prompts.default_prompt_selectors import DEFAULT_TEXT_QA_PR
 from llama_index.core.response_synthesizers import CompactAndRefine
 from llama_index.core.schema import NodeWithScore, TextNode
 
-from kvcag.chat_template import Document
+from kvcag.chat_template import ChatTemplate, Document
 from kvcag.errors import CacheWarning
 from kvcag.llama_index import CAGSynthesizer, KVCacheLLM
 from kvcag.llama_index.messages import to_messages
 from kvcag.testing import EchoEngine, whole_prompt
+from tests.vocabularies import FAMILIES, tokenizer_of
 
 TEXTS = ["The tower is 330 metres tall.", "It was built in 1889 {by} Eiffel.", "It stands in Paris."]
 
@@ -71,9 +72,10 @@ AS_DOCUMENTS: dict[str, BasePromptTemplate] = {
         "{{ few_shot_examples }}\n" + QA, function_mappings={"few_shot_examples": examples}
     ),
     "a function that keeps the context": RichPromptTemplate(
-        QA, function_mappings={"context_str": lambda **variables: f"Notes: {variables['context_str']}"}
+        QA, function_mappings={"context_str": lambda **variables: f"[{variables['context_str']}]"}
     ),
 }
+NOT_ON_LINES = {"on one line", "rich chat", "tuples", "a function that keeps the context"}
 AS_TEXT: dict[str, BasePromptTemplate] = {
     "a function of the context": RichPromptTemplate(QA, function_mappings={"context_str": bullets}),
     "a function, format string": PromptTemplate(FORMATTED, function_mappings={"context_str": bullets}),
@@ -83,10 +85,6 @@ AS_TEXT: dict[str, BasePromptTemplate] = {
     ),
     "a condition": RichPromptTemplate("{% if 'tall' in context_str %}{{ context_str }}{% endif %}\n{{ query_str }}"),
 }
-
-
-def squeezed(text: object) -> str:
-    return " ".join(str(text).split())
 
 
 def found() -> list[NodeWithScore]:
@@ -111,7 +109,26 @@ def test_documents_keep_their_caches_in_templates_that_show_them_as_they_are(
     messages = to_messages(synthesizer.messages("How tall?", TEXTS))
     documents = [part for message in messages for part in message["content"] if isinstance(part, Document)]
     assert len(documents) == (1 if exact else len(TEXTS))
-    assert squeezed(synthesizer.synthesize("How tall?", found())) == squeezed(of_core(llm, AS_DOCUMENTS[name]))
+    assert str(synthesizer.synthesize("How tall?", found())) == of_core(llm, AS_DOCUMENTS[name])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", AS_DOCUMENTS)
+def test_the_model_reads_cores_own_tokens(llm: KVCacheLLM, name: str, family: str) -> None:
+    """None of 18 prompts did: there was a blank line behind the documents."""
+    template, tokens = AS_DOCUMENTS[name], ChatTemplate(tokenizer_of(family))
+    cores = llm._get_messages(template, query_str="How tall?", context_str="\n\n".join(TEXTS))
+    expected = tokens.prompt(to_messages(cores)).token_ids
+    exact, merged = (
+        to_messages(CAGSynthesizer(llm, text_qa_template=template, exact=exact).messages("How tall?", TEXTS))
+        for exact in (True, False)
+    )
+    assert tokens.prompt(exact, seams="none").token_ids == expected  # merge_strategy="exact"
+    for messages in (exact, merged):
+        prompt = tokens.prompt(messages, seams="documents")
+        assert (prompt.token_ids == expected) == (prompt.seams == 0)
+        assert prompt.seams == 0 or name in NOT_ON_LINES
+    assert prompt.kept_ids == tuple(tokens.encode_text(f"{text}\n\n") for text in TEXTS)
 
 
 @pytest.mark.parametrize("name", AS_TEXT)
