@@ -27,10 +27,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (demo, encode, ask, chat, ls, inspect, rm, sync, verify, doctor, size, bench):
+for _command in (demo, encode, ask, chat, ls, inspect, rm, sync, verify, doctor, size, bench, scheduler):
     app.command()(_command)
 app.command("import-memos")(import_memos)
-app.add_typer(scheduler, name="scheduler")
 
 
 def _show_version(wanted: bool) -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 from typing_extensions import Self
@@ -110,7 +111,6 @@ class CacheScheduler:
         self._texts = Texts(state, self._engine.fingerprint.digest)
         self._store = ScheduledStore(memory.store, budget_bytes, policy, self._texts, self._engine)
         self._stop, self._wake, self._passing = Cancellation(), threading.Event(), threading.RLock()
-        self._too_long: set[str] = set()
         self._reconciled_at = 0.0
         self._tidy(reconcile=True)
         memory.store = self._store
@@ -209,7 +209,7 @@ class CacheScheduler:
         given, digest = self._find(text)
         if digest not in self._texts.known:
             raise UnknownItemError([given])
-        return self._texts.stats(digest)
+        return replace(self._texts.stats(digest))
 
     def metrics(self) -> dict[str, float]:
         """The figures by name.
@@ -290,7 +290,6 @@ class CacheScheduler:
                 self._texts.save()
             except Cancelled:
                 self._check_open()
-                raise
             finally:
                 CANCELLATION.reset(outer)
 
@@ -346,12 +345,13 @@ class CacheScheduler:
         A text that prompts show in another form than retrievers do is left out until it has stood in a prompt.
         """
         found: list[tuple[float, str]] = []
-        out = self._too_long | self._cached()
+        cached = self._cached()
         shown = self._texts.head_ids is None or self._texts.ending is not None
         for number, (digest, stats) in enumerate(list(self._texts.known.items())):
             if number % _SCORED_AT_ONCE == 0:
                 self._wait_until_idle()
-            if stats.count >= self._promote_after and digest not in out and (shown or stats.asked):
+            is_hot = stats.count >= self._promote_after and stats.action != "failed"
+            if is_hot and digest not in cached and (shown or stats.asked):
                 found.append((self._store.worth(self._store.entry("", digest, stats.tokens)), digest))
         return sorted(found, reverse=True)
 
@@ -368,7 +368,6 @@ class CacheScheduler:
         key = self.memory.documents.key(token_ids)
         entry = self._store.entry(key, digest, len(token_ids))
         if self._store.contains(key):
-            self._store.reconcile()
             return key
         if self._store.room_for(entry, margin=_MARGIN, force=force) is None:
             if stats.action != "passed":
@@ -379,14 +378,11 @@ class CacheScheduler:
             with self._engine.in_background():
                 item = self.memory.documents.encode(head_ids, token_ids, text)
         except ContextLengthError as error:
-            self._too_long.add(digest)
-            self._store.note("failed", entry, str(error))
+            self._store.note("failed", entry, str(error))  # it is not tried again
             if force:
                 raise
             return None
         self._wait_until_idle()  # a question that has come meanwhile does not wait for the disk
-        if self._store.contains(key):  # a question has encoded it meanwhile
-            return key
         return key if self._store.keep(cast("KVCacheItem", item), "promoted", reason, force=force) else None
 
     def _find(self, document: object) -> tuple[str, str]:

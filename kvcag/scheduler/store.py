@@ -12,8 +12,8 @@ from kvcag.core import KVCacheItem
 from kvcag.engines.hf import HFEngine
 from kvcag.errors import StoreError, StoreFullError
 from kvcag.memory import is_context
-from kvcag.scheduler.texts import Texts, TextStats, digest_of, sources_of
-from kvcag.stores.base import KVStore, StoreStats
+from kvcag.scheduler.texts import Texts, TextStats, digest_of
+from kvcag.stores.base import KVStore, StoreStats, sources_of
 from kvcag.stores.format import Manifest
 
 logger = logging.getLogger("kvcag.scheduler")

@@ -17,7 +17,7 @@ from kvcag.chat_template import Prompt
 from kvcag.contexts import Ids
 from kvcag.errors import SchedulerStateError
 from kvcag.scheduler.state import StateFile, read_rows
-from kvcag.stores.base import MADE_OF, SOURCE_FIELDS
+from kvcag.stores.base import sources_of
 
 _FAST, _SLOW = 3.0, 20.0
 """Half-lives of the two averages of a text's uses, in rounds."""
@@ -345,12 +345,6 @@ class Texts:
         for digest, stats in self.known.items():
             self._identities |= dict.fromkeys(stats.identities, digest)
             self.now = max(self.now, stats.last)
-
-
-def sources_of(metadata: Mapping[str, Any]) -> set[str]:
-    """What a document's or an item's metadata names as its sources."""
-    sources = {str(metadata[name]) for name in SOURCE_FIELDS if metadata.get(name)}
-    return sources | {str(source) for source in metadata.get(MADE_OF, ())}
 
 
 def read_texts(path: str | os.PathLike[str]) -> list[TextStats]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from types import TracebackType
+from typing import Any
 
 from typing_extensions import Self
 
@@ -177,9 +178,12 @@ class KVStore(ABC):
 def made_from(manifest: Manifest, source: str) -> bool:
     """Whether an item was made from `source`, alone or together with other texts."""
     records = manifest.records
-    named = [manifest.metadata.get(field) for field in (*SOURCE_FIELDS, MADE_OF)]
-    names: list[object] = [*records.text_memories, records.composed_text_memory]
-    for value in named:
-        names += value if isinstance(value, list) else [value]
+    names = {*records.text_memories, records.composed_text_memory, *sources_of(manifest.metadata)}
     # A document is kept with the separator that ended it in its prompt.
-    return source.rstrip("\n") in {name.rstrip("\n") for name in names if isinstance(name, str)}
+    return source.rstrip("\n") in {name.rstrip("\n") for name in names}
+
+
+def sources_of(metadata: Mapping[str, Any]) -> set[str]:
+    """What a document's or an item's metadata names as its sources."""
+    named = [metadata.get(field) for field in (*SOURCE_FIELDS, MADE_OF)]
+    return {str(source) for name in named for source in (name if isinstance(name, list) else [name]) if source}

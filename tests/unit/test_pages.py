@@ -53,9 +53,6 @@ def check_kvcag(words: list[str]) -> None:
     assert words, "kvcag without a command"
     assert words[0] in command.commands, f"there is no command {words[0]!r}"
     inner = command.commands[words[0]]
-    while len(words) > 1 and words[1] in getattr(inner, "commands", {}):  # `kvcag scheduler log`
-        words = words[1:]
-        inner = inner.commands[words[0]]
     context = inner.context_class(inner, info_name=words[0])
     given, rest, _ = inner.make_parser(context).parse_args(words[1:])
     assert not rest, f"{words}: {rest} is too much"

@@ -162,25 +162,25 @@ def test_decisions_are_read_while_the_scheduler_works(path: Path) -> None:
         [key] = scheduler.promote("The tower is tall.")
         scheduler.demote(key)
         assert read_texts(path)[-1] == scheduler.why(key)
-        code, out = run("scheduler", "log", path, "--json")
+        code, out = run("scheduler", path, "--json")
         assert code == 0
         entries = [json.loads(line) for line in out.splitlines()]
         assert [(entry["action"], entry["id"]) for entry in entries] == [("seen", ""), ("demoted", key)]
         assert entries[1]["tokens"] == len("The tower is tall.\n\n")
         assert entries[1]["reason"] == "on demand"
-        code, out = run("scheduler", "log", path, "--limit", 1)
+        code, out = run("scheduler", path, "--limit", 1)
         assert code == 0
         assert "The tower is tall." in out
         assert "on demand" in out
         assert "It was seen." not in out
         scheduler.promote(key)
         for text in ("The tower is tall.", key):
-            code, out = run("scheduler", "why", path, text)
+            code, out = run("scheduler", path, text)
             assert code == 0
             assert out.startswith("cached: promoted at 20")
-        code, out = run("scheduler", "why", path, "It was seen.", "--json")
+        code, out = run("scheduler", path, "It was seen.", "--json")
         assert json.loads(out)["count"] == 1
-        code, out = run("scheduler", "why", path, "Never seen.")
+        code, out = run("scheduler", path, "Never seen.")
         assert code == 1
         assert "not known" in out
     assert [stats.is_cached for stats in read_texts(path)] == [False, True]  # also after it was closed
@@ -189,7 +189,7 @@ def test_decisions_are_read_while_the_scheduler_works(path: Path) -> None:
 def test_a_file_that_is_no_state_is_named(path: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="there is no file"):
         read_texts(path)
-    assert run("scheduler", "log", path)[0] == 2
+    assert run("scheduler", path)[0] == 2
     assert not path.exists()
     with contextlib.closing(sqlite3.connect(tmp_path / "other")) as other:
         other.execute("CREATE TABLE mine(a)")
