@@ -23,7 +23,8 @@ import torch
 from kvcag import CacheScheduler, HFEngine, KVCacheMemory
 from kvcag.chat_template import Document
 from kvcag.errors import UnknownItemError
-from kvcag.stores.disk import DiskStore, verify
+from kvcag.stores.disk import DiskStore
+from kvcag.stores.verify import verify
 from kvcag.testing import byte_tokenizer, tiny_model
 
 torch.set_num_threads(1)  # before any fork

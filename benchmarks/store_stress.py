@@ -29,8 +29,9 @@ import torch
 
 from kvcag.cache.layers import cache_of, layers_of
 from kvcag.core import KVCacheItem
-from kvcag.stores.disk import DiskStore, verify
+from kvcag.stores.disk import DiskStore
 from kvcag.stores.format import item_to_bytes, seal
+from kvcag.stores.verify import verify
 
 torch.set_num_threads(1)  # before any fork
 
@@ -64,10 +65,10 @@ def kill(path: Path, moments: int) -> bool:
         reports = killed_writer(path, moment)
         puts += len(reports)
         kept |= reports
-        found = verify(path, repair=True)
+        found = verify(path)
         torn += len(found.damaged)
         within += len(found.abandoned)
-        store = DiskStore(path)
+        store = DiskStore(path)  # deletes what the kill left
         for key, seed in kept.items():
             read = store.get(key)
             if read is None or read.metadata["seed"] < seed:  # a later one may have been put and not reported

@@ -181,12 +181,14 @@ def rm(
 def verify(
     path: Annotated[Path | None, typer.Argument(exists=True, help=_DUMP, show_default=False)] = None,
     store: Store = None,
-    repair: Annotated[bool, typer.Option("--repair", help="Delete damaged and half-written files.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Delete damaged items and what killed writers left.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Read every item below a folder and compare every byte with its checksum.
 
-    Exits with 1 if damaged or half-written files remain.
+    Says which files --repair deletes, and exits with 1 if there are some. Other programs' files are left alone.
 
     For example:
 
@@ -194,8 +196,8 @@ def verify(
 
         kvcag verify --repair /var/lib/kv
     """
-    from kvcag.stores.disk import VerifyReport
-    from kvcag.stores.disk import verify as check
+    from kvcag.stores.verify import VerifyReport
+    from kvcag.stores.verify import verify as check
 
     folder = path or store or common.default_store()
     if path is None and store is not None and not store.exists():
@@ -204,16 +206,20 @@ def verify(
     if as_json:
         common.emit({"path": folder, "clean": report.clean, "repaired": repair, **asdict(report)})
     else:
-        for file, reason in (*report.damaged, *report.foreign):
-            typer.echo(f"{file}: {reason.removeprefix(f'{file} ')}")
-        for file in report.abandoned:
-            typer.echo(f"{file}: half written: its writer ended too early")
+        killed = "left by a writer that was killed"
+        deleted = [*report.damaged, *((file, killed) for file in report.abandoned)]
+        for files, becomes in (
+            (deleted, "deleted" if repair else "--repair deletes it"),
+            (report.foreign, "left alone"),
+        ):
+            for file, reason in files:
+                typer.echo(f"{file}: {reason.removeprefix(f'{file} ').rstrip('.')}: {becomes}")
         found = {"damaged": len(report.damaged), "half written": len(report.abandoned)}
         bad = (f"{count} {what}{', deleted' if repair and count else ''}" for what, count in found.items())
         sound = f"{report.sound} items sound ({common.size(report.bytes)})"
         typer.echo(", ".join([sound, *bad, f"{len(report.foreign)} of other programs"]))
     if not (report.clean or repair):
-        common.say("`kvcag verify --repair` deletes these files; `kvcag encode` or `sync` encodes their texts again.")
+        common.say("nothing was deleted. After --repair, `kvcag encode` or `sync` encodes the texts again.")
         raise typer.Exit(common.NEGATIVE)
 
 

@@ -14,7 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -25,20 +25,21 @@ from kvcag.errors import CorruptItemError, FormatError, StoreError, StoreFullErr
 from kvcag.stores.base import KVStore, StoreStats
 from kvcag.stores.files import (
     SUFFIX,
-    TEMPORARY,
     Names,
-    is_abandoned,
     locked,
     make_private,
     sync_directory,
     unavailable,
     unnoticed,
 )
-from kvcag.stores.format import Manifest, Quantize, item_from_bytes, item_from_file, read_id, read_manifest, write_item
+from kvcag.stores.format import Manifest, Quantize, item_from_file, read_id, read_manifest, write_item
+from kvcag.stores.verify import VerifyReport, leftovers, verify
 
 _PIN = ".pin"
 _RECOUNT_SECONDS = 5.0
 """How long this process relies on its own count of the bytes. Other processes may write in the meantime."""
+_CLOCKS_DIFFER_SECONDS = 60
+"""By how much the clocks of machines that share a directory may differ."""
 
 
 class DiskStore(KVStore):
@@ -78,6 +79,9 @@ class DiskStore(KVStore):
         self._counted_at = float("-inf")
         with unavailable(self.path):
             make_private(self.directory)
+        for folder in (self.path, self.directory):
+            with contextlib.suppress(OSError):  # a folder that may only be read: `verify` names what is in it
+                leftovers(folder, remove=True)
 
     def __repr__(self) -> str:
         try:
@@ -111,7 +115,7 @@ class DiskStore(KVStore):
         path = self.file(item.id)
         with unavailable(path):
             make_private(path.parent)
-        size = write_item(path, item, quantize=self.quantize, guard=self._lock())
+        size = write_item(path, item, quantize=self.quantize, guard=self._lock(), beside=self.directory)
         if self.max_bytes is not None:
             with unavailable(self.directory):
                 self._keep_budget(item.id, path, size)
@@ -194,7 +198,7 @@ class DiskStore(KVStore):
 
     def verify(self, *, repair: bool = False) -> VerifyReport:
         """Read and check every file of this namespace (see `kvcag.stores.verify`)."""
-        return verify(self.directory, repair=repair)
+        return verify(self.directory, repair=repair, names=[self._names])
 
     # --- files ----------------------------------------------------------------------------------------------
 
@@ -219,7 +223,7 @@ class DiskStore(KVStore):
         if self.ttl is None:
             return False
         path, stat = Path(file.name), os.fstat(file.fileno())
-        if time.time() - stat.st_mtime < self.ttl or path.with_suffix(_PIN).exists():
+        if time.time_ns() - _past(stat.st_mtime_ns) < self.ttl * 1e9 or path.with_suffix(_PIN).exists():
             return False
         with self._lock():
             _unlink(path, stat.st_ino)
@@ -259,7 +263,12 @@ class _File:
     @classmethod
     def of(cls, entry: os.DirEntry[str]) -> _File:
         stat = entry.stat()
-        return cls(Path(entry.path), stat.st_size, stat.st_ino, stat.st_atime_ns)
+        return cls(Path(entry.path), stat.st_size, stat.st_ino, _past(stat.st_atime_ns) or _past(stat.st_mtime_ns))
+
+
+def _past(nanoseconds: int) -> int:
+    """A time, or 0 for one in the future, which would keep an item for ever."""
+    return nanoseconds if nanoseconds < time.time_ns() + _CLOCKS_DIFFER_SECONDS * 10**9 else 0
 
 
 def _unlink(path: Path, inode: int) -> None:
@@ -276,68 +285,3 @@ def _use(file: BinaryIO) -> None:
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
-
-
-@dataclass(slots=True)
-class VerifyReport:
-    """What `verify` found.
-
-    Attributes:
-        sound: number of items whose every byte matches its checksum.
-        bytes: bytes of their files.
-        damaged: files that were cut or changed, each with the reason. A repair deletes them.
-        abandoned: temporary files of writers that died. A repair deletes them.
-        foreign: safetensors files of other programs or newer releases, each with the reason. A repair keeps them.
-    """
-
-    sound: int = 0
-    bytes: int = 0
-    damaged: list[tuple[Path, str]] = field(default_factory=list)
-    abandoned: list[Path] = field(default_factory=list)
-    foreign: list[tuple[Path, str]] = field(default_factory=list)
-
-    @property
-    def clean(self) -> bool:
-        """No file is damaged or abandoned."""
-        return not self.damaged and not self.abandoned
-
-
-def verify(path: str | os.PathLike[str], *, repair: bool = False) -> VerifyReport:
-    """Read every item below a directory and compare every byte with its checksum.
-
-    Other processes may read and write meanwhile: files that a running writer has not finished are skipped. Files are
-    read, not mapped, so that a disk error raises instead of ending the process with a signal.
-
-    Args:
-        path: the directory.
-        repair: delete damaged files and temporary files of writers that died.
-
-    Raises:
-        StoreUnavailableError: the directory cannot be read.
-    """
-    report = VerifyReport()
-    with unavailable(path):
-        for file in sorted(each for each in Path(path).rglob("*") if each.is_file()):
-            if file.name.endswith(TEMPORARY):
-                if is_abandoned(file, remove=repair):
-                    report.abandoned.append(file)
-            elif file.suffix == SUFFIX:
-                with contextlib.suppress(FileNotFoundError):  # deleted in the meantime
-                    _check(file, report, repair)
-    return report
-
-
-def _check(file: Path, report: VerifyReport, repair: bool) -> None:
-    try:
-        with open(file, "rb", opener=unnoticed) as opened:
-            data = bytearray(opened.read())
-        item_from_bytes(data, str(file))
-    except CorruptItemError as error:
-        report.damaged.append((file, str(error)))
-        if repair:
-            file.unlink(missing_ok=True)
-    except FormatError as error:
-        report.foreign.append((file, str(error)))
-    else:
-        report.sound += 1
-        report.bytes += len(data)

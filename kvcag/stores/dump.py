@@ -6,8 +6,8 @@ folder/
 └── kv_cache_memories.json-3f9c…/   a directory of a DiskStore, one for each dump
 ```
 
-The manifest is written last, so a crash at any point leaves the old dump or the new one, whole. The next dump deletes
-the directories that no manifest names.
+The manifest is renamed last, so a crash at any point leaves the old dump or the new one, whole. Whoever opens the
+folder next, or dumps into it, deletes what a crash left (`kvcag.stores.verify`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import contextlib
 import errno
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -30,7 +29,8 @@ from kvcag.errors import CorruptItemError, FormatError, StoreError, StoreUnavail
 from kvcag.fingerprint import ModelFingerprint
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.files import SUFFIX, TEMPORARY, atomic_write, locked, make_private, unavailable
-from kvcag.stores.format import checksum, read_item, read_sealed, write_sealed
+from kvcag.stores.format import checksum, read_item, read_sealed, sealed
+from kvcag.stores.verify import leftover_dumps, leftovers
 
 _VERSION = 1
 
@@ -76,30 +76,32 @@ def write_dump(
         InvalidInputError: an item's metadata is not JSON. The earlier dump is unchanged.
         StoreUnavailableError: the disk is full, permission was denied. The earlier dump is unchanged.
     """
-    root = Path(folder)
+    root, manifest = Path(folder), Path(folder, filename)
     with unavailable(root):
         make_private(root)
         with locked(root / f".{filename}.lock"):
-            name = f"{filename}-{secrets.token_hex(16)}"
-            earlier = _directory(root / filename, kind)
-            if earlier is not None:  # where the manifest is damaged, nothing is deleted until the new dump is written
-                _clear(root, filename, earlier)
+            _clear(root, filename)
+            name = ""
             try:
-                store = DiskStore(root / name)
-                contents = _Contents(directory=name, items=[], about=dict(about or {}))
-                for item in items:
-                    store.put(item)
-                    contents.items.append(item.id)
-                for file, data in (files or {}).items():
-                    with atomic_write(root / name / file) as temporary:
-                        temporary.write_bytes(data)
-                    contents.files[file] = checksum(data)
-                write_sealed(root / filename, kind, _VERSION, contents.model_dump())
+                # The temporary manifest is there from the beginning: if this process is killed, it tells whose
+                # directory is unfinished.
+                with atomic_write(manifest) as temporary:
+                    name = f"{filename}-{temporary.name.removesuffix(TEMPORARY)[-32:]}"
+                    store = DiskStore(root / name)
+                    contents = _Contents(directory=name, items=[], about=dict(about or {}))
+                    for item in items:
+                        store.put(item)
+                        contents.items.append(item.id)
+                    for file, data in (files or {}).items():
+                        with atomic_write(root / name / file) as part:
+                            part.write_bytes(data)
+                        contents.files[file] = checksum(data)
+                    temporary.write_text(sealed(kind, _VERSION, contents.model_dump()), encoding="ascii")
             except BaseException:
-                if _directory(root / filename, kind) != name:  # else the manifest was renamed before the error
+                if name and _directory(manifest, kind) != name:  # else the manifest was renamed before the error
                     shutil.rmtree(root / name, ignore_errors=True)
                 raise
-            _clear(root, filename, name)
+            _clear(root, filename)
 
 
 def read_dump(
@@ -126,6 +128,8 @@ def read_dump(
         StoreUnavailableError: the folder cannot be read.
     """
     root = Path(folder)
+    with contextlib.suppress(OSError):  # a folder that may only be read
+        leftovers(root, remove=True)
     while True:
         try:
             contents = _contents(root / filename, kind)
@@ -187,10 +191,7 @@ def _is_directory(name: str, filename: str) -> bool:
     return re.fullmatch(re.escape(filename) + "-[0-9a-f]{32}", name) is not None
 
 
-def _clear(root: Path, filename: str, current: str) -> None:
-    """Delete what replaced and unfinished dumps of this name left. The caller holds the lock."""
-    for entry in list(root.iterdir()):
-        if entry.name != current and _is_directory(entry.name, filename):
-            shutil.rmtree(entry)
-        elif entry.name.startswith(f".{filename}.") and entry.name.endswith(TEMPORARY):
-            entry.unlink()
+def _clear(root: Path, filename: str) -> None:
+    """Delete what replaced and killed dumps of this name left. The caller holds the lock."""
+    for path in leftover_dumps(root, filename):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

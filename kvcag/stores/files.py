@@ -48,7 +48,12 @@ def unavailable(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def atomic_write(path: str | os.PathLike[str], guard: AbstractContextManager[object] | None = None) -> Iterator[Path]:
+def atomic_write(
+    path: str | os.PathLike[str],
+    guard: AbstractContextManager[object] | None = None,
+    *,
+    beside: Path | None = None,
+) -> Iterator[Path]:
     """Yield a temporary path, and rename it to `path` when the block succeeds.
 
     The content is synced before the rename, and the directory after it. A reader sees the old file or the new one,
@@ -57,13 +62,14 @@ def atomic_write(path: str | os.PathLike[str], guard: AbstractContextManager[obj
     Args:
         path: the file to write.
         guard: entered for the rename only, not while the block writes.
+        beside: the directory of the temporary file, on the same disk; by default the file's own.
 
     Raises:
         StoreUnavailableError: the disk is full, permission was denied, …
     """
     target = Path(path)
     with unavailable(target):
-        temporary, descriptor = _create_beside(target)
+        temporary, descriptor = _create(f".{target.name}", beside or target.parent)
         try:
             yield temporary
             os.fsync(descriptor)
@@ -77,10 +83,10 @@ def atomic_write(path: str | os.PathLike[str], guard: AbstractContextManager[obj
             os.close(descriptor)
 
 
-def _create_beside(target: Path) -> tuple[Path, int]:
-    """Create a file in the same directory, locked while its descriptor is open."""
+def _create(name: str, directory: Path) -> tuple[Path, int]:
+    """Create a file under a random name, locked while its descriptor is open."""
     while True:
-        temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}{TEMPORARY}")
+        temporary = directory / f"{name}.{secrets.token_hex(16)}{TEMPORARY}"
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         if not _HAS_FLOCK:
             return temporary, descriptor
@@ -120,15 +126,20 @@ def make_private(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Hold a lock on a file against other threads and processes. It is released when its holder dies.
 
     On Windows there is no lock.
+
+    Raises:
+        BlockingIOError: with `wait=False`, another holds the lock, or there are no locks.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         if _HAS_FLOCK:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        elif not wait:
+            raise BlockingIOError
         yield
     finally:
         os.close(descriptor)

@@ -275,6 +275,7 @@ def write_item(
     *,
     quantize: Quantize = None,
     guard: AbstractContextManager[object] | None = None,
+    beside: Path | None = None,
 ) -> int:
     """Write an item atomically and durably, with mode 0600. Returns the size of the file in bytes.
 
@@ -283,13 +284,14 @@ def write_item(
         item: the item.
         quantize: `"int8"` halves the bytes of bfloat16 (`kvcag.cache.int8`).
         guard: entered while the new file replaces the old one.
+        beside: the directory of the temporary file; by default the file's own.
 
     Raises:
         InvalidInputError: the metadata is not JSON, or a value cannot be quantised. Nothing was written.
         StoreUnavailableError: the disk is full, permission was denied. An earlier file is unchanged.
     """
     pieces = _pieces(item, quantize)
-    with atomic_write(path, guard) as temporary, open(temporary, "wb") as file:
+    with atomic_write(path, guard, beside=beside) as temporary, open(temporary, "wb") as file:
         for piece in pieces:
             file.write(piece)
         return file.tell()
@@ -466,24 +468,18 @@ class _Reader:
             raise FingerprintMismatchError(self.name, expected.differences(self.manifest.fingerprint))
 
 
-def write_sealed(path: str | os.PathLike[str], kind: str, version: int, content: Mapping[str, Any]) -> None:
-    """Write a JSON manifest of several files, atomically, with its kind, its version and a checksum of everything.
-
-    Raises:
-        StoreUnavailableError: the disk is full, permission was denied. An earlier manifest is unchanged.
-    """
+def sealed(kind: str, version: int, content: Mapping[str, Any]) -> str:
+    """A JSON manifest of several files, in ASCII, with its kind, its version and a checksum of everything."""
     body = {"format": kind, "version": version, **content}
-    text = json.dumps({**body, "checksum": _seal_of(body)}, indent=1)
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="ascii")
+    return json.dumps({**body, "checksum": _seal_of(body)}, indent=1)
 
 
-def read_sealed(path: str | os.PathLike[str], kind: str, version: int) -> dict[str, Any]:
-    """Read and verify the content that `write_sealed` wrote.
+def read_sealed(path: str | os.PathLike[str], kind: str | None, version: int) -> dict[str, Any]:
+    """Read and verify a file that holds what `sealed` gave.
 
     Args:
         path: the manifest.
-        kind: its kind.
+        kind: its kind; None accepts any.
         version: the newest version that the caller reads.
 
     Raises:
@@ -503,7 +499,7 @@ def read_sealed(path: str | os.PathLike[str], kind: str, version: int) -> dict[s
         found, number, seal_found = body.pop("format"), int(body.pop("version")), body.pop("checksum")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptItemError(path, f"it is not a manifest ({error})") from error
-    if found != kind:
+    if kind is not None and found != kind:
         raise FormatError(
             f"{path} is of the kind {found!r}, not the kind {kind!r}. Give the path of the right manifest."
         )

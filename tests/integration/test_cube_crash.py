@@ -58,6 +58,8 @@ def test_a_dump_killed_at_any_moment_loses_nothing(tmp_path: Path) -> None:
             while (line := process.stdout.readline()) != "dead\n":
                 done = int(line)
             read = read_dump(folder)
+            current = json.loads((folder / "cube.json").read_text())["directory"]
+            assert {path.name for path in folder.iterdir()} == {".cube.json.lock", "cube.json", current}
             assert len(read.texts) == 12
             assert int(read.texts[0].memory.removeprefix("Turn ").rstrip(".")) in (done, done + 1)
         process.stdin.close()

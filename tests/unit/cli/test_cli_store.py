@@ -27,13 +27,15 @@ def test_verify_says_what_is_damaged_and_repair_clears_it(tmp_path: Path) -> Non
     assert run("verify", tmp_path)[0] == 0
     path = next(tmp_path.rglob("*.safetensors"))
     path.write_bytes(path.read_bytes()[:-1])
-    path.with_name(".dead.tmp").touch()
+    store.directory.joinpath(f".{path.name}.{'0' * 32}.tmp").touch()
 
     code, said = run("verify", tmp_path)
     assert code == 1
     assert str(path) in said
     assert "1 items sound" in said
     assert "1 damaged, 1 half written" in said
+    assert said.count("--repair deletes it") == 2
+    assert "nothing was deleted" in said
     code, said = run("verify", "--repair", tmp_path)
     assert code == 0
     assert "1 damaged, deleted, 1 half written, deleted" in said

@@ -22,9 +22,10 @@ from kvcag.errors import (
     StoreError,
     StoreUnavailableError,
 )
-from kvcag.stores.disk import DiskStore, verify
+from kvcag.stores.disk import DiskStore
 from kvcag.stores.dump import read_dump, write_dump
-from kvcag.stores.format import write_sealed
+from kvcag.stores.format import sealed
+from kvcag.stores.verify import verify
 from kvcag.testing import byte_tokenizer, tiny_model
 from tests.stored import FINGERPRINT, assert_same, random_item
 
@@ -231,7 +232,7 @@ def test_other_files_and_facts_are_dumped_too(tmp_path: Path) -> None:
 def test_the_next_dump_deletes_what_a_crash_left(tmp_path: Path) -> None:
     write_dump(tmp_path, "ours.json", [random_item("a")])
     DiskStore(tmp_path / f"ours.json-{'0' * 32}").put(random_item("half"))
-    (tmp_path / ".ours.json.0123.tmp").write_text("half")
+    (tmp_path / f".ours.json.{'1' * 32}.tmp").write_text("half")
     write_dump(tmp_path, "ours.json", [random_item("b")])
 
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
@@ -241,7 +242,7 @@ def test_the_next_dump_deletes_what_a_crash_left(tmp_path: Path) -> None:
 
 def test_a_manifest_that_names_a_file_outside_its_folder_is_refused(tmp_path: Path) -> None:
     for outside in ({"directory": "../elsewhere", "items": []}, {"directory": f"m-{'0' * 32}", "files": {"../x": ""}}):
-        write_sealed(tmp_path / "m", "kvcag-memory", 1, {"items": [], **outside})
+        (tmp_path / "m").write_text(sealed("kvcag-memory", 1, {"items": [], **outside}))
         with pytest.raises(CorruptItemError, match="outside"):
             read_dump(tmp_path, "m")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from kvcag.errors import CorruptItemError, StoreFullError, StoreUnavailableError
-from kvcag.stores.disk import DiskStore, verify
-from kvcag.stores.files import atomic_write, unavailable
+from kvcag.stores.disk import DiskStore
+from kvcag.stores.files import unavailable
 from kvcag.stores.format import item_to_bytes
 from tests.stored import assert_same, random_item
 
@@ -208,36 +208,21 @@ def test_a_file_in_the_place_of_another_item_is_not_taken_for_it(store: DiskStor
         store.get("b")
 
 
-def test_verify_finds_what_is_wrong_and_repair_clears_it(store: DiskStore) -> None:
-    for id in "abc":
-        store.put(random_item(id))
-    sound, flipped, cut = files(store)
-    flip(flipped)
-    cut.write_bytes(cut.read_bytes()[:100])
-    abandoned = sound.with_name(f".{sound.name}.0123.tmp")
-    abandoned.write_bytes(b"half")
-    foreign = store.directory / "model.safetensors"
-    foreign.write_bytes(b"weights of some model")
-
-    report = verify(store.path)
-    assert (report.sound, report.clean) == (1, False)
-    assert {path for path, _ in report.damaged} == {flipped, cut}
-    assert report.abandoned == [abandoned]
-    assert [path for path, _ in report.foreign] == [foreign]
-    assert len(files(store)) == 4  # a look changes nothing
-
-    assert store.verify(repair=True) == report
-    assert files(store) == sorted([sound, foreign])
-    assert verify(store.path).clean
-    assert not abandoned.exists()
+def test_an_access_time_in_the_future_keeps_no_item_for_ever(tmp_path: Path) -> None:
+    """It was the most recently used for as long as the future lasts."""
+    store = DiskStore(tmp_path, max_bytes=2 * SIZE + SIZE // 2)
+    put_in_order(store, "a", "b")
+    later = time.time() + 10 * 365 * 86_400
+    os.utime(store.file("a"), (later, later))
+    put_in_order(store, "c", "d")
+    assert sorted(store.keys()) == ["c", "d"]
 
 
-def test_repair_leaves_what_a_living_writer_is_writing(store: DiskStore) -> None:
-    with atomic_write(store.directory / "new.safetensors") as temporary:
-        temporary.write_bytes(item_to_bytes(random_item("new")))
-        report = verify(store.path, repair=True)
-        assert report.abandoned == []
-    assert verify(store.path).sound == 1
+def test_a_file_from_the_future_expires(tmp_path: Path) -> None:
+    store = DiskStore(tmp_path, ttl=3600)
+    store.put(random_item("a"))
+    os.utime(store.file("a"), (time.time() + 86_400,) * 2)
+    assert store.get("a") is None
 
 
 # --- the disk ---------------------------------------------------------------------------------------------------
@@ -290,7 +275,7 @@ def test_a_directory_that_vanished_is_made_again(store: DiskStore) -> None:
     assert_same(store.get("a"), random_item("a"))
 
 
-def flip(path: Path, at: int = -1) -> None:
+def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
-    data[at] ^= 1
+    data[-1] ^= 1
     path.write_bytes(data)
