@@ -54,11 +54,14 @@ class Reading:
     others: int = 0
 
 
-def read_paths(paths: Iterable[str]) -> Reading:
-    """Read files, folders and globs; each file once. Folders are read recursively and sorted, without hidden files.
+def read_texts(paths: Iterable[str], *, may_be_empty: bool = False) -> Reading:
+    """Read files, folders and globs; each file once. Says on stderr what it skips.
+
+    Folders are read recursively and sorted, without hidden files.
 
     Raises:
-        InvalidInputError: a path is missing, or a named file is blank, is not text or must be converted first.
+        InvalidInputError: a path is missing, or a named file is blank, is not text or must be converted first; or
+            there is no text, unless `may_be_empty`.
     """
     reading, seen = Reading(), set[str]()
     for path in paths:
@@ -75,16 +78,6 @@ def read_paths(paths: Iterable[str]) -> Reading:
                 reading.skipped.append((str(file), str(refused)))
                 if not isinstance(refused, EmptyPromptError):
                     reading.unreadable.add(source)
-    return reading
-
-
-def read_texts(paths: Sequence[str], *, may_be_empty: bool = False) -> Reading:
-    """`read_paths`, and say on stderr what was skipped.
-
-    Raises:
-        InvalidInputError: as `read_paths`, or there is no text.
-    """
-    reading = read_paths(paths)
     if not reading.texts and not may_be_empty:
         raise InvalidInputError("; ".join(reason for _, reason in reading.skipped))
     for _, reason in reading.skipped:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcag.cli.files import Text, read_corpus, read_paths, split
+from kvcag.cli.files import Text, read_corpus, read_texts, split
 from kvcag.demo.corpus import Topic, python_topics
 from kvcag.errors import EmptyPromptError, InvalidInputError
 from tests.commands import write
@@ -28,7 +28,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_folder_gives_its_texts_in_order_and_says_what_it_leaves_out(folder: Path) -> None:
-    reading = read_paths([str(folder)])
+    reading = read_texts([str(folder)])
     assert [(Path(text.metadata["source"]).name, text.text) for text in reading.texts] == [
         ("b.md", "# B"),
         ("c.jsonl", "one"),
@@ -42,12 +42,12 @@ def test_a_folder_gives_its_texts_in_order_and_says_what_it_leaves_out(folder: P
 
 
 def test_globs_and_overlapping_paths_read_each_file_once(folder: Path) -> None:
-    reading = read_paths([str(folder / "*.md"), str(folder / "b.md"), str(folder / "**" / "*.RST")])
+    reading = read_texts([str(folder / "*.md"), str(folder / "b.md"), str(folder / "**" / "*.RST")])
     assert [text.text for text in reading.texts] == ["# B", "A"]
 
 
 def test_a_file_that_is_named_is_read_whatever_its_suffix(tmp_path: Path) -> None:
-    assert read_paths([str(write(tmp_path / "main.py", "print()\n"))]).texts[0].text == "print()"
+    assert read_texts([str(write(tmp_path / "main.py", "print()\n"))]).texts[0].text == "print()"
 
 
 @pytest.mark.parametrize(
@@ -71,29 +71,29 @@ def test_a_file_that_is_named_and_cannot_be_read_is_refused(
     tmp_path: Path, name: str, content: bytes, complaint: str
 ) -> None:
     with pytest.raises(InvalidInputError, match=complaint):
-        read_paths([str(write(tmp_path / name, content))])
+        read_texts([str(write(tmp_path / name, content))])
 
 
 def test_what_is_missing_or_blank_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EmptyPromptError, match="empty"):
-        read_paths([str(write(tmp_path / "blank.txt", "\n"))])
+        read_texts([str(write(tmp_path / "blank.txt", "\n"))])
     for path, complaint in (("nowhere", "no such file or folder"), ("*.zzz", "nothing matches")):
         with pytest.raises(InvalidInputError, match=complaint):
-            read_paths([str(tmp_path / path)])
+            read_texts([str(tmp_path / path)])
 
 
 def test_a_folder_below_a_hidden_one_can_be_named(tmp_path: Path) -> None:
     folder = write(tmp_path / ".notes" / "2026" / "a.md", "text").parent
-    assert [text.text for text in read_paths([str(folder)]).texts] == ["text"]
+    assert [text.text for text in read_texts([str(folder)]).texts] == ["text"]
 
 
 def test_paths_keep_the_order_in_which_they_are_given(tmp_path: Path) -> None:
     paths = [str(write(tmp_path / name, name)) for name in ("z.txt", "a.txt")]
-    assert [text.text for text in read_paths(paths).texts] == ["z.txt", "a.txt"]
+    assert [text.text for text in read_texts(paths).texts] == ["z.txt", "a.txt"]
 
 
 def test_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:
-    assert read_paths([str(write(tmp_path / "a.txt", b"\xef\xbb\xbfhello"))]).texts[0].text == "hello"
+    assert read_texts([str(write(tmp_path / "a.txt", b"\xef\xbb\xbfhello"))]).texts[0].text == "hello"
 
 
 def test_a_corpus_has_titles_and_defaults_to_topics_of_python(tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ def test_jsonl_comes_back_as_it_was_written(
 ) -> None:
     lines = [json.dumps({"text": text, "title": title}, ensure_ascii=ascii_only) for text, title in records]
     file = write(tmp_path_factory.getbasetemp() / "a.jsonl", "\n".join(lines))
-    read = [(text.text, text.metadata["title"]) for text in read_paths([str(file)]).texts]
+    read = [(text.text, text.metadata["title"]) for text in read_texts([str(file)]).texts]
     assert read == [(text.strip(), title) for text, title in records]
 
 
