@@ -475,7 +475,8 @@ Ids: TypeAlias = tuple[int, ...]
 
 _SERVED = "served"
 """In the metadata of a stored `VLLMKVCacheItem`: its prompt and its tokens. A store keeps it without tensors."""
-_CORPUS = "corpus"
+_CORPORA = "corpora"
+"""In the metadata of an item that `sync` keeps: the names of the corpora that it belongs to."""
 _guard = threading.Lock()
 
 
@@ -560,6 +561,12 @@ class DocumentCache:
             )
         )
 
+    def update(self, id: str, metadata: Mapping[str, Any]) -> None:
+        """Change an item's metadata, if the item is there."""
+        stored = self.store.get(id)
+        if stored is not None:
+            self.store.put(stored.model_copy(update={"metadata": {**stored.metadata, **metadata}}))
+
     def get(self, id: str) -> Item | None:
         """The item, or None. Generating with its `memory` leaves the stored item as it is."""
         stored = self.store.get(id)
@@ -643,19 +650,26 @@ def diff(
     Raises:
         EmptyPromptError: a document is empty.
     """
+    wanted = _wanted(documents, corpus)
+    new = [key for key, (token_ids, *_) in wanted.items() if not documents.contains(head_ids, token_ids)]
+    gone = [key for key, manifest in documents.store.manifests() if key not in wanted and is_mine(manifest)]
+    return SyncDiff(wanted, new, gone)
+
+
+def _wanted(documents: DocumentCache, corpus: Iterable[Read]) -> dict[str, Read]:
     wanted: dict[str, Read] = {}
     for number, (token_ids, text, metadata) in enumerate(corpus, start=1):
         if not text.strip():
             raise EmptyPromptError(f"document {number} of the corpus is empty: leave it out")
         wanted[documents.key(token_ids)] = (token_ids, text, metadata)
-    store = documents.store
-    new = [key for key, (token_ids, *_) in wanted.items() if not documents.contains(head_ids, token_ids)]
-    gone = [key for key, manifest in store.manifests() if key not in wanted and is_mine(manifest)]
-    return SyncDiff(wanted, new, gone)
+    return wanted
 
 
 def sync(documents: DocumentCache, head_ids: Ids, corpus: Iterable[Read], name: str) -> SyncReport:
     """Encode what is new, keep what is the same, drop what is gone.
+
+    A document of several corpora stays until the last of them drops it. One that another door keeps, such as
+    `KVCacheMemory.add`, belongs to no corpus, and stays.
 
     Args:
         documents: where documents are kept.
@@ -666,12 +680,24 @@ def sync(documents: DocumentCache, head_ids: Ids, corpus: Iterable[Read], name: 
     Raises:
         EmptyPromptError: a document is empty. Nothing was changed.
     """
-    named = ((ids, text, {**metadata, _CORPUS: name}) for ids, text, metadata in corpus)
-    found = diff(documents, head_ids, named, lambda manifest: manifest.metadata.get(_CORPUS) == name)
-    for key in found.new:
-        documents.find_or_encode(head_ids, *found.wanted[key])
-    documents.store.delete(found.gone)
-    return SyncReport(len(found.new), len(found.wanted) - len(found.new), len(found.gone), list(found.wanted))
+    wanted = _wanted(documents, corpus)
+    labels: dict[str, list[str]] = {
+        key: manifest.metadata.get(_CORPORA, []) for key, manifest in documents.store.manifests()
+    }
+    encoded = 0
+    for key, (token_ids, text, metadata) in wanted.items():
+        names = list(dict.fromkeys([*labels.get(key, []), name]))
+        if not documents.contains(head_ids, token_ids):
+            documents.find_or_encode(head_ids, token_ids, text, {**metadata, _CORPORA: names})
+            encoded += 1
+        elif labels.get(key) and names != labels[key]:
+            documents.update(key, {_CORPORA: names})
+    gone = [key for key, names in labels.items() if name in names and key not in wanted]
+    shared = {key: rest for key in gone if (rest := [other for other in labels[key] if other != name])}
+    for key, rest in shared.items():
+        documents.update(key, {_CORPORA: rest})
+    documents.store.delete([key for key in gone if key not in shared])
+    return SyncReport(encoded, len(wanted) - encoded, len(gone), list(wanted))
 
 
 def same_ids(items: Sequence[Item]) -> Ids:

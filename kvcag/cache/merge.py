@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -186,7 +186,9 @@ class MergeHistory:
         with self._lock:
             self._contexts[namespace, context_ids] = merged
             if len(self._contexts) > self._remembered:
-                self._contexts.popitem(last=False)
+                counts = Counter(whose for whose, _ in self._contexts)
+                most = max(counts.values())  # a namespace with fewer loses none to another
+                del self._contexts[next(key for key in self._contexts if counts[key[0]] == most)]
 
     def clear(self, namespace: str) -> None:
         """Forget a namespace's contexts."""

@@ -78,9 +78,10 @@ class Run:
 class PrefixCache:
     """Finds the longest encoded prefix of a prompt.
 
-    What is inserted is copied, and what is found is only ever read: no generation sees another's cache. The least
-    recently used ends of contexts go first when the budget is full, a merged
-    one before an exact one of the same age. Safe to use from several threads.
+    What is inserted is copied, and what is found is only ever read: no generation sees another's cache. When the budget
+    is full, the least recently used end of a context goes first, a merged one before an exact one of the same age, of
+    the namespaces that hold more than an equal share: none can take what another holds within its share. Safe to use
+    from several threads.
 
     Args:
         max_bytes: the most to keep; 0 keeps nothing.
@@ -91,6 +92,7 @@ class PrefixCache:
         self.max_bytes = max_bytes
         self._turn_ids = np.asarray(sorted(turn_ids), dtype=np.int64)
         self.nbytes = 0
+        self._held: dict[str, int] = {}  # bytes of each namespace that has some
         self._roots: dict[tuple[str, bool], _Node] = {}
         self._clock = 0
         self._epochs: dict[str, int] = {}
@@ -182,7 +184,7 @@ class PrefixCache:
                 kept = contiguous_copy(cut(layers, matched))
                 leaf = _Node(wanted[matched:].copy(), kept, node, matched, used=self._clock, is_exact=not merged)
                 node.children[int(wanted[matched])] = leaf
-                self.nbytes += leaf.nbytes
+                self._count(namespace, leaf.nbytes)
             self._evict()
 
     def epoch(self, namespace: str = "") -> int:
@@ -216,7 +218,7 @@ class PrefixCache:
             for name in {name for name, _ in self._roots} if namespace is None else [namespace]:
                 self._epochs[name] = self._epochs.get(name, 0) + 1
             for root in [root for root in self._roots if namespace is None or root[0] == namespace]:
-                self.nbytes -= sum(node.nbytes for node in _below(self._roots.pop(root)))
+                self._count(root[0], -sum(node.nbytes for node in _below(self._roots.pop(root))))
 
     def _path(self, wanted: np.ndarray, namespace: str, merged: bool) -> list[tuple[_Node, int]]:
         """The nodes along `wanted`, each with how many of its tokens agree; all but the last agree in full."""
@@ -284,20 +286,29 @@ class PrefixCache:
         upper.children[int(node.token_ids[0])] = node
         return upper
 
+    def _count(self, namespace: str, nbytes: int) -> None:
+        self.nbytes += nbytes
+        self._held[namespace] = self._held.get(namespace, 0) + nbytes
+        if not self._held[namespace]:
+            del self._held[namespace]
+
     def _evict(self) -> None:
         while self.nbytes > self.max_bytes:
-            oldest = min(self._leaves(), key=lambda leaf: (leaf.used, leaf.is_exact))
+            share = self.max_bytes / len(self._held)
+            leaves = ((whose, leaf) for whose, leaf in self._leaves() if self._held[whose] > share)
+            whose, oldest = min(leaves, key=lambda each: (each[1].used, each[1].is_exact))
             above = oldest.parent
             assert above is not None
             del above.children[int(oldest.token_ids[0])]
-            self.nbytes -= oldest.nbytes
+            self._count(whose, -oldest.nbytes)
             while above is not None and above.shares(oldest):  # its memory is free only when nobody else holds it
                 above.layers = contiguous_copy(above.layers)
                 above = above.parent
 
-    def _leaves(self) -> Iterator[_Node]:
-        nodes = (node for root in self._roots.values() for node in _below(root))
-        return (node for node in nodes if not node.children and node.parent is not None)
+    def _leaves(self) -> Iterator[tuple[str, _Node]]:
+        """The ends of contexts, each with its namespace."""
+        nodes = ((whose, node) for (whose, _), root in self._roots.items() for node in _below(root))
+        return ((whose, node) for whose, node in nodes if not node.children and node.parent is not None)
 
 
 def agreeing(left: np.ndarray, right: np.ndarray) -> int:

@@ -53,7 +53,8 @@ class DiskStore(KVStore):
         quantize: `"int8"` halves the files of a bfloat16 model. Items are read in the model's dtype.
         namespace: whose items these are. Two namespaces share no file, and neither finds an item of the other.
         salt: a secret of the server, part of every file name. Without it, the names do not reveal which texts are
-            stored. Use the same salt to find the items again.
+            stored. Use the same salt to find the items again. None: the environment variable `KVCAG_SALT`, which so
+            reaches every store that adapters, cubes and commands open by a path.
 
     Raises:
         StoreUnavailableError: the directory cannot be created.
@@ -67,7 +68,7 @@ class DiskStore(KVStore):
         ttl: float | None = None,
         quantize: Quantize = None,
         namespace: str = "",
-        salt: bytes = b"",
+        salt: bytes | None = None,
     ) -> None:
         self.max_bytes, self.ttl, self.quantize = max_bytes, ttl, quantize
         self.path = Path(path)

@@ -87,7 +87,7 @@ def write_dump(
                 # directory is unfinished.
                 with atomic_write(manifest) as temporary:
                     name = f"{filename}-{temporary.name.removesuffix(TEMPORARY)[-32:]}"
-                    store = DiskStore(root / name)
+                    store = DiskStore(root / name, salt=b"")  # a dump is read where the salt is another
                     contents = _Contents(directory=name, items=[], about=dict(about or {}))
                     for item in items:
                         store.put(item)
@@ -152,7 +152,7 @@ def read_dump(
 def _read(root: Path, filename: str, contents: _Contents, expected: ModelFingerprint | None) -> Dump:
     directory = root / contents.directory
     paths = {name: directory / name for name in contents.files}
-    store = DiskStore(directory) if directory.is_dir() else None
+    store = DiskStore(directory, salt=b"") if directory.is_dir() else None
     located = [(key, store.file(key) if store else directory) for key in contents.items]
     for path in (*paths.values(), *(path for _, path in located)):
         if not path.is_file():

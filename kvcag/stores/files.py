@@ -24,6 +24,7 @@ else:
 SUFFIX = ".safetensors"
 TEMPORARY = ".tmp"
 _STALE_SECONDS = 3600.0
+_SALT = "KVCAG_SALT"
 
 _ADVICE = {
     errno.ENOSPC: "the disk is full: free some space, or give the store a smaller max_bytes",
@@ -169,13 +170,15 @@ class Names:
 
     Args:
         namespace: whose items these are.
-        salt: a secret of the server.
+        salt: a secret of the server; None is the environment variable `KVCAG_SALT`, if it is set.
 
     Attributes:
         space: the name of the namespace, 32 hex digits.
     """
 
-    def __init__(self, namespace: str = "", salt: bytes = b"") -> None:
+    def __init__(self, namespace: str = "", salt: bytes | None = None) -> None:
+        if salt is None:
+            salt = os.environ.get(_SALT, "").encode("utf-8", "surrogateescape")
         self._secret = hmac.digest(salt, namespace.encode("utf-8", "surrogatepass"), "sha256")
         self.space = self._digest("namespace")[:32]
 

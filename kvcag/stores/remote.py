@@ -35,7 +35,13 @@ class FsspecStore(KVStore):
     """
 
     def __init__(
-        self, url: str, *, quantize: Quantize = None, namespace: str = "", salt: bytes = b"", **storage_options: Any
+        self,
+        url: str,
+        *,
+        quantize: Quantize = None,
+        namespace: str = "",
+        salt: bytes | None = None,
+        **storage_options: Any,
     ) -> None:
         fs, root = _open(url, storage_options)
         if "file" in ([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol):
@@ -170,7 +176,9 @@ class ByteKVStore(FsspecStore):
         salt: as for `DiskStore`.
     """
 
-    def __init__(self, store: ByteStore, *, quantize: Quantize = None, namespace: str = "", salt: bytes = b"") -> None:
+    def __init__(
+        self, store: ByteStore, *, quantize: Quantize = None, namespace: str = "", salt: bytes | None = None
+    ) -> None:
         self.store = store
         self._set(_ByteFiles(store), "kvcag", type(store).__name__, quantize, Names(namespace, salt))
 
