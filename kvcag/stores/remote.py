@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+import errno
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 from kvcag.core import KVCacheItem
@@ -12,6 +14,8 @@ from kvcag.stores.base import KVStore, StoreStats
 from kvcag.stores.files import SUFFIX, Names
 from kvcag.stores.format import Manifest, Quantize, item_from_bytes, item_to_bytes, parse_header, parse_id
 
+_WITH_BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "ossfs", "cos", "obs", "tos"}
+"""Protocols whose addresses begin with a bucket that has to exist. In others a folder exists once it holds a file."""
 _HEAD = 64 << 10  # bytes of the first request for a head; most heads are smaller
 
 
@@ -44,14 +48,26 @@ class FsspecStore(KVStore):
         **storage_options: Any,
     ) -> None:
         fs, root = _open(url, storage_options)
-        if "file" in ([fs.protocol] if isinstance(fs.protocol, str) else fs.protocol):
+        protocols = {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
+        if "file" in protocols:
             raise InvalidInputError(f"{url} is a local path. Use DiskStore, whose writes are atomic and durable.")
-        self._set(fs, root, url, quantize, Names(namespace, salt))
+        self._set(lambda: _open(url, storage_options)[0], root, url, quantize, Names(namespace, salt))
+        if protocols & _WITH_BUCKETS:
+            self._unseen_bucket = root.strip("/").split("/")[0]
 
-    def _set(self, fs: Any, root: str, url: str, quantize: Quantize, names: Names) -> None:
-        self._fs, self.url, self.quantize, self._names = fs, url, quantize, names
+    def _set(self, connect: Callable[[], Any], root: str, url: str, quantize: Quantize, names: Names) -> None:
+        self._connect, self._connected = connect, (os.getpid(), connect())
+        self.url, self.quantize, self._names = url, quantize, names
         self.directory = f"{root.rstrip('/')}/{names.space}"
         self._hits = self._misses = 0
+        self._unseen_bucket = ""
+
+    @property
+    def _fs(self) -> Any:
+        """The file system. A forked child gets one of its own: it cannot share its parent's connection and threads."""
+        if self._connected[0] != os.getpid():
+            self._connected = os.getpid(), self._connect()
+        return self._connected[1]
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.url}>"
@@ -62,7 +78,11 @@ class FsspecStore(KVStore):
         data = self._read(path)
         self._hits += data is not None
         self._misses += data is None
-        return None if data is None else item_from_bytes(bytearray(data), self._shown(path))
+        if data is None:
+            return None
+        item = item_from_bytes(bytearray(data), self._shown(path))
+        self._check_id(key, item.id)
+        return item
 
     def put(self, item: KVCacheItem) -> None:
         """Write the item's object."""
@@ -80,7 +100,10 @@ class FsspecStore(KVStore):
         """Whether the item has an object."""
         with self._reached():
             self._fs.invalidate_cache()
-            return bool(self._fs.exists(self._path(key)))
+            found = bool(self._fs.exists(self._path(key)))
+        if not found:
+            self._check_bucket()
+        return found
 
     def keys(self) -> Iterator[str]:
         """The ids, from the heads of the objects, one request each. Damaged objects are left out."""
@@ -94,7 +117,11 @@ class FsspecStore(KVStore):
         """From the object's head. The tensors are not transferred."""
         path = self._path(key)
         head = self._head(path)
-        return None if head is None else parse_header(head, self._shown(path)).manifest
+        if head is None:
+            return None
+        manifest = parse_header(head, self._shown(path)).manifest
+        self._check_id(key, manifest.id)
+        return manifest
 
     def stats(self) -> StoreStats:
         """Lists the objects."""
@@ -104,15 +131,30 @@ class FsspecStore(KVStore):
     def _path(self, key: str) -> str:
         return f"{self.directory}/{self._names.file(key)}"
 
+    def _check_id(self, key: str, found: str) -> None:
+        if found != key:
+            raise CorruptItemError(self._shown(self._path(key)), f"it should hold item {key!r} and holds {found!r}")
+
+    def _check_bucket(self) -> None:
+        """Tell a miss from a bucket that does not exist, at the first miss."""
+        if not self._unseen_bucket:
+            return
+        with self._reached():
+            exists = bool(self._fs.exists(self._unseen_bucket))
+        if not exists:
+            raise StoreUnavailableError(
+                errno.ENOENT, f"there is no bucket {self._unseen_bucket!r}: check the address", self.url
+            )
+        self._unseen_bucket = ""
+
     def _shown(self, path: str) -> str:
         return str(self._fs.unstrip_protocol(path))
 
     def _read(self, path: str, end: int | None = None) -> bytes | None:
-        with self._reached():
-            try:
-                return bytes(self._fs.cat_file(path, start=None if end is None else 0, end=end))
-            except FileNotFoundError:
-                return None
+        with self._reached(), contextlib.suppress(FileNotFoundError):
+            return bytes(self._fs.cat_file(path, start=None if end is None else 0, end=end))
+        self._check_bucket()
+        return None
 
     def _head(self, path: str) -> bytes | None:
         start = self._read(path, _HEAD)
@@ -125,10 +167,11 @@ class FsspecStore(KVStore):
         """Path → bytes of each object."""
         with self._reached():
             self._fs.invalidate_cache()
-            try:
+            found: dict[str, Any] = {}
+            with contextlib.suppress(FileNotFoundError):
                 found = self._fs.find(self.directory, detail=True)
-            except FileNotFoundError:
-                return {}
+        if not found:
+            self._check_bucket()
         return {path: int(info["size"] or 0) for path, info in found.items() if path.endswith(SUFFIX)}
 
     @contextlib.contextmanager
@@ -170,17 +213,30 @@ class ByteKVStore(FsspecStore):
     """Items in a store of bytes by key, such as a LangChain `ByteStore` over Redis. An item is two values.
 
     Args:
-        store: where the bytes go.
+        store: where the bytes go, or a function that connects to it. A forked child calls the function again, and so
+            gets a connection of its own; a store without a function is used as it is there.
         quantize: as for `DiskStore`.
         namespace: as for `DiskStore`.
         salt: as for `DiskStore`.
     """
 
     def __init__(
-        self, store: ByteStore, *, quantize: Quantize = None, namespace: str = "", salt: bytes | None = None
+        self,
+        store: ByteStore | Callable[[], ByteStore],
+        *,
+        quantize: Quantize = None,
+        namespace: str = "",
+        salt: bytes | None = None,
     ) -> None:
-        self.store = store
-        self._set(_ByteFiles(store), "kvcag", type(store).__name__, quantize, Names(namespace, salt))
+        connect: Callable[[], Any] = store if callable(store) else lambda: store
+        self._set(lambda: _ByteFiles(connect()), "kvcag", "", quantize, Names(namespace, salt))
+        self.url = type(self.store).__name__
+
+    @property
+    def store(self) -> ByteStore:
+        """Where the bytes go."""
+        files: _ByteFiles = self._fs
+        return files.store
 
 
 class _ByteFiles:

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import os
 import uuid
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import pytest
+from fsspec import AbstractFileSystem
+from fsspec.registry import _registry
 
 from kvcag.errors import CorruptItemError, InvalidInputError, MissingExtraError, StoreUnavailableError
 from kvcag.stores.base import KVStore
@@ -212,3 +215,91 @@ def _spoil(store: Any) -> None:
     data = bytearray(store._fs.cat_file(path))
     data[-1] ^= 1
     store._fs.pipe_file(path, bytes(data))
+
+
+def test_an_item_under_another_item_s_name_is_not_served(place: Any) -> None:
+    """A's bytes under B's name were answered with as B."""
+    store = place()
+    store._fs.pipe_file(store._path("b"), bytes(item_to_bytes(random_item("a"))))
+    for read in (store.get, store.manifest):
+        with pytest.raises(CorruptItemError, match="it should hold item 'b' and holds 'a'"):
+            read("b")
+
+
+class Buckets(AbstractFileSystem):  # type: ignore[misc]
+    """An object store with one bucket, whose connection cannot be used in a forked child, as fsspec's cannot."""
+
+    protocol = "s3"
+    objects: ClassVar[dict[str, bytes]] = {}
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.pid = os.getpid()
+
+    def _mine(self) -> None:
+        if self.pid != os.getpid():
+            raise RuntimeError("This class is not fork-safe")
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
+        self._mine()
+        if path not in self.objects:
+            raise FileNotFoundError(path)
+        return self.objects[path][start:end]
+
+    def pipe_file(self, path: str, value: bytes, **_: Any) -> None:
+        self._mine()
+        self.objects[path] = value
+
+    def exists(self, path: str, **_: Any) -> bool:
+        self._mine()
+        return path == "bucket" or path in self.objects
+
+    def find(self, path: str, **_: Any) -> dict[str, Any]:
+        self._mine()
+        return {key: {"size": len(data)} for key, data in self.objects.items() if key.startswith(path)}
+
+
+@pytest.fixture
+def _buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Buckets, "objects", {})
+    monkeypatch.setitem(_registry, "s3", Buckets)
+
+
+@pytest.mark.usefixtures("_buckets")
+@pytest.mark.parametrize("use", ["get", "manifest", "contains", "keys", "stats"])
+def test_a_mistyped_bucket_is_an_error_and_not_a_miss(use: str) -> None:
+    def used(url: str) -> Any:
+        found = getattr(FsspecStore(url), use)(*([] if use in ("keys", "stats") else ["a"]))
+        return list(found) if use == "keys" else found
+
+    assert not used("s3://bucket/kv") or use == "stats"
+    with pytest.raises(StoreUnavailableError, match="there is no bucket 'buckte'"):
+        used("s3://buckte/kv")
+
+
+def in_a_child(work: Callable[[], bool]) -> bool:
+    child = os.fork()
+    if not child:
+        try:
+            os._exit(0 if work() else 1)
+        finally:
+            os._exit(2)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.usefixtures("_buckets")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_gets_a_connection_of_its_own() -> None:
+    class Connection(Bytes):
+        def __init__(self) -> None:
+            self.pid, self.data = os.getpid(), shared
+
+        def mget(self, keys: Sequence[str]) -> list[bytes | None]:
+            assert self.pid == os.getpid()
+            return super().mget(keys)
+
+    shared: dict[str, bytes] = {}
+    for store in (FsspecStore("s3://bucket/kv"), ByteKVStore(Connection)):
+        store.put(random_item("a"))
+        assert in_a_child(lambda store=store: store.get("a") is not None)  # type: ignore[misc]
+        assert store.get("a") is not None
