@@ -40,7 +40,7 @@ from kvcag.engines.hf import HFEngine
 from kvcag.engines.sampling import Sampling
 from kvcag.errors import CacheWarning, EmptyPromptError, InvalidInputError, StoreError, UnknownItemError
 from kvcag.stores.base import MADE_OF, KVStore
-from kvcag.stores.disk import DiskStore
+from kvcag.stores.disk import FOLDER_BYTES, DiskStore
 from kvcag.stores.dump import read_dump, write_dump
 from kvcag.stores.memory import MemoryStore
 
@@ -65,7 +65,7 @@ class KVCacheMemory:
         engine: the model that encodes and answers: a hub id, a folder, or an engine. A `VLLMEngine` is sent documents
             ahead and keeps their keys and values itself: its items are prompts, and a merge is the prompt of all of
             them, in order.
-        store: where items live: a store, or a folder. In memory by default.
+        store: where items live: a store, or a folder, which then holds 64 GiB at most. In memory by default.
         instruction: stands before the documents, in the system turn.
         separator: ends every text that does not end with it, so that documents do not run together.
         namespace: separates what this memory encodes from other namespaces' recent contexts, and its files where
@@ -557,13 +557,13 @@ class KVCacheMemory:
 def open_store(store: KVStore | str | PathLike[str] | None, engine: Engine, namespace: str = "") -> KVStore:
     """A store as it is; a `DiskStore` at a path; for None one in memory, for all of a namespace's over this engine.
 
-    The one in memory holds `DEFAULT_STORE_BYTES` and forgets what was not used for longest; pass a `MemoryStore` for
-    another budget.
+    At a path it holds `FOLDER_BYTES` (64 GiB), in memory `DEFAULT_STORE_BYTES` (4 GiB), and forgets what was not used
+    for longest; pass a `DiskStore` or a `MemoryStore` for another budget.
     """
     if isinstance(store, KVStore):
         return store
     if store is not None:
-        return DiskStore(Path(store), namespace=namespace)
+        return DiskStore(Path(store), FOLDER_BYTES, namespace=namespace)
     with _stores_lock:
         return _stores.setdefault(engine, {}).setdefault(namespace, MemoryStore(DEFAULT_STORE_BYTES))
 

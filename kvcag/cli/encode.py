@@ -36,9 +36,9 @@ class Encoding:
 
     def open(self) -> KVStore:
         """Open the store, or make one."""
-        from kvcag.stores.disk import DiskStore
+        from kvcag.stores.disk import FOLDER_BYTES, DiskStore
 
-        return DiskStore(self.store or common.default_store(), namespace=self.namespace)
+        return DiskStore(self.store or common.default_store(), FOLDER_BYTES, namespace=self.namespace)
 
     def memory(self, store: KVStore) -> KVCacheMemory:
         """Load the model. The store was opened before: that fails sooner."""
@@ -171,7 +171,10 @@ def _made_here(memory: KVCacheMemory, path: str, unreadable: set[str]) -> Callab
 def _report(
     facts: dict[str, Any], line: str, diff: SyncDiff, reading: Reading, memory: KVCacheMemory, as_json: bool
 ) -> None:
-    place = getattr(memory.store, "path", None)
+    place, stored = getattr(memory.store, "path", None), memory.store.stats()
+    if stored.evictions:
+        room = common.size(stored.max_bytes or 0)
+        common.say(f"{common.counted(stored.evictions, 'item')} evicted: the store holds {room}.")
     if as_json:
         skipped = [{"path": path, "reason": reason} for path, reason in reading.skipped]
         common.emit({**facts, "store": place, "ids": list(diff.wanted), "skipped": skipped})

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from kvcag.cli import common
 from kvcag.errors import CorruptItemError, FormatError, InvalidInputError, StoreUnavailableError, UnknownItemError
 from kvcag.stores.base import MADE_OF, SOURCE_FIELDS, KVStore
-from kvcag.stores.disk import DiskStore
+from kvcag.stores.disk import FOLDER_BYTES, DiskStore
 from kvcag.stores.files import Names
 from kvcag.stores.format import Manifest
 
@@ -121,7 +121,7 @@ def open_existing(path: Path | None, namespace: str) -> DiskStore | None:
         raise InvalidInputError(
             f"{folder}: no such folder. Name the store's with --store, or make one: kvcag encode PATH --store {folder}"
         )
-    return DiskStore(folder, namespace=namespace) if (folder / Names(namespace).space).is_dir() else None
+    return DiskStore(folder, FOLDER_BYTES, namespace=namespace) if (folder / Names(namespace).space).is_dir() else None
 
 
 def read_entries(store: KVStore | None) -> tuple[list[Entry], int]:

@@ -36,6 +36,8 @@ from kvcag.stores.format import Manifest, Quantize, item_from_file, read_id, rea
 from kvcag.stores.verify import VerifyReport, leftovers, verify
 
 _PIN = ".pin"
+FOLDER_BYTES = 64 << 30
+"""The budget of a store that is opened by a path alone, in bytes of its files."""
 _RECOUNT_SECONDS = 5.0
 """How long this process relies on its own count of the bytes. Other processes may write in the meantime."""
 _CLOCKS_DIFFER_SECONDS = 60

@@ -13,7 +13,7 @@ from kvcag.cache.layers import cache_of, contiguous_copy, layers_of
 from kvcag.core import KVCacheItem
 from kvcag.errors import InvalidInputError, StoreError, StoreFullError
 from kvcag.stores.base import KVStore, StoreStats
-from kvcag.stores.disk import DiskStore
+from kvcag.stores.disk import FOLDER_BYTES, DiskStore
 from kvcag.stores.format import Manifest
 from kvcag.stores.memory import MemoryStore
 
@@ -36,7 +36,7 @@ class TieredStore(KVStore):
     tier is copied into the faster ones. Each tier keeps its own budget.
 
     Args:
-        tiers: stores, the fastest first. A path is a `DiskStore`.
+        tiers: stores, the fastest first. A path is a `DiskStore` of 64 GiB.
         prefetch_threads: how many items `prefetch` fetches at once.
 
     Raises:
@@ -46,7 +46,7 @@ class TieredStore(KVStore):
     def __init__(self, tiers: Sequence[KVStore | str | os.PathLike[str]], *, prefetch_threads: int = 4) -> None:
         if not tiers:
             raise InvalidInputError("a TieredStore needs at least one tier")
-        self.tiers = [tier if isinstance(tier, KVStore) else DiskStore(tier) for tier in tiers]
+        self.tiers = [tier if isinstance(tier, KVStore) else DiskStore(tier, FOLDER_BYTES) for tier in tiers]
         self._pool = ThreadPoolExecutor(prefetch_threads, thread_name_prefix="kvcag-prefetch")
         self._coming: dict[str, Future[KVCacheItem | None]] = {}
         self._lock = threading.Lock()

@@ -415,3 +415,17 @@ def test_what_a_disk_kept_is_merged_on_the_models_device(tmp_path: Path, head: s
     ids = memory.sync(["Alice has a red bicycle.", "Bob has a green car."]).ids
     merged = memory.merge(ids, "Who?")
     assert {keys.device.type for keys, _ in layers_of(merged.cache)} == {"cuda"}
+
+
+def test_a_folder_that_is_opened_by_its_path_has_a_byte_budget(
+    tiny_engine: HFEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It grew until the disk was full."""
+    budget = 40_000
+    monkeypatch.setattr("kvcag.memory.FOLDER_BYTES", budget)
+    memory = KVCacheMemory(tiny_engine, tmp_path)
+    memory.add([f"Text number {number}, of some length." for number in range(20)])
+    stats = memory.store.stats()
+    assert stats.max_bytes == budget
+    assert 0 < stats.bytes <= budget
+    assert stats.evictions > 0
