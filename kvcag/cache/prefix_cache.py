@@ -34,7 +34,7 @@ class _Node:
     children: dict[int, _Node] = field(default_factory=dict)
     used: int = 0
     is_exact: bool = True
-    openings: dict[bytes, int] | None = None  # of the turns whose first tokens end in this node: where they stand
+    openings: dict[bytes, list[int]] | None = None  # of the turns whose first tokens end in this node: where they stand
 
     @property
     def nbytes(self) -> int:
@@ -51,6 +51,9 @@ def _memory(node: _Node) -> int:
 
 _SHORTEST_RUN = 32
 """Tokens that a prompt and a recent context have in common, at least, to be found by `PrefixCache.runs`."""
+
+_TRIED = 64
+"""Places with the same 32 tokens that are compared, at most: a chat may say the same a thousand times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +141,13 @@ class PrefixCache:
             for node in [node for merged in (False, True) for node in _below(self._roots.get((namespace, merged)))]:
                 known = self._openings_of(node)
                 for opening in sought & known.keys():
-                    places.setdefault(opening, []).append((node, known[opening]))
+                    places.setdefault(opening, []).extend((node, stood) for stood in known[opening])
             for opening, at in openings:
                 if opening not in places or (found and at < found[-1].end):
                     continue
                 begin = max(at, start)
-                runs = [self._run(node, stood + begin - at, wanted, begin) for node, stood in places[opening]]
+                tried = places[opening][:_TRIED]
+                runs = [self._run(node, stood + begin - at, wanted, begin) for node, stood in tried]
                 longest = max(runs, key=lambda run: run.length)  # the first of equals: an exact one
                 if longest.length >= _SHORTEST_RUN:
                     found.append(longest)
@@ -241,14 +245,16 @@ class PrefixCache:
         places = np.flatnonzero(np.isin(token_ids[start:last], self._turn_ids)) + start
         return [(token_ids[at : at + _SHORTEST_RUN].tobytes(), int(at)) for at in places]
 
-    def _openings_of(self, node: _Node) -> dict[bytes, int]:
+    def _openings_of(self, node: _Node) -> dict[bytes, list[int]]:
         """The openings that end in a node; they may begin in nodes above it."""
         if node.openings is None:
             token_ids, above = node.token_ids, node.parent
             while above is not None and (missing := len(node.token_ids) + _SHORTEST_RUN - 1 - len(token_ids)) > 0:
                 token_ids, above = np.concatenate([above.token_ids[-missing:], token_ids]), above.parent
             first = node.start + len(node.token_ids) - len(token_ids)
-            node.openings = {opening: first + at for opening, at in self._openings(token_ids)}
+            node.openings = {}
+            for opening, at in self._openings(token_ids):
+                node.openings.setdefault(opening, []).append(first + at)
         return node.openings
 
     def _run(self, node: _Node, stood: int, wanted: np.ndarray, start: int) -> Run:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from operator import itemgetter
 from typing import Any, TypeVar
 
+from langchain_core.documents import Document as LangChainDocument
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.messages import (
     AIMessage,
@@ -32,6 +33,7 @@ from pydantic import BaseModel
 from kvcag.adapters import with_tools
 from kvcag.chat_template import ChatTemplate, Document, Message
 from kvcag.core import Chunk, Usage
+from kvcag.documents import segment
 from kvcag.engines.constrain import ConstraintLike, Grammar, JsonSchema, close_objects
 from kvcag.errors import InvalidInputError, UnsupportedContentError
 from kvcag.tools import Parsed, ToolSpec
@@ -115,7 +117,9 @@ def _content(message: BaseMessage, marked: bool) -> str | list[str]:
     """The text, or a list of texts and documents."""
     blocks = _blocks(message)
     texts = [_text(block, message) for block in blocks]
-    if not isinstance(message, SystemMessage | HumanMessage):
+    if isinstance(message, ToolMessage) and not any(_marks(message)):
+        return _with_artifact("".join(texts), message.artifact)
+    if not isinstance(message, SystemMessage | HumanMessage | ToolMessage):
         return "".join(texts)
     in_system = len(texts) > 1 and isinstance(message, SystemMessage)
     documents = _marks(message) if marked else [in_system] * len(texts)
@@ -125,6 +129,21 @@ def _content(message: BaseMessage, marked: bool) -> str | list[str]:
     if noted := noted_documents(message):
         shown[noted[-1]] = Document(texts[noted[-1]], message.additional_kwargs.get(_ENDING, ""))
     return shown
+
+
+def _with_artifact(text: str, artifact: object) -> str | list[str]:
+    """A tool's result, in which the documents of its artifact are documents, as far as it shows them."""
+    found, at = list[str](), 0
+    for document in artifact if isinstance(artifact, list | tuple) else ():
+        content = document.page_content if isinstance(document, LangChainDocument) else ""
+        start = text.find(content, at) if content.strip() else -1
+        if start < 0:
+            continue
+        kept = segment(content)
+        shown = kept if text.startswith(kept, start) else content
+        found += [text[at:start], Document(shown, kept[len(shown) :])]
+        at = start + len(shown)
+    return [*found, text[at:]] if found else text
 
 
 def _blocks(message: BaseMessage) -> list[str | dict[str, Any]]:

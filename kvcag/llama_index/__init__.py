@@ -14,6 +14,7 @@ from kvcag.llama_index.llm import KVCacheLLM
 from kvcag.llama_index.memory_block import CAGMemoryBlock
 from kvcag.llama_index.messages import DOCUMENT_END, document_blocks
 from kvcag.llama_index.query_engine import CAGQueryEngine
+from kvcag.llama_index.retriever_tool import CAGRetrieverTool
 from kvcag.llama_index.synthesizer import CAGSynthesizer, RoundsWarning
 from kvcag.llama_index.watching import SchedulerEventHandler
 
@@ -24,6 +25,7 @@ __all__ = [
     "CAGContextChatEngine",
     "CAGMemoryBlock",
     "CAGQueryEngine",
+    "CAGRetrieverTool",
     "CAGSynthesizer",
     "CubeRetriever",
     "DocstoreTexts",

@@ -122,3 +122,37 @@ def test_threads_never_see_half_a_split() -> None:
     threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
     run_together(threads)
     assert wrong == []
+
+
+def test_a_run_is_found_where_it_goes_on_longest() -> None:
+    """Two turns that began alike were one: the later one."""
+    cache = PrefixCache(1 << 20, turn_ids=[1])
+    turn, other = [1, *range(10, 50)], [1, *range(60, 100)]
+    context = [2, *turn, *other, *turn, 3]
+    cache.insert(context, layers_for(context))
+    prompt = [4, *turn, *other, 5]
+    [run] = cache.runs(prompt, 1)
+    assert (run.start, run.stood, run.length) == (1, 1, 82)
+    kept = concat(run.pieces)
+    assert torch.equal(kept[0][0], layers_for(context)[0][0][..., 1:83, :])
+
+
+def test_a_run_goes_on_through_the_parts_of_split_contexts() -> None:
+    cache = PrefixCache(1 << 20, turn_ids=[1])
+    turn = [1, *range(10, 90)]
+    context = [2, *turn]
+    for inserted in (context, [*context[:30], 7], [*context[:45], 7]):  # the first is split where the others leave it
+        cache.insert(inserted, layers_for(inserted))
+    [run] = cache.runs([4, *turn], 0)
+    assert (run.start, run.stood, run.length) == (1, 1, 81)
+    [run] = cache.runs([4, *turn], 11)  # from within a turn on
+    assert (run.start, run.stood, run.length) == (11, 11, 71)
+
+
+def test_a_run_is_32_tokens_at_least_and_of_one_namespace() -> None:
+    cache = PrefixCache(1 << 20, turn_ids=[1])
+    context = [2, 1, *range(10, 41)]
+    cache.insert(context, layers_for(context), "mine")
+    assert len(cache.runs([4, *context[1:]], 1, "mine")) == 1
+    assert cache.runs([4, *context[1:-1]], 1, "mine") == []
+    assert cache.runs([4, *context[1:]], 1) == []
