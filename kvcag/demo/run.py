@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 
-from kvcag.chat_template import Message, Prompt
+from kvcag.chat_template import Prompt
 from kvcag.contexts import DEFAULT_RATIO, Strategy
 from kvcag.core import Answer, Chunk
 from kvcag.demo.corpus import Topic
@@ -114,10 +114,9 @@ class Demonstration:
 
     def ask(self, question: str, on_full: OnText, on_cached: OnText) -> Comparison:
         """Answer a question by a full prefill, then from the caches. Both answers are streamed to the callbacks."""
-        full = Answer.of(_shown(self.uncached.stream(self._prompt(question), self.sampling), on_full))
-        chunks = self.memory.stream(
-            self._messages(question), strategy=self.strategy, ratio=self.ratio, sampling=self.sampling
-        )
+        prompt = self._prompt(question)
+        full = Answer.of(_shown(self.uncached.stream(prompt, self.sampling), on_full))
+        chunks = self.memory.stream(prompt, strategy=self.strategy, ratio=self.ratio, sampling=self.sampling)
         cached = Answer.of(_shown(chunks, on_cached))
         report = cached.report
         assert report is not None  # the prompt has documents
@@ -134,11 +133,9 @@ class Demonstration:
             same_answer=cached.text == full.text,
         )
 
-    def _messages(self, question: str) -> list[Message]:
-        return insert_documents(INSTRUCTION, self.texts, [{"role": "user", "content": question}])
-
     def _prompt(self, question: str) -> Prompt:
-        return self.uncached.template.prompt(self._messages(question))
+        messages = insert_documents(INSTRUCTION, self.texts, [{"role": "user", "content": question}])
+        return self.uncached.template.prompt(messages)
 
 
 def _shown(chunks: Iterator[Chunk], on_text: OnText) -> Iterator[Chunk]:
