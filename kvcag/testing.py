@@ -28,7 +28,7 @@ from kvcag.chat_template import ChatTemplate, Prompt, common_length
 from kvcag.core import Chunk, ContextPrompt, EncodedItem, FinishReason, MergedContext, Usage
 from kvcag.engines.base import Engine
 from kvcag.engines.constrain import Constraint, ConstraintCompiler, ConstraintLike
-from kvcag.engines.decode import Detokenizer, StopStrings, ThinkingFilter
+from kvcag.engines.decode import Account, Detokenizer, FoundPrefix, StopStrings, ThinkingFilter
 from kvcag.engines.sampling import Sampling
 from kvcag.errors import EmptyPromptError, UnsupportedModelError
 from kvcag.fingerprint import ModelFingerprint
@@ -209,11 +209,12 @@ class EchoEngine(Engine):
         detokenizer, stop = Detokenizer(self.tokenizer), StopStrings(sampling.stop)
         thinking = ThinkingFilter(prompt.thinking, strips=sampling.strip_thinking)
         first_at, said = time.perf_counter(), 0
+        context = Account.of(prompt, None, FoundPrefix(cached, [], is_merged=False), 0, started).context
 
         def usage() -> Usage:
             created = len(prompt.token_ids) - cached
             now = time.perf_counter()
-            return Usage(len(prompt.token_ids), cached, created, said, first_at - started, now - started)
+            return Usage(len(prompt.token_ids), cached, created, said, first_at - started, now - started, context)
 
         for token in answer_ids[:budget]:
             said += 1

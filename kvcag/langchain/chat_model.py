@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
 from contextlib import aclosing, closing
 from os import PathLike, fspath
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -14,7 +14,9 @@ from langchain_core.language_models.chat_models import agenerate_from_stream, ge
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.prompts import BasePromptTemplate
-from langchain_core.runnables import Runnable
+from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig, RunnableWithFallbacks
+from langchain_core.runnables.base import RunnableBindingBase
+from langchain_core.runnables.configurable import DynamicRunnable
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, Field, PrivateAttr, SkipValidation, model_validator
@@ -301,10 +303,14 @@ class ChatKVCAG(BaseChatModel):
         LangChain drops bound arguments in `bind_tools`, `with_structured_output` and agents (langchain#30983); a field
         stays.
         """
-        if "cached_content" not in kwargs:
-            return super().bind(**kwargs)
-        model = self.model_copy(update={"cached_content": kwargs.pop("cached_content")})
-        return model.bind(**kwargs) if kwargs else model
+        model = self
+        if "cached_content" in kwargs:
+            model = self.model_copy(update={"cached_content": kwargs.pop("cached_content")})
+        return _Bound(bound=model, kwargs=kwargs, config={}) if kwargs or model is self else model
+
+    def with_config(self, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        """`Runnable.with_config`."""
+        return _Bound(bound=self, kwargs={}, config=cast("RunnableConfig", {**(config or {}), **kwargs}))
 
     def bind_tools(
         self,
@@ -438,3 +444,31 @@ class ChatKVCAG(BaseChatModel):
         chunks = memory.stream(asked.messages, (), tools=asked.tools, constraint=asked.constraint, **options)
         model_name = given.get("model") or self.model
         return generation_chunks(chunks, model_name, asked.plan, json_answer=given.get("response_format") is not None)
+
+
+class _Bound(RunnableBinding[LanguageModelInput, AIMessage]):
+    """A ChatKVCAG with bound arguments or a configuration, whose `bind(cached_content=id)` sets the model's field."""
+
+    @classmethod
+    def lc_id(cls) -> list[str]:
+        return RunnableBinding.lc_id()
+
+    def bind(self, **kwargs: Any) -> Any:
+        if "cached_content" not in kwargs or not isinstance(self.bound, ChatKVCAG):
+            return super().bind(**kwargs)
+        model = self.bound.bind(cached_content=kwargs.pop("cached_content"))
+        return type(self)(bound=model, kwargs={**self.kwargs, **kwargs}, config=self.config)
+
+
+def chat_model_in(model: object) -> ChatKVCAG | None:
+    """The ChatKVCAG that a runnable calls first, through bound arguments, configuration, retries and fallbacks."""
+    while not isinstance(model, ChatKVCAG):
+        if isinstance(model, RunnableBindingBase):
+            model = model.bound
+        elif isinstance(model, RunnableWithFallbacks):
+            model = model.runnable
+        elif isinstance(model, DynamicRunnable):
+            model = model.default
+        else:
+            return None
+    return model

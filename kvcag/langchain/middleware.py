@@ -15,7 +15,7 @@ from langchain_core.retrievers import BaseRetriever
 from kvcag.cube.memory_cube import MemoryCube
 from kvcag.documents import SEPARATOR, segment
 from kvcag.errors import InvalidInputError, UnsupportedModelError
-from kvcag.langchain.chat_model import ChatKVCAG
+from kvcag.langchain.chat_model import chat_model_in
 from kvcag.langchain.cube import CubeRetriever
 from kvcag.langchain.documents_chain import DOCUMENT_PROMPT, read_documents
 from kvcag.langchain.messages import with_documents
@@ -26,7 +26,9 @@ Behavior = Literal["ignore", "warn", "raise"]
 class KVCAGMiddleware(AgentMiddleware[Any, Any, Any]):
     """Puts documents into the agent's system message, each as a text block that a `ChatKVCAG` encodes once.
 
-    The documents are only in the request to the model, and not in the agent's state, checkpoints or messages.
+    The documents are only in the request to the model, and not in the agent's state, checkpoints or messages. The model
+    may be wrapped: bound, configured, or with fallbacks. Put this middleware behind those that set the system message;
+    it warns if the documents did not reach the model.
 
     ```python
     agent = create_agent(llm, tools, middleware=[KVCAGMiddleware(corpus=documents)])
@@ -72,14 +74,14 @@ class KVCAGMiddleware(AgentMiddleware[Any, Any, Any]):
     ) -> ModelResponse[Any]:
         """Add the documents to the system message of this call."""
         found = self.retriever.invoke(_question(request)) if self.retriever else self.corpus
-        return handler(self._with(request, found))
+        return _arrived(found, handler(self._with(request, found)))
 
     async def awrap_model_call(
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]]
     ) -> ModelResponse[Any]:
         """Add the documents to the system message of this call."""
         found = await self.retriever.ainvoke(_question(request)) if self.retriever else self.corpus
-        return await handler(self._with(request, found))
+        return _arrived(found, await handler(self._with(request, found)))
 
     def _with(self, request: ModelRequest[Any], documents: Sequence[Document]) -> ModelRequest[Any]:
         shown_documents = (format_document(document, self.document_prompt) for document in documents)
@@ -97,7 +99,7 @@ class KVCAGMiddleware(AgentMiddleware[Any, Any, Any]):
         return request.override(system_message=shown)
 
     def _keeps_caches(self, request: ModelRequest[Any]) -> bool:
-        if isinstance(request.model, ChatKVCAG):
+        if chat_model_in(request.model) is not None:
             return True
         problem = (
             f"a {type(request.model).__name__} keeps no caches and reads all documents at every call. "
@@ -108,6 +110,19 @@ class KVCAGMiddleware(AgentMiddleware[Any, Any, Any]):
         if self.unsupported_model_behavior == "warn":
             warnings.warn(problem, UserWarning, stacklevel=4)
         return False
+
+
+def _arrived(documents: Sequence[Document], response: ModelResponse[Any]) -> ModelResponse[Any]:
+    """The response, with a warning if its model was asked without the documents."""
+    reports = [report for message in response.result if (report := message.response_metadata.get("kvcag"))]
+    if documents and reports and not any("context_tokens" in report for report in reports):
+        warnings.warn(
+            "the documents of KVCAGMiddleware did not reach the model: a middleware behind it replaced the system "
+            "message. Put KVCAGMiddleware at the end of the list of middleware.",
+            UserWarning,
+            stacklevel=4,
+        )
+    return response
 
 
 def _question(request: ModelRequest[Any]) -> str:

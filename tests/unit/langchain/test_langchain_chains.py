@@ -19,6 +19,7 @@ from kvcag import CacheWarning, HFEngine
 from kvcag.errors import EmptyPromptError, InvalidInputError
 from kvcag.langchain import ChatKVCAG, create_cag_documents_chain
 from kvcag.testing import EchoEngine, byte_tokenizer, tiny_model, whole_prompt
+from tests.unit.langchain.wrapped import WRAPPED
 from tests.vocabularies import TRAINED, tokenizer_of
 
 PROMPT = ChatPromptTemplate.from_messages([("system", "Use:\n\n{context}"), ("human", "{input}")])
@@ -153,6 +154,14 @@ def test_it_works_in_plain_lcel(llm: ChatKVCAG) -> None:
     retriever = Fixed(documents=DOCUMENTS)
     chain = {"context": retriever, "input": RunnablePassthrough()} | create_cag_documents_chain(llm, PROMPT)
     assert chain.batch(["How tall?", "Which colour?"]) == [chain.invoke("How tall?"), chain.invoke("Which colour?")]
+
+
+@pytest.mark.parametrize("wrap", WRAPPED)
+def test_a_wrapped_model_finds_each_document_again(llm: ChatKVCAG, wrap: Any) -> None:
+    chain = create_cag_documents_chain(wrap(llm), PROMPT, output_parser=Identity())
+    chain.invoke({"context": DOCUMENTS, "input": "How tall?"})
+    report = chain.invoke({"context": DOCUMENTS[::-1], "input": "How tall?"}).response_metadata["kvcag"]
+    assert (report["encoded_tokens"], report["mode"]) == (0, "merged")
 
 
 def test_a_foreign_model_reads_the_blocks_as_text() -> None:
@@ -316,6 +325,8 @@ def test_a_bound_context_survives_tools_structured_output_and_agents(tiny_engine
     }
     for bound in (
         llm.bind(cached_content=context),
+        llm.bind(max_tokens=50).bind(cached_content=context),
+        llm.with_config(tags=["a"]).bind(cached_content=context, seed=1),
         ChatKVCAG(engine=tiny_engine, max_tokens=60, cached_content=context),
     ):
         for made in (bound, bound.bind_tools([tool]), bound.bind(stop=["zz"]).bound.bind_tools([tool])):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from langchain.agents import create_agent
+from langchain.agents.middleware import ModelRequest, dynamic_prompt
 from langchain_core.callbacks import CallbackManagerForRetrieverRun
 from langchain_core.chat_history import InMemoryChatMessageHistory
 from langchain_core.documents import Document
@@ -20,6 +21,7 @@ from kvcag import HFEngine
 from kvcag.errors import InvalidInputError, UnsupportedModelError
 from kvcag.langchain import ChatKVCAG, KVCAGMiddleware
 from kvcag.testing import EchoEngine, whole_prompt
+from tests.unit.langchain.wrapped import WRAPPED
 
 CORPUS = [Document("The tower is tall."), Document("It is red.")]
 THREAD: Any = {"configurable": {"thread_id": "1"}}
@@ -128,6 +130,35 @@ def test_a_foreign_model_answers_from_the_text() -> None:
         assert ask(agent("warn"), "How tall?").text == "fine"
     with pytest.raises(UnsupportedModelError, match="Use a ChatKVCAG, or set unsupported_model_behavior"):
         ask(agent("raise"), "How tall?")
+
+
+@pytest.mark.parametrize("wrap", WRAPPED)
+async def test_a_wrapped_model_is_recognised(llm: ChatKVCAG, wrap: Any) -> None:
+    middleware = KVCAGMiddleware(retriever=ByWord(documents=CORPUS), unsupported_model_behavior="raise")
+    agent = create_agent(wrap(llm), middleware=[middleware])
+    ask(agent, "is it red or tall?")
+    again = (await agent.ainvoke({"messages": [HumanMessage("so tall or red is it?")]}))["messages"][-1]
+    assert again.response_metadata["kvcag"]["encoded_tokens"] == 0
+
+
+async def test_a_middleware_that_replaces_the_system_message_is_told_about(
+    llm: ChatKVCAG, echo: ChatKVCAG, recwarn: pytest.WarningsRecorder
+) -> None:
+    """The documents were gone without a word."""
+
+    @dynamic_prompt
+    def brief(request: ModelRequest[Any]) -> str:
+        return "Be brief."
+
+    ours = KVCAGMiddleware(corpus=CORPUS)
+    for model in (llm, echo):
+        ask(create_agent(model, middleware=[brief, ours]), "How tall?")
+        assert not recwarn
+        agent = create_agent(model, middleware=[ours, brief])
+        with pytest.warns(UserWarning, match="did not reach the model.*Put KVCAGMiddleware at the end"):
+            ask(agent, "How tall?")
+        with pytest.warns(UserWarning, match="did not reach the model"):
+            await agent.ainvoke({"messages": [HumanMessage("How tall?")]})
 
 
 def test_a_retriever_that_finds_nothing_leaves_the_request_as_it_is(echo: ChatKVCAG) -> None:
