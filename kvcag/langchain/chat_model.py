@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
 from os import PathLike, fspath
 from typing import Any, Literal, cast
@@ -18,7 +18,6 @@ from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig, 
 from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.runnables.configurable import DynamicRunnable
 from langchain_core.tools import BaseTool
-from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, Field, PrivateAttr, SkipValidation, model_validator
 from tqdm import tqdm  # type: ignore[import-untyped]
 from typing_extensions import Self
@@ -30,7 +29,18 @@ from kvcag.cube.memory_cube import MemoryCube
 from kvcag.engines.base import Engine
 from kvcag.errors import ChatTemplateError, FingerprintMismatchError, InvalidInputError
 from kvcag.langchain.documents_chain import encode_ahead, read_documents
-from kvcag.langchain.messages import ask, choice_of, generation_chunks, parsing, response_format, schema_of, to_messages
+from kvcag.langchain.messages import (
+    ask,
+    call_parser,
+    choice_of,
+    generation_chunks,
+    json_parser,
+    parsing,
+    response_format,
+    schema_of,
+    shown_tools,
+    to_messages,
+)
 from kvcag.memory import KVCacheMemory
 from kvcag.stores.base import SOURCE_FIELDS, KVStore
 
@@ -176,6 +186,11 @@ class ChatKVCAG(BaseChatModel):
             return self._memories.setdefault(key, made)
         return self._memories[key]
 
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """A copy with settings of its own. The engine, the memory, the store and LangChain's cache are shared."""
+        shared = (self.engine, self.kept, self.store, self.cache, self.rate_limiter, self._memories)
+        return super().__deepcopy__({**(memo or {}), **{id(one): one for one in shared if one is not None}})
+
     # --- what LangChain asks about it --------------------------------------------------------------------------
 
     @property
@@ -229,7 +244,7 @@ class ChatKVCAG(BaseChatModel):
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """The number of tokens of the prompt that these messages make, with those of the chat template."""
         template = self._lazy_memory().template()
-        asked = ask(template, to_messages(messages), {"tools": [convert_to_openai_tool(tool) for tool in tools or ()]})
+        asked = ask(template, to_messages(messages), {"tools": shown_tools(tools or ())})
         return len(template.prompt(asked.messages, tools=asked.tools).token_ids)
 
     # --- before a question comes -------------------------------------------------------------------------------
@@ -334,9 +349,11 @@ class ChatKVCAG(BaseChatModel):
             **kwargs: further arguments of every call, as for `invoke`.
 
         Raises:
-            InvalidInputError: `tool_choice` names no tool, or `response_format` has an unknown form.
+            InvalidInputError: `tool_choice` names no tool, `response_format` has an unknown form, a tool is one that a
+                provider's server runs, or an argument is unknown.
         """
-        shown = [convert_to_openai_tool(tool) for tool in tools]
+        _check_names(kwargs)
+        shown = shown_tools(tools)
         choice_of(tool_choice, [tool["function"]["name"] for tool in shown])
         schema_of(response_format)
         bound = {"tool_choice": tool_choice, "parallel_tool_calls": parallel_tool_calls} if shown else {}
@@ -369,18 +386,20 @@ class ChatKVCAG(BaseChatModel):
             **kwargs: further arguments of every call, as for `invoke`.
 
         Raises:
-            InvalidInputError: an unknown method, or no schema.
+            InvalidInputError: an unknown method or argument, or no schema.
         """
+        _check_names(kwargs)
         if method not in ("json_schema", "function_calling", "json_mode"):
             raise InvalidInputError(f"method {method!r} is neither 'json_schema', 'function_calling' nor 'json_mode'")
         if schema is None and method != "json_mode":
             raise InvalidInputError(f"method {method!r} needs a schema: pass a pydantic model, a TypedDict or a dict")
-        if method == "function_calling":
-            assert schema is not None
-            return super().with_structured_output(schema, include_raw=include_raw)
         traced = {"kwargs": {"method": method, "strict": strict}, "schema": schema or {"type": "object"}}
-        bound = self.bind(response_format=response_format(schema, method), ls_structured_output_format=traced, **kwargs)
-        return parsing(bound, schema, include_raw=include_raw)
+        kwargs["ls_structured_output_format"] = traced
+        if method == "function_calling":
+            bound = self.bind_tools([cast("type", schema)], tool_choice="any", **kwargs)
+            return parsing(bound, call_parser(schema), include_raw=include_raw)
+        bound = self.bind(response_format=response_format(schema, method), **kwargs)
+        return parsing(bound, json_parser(schema), include_raw=include_raw)
 
     # --- answering ---------------------------------------------------------------------------------------------
 
@@ -427,11 +446,7 @@ class ChatKVCAG(BaseChatModel):
         self, messages: Sequence[BaseMessage], stop: list[str] | None, given: dict[str, Any]
     ) -> Generator[ChatGenerationChunk, None, None]:
         """Check the arguments, make the context, and return the answer's chunks. Closing them stops the model."""
-        unknown = given.keys() - {*_CALL, *_TRACING_ONLY}
-        if unknown:
-            raise InvalidInputError(
-                f"unknown argument {', '.join(sorted(unknown))}. A call takes {', '.join(_CALL)} and stop."
-            )
+        _check_names(given)
         memory = self.memory(given.get("model"))
         settings = {name: given[name] for name in (*_SAMPLING, *MERGE_SETTINGS) if name in given}
         if stop is not None:
@@ -444,6 +459,14 @@ class ChatKVCAG(BaseChatModel):
         chunks = memory.stream(asked.messages, (), tools=asked.tools, constraint=asked.constraint, **options)
         model_name = given.get("model") or self.model
         return generation_chunks(chunks, model_name, asked.plan, json_answer=given.get("response_format") is not None)
+
+
+def _check_names(given: Mapping[str, Any]) -> None:
+    unknown = given.keys() - {*_CALL, *_TRACING_ONLY, "stop"}
+    if unknown:
+        raise InvalidInputError(
+            f"unknown argument {', '.join(sorted(unknown))}. A call takes {', '.join(_CALL)} and stop."
+        )
 
 
 class _Bound(RunnableBinding[LanguageModelInput, AIMessage]):

@@ -20,8 +20,7 @@ from langchain_core.prompts import (
     format_document,
 )
 from langchain_core.runnables import Runnable
-from pydantic import Field, SkipValidation, model_validator
-from typing_extensions import Self
+from pydantic import Field, SkipValidation
 
 from kvcag.documents import SEPARATOR, as_json, documents_of, segment, text_and_metadata
 from kvcag.errors import InvalidInputError
@@ -55,21 +54,26 @@ class DocumentsPrompt(BasePromptTemplate[PromptValue]):
     document_separator: str = SEPARATOR
     document_variable_name: str = DOCUMENTS_KEY
 
-    @model_validator(mode="before")
-    @classmethod
-    def _variables_of_the_prompt(cls, values: dict[str, Any]) -> dict[str, Any]:
-        prompt = values["prompt"]
-        taken = {name: getattr(prompt, name) for name in ("input_variables", "optional_variables", "input_types")}
-        return {**taken, **values}
-
-    @model_validator(mode="after")
-    def _shows_the_documents(self) -> Self:
-        if self.document_variable_name not in self.prompt.input_variables:
+    def __init__(
+        self, *, prompt: BasePromptTemplate[Any], document_variable_name: str = DOCUMENTS_KEY, **fields: Any
+    ) -> None:
+        if not isinstance(prompt, BasePromptTemplate):
             raise InvalidInputError(
-                f"the prompt has no variable {self.document_variable_name!r} for the documents, only "
-                f"{sorted(self.prompt.input_variables)}. Add it, or set document_variable_name."
+                f"the prompt is a {type(prompt).__name__}: pass a ChatPromptTemplate or a PromptTemplate"
             )
-        return self
+        if document_variable_name not in prompt.input_variables:
+            raise InvalidInputError(
+                f"the prompt has no variable {document_variable_name!r} for the documents, only "
+                f"{sorted(prompt.input_variables)}. Add it, or set document_variable_name."
+            )
+        taken = {name: getattr(prompt, name) for name in ("input_variables", "optional_variables", "input_types")}
+        own = {"prompt": prompt, "document_variable_name": document_variable_name}
+        super().__init__(**{**taken, **fields, **own})
+
+    @classmethod
+    def get_lc_namespace(cls) -> list[str]:
+        """Where `langchain_core.load` finds it: in kvcag, and not among LangChain's own prompts."""
+        return cls.__module__.split(".")
 
     @property
     def _prompt_type(self) -> str:

@@ -23,10 +23,11 @@ from langchain_core.messages import (
 )
 from langchain_core.messages.ai import UsageMetadata
 from langchain_core.messages.tool import ToolCallChunk, tool_call_chunk
-from langchain_core.output_parsers import JsonOutputParser, PydanticOutputParser
+from langchain_core.output_parsers import BaseOutputParser, JsonOutputParser, PydanticOutputParser
+from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser, PydanticToolsParser
 from langchain_core.outputs import ChatGenerationChunk
 from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
-from langchain_core.utils.function_calling import convert_to_json_schema
+from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
 from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import BaseModel
 
@@ -248,9 +249,18 @@ def _usage_metadata(usage: Usage) -> UsageMetadata:
 
 
 def _report(usage: Usage) -> dict[str, Any]:
-    """How the answer was made: counts, names and seconds. Without documents, what the prefix cache knew."""
-    known = "prefix" if usage.cached_tokens else "encoded"
-    made = usage.context.as_dict() if usage.context else {"mode": known, "is_exact": True}
+    """How the answer was made: counts, names and seconds. Without documents the counts are of the whole prompt."""
+    made = (
+        usage.context.as_dict()
+        if usage.context
+        else {
+            "mode": "prefix" if usage.cached_tokens else "encoded",
+            "is_exact": True,
+            "reused_tokens": usage.cached_tokens,
+            "recomputed_tokens": 0,
+            "encoded_tokens": usage.prompt_tokens - usage.cached_tokens,
+        }
+    )
     return {**made, "ttft_s": usage.ttft_s, "total_s": usage.total_s}
 
 
@@ -280,6 +290,27 @@ def ask(template: ChatTemplate, messages: Sequence[Message], given: Mapping[str,
         return Asked(shown, None, answer, None)
     constraint = plan.constraint if answer is None or plan.forced else _calls_or(answer, plan)
     return Asked(shown, plan.tools, constraint, plan)
+
+
+def shown_tools(tools: Sequence[Any]) -> list[dict[str, Any]]:
+    """Tools in OpenAI's shape.
+
+    Raises:
+        InvalidInputError: a tool of no known form, or one that a provider's server runs.
+    """
+    shown = []
+    for tool in tools:
+        try:
+            made = convert_to_openai_tool(tool)
+        except (TypeError, ValueError) as error:
+            raise InvalidInputError(f"{tool!r:.80} is not a tool: {error}") from error
+        if "function" not in made:
+            raise InvalidInputError(
+                f"{made.get('type')!r} is a tool that runs on a provider's server, and ChatKVCAG runs on this machine. "
+                "Pass a function, a LangChain tool, a pydantic model or a JSON schema."
+            )
+        shown.append(made)
+    return shown
 
 
 def choice_of(tool_choice: Any, names: Sequence[str]) -> str:
@@ -326,7 +357,11 @@ def schema_of(response_format: Any) -> dict[str, Any] | None:
 
 
 def response_format(schema: Any, method: str) -> dict[str, Any]:
-    """OpenAI's `response_format` for a pydantic model, a TypedDict or a JSON schema."""
+    """OpenAI's `response_format` for a pydantic model, a TypedDict or a JSON schema.
+
+    Raises:
+        InvalidInputError: a schema of no known form.
+    """
     if method == "json_mode" and schema is None:
         return {"type": "json_object"}
     if isinstance(schema, type) and issubclass(schema, BaseModel):
@@ -334,21 +369,35 @@ def response_format(schema: Any, method: str) -> dict[str, Any]:
     elif isinstance(schema, Mapping) and ("properties" in schema or "$ref" in schema or "anyOf" in schema):
         shown = schema
     else:
-        shown = convert_to_json_schema(schema)
+        try:
+            shown = convert_to_json_schema(schema)
+        except (TypeError, ValueError) as error:
+            raise InvalidInputError(f"{schema!r:.80} is not a schema: {error}") from error
     if method == "json_mode":
         return {"type": "json_object", "schema": dict(shown)}
     return {"type": "json_schema", "json_schema": {"name": shown.get("title", "answer"), "schema": dict(shown)}}
 
 
-def parsing(
-    llm: Runnable[LanguageModelInput, Any], schema: Any, *, include_raw: bool
-) -> Runnable[LanguageModelInput, Any]:
-    """The model's JSON as an object of the schema: an instance of a pydantic model, else a dict."""
+def json_parser(schema: Any) -> BaseOutputParser[Any]:
+    """Reads an answer that is JSON: an instance of a pydantic model, else a dict."""
     is_model = isinstance(schema, type) and is_basemodel_subclass(schema)
-    parser: Any = PydanticOutputParser(pydantic_object=schema) if is_model else JsonOutputParser()
+    return PydanticOutputParser(pydantic_object=schema) if is_model else JsonOutputParser()
+
+
+def call_parser(schema: Any) -> BaseOutputParser[Any]:
+    """Reads the arguments of a call of the tool that a schema makes, as `json_parser`."""
+    if isinstance(schema, type) and is_basemodel_subclass(schema):
+        return PydanticToolsParser(tools=[schema], first_tool_only=True)
+    [tool] = shown_tools([schema])
+    return JsonOutputKeyToolsParser(key_name=tool["function"]["name"], first_tool_only=True)
+
+
+def parsing(
+    llm: Runnable[LanguageModelInput, Any], parser: BaseOutputParser[Any], *, include_raw: bool
+) -> Runnable[LanguageModelInput, Any]:
+    """The model's answer as the parser reads it; with `include_raw` the message and an error beside it."""
     if not include_raw:
-        whole: Runnable[LanguageModelInput, Any] = llm | parser
-        return whole
+        return llm | parser
     parsed = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
     failed = RunnablePassthrough.assign(parsed=lambda _: None)
     parsed_or_not: Runnable[Any, Any] = parsed.with_fallbacks([failed], exception_key="parsing_error")

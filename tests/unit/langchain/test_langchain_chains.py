@@ -188,8 +188,15 @@ def test_a_retriever_that_finds_nothing_is_said(llm: ChatKVCAG) -> None:
 
 
 def test_a_prompt_without_the_variable_is_refused(llm: ChatKVCAG) -> None:
-    with pytest.raises(ValueError, match=r"no variable 'context' for the documents, only .'input'"):
+    """With our error; pydantic's came."""
+    with pytest.raises(
+        InvalidInputError, match=r"^the prompt has no variable 'context' for the documents, only .'input'"
+    ):
         create_cag_documents_chain(llm, ChatPromptTemplate.from_messages([("human", "{input}")]))
+    with pytest.raises(InvalidInputError, match=r"^the prompt is a str: pass a ChatPromptTemplate"):
+        create_cag_documents_chain(llm, "Use {context}")  # type: ignore[arg-type]
+    with pytest.raises(InvalidInputError, match=r"^the prompt has no variable 'found'"):
+        llm.precompute(DOCUMENTS, PROMPT, document_variable_name="found")
 
 
 def test_documents_that_were_joined_before_are_refused(llm: ChatKVCAG) -> None:

@@ -176,6 +176,37 @@ def test_the_second_call_reads_from_the_cache_and_counts_the_same_input(llm: Cha
         assert sum(answer.usage_metadata["input_token_details"].values()) <= answer.usage_metadata["input_tokens"]
 
 
+@pytest.mark.parametrize("strategy", ["auto", "query", "rotate", "full", "exact"])
+def test_usage_and_reports_add_up_whatever_was_cached(tiny_engine: HFEngine, strategy: Any) -> None:
+    llm = ChatKVCAG(engine=tiny_engine, max_tokens=2, merge_strategy=strategy, store=MemoryStore())
+    documents = [f"document {number} says {'xyz' * number}. " for number in range(4)]
+    for order in ((0, 1), (1, 0, 2), (2, 1), (1, 0, 2), (3, 2, 1, 0)):
+        asked = with_docs(*(documents[number] for number in order))
+        for _ in range(2):
+            answer = llm.invoke(asked)
+            total, details = answer.usage_metadata["input_tokens"], answer.usage_metadata["input_token_details"]
+            report = answer.response_metadata["kvcag"]
+            assert 0 <= details["cache_read"] <= details["cache_read"] + details["cache_creation"] <= total
+            parts = [report[f"{name}_tokens"] for name in ("reused", "recomputed", "encoded")]
+            assert sum(parts) == report["context_tokens"]
+            asked = [*asked, answer, HumanMessage("and?")]
+
+
+def test_every_report_counts_what_was_encoded(llm: ChatKVCAG) -> None:
+    """Without documents there were no counts."""
+    cold, warm = llm.invoke("hello there"), llm.invoke("hello there")
+    for answer in (cold, warm):
+        report, total = answer.response_metadata["kvcag"], answer.usage_metadata["input_tokens"]
+        assert report["reused_tokens"] + report["encoded_tokens"] == total
+    assert warm.response_metadata["kvcag"]["encoded_tokens"] == 1
+
+
+@pytest.mark.parametrize("asked", ["caf\ud83d", [SystemMessage(["doc \ud83d", "b"]), HumanMessage("?")]])
+def test_half_of_a_surrogate_pair_is_refused(llm: ChatKVCAG, asked: Any) -> None:
+    with pytest.raises(InvalidInputError, match="half of a surrogate pair"):
+        llm.invoke(asked)
+
+
 def test_documents_in_another_order_are_found_and_said_to_be_merged(llm: ChatKVCAG) -> None:
     llm.invoke(with_docs("first document. ", "second document. "))
     again = llm.invoke(with_docs("second document. ", "first document. "))

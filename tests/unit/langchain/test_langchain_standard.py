@@ -2,15 +2,38 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
+from langchain_core.caches import InMemoryCache
+from langchain_core.documents import Document
 from langchain_core.load import dumps, loads
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import (
+    ChatPromptTemplate,
+    HumanMessagePromptTemplate,
+    PromptTemplate,
+    SystemMessagePromptTemplate,
+)
+from langchain_core.runnables import RunnableBinding, RunnableSequence
 from langchain_tests.unit_tests import ChatModelUnitTests
 
 from kvcag import HFEngine
-from kvcag.langchain import ChatKVCAG
+from kvcag.langchain import ChatKVCAG, create_cag_documents_chain
+from kvcag.langchain.documents_chain import DocumentsPrompt
+from kvcag.stores.disk import DiskStore
 from kvcag.testing import byte_tokenizer, tiny_model
+
+CORE = [
+    ChatPromptTemplate,
+    HumanMessagePromptTemplate,
+    PromptTemplate,
+    RunnableBinding,
+    RunnableSequence,
+    StrOutputParser,
+    SystemMessagePromptTemplate,
+]
 
 
 class TestChatKVCAGStandard(ChatModelUnitTests):
@@ -48,3 +71,32 @@ def test_a_model_loads_from_what_dumps_wrote(tmp_path: Any) -> None:
     assert isinstance(loaded, ChatKVCAG)
     assert loaded._identifying_params == llm._identifying_params
     assert str(loaded.store) == str(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:The function `load")
+def test_a_chain_loads_from_what_dumps_wrote() -> None:
+    """`DocumentsPrompt` said that it was one of LangChain's prompts."""
+    prompt = ChatPromptTemplate.from_messages([("system", "Use:\n\n{context}"), ("human", "{input}")])
+    llm = ChatKVCAG(model="some/model", max_tokens=3)
+    allowed = {"allowed_objects": [*CORE, ChatKVCAG, DocumentsPrompt], "valid_namespaces": ["kvcag"]}
+    for chain in (prompt | llm, prompt | llm.bind(stop=["x"]), create_cag_documents_chain(llm, prompt)):
+        loaded = loads(dumps(chain), **allowed)
+        assert dumps(loaded) == dumps(chain)
+        assert loaded.get_prompts()[0].input_variables == prompt.input_variables
+        given = {"context": [Document("one"), Document("two")], "input": "?"}
+        assert loaded.get_prompts()[0].invoke(given) == chain.get_prompts()[0].invoke(given)
+
+
+def test_a_copy_shares_the_engine_and_has_settings_of_its_own(tmp_path: Any) -> None:
+    engine = HFEngine(tiny_model(), byte_tokenizer())
+    llm = ChatKVCAG(
+        engine=engine, stop=["x"], max_tokens=4, store=DiskStore(tmp_path), cache=InMemoryCache(), template_variables={}
+    )
+    llm.invoke("hello")
+    for copied in (copy.deepcopy(llm), llm.model_copy(deep=True), copy.deepcopy({"llm": llm})["llm"]):
+        assert copied.engine is engine
+        assert copied.store is llm.store
+        assert copied.stop == ["x"]
+        assert copied.stop is not llm.stop
+        assert copied.memory() is llm.memory()
+        assert copied.invoke("hello").text == llm.invoke("hello").text

@@ -192,6 +192,13 @@ def test_json_mode_without_a_schema_is_some_object(llm: ChatKVCAG) -> None:
     assert isinstance(llm.with_structured_output(method="json_mode").invoke("Anything."), dict)
 
 
+@pytest.mark.parametrize("method", ["json_schema", "function_calling", "json_mode"])
+def test_further_arguments_of_structured_output_reach_every_call(llm: ChatKVCAG, method: Any) -> None:
+    """Those of `function_calling` were dropped."""
+    with pytest.raises(ConstraintBudgetError):
+        llm.with_structured_output(Place, method=method, max_tokens=3).invoke("Where to?")
+
+
 def test_structured_answers_read_from_the_cache(llm: ChatKVCAG) -> None:
     asked = [SystemMessage(["one document. ", "another. "]), HumanMessage("Where to?")]
     structured = llm.with_structured_output(Place, include_raw=True)
@@ -206,6 +213,16 @@ def test_structured_answers_read_from_the_cache(llm: ChatKVCAG) -> None:
         (lambda llm: llm.with_structured_output(Place, method="xml"), "method 'xml' is neither"),
         (lambda llm: llm.with_structured_output(), "needs a schema"),
         (lambda llm: llm.bind_tools([], response_format={"type": "xml"}), "response_format .* has an unknown form"),
+        (lambda llm: llm.bind_tools([{"type": "web_search_preview"}]), "'web_search_preview' is a tool that runs on a"),
+        (lambda llm: llm.bind_tools([{"some": "thing"}]), "is not a tool"),
+        (lambda llm: llm.bind_tools([7]), "is not a tool"),
+        (lambda llm: llm.bind_tools([stay], tempertaure=1), "unknown argument tempertaure"),
+        (lambda llm: llm.with_structured_output(7), "is not a schema"),
+        (lambda llm: llm.with_structured_output(7, method="function_calling"), "is not a tool"),
+        *(
+            (lambda llm, m=method: llm.with_structured_output(Place, method=m, nonsense=1), "unknown argument nonsense")
+            for method in ("json_schema", "function_calling", "json_mode")
+        ),
     ],
 )
 def test_what_cannot_be_bound_is_refused(llm: ChatKVCAG, call: Any, problem: str) -> None:
