@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import aclosing, closing
@@ -39,6 +40,9 @@ Order: TypeAlias = Literal["retrieval", "canonical"]
 
 CONTEXT = "kvcag-context-7d2f90c1"
 """Stands for the documents while a template is rendered."""
+
+_LABEL = re.compile(r"Source \d+:\n")
+"""What core's `CitationQueryEngine` writes before each passage: not part of it, so that it is found at every rank."""
 
 dispatcher = get_dispatcher(__name__)
 
@@ -255,11 +259,16 @@ def _blocks(before: str, documents: Sequence[str], after: str, exact: bool) -> l
     blocks: list[ContentBlock] = []
     if before:
         blocks += [TextBlock(text=before[:-1])] if before.endswith("\n") else [TextBlock(text=before), JOINED]
-    *others, last = documents or [""]
-    blocks += document_blocks(others)
-    if last:
-        blocks += [TextBlock(text=last), DOCUMENT_END]
-        if last.endswith("\n") or after[:1] not in ("", "\n"):
+    for at, text in enumerate(documents):
+        label = None if exact else _LABEL.match(text)
+        if label:
+            blocks.append(TextBlock(text=label[0][:-1]))
+            text = text[label.end() :].removesuffix("\n")
+        if at < len(documents) - 1:
+            blocks += document_blocks(text)
+            continue
+        blocks += [TextBlock(text=text), DOCUMENT_END]
+        if text.endswith("\n") or after[:1] not in ("", "\n"):
             blocks.append(JOINED)
         else:
             after = after.removeprefix("\n")

@@ -13,7 +13,8 @@ from llama_index.core.embeddings import MockEmbedding
 from llama_index.core.llms import MockLLM
 from llama_index.core.postprocessor import MetadataReplacementPostProcessor, SimilarityPostprocessor
 from llama_index.core.prompts import PromptTemplate
-from llama_index.core.query_engine import RetrieverQueryEngine
+from llama_index.core.query_engine import CitationQueryEngine, RetrieverQueryEngine
+from llama_index.core.query_engine.citation_query_engine import CITATION_QA_TEMPLATE
 from llama_index.core.response_synthesizers import CompactAndRefine, Refine, TreeSummarize
 from llama_index.core.schema import MetadataMode, NodeWithScore, TextNode
 from llama_index.retrievers.bm25 import BM25Retriever
@@ -217,6 +218,32 @@ def test_text_that_changed_under_the_same_id_is_never_answered_from_a_stale_cach
     shown = [TextNode(text=text, id_=str(i), metadata={"year": 1889}) for i, text in enumerate(TEXTS)]
     CAGQueryEngine.from_documents(shown, tiny_llm, exact=False).query("How tall?")
     assert {f"year: 1889\n\n{text}" for text in TEXTS} < texts()
+
+
+def test_a_cited_passage_is_the_same_document_at_every_rank(tiny_engine: HFEngine) -> None:
+    llm = KVCacheLLM(engine=tiny_engine, max_new_tokens=4)
+    CAGQueryEngine.from_documents(nodes(), llm, exact=False).query("How tall?")
+    kept = set(llm.memory.store.keys())
+    for ordered in (nodes(), nodes()[::-1]):
+        retriever = CAGQueryEngine.from_documents(ordered, llm).retriever
+        ours = CAGSynthesizer(llm, text_qa_template=CITATION_QA_TEMPLATE)
+        engine = CitationQueryEngine(retriever, llm=llm, response_synthesizer=ours)
+        cited = engine.query("How tall?").source_nodes
+        assert [source.node.text for source in cited] == [
+            f"Source {at}:\n{node.text}\n" for at, node in enumerate(ordered, start=1)
+        ]
+        assert set(llm.memory.store.keys()) == kept
+
+
+def test_a_cited_prompt_is_cores(llm: KVCacheLLM) -> None:
+    retriever = CAGQueryEngine.from_documents(nodes(), llm).retriever
+    ours = CAGSynthesizer(llm, text_qa_template=CITATION_QA_TEMPLATE)
+    plain = CompactAndRefine(llm, text_qa_template=CITATION_QA_TEMPLATE)
+    answers = [
+        str(CitationQueryEngine(retriever, llm=llm, response_synthesizer=synthesizer).query("How tall?"))
+        for synthesizer in (ours, plain)
+    ]
+    assert answers[0] == answers[1]
 
 
 # --- rounds --------------------------------------------------------------------------------------------------------
