@@ -52,6 +52,10 @@ test-vllm: $(VENV)/.installed-dev $(VLLM)/.installed  ## a real vLLM server on t
 	@$(PY) -m kvcag.demo.model
 	$(PY) -m pytest tests/vllm $(ARGS)
 
+fuzz: $(VENV)/.installed-dev  ## ten minutes of fuzzing for each reader: files, manifests, pickles, events of servers
+	KVCAG_FUZZ_SECONDS=600 $(PY) -m pytest -s -n0 -o faulthandler_timeout=0 -k "any_" tests/unit/stores/test_fuzz.py \
+	  tests/unit/engines/vllm/test_vllm_fuzz.py $(ARGS)
+
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -222,8 +223,8 @@ def parse_header(head: bytes, name: str) -> Header:
         described = {"id": json.loads(metadata["kvcag.id"]), **json.loads(metadata["kvcag.manifest"])}
         manifest = Manifest.model_validate(described)
         end = max(spec["data_offsets"][1] for spec in specs.values())
-    except (ValidationError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CorruptItemError(name, f"its manifest cannot be understood ({error})") from error
+    except (ValidationError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CorruptItemError(name, f"its manifest cannot be understood ({error!s:.200})") from error
     return Header(manifest, specs, len(head), len(head) + end)
 
 
@@ -233,8 +234,11 @@ def parse_id(head: bytes, name: str) -> str:
     found = _ID.search(head)
     if found is None:
         raise FormatError(f"{name} has no item id. Upgrade kvcag, or encode its text again.")
-    item_id: str = json.loads(json.loads(found[1]))
-    return item_id
+    with contextlib.suppress(ValueError, TypeError, RecursionError):
+        item_id = json.loads(json.loads(found[1]))
+        if isinstance(item_id, str):
+            return item_id
+    raise CorruptItemError(name, "its item id cannot be understood")
 
 
 def _check_seal(head: bytes, name: str) -> None:
