@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from kvcag.cache.layers import LayerKV, cache_of, concat, cut, layers_of, share
+from kvcag.cache.layers import LayerKV, Layers, cache_of, concat, cut, layers_of, length_of, share, states_of
 from kvcag.cache.merge import MergedBefore, Part, check_mergeable, merge, refine
 from kvcag.cache.merge import Strategy as MergeStrategy
 from kvcag.calibration import calibration_of, usual_drift_of
@@ -129,6 +129,8 @@ def context_of_prompt(
     if chosen == "exact" and not is_stored_whole(documents, prompt):
         return _because(engine.exact_context(context_ids, prompt.tail_ids, namespace), reason)
     model = cast("HFEngine", engine)
+    if model.is_recurrent and chosen != "exact":
+        check_mergeable(model.model)
     if strategy == "auto" and chosen == "query":
         refined = _refined(model, context_ids, prompt.tail_ids, ratio, namespace, asked)
         if refined is not None:
@@ -180,7 +182,7 @@ def with_kept_history(
     model, namespace, token_ids = cast("HFEngine", documents.engine), documents.namespace, prompt.token_ids
     asked = strategy, ratio, max_kl
     if context is None:
-        recent = ReusablePrefix([]).longest(model.prefixes, token_ids[:-1], namespace, merged=accept_merged)
+        recent = ReusablePrefix(Layers()).longest(model.prefixes, token_ids[:-1], namespace, merged=accept_merged)
     else:
         recent = FoundPrefix(len(context.token_ids), [layers_of(context.cache)], context.report.mode == "merged")
     at = recent.length
@@ -224,6 +226,8 @@ def is_stored_whole(documents: DocumentCache, prompt: Prompt) -> bool:
     engine, context_ids = documents.engine, prompt.context_ids
     if not engine.merges or len(prompt.document_ids) != 1:
         return False
+    if cast("HFEngine", engine).is_recurrent and context_ids != (*prompt.head_ids, *prompt.kept_ids[0]):
+        return False  # its states are those after the last token that it was encoded with
     if engine.known_prefix(context_ids, documents.namespace) == len(context_ids):
         return False
     try:
@@ -329,7 +333,7 @@ class _Start:
 
 def _recent_start(
     engine: HFEngine, prompt: Prompt, known: int, namespace: str, asked: tuple[str, float, float]
-) -> tuple[int, list[list[LayerKV]]]:
+) -> tuple[int, list[Layers]]:
     """How much of a context, at least its head, is used as it is, and its keys and values where they were merged.
 
     Of `known` tokens, which are exact, documents that they hold in part are left out. Where a conversation goes on over
@@ -461,10 +465,12 @@ def _beginning(item: Item, length: int) -> Item:
     return item.model_copy(update={"token_ids": item.token_ids[:length], "memory": cache_of(layers)})
 
 
-def _beside(head: Sequence[LayerKV], layers: Sequence[LayerKV], device: torch.device) -> list[LayerKV]:
+def _beside(head: Sequence[LayerKV], layers: Sequence[LayerKV], device: torch.device) -> Layers:
     """An item's layers where the instruction's are, or on `device`: stores may hold them in the host's memory."""
     places = [keys.device for keys, _ in head] or [device] * len(layers)
-    return [(keys.to(at), values.to(at)) for (keys, values), at in zip(layers, places, strict=True)]
+    states = states_of(layers)
+    beside = ((keys.to(at), values.to(at)) for (keys, values), at in zip(layers, places, strict=True))
+    return Layers(beside, states and states.mapped(lambda state: state.to(device)), length_of(layers))
 
 
 def _because(context: MergedContext, reason: str) -> MergedContext:

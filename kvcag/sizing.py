@@ -49,6 +49,8 @@ class KVGeometry:
     Attributes:
         model: its name, for messages.
         layers: one for each layer that has keys and values of its own.
+        state_bytes: bytes of the states of recurrent layers, at each place where a prompt may go on; 0 without such
+            layers. Their convolutions' part is counted as in bfloat16.
         attention_heads: query heads; `attention_heads / kv_heads` of them share one KV head.
         dtype: the checkpoint's, such as `"bfloat16"`; None if the configuration names none.
         context_length: the most tokens, prompt and answer together; None if the configuration names none.
@@ -59,6 +61,7 @@ class KVGeometry:
     attention_heads: int
     dtype: str | None
     context_length: int | None
+    state_bytes: int = 0
 
     @property
     def sliding_layers(self) -> int:
@@ -159,7 +162,7 @@ def kv_geometry(model: str | PathLike[str] | Mapping[str, Any] | Any) -> KVGeome
 
     Raises:
         InvalidInputError: there is no configuration, or it is not a decoder's.
-        UnsupportedModelError: the model caches something other than keys and values per token.
+        UnsupportedModelError: the model caches neither keys and values per token nor states.
     """
     config = _config(model)
     name = getattr(config, "_name_or_path", "") or getattr(config, "model_type", "") or type(config).__name__
@@ -173,30 +176,50 @@ def kv_geometry(model: str | PathLike[str] | Mapping[str, Any] | Any) -> KVGeome
         raise InvalidInputError(
             f"the configuration of {name} names no num_hidden_layers: it is not a decoder. Pass a decoder-only model."
         )
-    kinds = list(getattr(text, "layer_types", None) or ())
-    if any(word in kind for kind in kinds for word in _STATES) or text.model_type in _STATES:
-        raise UnsupportedModelError(
-            f"{name} has recurrent or linear-attention layers, whose state has one size for any length and cannot be "
-            "cut or merged. Use a model whose layers are all attention."
-        )
+    types = list(getattr(text, "layer_types", None) or ())
     if getattr(text, "kv_lora_rank", None):
         raise UnsupportedModelError(
             f"{name} uses multi-head latent attention (MLA): it caches no keys and values per head, and nothing that "
             "could be merged. Use a model with grouped-query attention."
         )
+    attends, state_bytes = _recurrent(text, name)
     layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text] * count
     own = count - (getattr(text, "num_kv_shared_layers", None) or 0)
+    keyed = [index for index in range(own) if not attends or attends[index]]
     dtype = getattr(text, "dtype", None) or getattr(config, "dtype", None)
     return KVGeometry(
         model=str(name),
-        layers=tuple(_layer(layers[index], _window(text, kinds, index)) for index in range(own)),
-        attention_heads=int(layers[0].num_attention_heads),
+        layers=tuple(_layer(layers[index], _window(text, types, index)) for index in keyed),
+        attention_heads=int(layers[0].num_attention_heads) if keyed else 0,
         dtype=str(dtype).removeprefix("torch.") if dtype else None,
         context_length=getattr(text, "max_position_embeddings", None),
+        state_bytes=state_bytes,
     )
 
 
-_STATES = ("linear_attention", "mamba", "conv", "recurrent", "ssm", "hybrid", "rwkv")
+def _recurrent(config: Any, name: str) -> tuple[list[bool], int]:
+    """Which layers attend, in a model that has recurrent layers, and the bytes of their states; else none and 0.
+
+    The model is made without weights and run once, since only its code knows the shapes of its states.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from kvcag.cache.layers import Layers, cache_argument, count, generation_cache, kinds_of_config, layers_of, nbytes
+
+    kinds = kinds_of_config(config)
+    if not kinds:
+        if any(word in config.model_type for word in ("rwkv", "xlstm", "mamba")):
+            raise UnsupportedModelError(
+                f"{name} keeps a state that transformers does not put into a cache, so it cannot be kept. Use another."
+            )
+        return [], 0
+    with torch.device("meta"), torch.no_grad():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        cache = generation_cache([], 1, kinds)
+        model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True, **cache_argument(model, cache))
+    count(cache, 1)
+    return [attends for attends, _ in kinds], nbytes(Layers((), layers_of(cache).states))
 
 
 def _config(model: Any) -> Any:

@@ -1,7 +1,8 @@
 """The one module that touches transformers' cache classes.
 
-Everything else in kvcag sees a cache as a list with one `(keys, values)` a layer, each
-`(batch, kv_heads, seq_len, head_dim)`, the keys already rotated to their positions.
+Everything else in kvcag sees a cache as a list with one `(keys, values)` per attention layer, each
+`(batch, kv_heads, seq_len, head_dim)`, the keys already rotated to their positions. Where a model has recurrent layers
+(gated delta nets, Mamba, short convolutions), the list is a `Layers` that carries their states after its last token.
 """
 
 from __future__ import annotations
@@ -11,22 +12,102 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, cache_utils
 from transformers.cache_utils import Cache, DynamicLayer
 
 from kvcag.errors import UnsupportedModelError
 from kvcag.fingerprint import ModelFingerprint
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 LayerKV: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
-_STATEFUL = {"linear_attention", "mamba", "mamba2", "conv", "recurrent", "ssm", "hybrid"}
-"""Layer types that fold the past into a state of fixed size: no prefix can be cut from it, none put beside another."""
+
+class _Missing:
+    """Stands for a class that this transformers does not have."""
+
+    def lazy_initialization(self) -> None: ...
+
+
+_Linear: Any = getattr(cache_utils, "LinearAttentionLayer", _Missing)
+_Dummy: Any = getattr(cache_utils, "DummyLayer", _Missing)
+_CONTINUES = "conv_kernel_size" in inspect.signature(_Linear.lazy_initialization).parameters
+"""Whether this transformers runs several tokens over a recurrent state. Before 5.24 it ignored the state."""
+
+Kinds: TypeAlias = tuple[tuple[bool, int], ...]
+"""For each layer of a model that has recurrent layers: whether it attends, and how many recurrent states it has."""
+
+
+@dataclass(frozen=True, slots=True)
+class States:
+    """The states of a model's recurrent layers after some tokens. They cannot be cut: only the end has one.
+
+    Attributes:
+        kinds: the layers of the model.
+        tensors: for each recurrent layer, in the model's order, the last inputs of its convolutions and then its
+            recurrent states, in the model's own shapes and dtypes; None where it has none.
+    """
+
+    kinds: Kinds
+    tensors: tuple[tuple[torch.Tensor | None, ...], ...]
+
+    def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> States:
+        """The states with each tensor changed."""
+        return replace(self, tensors=tuple(tuple(t if t is None else change(t) for t in row) for row in self.tensors))
+
+    @property
+    def flat(self) -> list[torch.Tensor]:
+        """Every tensor."""
+        return [tensor for row in self.tensors for tensor in row if tensor is not None]
+
+
+class Layers(list[LayerKV]):
+    """Keys and values of a model's attention layers, and the states of its recurrent layers after the last token.
+
+    Attributes:
+        states: None for a model without recurrent layers, and where the end is not the end of what was read.
+        tokens: how many there are.
+    """
+
+    def __init__(self, layers: Iterable[LayerKV] = (), states: States | None = None, tokens: int = 0) -> None:
+        super().__init__(layers)
+        self.states = states
+        self.tokens = self[0][0].shape[-2] if len(self) else tokens
+
+    def __bool__(self) -> bool:
+        """Whether there are tokens; a model without attention layers has no keys of them."""
+        return self.tokens > 0
+
+
+def states_of(layers: Iterable[LayerKV]) -> States | None:
+    """The states of recurrent layers after the last of these tokens, if they are there."""
+    return getattr(layers, "states", None)
+
+
+def length_of(layers: Sequence[LayerKV]) -> int:
+    """Tokens whose keys and values, or states, these are."""
+    return layers[0][0].shape[-2] if len(layers) else getattr(layers, "tokens", 0)
+
+
+def kinds_of(model: PreTrainedModel) -> Kinds:
+    """The layers of a model that has recurrent layers; empty for a model without them."""
+    return kinds_of_config(model.config.get_text_config(decoder=True))
+
+
+def kinds_of_config(config: PretrainedConfig) -> Kinds:
+    """`kinds_of` a model with this configuration of its decoder."""
+    try:
+        layers = DynamicCache(config=config).layers
+    except (AttributeError, KeyError, TypeError):  # transformers has no cache for it: check_cacheable says so
+        return ()
+    if not any(isinstance(layer, _Linear) for layer in layers):
+        return ()
+    return tuple((isinstance(layer, DynamicLayer), getattr(layer, "number_of_states", 0)) for layer in layers)
 
 
 class ContextCache(DynamicCache):
@@ -85,15 +166,19 @@ def _cache_name(forward: Callable[..., Any]) -> str:
     return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
 
 
-def layers_of(cache: Cache) -> list[LayerKV]:
+def layers_of(cache: Cache) -> Layers:
     """The keys and values of each layer, not copied. Empty for a cache that holds nothing.
 
     Raises:
-        UnsupportedModelError: a layer is quantised, static, windowed or recurrent: what it holds is not one key and
-            one value for each token.
+        UnsupportedModelError: a layer is quantised, static or windowed: what it holds is not one key and one value for
+            each token.
     """
-    held: list[LayerKV] = []
+    held = Layers()
+    if isinstance(cache, _RecurrentCache):
+        held.states, held.tokens = cache.states, cache.tokens
     for layer in cache.layers:
+        if isinstance(layer, (_Linear, _Dummy)) and not isinstance(layer, DynamicLayer):
+            continue
         if type(layer) is not DynamicLayer and not isinstance(layer, _AppendLayer):
             raise UnsupportedModelError(
                 f"the cache has a {type(layer).__name__}, which does not hold one key and one value for each token. "
@@ -101,15 +186,21 @@ def layers_of(cache: Cache) -> list[LayerKV]:
             )
         if layer.keys is not None and layer.values is not None and layer.get_seq_length():
             held.append((layer.keys, layer.values))
+            held.tokens = layer.get_seq_length()
     return held
 
 
 def cache_of(layers: Iterable[LayerKV]) -> DynamicCache:
     """A `DynamicCache` over the given tensors, which it takes as they are.
 
-    It copies nothing: `DynamicCache.update` concatenates, so whoever generates with it never writes into them. Where
-    the result is handed to a caller, who may write into it, give it tensors of its own (`clone`).
+    It copies nothing: `DynamicCache.update` concatenates, so whoever generates with it never writes into keys and
+    values. States of recurrent layers are written to. Where the result is handed to a caller, who may write into it,
+    give it tensors of its own (`clone`).
     """
+    states = states_of(layers)
+    if states is not None:
+        kept = list(layers)
+        return _RecurrentCache(states.kinds, length_of(cast("Layers", layers)), kept, states)
     cache = DynamicCache()
     for keys, values in layers:
         layer = DynamicLayer()
@@ -127,51 +218,80 @@ def _initialize(layer: DynamicLayer, like: torch.Tensor) -> None:
 
 def clone(cache: Cache) -> DynamicCache:
     """A copy that shares no memory with `cache`."""
-    return cache_of((keys.clone(), values.clone()) for keys, values in layers_of(cache))
+    return cache_of(mapped(layers_of(cache), torch.Tensor.clone))
+
+
+def mapped(layers: Sequence[LayerKV], change: Callable[[torch.Tensor], torch.Tensor]) -> Layers:
+    """The layers with each tensor changed: copied, or moved to another device."""
+    states = states_of(layers)
+    kept = states.mapped(change) if states else None
+    return Layers(((change(keys), change(values)) for keys, values in layers), kept, length_of(layers))
 
 
 def share(cache: DynamicCache) -> DynamicCache:
-    """Another cache over the same tensors: generating with it, which concatenates, leaves `cache` as it is."""
+    """Another cache over the same tensors: generating with it, which concatenates, leaves `cache` as it is.
+
+    States of recurrent layers, which generating changes, are copied.
+    """
+    if isinstance(cache, _RecurrentCache):
+        layers = layers_of(cache)
+        return cache_of(Layers(layers, layers.states and layers.states.mapped(torch.Tensor.clone), layers.tokens))
     shared = DynamicCache()
     shared.layers.extend(copy.copy(layer) for layer in cache.layers)
     return shared
 
 
-def cut(layers: Sequence[LayerKV], start: int, end: int | None = None) -> list[LayerKV]:
-    """Views of the tokens `start:end` of each layer."""
-    return [(keys[..., start:end, :], values[..., start:end, :]) for keys, values in layers]
+def cut(layers: Sequence[LayerKV], start: int, end: int | None = None) -> Layers:
+    """Views of the tokens `start:end` of each layer. States stay only where the end stays."""
+    length = length_of(layers)
+    end = length if end is None else min(end, length)
+    cuts = ((keys[..., start:end, :], values[..., start:end, :]) for keys, values in layers)
+    return Layers(cuts, states_of(layers) if end == length else None, end - start)
 
 
-def contiguous_copy(layers: Iterable[LayerKV]) -> list[LayerKV]:
+def contiguous_copy(layers: Sequence[LayerKV]) -> Layers:
     """The same values in contiguous memory of their own: keeping a slice must not keep what it was cut from."""
-    packed = torch.contiguous_format
-    return [(keys.clone(memory_format=packed), values.clone(memory_format=packed)) for keys, values in layers]
+    return mapped(layers, functools.partial(torch.clone, memory_format=torch.contiguous_format))
 
 
-def concat(parts: Sequence[Sequence[LayerKV]]) -> list[LayerKV]:
-    """The parts one after another, layer by layer, in fresh memory."""
-    return [
+def concat(parts: Sequence[Sequence[LayerKV]]) -> Layers:
+    """The parts one after another, layer by layer, in fresh memory. The states are those of the last part."""
+    joined = (
         (torch.cat([layer[0] for layer in layers], dim=-2), torch.cat([layer[1] for layer in layers], dim=-2))
         for layers in zip(*parts, strict=True)
-    ]
+    )
+    states = states_of(parts[-1]) if parts else None
+    return Layers(joined, states and states.mapped(torch.Tensor.clone), sum(map(length_of, parts)))
 
 
 def nbytes(layers: Iterable[LayerKV]) -> int:
-    """Bytes of the keys and values."""
-    return sum(t.numel() * t.element_size() for kv in layers for t in kv)
+    """Bytes of the keys and values, and of the states."""
+    states = states_of(layers)
+    tensors = [*(tensor for kv in layers for tensor in kv), *(states.flat if states else ())]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def generation_cache(parts: Sequence[Sequence[LayerKV]], room: int) -> DynamicCache:
+def generation_cache(parts: Sequence[Sequence[LayerKV]], room: int, kinds: Kinds = ()) -> DynamicCache:
     """The cache of one generation: a copy of `parts`, one after another, with room for `room` more tokens.
 
     New tokens are written in place instead of concatenating the whole context once a token, so a decode step costs
     the same after 10,000 tokens of context as after ten. It grows by doubling where the room does not suffice, shares
     nothing with `parts`, and is released with its last reference.
+
+    Args:
+        parts: keys and values; the last has the states that the next token needs, if the model has recurrent layers.
+        room: for how many more tokens.
+        kinds: `kinds_of` the model.
     """
+    filled = _filled(parts, room)
+    lengths = [sum(keys.shape[-2] for keys, _ in layers) for layers in zip(*parts, strict=True)]
+    if kinds:
+        states = states_of(parts[-1]) if parts else None
+        return _RecurrentCache(kinds, sum(map(length_of, parts)), filled, states, room=room, copied=True)
     cache = _PausingCache()
-    for layers, buffers in zip(zip(*parts, strict=True), _filled(parts, room), strict=True):
+    for buffers, length in zip(filled, lengths, strict=True):
         layer = _AppendLayer(room)
-        layer.take(buffers, sum(keys.shape[-2] for keys, _ in layers))
+        layer.take(buffers, length)
         cache.layers.append(layer)
     if not cache.layers:  # transformers makes a layer when the model first writes to it
         cache.layer_class_to_replicate = cast("Any", functools.partial(_AppendLayer, room))
@@ -276,6 +396,76 @@ class _AppendLayer(DynamicLayer):
         self._keys, self._values = keys, values
 
 
+class _RecurrentCache(_PausingCache):
+    """The cache of a model with recurrent layers. It counts its tokens (`count`), since a state does not say how many.
+
+    Args:
+        kinds: the model's layers.
+        tokens: how many were read.
+        buffers: keys and values of each attention layer, taken as they are; they may have room for more tokens.
+        states: of the recurrent layers. None for an empty cache.
+        room: for how many tokens an empty layer makes room.
+        copied: the states are the cache's own, instead of being taken as they are.
+    """
+
+    def __init__(
+        self,
+        kinds: Kinds,
+        tokens: int,
+        buffers: Iterable[LayerKV],
+        states: States | None,
+        *,
+        room: int = 0,
+        copied: bool = False,
+    ) -> None:
+        super().__init__()
+        self.kinds, self.tokens = kinds, tokens
+        held, rows = iter(buffers), iter(states.tensors if states else ())
+        for attends, count in kinds:
+            layer: Any = _Linear(number_of_states=count) if count else _Dummy()
+            if attends:
+                layer = _RecurrentAppendLayer(room, count) if count else _AppendLayer(room)
+                if states is not None:
+                    layer.take(next(held), tokens)
+            if count and states is not None:
+                _restore(layer, next(rows), copied=copied)
+            self.layers.append(layer)
+
+    @property
+    def states(self) -> States | None:
+        """The states of its recurrent layers, not copied; None if it is empty."""
+        if not self.tokens:
+            return None
+        recurrent = [layer for layer in self.layers if isinstance(layer, _Linear)]
+        rows = tuple((*layer.conv_states.values(), *layer.recurrent_states.values()) for layer in recurrent)
+        return States(self.kinds, rows)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens that were read."""
+        return self.tokens
+
+
+def count(cache: Cache, tokens: int) -> None:
+    """Note that a pass of so many tokens over `cache` is complete."""
+    if isinstance(cache, _RecurrentCache):
+        cache.tokens += tokens
+
+
+def _restore(layer: Any, tensors: tuple[torch.Tensor | None, ...], *, copied: bool) -> None:
+    """Have a recurrent layer go on from its states."""
+    half = len(tensors) // 2
+    for index, state in enumerate(tensors):
+        if state is None:
+            continue
+        if index < half:
+            layer.lazy_initialization(conv_states=state, state_idx=index)
+            layer.conv_states[index] = state.clone() if copied else state
+        else:
+            layer.lazy_initialization(recurrent_states=state, state_idx=index - half)
+            layer.recurrent_states[index - half] = state.clone() if copied else state
+        layer.has_previous_state[index % half] = True
+
+
 def roomy_buffers(cache: Cache, new: int) -> list[LayerKV] | None:
     """The whole buffers of a generation's cache, each with room for `new` more tokens, made where it lacks.
 
@@ -305,24 +495,26 @@ def crop(cache: Cache, length: int) -> None:
 
 
 def check_cacheable(model: PreTrainedModel) -> None:
-    """Refuse a model whose past cannot be kept as one key and one value for each token.
+    """Refuse a model whose past cannot be kept.
 
     Raises:
-        UnsupportedModelError: an encoder-decoder, or a model with recurrent or linear-attention layers.
+        UnsupportedModelError: an encoder-decoder; a model with recurrent layers whose states transformers does not keep
+            in a `DynamicCache`, or not in this version.
     """
     config = model.config
+    name = type(model).__name__
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
-            f"{type(model).__name__} is an encoder-decoder: its decoder's cache depends on the encoder's input. "
+            f"{name} is an encoder-decoder: its decoder's cache depends on the encoder's input. "
             "Use a decoder-only model (AutoModelForCausalLM)."
         )
-    text = config.get_text_config(decoder=True)
-    types = set(getattr(text, "layer_types", None) or ()) | set(getattr(text, "layers_block_type", None) or ())
-    states = sorted(t for t in types if any(word in t for word in _STATEFUL))
-    if states or getattr(model, "_is_stateful", False):
+    recurrent = bool(kinds_of(model))
+    if recurrent and not _CONTINUES:
+        raise UnsupportedModelError(f"{name} has recurrent layers, which need transformers 5.24 or newer. Upgrade it.")
+    if getattr(model, "_is_stateful", False) and not recurrent:
         raise UnsupportedModelError(
-            f"{type(model).__name__} keeps a recurrent state ({', '.join(states) or 'stateful'} layers): its past "
-            "cannot be cut at a token or put beside another. Use a model whose layers are all attention."
+            f"{name} keeps a state that transformers does not put into a DynamicCache, so it cannot be kept or "
+            "continued. Use another model."
         )
 
 
@@ -347,6 +539,14 @@ def _cache(layers: Iterable[DynamicLayer]) -> DynamicCache:
     cache = _PausingCache()
     cache.layers.extend(layers)
     return cache
+
+
+class _RecurrentAppendLayer(_Linear, _AppendLayer):  # type: ignore[misc]  # mypy does not see the class
+    """A layer that attends and keeps recurrent states as well (Falcon-H1)."""
+
+    def __init__(self, room: int, number_of_states: int) -> None:
+        _AppendLayer.__init__(self, room)
+        _Linear.__init__(self, number_of_states=number_of_states)
 
 
 class _HeldLayer(DynamicLayer):

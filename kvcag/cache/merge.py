@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 
 from kvcag.cache.attention import Call, EnoughError, attend
-from kvcag.cache.layers import LayerKV, concat, peek_cache, scatter_cache
+from kvcag.cache.layers import LayerKV, concat, length_of, peek_cache, scatter_cache
 from kvcag.cache.rope import PositionShift, check_mergeable
 from kvcag.errors import InvalidInputError
 
@@ -211,7 +211,7 @@ def _check(parts: Sequence[Part], strategy: str, ratio: float) -> None:
     if not any(len(part.token_ids) and part.layers is not None for part in parts):
         raise InvalidInputError("there are no tokens to merge. Pass at least one part that has some.")
     for index, part in enumerate(parts):
-        lengths = {kv[0].shape[-2] for kv in part.layers or ()}
+        lengths = {kv[0].shape[-2] for kv in part.layers or ()} or {length_of(part.layers or ())}
         if len(part.token_ids) and part.layers is not None and lengths != {len(part.token_ids)}:
             raise InvalidInputError(
                 f"part {index} has {len(part.token_ids)} token ids and keys for {sorted(lengths)}: they must agree"

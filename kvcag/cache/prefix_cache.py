@@ -1,7 +1,8 @@
 """Recent contexts, kept so that the next prompt that begins like one of them is not encoded again.
 
 A radix tree over token ids whose edges hold keys and values, so that contexts which share a beginning share its
-tensors (the idea is SGLang's RadixAttention, Zheng et al. 2024). A match may end anywhere, down to the token.
+tensors (the idea is SGLang's RadixAttention, Zheng et al. 2024). A match may end anywhere, down to the token. Where a
+model has recurrent layers, it ends where a context was inserted: only there are the layers' states known.
 
 Contexts that were merged, and what was generated over them, are in trees of their own: an approximation never stands
 where an exact prefix is looked for.
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from kvcag.cache.layers import LayerKV, contiguous_copy, cut, nbytes
+from kvcag.cache.layers import LayerKV, Layers, contiguous_copy, cut, nbytes, states_of
 from kvcag.concurrency import holding
 
 
@@ -28,7 +29,7 @@ class _Node:
     """The tokens from its parent to where contexts part, and their keys and values."""
 
     token_ids: np.ndarray
-    layers: list[LayerKV]
+    layers: Layers
     parent: _Node | None
     start: int = 0  # the position of its first token
     children: dict[int, _Node] = field(default_factory=dict)
@@ -42,7 +43,7 @@ class _Node:
 
     def shares(self, other: _Node) -> bool:
         """Whether both hold parts of the same memory, as the halves of a split node do."""
-        return bool(self.layers) and _memory(self) == _memory(other)
+        return bool(len(self.layers)) and _memory(self) == _memory(other)
 
 
 def _memory(node: _Node) -> int:
@@ -70,7 +71,7 @@ class Run:
     start: int
     stood: int
     length: int
-    pieces: list[list[LayerKV]]
+    pieces: list[Layers]
 
     @property
     def end(self) -> int:
@@ -89,11 +90,13 @@ class PrefixCache:
     Args:
         max_bytes: the most to keep; 0 keeps nothing.
         turn_ids: the tokens at which a run may begin: the chat template's control tokens.
+        recurrent: the model has recurrent layers.
     """
 
-    def __init__(self, max_bytes: int, turn_ids: Collection[int] = ()) -> None:
+    def __init__(self, max_bytes: int, turn_ids: Collection[int] = (), *, recurrent: bool = False) -> None:
         self.max_bytes = max_bytes
         self._turn_ids = np.asarray(sorted(turn_ids), dtype=np.int64)
+        self._recurrent = recurrent
         self.nbytes = 0
         self._held: dict[str, int] = {}  # bytes of each namespace that has some
         self._roots: dict[tuple[str, bool], _Node] = {}
@@ -101,9 +104,7 @@ class PrefixCache:
         self._epochs: dict[str, int] = {}
         self._lock = threading.Lock()
 
-    def match(
-        self, token_ids: Sequence[int], namespace: str = "", *, merged: bool = False
-    ) -> tuple[int, list[list[LayerKV]]]:
+    def match(self, token_ids: Sequence[int], namespace: str = "", *, merged: bool = False) -> tuple[int, list[Layers]]:
         """How many of `token_ids` are cached, and their keys and values: pieces to be read, not written.
 
         Args:
@@ -114,12 +115,21 @@ class PrefixCache:
         wanted = np.asarray(token_ids, dtype=np.int64)
         with self._lock:
             self._clock += 1
-            matched, pieces = 0, []
-            for node, shared in self._path(wanted, namespace, merged):
+            matched, pieces = 0, list[Layers]()
+            for node, shared in self._resumable(self._path(wanted, namespace, merged)):
                 node.used = self._clock
                 pieces.append(node.layers if shared == len(node.token_ids) else cut(node.layers, 0, shared))
                 matched += shared
             return matched, pieces
+
+    def _resumable(self, path: list[tuple[_Node, int]]) -> list[tuple[_Node, int]]:
+        """The path as far as a model can go on from: with recurrent layers, to the last node whose states are known."""
+        while self._recurrent and path:
+            node, shared = path[-1]
+            if shared == len(node.token_ids) and states_of(node.layers) is not None:
+                break
+            path = path[:-1]
+        return path
 
     def runs(self, token_ids: Sequence[int], start: int, namespace: str = "") -> list[Run]:
         """The longest runs of `token_ids` that stand in recent contexts, exact or merged, one behind another.
@@ -178,7 +188,7 @@ class PrefixCache:
             if epoch is not None and epoch != self._epochs.get(namespace, 0):
                 return
             self._clock += 1
-            node = self._roots.setdefault((namespace, merged), _Node(wanted[:0], [], None, is_exact=not merged))
+            node = self._roots.setdefault((namespace, merged), _Node(wanted[:0], Layers(), None, is_exact=not merged))
             matched = 0
             for reached, shared in self._path(wanted, namespace, merged):
                 matched += shared
@@ -189,6 +199,9 @@ class PrefixCache:
                 leaf = _Node(wanted[matched:].copy(), kept, node, matched, used=self._clock, is_exact=not merged)
                 node.children[int(wanted[matched])] = leaf
                 self._count(namespace, leaf.nbytes)
+            elif self._recurrent and states_of(node.layers) is None:  # another context went on from here
+                node.layers.states = contiguous_copy(Layers((), states_of(layers))).states
+                self._count(namespace, nbytes(Layers((), node.layers.states)))
             self._evict()
 
     def epoch(self, namespace: str = "") -> int:
@@ -212,7 +225,7 @@ class PrefixCache:
                 old = _memory(node)
                 node.layers = contiguous_copy(cut(layers, start, start + shared))
                 for below in _below(node):  # a half of a split node must not keep the memory of the whole
-                    if below.layers and _memory(below) == old:
+                    if len(below.layers) and _memory(below) == old:
                         below.layers = contiguous_copy(below.layers)
                 start += shared
 

@@ -24,6 +24,7 @@ from kvcag.cache.layers import (
     cache_argument,
     check_cacheable,
     contiguous_copy,
+    kinds_of,
     layers_of,
     scatter_cache,
 )
@@ -100,6 +101,11 @@ def rotations(model: PreTrainedModel) -> list[Rotation]:
     found = _measured.get(model)
     if found is None:
         check_cacheable(model)
+        if kinds_of(model):
+            raise UnsupportedModelError(
+                f"{type(model).__name__} has recurrent layers, whose states cannot be merged. Merge nothing with it: "
+                "strategy='exact', and prompts that begin alike, reuse what they have in common."
+            )
         _check_configuration(model)
         found = _measured[model] = _measure(model)
     return found

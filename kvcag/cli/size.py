@@ -53,25 +53,29 @@ def size(
                 "documents": documents,
                 "bytes_per_token": per_token["kept"],
                 "bytes_per_token_int8": per_token["int8"],
-                "bytes": per_token["kept"] * tokens * documents,
-                "bytes_int8": per_token["int8"] * tokens * documents,
+                "bytes": (per_token["kept"] * tokens + geometry.state_bytes) * documents,
+                "bytes_int8": (per_token["int8"] * tokens + geometry.state_bytes) * documents,
                 "break_even": {name: _finite({"load": made.load, **asdict(made)}) for name, made in even.items()},
             }
         )
         return
-    console, first = common.stdout(), geometry.layers[0]
-    sharing = common.counted(geometry.attention_heads // first.kv_heads, "query head")
-    console.print(
-        f"{geometry.model}: {len(geometry.layers)} layers, {common.counted(first.kv_heads, 'KV head')} of "
-        f"{first.key_dim} numbers ({sharing} for each)"
-    )
+    console = common.stdout()
+    if geometry.layers:
+        first = geometry.layers[0]
+        sharing = common.counted(geometry.attention_heads // first.kv_heads, "query head")
+        console.print(
+            f"{geometry.model}: {len(geometry.layers)} layers, {common.counted(first.kv_heads, 'KV head')} of "
+            f"{first.key_dim} numbers ({sharing} for each)"
+        )
+    if geometry.state_bytes:
+        console.print(f"recurrent layers: {common.size(geometry.state_bytes)} of states for each document, any length")
     if geometry.sliding_layers:
         console.print(f"{geometry.sliding_layers} layers have a sliding window; their caches keep all tokens too")
     labels = {"kept": stored_as, "int8": "int8 at rest"}
-    rows = [
-        (labels[name], f"{one:,}", common.size(one * tokens), common.size(one * tokens * documents))
-        for name, one in per_token.items()
-    ]
+    rows = []
+    for name, one in per_token.items():
+        document = one * tokens + geometry.state_bytes
+        rows.append((labels[name], f"{one:,}", common.size(document), common.size(document * documents)))
     amounts = f">{common.counted(tokens, 'token')}", f">{common.counted(documents, 'document')}"
     console.print(common.table(["dtype", ">bytes per token", *amounts], rows))
     for name, made in even.items():

@@ -11,10 +11,11 @@ import warnings
 from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
 from dataclasses import dataclass, field
+from operator import methodcaller
 from os import PathLike
 from typing import Any, cast
 
-from kvcag.cache.layers import layers_of
+from kvcag.cache.layers import layers_of, mapped
 from kvcag.chat_template import Message, Prompt, as_messages
 from kvcag.concurrency import async_twin, iterate
 from kvcag.contexts import DEFAULT_RATIO, MAX_KL, Strategy
@@ -592,7 +593,7 @@ class MemoryCube:
                 taken.add(text)
             elif engine.merges:  # the instruction's own cache belongs to the recent contexts
                 hf = cast("HFEngine", engine)
-                layers = [(keys.to(hf.device), values.to(hf.device)) for keys, values in layers_of(item.memory)]
+                layers = mapped(layers_of(item.memory), methodcaller("to", hf.device))
                 hf.prefixes.insert(item.token_ids.tolist(), layers, self.namespace)
         return next((differences for text, differences in foreign.items() if text not in taken), [])
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
-from kvcag.cache.layers import LayerKV, cut, layers_of
+from kvcag.cache.layers import Layers, cut, layers_of, length_of, states_of
 from kvcag.cache.prefix_cache import PrefixCache, agreeing
 from kvcag.chat_template import Prompt
 from kvcag.core import Chunk, ContextPrompt, FinishReason, MergedContext, MergeReport, Usage
@@ -335,18 +335,18 @@ class ReusablePrefix:
         report: how the context was made, if it says so.
     """
 
-    layers: list[LayerKV]
+    layers: Layers
     is_exact: bool = True
     report: MergeReport | None = None
 
     @property
     def length(self) -> int:
         """Tokens in it."""
-        return self.layers[0][0].shape[-2] if self.layers else 0
+        return length_of(self.layers)
 
     def longest(self, prefixes: PrefixCache, token_ids: Sequence[int], namespace: str, *, merged: bool) -> FoundPrefix:
         """This context, or a longer recent one that `token_ids` begin with; merged ones count if `merged`."""
-        best = FoundPrefix(self.length, [self.layers] if self.layers else [], is_merged=not self.is_exact)
+        best = FoundPrefix(self.length, [self.layers] if self.length else [], is_merged=not self.is_exact)
         if self.is_exact:
             best = best.or_longer(FoundPrefix(*prefixes.match(token_ids, namespace), is_merged=False))
         if merged:
@@ -365,7 +365,7 @@ class FoundPrefix:
     """
 
     length: int
-    pieces: list[list[LayerKV]]
+    pieces: list[Layers]
     is_merged: bool
 
     def or_longer(self, other: FoundPrefix) -> FoundPrefix:
@@ -386,7 +386,7 @@ def reusable_prefix(
             differently.
     """
     if past_key_values is None:
-        return ReusablePrefix([])
+        return ReusablePrefix(Layers())
     if isinstance(past_key_values, ContextPrompt):
         raise UnsupportedModelError("a context of a server holds no keys and values: pass it to that server's engine")
     report, exact = None, True
@@ -394,7 +394,7 @@ def reusable_prefix(
         report, cache, held = past_key_values.report, past_key_values.cache, past_key_values.token_ids
         made_by, exact = past_key_values.fingerprint, report.mode != "merged"
     elif past_key_values.get_seq_length() == 0:
-        return ReusablePrefix([])
+        return ReusablePrefix(Layers())
     else:
         own = with_tokens(past_key_values)
         cache, held, made_by, exact = own, own.token_ids, own.fingerprint, own.is_exact
@@ -411,4 +411,8 @@ def reusable_prefix(
             f"the prompt agrees with the context's token_ids only in its first {common} of {len(held)} tokens. "
             "Begin the prompt with context.token_ids."
         )
-    return ReusablePrefix(cut(layers_of(cache), 0, min(common, len(token_ids) - 1)), exact, report)
+    layers = layers_of(cache)
+    usable = cut(layers, 0, min(common, len(token_ids) - 1))
+    if states_of(layers) is not None and states_of(usable) is None:  # recurrent layers cannot go on from its middle
+        usable = Layers()
+    return ReusablePrefix(usable, exact, report)

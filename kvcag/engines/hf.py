@@ -5,10 +5,11 @@ from __future__ import annotations
 import inspect
 import logging
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cached_property
+from itertools import accumulate
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +23,18 @@ from kvcag.cache.layers import (
     BETWEEN_LAYERS,
     ContextCache,
     LayerKV,
+    Layers,
     cache_argument,
     cache_of,
     check_cacheable,
     contiguous_copy,
+    count,
     crop,
     cut,
     generation_cache,
+    kinds_of,
     layers_of,
+    nbytes,
 )
 from kvcag.cache.merge import MergeHistory
 from kvcag.cache.prefix_cache import InFlight, PrefixCache
@@ -106,12 +111,14 @@ class HFEngine(Engine):
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer, template_variables, control_tokens=control_tokens)
-        self.prefixes = PrefixCache(prefix_cache_bytes, self.template.control_ids)
+        self._kinds = kinds_of(model)
+        self.prefixes = PrefixCache(prefix_cache_bytes, self.template.control_ids, recurrent=bool(self._kinds))
         self.lock = ModelLock()
         self.merge_history = MergeHistory()
         self._in_flight = InFlight()
         self._idle = IdleWork()
         self._chunk_tokens = _FIRST_CHUNK
+        self._state_distance = 0  # tokens whose keys and values take as many bytes as the states; not known yet
         self._notices = WarnOnce()
         self._cuda_graphs = cuda_graphs
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -196,7 +203,14 @@ class HFEngine(Engine):
     def bytes_per_token(self) -> int:
         """Bytes of keys and values that one token takes, over all layers."""
         layers, kv_heads, head_dim = map(int, self.fingerprint.geometry.split("x"))
+        if self._kinds:
+            layers = sum(attends for attends, _ in self._kinds)
         return 2 * layers * kv_heads * head_dim * torch.empty(0, dtype=self.model.dtype).element_size()
+
+    @property
+    def is_recurrent(self) -> bool:
+        """Whether the model has recurrent layers, which go on from the end of what they read, and from nowhere else."""
+        return bool(self._kinds)
 
     def keeps(self, tokens: int) -> bool:
         """Whether a context of so many tokens fits among the recent ones."""
@@ -268,7 +282,7 @@ class HFEngine(Engine):
         layers, _ = self.prefill(token_ids)
         return ContextCache.of(layers, torch.tensor(token_ids), self.fingerprint, messages)
 
-    def prefill(self, token_ids: Sequence[int], *, namespace: str = "") -> tuple[list[LayerKV], int]:
+    def prefill(self, token_ids: Sequence[int], *, namespace: str = "") -> tuple[Layers, int]:
         """Keys and values of a prefix, the caller's own, and how many of its tokens were encoded before.
 
         Raises:
@@ -282,11 +296,36 @@ class HFEngine(Engine):
             epoch = self.prefixes.epoch(namespace)
             reused, pieces = self.prefixes.match(token_ids, namespace)
             with _memory_errors():
-                cache = generation_cache(pieces, room=len(token_ids) - reused)
+                cache = generation_cache(pieces, len(token_ids) - reused, self._kinds)
             if reused < len(token_ids):
-                self.forward(token_ids[reused:], cache)
-                self.prefixes.insert(token_ids, layers_of(cache), namespace, epoch=epoch)
+                self._fill(token_ids, cache, (len(token_ids),), namespace, epoch=epoch)
         return layers_of(cache), reused
+
+    def _fill(
+        self,
+        token_ids: Sequence[int],
+        cache: Cache,
+        ends: Iterable[int],
+        namespace: str,
+        *,
+        merged: bool = False,
+        epoch: int | None = None,
+    ) -> None:
+        """Prefill up to the last of `ends`, and keep the prefix at each: recurrent layers go on from there alone.
+
+        Between the ends a long prompt is kept at distances at which states take no more bytes than keys and values.
+        """
+        start = cache.get_seq_length()
+        for end in sorted({end for end in ends if end > start}):
+            while start < end:
+                stop = min(end, start + (self._state_distance or _FIRST_CHUNK)) if self._kinds else end
+                self.forward(token_ids[start:stop], cache)
+                start = stop
+                layers = layers_of(cache)
+                self.prefixes.insert(token_ids[:stop], layers, namespace, merged=merged, epoch=epoch)
+                if layers.states and not self._state_distance:
+                    size = nbytes(Layers((), layers.states))
+                    self._state_distance = max(_FIRST_CHUNK, size // max(1, self.bytes_per_token))
 
     def encode_when_idle(self, token_ids: Sequence[int], namespace: str = "") -> None:
         """Encode a context in the background and keep it among the recent contexts. Returns at once.
@@ -355,9 +394,7 @@ class HFEngine(Engine):
         self.merge_history.clear(namespace)
         self.prefixes.clear(namespace)
 
-    def encode_after(
-        self, prefix_ids: Sequence[int], token_ids: Sequence[int], *, namespace: str = ""
-    ) -> list[LayerKV]:
+    def encode_after(self, prefix_ids: Sequence[int], token_ids: Sequence[int], *, namespace: str = "") -> Layers:
         """Keys and values of `token_ids` alone, encoded after `prefix_ids`; the caller's own.
 
         The prefix is kept among the recent contexts, the tokens are not: they are kept as an item of their own.
@@ -377,9 +414,9 @@ class HFEngine(Engine):
         if not token_ids:
             raise EmptyPromptError("there are no tokens to encode")
         self.check_fits(len(prefix_ids) + len(token_ids), 0)
-        prefix = self.prefill(prefix_ids, namespace=namespace)[0] if prefix_ids else []
+        prefix = self.prefill(prefix_ids, namespace=namespace)[0] if prefix_ids else None
         with _memory_errors():
-            cache = generation_cache([prefix] if prefix else [], room=len(token_ids))
+            cache = generation_cache([prefix] if prefix is not None else [], len(token_ids), self._kinds)
             self.forward(token_ids, cache)
             return contiguous_copy(cut(layers_of(cache), len(prefix_ids)))
 
@@ -427,13 +464,16 @@ class HFEngine(Engine):
                 kept = len(token_ids) - reused if self.keeps(len(token_ids)) else 0
                 decoding = Decoding(
                     self.forward,
-                    generation_cache(pieces, room=len(token_ids) - reused + max_new_tokens),
+                    generation_cache(pieces, len(token_ids) - reused + max_new_tokens, self._kinds),
                     token_ids,
                     max_new_tokens=max_new_tokens,
                     eos_ids=self.eos_ids,
                     sampler=Sampler(sampling, self.device, compiled.start(max_new_tokens) if compiled else None),
                     account=Account.of(prompt, given.report, prefix, kept, started),
                 )
+                if self._kinds and self.keeps(len(token_ids)):
+                    ends = _segment_ends(prompt)
+                    self._fill(token_ids, decoding.cache, ends, namespace, merged=prefix.is_merged, epoch=epoch)
                 decoding.prefill()
                 self.prefixes.insert(ids, layers_of(decoding.cache), namespace, merged=prefix.is_merged, epoch=epoch)
             thinking = ThinkingFilter(prompt.thinking, strips=sampling.strip_thinking)
@@ -511,6 +551,7 @@ class HFEngine(Engine):
         with _memory_errors(), self._attention(cache.get_seq_length(), len(token_ids)):
             model = self.model
             logits: torch.Tensor = model(input_ids=ids, use_cache=True, **last, **cache_argument(model, cache)).logits
+        count(cache, len(token_ids))
         self._fit_chunk(len(token_ids), time.thread_time() - began)
         return logits[:, -1]
 
@@ -546,6 +587,12 @@ class HFEngine(Engine):
         except UnsupportedModelError:
             return False
         return True
+
+
+def _segment_ends(prompt: Prompt) -> list[int]:
+    """Where the instruction and each document end, and the last message before the answer."""
+    ends = [*accumulate([len(prompt.head_ids), *map(len, prompt.document_ids)])]
+    return [end for end in ends if 0 < end < len(prompt.token_ids)]
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kvcag.cache.int8 import dequantize_int8, quantize_int8
-from kvcag.cache.layers import LayerKV, cache_of, layers_of
+from kvcag.cache.layers import Kinds, LayerKV, Layers, States, cache_of, layers_of
 from kvcag.core import KVCacheItem, KVCacheRecords
 from kvcag.errors import (
     CorruptItemError,
@@ -32,7 +32,7 @@ from kvcag.stores.files import atomic_write, unavailable, unnoticed
 
 Quantize: TypeAlias = Literal["int8"] | None
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _UNSEALED = b"0" * 16
 # Strings inside the manifest cannot look like these: their quotes are escaped.
 _SEAL = re.compile(rb'"kvcag\.checksum":"([0-9a-f]{16})"')
@@ -66,6 +66,8 @@ class Manifest(BaseModel):
         prefix_digest: digest of the token ids that stood before it.
         records: the texts it was made from.
         metadata: JSON of the user.
+        kinds: the model's layers, if some are recurrent (`kvcag.cache.layers.States`). Their states after the last
+            token are the tensors `states.<recurrent layer>.<n>`.
         is_exact: the loaded keys and values are bit for bit what the model computed; False after quantisation.
         checksums: XXH3-64, in hex, of each tensor's bytes. Empty for an item in memory.
     """
@@ -82,6 +84,7 @@ class Manifest(BaseModel):
     prefix_digest: str
     records: KVCacheRecords
     metadata: dict[str, Any]
+    kinds: Kinds = ()
     is_exact: bool = True
     checksums: dict[str, str] = Field(default_factory=dict)
 
@@ -98,10 +101,11 @@ def manifest_of(item: KVCacheItem, quantize: Quantize = None) -> Manifest:
         fingerprint=item.fingerprint,
         tokens=len(item.token_ids),
         layers=len(layers),
-        dtype=str(layers[0][0].dtype).removeprefix("torch.") if layers else "float32",
+        dtype=str(layers[0][0].dtype).removeprefix("torch.") if len(layers) else "float32",
         quantize=quantize,
         base_position=item.base_position,
         prefix_digest=item.prefix_digest,
+        kinds=layers.states.kinds if layers.states else (),
         is_exact=item.is_exact and quantize is None,
         records=item.records,
         metadata=_json_only(item.metadata, item.id),
@@ -130,7 +134,8 @@ def make_head(manifest: Manifest, tensors: dict[str, torch.Tensor]) -> bytes:
         InvalidInputError: the manifest is too large, or a dtype has no name in safetensors.
     """
     manifest.checksums = {name: checksum(bytes_of(tensor)) for name, tensor in tensors.items()}
-    text = json.dumps(manifest.model_dump(mode="json", exclude={"id"}), separators=(",", ":"))
+    unused = {"id"} if manifest.kinds else {"id", "kinds"}  # releases that know no recurrent layers read such a file
+    text = json.dumps(manifest.model_dump(mode="json", exclude=unused), separators=(",", ":"))
     if len(text) > _MAX_MANIFEST:
         raise InvalidInputError(
             f"the metadata and records of item {manifest.id!r} take {len(text)} bytes, and a file holds at most "
@@ -138,7 +143,7 @@ def make_head(manifest: Manifest, tensors: dict[str, torch.Tensor]) -> bytes:
         )
     header: dict[str, Any] = {
         "__metadata__": {
-            "kvcag.version": str(FORMAT_VERSION),
+            "kvcag.version": str(FORMAT_VERSION if manifest.kinds else 1),
             "kvcag.checksum": _UNSEALED.decode(),
             "kvcag.id": json.dumps(manifest.id),  # listing files reads this without the manifest
             "kvcag.manifest": text,
@@ -215,9 +220,9 @@ def parse_header(head: bytes, name: str) -> Header:
     try:
         specs = json.loads(head[8:])
         metadata = specs.pop("__metadata__")
-        if metadata["kvcag.version"] != str(FORMAT_VERSION):
+        if metadata["kvcag.version"] not in ("1", str(FORMAT_VERSION)):
             raise FormatError(
-                f"{name} is of format version {metadata['kvcag.version']}, and this release reads version "
+                f"{name} is of format version {metadata['kvcag.version']}, and this release reads versions 1 to "
                 f"{FORMAT_VERSION}. Upgrade kvcag, or encode its text again."
             )
         described = {"id": json.loads(metadata["kvcag.id"]), **json.loads(metadata["kvcag.manifest"])}
@@ -368,7 +373,10 @@ def _pieces(item: KVCacheItem, quantize: Quantize) -> list[bytes | memoryview]:
     """
     manifest = manifest_of(item, quantize)
     tensors = {"token_ids": item.token_ids.cpu().contiguous()}
-    for index, (keys, values) in enumerate(layers_of(item.memory)):
+    layers = layers_of(item.memory)
+    for row, states in enumerate(layers.states.tensors if layers.states else ()):
+        tensors |= {f"states.{row}.{n}": t.detach().cpu().contiguous() for n, t in enumerate(states) if t is not None}
+    for index, (keys, values) in enumerate(layers):
         tensors |= _pack(f"layers.{index}.keys", keys, quantize)
         tensors |= _pack(f"layers.{index}.values", values, quantize)
     # The widest elements first, so that each tensor begins at a multiple of its element size and can be mapped.
@@ -416,7 +424,7 @@ class _Reader:
     def item(self, expected: ModelFingerprint | None) -> KVCacheItem:
         manifest = self.manifest
         self._check_model(expected)
-        memory = cache_of(self._layers())
+        memory = cache_of(Layers(self._layers(), self._recurrent(), manifest.tokens))
         try:
             return KVCacheItem(
                 id=manifest.id,
@@ -438,6 +446,16 @@ class _Reader:
             return [self._layer(index) for index in range(self.manifest.layers)]
         with ThreadPoolExecutor(_THREADS, "kvcag-verify") as pool:
             return list(pool.map(self._layer, range(self.manifest.layers)))
+
+    def _recurrent(self) -> States | None:
+        """The states of recurrent layers, the reader's own: a generation writes to them."""
+        kinds = self.manifest.kinds
+        if not kinds:
+            return None
+        names = [[f"states.{row}.{n}" for n in range(2 * count)] for row, count in enumerate(_counts(kinds))]
+        held = self.header.specs
+        rows = tuple(tuple(self.tensor(name).clone() if name in held else None for name in row) for row in names)
+        return States(kinds, rows)
 
     def _layer(self, index: int) -> LayerKV:
         """Keys and values of one layer, `(1, kv_heads, seq_len, head_dim)` each."""
@@ -470,6 +488,11 @@ class _Reader:
             raise FingerprintMismatchError(self.name, ["it names no model"])
         if not expected.matches(self.manifest.fingerprint):
             raise FingerprintMismatchError(self.name, expected.differences(self.manifest.fingerprint))
+
+
+def _counts(kinds: Kinds) -> list[int]:
+    """How many states each recurrent layer has."""
+    return [count for _, count in kinds if count]
 
 
 def sealed(kind: str, version: int, content: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from kvcag.cache.layers import cache_of, layers_of, nbytes
+from kvcag.cache.layers import cache_of, layers_of, mapped, nbytes
 from kvcag.core import KVCacheItem
 from kvcag.errors import InvalidInputError, StoreFullError
 from kvcag.stores.base import KVStore, StoreStats
@@ -158,8 +158,7 @@ class MemoryStore(KVStore):
     def _copied(self, item: KVCacheItem) -> KVCacheItem:
         if not self.copies:
             return item
-        layers = ((self._copy(keys), self._copy(values)) for keys, values in layers_of(item.memory))
-        return item.model_copy(update={"memory": cache_of(layers)})
+        return item.model_copy(update={"memory": cache_of(mapped(layers_of(item.memory), self._copy))})
 
     def _copy(self, states: torch.Tensor) -> torch.Tensor:
         copy = states.to(self.device or "cpu", copy=True, memory_format=torch.contiguous_format)

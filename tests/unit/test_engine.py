@@ -20,7 +20,6 @@ from kvcag.errors import (
     FingerprintMismatchError,
     InvalidInputError,
     TokenMismatchError,
-    UnsupportedModelError,
 )
 from kvcag.testing import CHATML, byte_tokenizer, tiny_model
 from tests.waits import run_together
@@ -379,18 +378,6 @@ def test_a_prompt_that_does_not_begin_with_the_cache_is_refused(tiny_engine: HFE
 def test_a_stored_cache_takes_the_bytes_of_its_geometry(tiny_engine: HFEngine) -> None:
     cache = tiny_engine.build_kv_cache(TEXT * 5)
     assert nbytes(layers_of(cache)) == cache.get_seq_length() * tiny_engine.bytes_per_token
-
-
-@pytest.mark.parametrize(
-    ("model_type", "config", "says"),
-    [
-        ("mamba", {"state_size": 4, "expand": 2}, "recurrent state"),
-        ("jamba", {"mamba_d_state": 4}, "recurrent state"),
-    ],
-)
-def test_models_with_a_recurrent_state_are_refused(model_type: str, config: dict[str, Any], says: str) -> None:
-    with pytest.raises(UnsupportedModelError, match=says):
-        HFEngine(tiny_model(model_type, **config), byte_tokenizer())
 
 
 def test_an_unknown_setting_is_refused_before_work(tiny_engine: HFEngine) -> None:

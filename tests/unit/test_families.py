@@ -72,8 +72,8 @@ REFUSED = {
     "opt": ({"word_embed_proj_dim": 32, "ffn_dim": 48}, "positions are learned"),
     "bloom": ({"n_head": 4}, "ALiBi"),
     "mpt": ({"d_model": 32, "n_heads": 4, "n_layers": 3}, "ALiBi"),
-    "qwen3_next": ({}, "recurrent state"),
-    "mamba": ({"state_size": 4}, "recurrent state"),
+    "qwen3_next": ({}, "recurrent layers"),
+    "mamba": ({"state_size": 4}, "recurrent layers"),
     "llama4_text": ({"num_local_experts": 2, "intermediate_size_mlp": 48}, "in chunks"),
     "deepseek_v3": (
         {"kv_lora_rank": 16, "q_lora_rank": 16, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, **MOE},

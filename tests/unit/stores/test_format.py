@@ -221,9 +221,9 @@ def test_an_empty_file_is_damaged(tmp_path: Path) -> None:
 
 def test_a_newer_version_is_refused_as_such(file: Path) -> None:
     data = bytearray(file.read_bytes())
-    _rewrite(data, b'"kvcag.version":"1"', b'"kvcag.version":"2"')
+    _rewrite(data, b'"kvcag.version":"1"', b'"kvcag.version":"3"')
     file.write_bytes(data)
-    with pytest.raises(FormatError, match=r"version 2.*Upgrade kvcag"):
+    with pytest.raises(FormatError, match=r"version 3.*Upgrade kvcag"):
         read_item(file)
 
 

@@ -1,0 +1,189 @@
+"""Models with recurrent layers: a prompt goes on from the deepest place whose states were kept, exactly."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel
+
+from kvcag import HFEngine, KVCacheMemory
+from kvcag.cache.layers import Layers, kinds_of, layers_of, nbytes
+from kvcag.errors import UnsupportedModelError
+from kvcag.sizing import kv_geometry
+from kvcag.stores.format import item_from_bytes, item_to_bytes
+from kvcag.testing import byte_tokenizer, tiny_model
+
+MIXED = {"layer_types": ["linear_attention", "linear_attention", "full_attention"]}
+DELTA = {
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    **MIXED,
+}
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_n_groups": 1}
+MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_next": {**DELTA, **MOE, "shared_expert_intermediate_size": 32},
+    "qwen3_5_text": DELTA,
+    "olmo_hybrid": DELTA,
+    "granitemoehybrid": {"layer_types": ["mamba", "mamba", "attention"], "mamba_expand": 2, **MAMBA},
+    "bamba": {"attn_layer_indices": [2], **MAMBA},
+    "falcon_h1": {"mamba_d_ssm": 64, **MAMBA},
+    "nemotron_h": {},
+    "jamba": {"attn_layer_period": 3, "attn_layer_offset": 2, "mamba_d_state": 8, "num_experts": 2},
+    "lfm2": {"layer_types": ["conv", "conv", "full_attention"]},
+    "zamba2": {
+        "layer_types": ["mamba", "hybrid", "mamba"],
+        "hybrid_layer_ids": [1],
+        "mamba_ngroups": 1,
+        "mamba_d_state": 16,
+        "n_mamba_heads": 8,
+    },
+    "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "expand": 4},
+    "mamba": {},
+}
+TEXTS = ["The library opens at nine. " * 8, "It is in Harbour Street. " * 8]
+
+
+def engine_of(model: PreTrainedModel, **settings: Any) -> HFEngine:
+    return HFEngine(model, byte_tokenizer(), **settings)
+
+
+def bare(model: PreTrainedModel) -> HFEngine:
+    """An engine that keeps nothing, so that every prompt is a full prefill."""
+    return engine_of(model, prefix_cache_bytes=0)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    made = tiny_model(request.param, **FAMILIES[request.param])
+    assert kinds_of(made), "it has recurrent layers"
+    return made
+
+
+def test_a_second_question_prefills_what_is_new_and_answers_as_a_full_prefill(model: PreTrainedModel) -> None:
+    memory, plain = KVCacheMemory(engine_of(model)), KVCacheMemory(bare(model))
+    memory.add(TEXTS)
+    plain.add(TEXTS)
+    context = 0
+    for count, question in enumerate(("When?", "Where is it, please?", "When?")):
+        answer = memory.ask(question, max_new_tokens=8)
+        assert answer.text == plain.ask(question, max_new_tokens=8).text
+        assert answer.report is not None
+        assert answer.report.is_exact
+        assert answer.report.encoded_tokens == (0 if count else answer.report.encoded_tokens)
+        context = answer.report.context_tokens
+        assert count == 0 or answer.usage.cached_tokens >= context
+
+
+def test_a_second_turn_prefills_what_is_new_and_answers_as_a_full_prefill(model: PreTrainedModel) -> None:
+    engine, plain = engine_of(model), bare(model)
+    said: list[Any] = [{"role": "user", "content": "hello there " * 10}]
+    before = 0
+    for turn in range(3):
+        prompt = engine.build_prompt(said)
+        chunks = list(engine.stream(prompt, engine.sampling(max_new_tokens=8)))
+        text = "".join(chunk.text for chunk in chunks)
+        expected = plain.stream(prompt, plain.sampling(max_new_tokens=8))
+        assert text == "".join(chunk.text for chunk in expected)
+        usage = chunks[-1].usage
+        assert usage is not None
+        assert usage.cached_tokens >= before, "all of the prompt before is reused"
+        before = len(prompt.token_ids)
+        said += [{"role": "assistant", "content": text}, {"role": "user", "content": f"and then {turn}?"}]
+
+
+def test_a_stored_context_serves_a_fresh_engine(model: PreTrainedModel, tmp_path: Path) -> None:
+    first = KVCacheMemory(engine_of(model), tmp_path)
+    first.add("".join(TEXTS))
+    fresh = KVCacheMemory(engine_of(model), tmp_path)
+    answer = fresh.ask("When?", strategy="exact", max_new_tokens=8)
+    assert answer.report is not None
+    assert answer.report.reused_tokens == len(next(iter(first)).token_ids), "all but the head"
+    expected = KVCacheMemory(bare(model))
+    expected.add("".join(TEXTS))
+    assert answer.text == expected.ask("When?", max_new_tokens=8).text
+
+
+def test_an_item_reads_back_as_it_was_written(model: PreTrainedModel) -> None:
+    item = KVCacheMemory(engine_of(model)).extract(TEXTS[0])
+    again = item_from_bytes(item_to_bytes(item), "item")
+    written, read = layers_of(item.memory), layers_of(again.memory)
+    assert written.states is not None
+    assert read.states is not None
+    assert written.tokens == read.tokens == len(item.token_ids)
+    for left, right in zip(written.states.flat, read.states.flat, strict=True):
+        assert torch.equal(left, right)
+
+
+def test_sizing_counts_the_states(model: PreTrainedModel) -> None:
+    engine = engine_of(model)
+    geometry = kv_geometry(model.config)
+    assert geometry.bytes_per_token("float32") == engine.bytes_per_token
+    states = layers_of(engine.encode_item((), list(range(97, 107))).memory).states
+    assert states is not None
+    # in float32 the inputs of convolutions take twice the bytes that are counted
+    assert geometry.state_bytes <= nbytes(Layers((), states)) <= 2 * geometry.state_bytes
+
+
+def test_merging_says_why_not(model: PreTrainedModel) -> None:
+    memory = KVCacheMemory(engine_of(model))
+    memory.add(TEXTS)
+    with pytest.raises(UnsupportedModelError, match="recurrent layers"):
+        memory.ask("When?", strategy="query")
+    answer = memory.ask("When?", max_new_tokens=1)
+    assert answer.report is not None
+    assert "recurrent layers" in answer.report.reason
+
+
+def test_a_long_prompt_is_kept_at_distances_that_cost_no_more_than_its_keys() -> None:
+    model = tiny_model("qwen3_5_text", **DELTA, max_position_embeddings=8192)
+    engine = engine_of(model)
+    long = list(range(97, 123)) * 120
+    engine.prefill(long)
+    edited = [*long[:2600], *long[:300]]
+    reused = engine.known_prefix(edited)
+    assert 1500 <= reused <= 2600, "from the middle of a segment, too"
+    states = layers_of(engine.encode_item((), long[:10]).memory).states
+    assert states is not None
+    size = sum(state.numel() * state.element_size() for state in states.flat)
+    assert engine.prefixes.nbytes <= 2 * (len(long) * engine.bytes_per_token + size)
+
+
+@given(seed=st.integers(0, 2**32))
+@settings(max_examples=20, deadline=None)
+def test_whatever_is_edited_in_a_conversation_the_answer_is_a_full_prefills(seed: int) -> None:
+    engine, plain = _EDITED
+    chance = random.Random(seed)
+    said: list[Any] = [{"role": "user", "content": "hello"}]
+    for _ in range(10):
+        edit = chance.choice(["say", "say", "drop", "change", "shorten"])
+        at = chance.randrange(len(said))
+        if edit == "drop" and len(said) > 1:
+            del said[at]
+        elif edit == "change":
+            said[at] = {**said[at], "content": chance.choice(["yes", "no", "perhaps " * 20])}
+        elif edit == "shorten":
+            said[at] = {**said[at], "content": said[at]["content"][: chance.randrange(1, 9)]}
+        prompt = engine.build_prompt([*said, {"role": "user", "content": "and?"}])
+        answers = [
+            "".join(chunk.text for chunk in one.stream(prompt, one.sampling(max_new_tokens=4)))
+            for one in (engine, plain)
+        ]
+        assert answers[0] == answers[1]
+        said += [{"role": "user", "content": "and?"}, {"role": "assistant", "content": answers[0] or "-"}]
+
+
+def _edited() -> tuple[HFEngine, HFEngine]:
+    model = tiny_model("qwen3_5_text", **DELTA)
+    return engine_of(model, prefix_cache_bytes=4 << 20), bare(model)
+
+
+_EDITED = _edited()
