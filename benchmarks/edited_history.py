@@ -1,6 +1,6 @@
 """What an agent pays when its history is edited: messages that stay are moved, beside a full prefill at each edit.
 
-    python benchmarks/edited_history.py --data FILE [--runs 5] [--out benchmarks/results/edited_history.json]
+    python benchmarks/edited_history.py --data FILE [--runs 3] [--out benchmarks/results/edited_history.json]
 
 An agent calls a search tool twelve times; each result has about 480 tokens. Before the seventh and the eleventh answer
 LangChain's `ClearToolUsesEdit` clears all results but the last three. `moved` answers under `auto`, `read` under
@@ -8,8 +8,8 @@ LangChain's `ClearToolUsesEdit` clears all results but the last three. `moved` a
 both runs have the same history; each step's answer has 16 tokens.
 
 KL is KL(full prefill ‖ moved), in nats per token, over the 24 greedy tokens of the full prefill, for each answer after
-an edit. `by strategy` is the same for the two answers right behind the edits, with moved tokens recomputed as the other
-strategies choose. FILE is MuSiQue (`ctxs[].text`, `question`). SmolLM2 in fp32.
+an edit. `by strategy` is the same for the two answers right behind the edits, with moved tokens recomputed as `query`
+chooses, and the seconds of making the context. FILE is MuSiQue (`ctxs[].text`, `question`). SmolLM2 in fp32.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def agent(engine: HFEngine, data: list[dict[str, Any]], run: int) -> dict[str, A
         engine.forget(name)
     history: list[BaseMessage] = [SYSTEM, HumanMessage(data[run * CALLS]["question"])]
     rows: list[dict[str, Any]] = []
-    by_strategy: dict[str, list[float]] = {name: [] for name in STRATEGIES}
+    by_strategy: dict[str, dict[str, list[float]]] = {name: {"kl": [], "seconds": []} for name in STRATEGIES}
     for number, step in enumerate(steps(data, run), start=1):
         if edited := number - 1 in EDITED_AFTER:
             EDIT.apply(history, count_tokens=count_tokens_approximately)
@@ -103,7 +103,10 @@ def agent(engine: HFEngine, data: list[dict[str, Any]], run: int) -> dict[str, A
         if edited:
             documents = llms["moved"].memory().documents
             for name, ratio in STRATEGIES.items():
-                contexts[name] = with_kept_history(documents, prompt, None, name.split()[0], ratio)  # type: ignore[arg-type]
+                began = time.perf_counter()
+                strategy: Any = name.split()[0]
+                contexts[name] = with_kept_history(documents, prompt, None, strategy, ratio)
+                by_strategy[name]["seconds"].append(time.perf_counter() - began)
         for name, llm in llms.items():
             began = time.perf_counter()
             answer = llm.invoke(history)
@@ -118,7 +121,7 @@ def agent(engine: HFEngine, data: list[dict[str, Any]], run: int) -> dict[str, A
             _, pieces = engine.prefixes.match(prompt.token_ids[:-1], "moved", merged=True)
             row["kl"] = kl(engine, prompt.token_ids, concat(pieces))
         for name, context in contexts.items():
-            by_strategy[name].append(kl(engine, prompt.token_ids, layers_of(context.cache)))
+            by_strategy[name]["kl"].append(kl(engine, prompt.token_ids, layers_of(context.cache)))
         rows.append(row)
     tokens = len(prompt_of(engine, [*history[:2], *chain.from_iterable(steps(data, run))]).token_ids)
     return {"tokens": tokens, "steps": rows, "by_strategy": by_strategy}
@@ -127,7 +130,7 @@ def agent(engine: HFEngine, data: list[dict[str, Any]], run: int) -> dict[str, A
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     data = json.loads(given.data.read_text(encoding="utf-8"))
@@ -156,9 +159,10 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
     figures["kl"] = statistics.mean(row["kl"] for row in steps if "kl" in row)
     figures["highest_kl"] = max(row["kl"] for row in steps if "kl" in row)
     names = runs[0]["by_strategy"]
-    figures["kl_by_strategy"] = {
-        name: statistics.mean(kl for run in runs for kl in run["by_strategy"][name]) for name in names
-    }
+    for figure in ("kl", "seconds"):
+        figures[f"{figure}_by_strategy"] = {
+            name: statistics.mean(value for run in runs for value in run["by_strategy"][name][figure]) for name in names
+        }
     return figures
 
 

@@ -1,4 +1,4 @@
-"""What the turns of a chat over documents take, beside the same chat without caches of documents.
+"""What turns of a chat, and steps of an agent, over documents take, beside the same without caches of documents.
 
     PYTHONPATH=. python benchmarks/follow_ups.py --data FILE [--turns 5] [--repeat 5] [--out FILE]
 
@@ -8,6 +8,8 @@ chat. Documents are about 250 tokens long, and six of them stand before the hist
 - LangChain: `create_cag_documents_chain` beside LangChain's own stuff chain over the same model.
 - LlamaIndex: `CAGContextChatEngine` beside `ContextChatEngine`, and a `SimpleChatEngine` whose memory has a
   `CAGMemoryBlock` beside one with a `StaticMemoryBlock`, over the same model.
+- Agent: `KVCAGMiddleware` with a retriever, which finds the same documents in each step, beside an agent whose system
+  message shows them as text. Each step calls a tool, forced by a grammar, whose result has about 60 tokens.
 - KL: nats per token between the next answer over the reused merged context and over a full prefill of the same tokens,
   turn by turn.
 - Ten questions over the same documents, each a chat of its own: seconds to the first token, beside `exact`.
@@ -21,14 +23,18 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from fidelity import full_prefill, over_cache
+from langchain.agents import create_agent
+from langchain.agents.middleware import AgentMiddleware, ModelCallLimitMiddleware
 from langchain_classic.chains.combine_documents import create_stuff_documents_chain
 from langchain_core.documents import Document
 from langchain_core.messages import AIMessage, BaseMessage, HumanMessage
 from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder
+from langchain_core.retrievers import BaseRetriever as LangChainRetriever
+from langchain_core.tools import tool
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.chat_engine import ContextChatEngine, SimpleChatEngine
 from llama_index.core.memory import Memory, StaticMemoryBlock
@@ -37,7 +43,7 @@ from llama_index.core.schema import NodeWithScore, QueryBundle, TextNode
 from kvcag import HFEngine, KVCacheMemory
 from kvcag.cache.layers import cache_of, concat
 from kvcag.demo.model import embedded_model
-from kvcag.langchain import ChatKVCAG, create_cag_documents_chain
+from kvcag.langchain import ChatKVCAG, KVCAGMiddleware, create_cag_documents_chain
 from kvcag.llama_index import CAGContextChatEngine, CAGMemoryBlock, KVCacheLLM
 from kvcag.memory import insert_documents
 
@@ -121,6 +127,52 @@ PAIRS: dict[str, dict[str, Callable[[HFEngine, list[str], str], Ask]]] = {
 }
 
 
+class Found(LangChainRetriever):
+    """Finds the same documents for every question."""
+
+    documents: list[Document]
+
+    def _get_relevant_documents(self, query: str, **kwargs: Any) -> list[Document]:
+        return self.documents
+
+
+class TimedCalls(AgentMiddleware):
+    """Has a tool called in each step, and times the steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seconds: list[float] = []
+
+    def wrap_model_call(self, request: Any, handler: Any) -> Any:
+        began = time.perf_counter()
+        response = handler(request.override(tool_choice="any"))
+        self.seconds.append(time.perf_counter() - began)
+        return response
+
+
+@tool
+def look(shelf: Literal["upper", "lower"]) -> str:
+    """Look at a shelf of the archive."""
+    return f"On the {shelf} shelf there are eleven boxes of letters, sorted by year. " * 4
+
+
+AGENTS = ("retriever middleware", "documents as text")
+
+
+def steps_of(engine: HFEngine, name: str, texts: list[str], namespace: str, question: str, steps: int) -> list[float]:
+    """Seconds of each step of an agent."""
+    llm = ChatKVCAG(engine=engine, max_tokens=64, namespace=namespace)
+    timed, system = TimedCalls(), INSTRUCTION
+    middleware: list[Any] = [timed, ModelCallLimitMiddleware(run_limit=steps, exit_behavior="end")]
+    if name == AGENTS[0]:
+        middleware.append(KVCAGMiddleware(retriever=Found(documents=[Document(text) for text in texts])))
+    else:
+        system = "\n\n".join([INSTRUCTION, *texts])
+    agent = create_agent(llm, [look], system_prompt=system, middleware=middleware)
+    agent.invoke({"messages": [HumanMessage(question)]}, {"recursion_limit": 100})
+    return timed.seconds
+
+
 def texts_of(data: list[dict[str, Any]], start: int) -> list[str]:
     """Six passages of about 250 tokens."""
     texts = [context["text"] for row in data for context in row["ctxs"]]
@@ -182,7 +234,7 @@ def main() -> None:
     given = parser.parse_args()
     data = json.loads(given.data.read_text(encoding="utf-8"))
     engine = HFEngine.from_pretrained(embedded_model(), dtype="float32", device="cpu")
-    turns: dict[str, list[list[float]]] = {name: [] for pair in PAIRS.values() for name in pair}
+    turns: dict[str, list[list[float]]] = {name: [] for pair in [*PAIRS.values(), AGENTS] for name in pair}
     kl: list[list[float]] = []
     many: dict[str, list[list[float]]] = {"auto": [], "exact": []}
     for repeat in range(given.repeat):
@@ -192,6 +244,9 @@ def main() -> None:
             for name, opened in pair.items():  # in turn, so that all see the same machine
                 engine.prefixes.clear()
                 turns[name].append(seconds_of(opened(engine, texts, f"{name} {repeat}"), questions[: given.turns]))
+        for name in AGENTS:
+            engine.prefixes.clear()
+            turns[name].append(steps_of(engine, name, texts, f"{name} {repeat}", questions[0], given.turns))
         for strategy, rows in many.items():
             engine.prefixes.clear()
             rows.append(first_tokens(engine, texts, questions[:QUESTIONS], strategy))
@@ -199,7 +254,7 @@ def main() -> None:
         engine.forget("kl")
         kl.append(list(drifts(engine, texts, questions[: given.turns])))
     figures: dict[str, Any] = {"repeat": given.repeat, "turns": {name: medians(rows) for name, rows in turns.items()}}
-    for title, pair in PAIRS.items():
+    for title, pair in {**PAIRS, "agent": AGENTS}.items():
         for name in pair:
             print(f"{name:22}", *(f"{seconds:.2f} s" for seconds in figures["turns"][name]), sep="  ")
         ours, plain = (statistics.median(figures["turns"][name][1:]) for name in pair)
