@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kvcag import HFEngine, KVCacheMemory
+from kvcag import Document, HFEngine, KVCacheMemory
 from kvcag.cache.layers import layers_of
 from kvcag.contexts import with_kept_history
 from kvcag.core import Usage
@@ -29,8 +29,12 @@ HISTORY = [{"role": role, "content": text} for role, text in SAID]
 QUESTION = {"role": "user", "content": "Who is late?"}
 
 
-def asked(*messages: dict[str, Any]) -> list[dict[str, Any]]:
-    return [SYSTEM, *messages, QUESTION]
+NOTES = ["The library opens at nine.\n\n", "Fines are two pence a day.\n\n", "Atlases are lent for a month.\n\n"]
+
+
+def asked(*messages: dict[str, Any], notes: list[int] | tuple[int, ...] = ()) -> list[dict[str, Any]]:
+    documents = [Document(NOTES[note]) for note in notes]
+    return [{"role": "system", "content": [SYSTEM["content"], *documents]}, *messages, QUESTION]
 
 
 def ask(memory: KVCacheMemory, conversation: list[dict[str, Any]], **options: Any) -> tuple[str, Usage]:
@@ -90,6 +94,24 @@ def test_a_history_that_is_edited_twice_is_moved_twice() -> None:
     assert usage.context is not None
     assert usage.context.mode == "merged"
     assert usage.prompt_tokens - usage.cached_tokens < 100
+
+
+@pytest.mark.parametrize("strategy", ["auto", "query", "rotate"])
+def test_a_history_behind_documents_is_moved_too(strategy: Any) -> None:
+    memory = KVCacheMemory(HFEngine(MODEL, TOKENIZER))
+    for notes in ([2, 0], [1, 2]):  # the second time behind other documents
+        ask(memory, asked(*HISTORY, notes=notes), strategy=strategy)
+        said, usage = ask(memory, asked(*CLEARED, notes=notes), strategy=strategy)
+        assert usage.context is not None
+        assert usage.context.mode == "merged"
+        assert usage.context.context_tokens > sum(len(message["content"]) for message in CLEARED)
+        assert usage.prompt_tokens - usage.cached_tokens < 200 + usage.context.recomputed_tokens
+        goes_on = [*CLEARED, QUESTION, {"role": "assistant", "content": said}]
+        _, usage = ask(memory, asked(*goes_on, notes=notes), strategy=strategy)
+        assert usage.context is not None
+        assert usage.context.mode == "merged"
+        assert usage.context.recomputed_tokens == 0
+        assert usage.prompt_tokens - usage.cached_tokens < 80
 
 
 @pytest.mark.parametrize("edit", EDITS)
@@ -160,6 +182,7 @@ steps = st.tuples(
     st.integers(0, 5),
     st.sampled_from(["auto", "exact", "query", "rotate"]),
     st.sampled_from(["", "other"]),
+    st.sampled_from([(), (0,), (2, 1), (1, 2, 0)]),  # documents
 )
 
 
@@ -169,7 +192,7 @@ def test_whatever_is_edited_exact_is_a_full_prefill_and_no_figure_lies(taken: li
     engine = HFEngine(MODEL, TOKENIZER)
     memories = {name: KVCacheMemory(engine, namespace=name) for name in ("", "other")}
     history = list(HISTORY)
-    for step, at, strategy, namespace in taken:
+    for step, at, strategy, namespace, notes in taken:
         if step == "say":
             history += [QUESTION, {"role": "assistant", "content": f"Carol is, by {at} weeks."}]
         elif step == "clear":
@@ -178,13 +201,14 @@ def test_whatever_is_edited_exact_is_a_full_prefill_and_no_figure_lies(taken: li
             del history[at % len(history)]
         elif step == "summarise":
             history[:2] = [{"role": "user", "content": f"Summary {at}: Carol has the atlas."}]
-        text, usage = ask(memories[namespace], asked(*history), strategy=strategy)
+        conversation = asked(*history, notes=notes)
+        text, usage = ask(memories[namespace], conversation, strategy=strategy)
         assert usage.cached_tokens + usage.created_tokens <= usage.prompt_tokens
         report = usage.context
         if report is not None:
             assert report.reused_tokens + report.recomputed_tokens + report.encoded_tokens == report.context_tokens
-            assert strategy != "exact"
-            assert not report.is_exact
-        else:
+        if report is None or report.is_exact:
             fresh = KVCacheMemory(HFEngine(MODEL, TOKENIZER))
-            assert text == ask(fresh, asked(*history), strategy="exact")[0]
+            assert text == ask(fresh, conversation, strategy="exact")[0]
+        else:
+            assert strategy != "exact"
