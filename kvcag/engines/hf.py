@@ -450,9 +450,9 @@ class HFEngine(Engine):
         if past_key_values is None:
             self.warn_unless_kept(len(token_ids))
 
-        def run() -> Generator[Chunk, None, None]:
-            epoch = self.prefixes.epoch(namespace)
+        epoch = self.prefixes.epoch(namespace)  # now: what is purged before the stream is read must not come back
 
+        def run() -> Generator[Chunk, None, None]:
             def known(token_ids: Sequence[int], namespace: str) -> int:
                 if not given.is_exact or not self.keeps(len(token_ids)):
                     return len(token_ids)  # another prompt's prefill would not be used

@@ -236,11 +236,13 @@ def test_who_asks_with_other_settings_gets_another_context() -> None:
         torch.testing.assert_close(keys, right, atol=1e-4, rtol=1e-4)
 
 
-def test_what_is_purged_in_the_middle_of_an_answer_does_not_come_back() -> None:
+@pytest.mark.parametrize("read", [0, 1])
+def test_what_is_purged_before_or_in_the_middle_of_an_answer_does_not_come_back(read: int) -> None:
     engine = HFEngine(MODEL, TOKENIZER)
     memory = KVCacheMemory(engine)
     stream = memory.stream(messages([0, 1], [], QUESTIONS[0]), strategy="query", max_new_tokens=8)
-    next(stream)
+    for _ in range(read):
+        next(stream)
     memory.purge(TEXTS[0])
     list(stream)
     ids = engine.template.prompt(messages([0, 1], [], QUESTIONS[0])).context_ids
