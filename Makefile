@@ -18,7 +18,7 @@ SMOKE  := mkdir dist/clean/empty && cd dist/clean/empty && ../bin/python ../../.
           && cd .. && rm -rf empty
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-vllm test-min test-latest test-python lint format docs bench package audit lock clean
+.PHONY: help demo test fuzz test-vllm test-min test-latest test-python lint format docs bench package audit lock clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
