@@ -25,7 +25,9 @@ from kvcag.chat_template import as_messages
 from kvcag.core import ids_digest
 from kvcag.engines.base import Engine
 from kvcag.engines.hf import HFEngine
-from kvcag.errors import CacheWarning, InvalidInputError
+from kvcag.errors import CacheWarning, CorruptItemError, InvalidInputError, StoreError, StoreUnavailableError
+from kvcag.stores.files import atomic_write, make_private, unavailable
+from kvcag.stores.format import checksum
 
 Candidate: TypeAlias = tuple[Strategy, float]
 
@@ -85,8 +87,8 @@ class Calibration(BaseModel):
     def load(cls, fingerprint: str) -> Calibration | None:
         """What was kept for a model; None where nothing was, or what there is cannot be read."""
         try:
-            return cls.model_validate_json(_file(fingerprint).read_bytes())
-        except (FileNotFoundError, ValidationError):
+            return cls.model_validate_json(read_learned(_file(fingerprint)))
+        except (StoreError, ValidationError):
             return None
 
 
@@ -257,13 +259,13 @@ def _usual_drift(engine: HFEngine) -> UsualDrift | None:
     read = ids_digest(chain(head, *passages))
     file = learned_file("drift", f"{engine.fingerprint.digest}-{read[:16]}.safetensors")
     try:
-        kept = load(file.read_bytes())
+        kept = load(read_learned(file))
         return UsualDrift([kept[str(index)] for index in range(len(kept))])
-    except (OSError, SafetensorError, KeyError):  # not there, not to be read, or cut: it can be learned again
+    except (StoreError, SafetensorError, KeyError):  # not there, not to be read, or damaged: it can be learned again
         drift = _learn(engine, head, passages)
     try:
         write_learned(file, save({str(index): layer.cpu() for index, layer in enumerate(drift.layers)}))
-    except OSError as error:
+    except StoreUnavailableError as error:
         warnings.warn(
             f"what this model's documents usually drift by could not be kept for later processes: {error}. "
             "Each will learn it anew; set KVCAG_CACHE to a folder that can be written.",
@@ -375,9 +377,28 @@ def learned_file(kind: str, name: str) -> Path:
 
 
 def write_learned(path: Path, content: bytes) -> Path:
-    """In place of what stood there, so that a reader sees the one or the other."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    """Write a file under a checksum, for this user alone, in place of an earlier one.
+
+    Raises:
+        StoreUnavailableError: the disk is full, permission was denied.
+    """
+    with unavailable(path):
+        make_private(path.parent)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(checksum(content).encode() + content)
     return path
+
+
+def read_learned(path: Path) -> bytes:
+    """Read what `write_learned` wrote.
+
+    Raises:
+        StoreUnavailableError: it does not exist, or cannot be read.
+        CorruptItemError: it was cut or changed.
+    """
+    with unavailable(path):
+        data = path.read_bytes()
+    seal, content = data[:16], data[16:]
+    if seal != checksum(content).encode():
+        raise CorruptItemError(path, "its checksum does not match")
+    return content

@@ -146,7 +146,7 @@ class Corpus:
             for chunk in chunks:
                 text, usage = text + chunk.text, chunk.usage
                 if not options.as_json:
-                    sys.stdout.write(chunk.text if usage is None else f"{chunk.text}\n")
+                    sys.stdout.write(common.plain(chunk.text if usage is None else f"{chunk.text}\n"))
                     sys.stdout.flush()
         assert usage is not None  # the last chunk has it
         usage = replace(usage, ttft_s=usage.ttft_s + prepared, total_s=usage.total_s + prepared)
@@ -275,7 +275,7 @@ class _Conversation:
                 if not sys.stdin.isatty():
                     raise
                 interrupted = True
-                typer.echo(err=True)
+                common.echo(err=True)
                 common.say("cancelled; Ctrl-C again, or Ctrl-D, leaves")
 
     def _command(self, name: str) -> None:
@@ -319,7 +319,7 @@ class _Conversation:
         try:
             return input("\n> ").strip()
         except EOFError:
-            typer.echo(err=True)
+            common.echo(err=True)
             return None
 
 

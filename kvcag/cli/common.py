@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 from typer.core import TyperGroup
 
 from kvcag import errors
@@ -85,7 +86,7 @@ def exit_code(error: KVCAGError) -> int:
 
 def say(line: str) -> None:
     """Print a line on stderr."""
-    typer.echo(f"kvcag: {line}", err=True)
+    echo(f"kvcag: {line}", err=True)
 
 
 def _message(error: KVCAGError) -> str:
@@ -217,12 +218,31 @@ def loading(name: str) -> Iterator[None]:
 # --- printing: results on stdout, progress on stderr --------------------------------------------------------------
 
 
+_CONTROL = [*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000)]
+_ESCAPED = {code: f"\\u{code:04x}" for code in _CONTROL if chr(code) not in "\n\t"}
+"""Control characters, what turns the direction of a line round, and halves of characters."""
+
+
+def plain(text: str) -> str:
+    """Return a text that a terminal shows and does not obey: control characters become their escapes."""
+    return text.replace("\r\n", "\n").translate(_ESCAPED)
+
+
+def echo(line: str = "", *, err: bool = False) -> None:
+    """Print a line, as `plain` returns it."""
+    typer.echo(plain(line), err=err)
+
+
 class _Console(Console):
-    """Prints text as it is, with colours only on a terminal, and without cutting paths in a pipe or a file."""
+    """Prints `plain` text, with colours only on a terminal, and without cutting paths in a pipe or a file."""
 
     def __init__(self, *, stderr: bool) -> None:
         width = None if (sys.stderr if stderr else sys.stdout).isatty() else 240
         super().__init__(stderr=stderr, markup=False, highlight=False, width=width)
+
+    def print(self, *objects: Any, **how: Any) -> None:
+        shown = (Text(plain(each.plain), each.style) if isinstance(each, Text) else each for each in objects)
+        super().print(*(plain(each) if isinstance(each, str) else each for each in shown), **how)
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError  # `Commands` handles it
@@ -240,7 +260,7 @@ def stderr() -> Console:
 
 def emit(value: object, *, indent: int | None = 2) -> None:
     """Print one JSON document on stdout; with `indent=None` on one line."""
-    sys.stdout.write(json.dumps(value, indent=indent, ensure_ascii=False, default=str) + "\n")
+    sys.stdout.write(json.dumps(value, indent=indent, ensure_ascii=False, default=str).translate(_ESCAPED) + "\n")
     sys.stdout.flush()
 
 
@@ -256,7 +276,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
         justify: Any = "right" if heading.startswith(">") else "left"
         made.add_column(heading.removeprefix(">"), justify=justify, no_wrap=True, overflow="ellipsis")
     for row in rows:
-        made.add_row(*("" if cell is None else str(cell) for cell in row))
+        made.add_row(*("" if cell is None else plain(str(cell)) for cell in row))
     return made
 
 
@@ -269,7 +289,7 @@ def progress(doing: str, total: int, unit: str) -> Iterator[Any]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(doing, total=total)
         yield lambda amount=0, next_item="": bar.update(
-            task, advance=amount, description=f"{doing} {next_item[-32:]:<32}"
+            task, advance=amount, description=f"{doing} {plain(next_item)[-32:]:<32}"
         )
 
 

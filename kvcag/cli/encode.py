@@ -179,4 +179,4 @@ def _report(
         skipped = [{"path": path, "reason": reason} for path, reason in reading.skipped]
         common.emit({**facts, "store": place, "ids": list(diff.wanted), "skipped": skipped})
     else:
-        typer.echo(f"{line}; in {place}" if place else line)
+        common.echo(f"{line}; in {place}" if place else line)

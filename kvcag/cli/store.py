@@ -66,7 +66,7 @@ def ls(
     total = f"{common.counted(len(chosen), 'item')}, {common.size(sum(entry.bytes for entry in chosen))} in {folder}"
     if len(chosen) < len(entries):
         total += f" ({len(entries)} without the filters)"
-    typer.echo(total, err=True)
+    common.echo(total, err=True)
     if not entries:
         common.say(f"there are no items yet{_elsewhere(folder, options.namespace)}. `kvcag encode PATH` adds some.")
     if unreadable:
@@ -175,7 +175,7 @@ def rm(
     if options.as_json:
         common.emit({"deleted": [entry.id for entry in deleted], "bytes": held})
     else:
-        typer.echo(f"{what} deleted, {common.size(held)}")
+        common.echo(f"{what} deleted, {common.size(held)}")
 
 
 def verify(
@@ -213,11 +213,11 @@ def verify(
             (report.foreign, "left alone"),
         ):
             for file, reason in files:
-                typer.echo(f"{file}: {reason.removeprefix(f'{file} ').rstrip('.')}: {becomes}")
+                common.echo(f"{file}: {reason.removeprefix(f'{file} ').rstrip('.')}: {becomes}")
         found = {"damaged": len(report.damaged), "half written": len(report.abandoned)}
         bad = (f"{count} {what}{', deleted' if repair and count else ''}" for what, count in found.items())
         sound = f"{report.sound} items sound ({common.size(report.bytes)})"
-        typer.echo(", ".join([sound, *bad, f"{len(report.foreign)} of other programs"]))
+        common.echo(", ".join([sound, *bad, f"{len(report.foreign)} of other programs"]))
     if not (report.clean or repair):
         common.say("nothing was deleted. After --repair, `kvcag encode` or `sync` encodes the texts again.")
         raise typer.Exit(common.NEGATIVE)
@@ -262,5 +262,5 @@ def import_memos(
         common.emit({"folder": out, "items": converted})
         return
     for each in converted:
-        typer.echo(f"{each['id']}: {each['tokens']} tokens")
-    typer.echo(f"{common.counted(len(converted), 'item')} in {out}")
+        common.echo(f"{each['id']}: {each['tokens']} tokens")
+    common.echo(f"{common.counted(len(converted), 'item')} in {out}")

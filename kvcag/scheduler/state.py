@@ -32,7 +32,8 @@ class StateFile:
         self._connections = contextlib.ExitStack()
         with unavailable(path):
             make_private(Path(path).absolute().parent)
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            for each in (path, f"{path}.owner"):  # SQLite gives its other files the mode of the first
+                os.close(os.open(each, os.O_RDWR | os.O_CREAT, 0o600))
         try:
             with _typed(self.path):
                 owner = self._connect(f"{self.path}.owner", timeout=0)

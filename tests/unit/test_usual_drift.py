@@ -105,11 +105,40 @@ def test_an_engine_learns_it_once_and_keeps_it(cache_folder):
     assert len(list((cache_folder / "drift").iterdir())) == 2
 
 
-def test_a_file_that_was_cut_is_learned_again(cache_folder):
+def flip(data: bytes) -> bytes:
+    return data[:-9] + bytes([data[-9] ^ 0x7F]) + data[-8:]
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-40], flip])
+def test_a_file_that_was_cut_or_changed_is_learned_again(cache_folder, damage):
+    """Two flipped bytes moved merged keys by 1,146 in silence."""
     right = usual_drift_of(engine())
     (file,) = (cache_folder / "drift").iterdir()
-    file.write_bytes(file.read_bytes()[:-40])
+    file.write_bytes(damage(file.read_bytes()))
     assert all(torch.equal(a, b) for a, b in zip(right.layers, usual_drift_of(engine()).layers, strict=True))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX")
+def test_what_is_learned_is_for_this_user_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("KVCAG_CACHE", str(tmp_path / "cache"))
+    usual_drift_of(engine())
+    for path in (tmp_path / "cache").rglob("*"):
+        assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links are POSIX")
+def test_a_planted_link_overwrites_no_file(cache_folder, monkeypatch):
+    """The temporary file had a name that another program could guess, and a link there was followed."""
+    victim = cache_folder / "victim"
+    victim.write_text("mine")
+    usual_drift_of(engine())
+    (file,) = (cache_folder / "drift").iterdir()
+    for planted in (file, file.with_suffix(f".{os.getpid()}.tmp")):
+        planted.unlink(missing_ok=True)
+        planted.symlink_to(victim)
+    victim.write_text("mine")
+    usual_drift_of(engine())
+    assert victim.read_text() == "mine"
 
 
 @pytest.mark.skipif(os.name != "posix", reason="a file where a folder is wanted")

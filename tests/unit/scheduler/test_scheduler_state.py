@@ -52,7 +52,8 @@ def test_counters_survive_a_restart(path: Path) -> None:
 
 def test_the_file_is_for_this_user_alone(path: Path) -> None:
     with scheduler_of(path):
-        assert path.stat().st_mode & 0o777 == 0o600
+        assert {file.stat().st_mode & 0o777 for file in path.parent.glob(f"{path.name}*")} == {0o600}
+        assert Path(f"{path}.owner").is_file()
         assert path.parent.stat().st_mode & 0o777 == 0o700
 
 

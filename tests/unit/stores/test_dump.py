@@ -206,6 +206,13 @@ def test_a_dump_whose_folder_cannot_be_synced_keeps_what_its_manifest_names(
     assert_same(the_item(tmp_path, "ours.json"), random_item("b"))
 
 
+@pytest.mark.skipif(os.name == "nt", reason="modes are POSIX")
+def test_a_dump_is_for_this_user_alone(tmp_path: Path) -> None:
+    write_dump(tmp_path / "new" / "dump", "ours.json", [random_item("a")], files={"t": b"text"})
+    for path in (tmp_path / "new").rglob("*"):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
+
+
 def test_a_dump_is_a_directory_of_a_store(tmp_path: Path) -> None:
     write_dump(tmp_path, "ours.json", [random_item("a")])
     directory = json.loads((tmp_path / "ours.json").read_text())["directory"]
