@@ -332,7 +332,10 @@ def test_the_texts_stand_behind_the_head_and_before_what_is_asked() -> None:
     answer = cube.ask(turns)
     system = f"system: {HEAD}\n\n{ALICE.memory}\n\n{BOB.memory}\n\nBe brief."
     assert answer.text == f"{system}\nuser: Hi.\nassistant: Hello.\nuser: Who?"
-    assert (answer.side, answer.encoded, answer.report) == ("encoded", ("alice", "bob"), None)
+    assert (answer.side, answer.encoded) == ("encoded", ("alice", "bob"))
+    assert answer.report is not None
+    assert (answer.report.strategy, answer.report.is_exact) == ("exact", True)
+    assert answer.report.encoded_tokens == len(f"{ALICE.memory}\n\n{BOB.memory}\n\n")
 
 
 def test_a_cube_with_nothing_in_it_answers_without() -> None:
