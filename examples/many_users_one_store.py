@@ -55,7 +55,7 @@ def main(model: str, folder: str | Path) -> dict[str, list[int]]:
     # The shared note was encoded for each: nobody can tell from the time it takes what others keep.
     print(f"Ann's items: {len(list(memories['ann'].store.keys()))}, Bob's: {len(list(memories['bob'].store.keys()))}")
     deleted = memories["ann"].purge(NOTES["ann"][1] + "\n\n")
-    print(f"Ann asks to be forgotten: {len(deleted)} item deleted, Bob's notes are as they were")
+    print(f"Ann asks to be forgotten: {len(deleted.ids)} item deleted, Bob's notes are as they were")
     assert len(list(memories["bob"].store.keys())) == 2
     return encoded
 

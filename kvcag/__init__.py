@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from kvcag.core import Answer as Answer
     from kvcag.core import Chunk as Chunk
     from kvcag.core import ContextPrompt as ContextPrompt
+    from kvcag.core import DeletionReport as DeletionReport
     from kvcag.core import KVCacheItem as KVCacheItem
     from kvcag.core import KVCacheRecords as KVCacheRecords
     from kvcag.core import MergedContext as MergedContext
@@ -77,6 +78,7 @@ _HOMES = {
     "KVCacheMemoryConfig": "kvcag.config",
     "KVCacheRecords": "kvcag.core",
     "MemoryCube": "kvcag.cube.memory_cube",
+    "DeletionReport": "kvcag.core",
     "MergeReport": "kvcag.core",
     "MergedContext": "kvcag.core",
     "ModelFingerprint": "kvcag.fingerprint",
@@ -106,6 +108,7 @@ __all__ = [
     "Chunk",
     "ContextCache",
     "ContextPrompt",
+    "DeletionReport",
     "Document",
     "Engine",
     "ExtractorLLM",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from itertools import chain, islice
@@ -39,7 +40,9 @@ from kvcag.errors import (
     FingerprintMismatchError,
     InvalidInputError,
     StoreError,
+    StoreUnavailableError,
     UnsupportedModelError,
+    WarnOnce,
 )
 from kvcag.stores.base import KVStore
 from kvcag.stores.format import Manifest
@@ -234,7 +237,7 @@ def is_stored_whole(documents: DocumentCache, prompt: Prompt) -> bool:
     try:
         manifest = documents.store.manifest(documents.key(prompt.kept_ids[0]))
     except StoreError as unreadable:
-        warnings.warn(f"encoding a document again: {unreadable}", CacheWarning, stacklevel=4)
+        documents.warn("encoding a document again", unreadable)
         return False
     return manifest is not None and manifest.is_exact and manifest.prefix_digest == ids_digest(prompt.head_ids)
 
@@ -407,7 +410,7 @@ def _merged(
     if alone and (strategy == "rotate" or int(ratio * len(context_ids)) == 0):
         drift = usual_drift_of(engine)
     begun = [Part(torch.tensor(start.token_ids, dtype=torch.long), start.layers, 0, is_exact=True)] * bool(start.layers)
-    epoch = engine.prefixes.epoch(namespace)
+    epoch = engine.epoch(namespace)
     with engine.exclusive() as model:
         tail = torch.tensor(tail_ids, dtype=torch.long)
         criterion = "rotate" if strategy == "exact" else strategy
@@ -415,6 +418,8 @@ def _merged(
     if engine.prefixes.epoch(namespace) == epoch:
         engine.merge_history.put(namespace, context_ids, MergedBefore(merged.layout, [tuple(tail_ids)], asked))
         engine.prefixes.replace_merged(context_ids, merged.layers, namespace)
+    if engine.prefixes.epoch(namespace) != epoch:  # forgotten meanwhile
+        engine.merge_history.clear(namespace)
     recomputed = len(merged.recomputed) + start.recomputed
     encoded = start.encoded + sum(len(part.token_ids) for part in parts if part.layers is None)
     encoded = min(encoded, len(context_ids) - recomputed)
@@ -496,20 +501,26 @@ class DocumentCache:
         store: where items live.
         namespace: whose recent contexts the engine may reuse.
         encoding: a lock for each document that is being looked up or encoded, by its id.
+        notices: what was said about the store.
     """
 
     engine: Engine
     store: KVStore
     namespace: str = ""
     encoding: WeakValueDictionary[str, threading.Lock] = field(default_factory=WeakValueDictionary)
+    notices: WarnOnce = field(default_factory=WarnOnce)
 
     def key(self, token_ids: Iterable[int]) -> str:
         """The id under which a document is kept."""
         return content_key(self.engine.fingerprint.digest, token_ids)
 
     def contains(self, head_ids: Ids, token_ids: Ids) -> bool:
-        """Whether a document can be used without encoding it."""
-        kept = self.store.contains(self.key(token_ids))
+        """Whether a document can be used without encoding it. A store that fails counts as no, with a warning."""
+        try:
+            kept = self.store.contains(self.key(token_ids))
+        except StoreError as error:
+            self.warn("documents are encoded, and may not be kept", error)
+            return False
         return kept and self.engine.still_holds((*head_ids, *token_ids), self.namespace)
 
     def encode(self, head_ids: Ids, token_ids: Ids, text: str, metadata: Mapping[str, Any] | None = None) -> Item:
@@ -529,7 +540,8 @@ class DocumentCache:
         """The document's item, and whether this call encoded and kept it.
 
         Of several threads that need a document at once, the first encodes it. An item that is damaged, foreign or out
-        of reach is encoded again, and one that cannot be stored is used all the same, each with a `CacheWarning`.
+        of reach is encoded again, and one that cannot be stored is used all the same, with one `CacheWarning` about it.
+        One that is deleted meanwhile is used and not kept.
         """
         key = self.key(token_ids)
         with holding(self._lock_of(key)):
@@ -539,13 +551,27 @@ class DocumentCache:
                     self.engine.check_item(item)
                     return item, False
             except (StoreError, FingerprintMismatchError, InvalidInputError) as damaged:
-                warnings.warn(f"encoding a document again: {damaged}", CacheWarning, stacklevel=4)
-            item = self.encode(head_ids, token_ids, text, metadata)
-            try:
-                self.put(item)
-            except StoreError as full:
-                warnings.warn(f"a document was encoded and not kept: {full}", CacheWarning, stacklevel=4)
+                self.warn("encoding a document again", damaged)
+            with self.keeping(token_ids, text, metadata):
+                item = self.encode(head_ids, token_ids, text, metadata)
+                try:
+                    self.put(item)
+                except StoreError as full:
+                    self.warn("a document was encoded and not kept", full)
             return item, True
+
+    def keeping(
+        self, token_ids: Ids, text: str, metadata: Mapping[str, Any] | None = None
+    ) -> AbstractContextManager[None]:
+        """Within it, a document is encoded and put. If it is deleted meanwhile, it does not come back."""
+        records = KVCacheRecords(text_memories=[text], composed_text_memory=text)
+        to_be = Manifest.of_texts(self.key(token_ids), records, {"source_text": text, **(metadata or {})})
+        return self.store.keeping(to_be)
+
+    def warn(self, what: str, error: Exception) -> None:
+        """Say that a store failed, once about each damaged item, and once about a store that is gone."""
+        is_gone = isinstance(error, StoreUnavailableError)
+        self.notices.once(f"{what}: {error}", CacheWarning, f"{self.store.place} is gone" if is_gone else str(error))
 
     def _lock_of(self, key: str) -> threading.Lock:
         with _guard:
@@ -570,9 +596,13 @@ class DocumentCache:
 
     def update(self, id: str, metadata: Mapping[str, Any]) -> None:
         """Change an item's metadata, if the item is there."""
-        stored = self.store.get(id)
-        if stored is not None:
-            self.store.put(stored.model_copy(update={"metadata": {**stored.metadata, **metadata}}))
+        manifest = self.store.manifest(id)
+        if manifest is None:
+            return
+        with self.store.keeping(manifest):
+            stored = self.store.get(id)
+            if stored is not None:
+                self.store.put(stored.model_copy(update={"metadata": {**stored.metadata, **metadata}}))
 
     def get(self, id: str) -> Item | None:
         """The item, or None. Generating with its `memory` leaves the stored item as it is."""
@@ -601,9 +631,10 @@ class DocumentCache:
         """
         own = self.engine.fingerprint
         try:
-            made_by = [found.fingerprint for _, found in islice(self.store.manifests(), 8) if found.fingerprint]
+            readable = (item.manifest for item in self.store.listing() if item.manifest is not None)
+            made_by = [found.fingerprint for found in islice(readable, 8) if found.fingerprint]
         except StoreError as gone:
-            warnings.warn(f"the store cannot be read, so documents are encoded: {gone}", CacheWarning, stacklevel=3)
+            self.warn("documents are encoded, and may not be kept", gone)
             return
         if made_by and not any(own.matches(other) for other in made_by):
             warnings.warn(
@@ -620,12 +651,21 @@ Read: TypeAlias = tuple[Ids, str, dict[str, Any]]
 
 @dataclass(frozen=True, slots=True)
 class SyncReport:
-    """What `KVCacheMemory.sync` did: how many documents, and the ids of all that are kept, in the corpus's order."""
+    """What `KVCacheMemory.sync` did: how many documents, and the ids of all that are kept, in the corpus's order.
+
+    Attributes:
+        encoded: documents that were encoded.
+        kept: documents that were kept already.
+        dropped: documents that left the corpus.
+        ids: the ids of the corpus's documents.
+        failed: items that could not be read or deleted, and why: they may still hold what the corpus dropped.
+    """
 
     encoded: int
     kept: int
     dropped: int
     ids: list[str]
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -688,9 +728,23 @@ def sync(documents: DocumentCache, head_ids: Ids, corpus: Iterable[Read], name: 
         EmptyPromptError: a document is empty. Nothing was changed.
     """
     wanted = _wanted(documents, corpus)
-    labels: dict[str, list[str]] = {
-        key: manifest.metadata.get(_CORPORA, []) for key, manifest in documents.store.manifests()
-    }
+    labels, failed = dict[str, list[str]](), dict[str, str]()
+    try:
+        for item in documents.store.listing():
+            if item.manifest is None:
+                failed[item.name] = item.error
+            else:
+                labels[item.manifest.id] = item.manifest.metadata.get(_CORPORA, [])
+    except StoreError as gone_store:
+        failed[documents.store.place] = str(gone_store)
+        documents.warn("documents are encoded, and may not be kept", gone_store)
+
+    def label(key: str, names: list[str]) -> None:
+        try:
+            documents.update(key, {_CORPORA: names})
+        except StoreError as error:
+            failed[key] = str(error)
+
     encoded = 0
     for key, (token_ids, text, metadata) in wanted.items():
         names = list(dict.fromkeys([*labels.get(key, []), name]))
@@ -698,13 +752,16 @@ def sync(documents: DocumentCache, head_ids: Ids, corpus: Iterable[Read], name: 
             documents.find_or_encode(head_ids, token_ids, text, {**metadata, _CORPORA: names})
             encoded += 1
         elif labels.get(key) and names != labels[key]:
-            documents.update(key, {_CORPORA: names})
+            label(key, names)
     gone = [key for key, names in labels.items() if name in names and key not in wanted]
     shared = {key: rest for key in gone if (rest := [other for other in labels[key] if other != name])}
     for key, rest in shared.items():
-        documents.update(key, {_CORPORA: rest})
-    documents.store.delete([key for key in gone if key not in shared])
-    return SyncReport(encoded, len(wanted) - encoded, len(gone), list(wanted))
+        label(key, rest)
+    failed |= documents.store.erase([key for key in gone if key not in shared]).failed
+    for what, why in failed.items():
+        if what != documents.store.place:
+            documents.notices.once(f"{what} may hold what a corpus dropped: {why}", CacheWarning)
+    return SyncReport(encoded, len(wanted) - encoded, len(gone), list(wanted), failed)
 
 
 def same_ids(items: Sequence[Item]) -> Ids:

@@ -293,16 +293,16 @@ class ServerWarning(CacheWarning):
 
 
 class WarnOnce:
-    """Warns once per message."""
+    """Warns once per message, or once about a thing that several messages are about."""
 
     def __init__(self) -> None:
         self._said: set[str] = set()
         self._lock = threading.Lock()
 
-    def once(self, message: str, category: type[Warning] = ServerWarning) -> None:
-        """Warn, unless this message was given before."""
+    def once(self, message: str, category: type[Warning] = ServerWarning, about: str = "") -> None:
+        """Warn, unless this message, or another one about the same thing, was given before."""
         with self._lock:
-            if message in self._said:
+            if (about or message) in self._said:
                 return
-            self._said.add(message)
+            self._said.add(about or message)
         warnings.warn(message, category, stacklevel=4)

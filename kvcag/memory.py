@@ -32,7 +32,7 @@ from kvcag.contexts import (
     sync,
     with_kept_history,
 )
-from kvcag.core import Answer, Chunk, ContextPrompt, EncodedItem, Item, MergedContext
+from kvcag.core import Answer, Chunk, ContextPrompt, DeletionReport, EncodedItem, Item, MergedContext
 from kvcag.documents import SEPARATOR, Texts, documents_of, segment, text_and_metadata, texts_of
 from kvcag.engines.base import Engine
 from kvcag.engines.constrain import ConstraintLike
@@ -41,7 +41,7 @@ from kvcag.engines.sampling import Sampling
 from kvcag.errors import CacheWarning, EmptyPromptError, InvalidInputError, StoreError, UnknownItemError
 from kvcag.stores.base import MADE_OF, KVStore
 from kvcag.stores.disk import FOLDER_BYTES, DiskStore
-from kvcag.stores.dump import read_dump, write_dump
+from kvcag.stores.dump import purge_dump, read_dump, write_dump
 from kvcag.stores.memory import MemoryStore
 
 DEFAULT_STORE_BYTES = 4 << 30
@@ -101,6 +101,7 @@ class KVCacheMemory:
         self.watchers: list[Callable[[Prompt], None]] = []  # told of each prompt whose documents are looked for
         self.documents = DocumentCache(engine, opened, namespace)
         self._contexts: dict[str, str] = {}
+        self._contexts_at = 0
 
     @property
     def store(self) -> KVStore:
@@ -208,15 +209,18 @@ class KVCacheMemory:
         items = [item for key in list(self.store.keys()) if (item := self.get(key)) is not None]
         return sorted(items, key=lambda item: (item.records.timestamp, item.id))
 
-    def delete(self, ids: str | Iterable[str]) -> None:
-        """Forget items, and this namespace's recent contexts, which may hold them. Missing ids are ignored."""
-        self._forget()
-        self.store.delete(_as_list(ids))
+    def delete(self, ids: str | Iterable[str]) -> DeletionReport:
+        """Delete items, and forget this namespace's recent contexts, which may hold them. Missing ids are ignored.
 
-    def delete_all(self) -> None:
-        """Forget every item, and this namespace's recent contexts."""
-        self._forget()
-        self.store.delete([key for key, _ in self.store.manifests()])
+        Returns:
+            What was deleted where, and what could not be. Nothing is raised for a store that fails.
+        """
+        listed = _as_list(ids)
+        return self.erased(lambda: self.store.erase(listed))
+
+    def delete_all(self) -> DeletionReport:
+        """Delete every item, also those that cannot be read, and forget this namespace's recent contexts."""
+        return self.erased(self.store.clear)
 
     def dump(self, dir: str | PathLike[str]) -> None:
         """Write every item to a folder. What stood there before is replaced in one step, or not at all."""
@@ -266,18 +270,37 @@ class KVCacheMemory:
         ]
         return sync(self.documents, self._instruction_ids, read, corpus)
 
-    def purge(self, source: str) -> list[str]:
-        """Delete everything made from one text, for a request to delete, and return the ids.
+    def purge(self, source: str, dumps: Iterable[str | PathLike[str]] = ()) -> DeletionReport:
+        """Delete everything made from one text, for a request to delete.
 
-        From every tier of the store, and this namespace's recent contexts as a whole, since they may hold it too.
+        From every tier of the store, and this namespace's recent contexts as a whole, since they may hold it too. What
+        is being encoded from it does not come back, and contexts by id are forgotten. It goes on past what it cannot
+        read or delete: the report names that, and so does a `CacheWarning`.
 
         Args:
             source: the text itself, or what an item's metadata names as its source: a path, a URL, a document's id.
+                Of more than two words, it is also found within larger texts.
+            dumps: folders that `dump` of a memory or of a cube wrote, to delete it there too.
         """
+        report = self.erased(lambda: self.store.erase(self._keys_of(source)) + self.store.purge(source))
+        return sum((purge_dump(folder, source) for folder in _folders(dumps)), report)
+
+    def erased(self, erase: Callable[[], DeletionReport]) -> DeletionReport:
+        """Call what deletes from the store, and forget what is kept outside the store, before and after."""
         self._forget()
-        purged = self.store.purge(source)
+        report = erase()
+        report += self.store.erase(report.ids)  # what was put in the meantime
         self._forget()  # what a question that ran meanwhile has left
-        return purged
+        if report.failed:
+            warnings.warn(f"not everything could be deleted: {report}", CacheWarning, stacklevel=3)
+        return report
+
+    def _keys_of(self, text: str) -> list[str]:
+        """The ids that a text has here: by them, a file is found that is too damaged to say what it holds."""
+        if not self.engine.merges:
+            return []
+        forms = dict.fromkeys([text, segment(text, self.separator), segment(text)])
+        return [self.documents.key(self.engine.template.encode_text(form)) for form in forms]
 
     # --- putting together --------------------------------------------------------------------------------------
 
@@ -417,14 +440,25 @@ class KVCacheMemory:
         budget = self.engine.check_fits(len(prompt.token_ids), sampling.max_new_tokens)
         if constraint is not None:
             constraint = self.engine.constrain(constraint, budget, prompt.thinking)
+        with self.engine.begun(self.namespace):
+            return self._opened(prompt, sampling, constraint, (strategy, ratio, max_kl), started)
+
+    def _opened(
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        constraint: ConstraintLike | None,
+        asked: tuple[Strategy, float, float],
+        started: float,
+    ) -> Generator[Chunk, None, None]:
+        """The answer to a prompt, over its context; `asked` are strategy, ratio and `max_kl`."""
         context, known = None, None  # the engine finds the longest known prefix by itself
-        if strategy == "exact":
+        if asked[0] == "exact":
             if is_stored_whole(self.documents, prompt):
-                context = self.context_for(prompt, strategy)
+                context = self.context_for(prompt, "exact")
         elif self.engine.merges:
             for watch in self.watchers if prompt.document_ids else ():
                 watch(prompt)
-            asked = strategy, ratio, max_kl
             known = reusable(self.documents, prompt, *asked)
             if known is None:
                 context = self.context_for(prompt, *asked)
@@ -489,6 +523,9 @@ class KVCacheMemory:
         Raises:
             InvalidInputError: no such context, here or in the store.
         """
+        if (deletions := self.store.deletions()) != self._contexts_at:  # by another memory over the store, too
+            self._contexts.clear()
+            self._contexts_at = deletions
         return insert_documents("", [self._contexts.get(id) or self._stored_context(id)], messages)
 
     def _stored_context(self, id: str) -> str:
@@ -535,11 +572,12 @@ class KVCacheMemory:
         seams: Seams,
     ) -> Prompt:
         if ids is None and not any(_has_documents(message) for message in messages):
-            items = self.get_all()
+            kept = [manifest.records for _, manifest in self.store.manifests()]
+            kept.sort(key=lambda records: records.timestamp)
         else:
-            items = self._items(ids, skip_missing=False) if ids is not None else []
-        if items:
-            texts = [segment(item.records.composed_text_memory, self.separator) for item in items]
+            kept = [item.records for item in self._items(ids or (), skip_missing=False)]
+        if kept:
+            texts = [segment(records.composed_text_memory, self.separator) for records in kept]
             messages = insert_documents(self.instruction or "", texts, messages)
         return self.engine.template.prompt(messages, tools=tools, seams=seams)
 
@@ -592,6 +630,10 @@ def insert_documents(instruction: str, documents: Sequence[str], messages: Seque
 def _has_documents(message: Message) -> bool:
     content = message.get("content")
     return isinstance(content, list | tuple) and any(isinstance(part, Document) for part in content)
+
+
+def _folders(dumps: Iterable[str | PathLike[str]]) -> list[str | PathLike[str]]:
+    return [dumps] if isinstance(dumps, str | PathLike) else list(dumps)
 
 
 def _as_list(texts: str | Iterable[str]) -> list[str]:

@@ -16,7 +16,7 @@ from kvcag.cli.doctor import doctor
 from kvcag.cli.encode import encode, sync
 from kvcag.cli.scheduler import scheduler
 from kvcag.cli.size import size
-from kvcag.cli.store import import_memos, inspect, ls, rm, verify
+from kvcag.cli.store import import_memos, inspect, ls, purge, rm, verify
 
 app = typer.Typer(
     name="kvcag",
@@ -27,7 +27,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for _command in (demo, encode, ask, chat, ls, inspect, rm, sync, verify, doctor, size, bench, scheduler):
+for _command in (demo, encode, ask, chat, ls, inspect, rm, purge, sync, verify, doctor, size, bench, scheduler):
     app.command()(_command)
 app.command("import-memos")(import_memos)
 

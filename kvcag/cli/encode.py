@@ -146,7 +146,8 @@ def _encode(memory: KVCacheMemory, diff: SyncDiff) -> int:
             for key in diff.new:
                 token_ids, text, metadata = diff.wanted[key]
                 advance(0, os.path.basename(metadata["source"]))
-                documents.put(documents.encode(head_ids, token_ids, text, metadata))
+                with documents.keeping(token_ids, text, metadata):
+                    documents.put(documents.encode(head_ids, token_ids, text, metadata))
                 advance(len(token_ids))
     except KeyboardInterrupt:
         kept, new = sum(map(documents.store.contains, diff.new)), common.counted(len(diff.new), "item")

@@ -1,17 +1,22 @@
-"""`kvcag ls`, `inspect`, `rm`, `verify` and `import-memos`: the items of a store."""
+"""`kvcag ls`, `inspect`, `rm`, `purge`, `verify` and `import-memos`: the items of a store."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from kvcag.cli import common
 from kvcag.cli.common import Json, Model, Namespace, Source, Store
 from kvcag.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from kvcag.core import DeletionReport
 
 _EXCERPT = 400
 _AGE = "Choose items encoded longer ago than 90s, 30m, 12h, 7d or 4w."
@@ -157,9 +162,9 @@ def rm(
     if bool(ids) == bool(options.source or options.older_than or everything):
         raise InvalidInputError("pass either ids, or one of --source, --older-than and --all.")
     opened = open_existing(options.store, options.namespace)
-    entries, _ = read_entries(opened)
+    entries, unread = read_entries(opened)
     chosen = find(entries, ids) if ids else choose(entries, options.source, options.older_than)
-    if not chosen or opened is None:
+    if opened is None or not (chosen or (everything and unread)):
         common.say("no item matches: nothing was deleted.")
         raise typer.Exit(common.NEGATIVE)
     deleted = with_contexts(entries, chosen)
@@ -171,11 +176,84 @@ def rm(
         if not typer.confirm(f"Delete {what}, {common.size(held)}?", err=True):
             common.say("nothing was deleted.")
             raise typer.Exit(common.NEGATIVE)
-    opened.delete([entry.id for entry in deleted])
+    report = opened.clear() if everything else opened.erase([entry.id for entry in deleted])
     if options.as_json:
-        common.emit({"deleted": [entry.id for entry in deleted], "bytes": held})
+        common.emit({"deleted": report.ids, "bytes": held, "failed": report.failed})
     else:
-        common.echo(f"{what} deleted, {common.size(held)}")
+        common.echo(f"{common.counted(len(report.ids), 'item')} deleted, {common.size(held)}")
+    _say_failed(report, unread if options.source else 0, exit_code=common.FAILED)
+
+
+def _say_failed(report: DeletionReport, unread: int = 0, exit_code: int = common.NEGATIVE) -> None:
+    """Name what could not be deleted, and exit if there is something."""
+    for what, why in report.failed.items():
+        common.say(f"{what} was not deleted: {why}")
+    if unread:
+        common.say(f"{common.counted(unread, 'file')} cannot be read and may hold the text: `kvcag verify` names them.")
+    if report.failed or unread:
+        raise typer.Exit(exit_code if report.failed else common.NEGATIVE)
+
+
+def purge(
+    source: Annotated[str, typer.Argument(metavar="TEXT", help="The text, or its source: a path, a URL, an id.")],
+    store: Store = None,
+    namespace: Namespace = "",
+    dump: Annotated[
+        list[str] | None, typer.Option("--dump", metavar="FOLDER", help="Delete it from this dump too; repeatable.")
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option("--scheduler", metavar="FILE", help="Delete it from this scheduler's state too.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Delete everything made from a text: its items, larger ones that contain it, and what dumps hold.
+
+    It goes on past what it cannot read or delete, and names that. Exits with 1 if there was such a thing, or nothing
+    was found.
+
+    For example:
+
+        kvcag purge notes/ada.md
+
+        kvcag purge "Ada's password is swordfish." --dump backup/ --json | jq .failed
+    """
+    from kvcag.cli.entries import open_existing
+    from kvcag.core import DeletionReport
+    from kvcag.stores.dump import purge_dump
+
+    opened = open_existing(store, namespace)
+    names = dict.fromkeys([source, os.path.abspath(source)]) if os.path.exists(source) else [source]
+    report = DeletionReport()
+    for name in names:
+        report += opened.purge(name) if opened is not None else DeletionReport()
+        report += sum((purge_dump(folder, name) for folder in dump or ()), DeletionReport())
+        if scheduler is not None:
+            report += _forget_texts(scheduler, name)
+    if as_json:
+        common.emit(report.as_dict())
+    else:
+        found = ((place, len(ids)) for place, ids in report.deleted.items() if ids)
+        common.echo("\n".join(f"{common.counted(count, 'item')} deleted from {place}" for place, count in found))
+    if not report:
+        common.say("nothing was made from this text: nothing was deleted.")
+        raise typer.Exit(common.NEGATIVE)
+    _say_failed(report)
+
+
+def _forget_texts(path: str, source: str) -> DeletionReport:
+    """Delete a text from the state of a scheduler that is not running."""
+    from kvcag.core import DeletionReport
+    from kvcag.errors import SchedulerStateError
+    from kvcag.scheduler.texts import Texts, read_texts
+
+    try:
+        before = len(read_texts(path))
+        with contextlib.closing(Texts(path, "")) as texts:
+            texts.purge({source})
+    except SchedulerStateError as error:
+        return DeletionReport({}, {path: str(error)})
+    gone = before - len(read_texts(path))
+    return DeletionReport({path: [f"text {number}" for number in range(1, gone + 1)]})
 
 
 def verify(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import AsyncGenerator, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
 from dataclasses import dataclass, field
 from operator import methodcaller
@@ -19,7 +19,7 @@ from kvcag.cache.layers import layers_of, mapped
 from kvcag.chat_template import Message, Prompt, as_messages
 from kvcag.concurrency import async_twin, iterate
 from kvcag.contexts import DEFAULT_RATIO, MAX_KL, Strategy
-from kvcag.core import Answer, Chunk, KVCacheItem, Mode, TextualMemoryItem
+from kvcag.core import Answer, Chunk, DeletionReport, KVCacheItem, Mode, TextualMemoryItem
 from kvcag.cube.dump import CubeDump, read_dump, write_dump
 from kvcag.cube.texts import (
     ListedTexts,
@@ -46,6 +46,8 @@ from kvcag.errors import (
 )
 from kvcag.memory import KVCacheMemory, insert_documents
 from kvcag.stores.base import KVStore
+from kvcag.stores.dump import purge_dump
+from kvcag.stores.format import Manifest
 
 _QUESTION: Message = {"role": "user", "content": "…"}
 
@@ -150,6 +152,7 @@ class MemoryCube:
         self.ratio = ratio
         self._known: dict[str, TextualMemoryItem] = {}
         self._changes = 0
+        self._undeleted: set[str] = set()  # texts of which a store that failed may still have caches: tried again
         self._lock = threading.RLock()
 
     @classmethod
@@ -218,18 +221,30 @@ class MemoryCube:
                 TextualMemoryItem(id=id, memory=text, metadata=dict(known.metadata if metadata is None else metadata))
             )
 
-    def delete(self, ids: str | Sequence[str]) -> None:
+    def delete(self, ids: str | Sequence[str]) -> DeletionReport:
         """Delete texts, here and in `texts`, and every cache made from them, in every tier of the store.
 
         Ids that are missing are ignored.
+
+        Returns:
+            What was deleted where, and what could not be. Nothing is raised for a store that fails; the next deletion
+            tries again.
         """
         listed = [ids] if isinstance(ids, str) else list(ids)
+        failed = {}
         with self._lock:
             if self.texts is not None:
-                self.texts.delete(listed)
-            self._follow([], gone=listed)
+                try:
+                    self.texts.delete(listed)
+                except Exception as error:  # of whatever database it is; the caches are deleted all the same
+                    failed[type(self.texts).__name__] = f"{type(error).__name__}: {error}"
+                    warnings.warn(f"texts could not be deleted from {failed}", CacheWarning, stacklevel=2)
+            report = self._follow([], gone=listed)
+            if self._undeleted and not report.failed:
+                report += self._drop(set(), live_of(self._known.values()))
+            return report + DeletionReport({}, failed)
 
-    def sync(self, documents: object) -> None:
+    def sync(self, documents: object) -> DeletionReport:
         """Make these documents the cube's texts: add new ones, edit changed ones, delete the others.
 
         Every cache made from anything else is deleted from the store, also those of an earlier process. Nothing is
@@ -239,16 +254,17 @@ class MemoryCube:
         ids, live = {text.id for text in texts}, live_of(texts)
         with self._lock:
             self.add(texts)
-            self.delete([id for id in self._known if id not in ids])
-            self.memory.delete(
-                [key for key, text in self._cached_texts() if text is None or not is_made_of(text, live)]
-            )
+            report = self.delete([id for id in self._known if id not in ids])
+            return report + self._erase(lambda text: not is_made_of(text, live))
 
-    def purge(self, text: str) -> list[str]:
-        """Delete every cache made from a text that the cube does not hold, and return the ids of the caches.
+    def purge(self, text: str, dumps: Iterable[str | PathLike[str]] = ()) -> DeletionReport:
+        """Delete every cache made from a text that the cube does not hold, and the text from dumps.
 
-        `delete` deletes the caches of a text that the cube holds. An answer that a framework was generating at that
-        moment may have stored such a cache again; `purge` deletes it.
+        `delete` deletes the caches of a text that the cube holds.
+
+        Args:
+            text: the text.
+            dumps: folders that `dump` wrote, to delete the text and its caches there too.
 
         Raises:
             InvalidInputError: the cube holds the text.
@@ -257,7 +273,9 @@ class MemoryCube:
             live = live_of(self._known.values())
             if stripped(text) in live:
                 raise InvalidInputError("the cube holds this text. Delete the text by its id: that deletes its caches.")
-            return self._drop({text}, live)
+            report = self._drop({text}, live)
+        folders = [dumps] if isinstance(dumps, str | PathLike) else dumps
+        return sum((purge_dump(folder, text) for folder in folders), report)
 
     def get(self, id: str) -> TextualMemoryItem | None:
         """A text, or None."""
@@ -504,23 +522,22 @@ class MemoryCube:
                 ids = {text.id for text in listed}
                 self._follow(listed, gone=[id for id in self._known if id not in ids])
 
-    def _follow(self, texts: Iterable[TextualMemoryItem], gone: Iterable[str] = ()) -> None:
-        """Add or change texts, forget those that are gone, and delete the caches of what no text says any more.
-
-        Caches are deleted first: if the store fails, the cube still has the text, and the call can be repeated.
-        """
+    def _follow(self, texts: Iterable[TextualMemoryItem], gone: Iterable[str] = ()) -> DeletionReport:
+        """Add or change texts, forget those that are gone, and delete the caches of what no text says any more."""
+        report = DeletionReport()
         known = self._known | {text.id: text for text in texts}
         for id in gone:
             known.pop(id, None)
         live = live_of(known.values())
         is_same = known.keys() == self._known.keys() and self._are_current(known.values())
         if not is_same:
-            self._drop({was.memory for was in self._known.values() if stripped(was.memory) not in live}, live)
+            report = self._drop({was.memory for was in self._known.values() if stripped(was.memory) not in live}, live)
             self._changes += 1
         self._known = known
+        return report
 
-    def _drop(self, gone: set[str], live: set[str]) -> list[str]:
-        """Delete what was made from texts that are gone, alone or with others, from every tier. Returns the ids.
+    def _drop(self, gone: set[str], live: set[str]) -> DeletionReport:
+        """Delete what was made from texts that are gone, alone or with others, from every tier.
 
         `KVCacheMemory.purge` finds the caches of one text alone. This also finds the text within larger ones, such as
         a document that a framework rendered, and keeps the caches of live texts. All recent contexts of the namespace
@@ -530,32 +547,25 @@ class MemoryCube:
             gone: texts.
             live: the texts that the cube holds, as `stripped`.
         """
+        gone = gone | self._undeleted
         if not gone:
-            return []
+            return DeletionReport()
         found = {stripped(text) for text in gone}
-        stale = [
-            key
-            for key, text in self._cached_texts()
-            if text is None or (text not in live and any(one in text for one in found))
-        ]
         template, documents = self.memory.engine.template, self.memory.documents
-        # also by id: a store does not list a damaged file
-        self.memory.delete([*stale, *(documents.key(template.encode_text(f"{text}\n\n")) for text in gone)])
+        keys = [documents.key(template.encode_text(f"{text}\n\n")) for text in gone]  # also where it is damaged
+        report = self._erase(lambda text: text not in live and any(one in text for one in found), keys)
         self.memory.store.forget(gone)
-        self.memory.engine.forget(self.namespace)
-        return stale
+        self._undeleted = gone if report.failed else set()
+        return report
 
-    def _cached_texts(self) -> Iterator[tuple[str, str | None]]:
-        """The id of each cache, and the text it was made from; None where the cache is damaged."""
+    def _erase(self, is_stale: Callable[[str], bool], keys: Iterable[str] = ()) -> DeletionReport:
+        """Delete the caches whose text, as `stripped`, is stale, those that cannot be read, and those of `keys`."""
         store = self.memory.store
-        for key in list(store.keys()):
-            try:
-                manifest = store.manifest(key)
-            except (CorruptItemError, FormatError):
-                yield key, None
-            else:
-                if manifest is not None:
-                    yield key, stripped(manifest.records.composed_text_memory)
+
+        def chosen(manifest: Manifest) -> bool:
+            return is_stale(stripped(manifest.records.composed_text_memory))
+
+        return self.memory.erased(lambda: store.erase(keys) + store.erase_where(chosen, unreadable=True))
 
     # --- items of a dump -----------------------------------------------------------------------------------------
 

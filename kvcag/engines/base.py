@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 from transformers.cache_utils import Cache
@@ -110,6 +111,10 @@ class Engine(ABC):
 
     def forget(self, namespace: str = "") -> None:  # noqa: B027 - most engines keep nothing
         """Drop what a namespace's earlier prompts left in this engine."""
+
+    def begun(self, namespace: str = "") -> AbstractContextManager[None]:
+        """Within it, work for an answer is prepared: if the namespace is forgotten meanwhile, nothing of it is kept."""
+        return nullcontext()
 
     def check_item(self, item: object) -> None:
         """Refuse an item that this engine did not make.

@@ -63,6 +63,7 @@ _LAYER_SECONDS = 0.1
 _PREFIX_CACHE_BYTES = 2 << 30
 
 
+_BEGUN: ContextVar[tuple[HFEngine, str, int] | None] = ContextVar("kvcag_begun", default=None)
 _IN_BACKGROUND: ContextVar[bool] = ContextVar("kvcag_in_background", default=False)
 
 
@@ -293,7 +294,7 @@ class HFEngine(Engine):
             raise EmptyPromptError("there are no tokens to encode")
         self.check_fits(len(token_ids), 0)
         with self._in_flight.prefill(token_ids, namespace, self.known_prefix, background=_IN_BACKGROUND.get()):
-            epoch = self.prefixes.epoch(namespace)
+            epoch = self.epoch(namespace)
             reused, pieces = self.prefixes.match(token_ids, namespace)
             with _memory_errors():
                 cache = generation_cache(pieces, len(token_ids) - reused, self._kinds)
@@ -332,8 +333,11 @@ class HFEngine(Engine):
 
         `forget` cancels it. An error is logged: the context is then encoded when it is asked for.
         """
+        epoch = self.epoch(namespace)
         if self.keeps(len(token_ids)):
             self._idle.encode(tuple(token_ids), namespace, self._encode_in_background)
+        if self.prefixes.epoch(namespace) != epoch:  # forgotten meanwhile
+            self._idle.cancel(namespace)
 
     def _encode_in_background(self, token_ids: tuple[int, ...], namespace: str) -> None:
         with self.in_background():
@@ -390,9 +394,23 @@ class HFEngine(Engine):
 
     def forget(self, namespace: str = "") -> None:
         """Drop a namespace's recent contexts, and what is encoded for it in the background."""
+        self.prefixes.clear(namespace)  # first: what ends from now on sees that it came too late
         self._idle.cancel(namespace)
         self.merge_history.clear(namespace)
-        self.prefixes.clear(namespace)
+
+    @contextmanager
+    def begun(self, namespace: str = "") -> Iterator[None]:
+        """Within it, work for an answer is prepared: if the namespace is forgotten meanwhile, nothing of it is kept."""
+        token = _BEGUN.set((self, namespace, self.prefixes.epoch(namespace)))
+        try:
+            yield
+        finally:
+            _BEGUN.reset(token)
+
+    def epoch(self, namespace: str = "") -> int:
+        """How often a namespace was forgotten when this work began."""
+        begun = _BEGUN.get()
+        return begun[2] if begun is not None and begun[:2] == (self, namespace) else self.prefixes.epoch(namespace)
 
     def encode_after(self, prefix_ids: Sequence[int], token_ids: Sequence[int], *, namespace: str = "") -> Layers:
         """Keys and values of `token_ids` alone, encoded after `prefix_ids`; the caller's own.
@@ -447,10 +465,9 @@ class HFEngine(Engine):
         compiled = None if constraint is None else self.constrain(constraint, max_new_tokens, prompt.thinking)
         ids: Any = np.asarray(token_ids, dtype=np.int64)  # once: for 32,000 tokens it takes a millisecond
         given = reusable_prefix(past_key_values, ids, self.fingerprint)
+        epoch = self.epoch(namespace)
         if past_key_values is None:
             self.warn_unless_kept(len(token_ids))
-
-        epoch = self.prefixes.epoch(namespace)  # now: what is purged before the stream is read must not come back
 
         def run() -> Generator[Chunk, None, None]:
             def known(token_ids: Sequence[int], namespace: str) -> int:

@@ -13,6 +13,7 @@ from llama_index.core.storage.docstore.types import BaseDocumentStore
 from pydantic import Field, PrivateAttr
 
 from kvcag.concurrency import in_thread
+from kvcag.core import DeletionReport
 from kvcag.errors import InvalidInputError
 from kvcag.llama_index.messages import to_messages
 from kvcag.llama_index.synthesizer import CAGSynthesizer
@@ -94,19 +95,16 @@ class KVCacheTransform(TransformComponent):
         """`__call__`, in a worker thread."""
         return await in_thread(self, nodes, **kwargs)
 
-    def prune(self, live: Iterable[str]) -> list[str]:
-        """Delete the caches of every document whose id is not in `live`, and return the deleted items' ids."""
+    def prune(self, live: Iterable[str]) -> DeletionReport:
+        """Delete the caches of every document whose id is not in `live`."""
         return self._forget(set(), set(), set(live))
 
-    def _forget(self, kept: set[str], seen: set[str], live: set[str] | None) -> list[str]:
+    def _forget(self, kept: set[str], seen: set[str], live: set[str] | None) -> DeletionReport:
         """Delete what was made from documents that are not `live`, and old texts of the documents `seen` now."""
-        store = self._synthesizer.cag.memory.store
+        memory = self._synthesizer.cag.memory
         made_from: dict[str, str] = {}
         gone: set[str] = set()
-        for key in list(store.keys()):
-            manifest = store.manifest(key)
-            if manifest is None:
-                continue
+        for key, manifest in memory.store.manifests():
             made_from[key] = text = manifest.records.composed_text_memory
             source = manifest.metadata.get("ref_doc_id")
             if key in kept or source is None or manifest.metadata.get("collection") != self.collection:
@@ -115,8 +113,7 @@ class KVCacheTransform(TransformComponent):
                 gone.add(text)
         gone -= {made_from[key] for key in kept if key in made_from}
         stale = [key for key, text in made_from.items() if text in gone]
-        store.delete(stale)
-        return stale
+        return memory.delete(stale) if stale else DeletionReport()
 
     def __getstate__(self) -> dict[str, Any]:
         raise InvalidInputError(

@@ -374,16 +374,19 @@ class CacheScheduler:
                 self._store.note("passed", entry, "worth less than what it would evict")
             return None
         self._wait_until_idle()
-        try:
-            with self._engine.in_background():
-                item = self.memory.documents.encode(head_ids, token_ids, text)
-        except ContextLengthError as error:
-            self._store.note("failed", entry, str(error))  # it is not tried again
-            if force:
-                raise
-            return None
-        self._wait_until_idle()  # a question that has come meanwhile does not wait for the disk
-        return key if self._store.keep(cast("KVCacheItem", item), "promoted", reason, force=force) else None
+        with self.memory.documents.keeping(token_ids, text):
+            if not force and digest not in self._texts.known:  # it was deleted before this work could be told
+                return None
+            try:
+                with self._engine.in_background():
+                    item = self.memory.documents.encode(head_ids, token_ids, text)
+            except ContextLengthError as error:
+                self._store.note("failed", entry, str(error))  # it is not tried again
+                if force:
+                    raise
+                return None
+            self._wait_until_idle()  # a question that has come meanwhile does not wait for the disk
+            return key if self._store.keep(cast("KVCacheItem", item), "promoted", reason, force=force) else None
 
     def _find(self, document: object) -> tuple[str, str]:
         """A text or a cache's id as it was given, and the digest of the text, as prompts show it; empty if unknown."""

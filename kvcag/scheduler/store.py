@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hmac
 import logging
+import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from kvcag.core import KVCacheItem
+from kvcag.core import DeletionReport, KVCacheItem
 from kvcag.engines.hf import HFEngine
 from kvcag.errors import StoreError, StoreFullError
 from kvcag.memory import is_context
@@ -17,6 +19,7 @@ from kvcag.stores.base import KVStore, StoreStats, sources_of
 from kvcag.stores.format import Manifest
 
 logger = logging.getLogger("kvcag.scheduler")
+_SALT = secrets.token_bytes(16)
 _ATTENTION_TOKENS = 8192
 """The length in tokens at which attention costs as much as the rest of a prefill."""
 
@@ -144,7 +147,7 @@ class ScheduledStore(KVStore):
             if leaving is None:
                 self.note("passed", entry, f"{reason}; worth less than what it would evict, or larger than the budget")
                 return False
-            self.evict(leaving, "demoted", f"made room for {item.id}")
+            self.evict(leaving, "demoted", "made room for another")
             self.inner.put(item)
             self.entries[entry.key] = entry
             self.note(action, entry, reason)
@@ -162,17 +165,54 @@ class ScheduledStore(KVStore):
         """Forget texts, so that they are not encoded again."""
         self._texts.purge(set(texts))
 
-    def purge(self, source: str) -> list[str]:
+    @property
+    def place(self) -> str:
+        """The inner store's place."""
+        return self.inner.place
+
+    @property
+    def places(self) -> frozenset[object]:
+        """The inner store's places."""
+        return self.inner.places
+
+    def erase(self, keys: Iterable[str]) -> DeletionReport:
+        """Delete items, and every trace of their texts, so that they are not encoded again."""
+        listed = list(keys)
+        with self.lock:
+            self._texts.purge(set(), {self.entries[key].digest for key in listed if key in self.entries})
+            return self._gone(self.inner.erase(listed))
+
+    def erase_where(self, chosen: Callable[[Manifest], bool], *, unreadable: bool = False) -> DeletionReport:
+        """Delete items, and every trace of their texts, so that they are not encoded again."""
+        with self.lock:
+            return self._gone(self.inner.erase_where(chosen, unreadable=unreadable))
+
+    def purge(self, source: str) -> DeletionReport:
         """Delete every cache that was made from one text, and every trace of the text."""
         with self.lock:
-            purged = dict.fromkeys(self.inner.purge(source))
-            digests = {self.entries[key].digest for key in purged if key in self.entries}
-            digests |= self._texts.purge({source}, digests)
-            purged |= dict.fromkeys(entry.key for entry in self.entries.values() if entry.digest in digests)
-            self.inner.delete(purged)
-            for key in purged:
-                self.entries.pop(key, None)
-            return list(purged)
+            digests = self._texts.purge({source})  # first: a text that is encoded ahead is looked up once more
+            keys = [entry.key for entry in self.entries.values() if entry.digest in digests]
+            return super().purge(source) + self._gone(self.inner.erase(keys))
+
+    def clear(self) -> DeletionReport:
+        """Delete every item, and forget every text."""
+        with self.lock:
+            self._texts.purge(set(), list(self._texts.known))
+            return super().clear()
+
+    def deletions(self) -> int:
+        """Counts those of the inner store."""
+        return self.inner.deletions()
+
+    def _deletions_elsewhere(self) -> int:
+        return self.inner._deletions_elsewhere()
+
+    def _gone(self, report: DeletionReport) -> DeletionReport:
+        gone = [self.entries.pop(key) for key in report.ids if key in self.entries]
+        for entry in gone:
+            self.note("dropped", entry, "deleted by the caller")
+        self._texts.purge(set(), {entry.digest for entry in gone})
+        return report
 
     def contains(self, key: str) -> bool:
         """Whether the inner store holds it."""
@@ -256,8 +296,13 @@ class ScheduledStore(KVStore):
                     self.note("found", entry, "it was in the store")
 
     def note(self, action: str, entry: Cached, reason: str) -> None:
-        """Log, count and remember a decision about a cache."""
-        logger.info("%s %s (%d tokens): %s", action, entry.key, entry.tokens, reason)
+        """Log, count and remember a decision about a cache.
+
+        An id is a hash of the text, by which a reader of the log could test whether a text was here. The log has a
+        salted hash of it, which is the same within one run.
+        """
+        name = hmac.digest(_SALT, entry.key.encode(), "sha256").hex()[:12]
+        logger.info("%s %s (%d tokens): %s", action, name, entry.tokens, reason)
         self._texts.decide(entry.digest, action, reason)
 
     def _remember(self, entry: Cached, made: KVCacheItem | Manifest) -> None:

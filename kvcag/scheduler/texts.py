@@ -17,7 +17,7 @@ from kvcag.chat_template import Prompt
 from kvcag.contexts import Ids
 from kvcag.errors import SchedulerStateError
 from kvcag.scheduler.state import StateFile, read_rows
-from kvcag.stores.base import sources_of
+from kvcag.stores.base import says, sources_of
 
 _FAST, _SLOW = 3.0, 20.0
 """Half-lives of the two averages of a text's uses, in rounds."""
@@ -303,7 +303,11 @@ class Texts:
             with self.lock:
                 own = {digest_of(source) for source in sources}
                 purged = {*own, *(self.shown_as.get(digest, digest) for digest in own), *digests}
-                purged |= {digest for digest, stats in self.known.items() if not sources.isdisjoint(stats.sources)}
+                purged |= {
+                    digest
+                    for digest, stats in self.known.items()
+                    if not sources.isdisjoint(stats.sources) or any(says(stats.text, source) for source in sources)
+                }
                 self.forget(purged)
             self.save()
         return purged

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -14,8 +17,8 @@ from typing import Any
 from typing_extensions import Self
 
 from kvcag.concurrency import async_twin, in_thread
-from kvcag.core import KVCacheItem
-from kvcag.errors import CacheWarning, CorruptItemError, FormatError
+from kvcag.core import DeletionReport, KVCacheItem
+from kvcag.errors import CacheWarning, StoreError
 from kvcag.stores.format import Manifest
 
 SOURCE_FIELDS = ("source", "source_text", "file_path", "doc_id", "ref_doc_id")
@@ -111,16 +114,117 @@ class KVStore(ABC):
     def forget(self, texts: Iterable[str]) -> None:  # noqa: B027 - most stores have nothing to forget
         """Forget texts whose items were deleted. Does nothing in a store that keeps texts in its items alone."""
 
-    def purge(self, source: str) -> list[str]:
-        """Delete every item that was made from one text, and return the ids.
+    # --- deleting for good ---------------------------------------------------------------------------------------
+
+    @property
+    def place(self) -> str:
+        """What reports call this store."""
+        return type(self).__name__
+
+    @property
+    def places(self) -> frozenset[object]:
+        """What this store shares with others over the same items: work under way is told of deletions by it."""
+        return frozenset({self})
+
+    def erase(self, keys: Iterable[str]) -> DeletionReport:
+        """Delete items, go on after a failure, and report. Work under way does not bring them back (`keeping`)."""
+        chosen = dict.fromkeys(keys)
+        self._announce(lambda manifest: manifest.id in chosen)
+        report = DeletionReport({self.place: []})
+        for key in chosen:
+            try:
+                if self.contains(key):
+                    self.delete([key])
+                    report.deleted[self.place].append(key)
+            except StoreError as error:
+                report.failed[key] = str(error)
+        return report
+
+    def purge(self, source: str) -> DeletionReport:
+        """Delete every item that was made from one text, alone or with others, go on after a failure, and report.
 
         Args:
             source: the text itself, or a value of one of the metadata fields in `SOURCE_FIELDS`: a path, a URL, a
                 document's id.
         """
-        made = [key for key, manifest in self.manifests() if made_from(manifest, source)]
-        self.delete(made)
-        return made
+        return self.erase_where(lambda manifest: made_from(manifest, source))
+
+    def clear(self) -> DeletionReport:
+        """Delete every item, also those that cannot be read, and report."""
+        return self.erase_where(lambda manifest: True, unreadable=True)
+
+    def deletions(self) -> int:
+        """Changes with every `erase`, `purge` and `clear`, where possible those of other processes too."""
+        return self._erasures
+
+    _erasures = 0
+
+    def _announce(self, chosen: Callable[[Manifest], bool]) -> None:
+        """Tell work under way, before items are looked for: what it puts later would not be found."""
+        self._erasures += 1
+        with _working:
+            for work in _under_way:
+                if not self.places.isdisjoint(work.places) and chosen(work.manifest):
+                    work.is_deleted = True
+
+    def erase_where(self, chosen: Callable[[Manifest], bool], *, unreadable: bool = False) -> DeletionReport:
+        """Delete the items that `chosen` accepts, go on after a failure, and report.
+
+        Args:
+            chosen: takes everything about an item but its tensors. It is also called for items that are being made.
+            unreadable: delete items that cannot be read, too. By default the report says that they failed.
+        """
+        self._announce(chosen)
+        report = DeletionReport({self.place: []})
+        try:
+            for item in list(self.listing()):
+                if item.manifest is None and not unreadable:
+                    report.failed[item.name] = item.error
+                elif item.manifest is None or chosen(item.manifest):
+                    try:
+                        item.delete()
+                        report.deleted[self.place].append(item.name)
+                    except StoreError as error:
+                        report.failed[item.name] = str(error)
+        except StoreError as error:
+            report.failed[self.place] = str(error)
+        return report
+
+    @contextmanager
+    def keeping(self, manifest: Manifest) -> Iterator[None]:
+        """Work that encodes and puts an item. If the item is deleted meanwhile, it is deleted again at the end.
+
+        Args:
+            manifest: at least the item's id, its records and its metadata.
+        """
+        work, elsewhere = _Work(self.places, manifest), self._deletions_elsewhere()
+        with _working:
+            _under_way.add(work)
+        try:
+            yield
+        finally:
+            with _working:
+                _under_way.discard(work)
+            if work.is_deleted or self._deletions_elsewhere() != elsewhere:
+                self._delete_again(manifest)
+
+    def _delete_again(self, manifest: Manifest) -> None:
+        try:
+            self.delete([manifest.id])
+            self.forget([*manifest.records.text_memories, manifest.records.composed_text_memory])
+        except StoreError as error:
+            warnings.warn(f"{manifest.id} was deleted while it was made, and is there: {error}", CacheWarning, 4)
+
+    def _deletions_elsewhere(self) -> int:
+        """Changes with deletions by other processes, of which it is not known what they deleted."""
+        return 0
+
+    # --- looking -------------------------------------------------------------------------------------------------
+
+    def listing(self) -> Iterator[Listed]:
+        """Every item, also those that cannot be read."""
+        for key in self.keys():
+            yield from listed(key, partial(self.manifest, key), partial(self.delete, [key]))
 
     def manifests(self) -> Iterator[tuple[str, Manifest]]:
         """The id and the manifest of every item.
@@ -128,14 +232,11 @@ class KVStore(ABC):
         A damaged item cannot say what it was made from. It is left out, and named in a `CacheWarning`.
         """
         damaged: list[str] = []
-        for key, read in self._manifests():
-            try:
-                manifest = read()
-            except (CorruptItemError, FormatError) as error:
-                damaged.append(str(error))
-                continue
-            if manifest is not None:
-                yield key, manifest
+        for item in self.listing():
+            if item.manifest is None:
+                damaged.append(item.error)
+            else:
+                yield item.manifest.id, item.manifest
         if damaged:
             warnings.warn(
                 f"{len(damaged)} items of {self!r} cannot be read, so what they were made from is unknown. "
@@ -143,10 +244,6 @@ class KVStore(ABC):
                 CacheWarning,
                 stacklevel=2,
             )
-
-    def _manifests(self) -> Iterator[tuple[str, Callable[[], Manifest | None]]]:
-        """Each item's id and what reads its manifest. A damaged item may have any name in the place of its id."""
-        return ((key, partial(self.manifest, key)) for key in self.keys())
 
     def close(self) -> None:  # noqa: B027 - most stores have nothing to release
         """Release threads and connections. Do not use the store afterwards."""
@@ -175,12 +272,65 @@ class KVStore(ABC):
                 yield key
 
 
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """An item as a store lists it.
+
+    Attributes:
+        name: its id; the file or object of one that cannot be read.
+        manifest: None if it cannot be read.
+        error: why it cannot be read; empty if it can.
+        delete: deletes it where it stands.
+    """
+
+    name: str
+    manifest: Manifest | None
+    error: str
+    delete: Callable[[], None]
+
+
+def listed(name: str, read: Callable[[], Manifest | None], delete: Callable[[], None]) -> Iterator[Listed]:
+    """An item whose manifest `read` gives; nothing if it was deleted in the meantime."""
+    try:
+        manifest = read()
+    except StoreError as error:
+        yield Listed(name, None, str(error), delete)
+    else:
+        if manifest is not None:
+            yield Listed(manifest.id, manifest, "", delete)
+
+
+@dataclass(eq=False)
+class _Work:
+    """The making of an item that will be put into a store."""
+
+    places: frozenset[object]
+    manifest: Manifest
+    is_deleted: bool = False
+
+
+_under_way: set[_Work] = set()
+_working = threading.Lock()
+
+
 def made_from(manifest: Manifest, source: str) -> bool:
     """Whether an item was made from `source`, alone or together with other texts."""
     records = manifest.records
-    names = {*records.text_memories, records.composed_text_memory, *sources_of(manifest.metadata)}
-    # A document is kept with the separator that ended it in its prompt.
-    return source.rstrip("\n") in {name.rstrip("\n") for name in names}
+    return source in sources_of(manifest.metadata) or any(
+        says(text, source)
+        for text in (*records.text_memories, records.composed_text_memory, *sources_of(manifest.metadata))
+    )
+
+
+def says(text: str, source: str) -> bool:
+    """Whether a text is `source`, or contains it: as lines of its own, or anywhere if it is more than two words.
+
+    A document is kept as it stood in its prompt: with the separator that ended it, within a template, between others.
+    """
+    wanted = source.strip()
+    if not wanted or wanted not in text:
+        return False
+    return len(wanted.split()) > 2 or re.search(rf"^{re.escape(wanted)}\s*$", text, re.MULTILINE) is not None
 
 
 def sources_of(metadata: Mapping[str, Any]) -> set[str]:

@@ -13,6 +13,7 @@ import errno
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -21,8 +22,8 @@ from typing import BinaryIO
 
 from kvcag.cache.layers import layers_of, nbytes
 from kvcag.core import KVCacheItem
-from kvcag.errors import CorruptItemError, FormatError, StoreError, StoreFullError, StoreUnavailableError
-from kvcag.stores.base import KVStore, StoreStats
+from kvcag.errors import CorruptItemError, FormatError, StoreFullError, StoreUnavailableError
+from kvcag.stores.base import KVStore, Listed, StoreStats, listed
 from kvcag.stores.files import (
     SUFFIX,
     Names,
@@ -38,6 +39,10 @@ from kvcag.stores.verify import VerifyReport, leftovers, verify
 _PIN = ".pin"
 FOLDER_BYTES = 64 << 30
 """The budget of a store that is opened by a path alone, in bytes of its files."""
+_DELETIONS = ".deletions"
+_announced: Counter[str] = Counter()
+"""Deletions that this process has counted in the file of a directory."""
+_announcing = threading.Lock()
 _RECOUNT_SECONDS = 5.0
 """How long this process relies on its own count of the bytes. Other processes may write in the meantime."""
 _CLOCKS_DIFFER_SECONDS = 60
@@ -160,14 +165,44 @@ class DiskStore(KVStore):
         """From the file's header. Does not count as a use."""
         return self._manifest(self.file(key)) if self.contains(key) else None
 
-    def _manifests(self) -> Iterator[tuple[str, Callable[[], Manifest | None]]]:
+    def listing(self) -> Iterator[Listed]:
         """By file: a damaged file does not say its id."""
         for entry in self._entries():
-            try:
-                name = read_id(entry.path)
-            except StoreError:
-                name = entry.path
-            yield name, partial(self._manifest, entry.path)
+            yield from listed(entry.path, partial(self._manifest, entry.path), partial(self._remove, entry.path))
+
+    @property
+    def place(self) -> str:
+        """The directory."""
+        return str(self.path)
+
+    @property
+    def places(self) -> frozenset[object]:
+        """The namespace's directory, which other stores may be opened over."""
+        return frozenset({str(self.directory.absolute())})
+
+    def deletions(self) -> int:
+        """Counts those of all processes, in a file that grows by one byte for each."""
+        with contextlib.suppress(OSError):
+            self._erasures = (self.directory / _DELETIONS).stat().st_size
+        return self._erasures
+
+    def _announce(self, chosen: Callable[[Manifest], bool]) -> None:
+        with _announcing, contextlib.suppress(OSError):  # a store that is gone: the deletion says so
+            descriptor = os.open(self.directory / _DELETIONS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            with contextlib.closing(os.fdopen(descriptor, "wb")) as file:
+                file.write(b".")
+            _announced[str(self.directory.absolute())] += 1
+        super()._announce(chosen)
+
+    def _deletions_elsewhere(self) -> int:
+        with _announcing:
+            return self.deletions() - _announced[str(self.directory.absolute())]
+
+    def _remove(self, path: str) -> None:
+        with unavailable(path):
+            Path(path).unlink(missing_ok=True)
+            Path(path).with_suffix(_PIN).unlink(missing_ok=True)
+            sync_directory(Path(path).parent)
 
     @staticmethod
     def _manifest(path: str | os.PathLike[str]) -> Manifest | None:

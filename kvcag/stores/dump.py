@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import re
 import shutil
@@ -24,15 +25,18 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from kvcag.core import KVCacheItem
+from kvcag.core import DeletionReport, KVCacheItem
 from kvcag.errors import CorruptItemError, FormatError, StoreError, StoreUnavailableError
 from kvcag.fingerprint import ModelFingerprint
+from kvcag.stores.base import made_from, says, sources_of
 from kvcag.stores.disk import DiskStore
-from kvcag.stores.files import SUFFIX, TEMPORARY, atomic_write, locked, make_private, unavailable
+from kvcag.stores.files import SUFFIX, TEMPORARY, atomic_write, locked, make_private, sync_directory, unavailable
 from kvcag.stores.format import checksum, read_item, read_sealed, sealed
 from kvcag.stores.verify import leftover_dumps, leftovers
 
 _VERSION = 1
+_KINDS = ("kvcag-memory", "kvcag-cube")
+_DIRECTORY = re.compile(r"(.+)-[0-9a-f]{32}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +90,7 @@ def write_dump(
                 # The temporary manifest is there from the beginning: if this process is killed, it tells whose
                 # directory is unfinished.
                 with atomic_write(manifest) as temporary:
-                    name = f"{filename}-{temporary.name.removesuffix(TEMPORARY)[-32:]}"
+                    name = _directory_of(filename, temporary)
                     store = DiskStore(root / name, salt=b"")  # a dump is read where the salt is another
                     contents = _Contents(directory=name, items=[], about=dict(about or {}))
                     for item in items:
@@ -102,6 +106,100 @@ def write_dump(
                     shutil.rmtree(root / name, ignore_errors=True)
                 raise
             _clear(root, filename)
+
+
+def purge_dump(folder: str | os.PathLike[str], source: str) -> DeletionReport:
+    """Delete what was made from one text from every dump in a folder, of memories and of cubes, and report.
+
+    Each dump is replaced, in one step, by one without the text. Files that stay are linked and not copied.
+
+    Args:
+        folder: where the dumps are.
+        source: as for `KVStore.purge`; also the id of a cube's text.
+    """
+    root = Path(folder)
+    report = DeletionReport({str(root): []})
+    try:
+        with unavailable(root):
+            made = [found[1] for path in root.iterdir() if (found := _DIRECTORY.fullmatch(path.name)) and path.is_dir()]
+    except StoreError as error:
+        return report + DeletionReport({}, {str(root): str(error)})
+    if not made:
+        report.failed[str(root)] = "it holds no dump: give the folder that dump() wrote"
+    for filename in sorted(set(made)):
+        try:
+            report += _purge(root, filename, source)
+        except StoreError as error:
+            report.failed[str(root / filename)] = str(error)
+    return report
+
+
+def _purge(root: Path, filename: str, source: str) -> DeletionReport:
+    report, manifest = DeletionReport({str(root): []}), root / filename
+    with unavailable(root), locked(root / f".{filename}.lock"):
+        _clear(root, filename)
+        kind, contents = _of_any_kind(manifest)
+        store = DiskStore(root / contents.directory, salt=b"")
+        for item in store.listing():
+            if item.manifest is None:
+                report.failed[item.name] = item.error
+            elif made_from(item.manifest, source):
+                report.deleted[str(root)].append(item.name)
+        kept = [key for key in contents.items if key not in report.ids]
+        files = {name: (store.path / name).read_bytes() for name in contents.files}
+        texts = {name: _without(data, source) for name, data in files.items()}
+        if not report.ids and texts == files:
+            return report
+        report.deleted[str(root)] += [name for name in files if texts[name] != files[name]]
+        with atomic_write(manifest) as temporary:
+            new = root / _directory_of(filename, temporary)
+            for key in kept:
+                _link(store.file(key), new / store.file(key).relative_to(store.path))
+            for name, data in texts.items():
+                make_private(new)
+                with atomic_write(new / name) as part:
+                    part.write_bytes(data)
+            contents = contents.model_copy(
+                update={
+                    "directory": new.name,
+                    "items": kept,
+                    "files": {name: checksum(data) for name, data in texts.items()},
+                }
+            )
+            temporary.write_text(sealed(kind, _VERSION, contents.model_dump()), encoding="ascii")
+        _clear(root, filename)
+    return report
+
+
+def _of_any_kind(manifest: Path) -> tuple[str, _Contents]:
+    for kind in _KINDS:
+        with contextlib.suppress(FormatError):
+            return kind, _contents(manifest, kind)
+    raise FormatError(f"{manifest} is not the manifest of a dump.")
+
+
+def _without(data: bytes, source: str) -> bytes:
+    """A file of texts, JSON line by line, without those that are or contain `source`, or name it."""
+    lines = data.splitlines(keepends=True)
+    return b"".join(line for line in lines if not _is_of(json.loads(line), source))
+
+
+def _is_of(text: Mapping[str, Any], source: str) -> bool:
+    return source == text["id"] or says(text["memory"], source) or source in sources_of(text["metadata"])
+
+
+def _link(old: Path, new: Path) -> None:
+    if old.is_file():  # else it is missing, and reading the dump says so
+        make_private(new.parent)
+        try:
+            os.link(old, new)
+        except OSError:  # a file system without hard links
+            shutil.copy2(old, new)
+        sync_directory(new.parent)
+
+
+def _directory_of(filename: str, temporary: Path) -> str:
+    return f"{filename}-{temporary.name.removesuffix(TEMPORARY)[-32:]}"
 
 
 def read_dump(

@@ -88,12 +88,28 @@ class Manifest(BaseModel):
     is_exact: bool = True
     checksums: dict[str, str] = Field(default_factory=dict)
 
+    @classmethod
+    def of_texts(cls, id: str, records: KVCacheRecords, metadata: dict[str, Any]) -> Manifest:
+        """The manifest of an item that is not made yet: what is known are its id, its texts and its metadata."""
+        return cls(
+            id=id,
+            fingerprint=None,
+            tokens=0,
+            layers=0,
+            dtype="float32",
+            quantize=None,
+            base_position=0,
+            prefix_digest="",
+            records=records,
+            metadata=metadata,
+        )
 
-def manifest_of(item: KVCacheItem, quantize: Quantize = None) -> Manifest:
+
+def manifest_of(item: KVCacheItem, quantize: Quantize = None, *, for_file: bool = True) -> Manifest:
     """The manifest of an item in memory.
 
     Raises:
-        InvalidInputError: the metadata is not JSON.
+        InvalidInputError: it is for a file, and the metadata is not JSON.
     """
     layers = layers_of(item.memory)
     return Manifest(
@@ -108,7 +124,7 @@ def manifest_of(item: KVCacheItem, quantize: Quantize = None) -> Manifest:
         kinds=layers.states.kinds if layers.states else (),
         is_exact=item.is_exact and quantize is None,
         records=item.records,
-        metadata=_json_only(item.metadata, item.id),
+        metadata=_json_only(item.metadata, item.id) if for_file else item.metadata,
     )
 
 

@@ -56,6 +56,11 @@ class MemoryStore(KVStore):
     def __repr__(self) -> str:
         return f"<MemoryStore {self.stats()}>"
 
+    @property
+    def place(self) -> str:
+        """`memory`."""
+        return "memory"
+
     def get(self, key: str) -> KVCacheItem | None:
         """The item that was put, or its copy on `device`."""
         with self._lock:
@@ -100,7 +105,7 @@ class MemoryStore(KVStore):
         """Made from the item. Its `checksums` are empty."""
         with self._lock:
             entry = self._live(key)
-        return None if entry is None else manifest_of(entry.item)
+        return None if entry is None else manifest_of(entry.item, for_file=False)
 
     def stats(self) -> StoreStats:
         """Counts the items. `bytes` are those of keys and values."""

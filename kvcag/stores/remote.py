@@ -6,11 +6,12 @@ import contextlib
 import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from kvcag.core import KVCacheItem
 from kvcag.errors import CorruptItemError, FormatError, InvalidInputError, MissingExtraError, StoreUnavailableError
-from kvcag.stores.base import KVStore, StoreStats
+from kvcag.stores.base import KVStore, Listed, StoreStats, listed
 from kvcag.stores.files import SUFFIX, Names
 from kvcag.stores.format import Manifest, Quantize, item_from_bytes, item_to_bytes, parse_header, parse_id
 
@@ -93,8 +94,7 @@ class FsspecStore(KVStore):
     def delete(self, keys: Iterable[str]) -> None:
         """Delete the items' objects."""
         for path in map(self._path, keys):
-            with self._reached(), contextlib.suppress(FileNotFoundError):
-                self._fs.rm_file(path)
+            self._remove(path)
 
     def contains(self, key: str) -> bool:
         """Whether the item has an object."""
@@ -115,13 +115,33 @@ class FsspecStore(KVStore):
 
     def manifest(self, key: str) -> Manifest | None:
         """From the object's head. The tensors are not transferred."""
-        path = self._path(key)
-        head = self._head(path)
-        if head is None:
-            return None
-        manifest = parse_header(head, self._shown(path)).manifest
-        self._check_id(key, manifest.id)
+        manifest = self._manifest(self._path(key))
+        if manifest is not None:
+            self._check_id(key, manifest.id)
         return manifest
+
+    def listing(self) -> Iterator[Listed]:
+        """By object: a damaged object does not say its id."""
+        for path in self._objects():
+            yield from listed(self._shown(path), partial(self._manifest, path), partial(self._remove, path))
+
+    @property
+    def place(self) -> str:
+        """The address."""
+        return self.url
+
+    @property
+    def places(self) -> frozenset[object]:
+        """The directory at the address."""
+        return frozenset({f"{self.url}/{self.directory}"})
+
+    def _manifest(self, path: str) -> Manifest | None:
+        head = self._head(path)
+        return None if head is None else parse_header(head, self._shown(path)).manifest
+
+    def _remove(self, path: str) -> None:
+        with self._reached(), contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(path)
 
     def stats(self) -> StoreStats:
         """Lists the objects."""
@@ -266,9 +286,16 @@ class _ByteFiles:
         found = {}
         for path in self.store.yield_keys(prefix=f"{directory}/"):
             if path.endswith(SUFFIX):
-                with contextlib.suppress(CorruptItemError, FormatError, FileNotFoundError):
-                    found[path] = {"size": parse_header(self.cat_file(path, end=0), path).size}
+                with contextlib.suppress(FileNotFoundError):
+                    found[path] = {"size": self._size(path)}
         return found
+
+    def _size(self, path: str) -> int:
+        head = self.cat_file(path, end=0)
+        try:
+            return parse_header(head, path).size
+        except (CorruptItemError, FormatError):
+            return len(head)
 
     def unstrip_protocol(self, path: str) -> str:
         return path

@@ -8,9 +8,10 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import ExitStack
 
 from kvcag.cache.layers import cache_of, contiguous_copy, layers_of
-from kvcag.core import KVCacheItem
+from kvcag.core import DeletionReport, KVCacheItem
 from kvcag.errors import InvalidInputError, StoreError, StoreFullError
 from kvcag.stores.base import KVStore, StoreStats
 from kvcag.stores.disk import FOLDER_BYTES, DiskStore
@@ -111,14 +112,36 @@ class TieredStore(KVStore):
         if failures:
             raise failures[0]
 
-    def purge(self, source: str) -> list[str]:
-        """Delete every item made from one text, from every tier. Raises as `delete`."""
-        purged: set[str] = set()
-        failures = self._everywhere(lambda tier: purged.update(tier.purge(source)))
-        self.delete(purged)  # again: a prefetch may have copied an item from a tier that was purged later
-        if failures:
-            raise failures[0]
-        return sorted(purged)
+    @property
+    def place(self) -> str:
+        """The tiers' places."""
+        return ", ".join(tier.place for tier in self.tiers)
+
+    @property
+    def places(self) -> frozenset[object]:
+        """The tiers' places."""
+        return frozenset().union(*(tier.places for tier in self.tiers))
+
+    def erase(self, keys: Iterable[str]) -> DeletionReport:
+        """Delete from every tier, also when one fails, and report each tier."""
+        chosen = list(keys)
+        with ExitStack() as changing:
+            for stripe in self._stripes:
+                changing.enter_context(stripe)
+            return sum((tier.erase(chosen) for tier in self.tiers), DeletionReport())
+
+    def erase_where(self, chosen: Callable[[Manifest], bool], *, unreadable: bool = False) -> DeletionReport:
+        """Delete from every tier, also when one fails, and report each tier."""
+        erased = (tier.erase_where(chosen, unreadable=unreadable) for tier in self.tiers)
+        report = sum(erased, DeletionReport())
+        return report + self.erase(report.ids)  # a prefetch may have copied one from a tier that was cleared later
+
+    def deletions(self) -> int:
+        """Counts those of the tiers."""
+        return sum(tier.deletions() for tier in self.tiers)
+
+    def _deletions_elsewhere(self) -> int:
+        return sum(tier._deletions_elsewhere() for tier in self.tiers)
 
     def contains(self, key: str) -> bool:
         """Whether a tier has the item."""

@@ -70,7 +70,7 @@ def test_an_empty_document_is_refused_before_anything_changes(memory: KVCacheMem
 def test_a_purge_leaves_nothing_of_a_text(memory: KVCacheMemory) -> None:
     memory.sync(TEXTS)
     list(memory.stream(asked(*TEXTS), strategy="exact", sampling=Sampling(max_new_tokens=2)))
-    purged = memory.purge(TEXTS[1])
+    purged = memory.purge(TEXTS[1]).ids
     assert len(purged) == 1
     assert memory.get(purged[0]) is None
     prompt = memory.engine.template.prompt(asked(*TEXTS))

@@ -100,18 +100,6 @@ def damage(folder: Path) -> Path:
     return path
 
 
-def test_purge_goes_on_past_a_damaged_file_and_names_it(tiny_engine: HFEngine, tmp_path: Path) -> None:
-    """One truncated file made it raise, and nothing was deleted."""
-    memory = KVCacheMemory(tiny_engine, tmp_path)
-    memory.add([f"Text number {number}." for number in range(4)])
-    damage(tmp_path)
-    purged = []
-    for number in range(4):
-        with pytest.warns(CacheWarning, match="1 items of .* cannot be read"):
-            purged += memory.purge(f"Text number {number}.")
-    assert len(purged) == 3
-
-
 @pytest.mark.parametrize("way", [ask_chain, ask_synthesizer, precompute], ids=lambda way: way.__name__)
 def test_a_damaged_file_does_not_stop_an_answer(
     way: Callable[[KVCacheMemory], None], tiny_engine: HFEngine, tmp_path: Path

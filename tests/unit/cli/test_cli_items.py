@@ -232,7 +232,7 @@ def test_the_library_s_purge_finds_contexts_by_text_and_by_source(kvcag: Kvcag) 
     for purged in ("The lighthouse of Varn is painted green.", str(kvcag.folder / "notes" / "a.md")):
         kvcag("encode", "notes")
         kvcag("ask", "Who?", "--strategy", "exact", "--max-new-tokens", 1)
-        assert len(DiskStore(kvcag.folder / "kv").purge(purged)) == 2
+        assert len(DiskStore(kvcag.folder / "kv").purge(purged).ids) == 2
         assert sources(kvcag) == ["b.txt"]
 
 

@@ -262,8 +262,8 @@ async def test_a_context_is_answered_from_exactly_and_named_by_its_content(llm: 
 def test_a_context_is_purged_with_any_of_its_documents(llm: ChatKVCAG, source: str) -> None:
     """It was found by its whole text alone."""
     context, other = llm.create_context(DOCUMENTS), llm.create_context(["something else"])
-    assert llm.memory().purge("no such source") == []
-    assert llm.memory().purge(source) == [context]
+    assert llm.memory().purge("no such source").ids == []
+    assert llm.memory().purge(source).ids == [context]
     assert list(llm.memory().store.keys()) == [other]
 
 

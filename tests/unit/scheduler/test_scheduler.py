@@ -374,7 +374,7 @@ def test_a_purge_leaves_no_trace_of_the_text(tmp_path: Path, memory: KVCacheMemo
         scheduler.observe([secret, TEXTS[0]])
         memory.engine.prefixes.clear()
         ask(memory, secret)
-        assert memory.purge("diary") == [key]
+        assert memory.purge("diary").ids == [key]
         assert list(memory.store.keys()) == []
         for forgotten in (key, secret):
             with pytest.raises(UnknownItemError):

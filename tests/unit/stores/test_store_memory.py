@@ -206,7 +206,7 @@ def test_purge_deletes_everything_made_from_one_text() -> None:
     store.put(random_item("by text", text="a.txt"))
     store.put(random_item("another", metadata={"language": "a.txt"}))
 
-    assert sorted(store.purge("a.txt")) == ["by id", "by path", "by text"]
+    assert sorted(store.purge("a.txt").ids) == ["by id", "by path", "by text"]
     assert list(store.keys()) == ["another"]
 
 
@@ -221,6 +221,6 @@ async def test_the_async_twins_do_the_same() -> None:
     manifest = await store.amanifest("a")
     assert manifest is not None
     assert manifest.tokens == 10
-    assert await store.apurge("x") == ["a"]
+    assert (await store.apurge("x")).ids == ["a"]
     await store.adelete(["b"])
     assert (await store.astats()).items == 0

@@ -89,7 +89,7 @@ def test_int8_and_purge_work_here_too(place: Any) -> None:
     store.put(random_item("a", text="private"))
     store.put(random_item("b"))
 
-    assert store.purge("private") == ["a"]
+    assert store.purge("private").ids == ["a"]
     assert list(store.keys()) == ["b"]
 
 

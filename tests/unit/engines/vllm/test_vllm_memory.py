@@ -181,7 +181,7 @@ def test_a_corpus_is_synced_and_purged(server: WireServer, memory: KVCacheMemory
     assert (report.encoded, report.kept, report.dropped) == (3, 0, 0)
     report = memory.sync(TEXTS[1:])
     assert (report.encoded, report.kept, report.dropped) == (0, 2, 1)
-    assert memory.purge(TEXTS[1]) == report.ids[:1]
+    assert memory.purge(TEXTS[1]).ids == report.ids[:1]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert memory.engine.known_prefix(server.prompts()[0]) == 0  # it is not sent again
