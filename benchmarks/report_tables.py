@@ -69,12 +69,12 @@ def overview(rows: list[dict[str, Any]]) -> str:
         "context, tokens",
         "full prefill",
         "exact",
-        "sooner",
+        "faster",
         "exact over bare",
         "query 10%",
-        "sooner",
+        "faster",
         "rotate",
-        "sooner",
+        "faster",
     ]
     lines = []
     for row in rows:

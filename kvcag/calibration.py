@@ -65,7 +65,7 @@ class Verdict(BaseModel):
 
 
 class Calibration(BaseModel):
-    """The verdicts on one model, on probes made from somebody's own documents."""
+    """The verdicts on one model, on probes made from the user's documents."""
 
     model_config = ConfigDict(frozen=True)
 

@@ -1,4 +1,4 @@
-"""Threads around one model: readers that leave, answers that take turns, work for when nobody asks."""
+"""Threads around one model: readers that leave, answers that take turns, work while no question is answered."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class _Worker:
 def _called(function: Callable[..., T], *given: Any, **named: Any) -> T:
     """What a function returns, or its error as one that a future can hold.
 
-    Python before 3.12 cannot put a `StopIteration` into a future: whoever awaits it would wait for ever.
+    Python before 3.12 cannot put a `StopIteration` into a future: its awaiter would wait for ever.
     """
     try:
         return function(*given, **named)

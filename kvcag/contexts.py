@@ -675,7 +675,7 @@ class SyncDiff:
     Attributes:
         wanted: id → token ids, text and metadata of each document, in the corpus's order.
         new: ids that are not kept yet.
-        gone: ids of what is kept of this corpus and no longer wanted.
+        gone: ids of items of this corpus whose texts are gone.
     """
 
     wanted: dict[str, Read]
@@ -686,7 +686,7 @@ class SyncDiff:
 def diff(
     documents: DocumentCache, head_ids: Ids, corpus: Iterable[Read], is_mine: Callable[[Manifest], bool]
 ) -> SyncDiff:
-    """Compare a corpus with what is kept. Nothing is changed.
+    """Compare a corpus with the stored items. Nothing is changed.
 
     Args:
         documents: where documents are kept.

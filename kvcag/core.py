@@ -1,4 +1,4 @@
-"""The data that flows: what is kept, the context made of it, and the answer that comes back. Read this first."""
+"""The data that flows: items, contexts, reports and answers. Read this first."""
 
 from __future__ import annotations
 

@@ -256,7 +256,7 @@ class KVCacheMemory:
         return [self.documents.key(token_ids) for token_ids in prompt.kept_ids]
 
     def sync(self, documents: Iterable[object], corpus: str = "default") -> SyncReport:
-        """Bring what is kept in step with a corpus: encode what is new, keep what is the same, drop what is gone.
+        """Make the items match a corpus: encode new texts, keep unchanged ones, delete removed ones.
 
         Args:
             documents: whatever `from_textual_memory` takes. Two with the same text are one. A str is one document.
@@ -368,7 +368,7 @@ class KVCacheMemory:
     def context_for(
         self, prompt: Prompt, strategy: Strategy = "auto", ratio: float = DEFAULT_RATIO, max_kl: float = MAX_KL
     ) -> MergedContext:
-        """The context of a prompt with documents: reused as it is, merged from what is kept, or encoded and kept.
+        """The context of a prompt with documents: reused, merged from stored items, or encoded and stored.
 
         Documents are found by their content. One that cannot be read is encoded again, with a `CacheWarning`. Of
         questions that are asked at once, the first encodes what they share.
@@ -389,7 +389,7 @@ class KVCacheMemory:
     # --- answering ---------------------------------------------------------------------------------------------
 
     def ask(self, messages: str | Sequence[Message], ids: Iterable[str] | None = None, **answering: Any) -> Answer:
-        """Answer from what is kept. `str(answer)` is the text; `.report` and `.usage` say how it was made.
+        """Answer from the items. `str(answer)` is the text; `.report` and `.usage` say how it was made.
 
         Arguments and errors are those of `stream`.
         """
@@ -553,7 +553,7 @@ class KVCacheMemory:
     # --- inside ------------------------------------------------------------------------------------------------
 
     def _forget(self) -> None:
-        """Forget what is kept outside the store: recent contexts, work under way, and the texts of contexts by id."""
+        """Forget everything outside the store: recent contexts, work under way, and the texts of contexts by id."""
         self.engine.forget(self.namespace)
         self._contexts.clear()
 

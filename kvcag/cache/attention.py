@@ -89,7 +89,7 @@ _running: ContextVar[_Pass] = ContextVar("kvcag_pass")
 
 
 def decoder_of(model: PreTrainedModel) -> Any:
-    """The module that holds the layers: without the language modelling head, whose logits nobody reads here."""
+    """The module that holds the layers: without the language modelling head, whose logits are not needed here."""
     return model.get_decoder()
 
 

@@ -193,7 +193,7 @@ def layers_of(cache: Cache) -> Layers:
 def cache_of(layers: Iterable[LayerKV]) -> DynamicCache:
     """A `DynamicCache` over the given tensors, which it takes as they are.
 
-    It copies nothing: `DynamicCache.update` concatenates, so whoever generates with it never writes into keys and
+    It copies nothing: `DynamicCache.update` concatenates, so a generation never writes into keys and
     values. States of recurrent layers are written to. Where the result is handed to a caller, who may write into it,
     give it tensors of its own (`clone`).
     """

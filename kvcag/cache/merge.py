@@ -393,7 +393,7 @@ def recompute(
     cache = scatter_cache(layers, positions.to(model.device), watch)
 
     def stop_at_the_last(layer_idx: int, *_: object) -> None:
-        if layer_idx == len(layers) - 1:  # its keys and values are in place, and its output is nobody's
+        if layer_idx == len(layers) - 1:  # its keys and values are in place, and its output is not used
             raise EnoughError
 
     attend(model, layout.token_ids[positions], positions, cache, stop_at_the_last)

@@ -320,7 +320,7 @@ class PrefixCache:
             assert above is not None
             del above.children[int(oldest.token_ids[0])]
             self._count(whose, -oldest.nbytes)
-            while above is not None and above.shares(oldest):  # its memory is free only when nobody else holds it
+            while above is not None and above.shares(oldest):  # its memory is free only when no other node shares it
                 above.layers = contiguous_copy(above.layers)
                 above = above.parent
 

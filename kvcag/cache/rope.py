@@ -4,7 +4,7 @@ RoPE turns each pair of a key's components by `position * frequency`, so a key m
 turning it by the difference. How a model does it (which components, paired how, with which frequencies, in which
 layers) is not read from its configuration but measured once on the model itself: the same tokens are encoded at two
 offsets, and what moves the one's keys onto the other's is how this layer rotates. A model for which nothing does is
-refused, so an architecture that nobody has tried is right or refused.
+refused, so an architecture without a test is right or refused.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ _OFFSET = 57
 
 
 def _measure(model: PreTrainedModel) -> list[Rotation]:
-    token = BETWEEN_LAYERS.set(None)  # a few tokens, once a model: whoever asks for it holds a lock on the result
+    token = BETWEEN_LAYERS.set(None)  # a few tokens, once a model: the caller holds a lock on the result
     try:
         return _probe(model)
     finally:

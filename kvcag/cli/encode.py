@@ -41,7 +41,7 @@ class Encoding:
         return DiskStore(self.store or common.default_store(), FOLDER_BYTES, namespace=self.namespace)
 
     def memory(self, store: KVStore) -> KVCacheMemory:
-        """Load the model. The store was opened before: that fails sooner."""
+        """Load the model. Open the store first: opening a store fails at once, loading a model takes seconds."""
         engine = common.load_engine(self.model)
         from kvcag.memory import KVCacheMemory
 

@@ -218,7 +218,7 @@ class HFEngine(Engine):
         return tokens * self.bytes_per_token <= self.prefixes.max_bytes
 
     def warn_unless_kept(self, tokens: int) -> None:
-        """Say, once, that a context of so many tokens is larger than what is kept of recent contexts altogether."""
+        """Say, once, that a context of so many tokens exceeds the budget of the recent contexts."""
         room = self.prefixes.max_bytes
         if room and not self.keeps(tokens):
             self._notices.once(

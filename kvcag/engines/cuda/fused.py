@@ -35,7 +35,7 @@ def fused(model: PreTrainedModel) -> Iterator[None]:
     kinds: dict[type, Callable[..., torch.Tensor] | None] = {}
     with ExitStack() as undo:
         for module in model.modules():
-            if "forward" in module.__dict__:  # somebody has hooked into it
+            if "forward" in module.__dict__:  # another library has hooked into it
                 continue
             kind = type(module)
             if kind not in kinds:

@@ -260,7 +260,7 @@ class VLLMEngine(Engine):
         return self.prompt_of(token_ids, messages)
 
     def preload(self, prompt: Prompt | ContextPrompt, *, namespace: str = "") -> Usage:
-        """Have the server encode a prompt, and generate one token. Prompts that begin with it are answered sooner.
+        """Have the server encode a prompt, and generate one token. Prompts that begin with it are answered faster.
 
         When the server restarts, the prompt is sent again.
 
