@@ -11,7 +11,8 @@ Random bf16 weights in a geometry (benchmarks/geometry.py), made on the device. 
 - the captured pass alone, replayed (`replay`): what is left to Python is the difference;
 - how far the logits of the two are apart, and those of `plain` from its own when it runs again; on how many tokens of
   an answer they agree;
-- eight streams at once over the context, each in a thread: tokens per second of all;
+- eight streams at once, each in a thread and over a context of its own, and 32 questions over one context
+  (`KVCacheMemory.ask_all`): tokens per second of all, and a step while all of them run;
 - `model.generate` over the whole prompt, with a `DynamicCache` and with a static cache that transformers compiles: a
   step is what one more token costs.
 """
@@ -23,7 +24,7 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -31,11 +32,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from geometry import GEOMETRIES, endless, random_engine
+from geometry import GEOMETRIES, HEAD, endless, random_engine
 from measuring import Ceilings, Work, machine, median_seconds, ms, seconds, synchronize, table
 from profiling import Case
 
-from kvcag import HFEngine, Sampling
+from kvcag import HFEngine, KVCacheMemory, Sampling
 from kvcag.cache.layers import generation_cache, layers_of
 
 STEPS = 64
@@ -76,16 +77,53 @@ def ours(case: Case, engine: HFEngine, repeat: int) -> dict[str, float]:
     }
 
 
-def eight_at_once(case: Case, engine: HFEngine) -> dict[str, float]:
-    """Tokens per second of eight streams together, each in a thread."""
+def together(streams: Sequence[Callable[[], Iterator[Any]]]) -> dict[str, float]:
+    """Streams at once, each in a thread: tokens per second of all, and of a step while all of them run."""
 
-    def read() -> int:
-        return sum(len(chunk.token_ids) for chunk in stream(case, engine))
+    def read(index: int) -> list[float]:
+        return [time.perf_counter() for chunk in streams[index]() for _ in chunk.token_ids]
 
     started = time.perf_counter()
-    with ThreadPoolExecutor(8) as threads:
-        count = sum(future.result() for future in [threads.submit(read) for _ in range(8)])
-    return {"tokens_per_s": count / (time.perf_counter() - started)}
+    with ThreadPoolExecutor(len(streams)) as threads:
+        times = list(threads.map(read, range(len(streams))))
+    begun, ended = max(each[0] for each in times), min(each[-1] for each in times)
+    within = sum(1 for each in times for at in each if begun < at <= ended)
+    return {
+        "tokens_per_s": sum(map(len, times)) / (max(each[-1] for each in times) - started),
+        "all_begun_s": begun - started,
+        "step_s": len(streams) * (ended - begun) / within if within else float("nan"),
+        "tokens_per_s_in_steps": within / (ended - begun) if within else float("nan"),
+    }
+
+
+def answers(engine: HFEngine, cache: Any, question: str, count: int) -> Iterator[Any]:
+    return engine.stream(engine.build_prompt(question, cache), Sampling(max_new_tokens=count), cache)
+
+
+def eight_streams(case: Case, engine: HFEngine) -> dict[str, float]:
+    """Over eight contexts."""
+    few = case.documents
+    caches = [engine.build_kv_cache([HEAD, *few[i:], *few[:i]]) for i in range(8)]
+    streams = [partial(answers, engine, cache, f"{i}: {QUESTION}", 2 * STEPS) for i, cache in enumerate(caches)]
+    together(streams)  # captures
+    return together(streams)
+
+
+def many_questions(case: Case, engine: HFEngine, count: int = 32) -> dict[str, float]:
+    """Over one context."""
+    streams = [partial(answers, engine, case.cache, f"{i}: {QUESTION}", 4 * STEPS) for i in range(count)]
+    together(streams)  # captures
+    found = together(streams)
+    memory = KVCacheMemory(engine, instruction=HEAD)
+    ids = memory.add([memory.extract("".join(case.documents))])
+    engine.prefixes.max_bytes = 4 * case.context * engine.bytes_per_token
+    asked = partial(memory.ask_all, [f"{i}: {QUESTION}" for i in range(count)], ids, strategy="exact")
+    memory.ask(QUESTION, ids, strategy="exact", max_new_tokens=2)
+    asked(max_new_tokens=2)
+    taken = seconds(case.device, partial(asked, max_new_tokens=4 * STEPS))
+    engine.prefixes.clear()
+    engine.prefixes.max_bytes = 0
+    return {**found, "ask_all_tokens_per_s": count * 4 * STEPS / taken}
 
 
 def difference(case: Case, engines: dict[str, HFEngine]) -> dict[str, float]:
@@ -121,8 +159,8 @@ def replays(case: Case, engine: HFEngine) -> dict[str, float]:
     found = {}
     for new in (1, case.tail.shape[1]):
         engine.forward([1] * new, cache)
-        size = min(size for size in engine._graphs._passes if size >= new)  # type: ignore[union-attr]
-        found[str(size)] = median_seconds(case.device, engine._graphs._passes[size]._replay, 20, warm=3)  # type: ignore[union-attr]
+        key = min(key for key in engine._graphs._passes if key >= (1, new))  # type: ignore[union-attr]
+        found[str(key[1])] = median_seconds(case.device, engine._graphs._passes[key]._replay, 20, warm=3)  # type: ignore[union-attr]
     return found
 
 
@@ -163,7 +201,8 @@ def measure(engines: dict[str, HFEngine], tokens: int, repeat: int, ceilings: Ce
         "replay_s": partial(replays, case, engines["graphs"]),
         "plain": partial(ours, case, engines["plain"], 5),
         "difference": partial(difference, case, engines),
-        "eight_streams": partial(eight_at_once, case, engines["graphs"]),
+        "eight_streams": partial(eight_streams, case, engines["graphs"]),
+        "questions_32": partial(many_questions, case, engines["graphs"]),
     }
     for name, part in parts.items():
         try:
@@ -199,7 +238,27 @@ def report(result: dict[str, Any]) -> str:
         for row in result["rows"]
     ]
     heads = ["context", "step: floor", "graphs", "plain", "generate, dynamic", "generate, static"]
-    return table([*heads, "first token: floor", "graphs", "plain"], rows)
+    alone = table([*heads, "first token: floor", "graphs", "plain"], rows)
+    rows = [
+        [
+            f"{row['context_tokens']:,}",
+            *(
+                f"{row[what].get('tokens_per_s_in_steps', 0):,.0f} ({ms(row[what].get('step_s'))})"
+                for what in ("eight_streams", "questions_32")
+            ),
+            *(
+                f"{row[what].get(rate, 0):,.0f}"
+                for what, rate in (
+                    ("eight_streams", "tokens_per_s"),
+                    ("questions_32", "tokens_per_s"),
+                    ("questions_32", "ask_all_tokens_per_s"),
+                )
+            ),
+        ]
+        for row in result["rows"]
+    ]
+    heads = ["context", "8 streams, 8 contexts: tokens/s (a step, ms)", "32 questions, one context", "8, whole answers"]
+    return alone + "\n\n" + table([*heads, "32, whole answers", "ask_all"], rows)
 
 
 def main() -> None:

@@ -9,8 +9,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, ParamSpec, TypeAlias, TypeVar
@@ -197,6 +197,27 @@ def holding(lock: threading.Lock) -> Iterator[None]:
 
 
 _POLL_SECONDS = 0.02
+
+
+def at_once(calls: Sequence[Callable[[], T]], most: int) -> list[T]:
+    """Make calls, `most` at a time, each in a thread with a copy of the caller's context, and return their results.
+
+    The first error is raised, and cancels the other calls (`Cancellation`); so does the caller's reader who leaves.
+    """
+    left = Cancellation()
+
+    def run(context: contextvars.Context, call: Callable[[], T]) -> T:
+        context.run(CANCELLATION.set, left)
+        return context.run(call)
+
+    with cancellation().waking(left.cancel), ThreadPoolExecutor(most, thread_name_prefix="kvcag") as threads:
+        running = [threads.submit(run, contextvars.copy_context(), call) for call in calls]
+        try:
+            failed = [done for done in wait(running, return_when=FIRST_EXCEPTION).done if done.exception()]
+            return [done.result() for done in failed or running]
+        finally:
+            left.cancel()
+            threads.shutdown(cancel_futures=True)
 
 
 _TURN_SECONDS = 0.05

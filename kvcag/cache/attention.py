@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvcag.cache.layers import cache_argument
+from kvcag.cache.layers import RowsCache, cache_argument
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,7 +85,15 @@ class _Pass:
     implementation: str
 
 
-_running: ContextVar[_Pass] = ContextVar("kvcag_pass")
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """A pass of one token for each of several generations: how each attends to its own cache."""
+
+    cache: RowsCache
+    passes: list[_Pass]
+
+
+_running: ContextVar[_Pass | _Rows] = ContextVar("kvcag_pass")
 
 
 def decoder_of(model: PreTrainedModel) -> Any:
@@ -132,6 +140,23 @@ def by_position(model: PreTrainedModel, positions: torch.Tensor, reader: Reader 
         token = _running.set(_Pass(positions.to(model.device), blocks, reader, own))
         try:
             yield
+        finally:
+            _running.reset(token)
+
+
+@contextmanager
+def by_row(model: PreTrainedModel, caches: Sequence[Cache]) -> Iterator[RowsCache]:
+    """Within it, a forward pass of one token for each of `caches`, over the cache that this gives, goes on in each.
+
+    For a model that `by_position` is for. The tokens stand where the caches end.
+    """
+    cache = RowsCache(caches)
+    with _ours(decoder_of(model)) as own:
+        ends = [held.get_seq_length() for held in caches]
+        passes = [_Pass(torch.tensor([end], device=model.device), [(slice(0, 1), end + 1)], None, own) for end in ends]
+        token = _running.set(_Rows(cache, passes))
+        try:
+            yield cache
         finally:
             _running.reset(token)
 
@@ -185,8 +210,23 @@ def _attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls. Returns `(1, queries, heads, head_dim)`; `attention_mask` is never made for it."""
+    """What transformers calls. Returns `(batch, queries, heads, head_dim)`; `attention_mask` is never made for it."""
     running = _running.get()
+    if isinstance(running, _Pass):
+        return _attend(running, module, query, key, value, scaling, kwargs), None
+    rows = zip(running.passes, torch.split(query, 1), running.cache.held, strict=True)
+    return torch.cat([_attend(each, module, q, k, v, scaling, kwargs) for each, q, (k, v) in rows]), None
+
+
+def _attend(
+    running: _Pass,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
     call = Call(
         running.positions.to(key.device),
         query.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -199,15 +239,15 @@ def _attention(
     # Only a model's own eager function knows its attention sinks and soft caps, which sdpa cannot do.
     own = running.implementation == "eager" or bool({"softcap", "s_aux"} & {k for k in kwargs if kwargs[k] is not None})
     if read is not None and not own:
-        return read, None
+        return read
     if query.shape[2] == 1 and call.window is None and not own:
         keys = running.blocks[0][1]  # a token that is recomputed alone sees none of those behind it
-        return _one_query(query, key[:, :, :keys], value[:, :, :keys], call.scaling), None
+        return _one_query(query, key[:, :, :keys], value[:, :, :keys], call.scaling)
     outputs = []
     for block, keys in running.blocks:
         q, k, v, mask = query[:, :, block], key[:, :, :keys], value[:, :, :keys], call.mask(block, keys)
         outputs.append(_eager(module, q, k, v, mask, scaling, kwargs) if own else _sdpa(q, k, v, mask, call.scaling))
-    return torch.cat(outputs, dim=1), None
+    return torch.cat(outputs, dim=1)
 
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scaling: float) -> torch.Tensor:

@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
+import numpy as np
 import torch
 from transformers import DynamicCache, cache_utils
 from transformers.cache_utils import Cache, DynamicLayer
@@ -271,31 +272,56 @@ def nbytes(layers: Iterable[LayerKV]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def generation_cache(parts: Sequence[Sequence[LayerKV]], room: int, kinds: Kinds = ()) -> DynamicCache:
+def generation_cache(
+    parts: Sequence[Sequence[LayerKV]], room: int, kinds: Kinds = (), *, lent: bool = False
+) -> DynamicCache:
     """The cache of one generation: a copy of `parts`, one after another, with room for `room` more tokens.
 
     New tokens are written in place instead of concatenating the whole context once a token, so a decode step costs
-    the same after 10,000 tokens of context as after ten. It grows by doubling where the room does not suffice, shares
-    nothing with `parts`, and is released with its last reference.
+    the same after 10,000 tokens of context as after ten. It grows by doubling where the room does not suffice, and is
+    released with its last reference.
 
     Args:
-        parts: keys and values; the last has the states that the next token needs, if the model has recurrent layers.
+        parts: keys and values, to be read; the last has the states that the next token needs, if the model has
+            recurrent layers.
         room: for how many more tokens.
         kinds: `kinds_of` the model.
+        lent: the longest part is not copied but read where it lies. Captured passes read it there, for all
+            generations over it at a time; anything else copies it first.
     """
-    filled = _filled(parts, room)
-    lengths = [sum(keys.shape[-2] for keys, _ in layers) for layers in zip(*parts, strict=True)]
+    lengths = [length_of(part) for part in parts]
     if kinds:
         states = states_of(parts[-1]) if parts else None
-        return _RecurrentCache(kinds, sum(map(length_of, parts)), filled, states, room=room, copied=True)
-    cache = _PausingCache()
-    for buffers, length in zip(filled, lengths, strict=True):
-        layer = _AppendLayer(room)
-        layer.take(buffers, length)
-        cache.layers.append(layer)
+        return _RecurrentCache(kinds, sum(lengths), _filled(parts, room), states, room=room, copied=True)
+    cache = GenerationCache()
+    longest = max(range(len(parts)), key=lengths.__getitem__, default=0)
+    if not lent or not parts or lengths[longest] < _WORTH_LENDING or not _readable(parts[longest]):
+        longest = len(parts)
+    copied = [part for index, part in enumerate(parts) if index != longest]
+    if longest == len(parts):
+        for layers, buffers in zip(zip(*parts, strict=True), _filled(parts, room), strict=True):
+            cache.layers.append(_AppendLayer(room, buffers, sum(keys.shape[-2] for keys, _ in layers)))
+    else:
+        start, length = sum(lengths[:longest]), sum(lengths) - lengths[longest]
+        empty = [[(keys[..., :0, :], values[..., :0, :]) for keys, values in parts[longest]]]
+        for layer, buffers in zip(parts[longest], _filled(copied or empty, room), strict=True):
+            cache.layers.append(_AppendLayer(room, buffers, length, _Lent(layer, start)))
     if not cache.layers:  # transformers makes a layer when the model first writes to it
         cache.layer_class_to_replicate = cast("Any", functools.partial(_AppendLayer, room))
     return cache
+
+
+_WORTH_LENDING = 256
+"""Tokens of a part that is worth a second loop in the attention over it."""
+
+
+def _readable(layers: Sequence[LayerKV]) -> bool:
+    """Whether kernels that know one stride, that between heads, can read these keys and values where they lie."""
+    return all(
+        t.is_cuda and t.shape[0] == 1 and t.stride()[-2:] == (t.shape[-1], 1) and t.stride(1) % t.shape[-1] == 0
+        for kv in layers
+        for t in kv
+    ) and all(keys.stride(1) == values.stride(1) and keys.data_ptr() % 16 == 0 for keys, values in layers)
 
 
 def _filled(parts: Sequence[Sequence[LayerKV]], room: int) -> list[LayerKV]:
@@ -319,6 +345,8 @@ def _filled(parts: Sequence[Sequence[LayerKV]], room: int) -> list[LayerKV]:
     start = 0
     for tensors in flat:
         end = start + tensors[0].shape[-2]
+        if end == start:
+            continue
         targets = whole[..., start:end, :].unbind() if len(kinds) == 1 else [b[..., start:end, :] for b in buffers]
         if wide:
             targets, tensors = ([t.view(torch.int64) for t in each] for each in (targets, tensors))
@@ -340,22 +368,116 @@ class _PausingCache(DynamicCache):
         return super().update(*args, **kwargs)
 
 
+class GenerationCache(_PausingCache):
+    """What `generation_cache` makes."""
+
+    layers: list[_AppendLayer]  # type: ignore[assignment]
+    _known: tuple[int, int, np.ndarray] | None = None
+
+    def addresses(self, new: int) -> np.ndarray | None:
+        """Where kernels find what is held, with room for `new` more tokens: `(layers, 8)` int64.
+
+        Address of the keys, of the values, tokens between two heads of both; the same three of what is lent; the
+        position of its first token, and how many tokens it has. None where nothing is held yet. Whoever writes tokens
+        behind what is held says so by `advance`.
+        """
+        if not self.layers or not self.layers[0].is_initialized:
+            return None
+        changes = sum([layer.changes for layer in self.layers])
+        if self._known is None or self._known[0] != changes or self.layers[0].own + new > self._known[1]:
+            for layer in self.layers:
+                layer.make_room(new)
+            table = np.array([layer.address() for layer in self.layers], dtype=np.int64)
+            self._known = sum([layer.changes for layer in self.layers]), int(table[:, 2].min()), table
+        return self._known[2]
+
+    def shapes(self) -> list[tuple[int, int]]:
+        """KV heads and head size of each layer."""
+        return [layer.shape()[:2] for layer in self.layers]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the keys and values."""
+        return self.layers[0].shape()[2]
+
+    def advance(self, new: int) -> None:
+        """Count `new` more tokens as held, which were written where `addresses` says."""
+        for layer in self.layers:
+            layer.length += new
+
+    def behind(self, start: int) -> Layers:
+        """The tokens from `start` on: views, unless what is lent is among them."""
+        return Layers((layer.behind(start) for layer in self.layers), tokens=self.get_seq_length() - start)
+
+
+@dataclass(frozen=True, slots=True)
+class _Lent:
+    """Keys and values of another cache, `(1, kv_heads, seq_len, head_dim)`, and the position of the first of them."""
+
+    kv: LayerKV
+    start: int
+
+    @property
+    def length(self) -> int:
+        return int(self.kv[0].shape[-2])
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
 class _AppendLayer(DynamicLayer):
-    """A `DynamicLayer` that writes into a buffer with spare room. `keys` and `values` are views of what is filled."""
+    """A `DynamicLayer` that writes into a buffer with spare room. `keys` and `values` are views of what is filled.
+
+    Args:
+        room: tokens that a buffer of its own has room for.
+        buffers: `(1, kv_heads, capacity, head_dim)` each.
+        own: how many tokens they hold.
+        lent: stands among these tokens, and is not in the buffers.
+    """
 
     _keys: torch.Tensor
     _values: torch.Tensor
 
-    def __init__(self, room: int) -> None:
+    def __init__(self, room: int, buffers: LayerKV | None = None, own: int = 0, lent: _Lent | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.room = room
-        self.length = 0
+        self.room, self._lent = room, lent
+        self.length = own + (lent.length if lent else 0)
+        self.changes = 0
+        if buffers is not None:
+            self.take(buffers, self.length)
 
     def take(self, buffers: LayerKV, length: int) -> None:
-        """Hold the first `length` tokens of `buffers`, and write what comes behind them."""
+        """Hold the first tokens of `buffers`, `length` with what is lent, and write what comes behind them."""
         _initialize(self, buffers[0])
         self._keys, self._values = buffers
-        self.advance(length)
+        self.length = length
+        self.changes += 1
+
+    @property
+    def own(self) -> int:
+        """Tokens in the buffers."""
+        return self.length - (self._lent.length if self._lent else 0)
+
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """All that are held."""
+        return self._whole()[0] if self.is_initialized else None
+
+    @keys.setter
+    def keys(self, none: torch.Tensor | None) -> None: ...  # transformers begins with None
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """All that are held."""
+        return self._whole()[1] if self.is_initialized else None
+
+    @values.setter
+    def values(self, none: torch.Tensor | None) -> None: ...
+
+    def get_seq_length(self) -> int:
+        """Tokens that are held."""
+        return self.length
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -365,35 +487,75 @@ class _AppendLayer(DynamicLayer):
         if not self.is_initialized:
             _initialize(self, key_states)
             self._reserve((key_states, value_states), new + self.room)
-        end = self.length + new
+        self._whole()
         self.make_room(new)
+        end = self.length + new
         self._keys[..., self.length : end, :] = key_states
         self._values[..., self.length : end, :] = value_states
         self.length = end
-        self.keys, self.values = self._keys[..., :end, :], self._values[..., :end, :]
-        return self.keys, self.values
+        return self._whole()
 
-    def make_room(self, new: int) -> LayerKV:
-        """The buffers, large enough for `new` more tokens."""
-        if self.length + new > self._keys.shape[-2]:
-            self._reserve((self._keys, self._values), 2 * (self.length + new))
-        return self._keys, self._values
+    def make_room(self, new: int) -> None:
+        """Have buffers that are large enough for `new` more tokens."""
+        if self.own + new > self._keys.shape[-2]:
+            self._reserve((self._keys, self._values), 2 * (self.own + new))
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last `-tokens_to_remove` tokens (a negative number, as in transformers 5)."""
-        self.advance(tokens_to_remove)
+        if self._lent and self.length + tokens_to_remove < self._lent.end:
+            self._whole()
+        self.length += tokens_to_remove
 
-    def advance(self, new: int) -> None:
-        """Count `new` more tokens of the buffers as held; fewer where it is negative."""
-        self.length += new
-        self.keys, self.values = self._keys[..., : self.length, :], self._values[..., : self.length, :]
+    def behind(self, start: int) -> LayerKV:
+        """The tokens from `start` on: views, unless what is lent is among them."""
+        if self._lent is not None and start < self._lent.end:
+            keys, values = self._joined(self.own)
+        else:
+            keys, values = self._keys[..., : self.own, :], self._values[..., : self.own, :]
+            start -= self._lent.length if self._lent else 0
+        return keys[..., start:, :], values[..., start:, :]
+
+    def shape(self) -> tuple[int, int, torch.dtype]:
+        """KV heads, head size, and their type."""
+        return self._keys.shape[1], self._keys.shape[-1], self._keys.dtype
+
+    def address(self) -> tuple[int, ...]:
+        """A row of `GenerationCache.addresses`."""
+        own = self._keys.data_ptr(), self._values.data_ptr(), self._keys.shape[-2]
+        if self._lent is None:
+            return *own, 0, 0, 0, 0, 0
+        keys, values = self._lent.kv
+        between = keys.stride(1) // keys.shape[-1]
+        return *own, keys.data_ptr(), values.data_ptr(), between, self._lent.start, self._lent.length
+
+    def _whole(self) -> LayerKV:
+        """Keys and values as one: from now on, what is lent is copied among the own."""
+        if self._lent is not None:
+            self._keys, self._values = self._joined(self._keys.shape[-2])
+            self._lent = None
+            self.changes += 1
+        return self._keys[..., : self.length, :], self._values[..., : self.length, :]
+
+    def _joined(self, capacity: int) -> LayerKV:
+        """A copy of all that is held, with room for so many own tokens."""
+        assert self._lent is not None
+        start, length, own = self._lent.start, self._lent.length, self.own
+        joined = []
+        for mine, theirs in zip((self._keys, self._values), self._lent.kv, strict=True):
+            target = mine.new_empty((*mine.shape[:-2], capacity + length, mine.shape[-1]))
+            target[..., :start, :] = mine[..., :start, :]
+            target[..., start : start + length, :] = theirs
+            target[..., start + length : self.length, :] = mine[..., start:own, :]
+            joined.append(target)
+        return joined[0], joined[1]
 
     def _reserve(self, like: LayerKV, capacity: int) -> None:
         keys, values = (t.new_empty((*t.shape[:-2], capacity, t.shape[-1])) for t in like)
         if self.length:
-            keys[..., : self.length, :] = self._keys[..., : self.length, :]
-            values[..., : self.length, :] = self._values[..., : self.length, :]
+            keys[..., : self.own, :] = self._keys[..., : self.own, :]
+            values[..., : self.own, :] = self._values[..., : self.own, :]
         self._keys, self._values = keys, values
+        self.changes += 1
 
 
 class _RecurrentCache(_PausingCache):
@@ -466,24 +628,9 @@ def _restore(layer: Any, tensors: tuple[torch.Tensor | None, ...], *, copied: bo
         layer.has_previous_state[index % half] = True
 
 
-def roomy_buffers(cache: Cache, new: int) -> list[LayerKV] | None:
-    """The whole buffers of a generation's cache, each with room for `new` more tokens, made where it lacks.
-
-    `(1, kv_heads, capacity, head_dim)` each, contiguous. None for another cache, or one that holds nothing yet.
-    Whoever writes tokens into them says so by `advance`.
-    """
-    buffers = []
-    for layer in cache.layers:
-        if not isinstance(layer, _AppendLayer) or not layer.is_initialized:
-            return None
-        buffers.append(layer.make_room(new))
-    return buffers
-
-
-def advance(cache: Cache, new: int) -> None:
-    """Count `new` more tokens, which were written into `roomy_buffers`."""
-    for layer in cast("list[_AppendLayer]", cache.layers):
-        layer.advance(new)
+def behind(cache: Cache, start: int) -> Layers:
+    """The tokens of a cache from `start` on, to be read."""
+    return cache.behind(start) if isinstance(cache, GenerationCache) else cut(layers_of(cache), start)
 
 
 def crop(cache: Cache, length: int) -> None:
@@ -492,6 +639,32 @@ def crop(cache: Cache, length: int) -> None:
         excess = layer.get_seq_length() - length  # type: ignore[union-attr]
         if excess > 0:
             layer.crop(-excess)  # type: ignore[union-attr]
+
+
+class RowsCache(_PausingCache):
+    """What a pass of one new token for each of several generations sees: each token goes into its own cache.
+
+    Attributes:
+        held: of the layer that runs now: keys and values of each generation, the new token's included.
+    """
+
+    def __init__(self, caches: Sequence[Cache]) -> None:
+        super().__init__()
+        self._caches = caches
+        self.held: list[LayerKV] = []
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take the keys and values of new tokens in, `(generations, kv_heads, 1, head_dim)`, and return them."""
+        between = BETWEEN_LAYERS.get()
+        if between is not None:
+            between()
+        self.held = [
+            cache.layers[layer_idx].update(key_states[i : i + 1], value_states[i : i + 1])  # type: ignore[union-attr]
+            for i, cache in enumerate(self._caches)
+        ]
+        return key_states, value_states
 
 
 def check_cacheable(model: PreTrainedModel) -> None:

@@ -166,7 +166,7 @@ class PrefixCache:
     def insert(
         self,
         token_ids: Sequence[int],
-        layers: Sequence[LayerKV],
+        layers: Sequence[LayerKV] | Callable[[int], Sequence[LayerKV]],
         namespace: str = "",
         *,
         merged: bool = False,
@@ -176,31 +176,36 @@ class PrefixCache:
 
         Args:
             token_ids: the context's.
-            layers: one key and one value for each token, `(1, kv_heads, seq_len, head_dim)` a layer.
+            layers: one key and one value for each token, `(1, kv_heads, seq_len, head_dim)` a layer; or what returns
+                those of the tokens from a number on.
             namespace: whose it is.
             merged: it is an approximation, or was generated over one.
             epoch: `epoch` when the work began; what was cleared since then is not kept.
         """
         wanted = np.asarray(token_ids, dtype=np.int64)
-        if not len(wanted) or nbytes(layers) > self.max_bytes:
+        if not len(wanted):
             return
         with self._lock:
             if epoch is not None and epoch != self._epochs.get(namespace, 0):
                 return
+            path = self._path(wanted, namespace, merged)
+            matched = sum(shared for _, shared in path)
+            new = layers(matched) if callable(layers) else cut(layers, matched)
+            states, missing = nbytes(Layers((), states_of(new))), len(wanted) - matched
+            if missing and (nbytes(new) - states) * len(wanted) / missing + states > self.max_bytes:
+                return
             self._clock += 1
             node = self._roots.setdefault((namespace, merged), _Node(wanted[:0], Layers(), None, is_exact=not merged))
-            matched = 0
-            for reached, shared in self._path(wanted, namespace, merged):
-                matched += shared
+            for reached, shared in path:
                 node = reached if shared == len(reached.token_ids) else self._split(reached, shared)
                 node.used = self._clock
             if matched < len(wanted):
-                kept = contiguous_copy(cut(layers, matched))
+                kept = contiguous_copy(new)
                 leaf = _Node(wanted[matched:].copy(), kept, node, matched, used=self._clock, is_exact=not merged)
                 node.children[int(wanted[matched])] = leaf
                 self._count(namespace, leaf.nbytes)
             elif self._recurrent and states_of(node.layers) is None:  # another context went on from here
-                node.layers.states = contiguous_copy(Layers((), states_of(layers))).states
+                node.layers.states = contiguous_copy(Layers((), states_of(new))).states
                 self._count(namespace, nbytes(Layers((), node.layers.states)))
             self._evict()
 

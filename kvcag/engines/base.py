@@ -35,12 +35,14 @@ class Engine(ABC):
     Attributes:
         merges: its caches can be put together in any order. Such an engine is an `HFEngine` or behaves as one.
         seams: how the documents of a prompt that is read in order are joined: see `ChatTemplate.prompt`.
+        answers_at_once: how many answers to a list of questions are generated at a time.
         item_type: what `encode_item` returns.
         template: makes prompts of messages.
         defaults: `Sampling` settings of every call that gives no others.
     """
 
     merges: ClassVar[bool] = False
+    answers_at_once: int = 32
     seams: Seams = "none"
     item_type: ClassVar[type[EncodedItem]]
     template: ChatTemplate

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -24,9 +25,52 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-Forward = Callable[["Sequence[int] | torch.Tensor", Cache], torch.Tensor]
-"""Runs tokens over a cache, which grows by them, and returns the logits after the last, `(1, vocabulary)`. A tensor,
-`(1,)` int64, is a token that was not read from the device yet."""
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What follows the tokens of a pass.
+
+    Attributes:
+        logits: `(1, vocabulary)`.
+        likeliest: the token with the highest logit, where the pass found it: `(1,)` int64, where the logits are.
+        arriving: the same token on its way to the host, among those of others.
+        row: its place among them.
+    """
+
+    logits: torch.Tensor
+    likeliest: torch.Tensor | None = None
+    arriving: Arriving | None = None
+    row: int = 0
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the device is done with the pass."""
+        return self.arriving is None or self.arriving.is_there
+
+
+Forward = Callable[["Sequence[int] | torch.Tensor", Cache], Prediction]
+"""Runs tokens over a cache, which grows by them. A tensor, `(1,)` int64, is a token that was not read from the device
+yet."""
+
+
+class Pending(Protocol):
+    """A step that a generation asked for: one token over its cache."""
+
+    def get(self) -> Prediction:
+        """Take it, unless it is taken.
+
+        Raises:
+            Cancelled: the reader left.
+        """
+
+    def leave(self) -> None:
+        """Nobody needs it any more, nor another step of this generation."""
+
+
+class Ask(Protocol):
+    """Asks for a step. `now`: take it now if nothing speaks against it, and not when it is needed."""
+
+    def __call__(self, token: Sequence[int] | torch.Tensor, cache: Cache, *, now: bool) -> Pending:
+        """`token` as in `Forward`, over the generation's own cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +127,7 @@ class Decoding:
 
     Args:
         forward: the model.
+        ask: asks for a step; it may be taken together with those of other generations.
         cache: the generation's own cache; it holds the first `cache.get_seq_length()` tokens of the prompt.
         prompt_ids: the whole prompt.
         max_new_tokens: when to stop.
@@ -94,6 +139,7 @@ class Decoding:
     def __init__(
         self,
         forward: Forward,
+        ask: Ask,
         cache: Cache,
         prompt_ids: Sequence[int],
         *,
@@ -102,7 +148,7 @@ class Decoding:
         sampler: Sampler,
         account: Account,
     ) -> None:
-        self._forward = forward
+        self._forward, self._ask = forward, ask
         self.cache = cache
         self.prompt_ids = list(prompt_ids)
         self.answer_ids: list[int] = []
@@ -111,17 +157,17 @@ class Decoding:
         self._sampler = sampler
         self._account = account
         self._first_token_at: float | None = None
-        self._logits: torch.Tensor | None = None
+        self._predicted: Prediction | None = None
 
     @property
     def cached_ids(self) -> list[int]:
         """The tokens in the cache now: the prompt once it is prefilled, and the answer, often without its last."""
         return [*self.prompt_ids, *self.answer_ids][: self.cache.get_seq_length()]
 
-    def prefill(self) -> torch.Tensor:
-        """Run what the cache lacks of the prompt; logits after its last token."""
-        self._logits = self._forward(self.prompt_ids[self.cache.get_seq_length() :], self.cache)
-        return self._logits
+    def prefill(self) -> Prediction:
+        """Run what the cache lacks of the prompt."""
+        self._predicted = self._forward(self.prompt_ids[self.cache.get_seq_length() :], self.cache)
+        return self._predicted
 
     def tokens(self) -> Iterator[int]:
         """Generate until an end-of-sequence token, which is the last one given, a constraint's or the budget's end.
@@ -129,25 +175,35 @@ class Decoding:
         On a GPU the next step is launched before the last token is read, unless a constraint needs the token first.
         The cache then holds the last token of the answer, too.
         """
-        logits = self.prefill() if self._logits is None else self._logits
+        predicted = self._predicted or self.prefill()
         history = self._sampler.history(self.prompt_ids)
-        ahead = logits.is_cuda and not self._sampler.waits
-        while True:
-            drawn = self._sampler.draw(logits, history)
-            arriving = _Arriving(drawn)
-            last = len(self.answer_ids) + 1 == self._max_new_tokens
-            if ahead and not last:
-                logits = self._forward(drawn, self.cache)
-            token = self._sampler.take(arriving.token())
-            if history is not None:
-                history = torch.cat([history, history.new_full((1, 1), token)], dim=1)
-            self.answer_ids.append(token)
-            self._first_token_at = self._first_token_at or time.perf_counter()
-            yield token
-            if last or token in self._eos_ids or self._sampler.complete:
-                return
-            if not ahead:
-                logits = self._forward([token], self.cache)
+        ahead = predicted.logits.is_cuda and not self._sampler.waits
+        step: Pending | None = None
+        try:
+            while True:
+                if self._sampler.takes_likeliest and predicted.likeliest is not None and predicted.arriving is not None:
+                    drawn, arriving, row = predicted.likeliest, predicted.arriving, predicted.row
+                else:
+                    drawn = self._sampler.draw(predicted.logits, history)
+                    arriving, row = Arriving(drawn), 0
+                last = len(self.answer_ids) + 1 == self._max_new_tokens
+                if ahead and not last:
+                    step = self._ask(drawn, self.cache, now=True)
+                token = self._sampler.take(arriving.token(row))
+                if history is not None:
+                    history = torch.cat([history, history.new_full((1, 1), token)], dim=1)
+                self.answer_ids.append(token)
+                self._first_token_at = self._first_token_at or time.perf_counter()
+                ends = last or token in self._eos_ids or self._sampler.complete
+                if not ahead and not ends:
+                    step = self._ask([token], self.cache, now=False)
+                yield token
+                if ends or step is None:
+                    return
+                predicted = step.get()
+        finally:
+            if step is not None:
+                step.leave()
 
     def chunks(self, detokenizer: Detokenizer, stop: StopStrings, thinking: ThinkingFilter) -> Iterator[Chunk]:
         """The answer as text, a chunk a token; the last chunk says why it ended and what it took."""
@@ -181,22 +237,33 @@ class Decoding:
         )
 
 
-class _Arriving:
-    """A token on its way from the device. What is launched after it does not delay it."""
+class Arriving:
+    """Tokens on their way from the device, `(tokens,)` int64. What is launched after them does not delay them."""
 
     def __init__(self, drawn: torch.Tensor) -> None:
         self._event: torch.cuda.Event | None = None
-        self._token = drawn
+        self._tokens = drawn
+        self._arrived: list[int] | None = None
+        self._lock = threading.Lock()
         if drawn.is_cuda:
-            self._token = torch.empty(1, dtype=drawn.dtype, pin_memory=True).copy_(drawn, non_blocking=True)
+            self._tokens = torch.empty(len(drawn), dtype=drawn.dtype, pin_memory=True).copy_(drawn, non_blocking=True)
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
 
-    def token(self) -> int:
-        """Wait for it."""
-        if self._event is not None:
-            self._event.synchronize()
-        return int(self._token)
+    @property
+    def is_there(self) -> bool:
+        """Whether they have arrived."""
+        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def token(self, row: int = 0) -> int:
+        """Wait for one of them."""
+        if self._arrived is None:
+            with self._lock:  # one thread keeps asking the device; the others sleep
+                if self._arrived is None:
+                    if self._event is not None:
+                        self._event.synchronize()
+                    self._arrived = self._tokens.tolist()
+        return self._arrived[row]
 
 
 _OPEN, _CLOSE = "<think>", "</think>"

@@ -8,7 +8,7 @@ import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -18,12 +18,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from kvcag.cache.attention import OVER_SDPA, by_position, decoder_of
+from kvcag.cache.attention import OVER_SDPA, by_position, by_row, decoder_of
 from kvcag.cache.layers import (
     BETWEEN_LAYERS,
     ContextCache,
     LayerKV,
     Layers,
+    behind,
     cache_argument,
     cache_of,
     check_cacheable,
@@ -44,8 +45,18 @@ from kvcag.concurrency import IdleWork, ModelLock, cancellation
 from kvcag.core import Chunk, ContextPrompt, KVCacheItem, MergedContext, MergeReport, Mode, ids_digest
 from kvcag.engines.base import Engine, context_ids
 from kvcag.engines.constrain import Constraint, ConstraintCompiler, ConstraintLike
-from kvcag.engines.decode import Account, Decoding, Detokenizer, StopStrings, ThinkingFilter, reusable_prefix
+from kvcag.engines.decode import (
+    Account,
+    Decoding,
+    Detokenizer,
+    Pending,
+    Prediction,
+    StopStrings,
+    ThinkingFilter,
+    reusable_prefix,
+)
 from kvcag.engines.sampling import Sampler, Sampling
+from kvcag.engines.steps import Alone, Steps
 from kvcag.errors import CacheWarning, DeviceMemoryError, EmptyPromptError, UnsupportedModelError, WarnOnce
 from kvcag.fingerprint import ModelFingerprint
 
@@ -62,6 +73,8 @@ _LAYER_SECONDS = 0.1
 
 _PREFIX_CACHE_BYTES = 2 << 30
 
+_MOST_TOGETHER = 64
+"""Generations whose steps are taken together."""
 
 _BEGUN: ContextVar[tuple[HFEngine, str, int] | None] = ContextVar("kvcag_begun", default=None)
 _IN_BACKGROUND: ContextVar[bool] = ContextVar("kvcag_in_background", default=False)
@@ -71,8 +84,8 @@ class HFEngine(Engine):
     """Encodes text into KV caches, and answers from them.
 
     Every generation has a cache of its own, made on demand in the model's dtype and released at its end; what is
-    shared between generations is only ever read. Safe to use from several threads: they take turns at the model, a
-    step at a time.
+    shared between generations is only ever read. Safe to use from several threads: they take turns at the model, and
+    answers that are generated at the same time take their steps together.
 
     Args:
         model: a decoder-only model whose layers are all attention. It is put into evaluation mode.
@@ -122,6 +135,7 @@ class HFEngine(Engine):
         self._state_distance = 0  # tokens whose keys and values take as many bytes as the states; not known yet
         self._notices = WarnOnce()
         self._cuda_graphs = cuda_graphs
+        self._steps = Steps(self.exclusive, self.predict, self._together, _MOST_TOGETHER)
         self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @classmethod
@@ -199,6 +213,11 @@ class HFEngine(Engine):
             eos = getattr(source, "eos_token_id", None)
             ids.update(eos if isinstance(eos, list | tuple) else [] if eos is None else [eos])
         return frozenset(ids)
+
+    @property
+    def answers_at_once(self) -> int:  # type: ignore[override]
+        """How many answers to a list of questions are generated at a time. On a CPU, each has a copy of its context."""
+        return 32 if self.device.type == "cuda" else 8
 
     @property
     def bytes_per_token(self) -> int:
@@ -479,9 +498,11 @@ class HFEngine(Engine):
                 prefix = given.longest(self.prefixes, ids[:-1], namespace, merged=accept_merged)
                 reused, pieces = prefix.length, prefix.pieces
                 kept = len(token_ids) - reused if self.keeps(len(token_ids)) else 0
+                room = len(token_ids) - reused + max_new_tokens
                 decoding = Decoding(
-                    self.forward,
-                    generation_cache(pieces, len(token_ids) - reused + max_new_tokens, self._kinds),
+                    self.predict,
+                    self.ask,
+                    generation_cache(pieces, room, self._kinds, lent=self._cuda_graphs),
                     token_ids,
                     max_new_tokens=max_new_tokens,
                     eos_ids=self.eos_ids,
@@ -492,7 +513,9 @@ class HFEngine(Engine):
                     ends = _segment_ends(prompt)
                     self._fill(token_ids, decoding.cache, ends, namespace, merged=prefix.is_merged, epoch=epoch)
                 decoding.prefill()
-                self.prefixes.insert(ids, layers_of(decoding.cache), namespace, merged=prefix.is_merged, epoch=epoch)
+                held = partial(behind, decoding.cache)
+                if self.keeps(len(ids)):
+                    self.prefixes.insert(ids, held, namespace, merged=prefix.is_merged, epoch=epoch)
             thinking = ThinkingFilter(prompt.thinking, strips=sampling.strip_thinking)
             whole = False  # an error in the middle of a step leaves layers of different lengths
             try:
@@ -502,9 +525,8 @@ class HFEngine(Engine):
                     whole = False
                 whole = True
             finally:
-                if whole:
-                    cached_ids, layers = decoding.cached_ids, layers_of(decoding.cache)
-                    self.prefixes.insert(cached_ids, layers, namespace, merged=prefix.is_merged, epoch=epoch)
+                if whole and self.keeps(len(ids)):
+                    self.prefixes.insert(decoding.cached_ids, held, namespace, merged=prefix.is_merged, epoch=epoch)
 
         return run()
 
@@ -520,23 +542,74 @@ class HFEngine(Engine):
         Raises:
             DeviceMemoryError: the device has too little memory.
         """
-        logits, start = torch.empty(0), 0
+        return self.predict(token_ids, cache).logits
+
+    def predict(self, token_ids: Sequence[int] | torch.Tensor, cache: Cache) -> Prediction:
+        """`forward`, and the likeliest token where the pass finds it."""
+        prediction, start = Prediction(torch.empty(0)), 0
         while start < len(token_ids):
             chunk = token_ids[start : start + self._chunk_tokens]
             with self.exclusive():
                 captured = self._captured(chunk, cache) if self._cuda_graphs else None
-                logits = self._uncaptured(chunk, cache) if captured is None else captured
+                prediction = captured or Prediction(self._uncaptured(chunk, cache))
             start += len(chunk)
-        return logits
+        return prediction
 
-    def _captured(self, token_ids: Sequence[int] | torch.Tensor, cache: Cache) -> torch.Tensor | None:
+    def ask(self, token: Sequence[int] | torch.Tensor, cache: Cache, *, now: bool) -> Pending:
+        """Ask for a step: `predict` of one token, together with those that other generations ask for."""
+        if self._takes_several and not _IN_BACKGROUND.get():
+            return self._steps.ask(token, cache, now=now)
+        return Alone(self.predict, token, cache, now=now)
+
+    @property
+    def _takes_several(self) -> bool:
+        """Whether a pass can take a token for each of several generations. What says so is measured by a first step."""
+        graphs = self.__dict__.get("_graphs")  # first: to ask a model for its device takes as long as all else here
+        if graphs is not None:
+            return graphs.alone is None
+        return bool(self.__dict__.get("_by_position")) and self.device.type == "cpu"
+
+    def _together(self, tokens: list[Any], caches: list[Cache]) -> list[Prediction]:
+        """A step of several generations, in one pass. Where it fails, the caches are what they were."""
+        lengths = [cache.get_seq_length() for cache in caches]
+        try:
+            if self.device.type == "cuda":
+                return self._captured_together(tokens, caches)
+            ids = torch.tensor(tokens, device=self.device)
+            with by_row(self.model, caches) as rows:
+                at = torch.tensor(lengths, device=self.device)[:, None]
+                given = cache_argument(self.model, rows)
+                logits = self.model(input_ids=ids, position_ids=at, use_cache=True, **given).logits[:, -1]
+            return [Prediction(row) for row in logits.split(1)]
+        except BaseException:
+            for cache, length in zip(caches, lengths, strict=True):
+                crop(cache, length)
+            raise
+
+    def _captured_together(self, tokens: list[Any], caches: list[Cache]) -> list[Prediction]:
+        graphs = self._graphs
+        taken = [graphs is not None and graphs.takes(1, cache) for cache in caches]
+        together = [i for i, takes in enumerate(taken) if takes]
+        predictions = {i: self.predict(tokens[i], caches[i]) for i, takes in enumerate(taken) if not takes}
+        if together:
+            assert graphs is not None
+            try:
+                found = graphs.step([tokens[i] for i in together], [caches[i] for i in together])  # type: ignore[misc]
+            except torch.OutOfMemoryError:
+                graphs.alone = "the device had too little memory for passes of several generations"
+                raise
+            predictions |= dict(zip(together, found, strict=True))
+        return [predictions[i] for i in range(len(caches))]
+
+    def _captured(self, token_ids: Sequence[int] | torch.Tensor, cache: Cache) -> Prediction | None:
         """The pass as a CUDA graph. None where there is none for it."""
         past = cache.get_seq_length()
         if past == 0 or self.device.type != "cuda":
             return None
         try:
             graphs = self._graphs
-            return graphs.forward(token_ids, cache) if graphs and graphs.takes(len(token_ids), cache) else None
+            taken = graphs is not None and graphs.takes(len(token_ids), cache)
+            return graphs.forward(token_ids, cache) if taken else None  # type: ignore[union-attr, arg-type]
         except torch.OutOfMemoryError:
             self._give_up_graphs("the device had too little memory for them")
             crop(cache, past)

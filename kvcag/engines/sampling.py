@@ -169,6 +169,11 @@ class Sampler:
         noise = torch.empty_like(probabilities).exponential_(1, generator=self._generator)
         return (probabilities / noise).argmax(-1)
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether each token is the likeliest one of the logits as they are."""
+        return self._greedy and not self._processors
+
     def history(self, token_ids: Sequence[int]) -> torch.Tensor | None:
         """The tokens so far as `draw` takes them: None where the settings do not look at them."""
         return torch.tensor([token_ids], dtype=torch.long, device=self._device) if self._reads_history else None

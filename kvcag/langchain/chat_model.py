@@ -16,6 +16,7 @@ from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.prompts import BasePromptTemplate
 from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig, RunnableWithFallbacks
 from langchain_core.runnables.base import RunnableBindingBase
+from langchain_core.runnables.config import get_config_list
 from langchain_core.runnables.configurable import DynamicRunnable
 from langchain_core.tools import BaseTool
 from pydantic import ConfigDict, Field, PrivateAttr, SkipValidation, model_validator
@@ -423,6 +424,22 @@ class ChatKVCAG(BaseChatModel):
         async with aclosing(iterate(lambda: self._open(messages, stop, kwargs))) as chunks:
             async for chunk in chunks:
                 yield chunk
+
+    def batch(
+        self,
+        inputs: list[LanguageModelInput],
+        config: RunnableConfig | list[RunnableConfig] | None = None,
+        *,
+        return_exceptions: bool = False,
+        **kwargs: Any,
+    ) -> list[AIMessage]:
+        """`Runnable.batch`. Without a `max_concurrency`, as many at a time as the engine answers together."""
+        most = self.memory().engine.answers_at_once if len(inputs) > 1 else 1
+        configs = get_config_list(config, len(inputs))
+        limited = [{**each, "max_concurrency": each.get("max_concurrency") or most} for each in configs]
+        return super().batch(
+            inputs, cast("list[RunnableConfig]", limited), return_exceptions=return_exceptions, **kwargs
+        )
 
     def _generate(
         self,

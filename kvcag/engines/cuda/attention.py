@@ -3,15 +3,16 @@
 A CUDA graph replays the same kernels with the same arguments. So that one graph serves every generation, at any
 length, the kernels here take no pointer to a cache and no length. They read both from two tensors (`Inputs`):
 
-- `table`, `(sequences, layers, 4)` int64: the address of a layer's keys, of its values, the capacity of both in tokens,
-  and an unused entry that keeps rows aligned. A layer's keys are `(kv_heads, capacity, head_dim)`, contiguous.
+- `table`, `(sequences, layers, 8)` int64, of `GenerationCache.addresses`: where a layer's keys and values are, and
+  those that it reads in another cache, which it was lent. Sequences that were lent the same stand one behind another.
 - `positions`, `(sequences, tokens)` int64, ascending: where each new token stands. A query at position `p` sees the
-  keys 0 … p.
+  keys 0 … p. A token at -1 is none: it writes nothing, and its output is undefined.
 
 How attention is divided among the GPU's processors (Flash-Decoding): each program takes one block of queries of one KV
 head and one share of the keys, and leaves a partial output and the logarithm of its sum of weights; a second kernel
 joins the shares. The query heads that share a KV head are rows of the same block, so each key is read once for all of
-them. Scores and sums are fp32.
+them. So are several sequences' tokens: a block reads what they were lent together once (Hydragen, Juravsky et al.
+2024), and each one's own keys for its rows alone. Scores and sums are fp32.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class Inputs:
     """What a pass reads from the device; see the module's description.
 
     Attributes:
-        table: `(sequences, layers, 4)` int64.
+        table: `(sequences, layers, 8)` int64.
         positions: `(sequences, tokens)` int64.
     """
 
@@ -70,18 +71,18 @@ class Tiles:
     stages: int
 
     @classmethod
-    def of(cls, rows: int, sets: int, head_dim: int, dtype: torch.dtype, processors: int) -> Tiles:
-        """For `rows` queries of each of `sets` sets of keys: one set for each sequence and KV head."""
+    def of(cls, rows: int, kv_heads: int, head_dim: int, dtype: torch.dtype, processors: int) -> Tiles:
+        """For `rows` queries of each KV head, those of all sequences together."""
         wide = head_dim > 128
         if dtype == torch.float32:
             size, keys, warps, stages = (16 if rows <= 16 else 32), (16 if wide else 32), 4, 2
         elif rows <= 16:
             size, keys, warps, stages = 16, (32 if wide else 64), 4, 3
-        elif rows <= 64 or wide:
+        elif rows <= 128 or wide:
             size, keys, warps, stages = (32 if rows <= 32 else 64), (32 if wide else 64), 4, 3
         else:
             size, keys, warps, stages = 128, 64, 8, 3
-        programs, splits = sets * triton.cdiv(rows, size), 1
+        programs, splits = kv_heads * triton.cdiv(rows, size), 1
         while programs * splits * 2 <= processors and splits < 64:
             splits *= 2
         return cls(size, keys, splits, warps, stages)
@@ -108,7 +109,7 @@ def attend(
 
     Args:
         query: `(sequences, heads, tokens, head_dim)`, fp32, fp16 or bf16; the last dimension contiguous.
-        table: one layer's entries, `(sequences, 4)` int64.
+        table: one layer's entries, `(sequences, 8)` int64.
         positions: `(sequences, tokens)` int64, ascending.
         kv_heads: how many there are; `heads` is a multiple.
         scaling: what scores are multiplied with.
@@ -122,7 +123,7 @@ def attend(
     """
     sequences, heads, tokens, head_dim = query.shape
     group = heads // kv_heads
-    tiles = tiles or Tiles.of(tokens * group, sequences * kv_heads, head_dim, query.dtype, _processors(query.device))
+    tiles = tiles or Tiles.of(sequences * tokens * group, kv_heads, head_dim, query.dtype, _processors(query.device))
     padded = max(16, triton.next_power_of_2(head_dim))
     out = torch.empty(sequences, tokens, heads, head_dim, dtype=query.dtype, device=query.device)
     rows = sequences * heads * tokens
@@ -130,8 +131,7 @@ def attend(
     if tiles.splits > 1:
         partial = torch.empty(tiles.splits, rows, head_dim, dtype=torch.float32, device=query.device)
         sums = torch.empty(tiles.splits, rows, dtype=torch.float32, device=query.device)
-    blocks = triton.cdiv(tokens * group, tiles.rows)
-    _attend[(sequences * blocks, kv_heads, tiles.splits)](
+    _attend[(triton.cdiv(sequences * tokens * group, tiles.rows), kv_heads, tiles.splits)](
         query,
         table,
         positions,
@@ -142,6 +142,7 @@ def attend(
         softcap or 0.0,
         window or 0,
         tokens,
+        sequences * tokens,
         query.stride(0),
         query.stride(1),
         query.stride(2),
@@ -163,7 +164,7 @@ def attend(
             partial,
             sums,
             out,
-            tokens,
+            sequences * tokens,
             kv_heads,
             GROUP=group,
             DIM=head_dim,
@@ -226,11 +227,14 @@ AttentionInterface.register(NAME, attention)
 
 @triton.jit
 def _read(
-    best, total, acc, q, keys, values, n, end, position, scaling, softcap, window,
+    best, total, acc, q, keys, values, n, end, limit, fold, lift, position, scaling, softcap, window,
     DIM: tl.constexpr, PADDED: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """Take the keys n … n + KEYS in. `best`: the largest score so far; `total`: of weights; `acc`: of values."""
+    """Take the keys n … n + KEYS in. `best`: the largest score so far; `total`: of weights; `acc`: of values.
+
+    A row sees those before `limit`. Key `i` stands at position `i`, from `fold` on at `i + lift`.
+    """
     d = tl.arange(0, PADDED)
     j = n + tl.arange(0, KEYS)
     there = j < end
@@ -245,9 +249,10 @@ def _read(
         score = softcap * (1.0 - 2.0 / (tl.math.exp2(score * (2.0 * LOG2E / softcap)) + 1.0))
     score = score * LOG2E
     if MASKED:
-        seen = there[None, :] & (j[None, :] <= position[:, None])
+        at = tl.where(j >= fold, j + lift, j)
+        seen = there[None, :] & (j[None, :] < limit[:, None]) & (at[None, :] <= position[:, None])
         if WINDOWED:
-            seen = seen & (j[None, :] > position[:, None] - window)
+            seen = seen & (at[None, :] > position[:, None] - window)
         score = tl.where(seen, score, float("-inf"))
     now = tl.maximum(best, tl.max(score, 1))
     base = tl.where(now == float("-inf"), 0.0, now)
@@ -259,97 +264,146 @@ def _read(
 
 
 @triton.jit
+def _read_share(
+    best, total, acc, q, keys, values, begin, common, last, split, limit, fold, lift,
+    position, scaling, softcap, window,
+    DIM: tl.constexpr, PADDED: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
+    WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """Take a share of the keys begin … last in, those before `common` without masks: every row sees them."""
+    begin = begin // KEYS * KEYS
+    share = tl.cdiv(tl.cdiv(tl.maximum(last - begin, 0), KEYS), SPLITS) * KEYS
+    low = begin + split * share
+    high = tl.minimum(low + share, last)
+    middle = low
+    if q.shape[0] >= 64 and not WINDOWED:  # with few rows, reading takes longer than masks
+        middle = low + tl.maximum(tl.minimum(high, common) - low, 0) // KEYS * KEYS
+        for n in range(low, middle, KEYS):
+            best, total, acc = _read(
+                best, total, acc, q, keys, values, n, high, limit, fold, lift, position, scaling, softcap, window,
+                DIM, PADDED, KEYS, False, WINDOWED, CAPPED,
+            )  # fmt: skip
+    for n in range(middle, high, KEYS):
+        best, total, acc = _read(
+            best, total, acc, q, keys, values, n, high, limit, fold, lift, position, scaling, softcap, window,
+            DIM, PADDED, KEYS, True, WINDOWED, CAPPED,
+        )  # fmt: skip
+    return best, total, acc
+
+
+@triton.jit
 def _attend(
-    query, table, positions, sinks, partial, sums, scaling, softcap, window, tokens,
+    query, table, positions, sinks, partial, sums, scaling, softcap, window, tokens, every,
     stride_sequence, stride_head, stride_token, stride_table,
     GROUP: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     SPLITS: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, SUNK: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries of one KV head, over one share of the keys."""
-    blocks = tl.cdiv(tokens * GROUP, ROWS)
-    sequence, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    kv_head, split = tl.program_id(1), tl.program_id(2)
+    """One block of queries of one KV head, over one share of the keys. `every`: tokens of all sequences."""
+    block, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     kv_heads = tl.num_programs(1)
-
-    entry = table + sequence * stride_table
     dtype = query.dtype.element_ty
-    start = kv_head * tl.load(entry + 2) * DIM
-    keys = tl.multiple_of(tl.load(entry).to(tl.pointer_type(dtype)), 16) + start
-    values = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(dtype)), 16) + start
 
     row = block * ROWS + tl.arange(0, ROWS)
-    token, head = row // GROUP, kv_head * GROUP + row % GROUP
-    real = token < tokens
+    at, head = row // GROUP, kv_head * GROUP + row % GROUP
+    real = at < every
+    sequence = at // tokens
     d = tl.arange(0, PADDED)
-    q = tl.load(
-        query + sequence * stride_sequence + (head * stride_head + token * stride_token)[:, None] + d[None, :],
-        mask=real[:, None] & (d[None, :] < DIM),
-        other=0.0,
-    )
-    position = tl.load(positions + sequence * tokens + token, mask=real, other=-1).to(tl.int32)
+    where = sequence * stride_sequence + head * stride_head + (at % tokens) * stride_token
+    q = tl.load(query + where[:, None] + d[None, :], mask=real[:, None] & (d[None, :] < DIM), other=0.0)
+    position = tl.load(positions + at, mask=real, other=-1).to(tl.int32)
+    real = real & (position >= 0)
 
-    # This block's rows see keys up to `last`; all of them see those before `common`.
-    last = tl.max(position, 0) + 1
-    first_token = (block * ROWS) // GROUP
-    common = tl.load(positions + sequence * tokens + first_token).to(tl.int32) + 1
-    begin = 0
-    if WINDOWED:
-        begin = tl.maximum(common - window, 0) // KEYS * KEYS
-    share = tl.cdiv(tl.cdiv(last - begin, KEYS), SPLITS) * KEYS
-    low = begin + split * share
-    high = tl.minimum(low + share, last)
-    middle = low
-    if not WINDOWED:
-        middle = low + tl.maximum(tl.minimum(high, common) - low, 0) // KEYS * KEYS
+    far: tl.constexpr = 0x7FFFFFFF
+    lowest = tl.min(tl.where(real, position, far), 0)
+    first, final = (
+        (block * ROWS) // GROUP // tokens,
+        tl.minimum((block * ROWS + ROWS - 1) // GROUP, every - 1) // tokens,
+    )
 
     best = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, PADDED], tl.float32)
     if SUNK:
         if split == 0:
-            best = tl.load(sinks + head, mask=real, other=0.0).to(tl.float32) * LOG2E
+            best = tl.load(sinks + head, mask=head < kv_heads * GROUP, other=0.0).to(tl.float32) * LOG2E
             total = tl.full([ROWS], 1.0, tl.float32)
-    for n in range(low, middle, KEYS):
-        best, total, acc = _read(
-            best, total, acc, q, keys, values, n, high, position, scaling, softcap, window,
-            DIM, PADDED, KEYS, False, WINDOWED, CAPPED,
-        )  # fmt: skip
-    for n in range(middle, high, KEYS):
-        best, total, acc = _read(
-            best, total, acc, q, keys, values, n, high, position, scaling, softcap, window,
-            DIM, PADDED, KEYS, True, WINDOWED, CAPPED,
+
+    lender = tl.load(table + sequence * stride_table + 3, mask=real, other=0)
+    borrowed = tl.load(table + sequence * stride_table + 7, mask=real, other=0).to(tl.int32)
+    begins = tl.load(table + sequence * stride_table + 6, mask=real, other=-1).to(tl.int32)
+    before, began = tl.min(lender * 0, 0), -1
+    for s in range(first, final + 1):
+        entry = table + s * stride_table
+        start, length = tl.load(entry + 6).to(tl.int32), tl.load(entry + 7).to(tl.int32)
+        lent = tl.load(entry + 3)
+        if ((lent != before) | (start != began)) & (length > 0):  # the first of those that were lent this
+            mine = real & (lender == lent) & (begins == start)
+            limit = tl.where(mine, borrowed, 0)
+            offset = kv_head * tl.load(entry + 5) * DIM
+            keys = tl.multiple_of(lent.to(tl.pointer_type(dtype)), 16) + offset
+            values = tl.multiple_of(tl.load(entry + 4).to(tl.pointer_type(dtype)), 16) + offset
+            begin = 0
+            if WINDOWED:
+                least = tl.min(tl.where(mine, position, far), 0)
+                begin = tl.maximum(least - window + 1 - start, 0)
+            common = tl.minimum(tl.min(tl.where(real, limit, far), 0), lowest + 1 - start)
+            best, total, acc = _read_share(
+                best, total, acc, q, keys, values, begin, common, tl.max(limit, 0), (split + s) % SPLITS,
+                limit, 0, start, position, scaling, softcap, window,
+                DIM, PADDED, KEYS, SPLITS, WINDOWED, CAPPED,
+            )  # fmt: skip
+        before, began = lent, start
+
+        mine = real & (sequence == s)
+        limit = tl.where(mine, far, 0)
+        offset = kv_head * tl.load(entry + 2) * DIM
+        keys = tl.multiple_of(tl.load(entry).to(tl.pointer_type(dtype)), 16) + offset
+        values = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(dtype)), 16) + offset
+        # How many own keys stand before a position: those before what is lent, and those behind it.
+        last = tl.max(tl.where(mine, position, -1), 0) + 1
+        last = tl.minimum(last, start) + tl.maximum(last - start - length, 0)
+        common = tl.minimum(lowest + 1, start) + tl.maximum(lowest + 1 - start - length, 0)
+        common = tl.minimum(tl.min(tl.where(real, limit, far), 0), common)
+        begin = 0
+        if WINDOWED:
+            least = tl.maximum(tl.min(tl.where(mine, position, far), 0) - window + 1, 0)
+            begin = tl.minimum(least, start) + tl.maximum(least - start - length, 0)
+        best, total, acc = _read_share(
+            best, total, acc, q, keys, values, begin, common, last, (split + s) % SPLITS,
+            limit, start, length, position, scaling, softcap, window,
+            DIM, PADDED, KEYS, SPLITS, WINDOWED, CAPPED,
         )  # fmt: skip
 
     some = tl.where(total == 0.0, 1.0, total)
     acc = acc / some[:, None]
+    real = at < every
     wanted = real[:, None] & (d[None, :] < DIM)
     if SPLITS == 1:
-        to = (sequence * tokens + token) * (kv_heads * GROUP) + head
+        to = at * (kv_heads * GROUP) + head
         tl.store(partial + to[:, None] * DIM + d[None, :], acc.to(partial.dtype.element_ty), mask=wanted)
     else:
-        sequences = tl.num_programs(0) // blocks
-        to = (split * sequences + sequence) * (kv_heads * GROUP * tokens) + kv_head * (tokens * GROUP) + row
+        to = (split * kv_heads + kv_head) * (every * GROUP) + row
         tl.store(partial + to[:, None].to(tl.int64) * DIM + d[None, :], acc, mask=wanted)
         tl.store(sums + to, tl.where(total == 0.0, float("-inf"), best + tl.math.log2(some)), mask=real)
 
 
 @triton.jit
 def _join(
-    partial, sums, out, tokens, kv_heads,
+    partial, sums, out, every, kv_heads,
     GROUP: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """The output of one query of one head: the mean of its shares, by their sums of weights."""
     row, rows = tl.program_id(0), tl.num_programs(0)
     split, d = tl.arange(0, SPLITS), tl.arange(0, PADDED)
     total = tl.load(sums + split * rows + row)
-    weight = tl.math.exp2(total - tl.max(total, 0))
-    weight = weight / tl.sum(weight, 0)
+    most = tl.max(total, 0)
+    weight = tl.math.exp2(total - tl.where(most == float("-inf"), 0.0, most))
+    weight = weight / tl.maximum(tl.sum(weight, 0), 1e-30)
     at = (split * rows + row).to(tl.int64)[:, None] * DIM + d[None, :]
     shares = tl.load(partial + at, mask=(weight[:, None] > 0) & (d[None, :] < DIM), other=0.0)
     joined = tl.sum(shares * weight[:, None], 0)
-    token, kv_head = row // GROUP % tokens, row // (GROUP * tokens) % kv_heads
-    sequence = row // (GROUP * tokens * kv_heads)
-    to = (sequence * tokens + token) * (kv_heads * GROUP) + kv_head * GROUP + row % GROUP
+    kv_head, token = row // (GROUP * every), row // GROUP % every
+    to = token * (kv_heads * GROUP) + kv_head * GROUP + row % GROUP
     tl.store(out + to * DIM + d, joined.to(out.dtype.element_ty), mask=d < DIM)
 
 
@@ -364,11 +418,13 @@ def _append(
     d = tl.arange(0, PADDED)
     entry = table + sequence * stride_table
     position = tl.load(positions + sequence * tokens + token)
+    there = (d < DIM) & (position >= 0)
+    position = tl.where(position >= tl.load(entry + 6), position - tl.load(entry + 7), position)
     to = (head * tl.load(entry + 2) + position) * DIM
     dtype = key.dtype.element_ty
     keys = tl.load(entry).to(tl.pointer_type(dtype)) + to
     values = tl.load(entry + 1).to(tl.pointer_type(dtype)) + to
     k = tl.load(key + sequence * key_sequence + head * key_head + token * key_token + d, mask=d < DIM)
     v = tl.load(value + sequence * value_sequence + head * value_head + token * value_token + d, mask=d < DIM)
-    tl.store(keys + d, k, mask=d < DIM)
-    tl.store(values + d, v, mask=d < DIM)
+    tl.store(keys + d, k, mask=there)
+    tl.store(values + d, v, mask=there)

@@ -3,7 +3,8 @@
 A pass of a few tokens is hundreds of kernels of a few microseconds: launched one by one from Python, they keep the GPU
 waiting. A graph launches all of them at once. It is captured once for each number of new tokens (`SIZES`) and serves
 every generation at any length, since its kernels read the cache's addresses and positions from the device
-(`kvcag.engines.cuda.attention`): the cache of a generation stays its own, and may grow.
+(`kvcag.engines.cuda.attention`): the cache of a generation stays its own, and may grow. Other graphs take one token for
+each of several generations (`TOGETHER`).
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from kvcag.cache.attention import decoder_of
-from kvcag.cache.layers import BETWEEN_LAYERS, LayerKV, advance, cache_argument, crop, generation_cache, roomy_buffers
+from kvcag.cache.layers import BETWEEN_LAYERS, GenerationCache, cache_argument, crop, generation_cache
 from kvcag.cache.rope import check_mergeable
 from kvcag.engines.cuda.attention import NAME, Inputs, append, inputs
 from kvcag.engines.cuda.fused import fused
+from kvcag.engines.decode import Arriving, Prediction
 from kvcag.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -32,6 +35,10 @@ if TYPE_CHECKING:
 SIZES = (1, 16, 32, 64, 128, 256)
 """New tokens of a pass. Fewer are filled up with copies of the last one, at its position: they compute the same once
 more, and write the same keys and values to the same place."""
+
+TOGETHER = (8, 16, 32, 64)
+"""Generations of a pass. With fewer, the other places are empty: what a generation computes does not depend on how many
+of up to eight there are."""
 
 _PROBE = 24
 """Tokens on which a model's captured passes are compared with its ordinary ones."""
@@ -68,8 +75,11 @@ class Graphs:
         check_mergeable(model)
         self._model = model
         self._device = devices.pop()
-        self._passes: dict[int, _Pass] = {}
+        self._passes: dict[tuple[int, int], _Pass] = {}
         self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
+        self.alone: str | None = None
+        """Why passes of several generations are not captured; None where they are."""
+        self._compared = False
         token = BETWEEN_LAYERS.set(None)  # no other thread comes in between
         try:
             self._shapes: list[tuple[int, int]] = []
@@ -79,30 +89,57 @@ class Graphs:
 
     def takes(self, tokens: int, cache: Cache) -> bool:
         """Whether a pass of so many tokens over this cache can be a captured one."""
-        if not 0 < tokens <= SIZES[-1] or cache.get_seq_length() == 0:
+        if not 0 < tokens <= SIZES[-1] or not isinstance(cache, GenerationCache) or cache.get_seq_length() == 0:
             return False
-        buffers = roomy_buffers(cache, tokens)
-        return buffers is not None and len(buffers) == len(self._shapes) and _dtype_of(buffers) == self._model.dtype
+        table = cache.addresses(tokens)
+        return table is not None and len(table) == len(self._shapes) and cache.dtype == self._model.dtype
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def forward(self, token_ids: Sequence[int] | torch.Tensor, cache: Cache) -> torch.Tensor:
-        """Run tokens over `cache`, which grows by them, and return the logits after the last, `(1, vocabulary)`.
-
-        Nothing waits for the device.
+    def forward(self, token_ids: Sequence[int] | torch.Tensor, cache: GenerationCache) -> Prediction:
+        """Run tokens over `cache`, which grows by them. Nothing waits for the device.
 
         Args:
             token_ids: at most `SIZES[-1]`, or `(1,)` int64 on the device.
             cache: of `generation_cache`; `takes` said yes.
         """
-        buffers = roomy_buffers(cache, len(token_ids))
-        assert buffers is not None
-        start, size = cache.get_seq_length(), SIZES[bisect_left(SIZES, len(token_ids))]
-        if size not in self._passes:
-            self._passes[size] = _Pass(self._model, size, self._shapes, self._pool)
-        logits = self._passes[size](token_ids, start, buffers)
-        advance(cache, len(token_ids))
-        return logits
+        size = SIZES[bisect_left(SIZES, len(token_ids))]
+        return self._run(1, size, [token_ids], [cache])[0]
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def step(
+        self, token_ids: Sequence[Sequence[int] | torch.Tensor], caches: Sequence[GenerationCache]
+    ) -> list[Prediction]:
+        """Run one token over each cache, in one pass. Nothing waits for the device.
+
+        Args:
+            token_ids: one token each, as in `forward`; at most `TOGETHER[-1]`.
+            caches: of `generation_cache`; `takes` said yes.
+
+        Raises:
+            UnsupportedModelError: the model computes something else for several generations; `alone` says so from now
+                on.
+        """
+        if not self._compared:
+            self._compare_together()
+        if self.alone is not None:
+            raise UnsupportedModelError(self.alone)
+        return self._run(TOGETHER[bisect_left(TOGETHER, len(caches))], 1, token_ids, caches)
+
+    def _run(
+        self,
+        sequences: int,
+        size: int,
+        token_ids: Sequence[Sequence[int] | torch.Tensor],
+        caches: Sequence[GenerationCache],
+    ) -> list[Prediction]:
+        if (sequences, size) not in self._passes:
+            self._passes[sequences, size] = _Pass(self._model, sequences, size, self._shapes, self._pool)
+        predictions = self._passes[sequences, size](token_ids, caches)
+        for tokens, cache in zip(token_ids, caches, strict=True):
+            cache.advance(len(tokens))
+        return predictions
 
     def _compare(self) -> None:
         """Refuse the model unless captured passes give what ordinary ones give."""
@@ -119,76 +156,132 @@ class Graphs:
             return model(input_ids=given, use_cache=True, **cache_argument(model, cache)).logits[0, -1]  # type: ignore[no-any-return]
 
         cache = generation_cache([], room=_PROBE)
+        assert isinstance(cache, GenerationCache)
         run(ids[:-1], cache)
         own = error(run(ids[-1:], cache))
         crop(cache, _PROBE - 8)
-        buffers = roomy_buffers(cache, 8)
-        assert buffers is not None
-        self._shapes = [(keys.shape[1], keys.shape[-1]) for keys, _ in buffers]
+        self._shapes = cache.shapes()
         self.forward(ids[_PROBE - 8 : -1].tolist(), cache)
-        captured = error(self.forward(ids[-1:].tolist(), cache)[0])
-        if not captured <= max(_TOLERANCE[model.dtype], min(_ROUNDING * own, 0.3)):
+        captured = error(self.forward(ids[-1:].tolist(), cache).logits[0])
+        self._tolerance = max(_TOLERANCE[model.dtype], min(_ROUNDING * own, 0.3))
+        if not captured <= self._tolerance:
             raise UnsupportedModelError(
                 f"captured passes change its logits by {captured:.1g}, its own passes over a cache by {own:.1g}"
             )
 
+    def _compare_together(self) -> None:
+        """Leave several generations alone unless their passes together give what each one's own gives."""
+        self._compared = True
+        vocabulary = int(self._model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
+        ids = ((torch.arange(_PROBE) * 7 + 1) % vocabulary).tolist()
+
+        def made(length: int) -> GenerationCache:
+            cache = generation_cache([], room=_PROBE)
+            assert isinstance(cache, GenerationCache)
+            self._model(
+                input_ids=torch.tensor([ids[:length]], device=self._device),
+                use_cache=True,
+                **cache_argument(self._model, cache),
+            )
+            return cache
+
+        token = BETWEEN_LAYERS.set(None)
+        try:
+            lengths = [_PROBE - 1, _PROBE // 2]
+            apart = [self.forward([ids[n]], made(n)).logits.float() for n in lengths]
+            joined = self._run(TOGETHER[0], 1, [[ids[n]] for n in lengths], [made(n) for n in lengths])
+            errors = [
+                float((got.logits.float() - own).norm() / own.norm()) for got, own in zip(joined, apart, strict=True)
+            ]
+            if not max(errors) <= self._tolerance:
+                self.alone = f"a pass of several generations changes its logits by {max(errors):.1g}"
+        except UnsupportedModelError as error:
+            self.alone = str(error)
+        finally:
+            BETWEEN_LAYERS.reset(token)
+
 
 class _Pass:
-    """A captured pass of `size` new tokens."""
+    """A captured pass of `size` new tokens for each of `sequences` generations; either is one."""
 
-    def __init__(self, model: PreTrainedModel, size: int, shapes: Sequence[tuple[int, int]], pool: Any) -> None:
-        self._model, self._size = model, size
+    def __init__(
+        self, model: PreTrainedModel, sequences: int, size: int, shapes: Sequence[tuple[int, int]], pool: Any
+    ) -> None:
+        self._model, self._sequences, self._size = model, sequences, size
         self._device = model.device
-        layers = len(shapes)
-        self._given = torch.zeros(4 * layers + 2 * size, dtype=torch.long, device=self._device)
-        table, positions, self._token_ids = self._given.split([4 * layers, size, size])
-        self._inputs = Inputs(table.view(1, layers, 4), positions[None])
+        layers, self._places = len(shapes), sequences * size
+        self._given = torch.zeros((8 * layers + 2 * size) * sequences, dtype=torch.long, device=self._device)
+        table, positions, self._token_ids = self._given.split([8 * layers * sequences, self._places, self._places])
+        self._inputs = Inputs(table.view(sequences, layers, 8), positions.view(sequences, size))
         self._cache = _Writer()
         last = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._arguments: dict[str, Any] = {"logits_to_keep": 1} if last else {}
         heads, width = max(heads for heads, _ in shapes), max(width for _, width in shapes)
-        scratch = torch.zeros(2, 1, heads, size, width, dtype=model.dtype, device=self._device)  # for this method only
-        self._set(list(range(size)), [1] * size, [(scratch[0], scratch[1])] * layers)
+        scratch = torch.zeros(2, heads, size, width, dtype=model.dtype, device=self._device)  # for this method only
+        row = [scratch[0].data_ptr(), scratch[1].data_ptr(), size, 0, 0, 0, 0, 0]
+        self._set(np.array([row] * (layers * sequences)), [*range(size)] * sequences, [1] * self._places)
         with _attending(model), fused(model):
             token = inputs.set(self._inputs)
             try:
                 with _NeverWaiting():
                     self._run()
-                self._replay, self._logits = capture(self._run, pool)
+                self._replay, (self._logits, self._likeliest) = capture(self._run, pool)
             finally:
                 inputs.reset(token)
 
-    def __call__(self, token_ids: Sequence[int] | torch.Tensor, start: int, buffers: Sequence[LayerKV]) -> torch.Tensor:
-        """Logits after the last of `token_ids`, which are at positions from `start`; see `Graphs.forward`."""
-        new = len(token_ids)
-        positions = [*range(start, start + new), *[start + new - 1] * (self._size - new)]
-        if isinstance(token_ids, torch.Tensor):
-            self._set(positions, [], buffers)
-            self._token_ids.copy_(token_ids)
+    def __call__(
+        self, token_ids: Sequence[Sequence[int] | torch.Tensor], caches: Sequence[GenerationCache]
+    ) -> list[Prediction]:
+        """What follows each generation's tokens; see `Graphs.forward`."""
+        tables = [cache.addresses(len(tokens)) for tokens, cache in zip(token_ids, caches, strict=True)]
+        order = sorted(range(len(caches)), key=lambda i: tables[i][0, 3:7].tolist())  # type: ignore[index]
+        positions: list[int] = []
+        given: list[int] = []
+        for i in order:
+            new, start = len(token_ids[i]), caches[i].get_seq_length()
+            positions += [*range(start, start + new), *[start + new - 1] * (self._size - new)]
+            if not isinstance(token_ids[i], torch.Tensor):
+                given += [*token_ids[i], *[token_ids[i][-1]] * (self._size - new)]  # type: ignore[list-item]
+        positions += [-1] * (self._places - len(positions))
+        if len(given) == len(order) * self._size:
+            self._set(np.concatenate([tables[i] for i in order]), positions, given)
         else:
-            self._set(positions, [*token_ids, *[token_ids[-1]] * (self._size - new)], buffers)
+            self._set(np.concatenate([tables[i] for i in order]), positions, [])
+            here = [torch.as_tensor(token_ids[i], device=self._device) for i in order]
+            torch.cat(here, out=self._token_ids[: len(here)])
         self._replay()
-        return self._logits.clone()
+        logits, likeliest = self._logits.clone(), self._likeliest.clone()
+        arriving = Arriving(likeliest)
+        rows = [Prediction(logits[j : j + 1], likeliest[j : j + 1], arriving, j) for j in range(len(order))]
+        return [rows[order.index(i)] for i in range(len(order))]
 
-    def _set(self, positions: list[int], token_ids: list[int], buffers: Sequence[LayerKV]) -> None:
-        """One copy to the device, which does not wait for it."""
-        table = [n for k, v in buffers for n in (k.data_ptr(), v.data_ptr(), k.shape[-2], 0)]
-        given = torch.tensor([*table, *positions, *token_ids], device="cpu", pin_memory=self._device.type == "cuda")
-        self._given[: len(given)].copy_(given, non_blocking=True)
+    def _set(self, table: np.ndarray, positions: list[int], token_ids: list[int]) -> None:
+        """Copies to the device, which do not wait for it. What the table lacks is left as it is."""
+        entries = 8 * len(table)
+        behind = torch.tensor([*positions, *token_ids], dtype=torch.long)
+        given = torch.empty(entries + len(behind), dtype=torch.long, pin_memory=self._device.type == "cuda")
+        given[:entries] = torch.from_numpy(table.reshape(-1))
+        given[entries:] = behind
+        if entries == len(self._given) - 2 * self._places:
+            self._given[: len(given)].copy_(given, non_blocking=True)
+        else:
+            self._given[:entries].copy_(given[:entries], non_blocking=True)
+            start = len(self._given) - 2 * self._places
+            self._given[start : start + len(behind)].copy_(given[entries:], non_blocking=True)
 
-    def _run(self) -> torch.Tensor:
+    def _run(self) -> tuple[torch.Tensor, torch.Tensor]:
         logits: torch.Tensor = self._model(
-            input_ids=self._token_ids[None],
+            input_ids=self._token_ids.view(self._sequences, self._size),
             position_ids=self._inputs.positions,
             use_cache=True,
             **self._arguments,
             **cache_argument(self._model, self._cache),
-        ).logits
-        return logits[:, -1]
+        ).logits[:, -1]
+        return logits, logits.argmax(-1)
 
 
-def capture(run: Any, pool: Any) -> tuple[Any, torch.Tensor]:
-    """What launches `run` as one graph, and the tensor in which its result is then."""
+def capture(run: Any, pool: Any) -> tuple[Any, Any]:
+    """What launches `run` as one graph, and the tensors in which its result is then."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -236,7 +329,3 @@ def _attending(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         config._attn_implementation = own
-
-
-def _dtype_of(buffers: Sequence[LayerKV]) -> torch.dtype:
-    return buffers[0][0].dtype

@@ -45,7 +45,7 @@ def check(lengths, tokens, kv_heads, group, head_dim, dtype, *, scattered=False,
         if not scattered:
             keys[:, length:], values[:, length:] = torch.nan, torch.nan
         caches.append((keys, values))
-        entries.append([keys.data_ptr(), values.data_ptr(), capacity, 0])
+        entries.append([keys.data_ptr(), values.data_ptr(), capacity, 0, 0, 0, 0, 0])
         at = torch.randperm(length)[:tokens].sort().values if scattered else torch.arange(length, length + tokens)
         positions.append(at)
     table, at = torch.tensor(entries, device=DEVICE), torch.stack(positions).to(DEVICE)
@@ -104,3 +104,50 @@ def test_sinks(window):
 
 def test_tokens_scattered_over_the_context():
     check([2000], 150, 2, 4, 128, torch.bfloat16, scattered=True)
+
+
+@pytest.mark.parametrize("window", [None, 70])
+@pytest.mark.parametrize("tokens", [1, 9])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_what_is_lent_is_read_where_it_lies(tokens, window, dtype):
+    check_lent([(0, 300, 40), (0, 300, 41), (0, 250, 0), (30, 200, 50), (0, 0, 17), None], tokens, dtype, window=window)
+
+
+@pytest.mark.parametrize("sequences", [8, 32, 64])
+def test_many_sequences_over_one_context(sequences):
+    check_lent([(0, 2000, i) for i in range(sequences)], 1, torch.bfloat16, kv_heads=8, group=4, head_dim=128)
+
+
+def check_lent(held, tokens, dtype, *, kv_heads=2, group=3, head_dim=32, **how):
+    """Sequences that hold `before` tokens of their own, `lent` tokens of one cache, and `behind` more of their own.
+
+    None is no sequence: all of its tokens are at -1.
+    """
+    torch.manual_seed(0)
+    new = {"dtype": dtype, "device": DEVICE}
+    held, none = [each or (0, 0, 0) for each in held], [each is None for each in held]
+    lent = torch.randn(2, kv_heads, max(length for _, length, _ in held) + 10, head_dim, **new)
+    entries, at, whole, own = [], [], [], []
+    for before, length, behind in held:
+        mine = torch.randn(2, kv_heads, before + behind + tokens + 3, head_dim, **new)
+        mine[:, :, before + behind :] = torch.nan
+        own.append(mine)
+        whole.append(torch.cat([mine[:, :, :before], lent[:, :, :length], mine[:, :, before : before + behind]], 2))
+        borrowed = [lent[0].data_ptr(), lent[1].data_ptr(), lent.shape[2], before, length] if length else [0] * 5
+        entries.append([mine[0].data_ptr(), mine[1].data_ptr(), mine.shape[2], *borrowed])
+        at.append(torch.arange(before + length + behind, before + length + behind + tokens))
+    at = [torch.full((tokens,), -1) if absent else one for absent, one in zip(none, at, strict=True)]
+    table, positions = torch.tensor(entries, device=DEVICE), torch.stack(at).to(DEVICE)
+    sequences, heads = len(held), kv_heads * group
+    query = torch.randn(sequences, tokens, heads, head_dim, **new).transpose(1, 2)
+    key = torch.randn(sequences, kv_heads, tokens, head_dim, **new)
+    value = torch.randn(sequences, kv_heads, tokens, head_dim, **new)
+    append(key, value, table, positions)
+    got = attend(query, table, positions, kv_heads, scaling=head_dim**-0.5, **how)
+    for i, absent in enumerate(none):
+        if absent:
+            assert bool(own[i].isnan().all())
+            continue
+        keys, values = (torch.cat([whole[i][n], new[i]], 1) for n, new in enumerate((key, value)))
+        right = expected(query[i], keys, values, positions[i], **how)
+        assert float((got[i].double() - right).norm() / right.norm()) < TOLERANCE[dtype]
