@@ -30,8 +30,10 @@ Message: TypeAlias = Mapping[str, Any]
 Seams: TypeAlias = Literal["endings", "documents", "none"]
 """How the documents of a prompt are joined: see `ChatTemplate.prompt`."""
 
-_BREAK = f"kvcag-break-{secrets.token_hex(8)}"
-"""Stands in a rendered text where two tokens must not be joined. No text can know it."""
+_SECRET = secrets.token_hex(8)
+"""Part of what marks places in a rendered text. No text can know it."""
+_BREAK = f"kvcag-break-{_SECRET}"
+"""Stands in a rendered text where two tokens must not be joined."""
 _LIKE_CONTROL = (
     r"<[|\uff5c][^|\uff5c<>\s]{1,40}[|\uff5c]>|</?s>|<(?:bos|eos|start_of_turn|end_of_turn)>"
     r"|\[/?(?:INST|[A-Z]+_[A-Z_]+)\]"
@@ -564,7 +566,7 @@ def common_length(left: Sequence[int], right: Sequence[int]) -> int:
 
 def _sentinel(group: int) -> str:
     """Stands in a rendered text for a group of documents."""
-    return f"kvcag-documents-{group}-5b1d7c0e"
+    return f"kvcag-documents-{group}-{_SECRET}"
 
 
 def _take_documents(messages: list[dict[str, Any]]) -> tuple[list[str], list[list[Document]]]:

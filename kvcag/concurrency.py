@@ -233,7 +233,7 @@ class ModelLock:
 
     Whoever holds the model calls `pause` between two layers, where it lets the others go first. So a long prefill
     delays another answer's step by one layer, and not by the whole prefill. Background work waits until no answer wants
-    the model. A thread whose reader has left (`kvcag.streams.Cancellation`) stops waiting at once.
+    the model. A thread whose reader has left (`Cancellation`) stops waiting at once.
     """
 
     def __init__(self) -> None:

@@ -196,6 +196,11 @@ def with_kept_history(
     moved = sum(run.length for run in runs)
     if moved < max(_WORTH_MOVING, (len(token_ids) - at) / 2):
         return None
+    try:
+        with model.exclusive() as live:
+            check_mergeable(live)
+    except UnsupportedModelError:  # the history is read
+        return None
     chosen, ratio, _ = _choose(model, token_ids, 0, strategy, ratio, max_kl)
     if chosen == "exact":
         return None

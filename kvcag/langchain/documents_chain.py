@@ -22,8 +22,9 @@ from langchain_core.prompts import (
 from langchain_core.runnables import Runnable
 from pydantic import Field, SkipValidation
 
+from kvcag.chat_template import Document as TextDocument
 from kvcag.documents import SEPARATOR, as_json, documents_of, segment, text_and_metadata
-from kvcag.errors import InvalidInputError
+from kvcag.errors import EmptyPromptError, InvalidInputError
 from kvcag.langchain.messages import noted_documents, to_messages, with_documents
 from kvcag.memory import KVCacheMemory
 
@@ -215,15 +216,25 @@ def encode_ahead(
         **settings: further attributes of `DocumentsPrompt`.
 
     Raises:
+        EmptyPromptError: a document is empty.
         InvalidInputError: a variable of the prompt stands before the documents.
     """
     shown = DocumentsPrompt(prompt=prompt or _ANY_PROMPT, **settings)
     for document in documents:
-        yield from memory.keep(to_messages(_without_question(shown, document)), [as_json(document.metadata)])
+        given, place = _without_question(shown, document)
+        messages = to_messages(given)
+        places = [
+            (number, at)
+            for number, message in enumerate(messages)
+            for at, part in enumerate(message["content"])
+            if isinstance(part, TextDocument) and part
+        ]
+        own = places.index(place)  # the prompt may mark other blocks as documents
+        yield memory.keep(messages, [as_json(document.metadata) if at == own else {} for at in range(len(places))])[own]
 
 
-def _without_question(prompt: DocumentsPrompt, document: Document) -> list[BaseMessage]:
-    """The prompt with one document and placeholders for its other variables."""
+def _without_question(prompt: DocumentsPrompt, document: Document) -> tuple[list[BaseMessage], tuple[int, int]]:
+    """The prompt with one document and placeholders for its other variables; the document's message and block."""
     unknown = uuid.uuid4().hex
     values: dict[str, Any] = {
         name: [] if "Message" in str(prompt.input_types.get(name, "")) else unknown
@@ -231,8 +242,10 @@ def _without_question(prompt: DocumentsPrompt, document: Document) -> list[BaseM
         if name != prompt.document_variable_name
     }
     messages = prompt.format_prompt(**{prompt.document_variable_name: [document]}, **values).to_messages()
-    holder = next(index for index, message in enumerate(messages) if noted_documents(message))
-    [first] = noted_documents(messages[holder]) or [0]
+    places = [(index, noted[0]) for index, message in enumerate(messages) if (noted := noted_documents(message))]
+    if not places:
+        raise EmptyPromptError("a document is empty: leave it out")
+    holder, first = places[0]
     before = [*messages[:holder], *messages[holder].content[:first]]
     if any(unknown in str(part) for part in before):
         raise InvalidInputError(
@@ -240,4 +253,4 @@ def _without_question(prompt: DocumentsPrompt, document: Document) -> list[BaseM
             "documents depends on the question, and documents cannot be encoded ahead. Move the documents to the "
             "front of the prompt, best into the system message."
         )
-    return messages
+    return messages, places[0]

@@ -127,7 +127,7 @@ def _content(message: BaseMessage, marked: bool) -> str | list[str]:
     if not any(documents):
         return "".join(texts)
     shown = [Document(text) if document else text for text, document in zip(texts, documents, strict=True)]
-    if noted := noted_documents(message):
+    if (noted := noted_documents(message)) and noted[-1] < len(shown):  # else the message was trimmed since
         shown[noted[-1]] = Document(texts[noted[-1]], message.additional_kwargs.get(_ENDING, ""))
     return shown
 

@@ -177,6 +177,14 @@ def test_a_model_that_cannot_be_merged_reads_the_history() -> None:
     assert usage.context is None
 
 
+def test_a_model_whose_keys_cannot_be_moved_reads_an_edited_history() -> None:
+    model = tiny_model(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
+    memory = KVCacheMemory(HFEngine(model, TOKENIZER))
+    ask(memory, asked(*HISTORY), strategy="query")
+    _, usage = ask(memory, asked(*TRIMMED), strategy="query")
+    assert usage.context is None
+
+
 steps = st.tuples(
     st.sampled_from(["say", "clear", "drop", "summarise"]),
     st.integers(0, 5),

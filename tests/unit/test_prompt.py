@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from kvcag import ChatTemplate, Document
+from kvcag import ChatTemplate, Document, chat_template
 from kvcag.chat_template import as_messages
 from kvcag.errors import ChatTemplateError, EmptyPromptError, InvalidInputError, UnsupportedContentError
 from kvcag.testing import CHATML, byte_tokenizer
@@ -72,11 +72,10 @@ def test_documents_of_several_messages_are_segments_each() -> None:
     assert ids == template().prompt(plain).token_ids
 
 
-def test_a_text_that_looks_like_our_sentinel_is_refused_or_text() -> None:
-    said = [*chat("one\n"), {"role": "user", "content": "kvcag-documents-1-5b1d7c0e"}]
-    assert "kvcag-documents-1" in text_of(template(), template().prompt(said).token_ids)
-    with pytest.raises(ChatTemplateError, match="2 times"):
-        template().prompt([*chat("one\n"), {"role": "user", "content": "kvcag-documents-0-5b1d7c0e"}])
+def test_no_text_can_be_our_sentinel(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = [*chat("one\n"), {"role": "user", "content": chat_template._sentinel(0)}]
+    monkeypatch.setattr(chat_template, "_SECRET", "another process's")
+    assert "kvcag-documents-0" in text_of(template(), template().prompt(said).tail_ids)
 
 
 @pytest.mark.parametrize("chat_template", [CHATML, GEMMA, SILENT, DEFAULT_SYSTEM, None])

@@ -10,7 +10,7 @@ from langchain_classic.chains.combine_documents import create_stuff_documents_ch
 from langchain_core.callbacks import CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.language_models import FakeListChatModel
-from langchain_core.messages import AIMessage, HumanMessage
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder, PromptTemplate
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import RunnablePassthrough
@@ -343,3 +343,19 @@ def test_a_bound_context_survives_tools_structured_output_and_agents(tiny_engine
         agent = create_agent(bound, [tool])
         said = agent.invoke({"messages": [("human", "How tall?")]})["messages"]
         assert said[1].usage_metadata["input_tokens"] >= size
+
+
+def test_precompute_refuses_an_empty_document(llm: ChatKVCAG) -> None:
+    for prompt in (None, PROMPT):
+        with pytest.raises(EmptyPromptError, match="empty: leave it out"):
+            llm.precompute(["It is red.", ""], prompt, progress=False)
+
+
+def test_precompute_tells_a_document_from_a_marked_block_before_it(llm: ChatKVCAG) -> None:
+    rules = {"type": "text", "text": "Rules are rules.\n\n", "cache_control": {"type": "ephemeral"}}
+    prompt = ChatPromptTemplate.from_messages([SystemMessage([rules]), ("human", "{context}\n\n{input}")])
+    ids = llm.precompute(DOCUMENTS, prompt, progress=False)
+    kept = [llm.memory().get(id) for id in ids]
+    assert [item.records.composed_text_memory.strip() for item in kept] == [each.page_content for each in DOCUMENTS]
+    assert [item.metadata["source"] for item in kept] == ["a", "b"]
+    assert len(llm.memory()) == 3

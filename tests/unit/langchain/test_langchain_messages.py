@@ -120,3 +120,11 @@ def test_what_is_no_text_is_refused_by_name(block: dict) -> None:
 def test_a_message_that_is_no_part_of_a_conversation_is_refused() -> None:
     with pytest.raises(InvalidInputError, match="RemoveMessage is not a part of a conversation"):
         to_messages([RemoveMessage(id="1")])
+
+
+def test_a_message_whose_documents_were_trimmed_is_read_as_it_is() -> None:
+    message = with_documents(SystemMessage(""), "Use:\n\n", ["one\n\n", "two"], ending="\n\n")
+    message.content = message.content[:2]
+    assert documents([message]) == ["one\n\n"]
+    message.content = message.content[:1]
+    assert to_messages([message]) == [{"role": "system", "content": "Use:\n\n"}]
