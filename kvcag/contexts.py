@@ -522,10 +522,13 @@ class DocumentCache:
     def contains(self, head_ids: Ids, token_ids: Ids) -> bool:
         """Whether a document can be used without encoding it. A store that fails counts as no, with a warning."""
         try:
-            kept = self.store.contains(self.key(token_ids))
+            return self._holds(head_ids, token_ids)
         except StoreError as error:
             self.warn("documents are encoded, and may not be kept", error)
             return False
+
+    def _holds(self, head_ids: Ids, token_ids: Ids) -> bool:
+        kept = self.store.contains(self.key(token_ids))
         return kept and self.engine.still_holds((*head_ids, *token_ids), self.namespace)
 
     def encode(self, head_ids: Ids, token_ids: Ids, text: str, metadata: Mapping[str, Any] | None = None) -> Item:
@@ -549,21 +552,24 @@ class DocumentCache:
         One that is deleted meanwhile is used and not kept.
         """
         key = self.key(token_ids)
+        trouble: list[tuple[str, Exception]] = []
         with holding(self._lock_of(key)):
             try:
-                item = self.get(key) if self.contains(head_ids, token_ids) else None
+                item = self.get(key) if self._holds(head_ids, token_ids) else None
                 if item is not None:
                     self.engine.check_item(item)
                     return item, False
             except (StoreError, FingerprintMismatchError, InvalidInputError) as damaged:
-                self.warn("encoding a document again", damaged)
+                trouble.append(("encoding a document again", damaged))
             with self.keeping(token_ids, text, metadata):
                 item = self.encode(head_ids, token_ids, text, metadata)
                 try:
                     self.put(item)
                 except StoreError as full:
-                    self.warn("a document was encoded and not kept", full)
-            return item, True
+                    trouble.append(("a document was encoded and not kept", full))
+        for what, error in trouble[:1]:
+            self.warn(what, error)
+        return item, True
 
     def keeping(
         self, token_ids: Ids, text: str, metadata: Mapping[str, Any] | None = None
@@ -765,7 +771,7 @@ def sync(documents: DocumentCache, head_ids: Ids, corpus: Iterable[Read], name: 
     failed |= documents.store.erase([key for key in gone if key not in shared]).failed
     for what, why in failed.items():
         if what != documents.store.place:
-            documents.notices.once(f"{what} may hold what a corpus dropped: {why}", CacheWarning)
+            documents.notices.once(f"{what} may hold what a corpus dropped: {why}", CacheWarning, why)
     return SyncReport(encoded, len(wanted) - encoded, len(gone), list(wanted), failed)
 
 

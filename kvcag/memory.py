@@ -129,7 +129,10 @@ class KVCacheMemory:
         return iter(self.get_all())
 
     def __repr__(self) -> str:
-        return f"<KVCacheMemory of {len(self)} items over {self.engine!r} in {self.store!r}>"
+        try:
+            return f"<KVCacheMemory of {len(self)} items over {self.engine!r} in {self.store!r}>"
+        except StoreError as error:
+            return f"<KVCacheMemory over {self.engine!r} in a store that fails: {error}>"
 
     # --- encoding ----------------------------------------------------------------------------------------------
 

@@ -7,12 +7,13 @@ import errno
 import hmac
 import os
 import secrets
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from kvcag.errors import StoreUnavailableError
+from kvcag.errors import CorruptItemError, StoreUnavailableError
 
 try:
     import fcntl
@@ -109,11 +110,20 @@ def sync_directory(directory: Path) -> None:
 
 
 def unnoticed(path: str | os.PathLike[str], flags: int) -> int:
-    """An `opener` that leaves the access time as it is, where the system allows that."""
+    """An `opener` that leaves the access time as it is, where the system allows that.
+
+    Raises:
+        CorruptItemError: it is not a file. Reading a pipe would wait for its writer.
+    """
+    flags |= getattr(os, "O_NONBLOCK", 0)
     try:
-        return os.open(path, flags | getattr(os, "O_NOATIME", 0))
+        descriptor = os.open(path, flags | getattr(os, "O_NOATIME", 0))
     except PermissionError:  # only the file's owner may use O_NOATIME
-        return os.open(path, flags)
+        descriptor = os.open(path, flags)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return descriptor
+    os.close(descriptor)
+    raise CorruptItemError(path, "it is not a file")
 
 
 def make_private(directory: Path) -> None:

@@ -343,7 +343,7 @@ def read_item(path: str | os.PathLike[str], *, expected: ModelFingerprint | None
         FingerprintMismatchError: another model than `expected` made it.
         StoreUnavailableError: it does not exist, or cannot be read.
     """
-    with unavailable(path), open(path, "rb") as file:
+    with unavailable(path), open(path, "rb", opener=unnoticed) as file:
         return item_from_file(file, expected=expected)
 
 
@@ -494,7 +494,9 @@ class _Reader:
     def _states(self, name: str) -> torch.Tensor:
         if self.manifest.quantize is None:
             return self.tensor(name)
-        dtype: torch.dtype = getattr(torch, self.manifest.dtype)
+        dtype = getattr(torch, self.manifest.dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise CorruptItemError(self.name, f"{self.manifest.dtype!r} is not a dtype")
         return dequantize_int8(self.tensor(name), self.tensor(f"{name}.scale"), dtype)
 
     def _check_model(self, expected: ModelFingerprint | None) -> None:
