@@ -41,6 +41,10 @@ def call_settings(engine: Engine, fields: object, given: Mapping[str, Any]) -> d
         InvalidInputError: an unknown setting, or a value out of range.
     """
     names = (*MERGE_SETTINGS, *SAMPLING_SETTINGS, "max_tokens")
+    unknown = sorted(given.keys() - {*names, "do_sample"})
+    if unknown:
+        known = sorted([*names, "do_sample", "tools", "tool_choice", "parallel_tool_calls"])
+        raise InvalidInputError(f"unknown argument {', '.join(unknown)}; known are {', '.join(known)}")
     own = {name: getattr(fields, name) for name in names if hasattr(fields, name)}
     settings = _one_budget(own) | _one_budget(given)
     settings["stop"] = settings["stop"] or None

@@ -53,6 +53,9 @@ from kvcag.llama_index.messages import (
 from kvcag.memory import KVCacheMemory
 from kvcag.stores.base import KVStore
 
+_RENDERING = {"messages_to_prompt", "completion_to_prompt"}
+"""Fields of LlamaIndex's `LLM` that take the chat template's place in models that have none."""
+
 
 class KVCacheLLM(FunctionCallingLLM):
     """An LLM whose documents are encoded once.
@@ -98,6 +101,9 @@ class KVCacheLLM(FunctionCallingLLM):
     seed: int | None = None
     stop: list[str] | None = Field(default=None, description="Strings that end the answer.")
     strip_thinking: bool | None = Field(default=None, description="Leave thinking out; else it is a `ThinkingBlock`.")
+    context_window: int | None = Field(
+        default=None, ge=1, description="What LlamaIndex may fill with prompt and answer; None: the model's context."
+    )
     namespace: str = Field(default="", description="Separates its recent contexts and files from other namespaces'.")
 
     _memory: LazyMemory = PrivateAttr()
@@ -114,8 +120,16 @@ class KVCacheLLM(FunctionCallingLLM):
     ) -> None:
         unknown = sorted(settings.keys() - type(self).model_fields.keys())
         if unknown:
+            known = sorted({*type(self).model_fields, "engine", "memory", "model_kwargs"} - _RENDERING)
             raise InvalidInputError(
-                f"unknown argument {', '.join(unknown)}. Put arguments of HFEngine.from_pretrained into model_kwargs."
+                f"unknown argument {', '.join(unknown)}; known are {', '.join(known)}. Arguments of "
+                "HFEngine.from_pretrained and of transformers, such as revision, go into model_kwargs."
+            )
+        rendering = sorted(name for name in _RENDERING & settings.keys() if settings[name] is not None)
+        if rendering:
+            raise InvalidInputError(
+                f"{', '.join(rendering)}: the model's own chat template makes the prompt, so leave this out. For "
+                "another template, save the model's tokenizer with another chat_template."
             )
         folder = None if store is None or isinstance(store, KVStore) else str(store)
         Sampling.of(**{name: value for name, value in settings.items() if name in SAMPLING_SETTINGS})
@@ -156,9 +170,10 @@ class KVCacheLLM(FunctionCallingLLM):
     def metadata(self) -> LLMMetadata:
         """Context window, kind of model and name. Loads the weights."""
         engine = self.engine
+        window = self.context_window or engine.context_length
         return LLMMetadata(
-            context_window=engine.context_length,
-            num_output=self.max_new_tokens or min(DEFAULT_NUM_OUTPUTS, engine.context_length // 4),
+            context_window=window,
+            num_output=self.max_new_tokens or min(DEFAULT_NUM_OUTPUTS, window // 4),
             is_chat_model=engine.template.has_template,
             is_function_calling_model=engine.template.has_template and find_spec("llguidance") is not None,
             model_name=self.model,

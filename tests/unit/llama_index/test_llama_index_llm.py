@@ -226,8 +226,29 @@ async def test_asynchronous_streams_refuse_before_they_are_read(llm: KVCacheLLM)
 def test_what_an_llm_cannot_be_made_from_is_refused(echo: EchoEngine) -> None:
     with pytest.raises(InvalidInputError, match="no model"):
         KVCacheLLM()
-    with pytest.raises(InvalidInputError, match="revision"):
+    with pytest.raises(
+        InvalidInputError, match=r"revision; known are .*context_window.*model_kwargs.*such as"
+    ):
         KVCacheLLM(engine=echo, revision="main")
+
+
+@pytest.mark.parametrize("name", ["messages_to_prompt", "completion_to_prompt"])
+def test_functions_that_would_take_the_chat_templates_place_are_refused(echo: EchoEngine, name: str) -> None:
+    with pytest.raises(InvalidInputError, match=f"{name}: the model's own chat template"):
+        KVCacheLLM(engine=echo, **{name: str})
+    assert KVCacheLLM(engine=echo, **{name: None}).complete("Hi").text == "Hi"
+
+
+def test_an_unknown_setting_is_told_all_that_are_known(llm: KVCacheLLM) -> None:
+    known = "max_kl.*max_new_tokens.*max_tokens.*merge_strategy.*recompute_ratio.*stop.*temperature.*tool_choice"
+    with pytest.raises(InvalidInputError, match=f"unknown argument tempo; known are .*{known}"):
+        llm.complete("x", tempo=1)
+
+
+def test_the_context_window_can_be_less_than_the_models() -> None:
+    llm = KVCacheLLM(engine=EchoEngine(context_length=4096), context_window=1000)
+    assert (llm.metadata.context_window, llm.metadata.num_output) == (1000, 250)
+    assert json.loads(llm.to_json())["context_window"] == 1000
 
 
 # --- asynchronous, streaming, closing -------------------------------------------------------------------------------
