@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from os import PathLike, fspath
 from typing import Any
 from weakref import WeakValueDictionary
@@ -123,8 +124,27 @@ class LazyMemory:
         self.engine = engine
         self.store = store
         self.namespace = namespace
+        self._loading = loading
         self._lazy = LazyEngine.of(name, **loading) if engine is None else None
         self._opening = threading.Lock()
+
+    def __deepcopy__(self, memo: object) -> LazyMemory:
+        """Itself: copies of an adapter answer from one memory."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process the model is loaded anew.
+
+        Raises:
+            InvalidInputError: it holds a live engine, memory or store.
+        """
+        if self.engine is not None or isinstance(self.store, KVStore):
+            raise InvalidInputError(
+                "a live engine, memory or store cannot be sent to another process. Pass model=, a hub id or a folder, "
+                "and store=, a folder: each process opens them itself."
+            )
+        opened = partial(LazyMemory, self.model, store=self.store, namespace=self.namespace, **self._loading)
+        return opened, ()
 
     @property
     def loaded(self) -> bool:

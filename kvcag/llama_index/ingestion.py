@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from functools import partial
 from typing import Any
 
 from llama_index.core.llms import LLM
 from llama_index.core.schema import BaseNode, MetadataMode, TransformComponent
 from llama_index.core.storage.docstore.types import BaseDocumentStore
 from pydantic import Field, PrivateAttr
+from typing_extensions import Self
 
 from kvcag.concurrency import in_thread
 from kvcag.core import DeletionReport
@@ -115,7 +118,25 @@ class KVCacheTransform(TransformComponent):
         stale = [key for key, text in made_from.items() if text in gone]
         return memory.delete(stale) if stale else DeletionReport()
 
-    def __getstate__(self) -> dict[str, Any]:
-        raise InvalidInputError(
-            "a KVCacheTransform encodes with the model of this process. Run the pipeline without num_workers."
-        )
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """Another transform over the same model, store and docstore."""
+        return self._again(deepcopy(self._synthesizer, memo))()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A worker process loads the model itself; one that has a live engine is refused: `LazyMemory.__reduce__`."""
+        return self._again(self._synthesizer), ()
+
+    def _again(self, synthesizer: CAGSynthesizer) -> partial[Self]:
+        return partial(type(self), synthesizer=synthesizer, docstore=self._docstore, collection=self.collection)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], **kwargs: Any) -> Self:
+        """From what `to_dict` wrote, and the `llm` or the `synthesizer`, which are not part of it.
+
+        Raises:
+            InvalidInputError: the model or the template is another one.
+        """
+        made = cls(**{"collection": data["collection"], **kwargs})
+        if (made.fingerprint, made.template) != (data["fingerprint"], data["template"]):
+            raise InvalidInputError("the transform was made for another model or template: pass the same llm again")
+        return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from os import PathLike
 from typing import Any
@@ -118,6 +119,7 @@ class KVCacheLLM(FunctionCallingLLM):
         model_kwargs: dict[str, Any] | None = None,
         **settings: Any,
     ) -> None:
+        settings.pop("class_name", None)  # of what `model_dump` wrote
         unknown = sorted(settings.keys() - type(self).model_fields.keys())
         if unknown:
             known = sorted({*type(self).model_fields, "engine", "memory", "model_kwargs"} - _RENDERING)
@@ -150,6 +152,13 @@ class KVCacheLLM(FunctionCallingLLM):
         if name in SAMPLING_SETTINGS:  # here and not in a query, where core's `Refine` swallows a ValueError
             Sampling.of(**{name: value})
         super().__setattr__(name, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In another process the model is loaded anew. Callbacks stay here. See `LazyMemory.__reduce__`."""
+        return partial(type(self).from_dict, self.to_dict()), (), {"_memory": self._memory}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._memory = state["_memory"]
 
     @classmethod
     def class_name(cls) -> str:

@@ -64,6 +64,15 @@ class CAGMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
             self.instruction = self.memory.memory.instruction
         return self
 
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
+        """A block with settings of its own. The cube is shared."""
+        return super().__deepcopy__({**(memo or {}), **({id(self.memory): self.memory} if self.memory else {})})
+
+    def __reduce__(self) -> Any:
+        if self.memory is not None:
+            raise InvalidInputError("a CAGMemoryBlock with a cube cannot be pickled: pass the cube again instead")
+        return super().__reduce__()
+
     async def _aget(self, messages: list[ChatMessage] | None = None, **block_kwargs: Any) -> list[ChatMessage]:
         texts = self.documents or []
         if self.memory is not None:

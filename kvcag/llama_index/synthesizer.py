@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import aclosing, closing
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 from llama_index.core.base.llms.types import (
@@ -107,6 +108,21 @@ class CAGSynthesizer(BaseSynthesizer):
         self._refine_template: BasePromptTemplate = refine_template or DEFAULT_REFINE_PROMPT_SEL
         self._order = order
         self.exact = exact
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Made anew from its arguments: core's own tokenizer, which it does not use, may need the network elsewhere."""
+        made = partial(
+            type(self),
+            self._llm,
+            text_qa_template=self._text_qa_template,
+            refine_template=self._refine_template,
+            order=self._order,
+            exact=self.exact,
+            streaming=self._streaming,
+            output_cls=self._output_cls,
+            empty_response=self._empty_response,
+        )
+        return made, ()
 
     def _get_prompts(self) -> PromptDictType:
         return {"text_qa_template": self._text_qa_template, "refine_template": self._refine_template}

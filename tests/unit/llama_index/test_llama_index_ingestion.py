@@ -1,6 +1,5 @@
 """KVCacheTransform: run twice over edited and deleted documents; what is gone leaves the store."""
 
-import pickle
 from pathlib import Path
 
 import pytest
@@ -152,5 +151,3 @@ def test_what_cannot_encode_node_by_node_is_refused() -> None:
     llm = KVCacheLLM(engine=model())
     with pytest.raises(InvalidInputError, match="one by one"):
         KVCacheTransform(synthesizer=CAGSynthesizer(llm, exact=True))
-    with pytest.raises(InvalidInputError, match="without num_workers"):
-        pickle.dumps(KVCacheTransform(KVCacheLLM(engine=model())))

@@ -226,9 +226,7 @@ async def test_asynchronous_streams_refuse_before_they_are_read(llm: KVCacheLLM)
 def test_what_an_llm_cannot_be_made_from_is_refused(echo: EchoEngine) -> None:
     with pytest.raises(InvalidInputError, match="no model"):
         KVCacheLLM()
-    with pytest.raises(
-        InvalidInputError, match=r"revision; known are .*context_window.*model_kwargs.*such as"
-    ):
+    with pytest.raises(InvalidInputError, match=r"revision; known are .*context_window.*model_kwargs.*such as"):
         KVCacheLLM(engine=echo, revision="main")
 
 
