@@ -45,6 +45,9 @@ CONTEXT = "kvcag-context-7d2f90c1"
 _LABEL = re.compile(r"Source \d+:\n")
 """What core's `CitationQueryEngine` writes before each passage: not part of it, so that it is found at every rank."""
 
+_GENERATED = re.compile(r"Sub question: .*\nResponse: |\nQuestion: .*\nAnswer: ")
+"""How answers begin that core's `SubQuestionQueryEngine` and `MultiStepQueryEngine` have joined: they are not kept."""
+
 dispatcher = get_dispatcher(__name__)
 
 
@@ -247,7 +250,7 @@ def _place(messages: Sequence[ChatMessage], texts: Sequence[str], *, exact: bool
     The text is core's: documents with a blank line between them. With `exact` they are one document.
     """
     shown = "\n\n".join(text.strip() for text in texts)
-    documents = [shown] if exact else list(texts)
+    documents = [shown] if exact and not any(map(_GENERATED.match, texts)) else list(texts)
     placed: list[ChatMessage] = []
     pending = True
     for message in messages:
@@ -271,7 +274,7 @@ def _blocks(before: str, documents: Sequence[str], after: str, exact: bool) -> l
     """Content blocks whose text is that of `before`, the documents and `after`, with a cache point at each document."""
     if exact:  # a space belongs to the first word
         stripped = before.rstrip(" ")
-        documents, before = [before[len(stripped) :] + documents[0]], stripped
+        documents, before = [before[len(stripped) :] + documents[0], *documents[1:]], stripped
     blocks: list[ContentBlock] = []
     if before:
         blocks += [TextBlock(text=before[:-1])] if before.endswith("\n") else [TextBlock(text=before), JOINED]
@@ -280,10 +283,12 @@ def _blocks(before: str, documents: Sequence[str], after: str, exact: bool) -> l
         if label:
             blocks.append(TextBlock(text=label[0][:-1]))
             text = text[label.end() :].removesuffix("\n")
+        generated = _GENERATED.match(text)
+        text = text.strip() if generated else text
         if at < len(documents) - 1:
-            blocks += document_blocks(text)
+            blocks += document_blocks(text)[: 1 if generated else 2]
             continue
-        blocks += [TextBlock(text=text), DOCUMENT_END]
+        blocks += [TextBlock(text=text)] if generated else [TextBlock(text=text), DOCUMENT_END]
         if text.endswith("\n") or after[:1] not in ("", "\n"):
             blocks.append(JOINED)
         else:

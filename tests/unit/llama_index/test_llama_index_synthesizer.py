@@ -246,6 +246,35 @@ def test_a_cited_prompt_is_cores(llm: KVCacheLLM) -> None:
     assert answers[0] == answers[1]
 
 
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize(
+    "made", ["Sub question: How tall?\nResponse: 330 metres.", "\nQuestion: How tall?\nAnswer: 330."]
+)
+def test_answers_that_core_joins_are_read_and_not_kept(tiny_engine: HFEngine, made: str, exact: bool) -> None:
+    llm = KVCacheLLM(engine=tiny_engine, max_new_tokens=4)
+    synthesizer = CAGSynthesizer(llm, exact=exact)
+    for texts in ([made], [made, made]):
+        [content] = [message["content"] for message in to_messages(synthesizer.messages("Q", texts))[1:]]
+        shown = content if isinstance(content, str) else "".join(content)
+        assert "\n\n".join(text.strip() for text in texts) in shown
+        synthesizer.synthesize("Q", scored(texts))
+    assert list(llm.memory.store.keys()) == []
+
+
+def test_what_an_index_deletes_is_purged_by_its_text(tiny_engine: HFEngine) -> None:
+    """As the guide says."""
+    llm = KVCacheLLM(engine=tiny_engine, max_new_tokens=4)
+    documents = [Document(text=text, doc_id=str(at)) for at, text in enumerate(TEXTS)]
+    index = VectorStoreIndex.from_documents(documents, embed_model=MockEmbedding(embed_dim=4))
+    index.as_query_engine(llm=llm, response_synthesizer=CAGSynthesizer(llm), similarity_top_k=3).query("How tall?")
+    assert len(list(llm.memory.store.keys())) == 3
+    for id in index.docstore.get_ref_doc_info("0").node_ids:
+        llm.memory.purge(index.docstore.get_node(id).get_content(MetadataMode.LLM))
+    index.delete_ref_doc("0", delete_from_docstore=True)
+    kept = [item.records.composed_text_memory.strip() for item in llm.memory.get_all()]
+    assert sorted(kept) == sorted(TEXTS[1:])
+
+
 # --- rounds --------------------------------------------------------------------------------------------------------
 
 
