@@ -87,10 +87,12 @@ def put_ours_in_place() -> None:
     import llama_index.core.llms.mock
 
     from kvcag.llama_index import KVCacheLLM
-    from kvcag.testing import EchoEngine, whole_prompt
+    from kvcag.testing import EchoEngine, last_user_message, whole_prompt
 
     def said(prompt: str) -> str:
-        return whole_prompt(prompt) + "\nassistant: "
+        turns = whole_prompt(prompt)
+        is_one_question = turns.startswith("user: ") and "\n" not in turns
+        return last_user_message(prompt) if is_one_question else f"{turns}\nassistant: "
 
     class OursInItsPlace(KVCacheLLM):
         def __init__(self, max_tokens: int | None = None, **settings: Any) -> None:
