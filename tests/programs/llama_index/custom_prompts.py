@@ -12,7 +12,7 @@ documents = [
 ]
 
 llm = KVCacheLLM(engine=EchoEngine(), max_new_tokens=500)
-index = VectorStoreIndex.from_documents(documents, embed_model=MockEmbedding(embed_dim=8))
+index = VectorStoreIndex.from_documents(documents[1:], embed_model=MockEmbedding(embed_dim=8))
 query_engine = index.as_query_engine(llm=llm, response_synthesizer=CAGSynthesizer(llm))
 print(sorted(query_engine.get_prompts()))
 
