@@ -19,8 +19,19 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from kvcag.cache.layers import LayerKV, cache_argument, concat, cut, generation_cache, layers_of
-from kvcag.cache.merge import Part, Strategy, UsualDrift, merge
+from kvcag.cache.layers import (
+    LayerKV,
+    cache_argument,
+    concat,
+    count,
+    cut,
+    generation_cache,
+    kinds_of,
+    layers_of,
+    position_argument,
+    states_of,
+)
+from kvcag.cache.merge import STATE_STRATEGIES, Part, Strategy, UsualDrift, merge
 from kvcag.chat_template import as_messages
 from kvcag.core import ids_digest
 from kvcag.engines.base import Engine
@@ -101,7 +112,7 @@ def calibrate(
     probes: int = 6,
     documents_per_probe: int = 4,
     tokens: int = 16,
-    candidates: Sequence[Candidate] = CANDIDATES,
+    candidates: Sequence[Candidate] | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Calibration:
@@ -117,7 +128,8 @@ def calibrate(
         probes: how many contexts to try.
         documents_per_probe: how many documents a context has.
         tokens: how many greedy tokens of the full prefill are compared.
-        candidates: strategies and recompute ratios.
+        candidates: strategies and recompute ratios; by default `CANDIDATES`, of which a model with recurrent layers can
+            do `rotate` and `full`.
         seed: which documents are drawn.
         progress: called after each probe.
 
@@ -129,6 +141,8 @@ def calibrate(
     texts = [text if text.endswith("\n") else f"{text}\n\n" for text in documents if text.strip()]
     if len(texts) < 2:
         raise InvalidInputError(f"calibrate needs at least two documents to put together, not {len(texts)}")
+    if candidates is None:
+        candidates = [one for one in CANDIDATES if not engine.is_recurrent or one[0] in STATE_STRATEGIES]
     draw = random.Random(seed)
     measured: dict[Candidate, list[tuple[float, float, float]]] = {candidate: [] for candidate in candidates}
     lengths = []
@@ -188,7 +202,8 @@ class _Probe:
         self.parts = [Part(torch.tensor(prompt.head_ids), before, 0, is_exact=True)]
         for index, ids in enumerate(segments):
             layers = engine.encode_after(prompt.head_ids, ids)
-            self.parts.append(Part(torch.tensor(ids), layers, len(prompt.head_ids), is_exact=index == 0))
+            part = Part(torch.tensor(ids), layers, len(prompt.head_ids), index == 0, states_before=states_of(before))
+            self.parts.append(part)
         begin = time.perf_counter()
         cache, first = self._answer([], (*self.context_ids, *self.tail_ids))
         self.full_s = time.perf_counter() - begin
@@ -215,14 +230,18 @@ class _Probe:
 
     def _answer(self, layers: list[Any], token_ids: Sequence[int]) -> tuple[Any, torch.Tensor]:
         """The cache and the logits after the last of `token_ids`: a first token, as `HFEngine.stream` makes it."""
-        cache = generation_cache([layers] if layers else [], room=len(token_ids) + len(self.context_ids))
+        room = len(token_ids) + len(self.context_ids)
+        cache = generation_cache([layers] if layers else [], room, kinds_of(self.engine.model))
         return cache, self.engine.forward(token_ids, cache)[0].float()
 
     def _run(self, cache: Any, token_ids: Sequence[int]) -> torch.Tensor:
         """Logits after each of a few tokens, in fp32, `(tokens, vocabulary)`."""
         with self.engine.exclusive() as model:
             ids = torch.tensor([list(token_ids)], device=self.engine.device)
-            return model(input_ids=ids, use_cache=True, **cache_argument(model, cache)).logits[0].float()  # type: ignore[no-any-return]
+            given = {**cache_argument(model, cache), **position_argument(model, cache, len(token_ids))}
+            logits: torch.Tensor = model(input_ids=ids, use_cache=True, **given).logits
+        count(cache, len(token_ids))
+        return logits[0].float()
 
 
 def _file(fingerprint: str) -> Path:
@@ -300,7 +319,7 @@ def _learn(engine: HFEngine, head_ids: Sequence[int], passages: list[tuple[int, 
 
 def _encode(engine: HFEngine, before: list[LayerKV], ids: Sequence[int]) -> list[LayerKV]:
     """Keys and values of what stood before and of `ids`. None of it is kept among the recent contexts."""
-    cache = generation_cache([before] if before else [], room=len(ids))
+    cache = generation_cache([before] if before else [], len(ids), kinds_of(engine.model))
     engine.forward(ids, cache)
     return layers_of(cache)
 

@@ -15,7 +15,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from kvcag.cache.layers import LayerKV, Layers, cache_of, concat, cut, layers_of, length_of, share, states_of
-from kvcag.cache.merge import MergedBefore, Part, check_mergeable, merge, refine
+from kvcag.cache.merge import MergedBefore, Part, check_merge, check_mergeable, merge, refine
 from kvcag.cache.merge import Strategy as MergeStrategy
 from kvcag.calibration import calibration_of, usual_drift_of
 from kvcag.chat_template import Prompt
@@ -132,8 +132,6 @@ def context_of_prompt(
     if chosen == "exact" and not is_stored_whole(documents, prompt):
         return _because(engine.exact_context(context_ids, prompt.tail_ids, namespace), reason)
     model = cast("HFEngine", engine)
-    if model.is_recurrent and chosen != "exact":
-        check_mergeable(model.model)
     if strategy == "auto" and chosen == "query":
         refined = _refined(model, context_ids, prompt.tail_ids, ratio, namespace, asked)
         if refined is not None:
@@ -184,6 +182,8 @@ def with_kept_history(
         accept_merged: that recent context may be a merged one.
     """
     model, namespace, token_ids = cast("HFEngine", documents.engine), documents.namespace, prompt.token_ids
+    if model.is_recurrent:
+        return None  # what was read in the middle of a conversation has no maps
     asked = strategy, ratio, max_kl
     if context is None:
         recent = ReusablePrefix(Layers()).longest(model.prefixes, token_ids[:-1], namespace, merged=accept_merged)
@@ -293,15 +293,21 @@ def _choose(
         return "exact", 1.0, ""
     if known == len(context_ids):
         return "exact", 1.0, "" if strategy == "auto" else f"the context is known, so {strategy!r} was not needed"
-    if strategy != "auto":
-        return strategy, ratio, ""
     model = cast("HFEngine", engine)
+    if strategy != "auto":
+        if model.is_recurrent:
+            with model.exclusive() as live:
+                check_merge(live, strategy)
+        return strategy, ratio, ""
     try:
         with model.exclusive() as live:
             check_mergeable(live)
     except UnsupportedModelError as refused:
         return "exact", 1.0, f"auto: {refused}"
     calibration = calibration_of(engine)
+    if calibration is None and model.is_recurrent:
+        reason = "not calibrated; kvcag.calibrate(engine, documents) measures whether merging recurrent layers serves"
+        return "exact", 1.0, f"auto: {reason}"
     if calibration is None:
         return "query", ratio, "auto: not calibrated; kvcag.calibrate(engine, documents) measures what merging costs"
     verdict = calibration.cheapest(max_kl)
@@ -355,6 +361,8 @@ def _recent_start(
         return next(cut_short, max(length, len(prompt.head_ids)))
 
     last_group = max((index for index, between in enumerate(prompt.between_ids, start=1) if between), default=0)
+    if engine.is_recurrent:
+        return whole(known), []  # what goes on in the middle of a merged context has no states
     if last_group and engine.merge_history.continues(namespace, prompt.token_ids, asked, behind=len(prompt.head_ids)):
         before = prompt.context_ids[: places[last_group].start]
         matched, pieces = engine.prefixes.match(before, namespace, merged=True)
@@ -375,6 +383,7 @@ def _parts(
         layers, known = engine.prefill(start_ids, namespace=namespace)
         start = replace(start, token_ids=start_ids, layers=layers)
         start, found = start.paid(recomputed=len(start_ids) - max(known, len(head_ids))), found[1:]
+    head = engine.prefill(head_ids, namespace=namespace)[0] if engine.is_recurrent and head_ids else []
     parts = []
     for index, piece in enumerate(found):
         if isinstance(piece, tuple):
@@ -383,8 +392,16 @@ def _parts(
         assert isinstance(piece, KVCacheItem)
         exact = index == 0 and start.is_exact and piece.is_exact and piece.prefix_digest == digest
         layers = _beside(start.layers, layers_of(piece.memory), engine.device)
-        parts.append(Part(piece.token_ids, layers, piece.base_position, is_exact=exact))
+        if engine.is_recurrent and not _composes(layers, exact or piece.prefix_digest == ids_digest(head_ids), exact):
+            parts.append(_read_in_place(tuple(piece.token_ids.tolist())))
+            continue
+        parts.append(Part(piece.token_ids, layers, piece.base_position, exact, states_before=states_of(head)))
     return start, parts
+
+
+def _composes(layers: Layers, behind_the_head: bool, exact: bool) -> bool:
+    """Whether a document's states can be put behind others: not if it was cut, or encoded behind another head."""
+    return behind_the_head and layers.states is not None and (exact or layers.states.is_map)
 
 
 def _read_in_place(token_ids: Ids) -> Part:

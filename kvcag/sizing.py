@@ -51,6 +51,7 @@ class KVGeometry:
         layers: one for each layer that has keys and values of its own.
         state_bytes: bytes of the states of recurrent layers, at each place where a prompt may go on; 0 without such
             layers. Their convolutions' part is counted as in bfloat16.
+        map_bytes: bytes of a document's maps of these states (`kvcag.cache.states`), which are kept with it.
         attention_heads: query heads; `attention_heads / kv_heads` of them share one KV head.
         dtype: the checkpoint's, such as `"bfloat16"`; None if the configuration names none.
         context_length: the most tokens, prompt and answer together; None if the configuration names none.
@@ -62,6 +63,7 @@ class KVGeometry:
     dtype: str | None
     context_length: int | None
     state_bytes: int = 0
+    map_bytes: int = 0
 
     @property
     def sliding_layers(self) -> int:
@@ -182,7 +184,7 @@ def kv_geometry(model: str | PathLike[str] | Mapping[str, Any] | Any) -> KVGeome
             f"{name} uses multi-head latent attention (MLA): it caches no keys and values per head, and nothing that "
             "could be merged. Use a model with grouped-query attention."
         )
-    attends, state_bytes = _recurrent(text, name)
+    attends, state_bytes, map_bytes = _recurrent(text, name)
     layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text] * count
     own = count - (getattr(text, "num_kv_shared_layers", None) or 0)
     keyed = [index for index in range(own) if not attends or attends[index]]
@@ -194,11 +196,12 @@ def kv_geometry(model: str | PathLike[str] | Mapping[str, Any] | Any) -> KVGeome
         dtype=str(dtype).removeprefix("torch.") if dtype else None,
         context_length=getattr(text, "max_position_embeddings", None),
         state_bytes=state_bytes,
+        map_bytes=map_bytes,
     )
 
 
-def _recurrent(config: Any, name: str) -> tuple[list[bool], int]:
-    """Which layers attend, in a model that has recurrent layers, and the bytes of their states; else none and 0.
+def _recurrent(config: Any, name: str) -> tuple[list[bool], int, int]:
+    """Which layers attend, in a model that has recurrent layers, and the bytes of their states and maps; else none, 0.
 
     The model is made without weights and run once, since only its code knows the shapes of its states.
     """
@@ -213,13 +216,18 @@ def _recurrent(config: Any, name: str) -> tuple[list[bool], int]:
             raise UnsupportedModelError(
                 f"{name} keeps a state that transformers does not put into a cache, so it cannot be kept. Use another."
             )
-        return [], 0
+        return [], 0, 0
     with torch.device("meta"), torch.no_grad():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         cache = generation_cache([], 1, kinds)
         model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True, **cache_argument(model, cache))
     count(cache, 1)
-    return [attends for attends, _ in kinds], nbytes(Layers((), layers_of(cache).states))
+    states = layers_of(cache).states
+    assert states is not None
+    delta = [t for row in states.tensors for t in row[len(row) // 2 :] if t is not None and t.ndim == 4]
+    is_delta = hasattr(config, "linear_key_head_dim")  # a matrix a head; others have a number, which is nothing here
+    maps = sum(4 * t.shape[1] * t.shape[2] ** 2 for t in delta) if is_delta else 0
+    return [attends for attends, _ in kinds], nbytes(Layers((), states)), maps
 
 
 def _config(model: Any) -> Any:

@@ -52,19 +52,34 @@ class States:
         kinds: the layers of the model.
         tensors: for each recurrent layer, in the model's order, the last inputs of its convolutions and then its
             recurrent states, in the model's own shapes and dtypes; None where it has none.
+        maps: of a document, for each recurrent layer what the state before it is multiplied with on its way to the
+            state after it (`kvcag.cache.states`); None where it has no recurrent state. Empty where it is not known.
     """
 
     kinds: Kinds
     tensors: tuple[tuple[torch.Tensor | None, ...], ...]
+    maps: tuple[torch.Tensor | None, ...] = ()
 
     def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> States:
         """The states with each tensor changed."""
+        maps = tuple(t if t is None else change(t) for t in self.maps)
+        return replace(self.restored(change), maps=maps)
+
+    def restored(self, change: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.clone) -> States:
+        """States of its own, for a generation to write to. Maps, which nothing writes to, are shared."""
         return replace(self, tensors=tuple(tuple(t if t is None else change(t) for t in row) for row in self.tensors))
+
+    @property
+    def is_map(self) -> bool:
+        """Whether each recurrent state has its map, so that the document may stand behind others."""
+        maps = self.maps or (None,) * len(self.tensors)
+        recurrent = (any(t is not None for t in row[len(row) // 2 :]) for row in self.tensors)
+        return all(known is not None or not recurs for recurs, known in zip(recurrent, maps, strict=True))
 
     @property
     def flat(self) -> list[torch.Tensor]:
         """Every tensor."""
-        return [tensor for row in self.tensors for tensor in row if tensor is not None]
+        return [tensor for row in (*self.tensors, self.maps) for tensor in row if tensor is not None]
 
 
 class Layers(list[LayerKV]):
@@ -162,6 +177,22 @@ def cache_argument(module: torch.nn.Module, cache: Cache) -> dict[str, Cache]:
     return {_cache_name(type(module).forward): cache}
 
 
+def position_argument(module: torch.nn.Module, cache: Cache, new: int) -> dict[str, torch.Tensor]:
+    """The keyword argument that tells `module.forward` where `new` tokens over `cache` stand.
+
+    Given where the model has recurrent layers and takes it: some of them count from 0 over a cache (Bamba).
+    """
+    if not isinstance(cache, _RecurrentCache) or not _takes_positions(type(module).forward):
+        return {}
+    device = next(module.parameters()).device
+    return {"position_ids": torch.arange(cache.tokens, cache.tokens + new, device=device)[None]}
+
+
+@functools.cache
+def _takes_positions(forward: Callable[..., Any]) -> bool:
+    return "position_ids" in inspect.signature(forward).parameters
+
+
 @functools.cache
 def _cache_name(forward: Callable[..., Any]) -> str:
     return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
@@ -236,7 +267,7 @@ def share(cache: DynamicCache) -> DynamicCache:
     """
     if isinstance(cache, _RecurrentCache):
         layers = layers_of(cache)
-        return cache_of(Layers(layers, layers.states and layers.states.mapped(torch.Tensor.clone), layers.tokens))
+        return cache_of(Layers(layers, layers.states and layers.states.restored(), layers.tokens))
     shared = DynamicCache()
     shared.layers.extend(copy.copy(layer) for layer in cache.layers)
     return shared
@@ -262,7 +293,7 @@ def concat(parts: Sequence[Sequence[LayerKV]]) -> Layers:
         for layers in zip(*parts, strict=True)
     )
     states = states_of(parts[-1]) if parts else None
-    return Layers(joined, states and states.mapped(torch.Tensor.clone), sum(map(length_of, parts)))
+    return Layers(joined, states and replace(states.restored(), maps=()), sum(map(length_of, parts)))
 
 
 def nbytes(layers: Iterable[LayerKV]) -> int:
@@ -582,6 +613,7 @@ class _RecurrentCache(_PausingCache):
     ) -> None:
         super().__init__()
         self.kinds, self.tokens = kinds, tokens
+        self._maps = (tokens, () if copied or states is None else states.maps)
         held, rows = iter(buffers), iter(states.tensors if states else ())
         for attends, count in kinds:
             layer: Any = _Linear(number_of_states=count) if count else _Dummy()
@@ -600,7 +632,8 @@ class _RecurrentCache(_PausingCache):
             return None
         recurrent = [layer for layer in self.layers if isinstance(layer, _Linear)]
         rows = tuple((*layer.conv_states.values(), *layer.recurrent_states.values()) for layer in recurrent)
-        return States(self.kinds, rows)
+        tokens, maps = self._maps
+        return States(self.kinds, rows, maps if tokens == self.tokens else ())
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens that were read."""
@@ -611,6 +644,20 @@ def count(cache: Cache, tokens: int) -> None:
     """Note that a pass of so many tokens over `cache` is complete."""
     if isinstance(cache, _RecurrentCache):
         cache.tokens += tokens
+
+
+def row_of(cache: Cache, layer_idx: int) -> tuple[torch.Tensor | None, ...]:
+    """The states of one recurrent layer, not copied: convolutions' inputs, then recurrent states. None if not there."""
+    layer: Any = cache.layers[layer_idx]
+    return (*layer.conv_states.values(), *layer.recurrent_states.values())
+
+
+def lone_cache(layer_idx: int, conv: torch.Tensor, state: torch.Tensor) -> DynamicCache:
+    """A cache for one recurrent layer alone, which goes on from these states; it takes them as they are."""
+    cache = DynamicCache()
+    cache.layers.extend(_Linear(number_of_states=1) for _ in range(layer_idx + 1))
+    _restore(cache.layers[layer_idx], (conv, state), copied=False)
+    return cache
 
 
 def _restore(layer: Any, tensors: tuple[torch.Tensor | None, ...], *, copied: bool) -> None:

@@ -11,10 +11,27 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 
-from kvcag.cache.attention import Call, EnoughError, attend
-from kvcag.cache.layers import LayerKV, concat, length_of, peek_cache, scatter_cache
+from kvcag.cache.attention import Call, EnoughError, attend, decoder_of
+from kvcag.cache.layers import (
+    LayerKV,
+    Layers,
+    States,
+    cache_argument,
+    concat,
+    count,
+    cut,
+    generation_cache,
+    kinds_of,
+    layers_of,
+    length_of,
+    peek_cache,
+    position_argument,
+    scatter_cache,
+    states_of,
+)
 from kvcag.cache.rope import PositionShift, check_mergeable
-from kvcag.errors import InvalidInputError
+from kvcag.cache.states import behind
+from kvcag.errors import InvalidInputError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,6 +52,7 @@ class Part:
         is_exact: its keys and values are right where it stands now: the head, and the first document if it was encoded
             after that head. Nothing is spent on it.
         is_alone: it was encoded without the pieces that stand before it, as a document is.
+        states_before: the states of recurrent layers that it was encoded behind; None for nothing.
     """
 
     token_ids: torch.Tensor
@@ -42,6 +60,7 @@ class Part:
     base_position: int
     is_exact: bool
     is_alone: bool = True
+    states_before: States | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,27 +109,90 @@ def merge(
     """
     _check(parts, strategy, ratio)
     if not all(part.is_exact for part in parts):  # what is exact stands where it stood, whatever the model
-        check_mergeable(model)
+        check_merge(model, strategy)
     layers = _place(model, parts)
     layout = Layout(
         token_ids=torch.cat([part.token_ids for part in parts]),
         part_of=_each(parts, list(range(len(parts)))),
         open=_each(parts, [not part.is_exact for part in parts]),
     )
-    missing = _each(parts, [part.layers is None for part in parts]).nonzero()[:, 0]
-    if len(missing):
-        recompute(model, layers, layout, missing, correct=False)
-    chosen = select(model, layers, layout, tail_ids, strategy=strategy, ratio=ratio)
+    if kinds_of(model):
+        chosen = layout.open.nonzero()[:, 0] if strategy == "full" else torch.arange(0)
+        _run_through(model, layers, parts, again=strategy == "full")
+    else:
+        missing = _each(parts, [part.layers is None for part in parts]).nonzero()[:, 0]
+        if len(missing):
+            recompute(model, layers, layout, missing, correct=False)
+        chosen = select(model, layers, layout, tail_ids, strategy=strategy, ratio=ratio)
+        if len(chosen):
+            recompute(model, layers, layout, chosen)
     alone = layout.open & _each(parts, [part.is_alone for part in parts])
-    if len(chosen):
-        recompute(model, layers, layout, chosen)
-    elif usual_drift is not None and alone.any():
+    if not len(chosen) and usual_drift is not None and alone.any():
         drift = usual_drift()
         if drift is not None:
             drift.add_to(model, layers, replace(layout, open=alone))
     still_open = layout.open.clone()
     still_open[chosen] = False
     return Merged(layers, chosen, replace(layout, open=still_open))
+
+
+def check_merge(model: PreTrainedModel, strategy: str) -> None:
+    """Refuse a model whose caches cannot be merged, or not by this strategy.
+
+    Raises:
+        UnsupportedModelError: as said.
+    """
+    check_mergeable(model)
+    if kinds_of(model) and strategy not in STATE_STRATEGIES:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has recurrent layers, so {strategy!r} cannot compute single tokens again: their "
+            f"states know no token in the middle. Use {' or '.join(map(repr, STATE_STRATEGIES))}, or 'exact'."
+        )
+
+
+def _run_through(model: PreTrainedModel, layers: Layers, parts: Sequence[Part], *, again: bool) -> None:
+    """Set the states of recurrent layers after all parts, each of which goes on from those after the one before.
+
+    Parts without keys and values are read where they stand, and so are those that are not exact if `again`.
+    """
+    states, start = None, 0
+    for number, part in enumerate(parts):
+        end = start + len(part.token_ids)
+        held = states_of(part.layers or ())
+        if start == end:
+            continue
+        if part.layers is None or (again and not part.is_exact):
+            states = _read(model, layers, states, part.token_ids, start)
+        elif held is None or not (part.is_exact or held.is_map):
+            raise InvalidInputError(
+                f"part {number} has no {'maps' if held else 'states'} of the model's recurrent layers. Encode it with "
+                "HFEngine.encode_after, or pass layers=None, and it is read where it stands."
+            )
+        else:
+            states = held if part.is_exact else behind(held, states, part.states_before, end - start)
+        start = end
+    layers.states = states and replace(states.restored(), maps=())
+
+
+def _read(model: PreTrainedModel, layers: Layers, states: States | None, ids: torch.Tensor, start: int) -> States:
+    """Prefill tokens at `start` behind what stands there, write their keys and values, and return the new states."""
+    decoder = decoder_of(model)
+    before = [Layers(cut(layers, 0, start), states, start)] if start else []
+    cache = generation_cache(before, len(ids), kinds_of(model))
+    for chunk in ids.split(_READ):
+        given = {**cache_argument(decoder, cache), **position_argument(decoder, cache, len(chunk))}
+        decoder(input_ids=chunk[None].to(model.device), use_cache=True, **given)
+        count(cache, len(chunk))
+    read = layers_of(cache)
+    for kv, new in zip(layers, cut(read, start), strict=True):
+        for old, right in zip(kv, new, strict=True):
+            old[..., start : start + len(ids), :] = right
+    assert read.states is not None
+    return read.states
+
+
+_READ = 512
+"""Tokens of one pass: their mask over all that stands before them is what it costs in memory."""
 
 
 @torch.no_grad()
@@ -218,7 +300,7 @@ def _check(parts: Sequence[Part], strategy: str, ratio: float) -> None:
             )
 
 
-def _place(model: PreTrainedModel, parts: Sequence[Part]) -> list[LayerKV]:
+def _place(model: PreTrainedModel, parts: Sequence[Part]) -> Layers:
     """All parts one after another in fresh memory, their keys turned once from where they stood to where they stand."""
     parts = [part for part in parts if len(part.token_ids)]
     like = next(part.layers for part in parts if part.layers is not None)
@@ -237,12 +319,13 @@ def _place(model: PreTrainedModel, parts: Sequence[Part]) -> list[LayerKV]:
     return layers
 
 
-def _room(like: Sequence[LayerKV], tokens: int) -> list[LayerKV]:
+def _room(like: Sequence[LayerKV], tokens: int) -> Layers:
     """Keys and values of zero for so many tokens, in the form of `like`."""
-    keys, values = (
-        [t.new_zeros((*t.shape[:-2], tokens, t.shape[-1])) for t in each] for each in zip(*like, strict=True)
-    )
-    return list(zip(keys, values, strict=True))
+
+    def zeros(of: torch.Tensor) -> torch.Tensor:
+        return of.new_zeros((*of.shape[:-2], tokens, of.shape[-1]))
+
+    return Layers(((zeros(keys), zeros(values)) for keys, values in like), tokens=tokens)
 
 
 Strategy = Literal["rotate", "anchor", "deviation", "query", "full"]
@@ -250,6 +333,9 @@ Strategy = Literal["rotate", "anchor", "deviation", "query", "full"]
 `query`: those that the question attends to most. `full`: all."""
 
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
+
+STATE_STRATEGIES = ("rotate", "full")
+"""For models with recurrent layers."""
 
 
 @dataclass(frozen=True, slots=True)

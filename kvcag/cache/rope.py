@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers import DynamicCache
 
 from kvcag.cache.attention import Call, attend, decoder_of
 from kvcag.cache.layers import (
@@ -24,10 +23,12 @@ from kvcag.cache.layers import (
     cache_argument,
     check_cacheable,
     contiguous_copy,
+    generation_cache,
     kinds_of,
     layers_of,
     scatter_cache,
 )
+from kvcag.cache.states import check_affine
 from kvcag.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -101,11 +102,6 @@ def rotations(model: PreTrainedModel) -> list[Rotation]:
     found = _measured.get(model)
     if found is None:
         check_cacheable(model)
-        if kinds_of(model):
-            raise UnsupportedModelError(
-                f"{type(model).__name__} has recurrent layers, whose states cannot be merged. Merge nothing with it: "
-                "strategy='exact', and prompts that begin alike, reuse what they have in common."
-            )
         _check_configuration(model)
         found = _measured[model] = _measure(model)
     return found
@@ -121,6 +117,8 @@ def check_mergeable(model: PreTrainedModel) -> None:
             layers share keys, keep a state or attend in chunks; or nothing that we know moves its keys.
     """
     rotations(model)
+    if kinds_of(model):
+        check_affine(model)
 
 
 class PositionShift:
@@ -159,7 +157,7 @@ def _check_configuration(model: PreTrainedModel) -> None:
             f"the length of the context, so a cached key cannot be moved. {_INSTEAD} "
             "Or load it with another rope_type (yarn and llama3 are fine)."
         )
-    if "mrope" in kinds:
+    if "mrope" in kinds and not kinds_of(model):  # where text alone is read, `_measure` sees what it comes to
         raise UnsupportedModelError(
             f"{name} uses multimodal RoPE, whose positions depend on the images before them. {_INSTEAD} "
             "Or use a text model of its family."
@@ -203,7 +201,9 @@ def _probe(model: PreTrainedModel) -> list[Rotation]:
     config = decoder_of(model).config
     ids = (torch.arange(_TOKENS) * 7919 + 11) % config.vocab_size
     here, there = _encode(model, ids, 0), _encode(model, ids, _OFFSET)
-    if len(here) != config.num_hidden_layers or any(kv[0].shape[-2] != _TOKENS for kv in here):
+    kinds = kinds_of(model)
+    attending = sum(attends for attends, _ in kinds) if kinds else config.num_hidden_layers
+    if len(here) != attending or any(kv[0].shape[-2] != _TOKENS for kv in here):
         raise UnsupportedModelError(
             f"{type(model).__name__} does not keep one key and one value a token in each layer. {_INSTEAD}"
         )
@@ -215,6 +215,8 @@ def _probe(model: PreTrainedModel) -> list[Rotation]:
             f"positions are learned. {_INSTEAD}"
         )
     found = [_rotation(model, old[0], new[0], tolerance) for old, new in zip(here, there, strict=True)]
+    if kinds:  # single tokens are not recomputed, and the recurrent layers know the order without positions
+        return found
     if all(rotation is UNROTATED for rotation in found):
         raise UnsupportedModelError(
             f"{type(model).__name__} does not rotate its keys: its positions are ALiBi biases, or none, and a token "
@@ -225,7 +227,7 @@ def _probe(model: PreTrainedModel) -> list[Rotation]:
 
 
 def _encode(model: PreTrainedModel, ids: torch.Tensor, offset: int) -> list[LayerKV]:
-    cache = DynamicCache()
+    cache = generation_cache([], len(ids), kinds_of(model))
     positions = torch.arange(offset, offset + len(ids))
     decoder = decoder_of(model)
     decoder(

@@ -39,7 +39,7 @@ def size(
         raise typer.BadParameter("--prefill-tokens-per-s and --load-bytes-per-s go together: pass both, or neither")
     geometry = kv_geometry(model or common.resolve(None)[1])
     per_token = {"kept": geometry.bytes_per_token(dtype), "int8": geometry.bytes_per_token(dtype, int8=True)}
-    stored_as = geometry.check_dtype(dtype)
+    stored_as, states = geometry.check_dtype(dtype), geometry.state_bytes + geometry.map_bytes
     even = {}
     if prefill is not None and load is not None:
         even = {name: break_even(tokens, size, prefill, load, latency / 1000) for name, size in per_token.items()}
@@ -53,8 +53,8 @@ def size(
                 "documents": documents,
                 "bytes_per_token": per_token["kept"],
                 "bytes_per_token_int8": per_token["int8"],
-                "bytes": (per_token["kept"] * tokens + geometry.state_bytes) * documents,
-                "bytes_int8": (per_token["int8"] * tokens + geometry.state_bytes) * documents,
+                "bytes": (per_token["kept"] * tokens + states) * documents,
+                "bytes_int8": (per_token["int8"] * tokens + states) * documents,
                 "break_even": {name: _finite({"load": made.load, **asdict(made)}) for name, made in even.items()},
             }
         )
@@ -67,14 +67,14 @@ def size(
             f"{geometry.model}: {len(geometry.layers)} layers, {common.counted(first.kv_heads, 'KV head')} of "
             f"{first.key_dim} numbers ({sharing} for each)"
         )
-    if geometry.state_bytes:
-        console.print(f"recurrent layers: {common.size(geometry.state_bytes)} of states for each document, any length")
+    if states:
+        console.print(f"recurrent layers: {common.size(states)} of states for each document, any length")
     if geometry.sliding_layers:
         console.print(f"{geometry.sliding_layers} layers have a sliding window; their caches keep all tokens too")
     labels = {"kept": stored_as, "int8": "int8 at rest"}
     rows = []
     for name, one in per_token.items():
-        document = one * tokens + geometry.state_bytes
+        document = one * tokens + states
         rows.append((labels[name], f"{one:,}", common.size(document), common.size(document * documents)))
     amounts = f">{common.counted(tokens, 'token')}", f">{common.counted(documents, 'document')}"
     console.print(common.table(["dtype", ">bytes per token", *amounts], rows))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import logging
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import accumulate
 from os import PathLike
@@ -36,10 +37,12 @@ from kvcag.cache.layers import (
     kinds_of,
     layers_of,
     nbytes,
+    position_argument,
 )
 from kvcag.cache.merge import MergeHistory
 from kvcag.cache.prefix_cache import InFlight, PrefixCache
 from kvcag.cache.rope import check_mergeable
+from kvcag.cache.states import Maps, ignores_states, recording
 from kvcag.chat_template import ChatTemplate, Message, Prompt
 from kvcag.concurrency import IdleWork, ModelLock, cancellation
 from kvcag.core import Chunk, ContextPrompt, KVCacheItem, MergedContext, MergeReport, Mode, ids_digest
@@ -454,8 +457,30 @@ class HFEngine(Engine):
         prefix = self.prefill(prefix_ids, namespace=namespace)[0] if prefix_ids else None
         with _memory_errors():
             cache = generation_cache([prefix] if prefix is not None else [], len(token_ids), self._kinds)
-            self.forward(token_ids, cache)
-            return contiguous_copy(cut(layers_of(cache), len(prefix_ids)))
+            with self._maps_of(cache) as maps:
+                self.forward(token_ids, cache)
+            layers = contiguous_copy(cut(layers_of(cache), len(prefix_ids)))
+            if layers.states:
+                layers.states = replace(layers.states, maps=maps(len(token_ids)))
+            return layers
+
+    @contextmanager
+    def _maps_of(self, cache: Cache) -> Iterator[Callable[[int], Maps]]:
+        """`kvcag.cache.states.recording`, for a model whose documents it can merge; for others there are no maps."""
+        if not self._has_maps:
+            yield lambda tokens: ()
+            return
+        with recording(self.model, cache) as maps:
+            yield maps
+
+    @cached_property
+    def _has_maps(self) -> bool:
+        try:
+            with self.exclusive() as model:
+                check_mergeable(model)
+        except UnsupportedModelError:
+            return False
+        return self.is_recurrent
 
     # --- answering ---------------------------------------------------------------------------------------------
 
@@ -548,12 +573,21 @@ class HFEngine(Engine):
         """`forward`, and the likeliest token where the pass finds it."""
         prediction, start = Prediction(torch.empty(0)), 0
         while start < len(token_ids):
-            chunk = token_ids[start : start + self._chunk_tokens]
+            tokens = self._chunk_tokens
+            if self._kinds and self._reads_singly:
+                tokens = 1 if cache.get_seq_length() else len(token_ids)
+            chunk = token_ids[start : start + tokens]
             with self.exclusive():
                 captured = self._captured(chunk, cache) if self._cuda_graphs else None
                 prediction = captured or Prediction(self._uncaptured(chunk, cache))
             start += len(chunk)
         return prediction
+
+    @cached_property
+    def _reads_singly(self) -> bool:
+        """Whether only single tokens go on from the states of this model's recurrent layers."""
+        with self.exclusive() as model:
+            return ignores_states(model)
 
     def ask(self, token: Sequence[int] | torch.Tensor, cache: Cache, *, now: bool) -> Pending:
         """Ask for a step: `predict` of one token, together with those that other generations ask for."""
@@ -604,7 +638,7 @@ class HFEngine(Engine):
     def _captured(self, token_ids: Sequence[int] | torch.Tensor, cache: Cache) -> Prediction | None:
         """The pass as a CUDA graph. None where there is none for it."""
         past = cache.get_seq_length()
-        if past == 0 or self.device.type != "cuda":
+        if past == 0 or self.device.type != "cuda" or self._kinds:
             return None
         try:
             graphs = self._graphs
@@ -640,7 +674,8 @@ class HFEngine(Engine):
         began = time.thread_time()
         with _memory_errors(), self._attention(cache.get_seq_length(), len(token_ids)):
             model = self.model
-            logits: torch.Tensor = model(input_ids=ids, use_cache=True, **last, **cache_argument(model, cache)).logits
+            given = {**last, **cache_argument(model, cache), **position_argument(model, cache, len(token_ids))}
+            logits: torch.Tensor = model(input_ids=ids, use_cache=True, **given).logits
         count(cache, len(token_ids))
         self._fit_chunk(len(token_ids), time.thread_time() - began)
         return logits[:, -1]
@@ -670,7 +705,7 @@ class HFEngine(Engine):
 
     @cached_property
     def _by_position(self) -> bool:
-        if not self._attends_by_sdpa:
+        if not self._attends_by_sdpa or self._kinds:
             return False
         try:
             check_mergeable(self.model)

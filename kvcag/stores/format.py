@@ -67,7 +67,8 @@ class Manifest(BaseModel):
         records: the texts it was made from.
         metadata: JSON of the user.
         kinds: the model's layers, if some are recurrent (`kvcag.cache.layers.States`). Their states after the last
-            token are the tensors `states.<recurrent layer>.<n>`.
+            token are the tensors `states.<recurrent layer>.<n>`, and their maps, where the document can be merged,
+            `maps.<recurrent layer>`.
         is_exact: the loaded keys and values are bit for bit what the model computed; False after quantisation.
         checksums: XXH3-64, in hex, of each tensor's bytes. Empty for an item in memory.
     """
@@ -392,6 +393,9 @@ def _pieces(item: KVCacheItem, quantize: Quantize) -> list[bytes | memoryview]:
     layers = layers_of(item.memory)
     for row, states in enumerate(layers.states.tensors if layers.states else ()):
         tensors |= {f"states.{row}.{n}": t.detach().cpu().contiguous() for n, t in enumerate(states) if t is not None}
+    for row, of_layer in enumerate(layers.states.maps if layers.states else ()):
+        if of_layer is not None:
+            tensors[f"maps.{row}"] = of_layer.detach().cpu().contiguous()
     for index, (keys, values) in enumerate(layers):
         tensors |= _pack(f"layers.{index}.keys", keys, quantize)
         tensors |= _pack(f"layers.{index}.values", values, quantize)
@@ -471,7 +475,9 @@ class _Reader:
         names = [[f"states.{row}.{n}" for n in range(2 * count)] for row, count in enumerate(_counts(kinds))]
         held = self.header.specs
         rows = tuple(tuple(self.tensor(name).clone() if name in held else None for name in row) for row in names)
-        return States(kinds, rows)
+        counts = range(len(names)) if any(name.startswith("maps.") for name in held) else ()
+        maps = tuple(self.tensor(f"maps.{row}") if f"maps.{row}" in held else None for row in counts)
+        return States(kinds, rows, maps)
 
     def _layer(self, index: int) -> LayerKV:
         """Keys and values of one layer, `(1, kv_heads, seq_len, head_dim)` each."""

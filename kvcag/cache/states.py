@@ -1,0 +1,277 @@
+"""Recurrent layers: a document is an affine map of the state before it, `S_after = M · S_before + U`.
+
+`M` and `U` follow from the layer's inputs, so documents are composed in any order (`docs/merging.md`). `M` is measured
+and not read from a kernel: the layer is run once more over the same inputs, from a state to which the identity was
+added, and what its last state differs by is `M`. Which form `M` has is measured too, once a model: a matrix a head
+(gated delta nets), or a number a head (Mamba-2). A model for which neither fits is not merged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers.cache_utils import Cache
+
+from kvcag.cache.attention import decoder_of
+from kvcag.cache.layers import (
+    BETWEEN_LAYERS,
+    States,
+    cache_argument,
+    count,
+    generation_cache,
+    kinds_of,
+    lone_cache,
+    position_argument,
+    row_of,
+)
+from kvcag.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Form: TypeAlias = Literal["number", "matrix", "ignored", "unknown"]
+"""Of `M`. `ignored`: several tokens at once start from zero, whatever the state (Mamba, Jamba)."""
+
+Row: TypeAlias = tuple[torch.Tensor | None, ...]
+Maps: TypeAlias = tuple[torch.Tensor | None, ...]
+"""`M` of each recurrent layer, `(1, heads, 1, 1)` or `(1, heads, key_dim, key_dim)`, fp32; None where it has none."""
+
+_measured: WeakKeyDictionary[Any, dict[int, Form]] = WeakKeyDictionary()
+
+
+def ignores_states(model: PreTrainedModel) -> bool:
+    """Whether a pass of several tokens ignores the states before it, so that only single tokens go on from them."""
+    return bool(kinds_of(model)) and "ignored" in _forms(model).values()
+
+
+def check_affine(model: PreTrainedModel) -> None:
+    """Refuse a model with recurrent layers whose documents are no maps that we know.
+
+    Raises:
+        UnsupportedModelError: as said.
+    """
+    forms = set(_forms(model).values())
+    if forms & {"ignored", "unknown"}:
+        why = (
+            "ignore the state before a pass of several tokens, in this transformers"
+            if "ignored" in forms
+            else "change their states in a way that we do not know"
+        )
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has recurrent layers that {why}, so its documents cannot be merged. "
+            "strategy='exact', and prompts that begin alike, reuse what they have in common."
+        )
+
+
+@contextmanager
+def recording(model: PreTrainedModel, cache: Cache) -> Iterator[Callable[[int], Maps]]:
+    """Within it, forward passes over `cache` note what `M` is for all tokens that they read.
+
+    Gives a function that takes the number of these tokens and returns the maps of the recurrent layers.
+
+    Raises:
+        UnsupportedModelError: see `check_affine`.
+    """
+    check_affine(model)
+    forms = _forms(model)
+    maps: dict[int, torch.Tensor] = {}
+    read = dict.fromkeys(forms, 0)
+
+    def note(call: _LayerCall) -> None:
+        index = call.layer_idx
+        new = call.map(forms[index])
+        maps[index] = _through(new, maps[index]) if index in maps else new
+        read[index] += call.tokens
+
+    def found(tokens: int) -> Maps:
+        if any(seen != tokens for seen in read.values()):
+            return ()  # some passes did not run the model's own modules: the document is read where it stands
+        return tuple(maps.get(index) for index, (_, states) in enumerate(kinds_of(model)) if states)
+
+    with _watching(model, cache, set(forms), note):
+        yield found
+
+
+def behind(document: States, before: States | None, alone: States | None, tokens: int) -> States:
+    """The states after a document behind `before`, from those after it behind `alone`.
+
+    `M · S_before + U` is `S_document + M · (S_before - S_alone)`, so that `U` need not be kept. Of its last inputs, a
+    convolution has those from before where the document has fewer `tokens` than it looks back to.
+
+    Args:
+        document: with its maps.
+        before: None where nothing stands before.
+        alone: what it was encoded behind; None for nothing.
+        tokens: the document's length.
+    """
+    rows = []
+    for index, row in enumerate(document.tensors):
+        half = len(row) // 2
+        was, now = ([None] * len(row) if states is None else states.tensors[index] for states in (alone, before))
+        made: list[torch.Tensor | None] = []
+        for place, (state, old, new) in enumerate(zip(row, was, now, strict=True)):
+            if state is None:
+                made.append(None)
+                continue
+            old, new = (torch.zeros_like(state) if t is None else t.to(state.device) for t in (old, new))
+            if place < half:
+                made.append(torch.cat([new[..., tokens:], state[..., -min(tokens, state.shape[-1]) :]], dim=-1))
+            else:
+                through = document.maps[index]
+                assert through is not None
+                made.append((state.float() + _through(through, (new - old).float())).to(state.dtype))
+        rows.append(tuple(made))
+    return States(document.kinds, tuple(rows))
+
+
+def _through(matrix: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """`M` applied: a number a head, or a matrix."""
+    return matrix * state if matrix.shape[-1] == 1 else matrix @ state
+
+
+class _LayerCall:
+    """A recurrent layer's pass over some tokens, which can be repeated from another state."""
+
+    def __init__(
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Cache, before: Row, after: Row
+    ) -> None:
+        self.module, self.args, self.kwargs, self.cache = module, args, kwargs, cache
+        self.layer_idx = int(module.layer_idx)
+        hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+        self.tokens = hidden.shape[1]
+        half = len(after) // 2
+        self.conv, end = after[0], after[half]
+        assert self.conv is not None
+        assert end is not None
+        self.end = end.float().clone()
+        conv, start = before[0], before[half]
+        self.conv = torch.zeros_like(self.conv) if conv is None else conv
+        self.start = torch.zeros_like(end) if start is None else start
+        self.size = float(torch.maximum(self.start.abs().max(), end.abs().max()).float()) or 1.0
+        """States grow as they please; what is added to them is of their size, so that little is lost to rounding."""
+
+    def response(self, added: torch.Tensor) -> torch.Tensor:
+        """What the last state changes by, where `added` is added to the first, in fp32."""
+        cache = lone_cache(self.layer_idx, self.conv.clone(), self.start + added)
+        args = tuple(cache if each is self.cache else each for each in self.args)
+        kwargs = {name: cache if each is self.cache else each for name, each in self.kwargs.items()}
+        self.module.forward(*args, **kwargs)
+        end = row_of(cache, self.layer_idx)[1]
+        assert end is not None
+        return end.float() - self.end
+
+    def map(self, form: Form) -> torch.Tensor:
+        """`M` of this form."""
+        if form == "number":
+            return (self.response(torch.full_like(self.start, self.size)) / self.size).mean((-1, -2), keepdim=True)
+        keys, values = self.start.shape[-2:]
+        columns = []
+        for at in range(0, keys, values):  # as many columns of the identity as a state has
+            eye = torch.zeros_like(self.start)
+            width = min(values, keys - at)
+            eye[..., at : at + width, :width].diagonal(dim1=-2, dim2=-1).fill_(self.size)
+            columns.append(self.response(eye)[..., :width] / self.size)
+        return torch.cat(columns, dim=-1)
+
+    def form(self) -> Form:
+        """Which form predicts the response to a state that has nothing to do with it."""
+        noise = torch.randn(self.start.shape, generator=torch.Generator().manual_seed(0)) * self.size
+        added = noise.to(self.start)
+        response = self.response(added)
+        if not response.any():
+            return "ignored"
+        if self.start.ndim == 4:
+            rounding = _ROUNDING * added.norm()  # all that is left where a layer forgets at once
+            for form, allowed in _FORMS.items():
+                error = _through(self.map(form), added.float()) - response
+                if error.norm() < _TOLERANCE * response.norm() + allowed * rounding:
+                    return form
+        return "unknown"
+
+
+_FORMS: dict[Form, int] = {"number": 0, "matrix": 1}
+"""A number a head is a matrix, too: where rounding hides which it is, it is taken for a matrix."""
+_TOLERANCE, _ROUNDING = 0.01, 1e-5
+_TOKENS = 2
+
+
+def _forms(model: PreTrainedModel) -> dict[int, Form]:
+    """The form of `M` of each layer that has a recurrent state, measured once a model in two short passes."""
+    found = _measured.get(model)
+    if found is None:
+        token = BETWEEN_LAYERS.set(None)
+        try:
+            found = _measured[model] = _measure(model)
+        finally:
+            BETWEEN_LAYERS.reset(token)
+    return found
+
+
+@torch.no_grad()
+def _measure(model: PreTrainedModel) -> dict[int, Form]:
+    decoder = decoder_of(model)
+    kinds = kinds_of(model)
+    cache = generation_cache([], 2 * _TOKENS, kinds)
+    ids = (torch.arange(2 * _TOKENS, device=model.device) * 7919 + 11) % decoder.config.vocab_size
+    found: dict[int, Form] = {}
+
+    def note(call: _LayerCall) -> None:
+        found[call.layer_idx] = call.form()
+
+    def run(part: torch.Tensor) -> None:
+        given = {**cache_argument(decoder, cache), **position_argument(decoder, cache, len(part))}
+        decoder(input_ids=part[None], use_cache=True, **given)
+        count(cache, len(part))
+
+    run(ids[:_TOKENS])
+    keeps = {index for index, (_, states) in enumerate(kinds) if states and _recurs(row_of(cache, index))}
+    simple = {index for index in keeps if len(row_of(cache, index)) == 2}
+    with _watching(model, cache, simple, note):
+        run(ids[_TOKENS:])
+    return {index: found.get(index, "unknown") for index in keeps}
+
+
+def _recurs(row: Row) -> bool:
+    return any(state is not None for state in row[len(row) // 2 :])
+
+
+@contextmanager
+def _watching(
+    model: PreTrainedModel, cache: Cache, indices: set[int], note: Callable[[_LayerCall], None]
+) -> Iterator[None]:
+    """Within it, `note` is called after each of these layers' passes over `cache`; other caches are not looked at."""
+    before: dict[int, Row] = {}
+
+    def is_ours(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        return any(each is cache for each in (*args, *kwargs.values()))
+
+    # While another thread removes hooks of its own, torch may call ours without the keyword arguments.
+    def enter(module: Any, args: tuple[Any, ...], *rest: dict[str, Any]) -> None:
+        if rest and is_ours(args, rest[0]):
+            row = row_of(cache, module.layer_idx)
+            before[module.layer_idx] = tuple(t if t is None else t.clone() for t in row)
+
+    def leave(module: Any, args: tuple[Any, ...], *rest: Any) -> None:
+        if len(rest) == 2 and is_ours(args, rest[0]):
+            row = row_of(cache, module.layer_idx)
+            note(_LayerCall(module, args, rest[0], cache, before.pop(module.layer_idx), row))
+
+    handles = []
+    try:
+        for module in decoder_of(model).modules():
+            if getattr(module, "layer_idx", None) in indices and _convolves(module):
+                handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+                handles.append(module.register_forward_hook(leave, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _convolves(module: torch.nn.Module) -> bool:
+    """Whether it is the part of a layer that keeps states: it has a convolution of its own."""
+    return any(isinstance(child, torch.nn.Conv1d) for child in module.children())
