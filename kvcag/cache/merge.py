@@ -179,7 +179,7 @@ def _read(model: PreTrainedModel, layers: Layers, states: States | None, ids: to
     decoder = decoder_of(model)
     before = [Layers(cut(layers, 0, start), states, start)] if start else []
     cache = generation_cache(before, len(ids), kinds_of(model))
-    for chunk in ids.split(_READ):
+    for chunk in torch.split(ids, _READ):
         given = {**cache_argument(decoder, cache), **position_argument(decoder, cache, len(chunk))}
         decoder(input_ids=chunk[None].to(model.device), use_cache=True, **given)
         count(cache, len(chunk))

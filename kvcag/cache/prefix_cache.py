@@ -43,10 +43,13 @@ class _Node:
 
     def shares(self, other: _Node) -> bool:
         """Whether both hold parts of the same memory, as the halves of a split node do."""
-        return bool(len(self.layers)) and _memory(self) == _memory(other)
+        return _memory(self) is not None and _memory(self) == _memory(other)
 
 
-def _memory(node: _Node) -> int:
+def _memory(node: _Node) -> int | None:
+    """Where its keys and values lie; None for a model without attention layers."""
+    if not len(node.layers):
+        return None
     return node.layers[0][0].untyped_storage().data_ptr()
 
 

@@ -144,12 +144,12 @@ class _LayerCall:
         hidden: torch.Tensor = args[0] if args else kwargs["hidden_states"]
         self.tokens = hidden.shape[1]
         half = len(after) // 2
-        self.conv, end = after[0], after[half]
-        assert self.conv is not None
+        last, end = after[0], after[half]
+        assert last is not None
         assert end is not None
         self.end = end.float().clone()
         conv, start = before[0], before[half]
-        self.conv = torch.zeros_like(self.conv) if conv is None else conv
+        self.conv = torch.zeros_like(last) if conv is None else conv
         self.start = torch.zeros_like(end) if start is None else start
         self.size = float(torch.maximum(self.start.abs().max(), end.abs().max()).float()) or 1.0
         """States grow as they please; what is added to them is of their size, so that little is lost to rounding."""

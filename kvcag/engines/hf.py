@@ -475,12 +475,14 @@ class HFEngine(Engine):
 
     @cached_property
     def _has_maps(self) -> bool:
+        if not self._kinds:
+            return False
         try:
             with self.exclusive() as model:
                 check_mergeable(model)
         except UnsupportedModelError:
             return False
-        return self.is_recurrent
+        return True
 
     # --- answering ---------------------------------------------------------------------------------------------
 
