@@ -172,18 +172,20 @@ def calibrate(
         ],
     )
     calibration.save()
-    _calibrations[engine] = calibration
+    _calibrations.setdefault(engine, {})[calibration.fingerprint] = calibration
     return calibration
 
 
 def calibration_of(engine: Engine) -> Calibration | None:
     """What `calibrate` measured of this model, now or in another process; None if it was never called."""
-    if engine not in _calibrations:
-        _calibrations[engine] = Calibration.load(engine.fingerprint.digest)
-    return _calibrations[engine]
+    digest, known = engine.fingerprint.digest, _calibrations.setdefault(engine, {})
+    if digest not in known:
+        known[digest] = Calibration.load(digest)
+    return known[digest]
 
 
-_calibrations: WeakKeyDictionary[Engine, Calibration | None] = WeakKeyDictionary()
+_calibrations: WeakKeyDictionary[Engine, dict[str, Calibration | None]] = WeakKeyDictionary()
+"""By the digest of the fingerprint: an engine may switch adapters."""
 
 
 class _Probe:
@@ -261,12 +263,13 @@ def usual_drift_of(engine: HFEngine) -> UsualDrift | None:
     is too short for two of the passages.
     """
     with _learning:
-        if engine not in _drifts:
-            _drifts[engine] = _usual_drift(engine)
-        return _drifts[engine]
+        digest, known = engine.fingerprint.digest, _drifts.setdefault(engine, {})
+        if digest not in known:
+            known[digest] = _usual_drift(engine)
+        return known[digest]
 
 
-_drifts: WeakKeyDictionary[HFEngine, UsualDrift | None] = WeakKeyDictionary()
+_drifts: WeakKeyDictionary[HFEngine, dict[str, UsualDrift | None]] = WeakKeyDictionary()
 _learning = threading.RLock()
 
 

@@ -351,10 +351,10 @@ class IdleWork:
                 thread.start()
                 self._thread = thread
 
-    def cancel(self, namespace: str) -> None:
+    def cancel(self, namespace: str | None) -> None:
         """Drop a namespace's contexts; the one that is being encoded stops between two layers."""
         with self._lock:
-            dropped = [work for work in self._queue if work[0] == namespace]
+            dropped = [work for work in self._queue if namespace in (None, work[0])]
             cancelled = [self._queue.pop(work) for work in dropped]
         for one in cancelled:
             one.cancel()

@@ -148,7 +148,6 @@ class EchoEngine(Engine):
             architecture=type(self).__name__,
             dtype="uint8",
             geometry="0x0x0",
-            rope="{}",
             weights="",
             tokenizer="bytes",
             template=hashlib.sha256(CHATML.encode()).hexdigest(),

@@ -15,7 +15,6 @@ FINGERPRINT = ModelFingerprint(
     architecture="LlamaForCausalLM",
     dtype="bfloat16",
     geometry="3x2x8",
-    rope="{}",
     weights="a" * 64,
     tokenizer="b" * 64,
     template="c" * 64,

@@ -272,10 +272,10 @@ class MergeHistory:
                 most = max(counts.values())  # a namespace with fewer loses none to another
                 del self._contexts[next(key for key in self._contexts if counts[key[0]] == most)]
 
-    def clear(self, namespace: str) -> None:
-        """Forget a namespace's contexts."""
+    def clear(self, namespace: str | None) -> None:
+        """Forget a namespace's contexts; None for all."""
         with self._lock:
-            for key in [key for key in self._contexts if key[0] == namespace]:
+            for key in [key for key in self._contexts if namespace in (None, key[0])]:
                 del self._contexts[key]
 
 

@@ -105,6 +105,7 @@ class PrefixCache:
         self._roots: dict[tuple[str, bool], _Node] = {}
         self._clock = 0
         self._epochs: dict[str, int] = {}
+        self._cleared = 0
         self._lock = threading.Lock()
 
     def match(self, token_ids: Sequence[int], namespace: str = "", *, merged: bool = False) -> tuple[int, list[Layers]]:
@@ -189,7 +190,7 @@ class PrefixCache:
         if not len(wanted):
             return
         with self._lock:
-            if epoch is not None and epoch != self._epochs.get(namespace, 0):
+            if epoch is not None and epoch != self._epochs.get(namespace, 0) + self._cleared:
                 return
             path = self._path(wanted, namespace, merged)
             matched = sum(shared for _, shared in path)
@@ -215,7 +216,7 @@ class PrefixCache:
     def epoch(self, namespace: str = "") -> int:
         """How often a namespace was cleared. Work that began before must not put its result back."""
         with self._lock:
-            return self._epochs.get(namespace, 0)
+            return self._epochs.get(namespace, 0) + self._cleared
 
     def replace_merged(self, token_ids: Sequence[int], layers: Sequence[LayerKV], namespace: str = "") -> None:
         """Put better keys and values in the place of those of a merged context; what follows it stays.
@@ -240,8 +241,10 @@ class PrefixCache:
     def clear(self, namespace: str | None = None) -> None:
         """Forget everything, or everything of one namespace."""
         with self._lock:
-            for name in {name for name, _ in self._roots} if namespace is None else [namespace]:
-                self._epochs[name] = self._epochs.get(name, 0) + 1
+            if namespace is None:
+                self._cleared += 1
+            else:
+                self._epochs[namespace] = self._epochs.get(namespace, 0) + 1
             for root in [root for root in self._roots if namespace is None or root[0] == namespace]:
                 self._count(root[0], -sum(node.nbytes for node in _below(self._roots.pop(root))))
 

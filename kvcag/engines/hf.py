@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
+import operator
+import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -61,7 +63,7 @@ from kvcag.engines.decode import (
 from kvcag.engines.sampling import Sampler, Sampling
 from kvcag.engines.steps import Alone, Steps
 from kvcag.errors import CacheWarning, DeviceMemoryError, EmptyPromptError, UnsupportedModelError, WarnOnce
-from kvcag.fingerprint import ModelFingerprint
+from kvcag.fingerprint import ModelFingerprint, weights_state
 
 if TYPE_CHECKING:
     from kvcag.engines.cuda.graphs import Graphs
@@ -134,6 +136,9 @@ class HFEngine(Engine):
         self.merge_history = MergeHistory()
         self._in_flight = InFlight()
         self._idle = IdleWork()
+        self._weights: tuple[list[object], list[object]] = [], []
+        self._fingerprint: ModelFingerprint | None = None
+        self._fingerprint_lock = threading.Lock()
         self._chunk_tokens = _FIRST_CHUNK
         self._state_distance = 0  # tokens whose keys and values take as many bytes as the states; not known yet
         self._notices = WarnOnce()
@@ -181,10 +186,24 @@ class HFEngine(Engine):
 
     # --- what it is --------------------------------------------------------------------------------------------
 
-    @cached_property
+    @property
     def fingerprint(self) -> ModelFingerprint:
-        """Which model this is; every cache carries it."""
-        return ModelFingerprint.of(self.model, self.tokenizer)
+        """Which model this is; every cache carries it.
+
+        It is taken again when weights were replaced or edited in place, or adapters loaded, switched, merged or
+        unloaded. What was kept of the model before is forgotten then.
+        """
+        tensors, state = weights_state(self.model)
+        with self._fingerprint_lock:
+            known, taken = self._weights, self._fingerprint
+            if taken is not None and state == known[1] and all(map(operator.is_, tensors, known[0])):
+                return taken
+            found = ModelFingerprint.of(self.model, self.tokenizer)
+            self._weights, self._fingerprint = (tensors, state), found
+        if taken is not None and not found.matches(taken):
+            self.forget(None)
+            self.__dict__.pop("_graphs", None)  # they read the weights where these were
+        return found
 
     @property
     def model_name(self) -> str:
@@ -411,11 +430,12 @@ class HFEngine(Engine):
 
     def known_prefix(self, token_ids: Sequence[int], namespace: str = "", *, merged: bool = False) -> int:
         """How many tokens at the beginning of these are among the recent contexts; merged ones count if `merged`."""
+        _ = self.fingerprint  # forgets what another adapter computed
         exact = self.prefixes.match(token_ids, namespace)[0]
         return max(exact, self.prefixes.match(token_ids, namespace, merged=True)[0]) if merged else exact
 
-    def forget(self, namespace: str = "") -> None:
-        """Drop a namespace's recent contexts, and what is encoded for it in the background."""
+    def forget(self, namespace: str | None = "") -> None:
+        """Drop a namespace's recent contexts, and what is encoded for it in the background; None for all."""
         self.prefixes.clear(namespace)  # first: what ends from now on sees that it came too late
         self._idle.cancel(namespace)
         self.merge_history.clear(namespace)

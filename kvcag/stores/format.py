@@ -548,7 +548,7 @@ def read_sealed(path: str | os.PathLike[str], kind: str | None, version: int) ->
     try:
         body = json.loads(data)
         found, number, seal_found = body.pop("format"), int(body.pop("version")), body.pop("checksum")
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise CorruptItemError(path, f"it is not a manifest ({error})") from error
     if kind is not None and found != kind:
         raise FormatError(

@@ -32,7 +32,7 @@ def verdict(strategy: Any, ratio: float, kl: float, cost: float) -> Verdict:
 
 
 def known(engine: HFEngine, *verdicts: Verdict) -> HFEngine:
-    _calibrations[engine] = Calibration(
+    _calibrations.setdefault(engine, {})[engine.fingerprint.digest] = Calibration(
         fingerprint=engine.fingerprint.digest, probes=1, context_tokens=9, verdicts=list(verdicts)
     )
     return engine

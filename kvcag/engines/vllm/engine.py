@@ -195,7 +195,6 @@ class VLLMEngine(Engine):
             architecture=type(self).__name__,
             dtype="the server's",
             geometry="",
-            rope="{}",
             weights=hashlib.sha256(self.model_name.encode()).hexdigest(),
             tokenizer=ids_digest(self.template.encode(str(PROBE[0]["content"]))),
             template=ids_digest(self.template.prompt(PROBE).token_ids) if self.template.has_template else "",

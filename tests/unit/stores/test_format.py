@@ -335,6 +335,13 @@ def test_a_sealed_manifest_comes_back_as_it_was(tmp_path: Path) -> None:
     assert read_sealed(tmp_path / "m.json", "a kind", 3) == content
 
 
+def test_a_manifest_of_version_infinity_is_damaged(tmp_path: Path) -> None:
+    """Found by fuzzing: an OverflowError."""
+    (tmp_path / "m.json").write_text('{"format": "a kind", "version": Infinity, "checksum": ""}')
+    with pytest.raises(CorruptItemError, match="not a manifest"):
+        read_sealed(tmp_path / "m.json", "a kind", 3)
+
+
 def test_each_value_of_a_sealed_manifest_is_under_its_checksum(tmp_path: Path) -> None:
     path = tmp_path / "m.json"
     path.write_text(sealed("a kind", 3, {"items": ["a"], "count": 1}))
