@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iter
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import islice
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 T = TypeVar("T")
@@ -334,8 +335,12 @@ Encode: TypeAlias = Callable[[tuple[int, ...], str], None]
 """Called as `encode(token_ids, namespace)`."""
 
 
+_MOST_WAITING = 64
+"""Contexts that wait to be encoded. A model that is never idle must not collect them for ever."""
+
+
 class IdleWork:
-    """A queue of contexts and the thread that works on it."""
+    """A queue of contexts and the thread that works on it. Of too many, the one that waits for longest is dropped."""
 
     def __init__(self) -> None:
         self._queue: dict[tuple[str, tuple[int, ...]], Cancellation] = {}
@@ -346,6 +351,8 @@ class IdleWork:
         """Have a context encoded, unless it waits for that already. Returns at once."""
         with self._lock:
             self._queue.setdefault((namespace, token_ids), Cancellation())
+            if len(self._queue) > _MOST_WAITING + 1:
+                del self._queue[next(islice(self._queue, 1, None))]  # the first one is being encoded
             if self._thread is None:
                 thread = threading.Thread(target=self._work, args=(encode,), name="kvcag-idle", daemon=True)
                 thread.start()

@@ -113,6 +113,7 @@ class KVCacheMemory:
     @store.setter
     def store(self, store: KVStore) -> None:
         self.documents = replace(self.documents, store=store)
+        self._contexts.clear()
 
     @classmethod
     def from_config(cls, config: KVCacheMemoryConfig | dict[str, Any]) -> KVCacheMemory:

@@ -129,15 +129,15 @@ class KVStore(ABC):
     def erase(self, keys: Iterable[str]) -> DeletionReport:
         """Delete items, go on after a failure, and report. Work under way does not bring them back (`keeping`)."""
         chosen = dict.fromkeys(keys)
-        self._announce(lambda manifest: manifest.id in chosen)
         report = DeletionReport({self.place: []})
-        for key in chosen:
-            try:
-                if self.contains(key):
-                    self.delete([key])
-                    report.deleted[self.place].append(key)
-            except StoreError as error:
-                report.failed[key] = str(error)
+        with self._announced(lambda manifest: manifest.id in chosen):
+            for key in chosen:
+                try:
+                    if self.contains(key):
+                        self.delete([key])
+                        report.deleted[self.place].append(key)
+                except StoreError as error:
+                    report.failed[key] = str(error)
         return report
 
     def purge(self, source: str) -> DeletionReport:
@@ -159,8 +159,20 @@ class KVStore(ABC):
 
     _erasures = 0
 
+    @contextmanager
+    def _announced(self, chosen: Callable[[Manifest], bool]) -> Iterator[None]:
+        """Announce a deletion before items are looked for and when they are gone.
+
+        Before: what work under way puts later would not be found. After: others may have read an item in between.
+        """
+        self._announce(chosen)
+        try:
+            yield
+        finally:
+            self._announce(chosen)
+
     def _announce(self, chosen: Callable[[Manifest], bool]) -> None:
-        """Tell work under way, before items are looked for: what it puts later would not be found."""
+        """Count a deletion, and tell work under way of it."""
         self._erasures += 1
         with _working:
             for work in _under_way:
@@ -174,20 +186,20 @@ class KVStore(ABC):
             chosen: takes everything about an item but its tensors. It is also called for items that are being made.
             unreadable: delete items that cannot be read, too. By default the report says that they failed.
         """
-        self._announce(chosen)
         report = DeletionReport({self.place: []})
-        try:
-            for item in list(self.listing()):
-                if item.manifest is None and not unreadable:
-                    report.failed[item.name] = item.error
-                elif item.manifest is None or chosen(item.manifest):
-                    try:
-                        item.delete()
-                        report.deleted[self.place].append(item.name)
-                    except StoreError as error:
-                        report.failed[item.name] = str(error)
-        except StoreError as error:
-            report.failed[self.place] = str(error)
+        with self._announced(chosen):
+            try:
+                for item in list(self.listing()):
+                    if item.manifest is None and not unreadable:
+                        report.failed[item.name] = item.error
+                    elif item.manifest is None or chosen(item.manifest):
+                        try:
+                            item.delete()
+                            report.deleted[self.place].append(item.name)
+                        except StoreError as error:
+                            report.failed[item.name] = str(error)
+            except StoreError as error:
+                report.failed[self.place] = str(error)
         return report
 
     @contextmanager

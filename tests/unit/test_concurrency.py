@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from kvcag import concurrency as streams
-from tests.waits import awaited
+from tests.waits import awaited, joined
 
 
 class Source:
@@ -106,3 +106,19 @@ async def test_cancelling_stops_the_stream_after_the_running_step() -> None:
     given = source.given
     await asyncio.sleep(0.2)
     assert source.given == given <= 4
+
+
+def test_contexts_that_wait_for_an_idle_model_are_limited() -> None:
+    idle, encoded, may_go_on = streams.IdleWork(), list[int](), threading.Event()
+
+    def encode(token_ids: tuple[int, ...], namespace: str) -> None:
+        may_go_on.wait(10)
+        encoded.append(token_ids[0])
+
+    for token in range(1000):
+        idle.encode((token,), "", encode)
+    worker = idle._thread
+    assert worker is not None
+    may_go_on.set()
+    joined([worker])
+    assert encoded == [0, *range(936, 1000)]

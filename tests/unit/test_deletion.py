@@ -42,6 +42,7 @@ SECRET = "Ada's password is swordfish."
 OTHER = "The harbour opens at five."
 PROMPT = ChatPromptTemplate.from_messages([("system", "Answer from:\n\n{context}"), ("human", "{input}")])
 DOCUMENTS = [Document(SECRET), Document(OTHER)]
+QUESTION = [{"role": "user", "content": "What?"}]
 
 
 def holding(folder: Path, text: str) -> list[Path]:
@@ -445,3 +446,27 @@ def test_no_log_holds_a_hash_of_a_text(tiny_engine: HFEngine, tmp_path: Path, ca
         purged = memory.documents.key(memory.engine.template.encode_text(f"{SECRET}\n\n")).removeprefix("kv:sha256:")
         for path in tmp_path.iterdir():
             assert path.is_dir() or purged.encode() not in path.read_bytes()
+
+
+def test_a_context_that_is_read_while_another_door_deletes_it_is_not_remembered(tiny_engine: HFEngine) -> None:
+    class Slow(MemoryStore):
+        def delete(self, keys: Any) -> None:
+            reader.with_context(id, QUESTION)
+            super().delete(keys)
+
+    store = Slow()
+    reader = KVCacheMemory(tiny_engine, store)
+    id = reader.create_context([SECRET])
+    for delete in (lambda: store.purge(SECRET), lambda: store.erase([id])):
+        delete()
+        with pytest.raises(InvalidInputError, match="there is no context"):
+            reader.with_context(id, QUESTION)
+        reader.create_context([SECRET])
+
+
+def test_a_memory_with_another_store_forgets_the_contexts_of_the_first(tiny_engine: HFEngine) -> None:
+    memory = KVCacheMemory(tiny_engine)
+    id = memory.create_context([SECRET])
+    memory.store = MemoryStore()
+    with pytest.raises(InvalidInputError, match="there is no context"):
+        memory.with_context(id, QUESTION)
