@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass, replace
 from operator import itemgetter
@@ -28,6 +28,7 @@ from langchain_core.output_parsers.openai_tools import JsonOutputKeyToolsParser,
 from langchain_core.outputs import ChatGenerationChunk
 from langchain_core.runnables import Runnable, RunnableMap, RunnablePassthrough
 from langchain_core.utils.function_calling import convert_to_json_schema, convert_to_openai_tool
+from langchain_core.utils.json import parse_partial_json
 from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import BaseModel
 
@@ -37,7 +38,7 @@ from kvcag.core import Chunk, Usage
 from kvcag.documents import segment
 from kvcag.engines.constrain import ConstraintLike, Grammar, JsonSchema, close_objects
 from kvcag.errors import InvalidInputError, UnsupportedContentError
-from kvcag.tools import Parsed, ToolSpec
+from kvcag.tools import CallParser, Parsed, ToolCall, ToolSpec
 
 _NOTE, _ENDING = "kvcag_documents", "kvcag_ending"
 """Keys in `additional_kwargs`: the indices of a message's document blocks, and what ends the last of them where it is
@@ -185,7 +186,7 @@ def _text(block: str | Mapping[str, Any], message: BaseMessage) -> str:
 def generation_chunks(
     chunks: Generator[Chunk, None, None], model_name: str, plan: ToolSpec | None = None, *, json_answer: bool = False
 ) -> Generator[ChatGenerationChunk, None, None]:
-    """An answer in pieces. Only the last one has tool calls, usage, the finish reason and the model's name.
+    """An answer in pieces. Only the last one has usage, the finish reason and the model's name.
 
     Args:
         chunks: the engine's; closed with this generator.
@@ -194,27 +195,34 @@ def generation_chunks(
         json_answer: an answer that calls no tool is JSON, and not an invalid call.
     """
     parser = plan.parser() if plan else None
+    streamed = _CallStream(parser, {tool.name for tool in plan.offered}) if parser and plan else None
     written = shown = ""
     with closing(chunks):
         for chunk in chunks:
             text = parser.push(chunk.text) if parser else chunk.text
             written, shown = written + chunk.text, shown + text
             if chunk.usage is None:
-                # Also where the text is empty: the reader can close the stream between any two steps.
-                yield ChatGenerationChunk(message=AIMessageChunk(content=text))
+                begun = streamed.push(shown) if streamed and not json_answer else []
+                # Also where it is empty: the reader can close the stream between any two steps.
+                yield ChatGenerationChunk(message=AIMessageChunk(content=text, tool_call_chunks=begun))
                 continue
             calls: list[ToolCallChunk] = []
-            if parser:
+            if parser and streamed:
                 parsed = parser.close()
                 if json_answer and not parsed.calls:
                     text += written[len(shown) :]
                 else:
                     text += parser.rest
-                    calls = _call_chunks(parsed, first=int(bool(shown + text)))
-            yield ChatGenerationChunk(message=_last(chunk, chunk.usage, text, calls, model_name))
+                    calls = streamed.close(parsed, shown + text)
+            finish: str | None = chunk.finish_reason
+            if streamed and streamed.begun and finish == "stop":
+                finish = "tool_calls"
+            yield ChatGenerationChunk(message=_last(chunk.usage, text, calls, model_name, finish))
 
 
-def _last(chunk: Chunk, usage: Usage, text: str, calls: list[ToolCallChunk], model_name: str) -> AIMessageChunk:
+def _last(
+    usage: Usage, text: str, calls: list[ToolCallChunk], model_name: str, finish_reason: str | None
+) -> AIMessageChunk:
     return AIMessageChunk(
         content=text,
         tool_call_chunks=calls,
@@ -222,21 +230,75 @@ def _last(chunk: Chunk, usage: Usage, text: str, calls: list[ToolCallChunk], mod
         response_metadata={
             "model_name": model_name,
             "model_provider": "kvcag",
-            "finish_reason": "tool_calls" if calls and chunk.finish_reason == "stop" else chunk.finish_reason,
+            "finish_reason": finish_reason,
             "kvcag": _report(usage),
         },
         chunk_position="last",
     )
 
 
-def _call_chunks(parsed: Parsed, first: int) -> list[ToolCallChunk]:
-    """Calls, valid and invalid. The reason stands before an invalid call's text, or LangChain completes it."""
-    written = [(call.name, json.dumps(call.arguments, ensure_ascii=False), call.id) for call in parsed.calls]
-    written += [(call.name or "", f"{call.error}: {call.text}", call.id) for call in parsed.invalid_calls]
-    return [
-        tool_call_chunk(name=name, args=args, id=id, index=index)
-        for index, (name, args, id) in enumerate(written, start=first)
-    ]
+class _CallStream:
+    """Tool calls as chunks: first the name and the id, then the arguments as they are written.
+
+    Args:
+        parser: of the answer.
+        names: the tools that were offered.
+
+    Attributes:
+        begun: there was a call.
+    """
+
+    def __init__(self, parser: CallParser, names: Set[str]) -> None:
+        self._parser = parser
+        self._names = names
+        self._sent: list[str] = []
+        self._first = 0
+        self.begun = False
+
+    def push(self, shown: str) -> list[ToolCallChunk]:
+        """What was written since, behind the text that was shown."""
+        chunks = []
+        for at, (name, arguments) in enumerate(self._parser.written()):
+            if name not in self._names or not arguments.startswith("{"):
+                break
+            if at == len(self._sent):
+                self._first = self._first if at else int(bool(shown))
+                chunks.append(self._chunk(at, name, arguments, ToolCall(name, {}).id))
+                self._sent.append(arguments)
+            elif arguments != self._sent[at]:
+                chunks.append(self._chunk(at, None, arguments[len(self._sent[at]) :]))
+                self._sent[at] = arguments
+        return chunks
+
+    def close(self, parsed: Parsed, shown: str) -> list[ToolCallChunk]:
+        """The rest, and the invalid calls."""
+        chunks, begun = self.push(shown), len(self._sent)
+        invalid = list(parsed.invalid_calls)
+        for at in range(len(parsed.calls), begun):  # the last one, which was cut
+            error = invalid.pop(0).error if invalid else "cut off"
+            chunks.append(self._chunk(at, None, f"{_breaking(self._sent[at])} {error}"))
+        rest = [(call.name, json.dumps(call.arguments, ensure_ascii=False), call.id) for call in parsed.calls[begun:]]
+        # The reason stands before an invalid call's text, or LangChain completes it.
+        rest += [(call.name or "", f"{call.error}: {call.text}", call.id) for call in invalid]
+        self._first = self._first if begun else int(bool(shown))
+        return chunks + [self._chunk(at, *call) for at, call in enumerate(rest, start=begun)]
+
+    def _chunk(self, at: int, name: str | None, arguments: str, id: str | None = None) -> ToolCallChunk:
+        self.begun = True
+        return tool_call_chunk(name=name, args=arguments, id=id, index=self._first + at)
+
+
+def _breaking(text: str) -> str:
+    """What makes JSON that was cut invalid: LangChain would complete it, and call with half of the arguments."""
+    endings = ("]", "}", '"]', '"}', '""]', '""}')
+    return next(ending for ending in endings if not isinstance(_completed(text + ending), dict))
+
+
+def _completed(text: str) -> Any:
+    try:
+        return parse_partial_json(text)
+    except ValueError:
+        return None
 
 
 def _usage_metadata(usage: Usage) -> UsageMetadata:
