@@ -23,8 +23,8 @@ from kvcag.memory import KVCacheMemory, open_store
 from kvcag.stores.base import KVStore
 from kvcag.tools import ToolSpec, tool_messages, tool_spec
 
-SAMPLING_SETTINGS = tuple(field.name for field in fields(Sampling))
-"""Settings of an answer that a call may give, beside `MERGE_SETTINGS`."""
+SAMPLING_SETTINGS = tuple(field.name for field in fields(Sampling) if field.name != "top_logprobs")
+"""Settings of an answer that a call may give, beside `MERGE_SETTINGS`. LangChain alone shows log-probabilities."""
 
 MERGE_SETTINGS = {"merge_strategy": "strategy", "recompute_ratio": "ratio", "max_kl": "max_kl"}
 """The adapters' names for arguments of `KVCacheMemory.stream`."""

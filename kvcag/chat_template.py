@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Message: TypeAlias = Mapping[str, Any]
 """`{"role": …, "content": …}`; the content is a str, None, or a list of str, `Document` and
-`{"type": "text", "text": …}` parts."""
+`{"type": "text", "text": …}` parts. A last message of the assistant with `"prefix": True` is the beginning of its answer."""
 
 Seams: TypeAlias = Literal["endings", "documents", "none"]
 """How the documents of a prompt are joined: see `ChatTemplate.prompt`."""
@@ -40,6 +40,8 @@ _LIKE_CONTROL = (
 )
 """What control tokens of the known model families look like."""
 _PROBE = "kvcag-probe-9a41"
+_OPEN_END = f"kvcag-end-{secrets.token_hex(8)}"
+"""Stands in a rendered text at the end of an answer that is to be continued."""
 _LINE, _WORD = "\n\n", "x"
 """What a segment is tokenised behind, and before."""
 _SEAM = 24
@@ -286,8 +288,8 @@ class ChatTemplate:
             raise EmptyPromptError("there are no messages: pass at least one user message")
         joined = [{**message, "content": "".join(message["content"])} for message in normal]
         roles, groups = _take_documents(normal)
-        text = self.render(normal, tools=tools, add_generation_prompt=add_generation_prompt)
-        thinking = add_generation_prompt and text.rstrip().endswith("<think>")
+        text = self._render_open(normal, tools, add_generation_prompt)
+        thinking = add_generation_prompt and _thinks(text, normal[-1])
         bos = self.bos_ids
         if not groups:
             return Prompt((), (), bos + self.encode(text), thinking)
@@ -305,10 +307,26 @@ class ChatTemplate:
         if seams != "none" or len(documents) == 1:
             made = self._with_documents(made, texts, groups, whole=seams != "endings")
         if seams == "none":
-            shown = self.render(joined, tools=tools, add_generation_prompt=add_generation_prompt)
+            shown = self._render_open(joined, tools, add_generation_prompt)
             token_ids = bos + self.encode(shown)
             return made if made.token_ids == token_ids else _split_around(token_ids, made, "".join(documents))
         return made
+
+    def _render_open(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, add_generation_prompt: bool
+    ) -> str:
+        """As `render`. A last message that is a prefix stays open, and opens no turn behind it."""
+        last = messages[-1]
+        if not (add_generation_prompt and last.get("prefix") and last["role"] == "assistant"):
+            return self.render(messages, tools=tools, add_generation_prompt=add_generation_prompt)
+        marked = {"role": "assistant", "content": f"{last['content']}{_OPEN_END}"}
+        text = self.render([*messages[:-1], marked], tools=tools, add_generation_prompt=False)
+        before, found, _ = text.partition(_OPEN_END)
+        if not found:
+            raise ChatTemplateError(
+                "the chat template does not show the answer that is to be continued. End with a user message."
+            )
+        return before
 
     def _with_documents(
         self, prompt: Prompt, texts: Sequence[str], groups: Sequence[Sequence[Document]], *, whole: bool
@@ -539,6 +557,13 @@ def _normal(message: Message) -> dict[str, Any]:
     parts = _parts(_checked(message))
     has_document = any(isinstance(part, Document) for part in parts)
     return {**message, "content": parts if has_document else "".join(parts)}
+
+
+def _thinks(text: str, last: Message) -> bool:
+    """Whether the answer behind a rendered prompt begins within a thinking block."""
+    if last.get("prefix"):
+        return "<think>" in last["content"] and "</think>" not in last["content"].rpartition("<think>")[2]
+    return text.rstrip().endswith("<think>")
 
 
 def _opens(text: str) -> bool:

@@ -333,10 +333,19 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenScore:
+    """A token's text and its log-probability."""
+
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """A piece of an answer. The last one has `finish_reason` and `usage`, and whatever text was held back.
 
-    `thinking` is the piece of `<think>…</think>` that `strip_thinking` left out of the text.
+    `thinking` is the piece of `<think>…</think>` that `strip_thinking` left out of the text. `scores` has the token's
+    log-probability, and then those of the likeliest tokens at its place, if `Sampling.top_logprobs` asked for them.
     """
 
     text: str
@@ -344,6 +353,7 @@ class Chunk:
     finish_reason: FinishReason | None = None
     usage: Usage | None = None
     thinking: str = ""
+    scores: tuple[TokenScore, ...] = ()
 
     def __str__(self) -> str:
         return self.text

@@ -34,6 +34,7 @@ class Engine(ABC):
 
     Attributes:
         merges: its caches can be put together in any order. Such an engine is an `HFEngine` or behaves as one.
+        has_logprobs: it knows the log-probabilities of an answer's tokens.
         seams: how the documents of a prompt that is read in order are joined: see `ChatTemplate.prompt`.
         answers_at_once: how many answers to a list of questions are generated at a time.
         item_type: what `encode_item` returns.
@@ -43,6 +44,7 @@ class Engine(ABC):
 
     merges: ClassVar[bool] = False
     answers_at_once: int = 32
+    has_logprobs: ClassVar[bool] = False
     seams: Seams = "none"
     item_type: ClassVar[type[EncodedItem]]
     template: ChatTemplate
@@ -185,8 +187,16 @@ class Engine(ABC):
         """
 
     def sampling(self, **given: Any) -> Sampling:
-        """The settings of one call: what is given, else the engine's defaults. Unknown names are refused."""
-        return Sampling.over(self.defaults, given)
+        """The settings of one call: what is given, else the engine's defaults. Unknown names are refused.
+
+        Raises:
+            InvalidInputError: an unknown name, or a value out of range.
+            UnsupportedModelError: log-probabilities are asked for, and this engine has none.
+        """
+        made = Sampling.over(self.defaults, given)
+        if made.top_logprobs is not None and not self.has_logprobs:
+            raise UnsupportedModelError(f"a {type(self).__name__} gives no log-probabilities. Use an HFEngine.")
+        return made
 
     def check_fits(self, prompt_tokens: int, max_new_tokens: int | None) -> int:
         """How many tokens may be generated.

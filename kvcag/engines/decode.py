@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache
 from kvcag.cache.layers import Layers, cut, layers_of, length_of, states_of
 from kvcag.cache.prefix_cache import PrefixCache, agreeing
 from kvcag.chat_template import Prompt
-from kvcag.core import Chunk, ContextPrompt, FinishReason, MergedContext, MergeReport, Usage
+from kvcag.core import Chunk, ContextPrompt, FinishReason, MergedContext, MergeReport, TokenScore, Usage
 from kvcag.engines.base import with_tokens
 from kvcag.engines.sampling import Sampler
 from kvcag.errors import FingerprintMismatchError, TokenMismatchError, UnsupportedModelError
@@ -158,6 +158,7 @@ class Decoding:
         self._account = account
         self._first_token_at: float | None = None
         self._predicted: Prediction | None = None
+        self._scored: tuple[tuple[int, float], ...] = ()
 
     @property
     def cached_ids(self) -> list[int]:
@@ -186,10 +187,12 @@ class Decoding:
                 else:
                     drawn = self._sampler.draw(predicted.logits, history)
                     arriving, row = Arriving(drawn), 0
+                logprobs = self._sampler.logprobs(predicted.logits)
                 last = len(self.answer_ids) + 1 == self._max_new_tokens
                 if ahead and not last:
                     step = self._ask(drawn, self.cache, now=True)
                 token = self._sampler.take(arriving.token(row))
+                self._scored = self._sampler.scored(logprobs, token)
                 if history is not None:
                     history = torch.cat([history, history.new_full((1, 1), token)], dim=1)
                 self.answer_ids.append(token)
@@ -213,10 +216,11 @@ class Decoding:
                 finish = "stop"
                 break
             text = stop.push(thinking.push(detokenizer.push(token)))
+            scores = tuple(TokenScore(detokenizer.text_of(id), logprob) for id, logprob in self._scored)
             if stop.found:
-                yield Chunk(text, (token,), "stop", self.usage(), thinking.take())
+                yield Chunk(text, (token,), "stop", self.usage(), thinking.take(), scores)
                 return
-            yield Chunk(text, (token,), thinking=thinking.take())
+            yield Chunk(text, (token,), thinking=thinking.take(), scores=scores)
             finish = "stop" if self._sampler.complete else "length"
         text = stop.push(thinking.push(detokenizer.flush()) + thinking.flush())
         text += "" if stop.found else stop.flush()
@@ -290,6 +294,10 @@ class Detokenizer:
             return ""
         self._window, self._given = self._given, len(self._token_ids)
         return text
+
+    def text_of(self, token_id: int) -> str:
+        """A token's own text; U+FFFD for a part of a character."""
+        return self._decode([token_id])
 
     def flush(self) -> str:
         """What is left when no more tokens come; an unfinished character as U+FFFD."""

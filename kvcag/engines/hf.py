@@ -110,6 +110,7 @@ class HFEngine(Engine):
     """
 
     merges = True
+    has_logprobs = True
     item_type = KVCacheItem
     _without_graphs = ""
 

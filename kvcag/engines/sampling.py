@@ -37,6 +37,8 @@ class Sampling:
         seed: makes a sampled answer repeatable. None: a new seed for each answer.
         stop: strings that end the answer; they are not part of it.
         strip_thinking: leave `<think>…</think>` out of the text.
+        top_logprobs: give each token's log-probability, and those of so many of the likeliest tokens at its place, as
+            the model has them before any of these settings applies. None: give none.
 
     Raises:
         InvalidInputError: a value is out of range.
@@ -51,6 +53,7 @@ class Sampling:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     strip_thinking: bool = False
+    top_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -60,6 +63,7 @@ class Sampling:
         _check("top_p", self.top_p, lambda v: 0 < v <= 1, "in (0, 1]")
         _check("min_p", self.min_p, lambda v: 0 <= v <= 1, "in [0, 1]")
         _check("repetition_penalty", self.repetition_penalty, lambda v: _FINE <= v <= 1 / _FINE, _RANGE)
+        _check("top_logprobs", self.top_logprobs, lambda v: 0 <= v <= 20, "a whole number, 0 to 20", int)
         _check("seed", self.seed, lambda v: -(1 << 63) <= v < 1 << 64, "a whole number of 64 bits", int)
         if not all(isinstance(stop, str) and stop for stop in self.stop):
             raise InvalidInputError(f"stop must be one or more non-empty strings, not {self.stop!r}")
@@ -128,6 +132,7 @@ class Sampler:
         self._constraint = constraint
         self._device = device
         self._greedy = sampling.greedy
+        self._top_logprobs = sampling.top_logprobs
         self._generator: torch.Generator | None = None
         self._processors = LogitsProcessorList()
         if sampling.repetition_penalty not in (None, 1.0):
@@ -173,6 +178,18 @@ class Sampler:
     def takes_likeliest(self) -> bool:
         """Whether each token is the likeliest one of the logits as they are."""
         return self._greedy and not self._processors
+
+    def logprobs(self, logits: torch.Tensor) -> torch.Tensor | None:
+        """Log-probabilities of every token, `(vocabulary,)` float32, where the logits are; None if none are given."""
+        return None if self._top_logprobs is None else logits[0].float().log_softmax(-1)
+
+    def scored(self, logprobs: torch.Tensor | None, token: int) -> tuple[tuple[int, float], ...]:
+        """The token and its log-probability, and then those of the likeliest tokens."""
+        if logprobs is None:
+            return ()
+        best = logprobs.topk(min(self._top_logprobs or 0, len(logprobs)))
+        likeliest = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return (token, float(logprobs[token])), *likeliest
 
     def history(self, token_ids: Sequence[int]) -> torch.Tensor | None:
         """The tokens so far as `draw` takes them: None where the settings do not look at them."""

@@ -47,7 +47,7 @@ from kvcag.stores.base import SOURCE_FIELDS, KVStore
 
 _SAMPLING = tuple("max_tokens" if name == "max_new_tokens" else name for name in SAMPLING_SETTINGS if name != "stop")
 _TOOLS = ("tools", "tool_choice", "parallel_tool_calls", "response_format")
-_CALL = ("model", "cached_content", *_SAMPLING, *MERGE_SETTINGS, *_TOOLS)
+_CALL = ("model", "cached_content", "n", "logprobs", "top_logprobs", *_SAMPLING, *MERGE_SETTINGS, *_TOOLS)
 """What a call takes, beside `stop`."""
 
 _TRACING_ONLY = ("stream", "ls_structured_output_format", "structured_output_format")
@@ -102,6 +102,12 @@ class ChatKVCAG(BaseChatModel):
     stop: list[str] | None = None
     strip_thinking: bool | None = None
     """Leave `<think>…</think>` out of the answer."""
+    n: int = 1
+    """How many answers `generate` gives for each prompt; they share its context, and have seeds of their own."""
+    logprobs: bool = False
+    """Put each token's log-probability into `response_metadata`, in OpenAI's form."""
+    top_logprobs: int | None = None
+    """And those of so many of the likeliest tokens at its place, up to 20."""
     streaming: bool = False
     """True: `invoke` also passes tokens to callbacks as they come. False, if given: `stream` yields one piece."""
 
@@ -411,6 +417,7 @@ class ChatKVCAG(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
+        self._answers(kwargs, streams=True)
         with closing(self._open(messages, stop, kwargs)) as chunks:
             yield from chunks
 
@@ -421,6 +428,7 @@ class ChatKVCAG(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
+        self._answers(kwargs, streams=True)
         async with aclosing(iterate(lambda: self._open(messages, stop, kwargs))) as chunks:
             async for chunk in chunks:
                 yield chunk
@@ -448,7 +456,10 @@ class ChatKVCAG(BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return generate_from_stream(self._stream(messages, stop=stop, **kwargs))
+        results = [
+            generate_from_stream(self._stream(messages, stop=stop, **settings)) for settings in self._answers(kwargs)
+        ]
+        return ChatResult(generations=[result.generations[0] for result in results])
 
     async def _agenerate(
         self,
@@ -457,7 +468,25 @@ class ChatKVCAG(BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return await agenerate_from_stream(self._astream(messages, stop=stop, **kwargs))
+        results = [
+            await agenerate_from_stream(self._astream(messages, stop=stop, **settings))
+            for settings in self._answers(kwargs)
+        ]
+        return ChatResult(generations=[result.generations[0] for result in results])
+
+    def _answers(self, given: Mapping[str, Any], *, streams: bool = False) -> list[dict[str, Any]]:
+        """The arguments of each of `n` answers, which have seeds of their own.
+
+        Raises:
+            InvalidInputError: there is no answer, or there are several and they are to be streamed.
+        """
+        n, seed = given.get("n", self.n), given.get("seed", self.seed)
+        if not isinstance(n, int) or n < 1:
+            raise InvalidInputError(f"n is {n!r}: ask for one answer or more")
+        if n > 1 and streams:
+            raise InvalidInputError(f"n={n} answers cannot be streamed: call generate, or set n=1")
+        seeds = [{} if seed is None else {"seed": seed + number} for number in range(n)]
+        return [{**given, "n": 1, **own} for own in seeds]
 
     def _open(
         self, messages: Sequence[BaseMessage], stop: list[str] | None, given: dict[str, Any]
@@ -466,6 +495,8 @@ class ChatKVCAG(BaseChatModel):
         _check_names(given)
         memory = self.memory(given.get("model"))
         settings = {name: given[name] for name in (*_SAMPLING, *MERGE_SETTINGS) if name in given}
+        top = given.get("top_logprobs", self.top_logprobs)
+        settings["top_logprobs"] = 0 if top is None and given.get("logprobs", self.logprobs) else top
         if stop is not None:
             settings["stop"] = stop
         options = call_settings(memory.engine, self, settings)

@@ -204,7 +204,8 @@ def generation_chunks(
             if chunk.usage is None:
                 begun = streamed.push(shown) if streamed and not json_answer else []
                 # Also where it is empty: the reader can close the stream between any two steps.
-                yield ChatGenerationChunk(message=AIMessageChunk(content=text, tool_call_chunks=begun))
+                message = AIMessageChunk(content=text, tool_call_chunks=begun, response_metadata=_logprobs(chunk))
+                yield ChatGenerationChunk(message=message)
                 continue
             calls: list[ToolCallChunk] = []
             if parser and streamed:
@@ -217,7 +218,9 @@ def generation_chunks(
             finish: str | None = chunk.finish_reason
             if streamed and streamed.begun and finish == "stop":
                 finish = "tool_calls"
-            yield ChatGenerationChunk(message=_last(chunk.usage, text, calls, model_name, finish))
+            last = _last(chunk.usage, text, calls, model_name, finish)
+            last.response_metadata |= _logprobs(chunk)
+            yield ChatGenerationChunk(message=last)
 
 
 def _last(
@@ -235,6 +238,14 @@ def _last(
         },
         chunk_position="last",
     )
+
+
+def _logprobs(chunk: Chunk) -> dict[str, Any]:
+    """A token's log-probability as OpenAI's models have it; empty where none was asked for."""
+    if not chunk.scores:
+        return {}
+    said, *likeliest = ({"token": score.text, "logprob": score.logprob} for score in chunk.scores)
+    return {"logprobs": {"content": [{**said, "top_logprobs": likeliest}]}}
 
 
 class _CallStream:
@@ -340,7 +351,10 @@ class Asked:
 
 
 def ask(template: ChatTemplate, messages: Sequence[Message], given: Mapping[str, Any]) -> Asked:
-    """Prepare messages with what is bound in `tools`, `tool_choice`, `parallel_tool_calls` and `response_format`."""
+    """Prepare messages with what is bound in `tools`, `tool_choice`, `parallel_tool_calls` and `response_format`.
+
+    Where nothing is, a last message of the model is the beginning of its answer.
+    """
     tools = given.get("tools") or []
     choice = choice_of(given.get("tool_choice"), [tool["function"]["name"] for tool in tools])
     parallel = given.get("parallel_tool_calls")
@@ -349,6 +363,8 @@ def ask(template: ChatTemplate, messages: Sequence[Message], given: Mapping[str,
     schema = schema_of(given.get("response_format"))
     answer = None if schema is None else JsonSchema(schema, closed=True)
     if plan is None:
+        if answer is None and shown and shown[-1]["role"] == "assistant" and messages[-1].get("content"):
+            shown = [*shown[:-1], {**shown[-1], "prefix": not messages[-1].get("tool_calls")}]
         return Asked(shown, None, answer, None)
     constraint = plan.constraint if answer is None or plan.forced else _calls_or(answer, plan)
     return Asked(shown, plan.tools, constraint, plan)

@@ -181,3 +181,27 @@ def _bos_processor(token: str, token_id: int) -> object:
     from tokenizers.processors import TemplateProcessing
 
     return TemplateProcessing(single=f"{token} $A", special_tokens=[(token, token_id)])
+
+
+@pytest.mark.parametrize("chat_template", [CHATML, GEMMA, SILENT, THINKING, None])
+@pytest.mark.parametrize("documents", [(), ("one\n", "two\n")])
+def test_an_answer_that_was_begun_stays_open(chat_template: str | None, documents: tuple[str, ...]) -> None:
+    begun = {"role": "assistant", "content": "It is ", "prefix": True}
+    asked = [*(chat(*documents) if documents else as_messages("What?")), begun]
+    for seams in ("endings", "documents", "none"):
+        prompt = template(chat_template).prompt(asked, seams=seams)
+        assert text_of(template(), prompt.token_ids).endswith("It is ")
+        assert not prompt.thinking
+    assert not text_of(template(), template(chat_template).prompt(asked[:-1]).token_ids).endswith("It is ")
+
+
+def test_thinking_that_was_begun_goes_on() -> None:
+    begun = {"role": "assistant", "content": "<think>\nIt is ", "prefix": True}
+    assert template().prompt([*as_messages("What?"), begun]).thinking
+
+
+def test_an_answer_that_the_template_drops_cannot_be_continued() -> None:
+    forgetful = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+    begun = {"role": "assistant", "content": "It is ", "prefix": True}
+    with pytest.raises(ChatTemplateError, match="does not show the answer that is to be continued"):
+        template(forgetful).prompt([*as_messages("What?"), begun])

@@ -15,12 +15,14 @@ from langchain_core.runnables import ConfigurableField
 from pydantic import ValidationError
 
 from kvcag import CacheWarning, HFEngine
+from kvcag.chat_template import Prompt
 from kvcag.errors import (
     ChatTemplateError,
     ContextLengthError,
     FingerprintMismatchError,
     InvalidInputError,
     UnsupportedContentError,
+    UnsupportedModelError,
 )
 from kvcag.langchain import ChatKVCAG
 from kvcag.stores.disk import DiskStore
@@ -139,6 +141,20 @@ def test_one_chunk_carries_usage_and_model_and_it_is_the_last(llm: ChatKVCAG) ->
     assert [bool(chunk.usage_metadata) for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
     assert [bool(chunk.response_metadata.get("model_name")) for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
     assert chunks[-1].chunk_position == "last"
+
+
+def test_a_last_message_of_the_model_is_continued(llm: ChatKVCAG) -> None:
+    """It was closed, and the model began another answer."""
+    said = llm.invoke("hello").text
+    asked: list[BaseMessage] = [HumanMessage("hello"), AIMessage("abc")]
+    echo = ChatKVCAG(engine=EchoEngine(lambda prompt: prompt[-13:]), max_tokens=99)
+    assert echo.invoke(asked).text == "assistant\nabc"
+    assert llm.get_num_tokens_from_messages(asked) == llm.invoke(asked).usage_metadata["input_tokens"]
+    assert said.isascii() is False or llm.invoke([HumanMessage("hello"), AIMessage(said[:3])]).text == said[3:]
+    with_tool = ChatKVCAG(engine=EchoEngine(lambda prompt: prompt[-13:]), max_tokens=99).bind_tools([], stop=["zz"])
+    assert with_tool.invoke(asked).text == "assistant\nabc"
+    structured = llm.with_structured_output({"title": "A", "type": "object", "properties": {}})
+    assert structured.invoke(asked, max_tokens=40) == {}
 
 
 def test_the_answer_is_the_engines_own(llm: ChatKVCAG, tiny_engine: HFEngine) -> None:
@@ -295,6 +311,56 @@ def test_stop_strings_are_cut_and_never_partly_shown(stop: list[str]) -> None:
     assert "".join(chunks) == expected
     assert llm.invoke(said, stop=stop).response_metadata["finish_reason"] == "stop"
     assert ChatKVCAG(engine=EchoEngine(), stop=stop).invoke(said).text == expected
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.5, "top_k": 9, "seed": 4}], ids=["greedy", "sampled"])
+async def test_log_probabilities_are_the_models_own(tiny_engine: HFEngine, settings: Any) -> None:
+    llm = ChatKVCAG(engine=tiny_engine, max_tokens=6, logprobs=True, top_logprobs=3, **settings)
+    answer = llm.invoke("hello")
+    content = answer.response_metadata["logprobs"]["content"]
+    prompt = tiny_engine.template.prompt([{"role": "user", "content": "hello"}]).token_ids
+    ids = continued(tiny_engine, prompt, settings)
+    assert len(content) == len(ids) == answer.usage_metadata["output_tokens"]
+    with torch.no_grad():
+        rows = tiny_engine.model(torch.tensor([[*prompt, *ids]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    for row, token, said in zip(rows, ids, content, strict=True):
+        assert said["token"] == tiny_engine.tokenizer.decode([token])
+        assert said["logprob"] == pytest.approx(float(row[token]), abs=1e-4)
+        likeliest = [other["logprob"] for other in said["top_logprobs"]]
+        assert likeliest == pytest.approx(row.topk(3).values.tolist(), abs=1e-4)
+    streamed = whole([chunk async for chunk in llm.astream("hello")])
+    assert [said["token"] for said in streamed.response_metadata["logprobs"]["content"]] == [
+        said["token"] for said in content
+    ]
+    assert "logprobs" not in llm.invoke("hello", logprobs=False, top_logprobs=None).response_metadata
+    assert llm.invoke("hello", top_logprobs=None).response_metadata["logprobs"]["content"][0]["top_logprobs"] == []
+
+
+def continued(engine: HFEngine, prompt: tuple[int, ...], settings: dict[str, Any]) -> list[int]:
+    """The tokens of an answer."""
+    sampling = engine.sampling(max_new_tokens=6, **settings)
+    return [token for chunk in engine.stream(Prompt((), (), prompt), sampling) for token in chunk.token_ids]
+
+
+def test_log_probabilities_need_an_engine_that_has_them() -> None:
+    with pytest.raises(UnsupportedModelError, match="EchoEngine gives no log-probabilities"):
+        ChatKVCAG(engine=EchoEngine(), logprobs=True).invoke("hello")
+    with pytest.raises(InvalidInputError, match="top_logprobs must be a whole number, 0 to 20"):
+        ChatKVCAG(engine=EchoEngine(), top_logprobs=50).invoke("hello")
+
+
+def test_n_answers_of_one_prompt(tiny_engine: HFEngine) -> None:
+    llm = ChatKVCAG(engine=tiny_engine, max_tokens=6, temperature=1.5, seed=1, n=3)
+    [answers] = llm.generate([[HumanMessage("hello")]]).generations
+    texts = [answer.text for answer in answers]
+    assert len(set(texts)) == 3
+    assert texts == [llm.invoke("hello", seed=seed, n=1).text for seed in (1, 2, 3)]
+    assert llm.invoke("hello").text == texts[0]
+    assert [len(some) for some in llm.generate([[HumanMessage("a")], [HumanMessage("b")]], n=2).generations] == [2, 2]
+    with pytest.raises(InvalidInputError, match="n=3 answers cannot be streamed"):
+        list(llm.stream("hello"))
+    with pytest.raises(InvalidInputError, match="n is 0: ask for one answer or more"):
+        llm.invoke("hello", n=0)
 
 
 def test_characters_of_several_tokens_are_never_split() -> None:
