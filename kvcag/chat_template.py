@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Message: TypeAlias = Mapping[str, Any]
 """`{"role": …, "content": …}`; the content is a str, None, or a list of str, `Document` and
-`{"type": "text", "text": …}` parts. A last message of the assistant with `"prefix": True` is the beginning of its answer."""
+`{"type": "text", "text": …}` parts. A last message of the assistant with `"prefix": True` begins its answer."""
 
 Seams: TypeAlias = Literal["endings", "documents", "none"]
 """How the documents of a prompt are joined: see `ChatTemplate.prompt`."""

@@ -29,7 +29,7 @@ from kvcag.contexts import DEFAULT_RATIO, MAX_KL, Strategy
 from kvcag.cube.memory_cube import MemoryCube
 from kvcag.engines.base import Engine
 from kvcag.errors import ChatTemplateError, FingerprintMismatchError, InvalidInputError
-from kvcag.langchain.documents_chain import encode_ahead, read_documents
+from kvcag.langchain.documents_chain import encode_ahead, fitting, read_documents
 from kvcag.langchain.messages import (
     ask,
     call_parser,
@@ -264,23 +264,24 @@ class ChatKVCAG(BaseChatModel):
         progress: bool = True,
         **prompt_settings: Any,
     ) -> list[str]:
-        """Encode documents before a question comes, and return their ids, in order.
+        """Encode documents before a question comes, and return the ids of those that are kept, in order.
 
         Args:
             documents: what a retriever may find: LangChain Documents, or anything that `KVCacheMemory.add` takes as a
-                text. A str is one document. Documents that are kept already are not encoded again.
+                text. A str is one document. Documents that are kept already are not encoded again. One that is empty,
+                or that exceeds the model's context, is left out with a warning that names it.
             prompt: the prompt in which they will stand, as for `create_cag_documents_chain`. They are encoded behind
                 the text that it shows before them, which keeps merged answers closer to those of a full prefill.
                 Without it, they are encoded behind the opening of a system turn.
-            progress: show a progress bar.
+            progress: show a progress bar, which counts what is left out.
             **prompt_settings: `document_prompt`, `document_separator` and `document_variable_name`, as for the chain.
 
         Raises:
             InvalidInputError: a variable of the prompt stands before the documents, or a document has no text.
         """
         listed = read_documents(documents)
-        steps = encode_ahead(self.memory(), listed, prompt, **prompt_settings)
-        return list(tqdm(steps, total=len(listed), desc="encoding", unit="document", disable=not progress))
+        with _Progress(len(listed), progress) as bar:
+            return [id for id in map(bar.step, encode_ahead(self.memory(), listed, prompt, **prompt_settings)) if id]
 
     async def aprecompute(
         self,
@@ -292,26 +293,27 @@ class ChatKVCAG(BaseChatModel):
     ) -> list[str]:
         """`precompute`, in worker threads."""
         listed = read_documents(documents)
-        with tqdm(total=len(listed), desc="encoding", unit="document", disable=not progress) as bar:
+        with _Progress(len(listed), progress) as bar:
             steps = iterate(lambda: encode_ahead(self.memory(), listed, prompt, **prompt_settings))
             async with aclosing(steps) as ids:
-                return [id async for id in ids if bar.update() or True]
+                return [id async for made in ids if (id := bar.step(made))]
 
     def create_context(self, documents: object, instruction: str = "") -> str:
         """Encode documents, in this order, as one, and return a short id: `llm.bind(cached_content=id)` uses it.
 
         Args:
-            documents: as for `precompute`.
+            documents: as for `precompute`. One that does not fit behind those before it is left out with a warning.
             instruction: stands before the documents in the system message; a call's own system message follows them.
 
         Raises:
             EmptyPromptError: there is nothing to encode.
-            ContextLengthError: the documents exceed the model's context.
+            ContextLengthError: no document fits.
         """
-        listed = read_documents(documents)
+        memory, given = self.memory(), read_documents(documents)
+        listed = fitting(memory, given, instruction) or given
         metadata = [document.metadata for document in listed]
         sources = [str(about[field]) for about in metadata for field in SOURCE_FIELDS if about.get(field)]
-        return self.memory().create_context([document.page_content for document in listed], instruction, sources)
+        return memory.create_context([document.page_content for document in listed], instruction, sources)
 
     async def acreate_context(self, documents: object, instruction: str = "") -> str:
         """`create_context`, in a worker thread."""
@@ -507,6 +509,33 @@ class ChatKVCAG(BaseChatModel):
         chunks = memory.stream(asked.messages, (), tools=asked.tools, constraint=asked.constraint, **options)
         model_name = given.get("model") or self.model
         return generation_chunks(chunks, model_name, asked.plan, json_answer=given.get("response_format") is not None)
+
+
+class _Progress:
+    """A progress bar that counts the documents that were left out.
+
+    Args:
+        total: how many documents there are.
+        shown: False shows nothing.
+    """
+
+    def __init__(self, total: int, shown: bool) -> None:
+        self._bar = tqdm(total=total, desc="encoding", unit="document", disable=not shown)
+        self._left_out = 0
+
+    def step(self, id: str | None) -> str | None:
+        """Count a document, and return its id."""
+        if id is None:
+            self._left_out += 1
+            self._bar.set_postfix_str(f"{self._left_out} left out")
+        self._bar.update()
+        return id
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
 
 
 def _check_names(given: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
+from langchain_core.indexing.base import DeleteResponse, DocumentIndex, UpsertResponse
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.vectorstores import VectorStore
 from pydantic import SkipValidation
@@ -78,10 +79,11 @@ class BuiltRetrieverTexts(BuiltTexts):
         super().__init__(lambda texts: build([document_of(text) for text in texts]))
 
 
-class CubeRetriever(BaseRetriever):
+class CubeRetriever(DocumentIndex):
     """A cube as a retriever: `create_retrieval_chain(CubeRetriever(cube=cube), …)`.
 
-    A `ChatKVCAG(memory=cube)` at the end of the chain uses and fills the cube's caches.
+    A `ChatKVCAG(memory=cube)` at the end of the chain uses and fills the cube's caches. LangChain's `index` takes it as
+    a destination: `index(documents, record_manager, CubeRetriever(cube=cube), cleanup="full")`.
     """
 
     cube: SkipValidation[MemoryCube]
@@ -90,6 +92,20 @@ class CubeRetriever(BaseRetriever):
 
     def _get_relevant_documents(self, query: str, *, run_manager: CallbackManagerForRetrieverRun) -> list[Document]:
         return [document_of(text) for text in self.cube.search(query, self.k)]
+
+    def upsert(self, items: Sequence[Document], /, **kwargs: Any) -> UpsertResponse:
+        """Add documents to the cube, or replace those with the same ids."""
+        return UpsertResponse(succeeded=self.cube.add(items), failed=[])
+
+    def delete(self, ids: list[str] | None = None, **kwargs: Any) -> DeleteResponse:
+        """Delete documents, and every cache made from them."""
+        there = [id for id in ids or () if self.cube.get(id) is not None]
+        self.cube.delete(there)
+        return DeleteResponse(succeeded=there, num_deleted=len(there), num_failed=0)
+
+    def get(self, ids: Sequence[str], /, **kwargs: Any) -> list[Document]:
+        """The documents with these ids; those that are missing are left out."""
+        return [document_of(text) for id in ids if (text := self.cube.get(id)) is not None]
 
     async def _aget_relevant_documents(
         self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun

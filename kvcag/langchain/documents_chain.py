@@ -24,9 +24,10 @@ from pydantic import Field, SkipValidation
 
 from kvcag.chat_template import Document as TextDocument
 from kvcag.documents import SEPARATOR, as_json, documents_of, segment, text_and_metadata
-from kvcag.errors import EmptyPromptError, InvalidInputError
+from kvcag.errors import ContextLengthError, EmptyPromptError, InvalidInputError
 from kvcag.langchain.messages import noted_documents, to_messages, with_documents
 from kvcag.memory import KVCacheMemory
+from kvcag.stores.base import SOURCE_FIELDS
 
 DOCUMENTS_KEY = "context"
 DOCUMENT_PROMPT: BasePromptTemplate[str] = PromptTemplate.from_template("{page_content}")
@@ -206,12 +207,13 @@ def read_documents(documents: object) -> list[Document]:
 
 def encode_ahead(
     memory: KVCacheMemory, documents: Sequence[Document], prompt: BasePromptTemplate[Any] | None, **settings: Any
-) -> Iterator[str]:
-    """Encode and keep documents, one at each step, and yield their ids.
+) -> Iterator[str | None]:
+    """Encode and keep documents, one at each step, and yield their ids; None for one that is left out.
 
     Args:
         memory: where they are kept.
-        documents: what a retriever may find.
+        documents: what a retriever may find. One that is empty, or that exceeds the model's context, is left out with
+            a warning.
         prompt: the prompt in which they will stand; None: a system message that holds nothing else.
         **settings: further attributes of `DocumentsPrompt`.
 
@@ -220,17 +222,56 @@ def encode_ahead(
         InvalidInputError: a variable of the prompt stands before the documents.
     """
     shown = DocumentsPrompt(prompt=prompt or _ANY_PROMPT, **settings)
-    for document in documents:
-        given, place = _without_question(shown, document)
-        messages = to_messages(given)
-        places = [
-            (number, at)
-            for number, message in enumerate(messages)
-            for at, part in enumerate(message["content"])
-            if isinstance(part, TextDocument) and part
-        ]
-        own = places.index(place)  # the prompt may mark other blocks as documents
-        yield memory.keep(messages, [as_json(document.metadata) if at == own else {} for at in range(len(places))])[own]
+    for number, document in enumerate(documents, start=1):
+        if not document.page_content.strip():
+            _warn_left_out(number, document, "it is empty")
+            yield None
+            continue
+        try:
+            id = _keep(memory, shown, document)
+        except ContextLengthError as error:
+            _warn_left_out(number, document, f"it exceeds the model's context of {error.limit:,} tokens. Split it")
+            id = None
+        yield id
+
+
+def _keep(memory: KVCacheMemory, prompt: DocumentsPrompt, document: Document) -> str:
+    """Encode and keep a document as the prompt shows it, and return its id."""
+    given, place = _without_question(prompt, document)
+    messages = to_messages(given)
+    places = [
+        (number, at)
+        for number, message in enumerate(messages)
+        for at, part in enumerate(message["content"])
+        if isinstance(part, TextDocument) and part
+    ]
+    own = places.index(place)  # the prompt may mark other blocks as documents
+    return memory.keep(messages, [as_json(document.metadata) if at == own else {} for at in range(len(places))])[own]
+
+
+def fitting(memory: KVCacheMemory, documents: Sequence[Document], instruction: str) -> list[Document]:
+    """The documents that fit into one context, in order. The others are left out, each with a warning."""
+    template, context_length = memory.engine.template, memory.engine.context_length
+    room = context_length - len(template.instruction_ids(None)) - 1
+    if instruction:
+        room -= len(template.encode_text(segment(instruction)))
+    kept = []
+    for number, document in enumerate(documents, start=1):
+        size = len(template.encode_text(segment(document.page_content)))
+        if not document.page_content.strip():
+            _warn_left_out(number, document, "it is empty")
+        elif size > room:
+            why = f"it has {size:,} tokens, and {room:,} of the model's {context_length:,} are left"
+            _warn_left_out(number, document, why)
+        else:
+            room -= size
+            kept.append(document)
+    return kept
+
+
+def _warn_left_out(number: int, document: Document, why: str) -> None:
+    name = next((f" ({document.metadata[field]})" for field in SOURCE_FIELDS if document.metadata.get(field)), "")
+    warnings.warn(f"document {number}{name} was left out: {why}.", UserWarning, stacklevel=4)
 
 
 def _without_question(prompt: DocumentsPrompt, document: Document) -> tuple[list[BaseMessage], tuple[int, int]]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from langchain.agents import create_agent
 from langchain_classic.chains import create_retrieval_chain
+from langchain_core.documents import Document
+from langchain_core.indexing import InMemoryRecordManager, aindex, index
 from langchain_core.messages import HumanMessage
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import ConfigurableField
@@ -50,6 +54,38 @@ def test_a_chat_model_answers_with_the_cubes_engine_and_caches(cube: MemoryCube)
     report = said["answer"].response_metadata["kvcag"]
     assert report["encoded_tokens"] <= len(cube.memory.engine.template.encode("<|im_start|>system\nAnswer from:\n\n"))
     assert len(list(cube.memory.store.keys())) == 2  # nothing was encoded again
+
+
+@pytest.mark.parametrize("cleanup", ["full", "incremental"])
+def test_langchains_index_keeps_a_cube_in_step_with_a_source(tiny_engine: HFEngine, cleanup: Any) -> None:
+    cube = MemoryCube(tiny_engine)
+    retriever = CubeRetriever(cube=cube)
+    records = InMemoryRecordManager(namespace="notes")
+    records.create_schema()
+
+    def index_into(*texts: str) -> Any:
+        documents = [Document(text, metadata={"source": "notes.md"}) for text in texts]
+        return index(documents, records, retriever, cleanup=cleanup, source_id_key="source", key_encoder="sha256")
+
+    assert index_into(TOWER.memory, BRIDGE.memory)["num_added"] == 2
+    assert cube.encode() == 2
+    assert index_into(TOWER.memory, BRIDGE.memory)["num_skipped"] == 2
+    changed = index_into(TOWER.memory, "The bridge is red.")
+    assert (changed["num_added"], changed["num_deleted"], changed["num_skipped"]) == (1, 1, 1)
+    assert {document.page_content for document in retriever.invoke("?")} == {TOWER.memory, "The bridge is red."}
+    assert len(cube.memory) == 1  # the cache of the bridge's old text is gone
+    ids = [document.id for document in retriever.invoke("?")]
+    assert [document.id for document in retriever.get([*ids, "none"])] == ids
+
+
+async def test_langchains_aindex_does_as_well(tiny_engine: HFEngine) -> None:
+    retriever = CubeRetriever(cube=MemoryCube(tiny_engine))
+    records = InMemoryRecordManager(namespace="notes")
+    for texts, added, deleted in ((["one", "two"], 2, 0), (["two"], 0, 1)):
+        documents = [Document(text) for text in texts]
+        done = await aindex(documents, records, retriever, cleanup="full", key_encoder="sha256")
+        assert (done["num_added"], done["num_deleted"]) == (added, deleted)
+    assert [document.page_content for document in await retriever.ainvoke("?")] == ["two"]
 
 
 def test_a_kv_memory_is_taken_as_well(tiny_engine: HFEngine) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import RunnablePassthrough
 
 from kvcag import CacheWarning, HFEngine
-from kvcag.errors import EmptyPromptError, InvalidInputError
+from kvcag.errors import ContextLengthError, EmptyPromptError, InvalidInputError
 from kvcag.langchain import ChatKVCAG, create_cag_documents_chain
 from kvcag.testing import EchoEngine, byte_tokenizer, tiny_model, whole_prompt
 from tests.unit.langchain.wrapped import WRAPPED
@@ -230,6 +231,26 @@ def test_documents_that_stand_after_the_question_cannot_be_precomputed(llm: Chat
     prompt = ChatPromptTemplate.from_messages([("human", "{input} Use:\n\n{context}")])
     with pytest.raises(InvalidInputError, match=r"shows \['input'\] before \{context\}"):
         llm.precompute(DOCUMENTS, prompt, progress=False)
+
+
+async def test_what_cannot_be_encoded_is_left_out_and_named(llm: ChatKVCAG, capsys: Any) -> None:
+    """One document that was too long stopped all that came behind it."""
+    long = Document("far too long " * 300, metadata={"source": "long.md"})
+    some = [DOCUMENTS[0], Document("  "), long, DOCUMENTS[1]]
+    ids = llm.precompute(DOCUMENTS, progress=False)
+    with pytest.warns(UserWarning, match="was left out") as caught:
+        assert llm.precompute(some) == ids
+    said = [str(warning.message) for warning in caught]
+    assert said[0] == "document 2 was left out: it is empty."
+    assert said[1] == "document 3 (long.md) was left out: it exceeds the model's context of 2,048 tokens. Split it."
+    assert "2 left out" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="was left out"):
+        assert await llm.aprecompute(some, progress=False) == ids
+    with pytest.warns(UserWarning, match="was left out") as caught:
+        assert llm.create_context(some) == llm.create_context(DOCUMENTS)
+    assert re.match(r"document 3 \(long.md\) was left out: it has 3,902 tokens, and [\d,]+ of", str(caught[1].message))
+    with pytest.raises(ContextLengthError), pytest.warns(UserWarning, match="was left out"):
+        llm.create_context(long)
 
 
 # --- a corpus by a handle
