@@ -60,3 +60,8 @@ def test_a_program_prints_what_is_kept_beside_it(
     if "WRITE_PROGRAMS" in os.environ:
         kept.write_text(printed)
     assert printed == kept.read_text()
+
+
+@pytest.mark.parametrize("framework", ["langchain", "llama_index"])
+def test_there_are_fifteen_for_each_framework(framework: str) -> None:
+    assert len([path for path in PROGRAMS if path.parent.name == framework]) >= 15
