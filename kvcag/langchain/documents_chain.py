@@ -218,20 +218,17 @@ def encode_ahead(
         **settings: further attributes of `DocumentsPrompt`.
 
     Raises:
-        EmptyPromptError: a document is empty.
         InvalidInputError: a variable of the prompt stands before the documents.
     """
     shown = DocumentsPrompt(prompt=prompt or _ANY_PROMPT, **settings)
     for number, document in enumerate(documents, start=1):
-        if not document.page_content.strip():
-            _warn_left_out(number, document, "it is empty")
-            yield None
-            continue
+        id = None
         try:
             id = _keep(memory, shown, document)
+        except EmptyPromptError:
+            _warn_left_out(number, document, "it is empty")
         except ContextLengthError as error:
             _warn_left_out(number, document, f"it exceeds the model's context of {error.limit:,} tokens. Split it")
-            id = None
         yield id
 
 
@@ -284,7 +281,7 @@ def _without_question(prompt: DocumentsPrompt, document: Document) -> tuple[list
     }
     messages = prompt.format_prompt(**{prompt.document_variable_name: [document]}, **values).to_messages()
     places = [(index, noted[0]) for index, message in enumerate(messages) if (noted := noted_documents(message))]
-    if not places:
+    if not places or not document.page_content.strip():
         raise EmptyPromptError("a document is empty: leave it out")
     holder, first = places[0]
     before = [*messages[:holder], *messages[holder].content[:first]]

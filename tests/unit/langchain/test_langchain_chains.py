@@ -366,10 +366,10 @@ def test_a_bound_context_survives_tools_structured_output_and_agents(tiny_engine
         assert said[1].usage_metadata["input_tokens"] >= size
 
 
-def test_precompute_refuses_an_empty_document(llm: ChatKVCAG) -> None:
+def test_precompute_leaves_an_empty_document_out(llm: ChatKVCAG) -> None:
     for prompt in (None, PROMPT):
-        with pytest.raises(EmptyPromptError, match="empty: leave it out"):
-            llm.precompute(["It is red.", ""], prompt, progress=False)
+        with pytest.warns(UserWarning, match="document 1 was left out: it is empty"):
+            assert len(llm.precompute(["", "It is red."], prompt, progress=False)) == 1
 
 
 def test_precompute_tells_a_document_from_a_marked_block_before_it(llm: ChatKVCAG) -> None:
