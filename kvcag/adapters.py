@@ -30,13 +30,14 @@ MERGE_SETTINGS = {"merge_strategy": "strategy", "recompute_ratio": "ratio", "max
 """The adapters' names for arguments of `KVCacheMemory.stream`."""
 
 
-def call_settings(engine: Engine, fields: object, given: Mapping[str, Any]) -> dict[str, Any]:
+def call_settings(engine: Engine, fields: object, given: Mapping[str, Any], **own: Any) -> dict[str, Any]:
     """The arguments of `KVCacheMemory.stream` for one call: what the call gives, else the adapter's own fields.
 
     Args:
         engine: the engine that answers; its defaults apply where neither gives a value.
         fields: the adapter. Its field for the token budget may be `max_tokens` or `max_new_tokens`.
         given: the call's arguments, by the adapters' names.
+        **own: further settings of `Sampling`, which this adapter alone has.
 
     Raises:
         InvalidInputError: an unknown setting, or a value out of range.
@@ -46,8 +47,8 @@ def call_settings(engine: Engine, fields: object, given: Mapping[str, Any]) -> d
     if unknown:
         known = sorted([*names, "do_sample", "tools", "tool_choice", "parallel_tool_calls"])
         raise InvalidInputError(f"unknown argument {', '.join(unknown)}; known are {', '.join(known)}")
-    own = {name: getattr(fields, name) for name in names if hasattr(fields, name)}
-    settings = _one_budget(own) | _one_budget(given)
+    defaults = {name: getattr(fields, name) for name in names if hasattr(fields, name)}
+    settings = _one_budget(defaults) | _one_budget(given) | own
     settings["stop"] = settings["stop"] or None
     merging = {argument: settings.pop(name) for name, argument in MERGE_SETTINGS.items()}
     return {**merging, "sampling": engine.sampling(**settings)}

@@ -498,10 +498,10 @@ class ChatKVCAG(BaseChatModel):
         memory = self.memory(given.get("model"))
         settings = {name: given[name] for name in (*_SAMPLING, *MERGE_SETTINGS) if name in given}
         top = given.get("top_logprobs", self.top_logprobs)
-        settings["top_logprobs"] = 0 if top is None and given.get("logprobs", self.logprobs) else top
+        top = 0 if top is None and given.get("logprobs", self.logprobs) else top
         if stop is not None:
             settings["stop"] = stop
-        options = call_settings(memory.engine, self, settings)
+        options = call_settings(memory.engine, self, settings, top_logprobs=top)
         conversation = to_messages(messages)
         if context := given.get("cached_content", self.cached_content):
             conversation = memory.with_context(context, conversation)
