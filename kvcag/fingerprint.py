@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -149,7 +151,8 @@ def weights_state(model: torch.nn.Module) -> tuple[list[object], list[object]]:
     stack: list[Any] = [model]
     while stack:
         parts = stack.pop().__dict__
-        for tensor in parts["_parameters"].values():
+        offloads = getattr(parts.get("_hf_hook"), "offload", False)  # accelerate makes new tensors in each pass
+        for tensor in () if offloads else parts["_parameters"].values():
             if tensor is not None:
                 tensors.append(tensor)
                 state.append((tensor._version, 0 if tensor.is_meta else tensor.data_ptr()))
@@ -157,7 +160,19 @@ def weights_state(model: torch.nn.Module) -> tuple[list[object], list[object]]:
             state.append([str(parts.get(each)) for each in ("_active_adapter", "_disable_adapters", "merged_adapters")])
             state.append(dict(parts.get("scaling", {})))
         stack.extend(part for part in parts["_modules"].values() if part is not None)
+    if "peft" in sys.modules:  # it merges through `.data`, which no version counts
+        state.append(_middles(tensors))
     return tensors, state
+
+
+def _middles(tensors: Iterable[Any]) -> list[list[float]]:
+    """One value of each weight: an adapter that is merged changes them all."""
+    values: dict[torch.device, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        if tensor.ndim == 2 and tensor.numel() and not tensor.is_meta and not hasattr(tensor, "__tensor_flatten__"):
+            middle = tensor.detach()[tensor.shape[0] // 2, tensor.shape[1] // 2]
+            values.setdefault(tensor.device, []).append(middle.float())
+    return [torch.stack(each).tolist() for each in values.values()]
 
 
 def _active_adapters(module: torch.nn.Module) -> list[str]:
@@ -181,7 +196,10 @@ def _weights_digest(model: torch.nn.Module) -> str:
         if adapters:
             lines.append(f"{name} {sorted(adapters.items())}")
         buffers = {n: each for n, each in module._buffers.items() if n not in module._non_persistent_buffers_set}
+        offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)  # by accelerate, to CPU or disk
         for own, tensor in {**module._parameters, **buffers}.items():
+            if tensor is not None and tensor.is_meta and offloaded is not None:
+                tensor = offloaded[own]
             if tensor is not None and _is_used(model, path, own):
                 lines.append(f"{name}.{own} {tuple(tensor.shape)} {tensor.dtype} {_tensor_digest(tensor.detach())}")
     return _sha256("\n".join(sorted(lines)))
@@ -199,7 +217,7 @@ def _is_used(model: torch.nn.Module, path: str, name: str) -> bool:
 
 def _tensor_digest(tensor: torch.Tensor) -> str:
     """XXH3-128 over the sums of rows of 512 bytes: the same on every device, and as fast as memory is read."""
-    if tensor.is_meta:  # offloaded to disk: name and shape are all there is to read
+    if tensor.is_meta:  # name and shape are all there is to read
         return ""
     if hasattr(tensor, "__tensor_flatten__"):  # a quantised one
         return " ".join(_tensor_digest(getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0])

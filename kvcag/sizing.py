@@ -179,11 +179,6 @@ def kv_geometry(model: str | PathLike[str] | Mapping[str, Any] | Any) -> KVGeome
             f"the configuration of {name} names no num_hidden_layers: it is not a decoder. Pass a decoder-only model."
         )
     types = list(getattr(text, "layer_types", None) or ())
-    if getattr(text, "kv_lora_rank", None):
-        raise UnsupportedModelError(
-            f"{name} uses multi-head latent attention (MLA): it caches no keys and values per head, and nothing that "
-            "could be merged. Use a model with grouped-query attention."
-        )
     attends, state_bytes, map_bytes = _recurrent(text, name)
     layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text] * count
     own = count - (getattr(text, "num_kv_shared_layers", None) or 0)
@@ -272,6 +267,8 @@ def _of_mapping(described: Mapping[str, Any], where: str) -> Any:
 
 def _layer(config: Any, window: int | None) -> LayerGeometry:
     heads = int(config.num_attention_heads)
+    if getattr(config, "kv_lora_rank", None):  # latents, and one rotated key for all heads
+        return LayerGeometry(1, int(config.kv_lora_rank), int(config.qk_rope_head_dim), window)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return LayerGeometry(int(getattr(config, "num_key_value_heads", None) or heads), head_dim, head_dim, window)
 

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -25,7 +25,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvcag.cache.layers import RowsCache, cache_argument
+from kvcag.cache.layers import RowsCache, cache_argument, device_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -98,7 +98,8 @@ _running: ContextVar[_Pass | _Rows] = ContextVar("kvcag_pass")
 
 def decoder_of(model: PreTrainedModel) -> Any:
     """The module that holds the layers: without the language modelling head, whose logits are not needed here."""
-    return model.get_decoder()
+    decoder = model.get_decoder()
+    return decoder if hasattr(decoder, "config") else model.base_model  # ModernBERT calls its head a decoder
 
 
 @torch.no_grad()
@@ -117,8 +118,8 @@ def attend(
     with suppress(EnoughError), by_position(model, positions, reader):
         decoder = decoder_of(model)
         decoder(
-            input_ids=token_ids[None].to(model.device),
-            position_ids=positions[None].to(model.device),
+            input_ids=token_ids[None].to(device_of(model)),
+            position_ids=positions[None].to(device_of(model)),
             use_cache=True,
             **cache_argument(decoder, cache),
         )
@@ -132,12 +133,9 @@ def by_position(model: PreTrainedModel, positions: torch.Tensor, reader: Reader 
     0, 1, 2, …. For a model that `kvcag.cache.rope.check_mergeable` does not refuse: it attends through transformers'
     interface alone.
     """
-    decoder = decoder_of(model)
-    at = positions.tolist()
-    sizes = _RUN if at and at[-1] - at[0] + 1 == len(at) else _BLOCK
-    blocks = [(block, at[block.stop - 1] + 1) for block in _blocks(len(at), sizes.get(model.device.type, 512))]
+    decoder, device = decoder_of(model), device_of(model)
     with _ours(decoder) as own:
-        token = _running.set(_Pass(positions.to(model.device), blocks, reader, own))
+        token = _running.set(_Pass(positions.to(device), _seen(positions, device), reader, own))
         try:
             yield
         finally:
@@ -153,7 +151,9 @@ def by_row(model: PreTrainedModel, caches: Sequence[Cache]) -> Iterator[RowsCach
     cache = RowsCache(caches)
     with _ours(decoder_of(model)) as own:
         ends = [held.get_seq_length() for held in caches]
-        passes = [_Pass(torch.tensor([end], device=model.device), [(slice(0, 1), end + 1)], None, own) for end in ends]
+        passes = [
+            _Pass(torch.tensor([end], device=device_of(model)), [(slice(0, 1), end + 1)], None, own) for end in ends
+        ]
         token = _running.set(_Rows(cache, passes))
         try:
             yield cache
@@ -186,6 +186,13 @@ def _ours(decoder: torch.nn.Module) -> Iterator[str]:
 _swapped: WeakKeyDictionary[torch.nn.Module, tuple[str, int]] = WeakKeyDictionary()
 """The own implementation of each decoder that attends through us now, and in how many passes."""
 _swapping = threading.Lock()
+
+
+def _seen(positions: torch.Tensor, device: torch.device) -> list[tuple[slice, int]]:
+    """Which queries at `positions` attend together, and to how many keys."""
+    at = positions.tolist()
+    sizes = _RUN if at and at[-1] - at[0] + 1 == len(at) else _BLOCK
+    return [(block, at[block.stop - 1] + 1) for block in _blocks(len(at), sizes.get(device.type, 512))]
 
 
 def _blocks(queries: int, size: int) -> list[slice]:
@@ -227,6 +234,9 @@ def _attend(
     scaling: float | None,
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
+    if (queries := query.shape[2]) < len(running.positions):  # Gemma 4: layers that share keys see the last token alone
+        last = running.positions[-queries:]
+        running = replace(running, positions=last, blocks=_seen(last, last.device))
     call = Call(
         running.positions.to(key.device),
         query.shape[-1] ** -0.5 if scaling is None else scaling,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import numpy as np
 import torch
 from transformers import DynamicCache, cache_utils
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kvcag.errors import UnsupportedModelError
 from kvcag.fingerprint import ModelFingerprint
@@ -117,13 +118,27 @@ def kinds_of(model: PreTrainedModel) -> Kinds:
 
 def kinds_of_config(config: PretrainedConfig) -> Kinds:
     """`kinds_of` a model with this configuration of its decoder."""
-    try:
-        layers = DynamicCache(config=config).layers
-    except (AttributeError, KeyError, TypeError):  # transformers has no cache for it: check_cacheable says so
-        return ()
+    layers = _own_layers(config)
     if not any(isinstance(layer, _Linear) for layer in layers):
         return ()
     return tuple((isinstance(layer, DynamicLayer), getattr(layer, "number_of_states", 0)) for layer in layers)
+
+
+def _is_cache_of(each: Any, module: str) -> bool:
+    return isinstance(each, type) and issubclass(each, Cache) and each.__module__ == module
+
+
+def _own_layers(config: PretrainedConfig) -> list[Any]:
+    """The cache layers that transformers itself would use; none where it has no cache for a model."""
+    try:
+        return list(DynamicCache(config=config).layers)
+    except (AttributeError, KeyError, TypeError):
+        return []
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether a layer keeps keys and values, of all tokens or of a window, recurrent states, both, or nothing."""
+    return isinstance(layer, (_Linear, _Dummy)) or type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 class ContextCache(DynamicCache):
@@ -167,6 +182,12 @@ class ContextCache(DynamicCache):
         cache.token_ids, cache.fingerprint = token_ids, fingerprint
         cache.messages, cache.is_exact = messages, is_exact
         return cache
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where the model's inputs go. Its first weights may be elsewhere, with accelerate's CPU or disk offload."""
+    hook = getattr(model, "_hf_hook", None)
+    return torch.device(getattr(hook, "execution_device", None) or model.device)
 
 
 def cache_argument(module: torch.nn.Module, cache: Cache) -> dict[str, Cache]:
@@ -727,6 +748,17 @@ def check_cacheable(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"{name} is an encoder-decoder: its decoder's cache depends on the encoder's input. "
             "Use a decoder-only model (AutoModelForCausalLM)."
+        )
+    own = _own_layers(config.get_text_config(decoder=True))
+    if beside := sorted({type(layer).__name__ for layer in own if not _is_plain(layer)}):
+        raise UnsupportedModelError(
+            f"{name} keeps more of a token than a key and a value ({', '.join(beside)}), and only these can be kept. "
+            "Use another model."
+        )
+    module = sys.modules[type(model).__module__]
+    if beside := [key for key, each in vars(module).items() if _is_cache_of(each, module.__name__)]:
+        raise UnsupportedModelError(
+            f"{name} keeps its past in a cache class of its own ({beside[0]}), which cannot be kept. Use another model."
         )
     recurrent = bool(kinds_of(model))
     if recurrent and not _CONTINUES:

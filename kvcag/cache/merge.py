@@ -20,6 +20,7 @@ from kvcag.cache.layers import (
     concat,
     count,
     cut,
+    device_of,
     generation_cache,
     kinds_of,
     layers_of,
@@ -181,7 +182,7 @@ def _read(model: PreTrainedModel, layers: Layers, states: States | None, ids: to
     cache = generation_cache(before, len(ids), kinds_of(model))
     for chunk in torch.split(ids, _READ):
         given = {**cache_argument(decoder, cache), **position_argument(decoder, cache, len(chunk))}
-        decoder(input_ids=chunk[None].to(model.device), use_cache=True, **given)
+        decoder(input_ids=chunk[None].to(device_of(model)), use_cache=True, **given)
         count(cache, len(chunk))
     read = layers_of(cache)
     for kv, new in zip(layers, cut(read, start), strict=True):
@@ -312,10 +313,10 @@ def _place(model: PreTrainedModel, parts: Sequence[Part]) -> Layers:
     if len(moved):  # what comes first is often the head and its document: not a bit of them changes
         first = int(moved)
         move = PositionShift(
-            model, stood[first:].to(model.device), torch.arange(first, len(stood), device=model.device)
+            model, stood[first:].to(device_of(model)), torch.arange(first, len(stood), device=device_of(model))
         )
-        for index, (keys, _) in enumerate(layers):
-            move.turn(index, keys[..., first:, :])
+        for index, (keys, values) in enumerate(layers):
+            move.turn(index, (keys[..., first:, :], values[..., first:, :]))
     return layers
 
 
@@ -476,7 +477,7 @@ def recompute(
     the other open tokens the drift that the recomputed ones show (`kvcag.cache.merge`).
     """
     watch = DriftCorrection(model, layout, positions).watch if correct else None
-    cache = scatter_cache(layers, positions.to(model.device), watch)
+    cache = scatter_cache(layers, positions.to(device_of(model)), watch)
 
     def stop_at_the_last(layer_idx: int, *_: object) -> None:
         if layer_idx == len(layers) - 1:  # its keys and values are in place, and its output is not used
@@ -507,9 +508,9 @@ class DriftCorrection:
     def __init__(self, model: PreTrainedModel, layout: Layout, positions: torch.Tensor) -> None:
         chosen = torch.zeros_like(layout.open)
         chosen[positions] = True
-        self.chosen = _Tokens.at(model, layout, positions.to(model.device))
-        rest = torch.split((layout.open & ~chosen).nonzero()[:, 0], _BLOCK.get(model.device.type, 1024))
-        self.rest = [_Tokens.at(model, layout, block.to(model.device)) for block in rest if len(block)]
+        self.chosen = _Tokens.at(model, layout, positions.to(device_of(model)))
+        rest = torch.split((layout.open & ~chosen).nonzero()[:, 0], _BLOCK.get(device_of(model).type, 1024))
+        self.rest = [_Tokens.at(model, layout, block.to(device_of(model))) for block in rest if len(block)]
         self.averages = _averages(self.chosen.part_of, int(layout.part_of[-1]) + 1)
 
     def watch(self, layer_idx: int, held: LayerKV, new: LayerKV) -> None:
@@ -548,14 +549,13 @@ class _Tokens:
         """Key, as at position 0, and value of each token, side by side: `(kv_heads, tokens, features)`, fp32."""
         keys, values = kv
         side_by_side = torch.cat([keys, values], dim=-1).float()
-        self.move.turn(layer_idx, side_by_side[..., : keys.shape[-1]], back=True)
+        self.move.turn(layer_idx, _apart(side_by_side, keys.shape[-1]), back=True)
         return side_by_side[0]
 
     def give(self, layer_idx: int, held: LayerKV, change: torch.Tensor) -> None:
         """Add `(1, kv_heads, tokens, features)` to these tokens of `held`, in place; `change` is used up."""
-        head_dim = held[0].shape[-1]
-        keys, values = change[..., :head_dim], change[..., head_dim:]
-        self.move.turn(layer_idx, keys)
+        keys, values = _apart(change, held[0].shape[-1])
+        self.move.turn(layer_idx, (keys, values))
         held[0].index_add_(-2, self.positions, keys.to(held[0].dtype))
         held[1].index_add_(-2, self.positions, values.to(held[1].dtype))
 
@@ -599,14 +599,19 @@ class UsualDrift:
     def add_to(self, model: PreTrainedModel, layers: Sequence[LayerKV], layout: Layout) -> None:
         """Give it to every open token of `layers`, in place."""
         for run in _runs(layout.open):
-            positions = torch.arange(run.start, run.stop, device=model.device)
+            positions = torch.arange(run.start, run.stop, device=device_of(model))
             move = PositionShift(model, torch.zeros_like(positions), positions)
             for index, (keys, values) in enumerate(layers):
                 drift = self.layers[index].to(keys.device)[None, :, None]
-                turned = drift[..., : keys.shape[-1]].repeat(1, 1, len(positions), 1)
+                turned = _apart(drift.repeat(1, 1, len(positions), 1), keys.shape[-1])
                 move.turn(index, turned)
-                keys[..., run, :] += turned
-                values[..., run, :] += drift[..., keys.shape[-1] :]
+                keys[..., run, :] += turned[0]
+                values[..., run, :] += turned[1]
+
+
+def _apart(side_by_side: torch.Tensor, key_dim: int) -> LayerKV:
+    """Views of keys and values that stand side by side in the last dimension."""
+    return side_by_side[..., :key_dim], side_by_side[..., key_dim:]
 
 
 def _runs(which: torch.Tensor) -> list[slice]:

@@ -10,7 +10,7 @@ refused, so an architecture without a test is right or refused.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -23,6 +23,7 @@ from kvcag.cache.layers import (
     cache_argument,
     check_cacheable,
     contiguous_copy,
+    device_of,
     generation_cache,
     kinds_of,
     layers_of,
@@ -45,11 +46,16 @@ class Rotation:
         module: the rotary module, whose live frequencies are read at each use; None where the layer rotates nothing.
         name: the attribute of `module` with the frequencies, `(rotary_dim / 2,)`.
         interleaved: components are paired (0, 1), (2, 3), …, as in GLM and Cohere; else (0, d/2), (1, d/2 + 1), ….
+        start: the first component that is rotated; those before it are not.
+        of_values: what is cached in the place of values is rotated, and nothing else. So it is in latent attention
+            (MLA): the latents have the place of keys, and the keys' rotated part that of values.
     """
 
     module: torch.nn.Module | None = None
     name: str = ""
     interleaved: bool = False
+    start: int = 0
+    of_values: bool = False
 
     @property
     def frequencies(self) -> torch.Tensor:
@@ -82,7 +88,7 @@ class Rotation:
 
     def _pairs(self, keys: torch.Tensor, cos: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         half = cos.shape[-1]
-        rotary = keys[..., : 2 * half]
+        rotary = keys[..., self.start : self.start + 2 * half]
         if self.interleaved:
             return rotary[..., 0::2], rotary[..., 1::2]
         return rotary[..., :half], rotary[..., half:]
@@ -114,11 +120,20 @@ def check_mergeable(model: PreTrainedModel) -> None:
 
     Raises:
         UnsupportedModelError: positions are learned, ALiBi, or of a RoPE whose frequencies change with the length;
-            layers share keys, keep a state or attend in chunks; or nothing that we know moves its keys.
+            layers keep a state or attend in chunks; or nothing that we know moves its keys.
     """
     rotations(model)
     if kinds_of(model):
         check_affine(model)
+
+
+def attends_to_its_own(model: PreTrainedModel) -> bool:
+    """Whether each layer attends to the very keys and values that it caches.
+
+    Not so with latent attention, which makes keys of what is cached, nor in layers that take another layer's keys.
+    """
+    found = rotations(model)
+    return len(found) == decoder_of(model).config.num_hidden_layers and not any(each.of_values for each in found)
 
 
 class PositionShift:
@@ -132,20 +147,21 @@ class PositionShift:
         self._rotations = rotations(model)
         self._angles: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def turn(self, layer_idx: int, keys: torch.Tensor, out: torch.Tensor | None = None, *, back: bool = False) -> None:
-        """Write `keys`, `(…, seq_len, head_dim)`, turned in fp32, to `out`, or in place. `back`: to `start`."""
-        out = keys if out is None else out
+    def turn(self, layer_idx: int, kv: LayerKV, *, back: bool = False) -> None:
+        """Turn keys, and values `(…, seq_len, head_dim)` where they are rotated, in fp32 and in place.
+
+        `back`: from `end` to `start`.
+        """
         rotation = self._rotations[layer_idx]
         if rotation.module is None:
-            if out is not keys:
-                out.copy_(keys)
             return
-        known = (id(rotation.module), rotation.name, keys.device)
+        rotated = kv[rotation.of_values]
+        known = (id(rotation.module), rotation.name, rotated.device)
         if known not in self._angles:
             cos, sin = rotation.angles(self.start, self.end)
-            self._angles[known] = cos.to(keys.device), sin.to(keys.device)
+            self._angles[known] = cos.to(rotated.device), sin.to(rotated.device)
         cos, sin = self._angles[known]
-        rotation.turn(keys, (cos, -sin if back else sin), out)
+        rotation.turn(rotated, (cos, -sin if back else sin), rotated)
 
 
 def _check_configuration(model: PreTrainedModel) -> None:
@@ -161,14 +177,6 @@ def _check_configuration(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"{name} uses multimodal RoPE, whose positions depend on the images before them. {_INSTEAD} "
             "Or use a text model of its family."
-        )
-    if getattr(config, "kv_lora_rank", None):
-        raise UnsupportedModelError(
-            f"{name} uses multi-head latent attention (MLA) and caches latents instead of keys and values. {_INSTEAD}"
-        )
-    if getattr(config, "num_kv_shared_layers", 0):
-        raise UnsupportedModelError(
-            f"{name} shares keys and values between layers, so one layer's cannot be recomputed alone. {_INSTEAD}"
         )
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
         raise UnsupportedModelError(
@@ -202,19 +210,13 @@ def _probe(model: PreTrainedModel) -> list[Rotation]:
     ids = (torch.arange(_TOKENS) * 7919 + 11) % config.vocab_size
     here, there = _encode(model, ids, 0), _encode(model, ids, _OFFSET)
     kinds = kinds_of(model)
-    attending = sum(attends for attends, _ in kinds) if kinds else config.num_hidden_layers
-    if len(here) != attending or any(kv[0].shape[-2] != _TOKENS for kv in here):
+    if not (here or kinds) or any(t.ndim != 4 or t.shape[-2] != _TOKENS for kv in here for t in kv):
         raise UnsupportedModelError(
             f"{type(model).__name__} does not keep one key and one value a token in each layer. {_INSTEAD}"
         )
     # Half precision rounds cosines and sines by 1e-2; a wrong rotation is off by about 1.
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
-    if any(_error(old[1], new[1]) > tolerance for old, new in zip(here, there, strict=True)):
-        raise UnsupportedModelError(
-            f"{type(model).__name__}'s cached values change with their position: they are not plain values, or its "
-            f"positions are learned. {_INSTEAD}"
-        )
-    found = [_rotation(model, old[0], new[0], tolerance) for old, new in zip(here, there, strict=True)]
+    found = [_rotation(model, old, new, tolerance) for old, new in zip(here, there, strict=True)]
     if kinds:  # single tokens are not recomputed, and the recurrent layers know the order without positions
         return found
     if all(rotation is UNROTATED for rotation in found):
@@ -231,23 +233,31 @@ def _encode(model: PreTrainedModel, ids: torch.Tensor, offset: int) -> list[Laye
     positions = torch.arange(offset, offset + len(ids))
     decoder = decoder_of(model)
     decoder(
-        input_ids=ids[None].to(model.device),
-        position_ids=positions[None].to(model.device),
+        input_ids=ids[None].to(device_of(model)),
+        position_ids=positions[None].to(device_of(model)),
         use_cache=True,
         **cache_argument(decoder, cache),
     )
     return layers_of(cache)
 
 
-def _rotation(model: PreTrainedModel, old: torch.Tensor, new: torch.Tensor, tolerance: float) -> Rotation:
-    at = torch.arange(_TOKENS, device=old.device)
-    best, least = UNROTATED, _error(old, new)
-    for rotation in _candidates(model, old.shape[-1]):
+def _rotation(model: PreTrainedModel, old: LayerKV, new: LayerKV, tolerance: float) -> Rotation:
+    moves = [_error(before, after) > tolerance for before, after in zip(old, new, strict=True)]
+    if all(moves):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}'s cached values change with their position: they are not plain values, or its "
+            f"positions are learned. {_INSTEAD}"
+        )
+    which = moves[1]
+    keys, there = old[which], new[which]
+    at = torch.arange(_TOKENS, device=keys.device)
+    best, least = UNROTATED, _error(keys, there)
+    for rotation in _candidates(model, keys.shape[-1]):
         cos, sin = rotation.angles(at, at + _OFFSET)
-        turned = torch.empty_like(old)
-        rotation.turn(old, (cos.to(old.device), sin.to(old.device)), turned)
-        if (error := _error(turned, new)) < least:
-            best, least = rotation, error
+        turned = torch.empty_like(keys)
+        rotation.turn(keys, (cos.to(keys.device), sin.to(keys.device)), turned)
+        if (error := _error(turned, there)) < least:
+            best, least = replace(rotation, of_values=which), error
     if least > tolerance:
         raise UnsupportedModelError(
             f"{type(model).__name__}'s keys cannot be moved to another position: re-rotated keys differ from keys "
@@ -265,14 +275,21 @@ def _candidates(model: PreTrainedModel, head_dim: int) -> Iterator[Rotation]:
             if 2 * len(table) > head_dim or any(torch.equal(table.cpu(), other) for other in seen):
                 continue
             seen.append(table.cpu())
-            yield Rotation(module, name)
-            yield Rotation(module, name, interleaved=True)
+            for start in sorted({0, head_dim - 2 * len(table)}):  # the first components, or the last
+                yield Rotation(module, name, start=start)
+                yield Rotation(module, name, interleaved=True, start=start)
 
 
 def _error(a: torch.Tensor, b: torch.Tensor) -> float:
     """Relative error of the median token: in half precision, a router's near tie may send one token elsewhere."""
     difference, size = ((t.float().square().sum(dim=(0, 1, 3))) for t in (a - b, b))
     return float((difference / size).sqrt().median())
+
+
+def _hides_a_window(config: Any) -> bool:
+    """Whether all layers have a window by the configuration, so that each of them must attend with it."""
+    slides = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    return bool(slides) and not getattr(config, "layer_types", None)
 
 
 def _check_scatter(model: PreTrainedModel, ids: torch.Tensor, right: list[LayerKV], tolerance: float) -> None:
@@ -294,10 +311,15 @@ def _check_scatter(model: PreTrainedModel, ids: torch.Tensor, right: list[LayerK
         for x, y in zip(layers, right, strict=True)
         for a, b in zip(x, y, strict=True)
     ]
-    if len(windows) != len(layers) or max(errors) > tolerance:
+    if not windows.keys() >= set(range(len(layers))) or max(errors) > tolerance:
         raise UnsupportedModelError(
             f"{type(model).__name__} does not attend through transformers' AttentionInterface alone, so single tokens "
             f"cannot be recomputed. {_INSTEAD}"
+        )
+    if _hides_a_window(config) and not any(windows.values()):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has a sliding window that it does not tell its attention: which tokens it sees is "
+            f"unclear. {_INSTEAD}"
         )
     for index, window in windows.items():
         if types and (types[index] == "sliding_attention") != (window is not None):

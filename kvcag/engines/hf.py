@@ -35,6 +35,7 @@ from kvcag.cache.layers import (
     count,
     crop,
     cut,
+    device_of,
     generation_cache,
     kinds_of,
     layers_of,
@@ -43,7 +44,7 @@ from kvcag.cache.layers import (
 )
 from kvcag.cache.merge import MergeHistory
 from kvcag.cache.prefix_cache import InFlight, PrefixCache
-from kvcag.cache.rope import check_mergeable
+from kvcag.cache.rope import attends_to_its_own, check_mergeable
 from kvcag.cache.states import Maps, ignores_states, recording
 from kvcag.chat_template import ChatTemplate, Message, Prompt
 from kvcag.concurrency import IdleWork, ModelLock, cancellation
@@ -93,7 +94,7 @@ class HFEngine(Engine):
     answers that are generated at the same time take their steps together.
 
     Args:
-        model: a decoder-only model whose layers are all attention. It is put into evaluation mode.
+        model: a decoder-only model, also with adapters (peft). It is put into evaluation mode.
         tokenizer: its tokenizer.
         prefix_cache_bytes: how much of recent contexts to keep, so that a prompt which begins like an earlier one is
             prefilled only from where it differs; 2 GiB by default. 0 switches that off.
@@ -106,7 +107,8 @@ class HFEngine(Engine):
         defaults: settings of `Sampling` for calls that do not give them.
 
     Raises:
-        UnsupportedModelError: the model keeps a recurrent state, or is an encoder-decoder.
+        UnsupportedModelError: the model is an encoder-decoder, keeps its past otherwise than transformers' own cache
+            layers do, or has an adapter that puts tokens before the prompt.
     """
 
     merges = True
@@ -125,6 +127,12 @@ class HFEngine(Engine):
         control_tokens: bool = False,
         defaults: Mapping[str, Any] | None = None,
     ) -> None:
+        if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
+            raise UnsupportedModelError(
+                "an adapter that puts tokens of its own before the prompt (prompt or prefix tuning) changes what is "
+                "cached. Use an adapter of the weights, such as LoRA."
+            )
+        model = getattr(model, "get_base_model", lambda: model)()  # with its adapters, where PEFT wraps it
         check_cacheable(model)
         Sampling.of(**(defaults or {}))
         self.defaults = dict(defaults or {})
@@ -145,7 +153,8 @@ class HFEngine(Engine):
         self._notices = WarnOnce()
         self._cuda_graphs = cuda_graphs
         self._steps = Steps(self.exclusive, self.predict, self._together, _MOST_TOGETHER)
-        self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        arguments = inspect.signature(model.forward).parameters
+        self._takes_logits_to_keep = "logits_to_keep" in arguments
 
     @classmethod
     def from_pretrained(
@@ -220,7 +229,7 @@ class HFEngine(Engine):
     @property
     def device(self) -> torch.device:
         """Where the model's inputs go."""
-        return torch.device(self.model.device)
+        return device_of(self.model)
 
     @cached_property
     def context_length(self) -> int:
@@ -246,9 +255,13 @@ class HFEngine(Engine):
     def bytes_per_token(self) -> int:
         """Bytes of keys and values that one token takes, over all layers."""
         layers, kv_heads, head_dim = map(int, self.fingerprint.geometry.split("x"))
+        config = self.model.config.get_text_config(decoder=True)
         if self._kinds:
             layers = sum(attends for attends, _ in self._kinds)
-        return 2 * layers * kv_heads * head_dim * torch.empty(0, dtype=self.model.dtype).element_size()
+        layers -= getattr(config, "num_kv_shared_layers", None) or 0
+        latent = getattr(config, "kv_lora_rank", None)  # cached with one rotated key instead of keys and values (MLA)
+        numbers = latent + config.qk_rope_head_dim if latent else 2 * kv_heads * head_dim
+        return int(layers * numbers * torch.empty(0, dtype=self.model.dtype).element_size())
 
     @property
     def is_recurrent(self) -> bool:
@@ -624,7 +637,8 @@ class HFEngine(Engine):
         graphs = self.__dict__.get("_graphs")  # first: to ask a model for its device takes as long as all else here
         if graphs is not None:
             return graphs.alone is None
-        return bool(self.__dict__.get("_by_position")) and self.device.type == "cpu"
+        known = bool(self.__dict__.get("_by_position"))
+        return known and self.device.type == "cpu" and self._attends_to_its_own
 
     def _together(self, tokens: list[Any], caches: list[Cache]) -> list[Prediction]:
         """A step of several generations, in one pass. Where it fails, the caches are what they were."""
@@ -692,7 +706,7 @@ class HFEngine(Engine):
         _LOG.warning("%s runs without CUDA graphs: %s", type(self.model).__name__, why)
 
     def _uncaptured(self, token_ids: Sequence[int] | torch.Tensor, cache: Cache) -> torch.Tensor:
-        last = {"logits_to_keep": 1} if self._takes_logits_to_keep else {}
+        last: dict[str, Any] = {"logits_to_keep": 1} if self._takes_logits_to_keep else {}
         ids = torch.as_tensor(token_ids, device=self.device)[None]
         began = time.thread_time()
         with _memory_errors(), self._attention(cache.get_seq_length(), len(token_ids)):
@@ -725,6 +739,10 @@ class HFEngine(Engine):
     def _attends_by_sdpa(self) -> bool:
         """Whether passes of several threads may be in the model at a time (`kvcag.cache.attention`)."""
         return decoder_of(self.model).config._attn_implementation in ("sdpa", OVER_SDPA)
+
+    @cached_property
+    def _attends_to_its_own(self) -> bool:
+        return attends_to_its_own(self.model)
 
     @cached_property
     def _by_position(self) -> bool:

@@ -34,8 +34,8 @@ def shifted(layers, by):
     """The layers, each document's keys (as at position 0) and values moved by a constant of its own."""
     move = PositionShift(tiny_model("llama"), torch.zeros_like(PART_OF), torch.arange(704))
     shifts = by[PART_OF].expand(1, HEADS, 704, HEAD_DIM).clone()
-    turned = torch.empty_like(shifts)
-    move.turn(0, shifts, turned)
+    turned = shifts.clone()
+    move.turn(0, (turned, shifts))
     return [(keys + turned, values + shifts) for keys, values in layers]
 
 

@@ -6,13 +6,34 @@ import transformers
 
 from kvcag import HFEngine
 from kvcag.cache.merge import check_mergeable, merge
-from kvcag.cache.rope import PositionShift, rotations
+from kvcag.cache.rope import PositionShift, Rotation, rotations
 from kvcag.errors import UnsupportedModelError
 from kvcag.testing import byte_tokenizer, tiny_model
 from tests.merging import encode, encode_at, error, ids, parts_of, tokens_of
 
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LATENT = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    **MOE,
+}
+SHARED = {
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 16,
+    "global_head_dim": 8,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 259,
+}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -49,10 +70,17 @@ MERGEABLE = {
     "cohere": {},
     "cohere2": {"sliding_window": 16, "layer_types": MIXED},
     "gpt_oss": {"sliding_window": 16, "layer_types": MIXED, "num_local_experts": 4},
+    "deepseek_v2": LATENT,
+    "deepseek_v3": LATENT,
+    "glm4_moe_lite": LATENT,
+    "gemma3n_text": {**SHARED, "laurel_rank": 8, "altup_num_inputs": 2},
+    "gemma4_text": SHARED,
 }
 
-if transformers.__version__.startswith("4."):  # its attention is not behind the AttentionInterface there: refused
+if transformers.__version__.startswith("4."):  # refused there: its attention is not behind the AttentionInterface
     del MERGEABLE["stablelm"]
+    for family in ("glm4_moe_lite", "gemma3n_text", "gemma4_text"):  # not there, or otherwise
+        del MERGEABLE[family]
 
 REFUSED = {
     "llama dynamic": ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "dynamic-NTK"),
@@ -72,13 +100,9 @@ REFUSED = {
     "opt": ({"word_embed_proj_dim": 32, "ffn_dim": 48}, "positions are learned"),
     "bloom": ({"n_head": 4}, "ALiBi"),
     "mpt": ({"d_model": 32, "n_heads": 4, "n_layers": 3}, "ALiBi"),
-    "qwen3_next": ({}, "recurrent layers"),
     "mamba": ({"state_size": 4}, "recurrent layers"),
     "llama4_text": ({"num_local_experts": 2, "intermediate_size_mlp": 48}, "in chunks"),
-    "deepseek_v3": (
-        {"kv_lora_rank": 16, "q_lora_rank": 16, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, **MOE},
-        "multi-head latent attention",
-    ),
+    "phimoe": ({"sliding_window": 16, "num_local_experts": 4}, "does not tell its attention"),
 }
 
 
@@ -117,8 +141,8 @@ def test_rerotated_keys_are_keys_encoded_there(model, start, end):
     token_ids = ids(12)
     encoded, expected = (encode_at(model, token_ids, position) for position in (start, end))
     move = PositionShift(model, torch.arange(start, start + 12), torch.arange(end, end + 12))
-    for index, (keys, _) in enumerate(encoded):
-        move.turn(index, keys)
+    for index, kv in enumerate(encoded):
+        move.turn(index, kv)
     assert error(encoded, expected) < 1e-4
 
 
@@ -138,7 +162,27 @@ def test_refused_with_what_to_do_instead(family):
     model = model_of(family, config)
     with pytest.raises(UnsupportedModelError, match=why) as refusal:
         check_mergeable(model)
-    assert "Merge nothing with it" in str(refusal.value) or "Use a model" in str(refusal.value)
+    assert "Merge nothing with it" in str(refusal.value) or "strategy='exact'" in str(refusal.value)
+
+
+def test_one_key_of_all_heads_is_rotated_beside_the_latents():
+    assert all(rotation.of_values for rotation in rotations(model_of("deepseek_v3", LATENT)))
+
+
+def test_layers_that_share_keys_have_none_of_their_own():
+    model = model_of("gemma4_text", SHARED)
+    assert len(rotations(model)) == model.config.num_hidden_layers - 2
+
+
+def test_what_is_rotated_may_be_the_last_of_a_key():
+    keys, at = torch.randn(1, 1, 5, 12), torch.arange(5)
+    whole = Rotation(tiny_model("llama").model.rotary_emb, "inv_freq", start=4)
+    turned = torch.empty_like(keys)
+    whole.turn(keys, whole.angles(at, at + 9), turned)
+    assert torch.equal(turned[..., :4], keys[..., :4])
+    first = torch.empty_like(keys[..., 4:])
+    Rotation(whole.module, "inv_freq").turn(keys[..., 4:], whole.angles(at, at + 9), first)
+    assert torch.equal(turned[..., 4:], first)
 
 
 def test_layers_without_rope_are_found():

@@ -22,6 +22,16 @@ from kvcag.stores.disk import DiskStore
 from kvcag.testing import SMALL, byte_tokenizer, tiny_model
 
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+SHARING = {
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 16,
+    "global_head_dim": 8,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 259,
+}
+"""The two last layers of four take the keys of the two first."""
 FAMILIES = {
     "llama": {},
     "llama, one KV head": {"num_key_value_heads": 1},
@@ -32,6 +42,16 @@ FAMILIES = {
     "gpt_neox": {"num_key_value_heads": 4},  # it has a KV head for each query head
     "starcoder2": {"sliding_window": 16},
     "gpt_oss": {"sliding_window": 16, "layer_types": MIXED, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v3": {
+        "kv_lora_rank": 24,
+        "q_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 12,
+        "first_k_dense_replace": 3,
+        "num_key_value_heads": 4,
+    },
+    "gemma4_text": SHARING,
 }
 
 
@@ -45,6 +65,7 @@ def test_the_bytes_are_those_of_a_real_cache(family: str, dtype: torch.dtype) ->
     layers, _ = engine.prefill(list(range(length)))
     geometry = kv_geometry(model.config)
     assert geometry.bytes_per_token(str(dtype).removeprefix("torch.")) * length == nbytes(layers)
+    assert geometry.bytes_per_token(str(dtype).removeprefix("torch.")) == engine.bytes_per_token
     assert geometry.attention_heads == model.config.num_attention_heads
 
 
@@ -93,7 +114,6 @@ def test_layers_that_differ_are_counted_one_by_one() -> None:
         ({"model_type": "no-such"}, InvalidInputError, "does not know"),
         ({"model_type": "t5"}, UnsupportedModelError, "encoder-decoder"),
         ({"model_type": "rwkv"}, UnsupportedModelError, "state that transformers does not put into a cache"),
-        ({"model_type": "deepseek_v3"}, UnsupportedModelError, "latent attention"),
     ],
     ids=str,
 )

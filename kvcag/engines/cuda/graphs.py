@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache
 
 from kvcag.cache.attention import decoder_of
 from kvcag.cache.layers import BETWEEN_LAYERS, GenerationCache, cache_argument, crop, generation_cache
-from kvcag.cache.rope import check_mergeable
+from kvcag.cache.rope import attends_to_its_own, check_mergeable
 from kvcag.engines.cuda.attention import NAME, Inputs, append, inputs
 from kvcag.engines.cuda.fused import fused
 from kvcag.engines.decode import Arriving, Prediction
@@ -73,6 +73,8 @@ class Graphs:
         if model.dtype not in _TOLERANCE:
             raise UnsupportedModelError(f"its dtype is {model.dtype}")
         check_mergeable(model)
+        if not attends_to_its_own(model):
+            raise UnsupportedModelError("its layers attend to something else than the keys and values that they cache")
         self._model = model
         self._device = devices.pop()
         self._passes: dict[tuple[int, int], _Pass] = {}
