@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -603,7 +604,7 @@ class DocumentCache:
 
     def _lock_of(self, key: str) -> threading.Lock:
         with _guard:
-            return self.encoding.setdefault(key, threading.Lock())
+            return self.encoding.setdefault(f"{os.getpid()} {key}", threading.Lock())  # not the lock before a fork
 
     def put(self, item: Item) -> None:
         """Keep an item. Its owner may go on writing to it."""

@@ -188,6 +188,15 @@ _swapped: WeakKeyDictionary[torch.nn.Module, tuple[str, int]] = WeakKeyDictionar
 _swapping = threading.Lock()
 
 
+def put_back_attention() -> None:
+    """Give every decoder its own attention back, in a forked process: the passes under way are not in it."""
+    global _swapping
+    _swapping = threading.Lock()
+    for decoder, (own, _) in list(_swapped.items()):
+        decoder.config._attn_implementation = own  # type: ignore[union-attr]
+    _swapped.clear()
+
+
 def _seen(positions: torch.Tensor, device: torch.device) -> list[tuple[slice, int]]:
     """Which queries at `positions` attend together, and to how many keys."""
     at = positions.tolist()

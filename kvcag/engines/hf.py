@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import operator
+import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -15,13 +16,14 @@ from functools import cached_property, partial
 from itertools import accumulate
 from os import PathLike
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from kvcag.cache.attention import OVER_SDPA, by_position, by_row, decoder_of
+from kvcag.cache.attention import OVER_SDPA, by_position, by_row, decoder_of, put_back_attention
 from kvcag.cache.layers import (
     BETWEEN_LAYERS,
     ContextCache,
@@ -140,21 +142,26 @@ class HFEngine(Engine):
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer, template_variables, control_tokens=control_tokens)
         self._kinds = kinds_of(model)
+        self._weights: tuple[list[object], list[object]] = [], []
+        self._fingerprint: ModelFingerprint | None = None
+        self._begin(prefix_cache_bytes)
+        _ENGINES.add(self)
+        self._chunk_tokens = _FIRST_CHUNK
+        self._state_distance = 0  # tokens whose keys and values take as many bytes as the states; not known yet
+        self._cuda_graphs = cuda_graphs
+        arguments = inspect.signature(model.forward).parameters
+        self._takes_logits_to_keep = "logits_to_keep" in arguments
+
+    def _begin(self, prefix_cache_bytes: int) -> None:
+        """Begin without recent contexts, with locks that nobody holds."""
         self.prefixes = PrefixCache(prefix_cache_bytes, self.template.control_ids, recurrent=bool(self._kinds))
         self.lock = ModelLock()
         self.merge_history = MergeHistory()
         self._in_flight = InFlight()
         self._idle = IdleWork()
-        self._weights: tuple[list[object], list[object]] = [], []
-        self._fingerprint: ModelFingerprint | None = None
-        self._fingerprint_lock = threading.Lock()
-        self._chunk_tokens = _FIRST_CHUNK
-        self._state_distance = 0  # tokens whose keys and values take as many bytes as the states; not known yet
         self._notices = WarnOnce()
-        self._cuda_graphs = cuda_graphs
+        self._fingerprint_lock = threading.Lock()
         self._steps = Steps(self.exclusive, self.predict, self._together, _MOST_TOGETHER)
-        arguments = inspect.signature(model.forward).parameters
-        self._takes_logits_to_keep = "logits_to_keep" in arguments
 
     @classmethod
     def from_pretrained(
@@ -792,3 +799,23 @@ def _best_device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+_ENGINES: WeakSet[HFEngine] = WeakSet()
+
+
+def _in_forked_child() -> None:
+    """Let a forked process use its parent's engines. The threads that held their locks are not in it.
+
+    Nor are the threads that PyTorch computes with: it would wait for them for ever, so it computes with one. An engine
+    on a GPU says that CUDA cannot be used after a fork.
+    """
+    for engine in list(_ENGINES):
+        engine._begin(engine.prefixes.max_bytes)
+    if _ENGINES:
+        put_back_attention()
+        torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_forked_child)
