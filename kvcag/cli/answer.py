@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 
 _MAX_NEW_TOKENS = "Generate at most this many tokens. Default: 512, or what fits."
 _TEMPERATURE = "Sample at this temperature; 0 is greedy."
+
+_QUESTION = "Files or folders to answer from, if any, and the question; - reads the question from stdin."
+_K = "Answer from this many items at most. Default: 4 of PATH, or all of a store."
+_TAKEN = 4
 
 _HELP = """/reset   forget the conversation; the documents stay
 /undo    remove the last turn
@@ -51,31 +56,42 @@ class Answering:
 
 @common.takes(Answering)
 def ask(
-    question: Annotated[str, typer.Argument(help="The question; - reads it from stdin.")], options: Answering
+    words: Annotated[list[str], typer.Argument(metavar="[PATH]... QUESTION", help=_QUESTION)],
+    options: Answering,
+    k: Annotated[int | None, typer.Option("--k", min=1, help=_K)] = None,
 ) -> None:
-    """Answer a question from the items of a store, or from chosen ones.
+    """Answer a question from files, from the items of a store, or from chosen ones.
 
-    The items are merged. With --strategy exact the model reads the whole store once as one context and keeps that
-    context in the store; later questions reuse it. The answer is on stdout; stderr shows what was reused.
+    Files that are new or changed are encoded first, as by `kvcag encode`. Of more than --k items, those whose words fit
+    the question best are taken (BM25), and stderr names their files. The items are merged. With --strategy exact the
+    model reads the whole store once as one context and keeps that context in the store; later questions reuse it. The
+    answer is on stdout; stderr shows what was reused.
 
     For example:
 
-        kvcag ask "Who is responsible for backups?"
+        kvcag ask notes/ "Who is responsible for backups?"
 
         kvcag ask "What changed?" --source notes/today.md --source notes/yesterday.md
 
         kvcag ask "Who was late?" --id 3f9c --id 81aa --strategy query --ratio 0.1 --json | jq -r .answer
     """
+    *paths, question = words
     question = sys.stdin.read() if question == "-" else question
     if not question.strip():
         raise EmptyPromptError("the question is empty: there is nothing to answer")
-    corpus = open_corpus(options)
-    text, usage = corpus.answer([{"role": "user", "content": question}])
+    corpus = corpus_of(paths, options) if paths else open_corpus(options)
+    fitting = corpus.fitting(question, k or (_TAKEN if paths else len(corpus.entries)))
+    text, usage = fitting.answer([{"role": "user", "content": question}])
     if options.as_json:
-        facts = {"ids": [entry.id for entry in corpus.entries], "model": corpus.memory.engine.model_name}
+        facts = {"ids": [entry.id for entry in fitting.entries], "model": corpus.memory.engine.model_name}
         common.emit({"question": question, "answer": text.strip(), **facts, **_figures(usage)})
-    else:
-        common.stderr().print(_summary(usage), style="dim")
+        return
+    if len(fitting.entries) < len(corpus.entries) or paths:
+        named = dict.fromkeys(entry.source for entry in fitting.entries)
+        common.stderr().print(f"from {', '.join(named)}", style="dim")
+    common.stderr().print(_summary(usage), style="dim")
+    if paths:
+        common.stderr().print(fitting.gain(usage), style="dim")
 
 
 @common.takes(Answering)
@@ -109,11 +125,36 @@ class Corpus:
         entries: the items, in the order in which the model reads them.
         options: how to answer. Strategy `exact` keeps the context of a whole store in the store, and `auto` uses that
             context if it is there.
+        is_part: there are more items in the store.
     """
 
     memory: KVCacheMemory
     entries: list[Entry]
     options: Answering
+    is_part: bool = False
+
+    def fitting(self, question: str, count: int) -> Corpus:
+        """The items whose words fit a question best, by BM25, in their own order; all, if there are no more."""
+        if len(self.entries) <= count:
+            return self
+        from rank_bm25 import BM25Plus  # imported late: it loads numpy
+
+        index = BM25Plus([_words(entry.text) for entry in self.entries])
+        scores = index.get_scores(_words(question))
+        best = sorted(range(len(self.entries)), key=lambda place: (-scores[place], place))[:count]
+        return replace(self, entries=[self.entries[place] for place in sorted(best)], is_part=True)
+
+    def gain(self, usage: Usage) -> str:
+        """How much faster the first word came than by reading the items, whose encoding was timed when it was done."""
+        context = usage.context
+        assert context is not None
+        first = f"{usage.ttft_s:.2f} s to the first word"
+        how = "exact" if context.is_exact else f"merged ({context.strategy})"
+        seconds = [entry.manifest.metadata.get(common.ENCODING_S) for entry in self.entries]
+        if context.mode == "encoded" or not all(isinstance(one, float) for one in seconds):
+            return f"{first}, {how}"
+        reading = sum(seconds) + usage.ttft_s * (1 - context.reused_tokens / context.context_tokens)
+        return f"{first} (about {reading:.1f} s without caches): {reading / usage.ttft_s:.0f} × faster, {how}"
 
     def answer(self, conversation: list[Message]) -> tuple[str, Usage]:
         """Answer the last message of a conversation. Without `--json`, print the answer as it is generated.
@@ -135,7 +176,7 @@ class Corpus:
             ) from long
         engine.check_fits(len(prompt.token_ids), sampling.max_new_tokens)
         is_new = False
-        if not (options.id or options.source):
+        if not (options.id or options.source or self.is_part):
             whole = self._prompt(["".join(prompt.documents)], conversation)
             if options.strategy == "exact" or self._prefers(whole):
                 prompt, is_new = whole, self._keep(whole)
@@ -209,6 +250,28 @@ def _as_encoded(usage: Usage) -> Usage:
     return replace(usage, cached_tokens=cached, created_tokens=usage.prompt_tokens - cached, context=made)
 
 
+def corpus_of(paths: list[str], options: Answering) -> Corpus:
+    """Encode what is new or changed of some files, and take their items.
+
+    Raises:
+        InvalidInputError: there is no such file, or nothing to read in it.
+    """
+    if options.id or options.source:
+        raise InvalidInputError("pass either PATH or --id and --source, not both")
+    from kvcag.cli.encode import Encoding, bring
+    from kvcag.cli.entries import read_entries
+    from kvcag.cli.files import read_texts
+
+    reading = read_texts(paths)
+    for path, reason in reading.skipped:
+        common.say(f"{path} was left out: {reason}")
+    encoding = Encoding(options.model, options.store, options.namespace, options.instruction)
+    memory = encoding.memory(encoding.open())
+    wanted = bring(memory, reading)
+    entries = [entry for entry in read_entries(memory.store)[0] if entry.id in wanted]
+    return Corpus(memory, sorted(entries, key=_place), options, is_part=True)
+
+
 def open_corpus(options: Answering) -> Corpus:
     """Choose items of a store, then load the model.
 
@@ -250,6 +313,10 @@ def _place(entry: Entry) -> tuple[str, int, str]:
     """Sort files by name and the parts of a file by number, so that the context does not depend on when."""
     metadata = entry.manifest.metadata
     return str(metadata.get("source", "")), int(metadata.get("part", 0)), entry.id
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
 
 
 class _Conversation:

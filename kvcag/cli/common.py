@@ -145,6 +145,10 @@ Ratio = Annotated[float, typer.Option("--ratio", min=0, max=1, help="Recompute t
 CorpusOption = Annotated[list[str] | None, typer.Option("--corpus", help=_CORPUS)]
 
 
+ENCODING_S = "encoding_s"
+"""Metadata of an item: seconds that encoding it took."""
+
+
 def takes(options: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Let a command take the fields of a dataclass as options. It is called with the dataclass as `options`."""
     hints = get_type_hints(options, include_extras=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -115,6 +116,19 @@ def sync(
     _report(facts, f"would be: {line}" if dry_run else line, diff, reading, memory, options.as_json)
 
 
+def bring(memory: KVCacheMemory, reading: Reading) -> dict[str, Any]:
+    """Encode what is new or changed of some texts, in parts of an eighth of the context where one is long.
+
+    Returns:
+        The items by id.
+    """
+    room = memory.engine.context_length // 8
+    lengths = (len(memory.engine.template.encode_text(text.text)) for text in reading.texts)
+    diff = _diff(memory, reading, room if max(lengths, default=0) > 2 * room else None, lambda manifest: False)
+    _encode(memory, diff)
+    return diff.wanted
+
+
 def _diff(memory: KVCacheMemory, reading: Reading, limit: int | None, is_mine: Callable[[Manifest], bool]) -> SyncDiff:
     """Compare the texts with the store. A text that does not fit is refused before anything is encoded."""
     from kvcag.cli.files import split
@@ -146,8 +160,11 @@ def _encode(memory: KVCacheMemory, diff: SyncDiff) -> int:
             for key in diff.new:
                 token_ids, text, metadata = diff.wanted[key]
                 advance(0, os.path.basename(metadata["source"]))
+                began = time.perf_counter()
                 with documents.keeping(token_ids, text, metadata):
-                    documents.put(documents.encode(head_ids, token_ids, text, metadata))
+                    item = documents.encode(head_ids, token_ids, text, metadata)
+                    item.metadata[common.ENCODING_S] = round(time.perf_counter() - began, 3)
+                    documents.put(item)
                 advance(len(token_ids))
     except KeyboardInterrupt:
         kept, new = sum(map(documents.store.contains, diff.new)), common.counted(len(diff.new), "item")

@@ -236,3 +236,25 @@ def test_what_was_reused_is_said_per_turn(kvcag: Kvcag, notes: list[str]) -> Non
 
 def test_a_turn_that_does_not_fit_ends_a_script_with_2(kvcag: Kvcag, notes: list[str]) -> None:
     assert kvcag("chat", "--max-new-tokens", 3000, input="Who?\n").code == 2
+
+
+def test_asking_files_encodes_what_is_new_and_names_the_files_that_fit_best(kvcag: Kvcag) -> None:
+    for number in range(5):
+        write(kvcag.folder / "many" / f"{number}.txt", f"Chapter {number} is about winter.")
+    write(kvcag.folder / "many" / "keeper.txt", "The keeper of the lighthouse is called Ode.")
+    first = kvcag("ask", "many", "Who is the keeper?", "--k", 2, "--max-new-tokens", 2, "--json").json
+    assert len(first["ids"]) == 2
+    assert len(kvcag("ls", "--json").json) == 6, "all files are kept"
+    second = kvcag("ask", "many", "Who is the keeper?", "--k", 2, "--max-new-tokens", 2)
+    assert "keeper.txt" in second.err
+    assert "s to the first word (about" in second.err
+    assert "× faster, merged (query)" in second.err
+    assert kvcag("encode", "many", "--json").json["encoded"] == 0, "ask and encode keep the same items"
+    changed = write(kvcag.folder / "many" / "keeper.txt", "The keeper of the lighthouse is called Una.")
+    assert kvcag("ask", changed, "Who?", "--max-new-tokens", 2, "--json").json["ids"] != first["ids"]
+
+
+def test_asking_files_that_are_not_there_is_refused_before_the_model_is_loaded(kvcag: Kvcag) -> None:
+    done = kvcag("ask", "no-such-folder", "Who?")
+    assert done.code == 2
+    assert "no-such-folder" in done.err
