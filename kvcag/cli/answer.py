@@ -137,7 +137,7 @@ class Corpus:
         """The items whose words fit a question best, by BM25, in their own order; all, if there are no more."""
         if len(self.entries) <= count:
             return self
-        from rank_bm25 import BM25Plus  # imported late: it loads numpy
+        from rank_bm25 import BM25Plus  # type: ignore[import-untyped]  # it has no stubs
 
         index = BM25Plus([_words(entry.text) for entry in self.entries])
         scores = index.get_scores(_words(question))
@@ -150,8 +150,9 @@ class Corpus:
         assert context is not None
         first = f"{usage.ttft_s:.2f} s to the first word"
         how = "exact" if context.is_exact else f"merged ({context.strategy})"
-        seconds = [entry.manifest.metadata.get(common.ENCODING_S) for entry in self.entries]
-        if context.mode == "encoded" or not all(isinstance(one, float) for one in seconds):
+        timed = [entry.manifest.metadata.get(common.ENCODING_S) for entry in self.entries]
+        seconds = [one for one in timed if isinstance(one, float)]
+        if context.mode == "encoded" or len(seconds) < len(timed):
             return f"{first}, {how}"
         reading = sum(seconds) + usage.ttft_s * (1 - context.reused_tokens / context.context_tokens)
         return f"{first} (about {reading:.1f} s without caches): {reading / usage.ttft_s:.0f} × faster, {how}"

@@ -199,8 +199,8 @@ def test_a_turn_prefills_its_own_tokens_and_no_others(
 ) -> None:
     """Counted in the model."""
     lengths: list[int] = []
-    forward = HFEngine.forward
-    monkeypatch.setattr(HFEngine, "forward", lambda *given: lengths.append(len(given[1])) or forward(*given))
+    predict = HFEngine.predict
+    monkeypatch.setattr(HFEngine, "predict", lambda *given: lengths.append(len(given[1])) or predict(*given))
     asked = [f"Question {number}?" for number in range(4)]
     turns(kvcag, "\n".join(asked), "--strategy", strategy)
     passes = [lengths[at : at + 6] for at in range(len(lengths) - 4 * 6, len(lengths), 6)]
