@@ -124,7 +124,7 @@ def _canonical(value: Any) -> str:
 
 # --- weights -------------------------------------------------------------------------------------------------------
 
-_ROW, _ROWS = 64, {"cpu": 1 << 14}
+_ROW, _ROWS = 64, {"cpu": 1 << 13}
 """Words of eight bytes that are summed together, and how many of such rows at a time: on a CPU as many as its cache
 holds."""
 
@@ -155,7 +155,8 @@ def weights_state(model: torch.nn.Module) -> tuple[list[object], list[object]]:
         for tensor in () if offloads else parts["_parameters"].values():
             if tensor is not None:
                 tensors.append(tensor)
-                state.append((tensor._version, 0 if tensor.is_meta else tensor.data_ptr()))
+                state.append(tensor._version)
+                state.append(tensor.data_ptr())
         if _ADAPTERS & parts.keys():
             state.append([str(parts.get(each)) for each in ("_active_adapter", "_disable_adapters", "merged_adapters")])
             state.append(dict(parts.get("scaling", {})))
@@ -189,7 +190,8 @@ def _weights_digest(model: torch.nn.Module) -> str:
 
     An adapter that is loaded and not active, or merged, does not count, so that switching back finds the model again.
     """
-    lines = []
+    lines: list[str] = []
+    scratch: dict[torch.device, torch.Tensor] = {}
     for path, module in model.named_modules():
         adapters = {name: getattr(module, "scaling", {}).get(name) for name in _active_adapters(module)}
         name = ".".join(part for part in path.removeprefix("base_model.model").split(".") if part not in _WRAPPED)
@@ -201,7 +203,9 @@ def _weights_digest(model: torch.nn.Module) -> str:
             if tensor is not None and tensor.is_meta and offloaded is not None:
                 tensor = offloaded[own]
             if tensor is not None and _is_used(model, path, own):
-                lines.append(f"{name}.{own} {tuple(tensor.shape)} {tensor.dtype} {_tensor_digest(tensor.detach())}")
+                lines.append(
+                    f"{name}.{own} {tuple(tensor.shape)} {tensor.dtype} {_tensor_digest(tensor.detach(), scratch)}"
+                )
     return _sha256("\n".join(sorted(lines)))
 
 
@@ -215,19 +219,23 @@ def _is_used(model: torch.nn.Module, path: str, name: str) -> bool:
     return not _ADAPTERS & above.__dict__.keys()
 
 
-def _tensor_digest(tensor: torch.Tensor) -> str:
+def _tensor_digest(tensor: torch.Tensor, scratch: dict[torch.device, torch.Tensor]) -> str:
     """XXH3-128 over the sums of rows of 512 bytes: the same on every device, and as fast as memory is read."""
     if tensor.is_meta:  # name and shape are all there is to read
         return ""
     if hasattr(tensor, "__tensor_flatten__"):  # a quantised one
-        return " ".join(_tensor_digest(getattr(tensor, part)) for part in tensor.__tensor_flatten__()[0])
+        return " ".join(_tensor_digest(getattr(tensor, part), scratch) for part in tensor.__tensor_flatten__()[0])
     data: Any = tensor.reshape(-1)
     data = (data if data.storage_offset() == 0 else data.clone()).view(torch.uint8)
     whole = len(data) // (8 * _ROW) * 8 * _ROW
     digest = xxhash.xxh3_128(data[whole:].cpu().numpy().data)
-    mask = _MASK.to(data.device)
-    for rows in data[:whole].view(torch.int64).view(-1, _ROW).split(_ROWS.get(data.device.type, 1 << 20)):
-        digest.update((rows ^ mask).sum(1).cpu().numpy().data)
+    words = data[:whole].view(torch.int64).view(-1, _ROW)
+    most, mask = _ROWS.get(data.device.type, 1 << 20), _MASK.to(data.device)
+    masked = scratch.get(data.device)  # new memory for each part takes longer than the sums
+    if masked is None:
+        masked = scratch[data.device] = torch.empty((most, _ROW), dtype=torch.int64, device=data.device)
+    for rows in words.split(most):
+        digest.update(torch.bitwise_xor(rows, mask, out=masked[: len(rows)]).sum(1).cpu().numpy().data)
     return digest.hexdigest()
 
 
