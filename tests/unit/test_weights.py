@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from kvcag import HFEngine, KVCacheMemory
-from kvcag.cache.layers import layers_of
+from kvcag.cache.layers import _CONTINUES, layers_of
 from kvcag.cache.merge import merge
 from kvcag.testing import byte_tokenizer, tiny_model
 from tests.merging import encode, error, ids, parts_of, tokens_of
@@ -44,6 +44,8 @@ PLACES = {
     "first weights on disk": {"": "cpu", "model.embed_tokens": "disk", "model.layers.0": "disk"},
     "all on disk": {"": "disk"},
 }
+if not _CONTINUES:  # transformers before 5.24 counts no token in a cache whose first layer is on disk
+    del PLACES["all on disk"]
 
 
 @pytest.fixture(params=PLACES)
