@@ -153,7 +153,7 @@ class HFEngine(Engine):
         self._takes_logits_to_keep = "logits_to_keep" in arguments
 
     def _begin(self, prefix_cache_bytes: int) -> None:
-        """Begin without recent contexts, with locks that nobody holds."""
+        """Begin without recent contexts and with new locks."""
         self.prefixes = PrefixCache(prefix_cache_bytes, self.template.control_ids, recurrent=bool(self._kinds))
         self.lock = ModelLock()
         self.merge_history = MergeHistory()
@@ -680,7 +680,7 @@ class HFEngine(Engine):
         return [predictions[i] for i in range(len(caches))]
 
     def _captured(self, token_ids: Sequence[int] | torch.Tensor, cache: Cache) -> Prediction | None:
-        """The pass as a CUDA graph. None where there is none for it."""
+        """Run the pass as a CUDA graph; None if no graph can take it."""
         past = cache.get_seq_length()
         if past == 0 or self.device.type != "cuda" or self._kinds:
             return None

@@ -2,12 +2,13 @@
 
 A step reads all weights for one token. So an answer asks for its next step and goes on with what it has; when it needs
 the step, the thread that reads it waits for the other answers, and takes the step for all that asked. It waits while
-others keep coming, and while the device is still busy with the step before, which costs nothing: a reader who is slow,
-or gone, delays nobody for long.
+others keep coming, and while the device is still busy with the step before, which costs nothing: a slow or
+absent reader delays the others by milliseconds.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -19,8 +20,10 @@ from transformers.cache_utils import Cache
 from kvcag.concurrency import CANCELLATION, Cancellation, cancellation
 from kvcag.engines.decode import Forward, Pending, Prediction
 
+_log = logging.getLogger(__name__)
+
 _PATIENCE = 0.003
-"""Seconds in which nobody comes, after which the others are not waited for."""
+"""Seconds without another answer's request, after which the step is taken."""
 
 Together: TypeAlias = Callable[[list[Any], list[Cache]], "Sequence[Prediction]"]
 """Takes one token, as in `Forward`, over each cache. What it raises is dropped: each step is then taken alone."""
@@ -190,8 +193,8 @@ class Steps:
             taken = self._together([step.token for step in steps], [step.cache for step in steps])
             for step, prediction in zip(steps, taken, strict=True):
                 step.prediction = self._last = prediction
-        except Exception:  # of one of them, or of the pass: alone, each gets its own error, or none
-            pass
+        except Exception:  # the boundary: taken alone, each step gives its own answer the error, or none
+            _log.warning("a step of %d answers failed; each is taken alone", len(steps), exc_info=True)
         finally:
             CANCELLATION.reset(token)
             for step in steps:

@@ -17,6 +17,7 @@ from kvcag.cache.layers import _CONTINUES, Layers, generation_cache, kinds_of, l
 from kvcag.sizing import kv_geometry
 from kvcag.stores.format import item_from_bytes, item_to_bytes
 from kvcag.testing import byte_tokenizer, tiny_model
+from tests.families import MAMBA, OWN
 
 if not _CONTINUES:
     pytest.skip("recurrent layers need transformers 5.24", allow_module_level=True)
@@ -29,7 +30,6 @@ DELTA = {
     "linear_value_head_dim": 16,
     **MIXED,
 }
-MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_n_groups": 1}
 MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_next": {**DELTA, **MOE, "shared_expert_intermediate_size": 32},
@@ -41,13 +41,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "nemotron_h": {},
     "jamba": {"attn_layer_period": 3, "attn_layer_offset": 2, "mamba_d_state": 8, "num_experts": 2},
     "lfm2": {"layer_types": ["conv", "conv", "full_attention"]},
-    "zamba2": {
-        "layer_types": ["mamba", "hybrid", "mamba"],
-        "hybrid_layer_ids": [1],
-        "mamba_ngroups": 1,
-        "mamba_d_state": 16,
-        "n_mamba_heads": 8,
-    },
+    "zamba2": OWN["zamba2"],
     "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "expand": 4},
     "mamba": {},
 }

@@ -20,18 +20,9 @@ from kvcag.errors import InvalidInputError, UnsupportedModelError
 from kvcag.sizing import DTYPE_BYTES, KVGeometry, LayerGeometry, break_even, kv_geometry
 from kvcag.stores.disk import DiskStore
 from kvcag.testing import SMALL, byte_tokenizer, tiny_model
+from tests.unit.test_families import SHARED
 
 MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
-SHARING = {
-    "num_hidden_layers": 4,
-    "num_kv_shared_layers": 2,
-    "layer_types": ["sliding_attention", "full_attention"] * 2,
-    "sliding_window": 16,
-    "global_head_dim": 8,
-    "hidden_size_per_layer_input": 8,
-    "vocab_size_per_layer_input": 259,
-}
-"""The two last layers of four take the keys of the two first."""
 FAMILIES = {
     "llama": {},
     "llama, one KV head": {"num_key_value_heads": 1},
@@ -51,7 +42,7 @@ FAMILIES = {
         "first_k_dense_replace": 3,
         "num_key_value_heads": 4,
     },
-    "gemma4_text": SHARING,
+    "gemma4_text": SHARED,
 }
 
 

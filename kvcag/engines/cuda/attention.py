@@ -6,7 +6,7 @@ length, the kernels here take no pointer to a cache and no length. They read bot
 - `table`, `(sequences, layers, 8)` int64, of `GenerationCache.addresses`: where a layer's keys and values are, and
   those that it reads in another cache, which it was lent. Sequences that were lent the same stand one behind another.
 - `positions`, `(sequences, tokens)` int64, ascending: where each new token stands. A query at position `p` sees the
-  keys 0 … p. A token at -1 is none: it writes nothing, and its output is undefined.
+  keys 0 … p. Position -1 marks a place without a token: it writes nothing, and its output is undefined.
 
 How attention is divided among the GPU's processors (Flash-Decoding): each program takes one block of queries of one KV
 head and one share of the keys, and leaves a partial output and the logarithm of its sum of weights; a second kernel
