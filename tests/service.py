@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
-import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 
@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 
 from kvcag import KVCacheMemory
+from tests.waits import until
 
 
 def app_of(memory: KVCacheMemory, **settings: object) -> FastAPI:
@@ -37,12 +38,21 @@ def app_of(memory: KVCacheMemory, **settings: object) -> FastAPI:
 @contextmanager
 def serving(app: FastAPI) -> Iterator[str]:
     """The app's address while its server runs in a thread."""
-    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"))
-    thread = threading.Thread(target=server.run, name="service")
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error", ws="none"))
+
+    def serve() -> None:
+        # Not `server.run`, which calls asyncio.run: nest_asyncio, that older LlamaIndex applies, breaks it in threads.
+        loop = asyncio.new_event_loop()
+        try:
+            loop.run_until_complete(server.serve())
+        finally:
+            loop.close()
+
+    thread = threading.Thread(target=serve, name="service")
     thread.start()
     try:
-        while not server.started:
-            time.sleep(0.01)
+        until(lambda: server.started or not thread.is_alive())
+        assert server.started
         port = server.servers[0].sockets[0].getsockname()[1]
         yield f"http://127.0.0.1:{port}"
     finally:
