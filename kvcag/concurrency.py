@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextvars
 import functools
 import logging
@@ -335,12 +336,19 @@ Encode: TypeAlias = Callable[[tuple[int, ...], str], None]
 """Called as `encode(token_ids, namespace)`."""
 
 
+_EXIT_SECONDS = 5.0
+"""How long the process's end waits for one layer of the model."""
+
 _MOST_WAITING = 64
 """Contexts that wait to be encoded. A model that is never idle must not collect them for ever."""
 
 
 class IdleWork:
-    """A queue of contexts and the thread that works on it. Of too many, the one that waits for longest is dropped."""
+    """A queue of contexts and the thread that works on it. Of too many, the one that waits for longest is dropped.
+
+    At exit the work stops between two layers: a thread that still computes while the interpreter goes aborts the
+    process.
+    """
 
     def __init__(self) -> None:
         self._queue: dict[tuple[str, tuple[int, ...]], Cancellation] = {}
@@ -357,6 +365,7 @@ class IdleWork:
                 thread = threading.Thread(target=self._work, args=(encode,), name="kvcag-idle", daemon=True)
                 thread.start()
                 self._thread = thread
+                atexit.register(self._stop)
 
     def cancel(self, namespace: str | None) -> None:
         """Drop a namespace's contexts; the one that is being encoded stops between two layers."""
@@ -365,6 +374,12 @@ class IdleWork:
             cancelled = [self._queue.pop(work) for work in dropped]
         for one in cancelled:
             one.cancel()
+
+    def _stop(self) -> None:
+        thread = self._thread
+        self.cancel(None)
+        if thread is not None:
+            thread.join(_EXIT_SECONDS)
 
     def _work(self, encode: Encode) -> None:
         while (work := self._next()) is not None:
@@ -385,4 +400,5 @@ class IdleWork:
             for work in self._queue.items():
                 return work
             self._thread = None
+            atexit.unregister(self._stop)
             return None

@@ -76,7 +76,7 @@ _LOG = logging.getLogger(__name__)
 _FIRST_CHUNK, _SHORTEST_CHUNK, _LONGEST_CHUNK = 512, 64, 2048
 """Tokens of one forward pass while encoding. On a CPU the length follows from the last pass's time per layer."""
 
-_LAYER_SECONDS = 0.1
+_LAYER_SECONDS, _BACKGROUND_LAYER_SECONDS = 0.1, 0.02
 """How long one layer of a pass may take: other answers, and a reader who leaves, wait for so long."""
 
 _PREFIX_CACHE_BYTES = 2 << 30
@@ -617,6 +617,8 @@ class HFEngine(Engine):
         prediction, start = Prediction(torch.empty(0)), 0
         while start < len(token_ids):
             tokens = self._chunk_tokens
+            if _IN_BACKGROUND.get() and self.device.type == "cpu":
+                tokens = max(_SHORTEST_CHUNK, int(tokens * _BACKGROUND_LAYER_SECONDS / _LAYER_SECONDS))
             if self._kinds and self._reads_singly:
                 tokens = 1 if cache.get_seq_length() else len(token_ids)
             chunk = token_ids[start : start + tokens]

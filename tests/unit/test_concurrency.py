@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -122,3 +124,21 @@ def test_contexts_that_wait_for_an_idle_model_are_limited() -> None:
     may_go_on.set()
     joined([worker])
     assert encoded == [0, *range(936, 1000)]
+
+
+def test_a_process_ends_in_peace_while_a_context_is_encoded_in_the_background() -> None:
+    program = """
+import threading, torch
+from kvcag.concurrency import IdleWork, cancellation
+began = threading.Event()
+def encode(token_ids, namespace):
+    layer = torch.randn(900, 900)
+    while True:
+        cancellation().check()
+        began.set()
+        layer @ layer
+IdleWork().encode((1,), "", encode)
+began.wait(10)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")

@@ -55,6 +55,18 @@ def test_an_answer_goes_on_between_the_layers_of_a_long_prefill(tiny_engine: HFE
     assert "long" in ran[last:], "the short one ended first"
 
 
+def test_background_work_runs_in_shorter_passes(tiny_engine: HFEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_engine._chunk_tokens = 1024
+    monkeypatch.setattr(tiny_engine, "_fit_chunk", lambda *_: None)
+    tiny_engine.prefill(LONG, namespace="first")  # tries how the model attends
+    with slow_layers(tiny_engine, 0.0) as ran:
+        tiny_engine.prefill(LONG, namespace="answer")
+        answer = len(ran)
+        with tiny_engine.in_background():
+            tiny_engine.prefill(LONG, namespace="background")
+    assert len(ran) - answer > 2 * answer
+
+
 def test_answers_that_take_turns_within_a_pass_are_what_they_are_alone() -> None:
     engine = HFEngine(tiny_model(), byte_tokenizer())
     questions = ["Who?", "a" * 300, "Where is the library of Alexandria?", "b" * 150]
