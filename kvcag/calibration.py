@@ -36,7 +36,7 @@ from kvcag.chat_template import as_messages
 from kvcag.core import ids_digest
 from kvcag.engines.base import Engine
 from kvcag.engines.hf import HFEngine
-from kvcag.errors import CacheWarning, CorruptItemError, InvalidInputError, StoreError, StoreUnavailableError
+from kvcag.errors import CacheWarning, InvalidInputError, StoreUnavailableError
 from kvcag.stores.files import atomic_write, make_private, unavailable
 from kvcag.stores.format import checksum
 
@@ -99,7 +99,7 @@ class Calibration(BaseModel):
         """What was kept for a model; None where nothing was, or what there is cannot be read."""
         try:
             return cls.model_validate_json(read_learned(_file(fingerprint)))
-        except (StoreError, ValidationError):
+        except ValidationError:
             return None
 
 
@@ -283,7 +283,7 @@ def _usual_drift(engine: HFEngine) -> UsualDrift | None:
     try:
         kept = load(read_learned(file))
         return UsualDrift([kept[str(index)] for index in range(len(kept))])
-    except (StoreError, SafetensorError, KeyError):  # not there, not to be read, or damaged: it can be learned again
+    except (SafetensorError, KeyError):  # not there, not to be read, or damaged: it can be learned again
         drift = _learn(engine, head, passages)
     try:
         write_learned(file, save({str(index): layer.cpu() for index, layer in enumerate(drift.layers)}))
@@ -412,15 +412,10 @@ def write_learned(path: Path, content: bytes) -> Path:
 
 
 def read_learned(path: Path) -> bytes:
-    """Read what `write_learned` wrote.
-
-    Raises:
-        StoreUnavailableError: it does not exist, or cannot be read.
-        CorruptItemError: it was cut or changed.
-    """
-    with unavailable(path):
+    """Read what `write_learned` wrote. Empty if it does not exist, cannot be read, or was cut or changed."""
+    try:
         data = path.read_bytes()
+    except OSError:
+        return b""
     seal, content = data[:16], data[16:]
-    if seal != checksum(content).encode():
-        raise CorruptItemError(path, "its checksum does not match")
-    return content
+    return content if seal == checksum(content).encode() else b""

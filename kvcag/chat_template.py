@@ -48,6 +48,15 @@ _SEAM = 24
 """Characters on each side of a seam that are tokenised to see whether it changes the tokens."""
 
 
+SEPARATOR = "\n\n"
+"""Ends every document, also the last one."""
+
+
+def segment(text: str, separator: str = SEPARATOR) -> str:
+    """A document as it stands in a prompt: it ends with the separator, and so has the same tokens everywhere."""
+    return text if text.endswith(separator) else text + separator
+
+
 class Document(str):
     """A text within a message's content that is a segment of its own: encoded once, under its own content.
 

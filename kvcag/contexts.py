@@ -22,6 +22,7 @@ from kvcag.calibration import calibration_of, usual_drift_of
 from kvcag.chat_template import Prompt
 from kvcag.concurrency import holding
 from kvcag.core import (
+    EncodedItem,
     Item,
     KVCacheItem,
     KVCacheRecords,
@@ -594,8 +595,8 @@ class DocumentCache:
     ) -> AbstractContextManager[None]:
         """Within it, a document is encoded and put. If it is deleted meanwhile, it does not come back."""
         records = KVCacheRecords(text_memories=[text], composed_text_memory=text)
-        to_be = Manifest.of_texts(self.key(token_ids), records, {"source_text": text, **(metadata or {})})
-        return self.store.keeping(to_be)
+        metadata = {"source_text": text, **(metadata or {})}
+        return self.store.keeping(EncodedItem(id=self.key(token_ids), records=records, metadata=metadata))
 
     def warn(self, what: str, error: Exception) -> None:
         """Say that a store failed, once about each damaged item, and once about a store that is gone."""

@@ -14,9 +14,6 @@ from kvcag.errors import InvalidInputError
 
 Texts: TypeAlias = str | Sequence[str] | Sequence[Message]
 
-SEPARATOR = "\n\n"
-"""Ends every document, also the last one."""
-
 
 def texts_of(text: Texts) -> list[str]:
     """The texts, one for each message of a conversation."""
@@ -42,11 +39,6 @@ def documents_of(documents: object) -> list[Any]:
     if isinstance(documents, Iterable):
         return list(documents)
     raise _not_a_text(documents)
-
-
-def segment(text: str, separator: str = SEPARATOR) -> str:
-    """A document as it stands in a prompt: it ends with the separator, and so has the same tokens everywhere."""
-    return text if text.endswith(separator) else text + separator
 
 
 def text_and_metadata(memory: object) -> tuple[str, dict[str, Any]]:

@@ -41,7 +41,6 @@ that `except ValueError` goes on working.
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Iterable
 from os import PathLike
@@ -292,17 +291,11 @@ class ServerWarning(CacheWarning):
     """A server lacks something, or forgot a preloaded prompt: the message says what the answer does without."""
 
 
-class WarnOnce:
-    """Warns once per message, or once about a thing that several messages are about."""
-
-    def __init__(self) -> None:
-        self._said: set[str] = set()
-        self._lock = threading.Lock()
+class WarnOnce(set[str]):
+    """Warns once per message, or once about a thing that several messages are about; it holds what was warned about."""
 
     def once(self, message: str, category: type[Warning] = ServerWarning, about: str = "") -> None:
         """Warn, unless this message, or another one about the same thing, was given before."""
-        with self._lock:
-            if (about or message) in self._said:
-                return
-            self._said.add(about or message)
-        warnings.warn(message, category, stacklevel=4)
+        if (about or message) not in self:
+            self.add(about or message)
+            warnings.warn(message, category, stacklevel=4)

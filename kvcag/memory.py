@@ -15,7 +15,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from kvcag.cache.layers import ContextCache, layers_of
-from kvcag.chat_template import Document, Message, Prompt, Seams, as_messages
+from kvcag.chat_template import SEPARATOR, Document, Message, Prompt, Seams, as_messages, segment
 from kvcag.concurrency import async_twin, at_once, iterate
 from kvcag.config import KVCacheMemoryConfig, parse
 from kvcag.contexts import (
@@ -35,7 +35,7 @@ from kvcag.contexts import (
     with_kept_history,
 )
 from kvcag.core import Answer, Chunk, ContextPrompt, DeletionReport, EncodedItem, Item, MergedContext
-from kvcag.documents import SEPARATOR, Texts, documents_of, segment, text_and_metadata, texts_of
+from kvcag.documents import Texts, documents_of, text_and_metadata, texts_of
 from kvcag.engines.base import Engine
 from kvcag.engines.constrain import ConstraintLike
 from kvcag.engines.hf import HFEngine

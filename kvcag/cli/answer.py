@@ -195,7 +195,7 @@ class Corpus:
         return text, _as_encoded(usage) if is_new else usage
 
     def _prompt(self, texts: list[str], conversation: list[Message]) -> Prompt:
-        from kvcag.documents import segment
+        from kvcag.chat_template import segment
         from kvcag.memory import insert_documents
 
         messages = insert_documents(self.memory.instruction or "", list(map(segment, texts)), conversation)

@@ -131,9 +131,9 @@ def bring(memory: KVCacheMemory, reading: Reading) -> dict[str, Any]:
 
 def _diff(memory: KVCacheMemory, reading: Reading, limit: int | None, is_mine: Callable[[Manifest], bool]) -> SyncDiff:
     """Compare the texts with the store. A text that does not fit is refused before anything is encoded."""
+    from kvcag.chat_template import segment
     from kvcag.cli.files import split
     from kvcag.contexts import diff
-    from kvcag.documents import segment
 
     template = memory.engine.template
     head_ids = template.instruction_ids(memory.instruction)

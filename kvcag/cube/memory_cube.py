@@ -45,9 +45,8 @@ from kvcag.errors import (
     UnknownItemError,
 )
 from kvcag.memory import KVCacheMemory, insert_documents
-from kvcag.stores.base import KVStore
+from kvcag.stores.base import Described, KVStore
 from kvcag.stores.dump import purge_dump
-from kvcag.stores.format import Manifest
 
 _QUESTION: Message = {"role": "user", "content": "…"}
 
@@ -562,8 +561,8 @@ class MemoryCube:
         """Delete the caches whose text, as `stripped`, is stale, those that cannot be read, and those of `keys`."""
         store = self.memory.store
 
-        def chosen(manifest: Manifest) -> bool:
-            return is_stale(stripped(manifest.records.composed_text_memory))
+        def chosen(item: Described) -> bool:
+            return is_stale(stripped(item.records.composed_text_memory))
 
         return self.memory.erased(lambda: store.erase(keys) + store.erase_where(chosen, unreadable=True))
 

@@ -22,8 +22,9 @@ from langchain_core.prompts import (
 from langchain_core.runnables import Runnable
 from pydantic import Field, SkipValidation
 
+from kvcag.chat_template import SEPARATOR, segment
 from kvcag.chat_template import Document as TextDocument
-from kvcag.documents import SEPARATOR, as_json, documents_of, segment, text_and_metadata
+from kvcag.documents import as_json, documents_of, text_and_metadata
 from kvcag.errors import ContextLengthError, EmptyPromptError, InvalidInputError
 from kvcag.langchain.messages import noted_documents, to_messages, with_documents
 from kvcag.memory import KVCacheMemory

@@ -33,9 +33,8 @@ from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import BaseModel
 
 from kvcag.adapters import with_tools
-from kvcag.chat_template import ChatTemplate, Document, Message
+from kvcag.chat_template import ChatTemplate, Document, Message, segment
 from kvcag.core import Chunk, Usage
-from kvcag.documents import segment
 from kvcag.engines.constrain import ConstraintLike, Grammar, JsonSchema, close_objects
 from kvcag.errors import InvalidInputError, UnsupportedContentError
 from kvcag.tools import CallParser, Parsed, ToolCall, ToolSpec

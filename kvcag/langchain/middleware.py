@@ -12,8 +12,8 @@ from langchain_core.messages import HumanMessage, SystemMessage
 from langchain_core.prompts import BasePromptTemplate, format_document
 from langchain_core.retrievers import BaseRetriever
 
+from kvcag.chat_template import SEPARATOR, segment
 from kvcag.cube.memory_cube import MemoryCube
-from kvcag.documents import SEPARATOR, segment
 from kvcag.errors import InvalidInputError, UnsupportedModelError
 from kvcag.langchain.chat_model import chat_model_in
 from kvcag.langchain.cube import CubeRetriever

@@ -26,10 +26,10 @@ from llama_index.core.llms.llm import ToolSelection
 from llama_index.core.tools.types import BaseTool
 from pydantic_core import from_json
 
-from kvcag.chat_template import Document, Message
+from kvcag.chat_template import Document, Message, segment
 from kvcag.concurrency import iterate
 from kvcag.core import Chunk
-from kvcag.documents import documents_of, segment
+from kvcag.documents import documents_of
 from kvcag.errors import InvalidInputError
 from kvcag.tools import CallParser, Parsed, ToolCall
 

@@ -31,8 +31,9 @@ from llama_index.core.types import RESPONSE_TEXT_TYPE
 from llama_index_instrumentation import get_dispatcher
 from pydantic import BaseModel
 
+from kvcag.chat_template import segment
 from kvcag.concurrency import in_thread
-from kvcag.documents import documents_of, segment
+from kvcag.documents import documents_of
 from kvcag.errors import CacheWarning, InvalidInputError
 from kvcag.llama_index.llm import KVCacheLLM
 from kvcag.llama_index.messages import DOCUMENT_END, JOINED, document_blocks

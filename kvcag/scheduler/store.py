@@ -15,7 +15,7 @@ from kvcag.engines.hf import HFEngine
 from kvcag.errors import StoreError, StoreFullError
 from kvcag.memory import is_context
 from kvcag.scheduler.texts import Texts, TextStats, digest_of
-from kvcag.stores.base import KVStore, StoreStats, sources_of
+from kvcag.stores.base import Described, KVStore, StoreStats, sources_of
 from kvcag.stores.format import Manifest
 
 logger = logging.getLogger("kvcag.scheduler")
@@ -182,7 +182,7 @@ class ScheduledStore(KVStore):
             self._texts.purge(set(), {self.entries[key].digest for key in listed if key in self.entries})
             return self._gone(self.inner.erase(listed))
 
-    def erase_where(self, chosen: Callable[[Manifest], bool], *, unreadable: bool = False) -> DeletionReport:
+    def erase_where(self, chosen: Callable[[Described], bool], *, unreadable: bool = False) -> DeletionReport:
         """Delete items, and every trace of their texts, so that they are not encoded again."""
         with self.lock:
             return self._gone(self.inner.erase_where(chosen, unreadable=unreadable))

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 from typing_extensions import Self
 
 from kvcag.concurrency import async_twin, in_thread
-from kvcag.core import DeletionReport, KVCacheItem
+from kvcag.core import DeletionReport, EncodedItem, KVCacheItem
 from kvcag.errors import CacheWarning, StoreError
 from kvcag.stores.format import Manifest
 
@@ -26,6 +26,9 @@ SOURCE_FIELDS = ("source", "source_text", "file_path", "doc_id", "ref_doc_id")
 
 MADE_OF = "made_of"
 """Metadata field of a context of several documents: a list of their texts and of the names of their sources."""
+
+Described: TypeAlias = Manifest | EncodedItem
+"""What says what an item was made from: its manifest, or an item whose keys and values are not made yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +133,7 @@ class KVStore(ABC):
         """Delete items, go on after a failure, and report. Work under way does not bring them back (`keeping`)."""
         chosen = dict.fromkeys(keys)
         report = DeletionReport({self.place: []})
-        with self._announced(lambda manifest: manifest.id in chosen):
+        with self._announced(lambda item: item.id in chosen):
             for key in chosen:
                 try:
                     if self.contains(key):
@@ -147,11 +150,11 @@ class KVStore(ABC):
             source: the text itself, or a value of one of the metadata fields in `SOURCE_FIELDS`: a path, a URL, a
                 document's id.
         """
-        return self.erase_where(lambda manifest: made_from(manifest, source))
+        return self.erase_where(lambda item: made_from(item, source))
 
     def clear(self) -> DeletionReport:
         """Delete every item, also those that cannot be read, and report."""
-        return self.erase_where(lambda manifest: True, unreadable=True)
+        return self.erase_where(lambda item: True, unreadable=True)
 
     def deletions(self) -> int:
         """Changes with every `erase`, `purge` and `clear`, where possible those of other processes too."""
@@ -160,7 +163,7 @@ class KVStore(ABC):
     _erasures = 0
 
     @contextmanager
-    def _announced(self, chosen: Callable[[Manifest], bool]) -> Iterator[None]:
+    def _announced(self, chosen: Callable[[Described], bool]) -> Iterator[None]:
         """Announce a deletion before items are looked for and when they are gone.
 
         Before: what work under way puts later would not be found. After: others may have read an item in between.
@@ -171,19 +174,19 @@ class KVStore(ABC):
         finally:
             self._announce(chosen)
 
-    def _announce(self, chosen: Callable[[Manifest], bool]) -> None:
+    def _announce(self, chosen: Callable[[Described], bool]) -> None:
         """Count a deletion, and tell work under way of it."""
         self._erasures += 1
         with _working:
             for work in _under_way:
-                if not self.places.isdisjoint(work.places) and chosen(work.manifest):
+                if not self.places.isdisjoint(work.places) and chosen(work.item):
                     work.is_deleted = True
 
-    def erase_where(self, chosen: Callable[[Manifest], bool], *, unreadable: bool = False) -> DeletionReport:
+    def erase_where(self, chosen: Callable[[Described], bool], *, unreadable: bool = False) -> DeletionReport:
         """Delete the items that `chosen` accepts, go on after a failure, and report.
 
         Args:
-            chosen: takes everything about an item but its tensors. It is also called for items that are being made.
+            chosen: is given an item's manifest, and each item that is being made, which has no keys and values yet.
             unreadable: delete items that cannot be read, too. By default the report says that they failed.
         """
         report = DeletionReport({self.place: []})
@@ -203,13 +206,13 @@ class KVStore(ABC):
         return report
 
     @contextmanager
-    def keeping(self, manifest: Manifest) -> Iterator[None]:
+    def keeping(self, item: Described) -> Iterator[None]:
         """Work that encodes and puts an item. If the item is deleted meanwhile, it is deleted again at the end.
 
         Args:
-            manifest: at least the item's id, its records and its metadata.
+            item: has at least the item's id, its records and its metadata.
         """
-        work, elsewhere = _Work(self.places, manifest), self._deletions_elsewhere()
+        work, elsewhere = _Work(self.places, item), self._deletions_elsewhere()
         with _working:
             _under_way.add(work)
         try:
@@ -218,14 +221,14 @@ class KVStore(ABC):
             with _working:
                 _under_way.discard(work)
             if work.is_deleted or self._deletions_elsewhere() != elsewhere:
-                self._delete_again(manifest)
+                self._delete_again(item)
 
-    def _delete_again(self, manifest: Manifest) -> None:
+    def _delete_again(self, item: Described) -> None:
         try:
-            self.delete([manifest.id])
-            self.forget([*manifest.records.text_memories, manifest.records.composed_text_memory])
+            self.delete([item.id])
+            self.forget([*item.records.text_memories, item.records.composed_text_memory])
         except StoreError as error:
-            warnings.warn(f"{manifest.id} was deleted while it was made, and is there: {error}", CacheWarning, 4)
+            warnings.warn(f"{item.id} was deleted while it was made, and is there: {error}", CacheWarning, 4)
 
     def _deletions_elsewhere(self) -> int:
         """Changes with deletions by other processes, of which it is not known what they deleted."""
@@ -317,7 +320,7 @@ class _Work:
     """The making of an item that will be put into a store."""
 
     places: frozenset[object]
-    manifest: Manifest
+    item: Described
     is_deleted: bool = False
 
 
@@ -325,13 +328,11 @@ _under_way: set[_Work] = set()
 _working = threading.Lock()
 
 
-def made_from(manifest: Manifest, source: str) -> bool:
+def made_from(item: Described, source: str) -> bool:
     """Whether an item was made from `source`, alone or together with other texts."""
-    records = manifest.records
-    return source in sources_of(manifest.metadata) or any(
-        says(text, source)
-        for text in (*records.text_memories, records.composed_text_memory, *sources_of(manifest.metadata))
-    )
+    sources = sources_of(item.metadata)
+    texts = (*item.records.text_memories, item.records.composed_text_memory, *sources)
+    return source in sources or any(says(text, source) for text in texts)
 
 
 def says(text: str, source: str) -> bool:

@@ -23,7 +23,7 @@ from typing import BinaryIO
 from kvcag.cache.layers import layers_of, nbytes
 from kvcag.core import KVCacheItem
 from kvcag.errors import CorruptItemError, FormatError, StoreFullError, StoreUnavailableError
-from kvcag.stores.base import KVStore, Listed, StoreStats, listed
+from kvcag.stores.base import Described, KVStore, Listed, StoreStats, listed
 from kvcag.stores.files import (
     SUFFIX,
     Names,
@@ -186,7 +186,7 @@ class DiskStore(KVStore):
             self._erasures = (self.directory / _DELETIONS).stat().st_size
         return self._erasures
 
-    def _announce(self, chosen: Callable[[Manifest], bool]) -> None:
+    def _announce(self, chosen: Callable[[Described], bool]) -> None:
         with _announcing, contextlib.suppress(OSError):  # a store that is gone: the deletion says so
             descriptor = os.open(self.directory / _DELETIONS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             with contextlib.closing(os.fdopen(descriptor, "wb")) as file:

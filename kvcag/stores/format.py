@@ -89,22 +89,6 @@ class Manifest(BaseModel):
     is_exact: bool = True
     checksums: dict[str, str] = Field(default_factory=dict)
 
-    @classmethod
-    def of_texts(cls, id: str, records: KVCacheRecords, metadata: dict[str, Any]) -> Manifest:
-        """The manifest of an item that is not made yet: what is known are its id, its texts and its metadata."""
-        return cls(
-            id=id,
-            fingerprint=None,
-            tokens=0,
-            layers=0,
-            dtype="float32",
-            quantize=None,
-            base_position=0,
-            prefix_digest="",
-            records=records,
-            metadata=metadata,
-        )
-
 
 def manifest_of(item: KVCacheItem, quantize: Quantize = None, *, for_file: bool = True) -> Manifest:
     """The manifest of an item in memory.

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from kvcag.cache.layers import cache_of, contiguous_copy, layers_of
 from kvcag.core import DeletionReport, KVCacheItem
 from kvcag.errors import InvalidInputError, StoreError, StoreFullError
-from kvcag.stores.base import KVStore, StoreStats
+from kvcag.stores.base import Described, KVStore, StoreStats
 from kvcag.stores.disk import FOLDER_BYTES, DiskStore
 from kvcag.stores.format import Manifest
 from kvcag.stores.memory import MemoryStore
@@ -130,7 +130,7 @@ class TieredStore(KVStore):
                 changing.enter_context(stripe)
             return sum((tier.erase(chosen) for tier in self.tiers), DeletionReport())
 
-    def erase_where(self, chosen: Callable[[Manifest], bool], *, unreadable: bool = False) -> DeletionReport:
+    def erase_where(self, chosen: Callable[[Described], bool], *, unreadable: bool = False) -> DeletionReport:
         """Delete from every tier, also when one fails, and report each tier."""
         erased = (tier.erase_where(chosen, unreadable=unreadable) for tier in self.tiers)
         report = sum(erased, DeletionReport())
