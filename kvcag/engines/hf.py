@@ -55,16 +55,17 @@ from kvcag.engines.base import Engine, context_ids
 from kvcag.engines.constrain import Constraint, ConstraintCompiler, ConstraintLike
 from kvcag.engines.decode import (
     Account,
+    Alone,
     Decoding,
     Detokenizer,
     Pending,
     Prediction,
+    Steps,
     StopStrings,
     ThinkingFilter,
     reusable_prefix,
 )
 from kvcag.engines.sampling import Sampler, Sampling
-from kvcag.engines.steps import Alone, Steps
 from kvcag.errors import CacheWarning, DeviceMemoryError, EmptyPromptError, UnsupportedModelError, WarnOnce
 from kvcag.fingerprint import ModelFingerprint, weights_state
 
