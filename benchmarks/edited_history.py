@@ -33,6 +33,7 @@ from kvcag import HFEngine
 from kvcag.cache.layers import LayerKV, concat, generation_cache, layers_of
 from kvcag.chat_template import Prompt
 from kvcag.contexts import with_kept_history
+from kvcag.core import MergeSettings
 from kvcag.demo.model import embedded_model
 from kvcag.langchain import ChatKVCAG
 from kvcag.langchain.messages import to_messages
@@ -105,7 +106,7 @@ def agent(engine: HFEngine, data: list[dict[str, Any]], run: int) -> dict[str, A
             for name, ratio in STRATEGIES.items():
                 began = time.perf_counter()
                 strategy: Any = name.split()[0]
-                contexts[name] = with_kept_history(documents, prompt, None, strategy, ratio)
+                contexts[name] = with_kept_history(documents, prompt, None, MergeSettings(strategy, ratio))
                 by_strategy[name]["seconds"].append(time.perf_counter() - began)
         for name, llm in llms.items():
             began = time.perf_counter()

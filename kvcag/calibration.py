@@ -31,16 +31,16 @@ from kvcag.cache.layers import (
     position_argument,
     states_of,
 )
-from kvcag.cache.merge import STATE_STRATEGIES, Part, Strategy, UsualDrift, merge
+from kvcag.cache.merge import STATE_STRATEGIES, Part, UsualDrift, merge
 from kvcag.chat_template import as_messages
-from kvcag.core import ids_digest
+from kvcag.core import MergeStrategy, ids_digest
 from kvcag.engines.base import Engine
 from kvcag.engines.hf import HFEngine
 from kvcag.errors import CacheWarning, InvalidInputError, StoreUnavailableError
 from kvcag.stores.files import atomic_write, make_private, unavailable
 from kvcag.stores.format import checksum
 
-Candidate: TypeAlias = tuple[Strategy, float]
+Candidate: TypeAlias = tuple[MergeStrategy, float]
 
 CANDIDATES: tuple[Candidate, ...] = (
     ("rotate", 0.0),
@@ -68,7 +68,7 @@ class Verdict(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    strategy: Strategy
+    strategy: MergeStrategy
     ratio: float
     kl: float
     agreement: float
@@ -215,7 +215,7 @@ class _Probe:
             self.tokens.append(int(rows[-1].argmax()))
         self.reference = torch.stack(rows).log_softmax(-1)
 
-    def measure(self, strategy: Strategy, ratio: float) -> tuple[float, float, float]:
+    def measure(self, strategy: MergeStrategy, ratio: float) -> tuple[float, float, float]:
         """KL a token, agreement, and time to first token over that of the full prefill."""
         drift = usual_drift_of(self.engine)  # found once a model: no cost of the strategy that is measured first
         begin = time.perf_counter()

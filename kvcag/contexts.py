@@ -10,14 +10,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from itertools import chain, islice
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import Any, Literal, TypeAlias, cast
 from weakref import WeakValueDictionary
 
 import torch
 
 from kvcag.cache.layers import LayerKV, Layers, cache_of, concat, cut, layers_of, length_of, share, states_of
 from kvcag.cache.merge import MergedBefore, Part, check_merge, check_mergeable, merge, refine
-from kvcag.cache.merge import Strategy as MergeStrategy
 from kvcag.calibration import calibration_of, usual_drift_of
 from kvcag.chat_template import Prompt
 from kvcag.concurrency import holding
@@ -28,6 +27,8 @@ from kvcag.core import (
     KVCacheRecords,
     MergedContext,
     MergeReport,
+    MergeSettings,
+    MergeStrategy,
     Mode,
     VLLMKVCacheItem,
     content_key,
@@ -49,37 +50,8 @@ from kvcag.errors import (
 from kvcag.stores.base import KVStore
 from kvcag.stores.format import Manifest
 
-Strategy: TypeAlias = MergeStrategy | Literal["exact", "auto"]
-STRATEGIES: tuple[str, ...] = (*get_args(MergeStrategy), "exact", "auto")
 
-DEFAULT_RATIO = 0.2
-"""The recompute ratio of `query`: the share of context tokens that a merge computes again."""
-
-MAX_KL = 0.05
-"""Nats per token that `auto` lets a merged context be off, on the calibration's probes."""
-
-
-def check_strategy(strategy: str, ratio: float, max_kl: float = MAX_KL) -> None:
-    """Refuse an unknown strategy, and a ratio or an allowed error out of range.
-
-    Raises:
-        InvalidInputError: as said.
-    """
-    if strategy not in STRATEGIES:
-        raise InvalidInputError(f"unknown strategy {strategy!r}. Use one of {', '.join(STRATEGIES)}.")
-    if not (isinstance(ratio, int | float) and 0 <= ratio <= 1):
-        raise InvalidInputError(f"ratio is {ratio!r}; it is the share of tokens to recompute, from 0 to 1.")
-    if not (isinstance(max_kl, int | float) and max_kl >= 0):
-        raise InvalidInputError(f"max_kl is {max_kl!r}; it is in nats per token, 0 or more.")
-
-
-def reusable(
-    documents: DocumentCache,
-    prompt: Prompt,
-    strategy: Strategy = "auto",
-    ratio: float = DEFAULT_RATIO,
-    max_kl: float = MAX_KL,
-) -> Mode | None:
+def reusable(documents: DocumentCache, prompt: Prompt, settings: MergeSettings) -> Mode | None:
     """How the engine's recent contexts hold all that a prompt needs of its documents; None if they do not.
 
     They do where the context is known exactly, and where the prompt continues a conversation over a context that was
@@ -90,15 +62,15 @@ def reusable(
     was edited (`with_kept_history`) than exactly.
     """
     engine, namespace, context_ids = documents.engine, documents.namespace, prompt.context_ids
-    model, asked = cast("HFEngine", engine), (strategy, ratio, max_kl)
+    model = cast("HFEngine", engine)
     if engine.known_prefix(context_ids, namespace) == len(context_ids):
-        if not model.merge_history.continues(namespace, prompt.token_ids, asked, behind=len(context_ids)):
+        if not model.merge_history.continues(namespace, prompt.token_ids, settings, behind=len(context_ids)):
             return "prefix"
         before = prompt.token_ids[:-1]
         exact, known = model.known_prefix(before, namespace), model.known_prefix(before, namespace, merged=True)
         return "merged" if known > exact else "prefix"
     merged = model.merge_history.get(namespace, context_ids)
-    if merged is None or merged.settings != asked:
+    if merged is None or merged.settings != settings:
         return None
     known = model.known_prefix(prompt.token_ids[:-1], namespace, merged=True) - len(context_ids)
     if known < 0:
@@ -107,38 +79,28 @@ def reusable(
     questions = [tail[: len(tail) - answers] for tail in merged.tails]
     again = [len(tail) for tail in questions if len(tail) <= known and prompt.tail_ids[: len(tail)] == tail]
     follows = any(len(prompt.tail_ids) > length + answers for length in again)
-    return "merged" if follows or (strategy == "auto" and (again or len(questions) > 1)) else None
+    return "merged" if follows or (settings.strategy == "auto" and (again or len(questions) > 1)) else None
 
 
-def context_of_prompt(
-    documents: DocumentCache,
-    prompt: Prompt,
-    strategy: Strategy = "auto",
-    ratio: float = DEFAULT_RATIO,
-    max_kl: float = MAX_KL,
-) -> MergedContext:
+def context_of_prompt(documents: DocumentCache, prompt: Prompt, settings: MergeSettings) -> MergedContext:
     """The context of a prompt with documents: reused, merged from cached documents, or encoded and kept.
 
     Args:
         documents: where its documents are kept.
         prompt: from `ChatTemplate.prompt`, of messages that hold documents.
-        strategy: see `KVCacheMemory.merge`.
-        ratio: the recompute ratio, in [0, 1].
-        max_kl: what `auto` allows, in nats per token.
+        settings: how they are put together.
     """
-    check_strategy(strategy, ratio, max_kl)
     engine, namespace, context_ids = documents.engine, documents.namespace, prompt.context_ids
     known = engine.known_prefix(context_ids, namespace)
-    asked = strategy, ratio, max_kl
-    chosen, ratio, reason = _choose(engine, context_ids, known, strategy, ratio, max_kl)
+    chosen, ratio, reason = _choose(engine, context_ids, known, settings)
     if chosen == "exact" and not is_stored_whole(documents, prompt):
         return _because(engine.exact_context(context_ids, prompt.tail_ids, namespace), reason)
     model = cast("HFEngine", engine)
-    if strategy == "auto" and chosen == "query":
-        refined = _refined(model, context_ids, prompt.tail_ids, ratio, namespace, asked)
+    if settings.strategy == "auto" and chosen == "query":
+        refined = _refined(model, context_ids, prompt.tail_ids, ratio, namespace, settings)
         if refined is not None:
             return refined
-    at, pieces = _recent_start(model, prompt, known, namespace, asked)
+    at, pieces = _recent_start(model, prompt, known, namespace, settings)
     needed = [index for index, place in enumerate(prompt.document_places) if place.start >= at]
     documents.store.prefetch(documents.key(prompt.kept_ids[index]) for index in needed)
     if pieces:
@@ -154,16 +116,14 @@ def context_of_prompt(
         found.append(_beginning(item, len(place)))
         at, start = place.stop, start.paid(encoded=len(place) * is_new)
     start, parts = _parts(model, start, prompt.head_ids, found, namespace)
-    return _merged(model, start, parts, prompt.tail_ids, chosen, ratio, namespace, reason, asked)
+    return _merged(model, start, parts, prompt.tail_ids, chosen, ratio, namespace, reason, settings)
 
 
 def with_kept_history(
     documents: DocumentCache,
     prompt: Prompt,
     context: MergedContext | None,
-    strategy: Strategy = "auto",
-    ratio: float = DEFAULT_RATIO,
-    max_kl: float = MAX_KL,
+    settings: MergeSettings,
     *,
     accept_merged: bool = False,
 ) -> MergedContext | None:
@@ -178,15 +138,12 @@ def with_kept_history(
         documents: whose engine and namespace.
         prompt: the prompt.
         context: the context of its documents. None: the recent context that it begins with.
-        strategy: see `KVCacheMemory.merge`.
-        ratio: the recompute ratio, in [0, 1].
-        max_kl: what `auto` allows, in nats per token.
+        settings: how documents are put together.
         accept_merged: that recent context may be a merged one.
     """
     model, namespace, token_ids = cast("HFEngine", documents.engine), documents.namespace, prompt.token_ids
     if model.is_recurrent:
         return None  # what was read in the middle of a conversation has no maps
-    asked = strategy, ratio, max_kl
     if context is None:
         recent = ReusablePrefix(Layers()).longest(model.prefixes, token_ids[:-1], namespace, merged=accept_merged)
     else:
@@ -203,10 +160,10 @@ def with_kept_history(
             check_mergeable(live)
     except UnsupportedModelError:  # the history is read
         return None
-    chosen, ratio, _ = _choose(model, token_ids, 0, strategy, ratio, max_kl)
+    chosen, ratio, _ = _choose(model, token_ids, 0, settings)
     if chosen == "exact":
         return None
-    if strategy == "auto":
+    if settings.strategy == "auto":
         chosen, ratio = "rotate", 0.0
     parts: list[Part] = []
     for run in runs:
@@ -219,7 +176,7 @@ def with_kept_history(
     if context is not None:
         start = start.paid(context.report.recomputed_tokens, context.report.encoded_tokens)
         reason = "; ".join(filter(None, [context.report.reason, reason]))
-    return _merged(model, start, parts, token_ids[at:], chosen, ratio, namespace, reason, asked)
+    return _merged(model, start, parts, token_ids[at:], chosen, ratio, namespace, reason, settings)
 
 
 _WORTH_MOVING = 256
@@ -250,44 +207,32 @@ def is_stored_whole(documents: DocumentCache, prompt: Prompt) -> bool:
 
 
 def context_of_items(
-    documents: DocumentCache,
-    head_ids: Ids,
-    items: Sequence[Item],
-    tail_ids: Ids,
-    strategy: Strategy = "auto",
-    ratio: float = DEFAULT_RATIO,
-    max_kl: float = MAX_KL,
+    documents: DocumentCache, head_ids: Ids, items: Sequence[Item], tail_ids: Ids, settings: MergeSettings
 ) -> MergedContext:
     """Instruction and items as one context, for the question in `tail_ids`. Arguments as for `context_of_prompt`.
 
     Raises:
-        InvalidInputError: an item that this engine did not make; an unknown strategy, a ratio out of range.
+        InvalidInputError: an item that this engine did not make.
         FingerprintMismatchError: another model made an item.
     """
-    check_strategy(strategy, ratio, max_kl)
     engine, namespace = documents.engine, documents.namespace
     for item in items:
         engine.check_item(item)
     context_ids = (*head_ids, *same_ids(items))
     known = engine.known_prefix(context_ids, namespace)
-    asked = strategy, ratio, max_kl
-    chosen, ratio, reason = _choose(engine, context_ids, known, strategy, ratio, max_kl)
+    chosen, ratio, reason = _choose(engine, context_ids, known, settings)
     if chosen == "exact":
         return _because(engine.exact_context(context_ids, tail_ids, namespace), reason)
     model = cast("HFEngine", engine)
     start, parts = _parts(model, _Start.prefilled(model, head_ids, namespace), head_ids, items, namespace)
-    return _merged(model, start, parts, tail_ids, chosen, ratio, namespace, reason, asked)
+    return _merged(model, start, parts, tail_ids, chosen, ratio, namespace, reason, settings)
 
 
 def _choose(
-    engine: Engine,
-    context_ids: Ids,
-    known: int,
-    strategy: Strategy,
-    ratio: float,
-    max_kl: float,
+    engine: Engine, context_ids: Ids, known: int, settings: MergeSettings
 ) -> tuple[MergeStrategy | Literal["exact"], float, str]:
     """The strategy to use, its recompute ratio, and why, where it is not the one that was asked for."""
+    strategy, ratio, max_kl = settings.strategy, settings.ratio, settings.max_kl
     if not engine.merges:
         asked = "" if strategy in ("exact", "auto") else f"{strategy!r} was asked for, but "
         return "exact", 1.0, f"{asked}a server reads a prompt in order and reuses what it knows of its beginning"
@@ -349,7 +294,7 @@ class _Start:
 
 
 def _recent_start(
-    engine: HFEngine, prompt: Prompt, known: int, namespace: str, asked: tuple[str, float, float]
+    engine: HFEngine, prompt: Prompt, known: int, namespace: str, settings: MergeSettings
 ) -> tuple[int, list[Layers]]:
     """How much of a context, at least its head, is used as it is, and its keys and values where they were merged.
 
@@ -365,7 +310,9 @@ def _recent_start(
     last_group = max((index for index, between in enumerate(prompt.between_ids, start=1) if between), default=0)
     if engine.is_recurrent:
         return whole(known), []  # what goes on in the middle of a merged context has no states
-    if last_group and engine.merge_history.continues(namespace, prompt.token_ids, asked, behind=len(prompt.head_ids)):
+    if last_group and engine.merge_history.continues(
+        namespace, prompt.token_ids, settings, behind=len(prompt.head_ids)
+    ):
         before = prompt.context_ids[: places[last_group].start]
         matched, pieces = engine.prefixes.match(before, namespace, merged=True)
         if whole(matched) > whole(known):
@@ -419,7 +366,7 @@ def _merged(
     ratio: float,
     namespace: str,
     reason: str,
-    asked: tuple[str, float, float],
+    settings: MergeSettings,
 ) -> MergedContext:
     """Move each part to its position behind `start`, and recompute what the strategy chooses.
 
@@ -440,7 +387,7 @@ def _merged(
         criterion = "rotate" if strategy == "exact" else strategy
         merged = merge(model, [*begun, *parts], tail, strategy=criterion, ratio=ratio, usual_drift=lambda: drift)
     if engine.prefixes.epoch(namespace) == epoch:
-        engine.merge_history.put(namespace, context_ids, MergedBefore(merged.layout, [tuple(tail_ids)], asked))
+        engine.merge_history.put(namespace, context_ids, MergedBefore(merged.layout, [tuple(tail_ids)], settings))
         engine.prefixes.replace_merged(context_ids, merged.layers, namespace)
     if engine.prefixes.epoch(namespace) != epoch:  # forgotten meanwhile
         engine.merge_history.clear(namespace)
@@ -460,14 +407,14 @@ def _merged(
 
 
 def _refined(
-    engine: HFEngine, context_ids: Ids, tail_ids: Ids, ratio: float, namespace: str, asked: tuple[str, float, float]
+    engine: HFEngine, context_ids: Ids, tail_ids: Ids, ratio: float, namespace: str, settings: MergeSettings
 ) -> MergedContext | None:
     """A context that was merged for one question, refined for another; None where it is not among the recent ones.
 
     From the next question on it is reused as it is, and it is encoded as a whole when the model is idle.
     """
     before = engine.merge_history.get(namespace, context_ids)
-    if before is None or before.settings != asked:
+    if before is None or before.settings != settings:
         return None
     with holding(before.refining):
         matched, pieces = engine.prefixes.match(context_ids, namespace, merged=True)

@@ -8,13 +8,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from itertools import chain
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, SerializeAsAny, model_validator
 from transformers import DynamicCache
 from typing_extensions import Self
 
+from kvcag.errors import InvalidInputError
 from kvcag.fingerprint import ModelFingerprint
 
 _Memory = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
@@ -143,6 +144,49 @@ def content_key(model_digest: str, token_ids: Iterable[int]) -> str:
 def _shortened(text: str, length: int = 40) -> str:
     line = " ".join(text.split())
     return repr(line if len(line) <= length else f"{line[: length - 1]}…")
+
+
+MergeStrategy: TypeAlias = Literal["rotate", "anchor", "deviation", "query", "full"]
+"""Which tokens a merge recomputes. `rotate`: none. `anchor`: the first ones of each document. `deviation`: those whose
+keys and values change most. `query`: those that the question attends to most. `full`: all."""
+
+Strategy: TypeAlias = Literal["auto", "exact"] | MergeStrategy
+"""How documents are put together: see `KVCacheMemory.merge`."""
+
+STRATEGIES: tuple[str, ...] = ("auto", "exact", *get_args(MergeStrategy))
+
+DEFAULT_RATIO = 0.2
+"""The recompute ratio of `query`: the share of context tokens that a merge computes again."""
+
+MAX_KL = 0.05
+"""Nats per token that `auto` lets a merged context be off, on the calibration's probes."""
+
+
+@dataclass(frozen=True, slots=True)
+class MergeSettings:
+    """How the documents of a question are to be put together.
+
+    Attributes:
+        strategy: see `KVCacheMemory.merge`.
+        ratio: the recompute ratio, in [0, 1].
+        max_kl: what `auto` allows, in nats per token.
+
+    Raises:
+        InvalidInputError: an unknown strategy, or a value out of range.
+    """
+
+    strategy: Strategy = "auto"
+    ratio: float = DEFAULT_RATIO
+    max_kl: float = MAX_KL
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.strategy not in STRATEGIES:
+            raise InvalidInputError(f"unknown strategy {self.strategy!r}. Use one of {', '.join(STRATEGIES)}.")
+        if not (isinstance(self.ratio, int | float) and 0 <= self.ratio <= 1):
+            raise InvalidInputError(f"ratio is {self.ratio!r}; it is the share of tokens to recompute, from 0 to 1.")
+        if not (isinstance(self.max_kl, int | float) and self.max_kl >= 0):
+            raise InvalidInputError(f"max_kl is {self.max_kl!r}; it is in nats per token, 0 or more.")
 
 
 Mode = Literal["prefix", "merged", "encoded"]

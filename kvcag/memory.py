@@ -19,13 +19,9 @@ from kvcag.chat_template import SEPARATOR, Document, Message, Prompt, Seams, as_
 from kvcag.concurrency import async_twin, at_once, iterate
 from kvcag.config import KVCacheMemoryConfig, parse
 from kvcag.contexts import (
-    DEFAULT_RATIO,
-    MAX_KL,
     DocumentCache,
     Ids,
-    Strategy,
     SyncReport,
-    check_strategy,
     context_of_items,
     context_of_prompt,
     is_stored_whole,
@@ -34,7 +30,19 @@ from kvcag.contexts import (
     sync,
     with_kept_history,
 )
-from kvcag.core import Answer, Chunk, ContextPrompt, DeletionReport, EncodedItem, Item, MergedContext
+from kvcag.core import (
+    DEFAULT_RATIO,
+    MAX_KL,
+    Answer,
+    Chunk,
+    ContextPrompt,
+    DeletionReport,
+    EncodedItem,
+    Item,
+    MergedContext,
+    MergeSettings,
+    Strategy,
+)
 from kvcag.documents import Texts, documents_of, text_and_metadata, texts_of
 from kvcag.engines.base import Engine
 from kvcag.engines.constrain import ConstraintLike
@@ -324,7 +332,7 @@ class KVCacheMemory:
         head_ids = self._instruction_ids
         if not self.engine.merges:
             return self.engine.prompt_of((*head_ids, *same_ids(items)))
-        context = context_of_items(self.documents, head_ids, items, (), "rotate")
+        context = context_of_items(self.documents, head_ids, items, (), MergeSettings("rotate"))
         return ContextCache.of(
             layers_of(context.cache), context.token_ids, context.fingerprint, is_exact=context.report.is_exact
         )
@@ -361,7 +369,7 @@ class KVCacheMemory:
             ContextLengthError: instruction, documents and question exceed the model's context.
             UnsupportedModelError: the model's keys cannot be re-rotated.
         """
-        check_strategy(strategy, ratio, max_kl)
+        settings = MergeSettings(strategy, ratio, max_kl)
         prompt = self.engine.template.split_system(self.instruction, as_messages(query))
         found = self._items(items, skip_missing)
         if not found:
@@ -369,11 +377,9 @@ class KVCacheMemory:
         self.engine.check_fits(len(prompt.head_ids) + len(same_ids(found)) + len(prompt.tail_ids), 1)
         if canonical:
             found.sort(key=lambda item: item.content_key)
-        return context_of_items(self.documents, prompt.head_ids, found, prompt.tail_ids, strategy, ratio, max_kl)
+        return context_of_items(self.documents, prompt.head_ids, found, prompt.tail_ids, settings)
 
-    def context_for(
-        self, prompt: Prompt, strategy: Strategy = "auto", ratio: float = DEFAULT_RATIO, max_kl: float = MAX_KL
-    ) -> MergedContext:
+    def context_for(self, prompt: Prompt, settings: MergeSettings | None = None) -> MergedContext:
         """The context of a prompt with documents: reused, merged from stored items, or encoded and stored.
 
         Documents are found by their content. One that cannot be read is encoded again, with a `CacheWarning`. Of
@@ -381,16 +387,14 @@ class KVCacheMemory:
 
         Args:
             prompt: from `engine.template.prompt`, of messages that hold documents.
-            strategy: as for `merge`; so are `ratio` and `max_kl`.
-            ratio: the recompute ratio, in [0, 1].
-            max_kl: what `"auto"` allows, in nats per token.
+            settings: how documents are put together; by default as by `stream`.
 
         Raises:
             ContextLengthError: the prompt exceeds the model's context; nothing was encoded.
             UnsupportedModelError: the model's keys cannot be re-rotated.
         """
         self.engine.check_fits(len(prompt.token_ids), 1)
-        return context_of_prompt(self.documents, prompt, strategy, ratio, max_kl)
+        return context_of_prompt(self.documents, prompt, settings or MergeSettings())
 
     # --- answering ---------------------------------------------------------------------------------------------
 
@@ -465,7 +469,7 @@ class KVCacheMemory:
             ConstraintError: the constraint cannot be used, or does not fit the budget; nothing was encoded.
         """
         started = time.perf_counter()
-        check_strategy(strategy, ratio, max_kl)
+        merging = MergeSettings(strategy, ratio, max_kl)
         if sampling is None:
             sampling = self.engine.sampling(**settings)
         elif settings:
@@ -476,29 +480,29 @@ class KVCacheMemory:
         if constraint is not None:
             constraint = self.engine.constrain(constraint, budget, prompt.thinking)
         with self.engine.begun(self.namespace):
-            return self._opened(prompt, sampling, constraint, (strategy, ratio, max_kl), started)
+            return self._opened(prompt, sampling, constraint, merging, started)
 
     def _opened(
         self,
         prompt: Prompt,
         sampling: Sampling,
         constraint: ConstraintLike | None,
-        asked: tuple[Strategy, float, float],
+        settings: MergeSettings,
         started: float,
     ) -> Generator[Chunk, None, None]:
-        """The answer to a prompt, over its context; `asked` are strategy, ratio and `max_kl`."""
+        """The answer to a prompt, over its context."""
         context, known = None, None  # the engine finds the longest known prefix by itself
-        if asked[0] == "exact":
+        if settings.strategy == "exact":
             if is_stored_whole(self.documents, prompt):
-                context = self.context_for(prompt, "exact")
+                context = self.context_for(prompt, settings)
         elif self.engine.merges:
             for watch in self.watchers if prompt.document_ids else ():
                 watch(prompt)
-            known = reusable(self.documents, prompt, *asked)
+            known = reusable(self.documents, prompt, settings)
             if known is None:
-                context = self.context_for(prompt, *asked)
+                context = self.context_for(prompt, settings)
             accept = known == "merged"
-            context = with_kept_history(self.documents, prompt, context, *asked, accept_merged=accept) or context
+            context = with_kept_history(self.documents, prompt, context, settings, accept_merged=accept) or context
         return self.engine.stream(
             prompt,
             sampling,

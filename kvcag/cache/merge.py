@@ -7,7 +7,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 import torch
 
@@ -32,13 +32,14 @@ from kvcag.cache.layers import (
 )
 from kvcag.cache.rope import PositionShift, check_mergeable
 from kvcag.cache.states import behind
+from kvcag.core import MergeSettings, MergeStrategy
 from kvcag.errors import InvalidInputError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-__all__ = ["Merged", "Part", "Strategy", "check_mergeable", "merge"]
+__all__ = ["Merged", "Part", "check_mergeable", "merge"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ def merge(
     parts: Sequence[Part],
     tail_ids: torch.Tensor,
     *,
-    strategy: Strategy = "query",
+    strategy: MergeStrategy = "query",
     ratio: float = 0.2,
     usual_drift: Callable[[], UsualDrift | None] | None = None,
 ) -> Merged:
@@ -98,7 +99,7 @@ def merge(
         parts: in the order in which they are to be read; the first is the head.
         tail_ids: 1-D int64, what is read after the parts: the question. Strategy `query` looks at it; where it is
             empty there is no question to choose by, and `query` chooses as `deviation` does.
-        strategy: which tokens are recomputed (`kvcag.cache.merge`).
+        strategy: which tokens are recomputed (`kvcag.core.MergeStrategy`).
         ratio: how many of them, as a share of all tokens of the parts, rounded down: 0 recomputes nothing, 1
             everything that is not exact. `rotate` and `full` do not look at it.
         usual_drift: asked for where nothing is recomputed, and given to what was encoded alone and is not exact.
@@ -227,13 +228,13 @@ class MergedBefore:
     Attributes:
         layout: its tokens; `open` are those that no question has had recomputed.
         tails: the token ids that followed it, one tuple for each question.
-        settings: the strategy, ratio and bound that it was asked for with: who asks for others gets another context.
+        settings: what it was asked for with. A question with other settings gets another context.
         refining: of questions that are asked at once, one refines the context.
     """
 
     layout: Layout
     tails: list[tuple[int, ...]]
-    settings: tuple[str, float, float]
+    settings: MergeSettings
     refining: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -254,7 +255,7 @@ class MergeHistory:
             return found
 
     def continues(
-        self, namespace: str, token_ids: tuple[int, ...], settings: tuple[str, float, float], *, behind: int = 0
+        self, namespace: str, token_ids: tuple[int, ...], settings: MergeSettings, *, behind: int = 0
     ) -> bool:
         """Whether a prompt begins with a context of more than `behind` tokens that was merged with these settings."""
         with self._lock:
@@ -287,8 +288,8 @@ def _each(parts: Sequence[Part], of_parts: Sequence[int | bool]) -> torch.Tensor
 
 
 def _check(parts: Sequence[Part], strategy: str, ratio: float) -> None:
-    if strategy not in STRATEGIES:
-        raise InvalidInputError(f"unknown strategy {strategy!r}. Use one of {', '.join(STRATEGIES)}.")
+    if strategy not in get_args(MergeStrategy):
+        raise InvalidInputError(f"unknown strategy {strategy!r}. Use one of {', '.join(get_args(MergeStrategy))}.")
     if not 0 <= ratio <= 1:
         raise InvalidInputError(f"ratio is {ratio}; it is the share of tokens to recompute, from 0 to 1.")
     if not any(len(part.token_ids) and part.layers is not None for part in parts):
@@ -329,12 +330,6 @@ def _room(like: Sequence[LayerKV], tokens: int) -> Layers:
     return Layers(((zeros(keys), zeros(values)) for keys, values in like), tokens=tokens)
 
 
-Strategy = Literal["rotate", "anchor", "deviation", "query", "full"]
-"""`rotate`: none. `anchor`: the first ones of each document. `deviation`: those whose keys and values change most.
-`query`: those that the question attends to most. `full`: all."""
-
-STRATEGIES: tuple[str, ...] = get_args(Strategy)
-
 STATE_STRATEGIES = ("rotate", "full")
 """For models with recurrent layers."""
 
@@ -360,7 +355,7 @@ def select(
     layout: Layout,
     tail_ids: torch.Tensor,
     *,
-    strategy: Strategy,
+    strategy: MergeStrategy,
     ratio: float,
 ) -> torch.Tensor:
     """The positions to recompute, ascending, 1-D int64: at most `ratio` of all tokens, and only open ones."""

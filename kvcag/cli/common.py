@@ -115,7 +115,7 @@ INSTRUCTION = "You are a helpful assistant. Answer the question using only the p
 """The default of `--instruction`."""
 
 Strategy: TypeAlias = Literal["auto", "exact", "rotate", "anchor", "deviation", "query", "full"]
-"""`kvcag.contexts.STRATEGIES` without importing torch. A test compares the two."""
+"""`kvcag.core.STRATEGIES` without importing torch. A test compares the two."""
 
 
 def _shared(name: str, short: str | None, help: str, metavar: str) -> Any:

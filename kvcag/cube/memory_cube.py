@@ -18,8 +18,17 @@ from typing import Any, cast
 from kvcag.cache.layers import layers_of, mapped
 from kvcag.chat_template import Message, Prompt, as_messages
 from kvcag.concurrency import async_twin, iterate
-from kvcag.contexts import DEFAULT_RATIO, MAX_KL, Strategy
-from kvcag.core import Answer, Chunk, DeletionReport, KVCacheItem, Mode, TextualMemoryItem
+from kvcag.core import (
+    DEFAULT_RATIO,
+    MAX_KL,
+    Answer,
+    Chunk,
+    DeletionReport,
+    KVCacheItem,
+    Mode,
+    Strategy,
+    TextualMemoryItem,
+)
 from kvcag.cube.dump import CubeDump, read_dump, write_dump
 from kvcag.cube.texts import (
     ListedTexts,

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from os import PathLike
 
 from kvcag.chat_template import Prompt
-from kvcag.contexts import DEFAULT_RATIO, Strategy
-from kvcag.core import Answer, Chunk
+from kvcag.core import DEFAULT_RATIO, Answer, Chunk, Strategy
 from kvcag.demo.corpus import Topic
 from kvcag.engines.hf import HFEngine
 from kvcag.engines.sampling import Sampling

@@ -25,7 +25,7 @@ from typing_extensions import Self
 
 from kvcag.adapters import MERGE_SETTINGS, SAMPLING_SETTINGS, LazyMemory, call_settings
 from kvcag.concurrency import in_thread, iterate
-from kvcag.contexts import DEFAULT_RATIO, MAX_KL, Strategy
+from kvcag.core import DEFAULT_RATIO, MAX_KL, Strategy
 from kvcag.cube.memory_cube import MemoryCube
 from kvcag.engines.base import Engine
 from kvcag.errors import ChatTemplateError, FingerprintMismatchError, InvalidInputError

@@ -33,7 +33,7 @@ from pydantic import Field, PrivateAttr
 from kvcag.adapters import SAMPLING_SETTINGS, LazyMemory, call_settings, with_tools
 from kvcag.chat_template import Message, Prompt, as_messages
 from kvcag.concurrency import in_thread
-from kvcag.contexts import DEFAULT_RATIO, MAX_KL, Strategy
+from kvcag.core import DEFAULT_RATIO, MAX_KL, Strategy
 from kvcag.cube.memory_cube import MemoryCube
 from kvcag.engines.base import Engine
 from kvcag.engines.sampling import Sampling

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kvcag import Document, HFEngine, KVCacheMemory
 from kvcag.cache.layers import layers_of
 from kvcag.contexts import with_kept_history
-from kvcag.core import Usage
+from kvcag.core import MergeSettings, Usage
 from kvcag.testing import byte_tokenizer, tiny_model
 
 MODEL, TOKENIZER = tiny_model(), byte_tokenizer()
@@ -119,7 +119,7 @@ def test_a_history_behind_documents_is_moved_too(strategy: Any) -> None:
 def test_recomputed_as_a_whole_it_is_a_full_prefill(edit: str, settings: dict[str, Any]) -> None:
     memory = memory_of(HISTORY)
     prompt = memory.engine.template.prompt(asked(*EDITS[edit]))
-    context = with_kept_history(memory.documents, prompt, None, **settings)
+    context = with_kept_history(memory.documents, prompt, None, MergeSettings(**settings))
     assert context is not None
     right, _ = HFEngine(MODEL, TOKENIZER).prefill(context.token_ids.tolist())
     for ours, theirs in zip(layers_of(context.cache), right, strict=True):
@@ -131,7 +131,7 @@ def test_what_is_new_between_moved_messages_is_computed_where_it_stands() -> Non
     """In the first layer no token sees another: what is moved and what is new is right there."""
     memory = memory_of(HISTORY)
     prompt = memory.engine.template.prompt(asked(*SUMMARY))
-    context = with_kept_history(memory.documents, prompt, None)
+    context = with_kept_history(memory.documents, prompt, None, MergeSettings())
     assert context is not None
     right, _ = HFEngine(MODEL, TOKENIZER).prefill(context.token_ids.tolist())
     for one, other in zip(layers_of(context.cache)[0], right[0], strict=True):

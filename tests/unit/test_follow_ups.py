@@ -15,7 +15,7 @@ from kvcag import CacheWarning, Choices, Document, HFEngine, KVCacheMemory
 from kvcag.cache.layers import concat, contiguous_copy, layers_of
 from kvcag.cache.merge import Layout, recompute
 from kvcag.cache.prefix_cache import _below
-from kvcag.core import Usage
+from kvcag.core import MergeSettings, Usage
 from kvcag.stores.disk import DiskStore
 from kvcag.testing import CHATML, byte_tokenizer, tiny_model
 from tests.forwards import forward_lengths
@@ -155,7 +155,7 @@ def test_documents_before_documents_that_were_merged_otherwise_are_not_reused_as
 def test_several_groups_recomputed_as_a_whole_are_a_full_prefill() -> None:
     memory = KVCacheMemory(HFEngine(MODEL, TOKENIZER))
     prompt = memory.engine.template.prompt(agentic([[1, 2], [0], [2, 1]]))
-    context = memory.context_for(prompt, "full")
+    context = memory.context_for(prompt, MergeSettings("full"))
     assert tuple(context.token_ids.tolist()) == prompt.context_ids
     right, _ = HFEngine(MODEL, TOKENIZER).prefill(prompt.context_ids)
     for ours, theirs in zip(layers_of(context.cache), right, strict=True):

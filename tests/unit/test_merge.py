@@ -1,6 +1,7 @@
 """Any permutation and any subset: right, and nothing that is stored changes."""
 
 import dataclasses
+from typing import get_args
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvcag.cache.layers import contiguous_copy, cut
-from kvcag.cache.merge import STRATEGIES, Part, merge
+from kvcag.cache.merge import Part, merge
+from kvcag.core import MergeStrategy
 from kvcag.errors import InvalidInputError
 from kvcag.testing import tiny_model
 from tests.merging import encode, equal, error, ids, parts_of, tokens_of
@@ -22,7 +24,7 @@ TAIL = ids(6, seed=99)
 STORED = {model: parts_of(model, HEAD, DOCUMENTS) for model in (MODEL, SLIDING)}
 
 orders = st.lists(st.integers(0, len(DOCUMENTS) - 1), min_size=1, max_size=8)
-strategies = st.sampled_from(STRATEGIES)
+strategies = st.sampled_from(get_args(MergeStrategy))
 ratios = st.floats(0, 1)
 models = st.sampled_from([MODEL, SLIDING])
 

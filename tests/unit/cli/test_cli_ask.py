@@ -11,7 +11,7 @@ import torch
 
 from kvcag import HFEngine
 from kvcag.cli.common import INSTRUCTION, Strategy
-from kvcag.contexts import STRATEGIES
+from kvcag.core import STRATEGIES
 from kvcag.engines.sampling import Sampler
 from kvcag.stores.disk import DiskStore
 from kvcag.testing import byte_tokenizer

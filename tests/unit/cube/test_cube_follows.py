@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from kvcag import HFEngine, KVCacheMemory, MemoryCube
 from kvcag.cache.layers import layers_of
 from kvcag.chat_template import Prompt
-from kvcag.core import TextualMemoryItem
+from kvcag.core import MergeSettings, TextualMemoryItem
 from kvcag.cube.dump import read_dump
 from kvcag.memory import insert_documents
 from kvcag.stores import DiskStore, MemoryStore, TieredStore
@@ -134,8 +134,8 @@ class Follows(RuleBasedStateMachine):
     def teardown(self) -> None:
         for text in self.cube.get_all():  # its context is what encoding it afresh gives
             prompt = prompt_of(self.cube, text.memory)
-            context = self.cube.memory.context_for(prompt, "rotate")
-            fresh = KVCacheMemory(PLAIN, instruction=HEAD).context_for(prompt, "exact")
+            context = self.cube.memory.context_for(prompt, MergeSettings("rotate"))
+            fresh = KVCacheMemory(PLAIN, instruction=HEAD).context_for(prompt, MergeSettings("exact"))
             assert torch.equal(context.token_ids, fresh.token_ids)
             for kept, made in zip(layers_of(context.cache), layers_of(fresh.cache), strict=True):
                 torch.testing.assert_close(kept, made, rtol=1e-5, atol=1e-5)
