@@ -82,21 +82,46 @@ def run_here(checkout: Path, folders: list[str], *, ours: bool) -> None:
 
 
 def put_ours_in_place() -> None:
-    """Let core's `MockLLM` be a `KVCacheLLM` that says what it is asked, as `MockLLM` does."""
+    """Let core's `MockLLM` be a `KVCacheLLM` that says what it is asked, as `MockLLM` does.
+
+    `MockLLM` is a completion model, which answers chats by completing their text. Ours takes completions as they are,
+    and answers chats from their turns.
+    """
     import llama_index.core.llms
     import llama_index.core.llms.mock
+    from llama_index.core.llms import CustomLLM, LLMMetadata
 
+    from kvcag.chat_template import Message, Prompt
     from kvcag.llama_index import KVCacheLLM
     from kvcag.testing import EchoEngine, last_user_message, whole_prompt
 
     def said(prompt: str) -> str:
         turns = whole_prompt(prompt)
-        is_one_question = turns.startswith("user: ") and "\n" not in turns
-        return last_user_message(prompt) if is_one_question else f"{turns}\nassistant: "
+        if turns == prompt:
+            return prompt
+        return f"{turns}\nassistant: " if last_user_message(prompt) else ""
+
+    made_of = {"complete": ("chat", "achat"), "stream_complete": ("stream_chat", "astream_chat")}
 
     class OursInItsPlace(KVCacheLLM):
-        def __init__(self, max_tokens: int | None = None, **settings: Any) -> None:
+        def __init__(self, max_tokens: int | None = None, is_chat_model: bool | None = False, **settings: Any) -> None:
             super().__init__(engine=EchoEngine(said), max_new_tokens=max_tokens, **settings)
+            self._is_chat_model = bool(is_chat_model)
+
+        def __init_subclass__(cls, **kwargs: Any) -> None:
+            """A test that replaces completions replaces chats: `CustomLLM` makes chats of completions."""
+            super().__init_subclass__(**kwargs)
+            for completion, chats in made_of.items():
+                for chat in chats if completion in cls.__dict__ else ():
+                    if chat not in cls.__dict__:
+                        setattr(cls, chat, CustomLLM.__dict__[chat])
+
+        @property
+        def metadata(self) -> LLMMetadata:
+            return super().metadata.model_copy(update={"is_chat_model": self._is_chat_model})
+
+        def _asked(self, prompt: str, formatted: bool) -> list[Message] | Prompt:
+            return super()._asked(prompt, formatted=bool(prompt))  # no text is no prompt of a completion model
 
     llama_index.core.llms.MockLLM = OursInItsPlace
     llama_index.core.llms.mock.MockLLM = OursInItsPlace

@@ -59,6 +59,33 @@ def _one_budget(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"max_new_tokens" if name == "max_tokens" else name: value for name, value in settings.items()}
 
 
+def choice_of(tool_choice: object, names: Sequence[str], *, required: bool = False) -> str:
+    """`auto`, `any`, `none` or a tool's name, from any form that LangChain's and LlamaIndex's models accept.
+
+    Args:
+        tool_choice: one of these, or `required`. True is `any`; False and None are `auto`; a mapping is OpenAI's or
+            Anthropic's.
+        names: the tools' names.
+        required: a tool must be called, whichever it is: `auto` is `any`.
+
+    Raises:
+        InvalidInputError: there is no such tool.
+    """
+    if isinstance(tool_choice, Mapping):
+        named = tool_choice.get("function", tool_choice).get("name")
+        tool_choice = named or tool_choice.get("type")
+    if tool_choice in (None, False, "auto"):
+        return "any" if required else "auto"
+    if tool_choice is True or (tool_choice in ("any", "required") and tool_choice not in names):
+        return "any"
+    if tool_choice == "none" or tool_choice in names:
+        return str(tool_choice)
+    known = ", ".join(names) or "none: no tools are bound"
+    raise InvalidInputError(
+        f"tool_choice {tool_choice!r} is neither auto, any, none nor a tool's name. Tools: {known}."
+    )
+
+
 def with_tools(
     template: ChatTemplate,
     messages: Sequence[Message],

@@ -23,7 +23,7 @@ from pydantic import ConfigDict, Field, PrivateAttr, SkipValidation, model_valid
 from tqdm import tqdm  # type: ignore[import-untyped]
 from typing_extensions import Self
 
-from kvcag.adapters import MERGE_SETTINGS, SAMPLING_SETTINGS, LazyMemory, call_settings
+from kvcag.adapters import MERGE_SETTINGS, SAMPLING_SETTINGS, LazyMemory, call_settings, choice_of
 from kvcag.concurrency import in_thread, iterate
 from kvcag.core import DEFAULT_RATIO, MAX_KL, Strategy
 from kvcag.cube.memory_cube import MemoryCube
@@ -33,7 +33,6 @@ from kvcag.langchain.documents_chain import encode_ahead, fitting, read_document
 from kvcag.langchain.messages import (
     ask,
     call_parser,
-    choice_of,
     generation_chunks,
     json_parser,
     parsing,

@@ -32,7 +32,7 @@ from langchain_core.utils.json import parse_partial_json
 from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import BaseModel
 
-from kvcag.adapters import with_tools
+from kvcag.adapters import choice_of, with_tools
 from kvcag.chat_template import ChatTemplate, Document, Message, segment
 from kvcag.core import Chunk, Usage
 from kvcag.engines.constrain import ConstraintLike, Grammar, JsonSchema, close_objects
@@ -336,9 +336,6 @@ def _report(usage: Usage) -> dict[str, Any]:
     return {**made, "ttft_s": usage.ttft_s, "total_s": usage.total_s}
 
 
-_ANY = {"any", "required"}
-
-
 @dataclass(frozen=True, slots=True)
 class Asked:
     """A conversation as the model will see it, and the constraint of its answer."""
@@ -388,29 +385,6 @@ def shown_tools(tools: Sequence[Any]) -> list[dict[str, Any]]:
             )
         shown.append(made)
     return shown
-
-
-def choice_of(tool_choice: Any, names: Sequence[str]) -> str:
-    """`auto`, `any`, `none` or a tool's name, from any form that LangChain's models accept.
-
-    True is `any`; False and None are `auto`; a dict is OpenAI's or Anthropic's.
-
-    Raises:
-        InvalidInputError: there is no such tool.
-    """
-    if isinstance(tool_choice, Mapping):
-        named = tool_choice.get("function", tool_choice).get("name")
-        tool_choice = named or tool_choice.get("type")
-    if tool_choice in (None, False):
-        return "auto"
-    if tool_choice is True or (tool_choice in _ANY and tool_choice not in names):
-        return "any"
-    if tool_choice in ("auto", "none") or tool_choice in names:
-        return str(tool_choice)
-    known = ", ".join(names) or "none: no tools are bound"
-    raise InvalidInputError(
-        f"tool_choice {tool_choice!r} is neither auto, any, none nor a tool's name. Tools: {known}."
-    )
 
 
 def schema_of(response_format: Any) -> dict[str, Any] | None:

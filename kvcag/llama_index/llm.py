@@ -20,18 +20,19 @@ from llama_index.core.base.llms.types import (
     CompletionResponseGen,
     LLMMetadata,
 )
+from llama_index.core.chat_engine.types import AgentChatResponse
 from llama_index.core.constants import DEFAULT_NUM_OUTPUTS
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.function_calling import FunctionCallingLLM
-from llama_index.core.llms.llm import ToolSelection
+from llama_index.core.llms.llm import LLM, ToolSelection
 from llama_index.core.program.utils import get_program_for_llm
 from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.tools.types import BaseTool
 from llama_index.core.types import TokenAsyncGen, TokenGen
 from pydantic import Field, PrivateAttr
 
-from kvcag.adapters import SAMPLING_SETTINGS, LazyMemory, call_settings, with_tools
-from kvcag.chat_template import Message, Prompt, as_messages
+from kvcag.adapters import SAMPLING_SETTINGS, LazyMemory, call_settings, choice_of, with_tools
+from kvcag.chat_template import Message, Prompt
 from kvcag.concurrency import in_thread
 from kvcag.core import DEFAULT_RATIO, MAX_KL, Strategy
 from kvcag.cube.memory_cube import MemoryCube
@@ -44,7 +45,6 @@ from kvcag.llama_index.messages import (
     Opener,
     aeach,
     alast,
-    choice_of,
     each,
     last,
     selections,
@@ -287,13 +287,26 @@ class KVCacheLLM(FunctionCallingLLM):
     ) -> dict[str, Any]:
         """The arguments of `chat` for a call with tools. A grammar enforces a required tool."""
         asked = [ChatMessage(content=user_msg)] if isinstance(user_msg, str) else [user_msg] if user_msg else []
+        shown = tool_specs(tools)
         return {
             "messages": [*(chat_history or []), *asked],
-            "tools": tool_specs(tools),
-            "tool_choice": choice_of(tool_choice, tool_required),
+            "tools": shown,
+            "tool_choice": choice_of(tool_choice, [tool["function"]["name"] for tool in shown], required=tool_required),
             "parallel_tool_calls": allow_parallel_tool_calls,
             **kwargs,
         }
+
+    def predict_and_call(self, *args: Any, **kwargs: Any) -> AgentChatResponse:
+        """Call the tools that the model chooses: by a step of ReAct where its formatter or parser is given."""
+        return self._calling(kwargs).predict_and_call(self, *args, **kwargs)
+
+    async def apredict_and_call(self, *args: Any, **kwargs: Any) -> AgentChatResponse:
+        """`predict_and_call`, in worker threads."""
+        return await self._calling(kwargs).apredict_and_call(self, *args, **kwargs)
+
+    def _calling(self, given: Mapping[str, Any]) -> type[LLM]:
+        """Core's class whose way to call tools these arguments are for."""
+        return LLM if given.keys() & {"react_chat_formatter", "output_parser"} else FunctionCallingLLM
 
     def get_tool_calls_from_response(
         self, response: ChatResponse, error_on_no_tool_call: bool = True, **kwargs: Any
@@ -328,7 +341,7 @@ class KVCacheLLM(FunctionCallingLLM):
     def _asked(self, prompt: str, formatted: bool) -> list[Message] | Prompt:
         if not isinstance(prompt, str):
             raise InvalidInputError(f"a prompt is a str, not {type(prompt).__name__}")
-        return self.engine.template.verbatim(prompt) if formatted else as_messages(prompt)
+        return self.engine.template.verbatim(prompt) if formatted else [{"role": "user", "content": prompt}]
 
     def _call(self, messages: list[Message] | Prompt, kwargs: dict[str, Any]) -> tuple[Opener, Answer]:
         """A function that opens the answer's stream, and the reader of its chunks. Wrong settings raise here."""

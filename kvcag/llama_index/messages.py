@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Sequence
 from contextlib import aclosing, closing
 from dataclasses import asdict
 from typing import Any, TypeAlias, TypeVar
@@ -30,7 +30,6 @@ from kvcag.chat_template import Document, Message, segment
 from kvcag.concurrency import iterate
 from kvcag.core import Chunk
 from kvcag.documents import documents_of
-from kvcag.errors import InvalidInputError
 from kvcag.tools import CallParser, Parsed, ToolCall
 
 R = TypeVar("R", ChatResponse, CompletionResponse)
@@ -155,16 +154,17 @@ class Answer:
         self._text = ""
         self._thinking = ""
         self._calls: list[ToolCallBlock] = []
+        self._before: ChatResponse | CompletionResponse | None = None
 
     def chat(self, chunk: Chunk) -> ChatResponse | None:
         """The answer up to this chunk, with the tool calls as far as they are written; None where nothing is new.
 
-        The last response has the usage in `raw`.
+        The last response has the usage in `raw`. It gets it when the answer ends, which may be after it was sent.
         """
         delta, parsed = self._read(chunk)
         self._text += delta
-        thought, calls = self._thought(chunk), self._calls_so_far(parsed)
-        if not (delta or thought or chunk.usage or calls != self._calls):
+        thought, calls, raw = self._thought(chunk), self._calls_so_far(parsed), self._raw(chunk, parsed)
+        if not (delta or thought or calls != self._calls or self._is_first(raw)):
             return None
         self._calls = calls
         blocks: list[ContentBlock] = [ThinkingBlock(content=self._thinking)] if self._thinking else []
@@ -172,20 +172,30 @@ class Answer:
         blocks += calls
         # core's streamed structured prediction looks for calls here, and not in the blocks
         known = {"tool_calls": [{"id": call.tool_call_id, "name": call.tool_name} for call in calls]} if calls else {}
-        return ChatResponse(
+        response = ChatResponse(
             message=ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks, additional_kwargs=known),
             delta=delta,
-            raw=self._raw(chunk, parsed),
+            raw=raw,
             additional_kwargs=thought,
         )
+        self._before = response
+        return response
 
     def completion(self, chunk: Chunk) -> CompletionResponse | None:
         """As `chat`, as a completion."""
         self._text += chunk.text
-        thought = self._thought(chunk)
-        if not (chunk.text or thought or chunk.usage):
+        thought, raw = self._thought(chunk), self._raw(chunk)
+        if not (chunk.text or thought or self._is_first(raw)):
             return None
-        return CompletionResponse(text=self._text, delta=chunk.text, raw=self._raw(chunk), additional_kwargs=thought)
+        response = CompletionResponse(text=self._text, delta=chunk.text, raw=raw, additional_kwargs=thought)
+        self._before = response
+        return response
+
+    def _is_first(self, raw: dict[str, Any] | None) -> bool:
+        """Whether the answer ends with no response before. Else the one before is the last, and `raw` is its."""
+        if raw is not None and self._before is not None:
+            self._before.raw = raw
+        return raw is not None and self._before is None
 
     def _thought(self, chunk: Chunk) -> dict[str, Any]:
         if not (chunk.thinking and self._thinks):
@@ -267,28 +277,6 @@ async def alast(responses: AsyncGenerator[R, None]) -> R:
 def tool_specs(tools: Sequence[BaseTool]) -> list[dict[str, Any]]:
     """The tools' specifications, as JSON, so that events that carry them can be serialised."""
     return [tool.metadata.to_openai_tool(skip_length_check=True) for tool in tools]
-
-
-def choice_of(tool_choice: str | Mapping[str, Any] | None, required: bool) -> str:
-    """The choice as `tool_spec` takes it: `auto`, `any`, `none`, or a tool's name.
-
-    Args:
-        tool_choice: one of these, `required`, or OpenAI's `{"type": "function", "function": {"name": …}}`.
-        required: a tool must be called, whichever it is.
-
-    Raises:
-        InvalidInputError: a mapping without a tool's name.
-    """
-    if isinstance(tool_choice, Mapping):
-        chosen = tool_choice
-        tool_choice = str(chosen.get("function", chosen).get("name", ""))
-        if not tool_choice:
-            raise InvalidInputError(
-                f"tool_choice {dict(chosen)!r:.80} has no tool's name. Pass {{'function': {{'name': …}}}}, or the name."
-            )
-    if required and tool_choice in (None, "auto"):
-        return "any"
-    return tool_choice or "auto"
 
 
 def selections(response: ChatResponse) -> list[ToolSelection]:

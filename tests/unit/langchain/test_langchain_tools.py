@@ -14,10 +14,11 @@ from pydantic.v1 import BaseModel as BaseModelV1
 from typing_extensions import TypedDict
 
 from kvcag import HFEngine
+from kvcag.adapters import choice_of
 from kvcag.core import Chunk, Usage
 from kvcag.errors import ConstraintBudgetError, InvalidInputError
 from kvcag.langchain import ChatKVCAG
-from kvcag.langchain.messages import choice_of, generation_chunks
+from kvcag.langchain.messages import generation_chunks
 from kvcag.testing import EchoEngine
 from kvcag.tools import tool_spec
 

@@ -133,7 +133,17 @@ def test_a_completion_begins_with_exactly_one_bos(formatted: bool, text: str) ->
 
 
 @pytest.mark.parametrize("way", COMPLETION_WAYS)
-@pytest.mark.parametrize("prompt", [None, "", 7])
+async def test_an_empty_prompt_is_an_empty_message(echo: EchoEngine, llm: KVCacheLLM, way: Way) -> None:
+    """As for core's `MockLLM`, which a stream of one empty response answers."""
+    assert await way(llm, "") == ""
+    assert [token_ids for _, token_ids in echo.prompts] == [
+        echo.template.prompt([{"role": "user", "content": ""}]).token_ids
+    ]
+    assert [(response.text, response.delta) for response in llm.stream_complete("")] == [("", "")]
+
+
+@pytest.mark.parametrize("way", COMPLETION_WAYS)
+@pytest.mark.parametrize("prompt", [None, 7])
 async def test_a_missing_prompt_is_a_value_error(llm: KVCacheLLM, way: Way, prompt: Any) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 - the message is the decorator's or ours
         await way(llm, prompt)
@@ -144,6 +154,20 @@ async def test_a_missing_prompt_is_a_value_error(llm: KVCacheLLM, way: Way, prom
 def test_nothing_to_answer_is_a_value_error(llm: KVCacheLLM) -> None:
     with pytest.raises(ValueError, match="at least one user message"):
         llm.chat([])
+
+
+async def test_the_last_response_of_a_stream_is_not_empty_and_has_the_usage(llm: KVCacheLLM) -> None:
+    streams = [
+        list(llm.stream_chat(user("Hello"))),
+        [response async for response in await llm.astream_chat(user("Hello"))],
+        list(llm.stream_complete("Hello")),
+        [response async for response in await llm.astream_complete("Hello")],
+    ]
+    for responses in streams:
+        assert [response.delta for response in responses] == list("Hello")
+        assert [response.raw is not None for response in responses] == [False] * 4 + [True]
+        assert responses[-1].raw["usage"]["completion_tokens"] == 5
+        assert responses[-1].raw["finish_reason"] == "stop"
 
 
 async def test_streams_of_text_have_no_empty_piece(llm: KVCacheLLM) -> None:

@@ -1,9 +1,11 @@
 """Tools and structured output: the structure from a grammar, on models that have never seen either."""
 
+import asyncio
 import json
 from importlib.metadata import version
 
 import pytest
+from llama_index.core.agent.react import ReActChatFormatter, ReActOutputParser
 from llama_index.core.agent.workflow import FunctionAgent, ReActAgent, ToolCallResult
 from llama_index.core.base.llms.types import ChatMessage, ToolCallBlock
 from llama_index.core.prompts import PromptTemplate
@@ -83,7 +85,7 @@ def test_the_choice_decides_which_tool(llm: KVCacheLLM) -> None:
         assert [call.tool_name for call in llm.get_tool_calls_from_response(response)] == [tool.metadata.name]
     with pytest.raises(InvalidInputError, match="subtract"):
         llm.chat_with_tools([ADD], "Go", tool_choice="subtract")
-    with pytest.raises(InvalidInputError, match="has no tool's name"):
+    with pytest.raises(InvalidInputError, match="neither auto, any, none nor a tool's name"):
         llm.chat_with_tools([ADD], "Go", tool_choice={"type": "function"})
 
 
@@ -99,6 +101,17 @@ def test_predict_and_call_calls(llm: KVCacheLLM) -> None:
 async def test_apredict_and_call_calls(llm: KVCacheLLM) -> None:
     answer = await llm.apredict_and_call([SHOUT], "Hi", tool_required=True)
     assert answer.response == answer.sources[0].raw_input["kwargs"]["text"].upper()
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+async def test_predict_and_call_reads_a_react_step_where_it_is_given_a_parser_of_one(asynchronous: bool) -> None:
+    llm = calling('Thought: I have to add.\nAction: add\nAction Input: {"a": 1, "b": 2}\n')
+    react = {"react_chat_formatter": ReActChatFormatter.from_defaults(), "output_parser": ReActOutputParser()}
+    if asynchronous:
+        answer = await llm.apredict_and_call([ADD], "One and two?", **react)
+    else:
+        answer = await asyncio.to_thread(llm.predict_and_call, [ADD], "One and two?", **react)
+    assert (answer.response, answer.sources[0].raw_output) == ("3", 3)
 
 
 def test_without_a_call_there_is_text() -> None:
