@@ -18,7 +18,6 @@ from kvcag.testing import byte_tokenizer, tiny_model
 
 DUMPING = """
 import os, sys
-sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
 from kvcag.testing import byte_tokenizer, tiny_model
@@ -37,7 +36,7 @@ for _ in sys.stdin:
     while True:
         turn += 1
         cube.edit(cube.get_all()[0].id, f"Turn {turn}.")
-        cube.dump(sys.argv[2])
+        cube.dump(sys.argv[1])
         print(turn, flush=True)
 """
 
@@ -45,7 +44,7 @@ for _ in sys.stdin:
 @pytest.mark.skipif(os.name == "nt", reason="fork and kill are POSIX")
 def test_a_dump_killed_at_any_moment_loses_nothing(tmp_path: Path) -> None:
     folder, engine = tmp_path / "cube", HFEngine(tiny_model(), byte_tokenizer())
-    arguments = [sys.executable, "-c", DUMPING, str(Path(__file__).parents[2]), str(folder)]
+    arguments = [sys.executable, "-c", DUMPING, str(folder)]
     with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None

@@ -13,7 +13,8 @@ from typing import Any
 from kvcag import HFEngine, MemoryCube
 from kvcag.core import TextualMemoryItem
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "memory_cube.py"
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "memory_cube.py"
 HEAD = "Answer the question using only these notes."
 TEXTS = {
     "lighthouse": "The lighthouse on Harbour Street was painted green in 1931 by a man called Ottokar Lund.",
@@ -24,10 +25,9 @@ QUESTION = "Who painted the lighthouse?"
 
 FRESH = """
 import json, sys, warnings
-sys.path.insert(0, sys.argv[1])
 from tests.forwards import forward_lengths
 from kvcag import HFEngine, MemoryCube
-model, folder, dtype, strategy, question = sys.argv[2:]
+model, folder, dtype, strategy, question = sys.argv[1:]
 engine = HFEngine.from_pretrained(model, dtype=dtype, device="cpu")
 with warnings.catch_warnings(record=True) as said, forward_lengths(engine.model) as lengths:
     warnings.simplefilter("always")
@@ -46,9 +46,9 @@ print(json.dumps({
 
 def asked_elsewhere(model: Path, folder: Path, dtype: str, strategy: str) -> dict[str, Any]:
     """What a process that knows nothing but the folder answers."""
-    tests = str(Path(__file__).parents[2])
     done = subprocess.run(
-        [sys.executable, "-c", FRESH, tests, str(model), str(folder), dtype, strategy, QUESTION],
+        [sys.executable, "-c", FRESH, str(model), str(folder), dtype, strategy, QUESTION],
+        cwd=ROOT,  # where the script finds `tests`
         capture_output=True,
         text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},

@@ -14,8 +14,7 @@ from kvcag.scheduler import read_texts
 
 ROOT = Path(__file__).parents[2]
 LEFT_OPEN = """
-import sys, time
-sys.path.insert(0, {tests!r})
+import time
 from kvcag.testing import byte_tokenizer, tiny_model
 from kvcag import CacheScheduler, HFEngine, KVCacheMemory
 engine = HFEngine(tiny_model(max_position_embeddings=200_000), byte_tokenizer())
@@ -42,7 +41,7 @@ def test_a_scheduler_killed_at_any_moment_loses_nothing_that_was_there(tmp_path:
 
 
 def test_a_process_ends_though_its_scheduler_is_open_and_encoding(tmp_path: Path) -> None:
-    script = LEFT_OPEN.format(tests=str(ROOT / "tests"), state=str(tmp_path / "scheduler.sqlite"))
+    script = LEFT_OPEN.format(state=str(tmp_path / "scheduler.sqlite"))
     began = time.monotonic()
     done = python("-c", script, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "encoding\n", "")

@@ -184,6 +184,13 @@ def test_the_exception_tree_is_drawn_as_it_is() -> None:
             assert name in drawn, f"{name} is missing from the tree in the docstring"
 
 
+def test_tests_find_their_helpers_without_changing_the_path() -> None:
+    """By `pythonpath` in pyproject.toml, and by the working directory of the processes that they start."""
+    changed = "sys" + ".path."
+    tests = [path for path in (ROOT.parent / "tests").rglob("*.py") if changed in path.read_text(encoding="utf-8")]
+    assert tests == []
+
+
 def test_types_ship() -> None:
     assert (ROOT / "py.typed").is_file()
     assert {module.name for module in pkgutil.iter_modules([str(ROOT)])} >= {"core", "memory", "stores"}

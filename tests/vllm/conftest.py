@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from vllm_process import PYTHON, Vllm
-
 from kvcag import HFEngine, VLLMEngine
+from tests.vllm.vllm_process import PYTHON, Vllm
 
 _FIGURES: list[str] = []
 

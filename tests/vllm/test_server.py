@@ -16,7 +16,6 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.tools import tool
 from llama_index.core.llms import ChatMessage
 from pydantic import BaseModel, Field
-from vllm_process import Vllm
 
 from kvcag import Choices, Document, Grammar, HFEngine, KVCacheMemory, Regex, VLLMEngine
 from kvcag.concurrency import iterate
@@ -24,6 +23,7 @@ from kvcag.demo.corpus import python_topics
 from kvcag.errors import ConstraintError, ContextLengthError
 from kvcag.langchain import ChatKVCAG
 from kvcag.llama_index import KVCacheLLM
+from tests.vllm.vllm_process import Vllm
 from tests.waits import awaited
 
 Figures = Callable[[str], None]
