@@ -20,7 +20,7 @@ from urllib.parse import unquote, urldefrag
 
 import pytest
 
-from kvcag.engines.hf import _load
+from kvcag.engines.loading import load
 from tests.pages import ROOT, Block, blocks, named, pages_with
 
 # --- Python ---------------------------------------------------------------------------------------------------------
@@ -28,7 +28,7 @@ from tests.pages import ROOT, Block, blocks, named, pages_with
 
 @functools.cache
 def load_once(name: str, dtype: str, device: str, settings: str) -> tuple[Any, Any]:
-    return _load(name, dtype, device, json.loads(settings))
+    return load(name, dtype, device, json.loads(settings))
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def reader(tmp_path: Path, smollm2_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (cache / "models").symlink_to(smollm2_path.parent)
     monkeypatch.setenv("KVCAG_CACHE", str(cache))
     # One copy of the weights for all pages: each has engines of its own over them.
-    monkeypatch.setattr("kvcag.engines.hf._load", lambda *given: load_once(*given[:3], json.dumps(given[3])))
+    monkeypatch.setattr("kvcag.engines.hf.load", lambda *given, **_: load_once(*given[:3], json.dumps(given[3])))
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     module = types.ModuleType("page")  # classes that a page defines look their annotations up in their module

@@ -1,0 +1,146 @@
+"""How `HFEngine.from_pretrained` loads a model: on which device, in which dtype, with which weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from kvcag.errors import InvalidInputError, UnsupportedModelError
+
+HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
+"""The arguments of `from_pretrained` that concern the hub: they go to configurations and tokenizers too."""
+
+
+def load(
+    name: str,
+    dtype: str | torch.dtype,
+    device: str | torch.device,
+    settings: Mapping[str, Any],
+    *,
+    int8_weights: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model and its tokenizer: see `HFEngine.from_pretrained`.
+
+    `settings` go to the model, those that concern the hub to the tokenizer too.
+    """
+    target = None if "device_map" in settings else _best_device() if device == "auto" else torch.device(device)
+    on_cpu = target is not None and target.type == "cpu"
+    if int8_weights and not on_cpu:
+        raise InvalidInputError(
+            f"int8_weights is for a CPU, and the model goes to {target or 'a device_map'}. Pass device='cpu', or a "
+            "quantization_config of transformers."
+        )
+    hub = {key: settings[key] for key in HUB_ARGUMENTS if key in settings}
+    tokenizer = AutoTokenizer.from_pretrained(name, **hub)
+    if on_cpu and dtype == "auto" and not {"quantization_config", "gguf_file"} & settings.keys():
+        config = settings.get("config") or AutoConfig.from_pretrained(name, **hub)
+        if int8_weights or _is_half(config):
+            dtype = torch.bfloat16 if is_quick_at_bf16() else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **settings)
+    if target is not None:
+        nn.Module.to(model, target)
+    if int8_weights:
+        quantize_weights(model)
+    return model, tokenizer
+
+
+def _is_half(config: Any) -> bool:
+    """Whether a checkpoint's weights are 16-bit floats, and not quantised."""
+    found = config.dtype or config.get_text_config(decoder=True).dtype
+    return found in (torch.bfloat16, torch.float16) and not getattr(config, "quantization_config", None)
+
+
+def _best_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+@cache
+def is_quick_at_bf16() -> bool:
+    """Whether this processor multiplies in bf16 at least as fast as in fp32. Measured once, in about 20 ms.
+
+    With instructions for it (AVX512-BF16, AMX), it takes half the time or less; without, several times as long.
+    """
+    products = [(torch.ones(128, 1024, dtype=dtype), torch.ones(1024, 512, dtype=dtype)) for dtype in _COMPARED]
+    seconds = [float("inf")] * len(products)
+    for _ in range(6):
+        for index, (a, b) in enumerate(products):
+            started = time.perf_counter()
+            torch.mm(a, b)
+            seconds[index] = min(seconds[index], time.perf_counter() - started)
+    return seconds[0] <= seconds[1]
+
+
+_COMPARED = (torch.bfloat16, torch.float32)
+
+
+class Int8Linear(nn.Module):
+    """A linear layer whose weights are int8, with one scale for each output.
+
+    The scale is of the inputs' dtype, and the codes are made for the scale as it is rounded to that.
+
+    Args:
+        linear: the layer whose weights are taken.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight = linear.weight.detach()
+        scale = (weight.abs().amax(1).float() / 127).clamp(min=torch.finfo(torch.float16).tiny).to(weight.dtype)
+        codes = (weight.float() / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.scale = nn.Parameter(scale, requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`(…, in_features)` to `(…, out_features)`."""
+        rows = x.reshape(-1, self.in_features)
+        if len(rows) <= _FEW_ROWS:
+            out = torch._weight_int8pack_mm(rows.contiguous(), self.weight, self.scale)
+        else:
+            out = torch.mm(rows, self.weight.to(x.dtype).t()).mul_(self.scale)
+        out = out.view(*x.shape[:-1], self.out_features)
+        return out if self.bias is None else out + self.bias
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows of it."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+_FEW_ROWS = 8
+"""With more rows it is quicker to unpack the weights first."""
+
+_MULTIPLE = 32
+"""PyTorch's kernel for a few rows reads and writes past the end of other sizes (seen with 2.13)."""
+
+
+@torch.no_grad()
+def quantize_weights(model: PreTrainedModel) -> None:
+    """Replace the linear layers of a model on a CPU, in place, by layers with int8 weights.
+
+    Raises:
+        UnsupportedModelError: it has none whose sizes are multiples of 32.
+    """
+    found = [
+        (module, name, linear)
+        for module in model.modules()
+        for name, linear in module.named_children()
+        if type(linear) is nn.Linear
+        and linear.weight.is_floating_point()
+        and not (linear.in_features % _MULTIPLE or linear.out_features % _MULTIPLE)
+    ]
+    if not found:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no plain linear layer whose sizes are multiples of {_MULTIPLE}, so "
+            "int8_weights changes nothing. Load it without."
+        )
+    for module, name, linear in found:
+        setattr(module, name, Int8Linear(linear))
