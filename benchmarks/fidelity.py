@@ -1,14 +1,20 @@
-"""How far each merging strategy is from a full prefill, and what it costs.
+"""How far each merging strategy is from a full prefill, and what it costs, beside what others published.
 
-    python benchmarks/fidelity.py --data musique.json --docs 5 --words 120 --limit 20 \
-        --strategy rotate anchor deviation query full --ratio 0.1 0.2 --out benchmarks/results/fidelity-5x120.json
+    python benchmarks/fidelity.py --set musique --data musique.json --docs 5 --words 120 --skip 50 --limit 20 \
+        --ratio 0.1 0.15 0.2 0.4 --out benchmarks/results/fidelity/musique.json
+    python benchmarks/fidelity.py --set faq --out benchmarks/results/fidelity/faq.json
+    python benchmarks/fidelity.py --plot benchmarks/results/fidelity/{musique,reference,faq}.json --out docs/img/kl.png
 
-`--data` is a JSON list of {"question": …, "ctxs": [{"text": …}, …]}. For each question, the context's first `--docs`
-passages of `--words` words are kept one by one and merged through `KVCacheMemory.merge`. The reference is a full
-prefill of the same token ids in the same run: KL is KL(full prefill ‖ merged) in nats a token, teacher-forced on the 24
-greedy tokens of the full prefill; agreement is the share of those tokens where the argmax is the same. TTFT is
-merging and the tail's prefill, over the TTFT of the full prefill. Memory is what a merge needs at its peak beyond the
-cache that it returns, over that cache. Plots go beside `--out`.
+Each question of a set (`question_sets.py`) has documents. They are kept one by one and merged through
+`KVCacheMemory.merge`, or by a published strategy (`published.py`). The reference is a full prefill of the same token
+ids in the same run, and its greedy answer of up to 32 tokens.
+
+KL is KL(full prefill ‖ merged) in nats per token, teacher-forced on the first 24 tokens of that answer; agreement is
+the share of those tokens where the argmax is the same. *Same answer* is the share of questions whose whole answer is
+that of the full prefill, *answer F1* the F1 of its tokens. F1 and EM compare an answer with the set's own reference, as
+SQuAD does. TTFT is merging and the tail's prefill, over the TTFT of the full prefill; choosing is the part of it that
+found the tokens to recompute. Memory is what a merge needs at its peak beyond the cache that it returns, over that
+cache. The table is printed; a plot goes beside `--out`.
 """
 
 from __future__ import annotations
@@ -17,57 +23,83 @@ import argparse
 import ctypes
 import gc
 import json
-import platform
 import re
 import statistics
+import string
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import machine, table
+from published import PUBLISHED, merged
+from question_sets import Question, faq, musique, reference
 from transformers import DynamicCache
 
+import kvcag.cache.merge
 from kvcag import HFEngine, KVCacheMemory
-from kvcag.cache.layers import cache_argument, layers_of, nbytes
+from kvcag.cache.attention import by_row
+from kvcag.cache.layers import cache_argument, crop, generation_cache, layers_of, nbytes
+from kvcag.core import MergedContext
 from kvcag.demo.model import embedded_model
 
 HEAD = "You are a helpful assistant. Answer the question using only the passages below."
-QUESTION = "Summarize the passages, then answer: {}"
-TOKENS = 24
+TOKENS, ANSWER = 24, 32
+OURS = ("rotate", "anchor", "deviation", "query", "full")
 RATIOLESS = ("rotate", "full")
+
+MEASURES = {
+    "kl": "KL",
+    "agreement": "same token",
+    "same_answer": "same answer",
+    "answer_f1": "answer F1",
+    "f1": "F1",
+    "em": "EM",
+    "recomputed": "recomputed",
+    "ttft_ratio": "TTFT of full",
+    "choosing": "choosing of TTFT",
+    "memory": "memory",
+}
 
 
 @dataclass
 class Row:
+    """A strategy's figures, one entry of each list a question."""
+
     strategy: str
     ratio: float
-    kl: list[float] = field(default_factory=list)
-    agreement: list[float] = field(default_factory=list)
-    recomputed: list[float] = field(default_factory=list)
-    ttft: list[float] = field(default_factory=list)
-    ttft_ratio: list[float] = field(default_factory=list)
-    memory: list[float] = field(default_factory=list)
+    figures: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         return self.strategy if self.strategy in RATIOLESS else f"{self.strategy} {self.ratio:.0%}"
 
+    def add(self, **figures: float) -> None:
+        for name, figure in figures.items():
+            self.figures.setdefault(name, []).append(figure)
+
     def summary(self) -> dict[str, Any]:
-        spread = statistics.stdev(self.kl) / len(self.kl) ** 0.5 if len(self.kl) > 1 else None
-        return {
-            "strategy": self.strategy,
-            "ratio": self.ratio,
-            "kl": statistics.mean(self.kl),
-            "kl_standard_error": spread,
-            "agreement": statistics.mean(self.agreement),
-            "recomputed_share": statistics.mean(self.recomputed),
-            "ttft_seconds": statistics.median(self.ttft),
-            "ttft_over_full_prefill": statistics.median(self.ttft_ratio),
-            "peak_memory_over_cache": max(self.memory) if self.memory else None,
-        }
+        kl = self.figures["kl"]
+        found = {name: summary_of(name, self.figures[name]) for name in MEASURES if name in self.figures}
+        spread = statistics.stdev(kl) / len(kl) ** 0.5 if len(kl) > 1 else None
+        return {"strategy": self.strategy, "ratio": self.ratio, "kl_standard_error": spread, **found}
+
+    def merge(self, memory: KVCacheMemory, ids: list[str], question: str) -> MergedContext:
+        if self.strategy in PUBLISHED:
+            return merged(memory, ids, question, self.strategy, self.ratio)
+        return memory.merge(ids, question, strategy=self.strategy, ratio=self.ratio)  # type: ignore[arg-type]
+
+
+def summary_of(name: str, figures: list[float]) -> float:
+    """A time is a median, memory is a peak, all else is a mean."""
+    if name == "memory":
+        return max(figures)
+    return (statistics.median if name in ("ttft_ratio", "choosing") else statistics.mean)(figures)
 
 
 class Peak:
@@ -108,149 +140,214 @@ def timed(device: torch.device, work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, result
 
 
-@torch.no_grad()
-def full_prefill(model: Any, ids: torch.Tensor) -> tuple[float, torch.Tensor, torch.Tensor]:
-    """TTFT, the greedy tokens, and the log-probabilities that they were chosen from."""
-    cache = DynamicCache()
-    ids = ids.to(model.device)
-    seconds, out = timed(model.device, lambda: model(ids[None], **cache_argument(model, cache), logits_to_keep=1))
-    logits = [out.logits[0, -1]]
-    while len(logits) < TOKENS:
-        logits.append(model(logits[-1].argmax()[None, None], **cache_argument(model, cache)).logits[0, -1])
-    rows = torch.stack(logits)
-    return seconds, rows.argmax(-1), rows.float().log_softmax(-1)
+@contextmanager
+def timing_the_choice(device: torch.device) -> Iterator[list[float]]:
+    """Seconds of each choice of tokens within the block."""
+    spent: list[float] = []
+    select = kvcag.cache.merge.select
+
+    def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
+        seconds, chosen = timed(device, lambda: select(*args, **kwargs))
+        spent.append(seconds)
+        return chosen
+
+    kvcag.cache.merge.select = watched
+    try:
+        yield spent
+    finally:
+        kvcag.cache.merge.select = select
+
+
+@dataclass
+class Reference:
+    """What a full prefill gives: its time, its greedy tokens, and the log-probabilities of the first `TOKENS`."""
+
+    seconds: float
+    tokens: list[int]
+    expected: torch.Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: Any, ids: torch.Tensor) -> Reference:
+        cache, ids = DynamicCache(), ids.to(model.device)
+        seconds, out = timed(model.device, lambda: model(ids[None], **cache_argument(model, cache), logits_to_keep=1))
+        rows = [out.logits[0, -1]]
+        while len(rows) < ANSWER:
+            rows.append(model(rows[-1].argmax()[None, None], **cache_argument(model, cache)).logits[0, -1])
+        tokens = torch.stack(rows).argmax(-1).tolist()
+        return cls(seconds, tokens, torch.stack(rows[:TOKENS]).float().log_softmax(-1))
+
+    @torch.no_grad()
+    def compare(self, model: Any, cache: Any, first: torch.Tensor) -> dict[str, float]:
+        """KL and agreement of a merged cache that holds the tail; `first` are the logits after it."""
+        length = cache.get_seq_length()
+        ids = torch.tensor([self.tokens[: TOKENS - 1]], device=model.device)
+        rest = model(ids, **cache_argument(model, cache)).logits[0]
+        crop(cache, length)
+        found = torch.cat([first, rest]).float().log_softmax(-1)
+        kl = (self.expected.exp() * (self.expected - found)).sum(-1).mean()
+        same = (self.expected.argmax(-1) == found.argmax(-1)).float().mean()
+        return {"kl": kl.item(), "agreement": same.item()}
 
 
 @torch.no_grad()
-def over_cache(model: Any, cache: DynamicCache, tail: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities over a merged cache, teacher-forced on `answer`."""
-    ids = torch.cat([tail.to(model.device), answer[:-1]])
-    logits = model(ids[None], **cache_argument(model, cache), logits_to_keep=len(answer)).logits[0]
-    return logits.float().log_softmax(-1)
+def answers(model: Any, caches: Sequence[Any], firsts: Sequence[torch.Tensor]) -> list[list[int]]:
+    """`ANSWER` greedy tokens over each cache, all caches a step at a time."""
+    tokens = [first.argmax(-1, keepdim=True) for first in firsts]
+    answered = [[int(token)] for token in tokens]
+    while len(answered[0]) < ANSWER:
+        at = torch.tensor([[cache.get_seq_length()] for cache in caches], device=model.device)
+        with by_row(model, caches) as rows:
+            given = cache_argument(model, rows)
+            logits = model(torch.stack(tokens), position_ids=at, use_cache=True, **given).logits[:, -1]
+        tokens = list(logits.argmax(-1, keepdim=True))
+        for answer, token in zip(answered, tokens, strict=True):
+            answer.append(int(token))
+    return answered
 
 
-def measure(memory: KVCacheMemory, documents: list[str], question: str, rows: list[Row]) -> int:
+def measure(memory: KVCacheMemory, question: Question, rows: list[Row], *, peaks: bool) -> int:
     """Add one question's figures to each row. Returns the tokens of its context."""
-    model, device = memory.engine.model, memory.engine.model.device
-    items = [memory.extract(text) for text in documents]
+    engine = memory.engine
+    model, device = engine.model, engine.model.device
+    items = [memory.extract(f"Passage: {text}\n\n") for text in question.documents]
     memory.add(items)
     ids = [item.id for item in items]
-    reference = None
+    whole, caches, firsts = None, [], []
     for row in rows:
 
         def first_token(row: Row = row) -> Any:
-            context = memory.merge(ids, question, strategy=row.strategy, ratio=row.ratio)
-            with torch.no_grad():
-                model(context.tail_ids[None].to(device), **cache_argument(model, context.cache), logits_to_keep=1)
-            return context
+            context = row.merge(memory, ids, question.prompt)
+            cache = generation_cache([layers_of(context.cache)], len(context.tail_ids) + ANSWER)
+            return context, cache, engine.forward(context.tail_ids.tolist(), cache)
 
-        seconds, _ = timed(device, first_token)
-        with Peak(device) as peak:
-            context = memory.merge(ids, question, strategy=row.strategy, ratio=row.ratio)
-        if reference is None:
-            reference = full_prefill(model, torch.cat([context.token_ids, context.tail_ids]))
-        full_seconds, answer, expected = reference
-        cache_bytes = nbytes(layers_of(context.cache))
-        found = over_cache(model, context.cache, context.tail_ids, answer)
-        row.kl.append((expected.exp() * (expected - found)).sum(-1).mean().item())
-        row.agreement.append((expected.argmax(-1) == found.argmax(-1)).float().mean().item())
-        row.recomputed.append(context.report.recomputed_tokens / context.report.context_tokens)
-        row.ttft.append(seconds)
-        row.ttft_ratio.append(seconds / full_seconds)
-        if peak.bytes is not None:
-            row.memory.append((peak.bytes - cache_bytes) / cache_bytes)
+        with timing_the_choice(device) as choosing:
+            seconds, (context, cache, first) = timed(device, first_token)
+        if whole is None:
+            whole = Reference.of(model, torch.cat([context.token_ids, context.tail_ids]))
+        row.add(**whole.compare(model, cache, first), ttft_ratio=seconds / whole.seconds)
+        row.add(recomputed=context.report.recomputed_tokens / context.report.context_tokens)
+        if row.strategy in OURS:
+            row.add(choosing=sum(choosing) / seconds)
+        caches.append(cache)
+        firsts.append(first[0])
+        if peaks:
+            with Peak(device) as peak:
+                context = row.merge(memory, ids, question.prompt)
+            size = nbytes(layers_of(context.cache))
+            row.add(memory=((peak.bytes or 0) - size) / size)
+    assert whole is not None
+    expected = until_the_end(engine, whole.tokens)
+    for row, tokens in zip(rows, answers(model, caches, firsts), strict=True):
+        answer = until_the_end(engine, tokens)
+        row.add(same_answer=float(answer == expected), answer_f1=f1(answer, expected))
+        row.add(**against_reference(engine.tokenizer.decode(answer), question.answers))
     memory.delete(ids)
     return len(context.token_ids)
 
 
-def plot(rows: list[dict[str, Any]], title: str, out: Path) -> list[Path]:
-    import matplotlib as mpl
+def until_the_end(engine: HFEngine, tokens: list[int]) -> list[int]:
+    """An answer's tokens before the one that ends it."""
+    ends = engine.model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return tokens[: next((place for place, token in enumerate(tokens) if token in ends), len(tokens))]
 
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
 
-    files = []
-    axes = {
-        "share": ("recomputed_share", "share of the context that is recomputed"),
-        "ttft": ("ttft_over_full_prefill", "TTFT, of a full prefill"),
+def f1(found: Sequence[Any], expected: Sequence[Any]) -> float:
+    common = (Counter(found) & Counter(expected)).total()
+    return 2 * common / (len(found) + len(expected)) if found or expected else 1.0
+
+
+def against_reference(answer: str, references: Sequence[str]) -> dict[str, float]:
+    """The best F1 and EM over the references, of words without case, punctuation and articles."""
+
+    def words(text: str) -> list[str]:
+        plain = text.lower().translate(str.maketrans("", "", string.punctuation))
+        return re.sub(r"\b(a|an|the)\b", " ", plain).split()
+
+    found = words(answer)
+    return {
+        "f1": max(f1(found, words(each)) for each in references),
+        "em": float(any(found == words(each) for each in references)),
     }
-    for suffix, (key, label) in axes.items():
-        figure, axis = plt.subplots(figsize=(6, 4), constrained_layout=True)
-        for strategy in dict.fromkeys(row["strategy"] for row in rows):
-            points = sorted((row[key], max(row["kl"], 1e-6)) for row in rows if row["strategy"] == strategy)
-            axis.plot(*zip(*points, strict=True), marker="o", label=strategy)
-        axis.set(xlabel=label, ylabel="KL from a full prefill (nats a token)", yscale="log")
-        axis.set_title(title, fontsize="medium")
-        axis.grid(alpha=0.3)
-        axis.legend()
-        files.append(out.with_name(f"{out.stem}-{suffix}.png"))
-        figure.savefig(files[-1], dpi=120)
-        plt.close(figure)
-    return files
 
 
 def describe(engine: HFEngine, options: argparse.Namespace, tokens: list[int], rows: list[Row]) -> dict[str, Any]:
-    device = engine.model.device
     return {
+        "set": options.set,
         "model": engine.fingerprint.model_name.rsplit("/", 1)[-1],
         "dtype": engine.fingerprint.dtype,
-        "machine": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
-        "threads": torch.get_num_threads(),
+        "machine": options.machine,
         "documents": options.docs,
         "words": options.words,
         "questions": len(tokens),
+        "first_question": options.skip,
         "context_tokens": statistics.mean(tokens),
         "rows": [row.summary() for row in rows],
-        "kl_by_question": {row.name: row.kl for row in rows},
+        "by_question": {row.name: row.figures for row in rows},
     }
+
+
+def markdown(result: dict[str, Any]) -> str:
+    shown = [name for name in MEASURES if any(name in row for row in result["rows"])]
+    cells = []
+    for row in result["rows"]:
+        name = row["strategy"] if row["strategy"] in RATIOLESS else f"{row['strategy']} {row['ratio']:.0%}"
+        spread = row["kl_standard_error"]
+        kl = f"{abs(row['kl']):.3f}" + (f" ± {spread:.3f}" if spread is not None else "")
+        rest = ["–" if name not in row else f"{row[name]:.2f}" for name in shown if name != "kl"]
+        cells.append([name, kl, *rest])
+    return table(["", *(MEASURES[name] for name in shown)], cells)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="JSON list of questions with passages")
+    parser.add_argument("--set", choices=["musique", "reference", "faq"], default="musique", help="which questions")
+    parser.add_argument("--data", type=Path, help="JSON list of questions with passages, for --set musique")
     parser.add_argument("--docs", type=int, default=5, help="documents for each question")
-    parser.add_argument("--words", type=int, default=120, help="words of each document")
+    parser.add_argument("--words", type=int, default=120, help="words of each document, about")
     parser.add_argument("--limit", type=int, default=10, help="how many questions")
     parser.add_argument("--skip", type=int, default=0, help="questions to leave out first")
-    parser.add_argument("--strategy", nargs="+", default=["rotate", "anchor", "deviation", "query", "full"])
+    parser.add_argument("--strategy", nargs="+", default=["rotate", "query", *PUBLISHED], choices=[*OURS, *PUBLISHED])
     parser.add_argument("--ratio", nargs="+", type=float, default=[0.1, 0.2])
     parser.add_argument(
         "--model", default=None, help="a hub id or a folder; default: the embedded SmolLM2-135M-Instruct"
     )
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures; plots go beside it")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory too, in a second merge")
+    parser.add_argument("--plot", nargs="+", type=Path, help="measure nothing: plot these figures into --out")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures; a plot goes beside it")
     options = parser.parse_args()
+    from fidelity_plot import plot
 
+    if options.plot:
+        plot([json.loads(file.read_text()) for file in options.plot], options.out)
+        return
     engine = HFEngine.from_pretrained(options.model or embedded_model(), options.dtype, options.device)
+    options.machine = machine(engine.model.device)
     memory = KVCacheMemory(engine, instruction=HEAD)
     rows = [
         Row(strategy, ratio)
         for strategy in options.strategy
         for ratio in ([0.0] if strategy in RATIOLESS else options.ratio)
     ]
-    questions = json.loads(options.data.read_text())[options.skip : options.skip + options.limit]
+    if options.set == "musique":
+        questions = musique(options.data, options.docs, options.words)
+    else:
+        questions = {"reference": reference, "faq": faq}[options.set](options.docs, options.words)
+    questions = questions[options.skip : options.skip + options.limit]
     options.out.parent.mkdir(parents=True, exist_ok=True)
+    measure(memory, questions[0], [Row("rotate", 0.0), Row("query", 0.1)], peaks=False)  # what is learned once a model
     tokens = []
     for number, question in enumerate(questions, 1):
-        texts = [" ".join(ctx["text"].split()[: options.words]) for ctx in question["ctxs"][: options.docs]]
-        documents = [f"Passage: {text}\n\n" for text in texts]
-        tokens.append(measure(memory, documents, QUESTION.format(question["question"]), rows))
+        tokens.append(measure(memory, question, rows, peaks=options.memory))
         result = describe(engine, options, tokens, rows)
         options.out.write_text(json.dumps(result, indent=1) + "\n")  # what is measured is kept, whatever comes
         print(f"question {number} of {len(questions)}: {tokens[-1]} tokens", file=sys.stderr)
-
-    title = f"{result['model']}, {options.docs} documents × {options.words} words, {len(questions)} questions"
-    files = plot(result["rows"], title, options.out)
-    print(f"{'strategy':16} {'KL':>8} {'agree':>6} {'recomp.':>8} {'TTFT':>8} {'of full':>8} {'memory':>7}")
-    for row in rows:
-        s = row.summary()
-        extra = "" if s["peak_memory_over_cache"] is None else f"{s['peak_memory_over_cache']:6.0%}"
-        print(
-            f"{row.name:16} {s['kl']:8.4f} {s['agreement']:6.3f} {s['recomputed_share']:8.1%} "
-            f"{s['ttft_seconds']:7.2f}s {s['ttft_over_full_prefill']:8.3f} {extra:>7}"
-        )
-    print("written:", *(str(f) for f in [options.out, *files]))
+    plot([result], options.out.with_suffix(".png"))
+    print(markdown(result))
+    print("written:", options.out, options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
