@@ -26,6 +26,10 @@ from tests.pages import ROOT, Block, blocks, named, pages_with
 # --- Python ---------------------------------------------------------------------------------------------------------
 
 
+FACE = "Qwen/Qwen3-4B-Instruct-2507"
+"""The model that pages name. Here the embedded one takes its place: its answers are those that the pages show."""
+
+
 @functools.cache
 def load_once(name: str, dtype: str, device: str, settings: str) -> tuple[Any, Any]:
     return load(name, dtype, device, json.loads(settings))
@@ -39,7 +43,11 @@ def reader(tmp_path: Path, smollm2_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (cache / "models").symlink_to(smollm2_path.parent)
     monkeypatch.setenv("KVCAG_CACHE", str(cache))
     # One copy of the weights for all pages: each has engines of its own over them.
-    monkeypatch.setattr("kvcag.engines.hf.load", lambda *given, **_: load_once(*given[:3], json.dumps(given[3])))
+    named = {FACE: str(smollm2_path)}
+    monkeypatch.setattr(
+        "kvcag.engines.hf.load",
+        lambda name, *given, **_: load_once(named.get(name, name), *given[:2], json.dumps(given[2])),
+    )
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     module = types.ModuleType("page")  # classes that a page defines look their annotations up in their module
