@@ -222,7 +222,11 @@ class _Probe:
         with self.engine.exclusive() as model:
             tail_ids = torch.tensor(self.tail_ids)
             merged = merge(model, self.parts, tail_ids, strategy=strategy, ratio=ratio, usual_drift=lambda: drift)
-        cache, first = self._answer(merged.layers, self.tail_ids)
+        if merged.read is None:
+            cache, first = self._answer(merged.layers, self.tail_ids)
+        else:
+            room, first = len(self.context_ids), merged.read.logits[0].float()
+            cache = generation_cache([merged.layers, layers_of(merged.read.cache)], room, kinds_of(self.engine.model))
         seconds = time.perf_counter() - begin
         rest = self._run(cache, self.tokens[:-1]) if len(self.tokens) > 1 else first[:0]
         logits = torch.cat([first[None], rest]).log_softmax(-1)

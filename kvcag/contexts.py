@@ -403,7 +403,7 @@ def _merged(
         encoded_tokens=encoded,
         reason=reason,
     )
-    return engine.context_of(merged.layers, context_ids, tail_ids, report)
+    return engine.context_of(merged.layers, context_ids, tail_ids, report, merged.read)
 
 
 def _refined(
@@ -420,17 +420,17 @@ def _refined(
         matched, pieces = engine.prefixes.match(context_ids, namespace, merged=True)
         if matched < len(context_ids):
             return None
-        layers = concat(pieces)
         with engine.exclusive() as model:
-            chosen = refine(model, layers, before.layout, torch.tensor(tail_ids, dtype=torch.long), ratio=ratio)
-        engine.prefixes.replace_merged(context_ids, layers, namespace)
-        before.layout.open[chosen] = False
+            refined = refine(model, pieces, before.layout, torch.tensor(tail_ids, dtype=torch.long), ratio=ratio)
+        engine.prefixes.replace_merged(context_ids, refined.layers, namespace)
+        before.layout = refined.layout
         before.tails.append(tail_ids)
     engine.encode_when_idle(context_ids, namespace)
-    reused = len(context_ids) - len(chosen)
+    recomputed = len(refined.recomputed)
+    reused = len(context_ids) - recomputed
     reason = "merged for an earlier question, refined for this one"
-    report = MergeReport("merged", "query", len(context_ids), reused, len(chosen), 0, reason)
-    return engine.context_of(layers, context_ids, tail_ids, report)
+    report = MergeReport("merged", "query", len(context_ids), reused, recomputed, 0, reason)
+    return engine.context_of(refined.layers, context_ids, tail_ids, report, refined.read)
 
 
 def _beginning(item: Item, length: int) -> Item:

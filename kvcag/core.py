@@ -234,6 +234,19 @@ class MergeReport:
 
 
 @dataclass(frozen=True, slots=True, repr=False)
+class ReadTail:
+    """A question that was read behind a context.
+
+    Attributes:
+        cache: its keys and values alone, rotated to their positions.
+        logits: after its last token, `(1, vocabulary)`.
+    """
+
+    cache: DynamicCache
+    logits: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True, repr=False)
 class MergedContext:
     """Instruction and documents as one cache, and what remains to be prefilled.
 
@@ -244,6 +257,7 @@ class MergedContext:
             generation prompt.
         report: how it was made.
         fingerprint: the model it belongs to.
+        read: `tail_ids` behind the context, where they were read when it was merged: then nothing remains.
     """
 
     cache: DynamicCache
@@ -251,6 +265,7 @@ class MergedContext:
     tail_ids: torch.Tensor
     report: MergeReport
     fingerprint: ModelFingerprint
+    read: ReadTail | None = None
 
     def __repr__(self) -> str:
         made = self.report

@@ -9,6 +9,7 @@ last position, and neither the mask nor the weights of a whole context are ever 
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -123,6 +124,22 @@ def attend(
             use_cache=True,
             **cache_argument(decoder, cache),
         )
+
+
+@torch.no_grad()
+def predict(model: PreTrainedModel, token_ids: torch.Tensor, positions: torch.Tensor, cache: Cache) -> torch.Tensor:
+    """`attend`, and the logits after the last token, `(1, vocabulary)`."""
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    device = device_of(model)
+    with by_position(model, positions):
+        logits: torch.Tensor = model(
+            input_ids=token_ids[None].to(device),
+            position_ids=positions[None].to(device),
+            use_cache=True,
+            **last,
+            **cache_argument(model, cache),
+        ).logits
+    return logits[:, -1]
 
 
 @contextmanager
@@ -262,6 +279,8 @@ def _attend(
     if query.shape[2] == 1 and call.window is None and not own:
         keys = running.blocks[0][1]  # a token that is recomputed alone sees none of those behind it
         return _one_query(query, key[:, :, :keys], value[:, :, :keys], call.scaling)
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and not own:
+        return _by_products(call, running.blocks, query, key, value)
     outputs = []
     for block, keys in running.blocks:
         q, k, v, mask = query[:, :, block], key[:, :, :keys], value[:, :, :keys], call.mask(block, keys)
@@ -278,6 +297,33 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor,
     k, v = (t[0, :, None].expand(-1, grouped.shape[1], -1, -1) for t in (k, v))
     out = scaled_dot_product_attention(grouped, k, v, attn_mask=mask[None, None], scale=scaling)
     return out.reshape(1, -1, queries, v.shape[-1]).transpose(1, 2)
+
+
+def _by_products(
+    call: Call, blocks: list[tuple[slice, int]], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> torch.Tensor:
+    """Attention as two products and a softmax, a block of queries and a KV head at a time.
+
+    On a CPU in bf16 this takes half to two thirds of the time of PyTorch's masked attention (`benchmarks/cpu.py`), in
+    fp32 a little more. The scores of a block are written to the same memory each time, which stays in the processor's
+    cache, and only keys that some of its queries do not see are masked.
+    """
+    kv_heads, head_dim = key.shape[1], query.shape[-1]
+    grouped = (query * call.scaling).view(kv_heads, -1, *query.shape[2:])
+    out = query.new_empty(*grouped.shape[:-1], value.shape[-1])
+    heads = grouped.shape[1]
+    scratch = query.new_empty(heads * max((block.stop - block.start) * keys for block, keys in blocks))
+    for block, keys in blocks:
+        first = 0 if call.window is not None else int(call.positions[block.start]) + 1
+        hidden = ~call.mask(block, keys)[:, first:].repeat(heads, 1)
+        for head in range(kv_heads):
+            rows = grouped[head, :, block].reshape(-1, head_dim)
+            scores = scratch[: len(rows) * keys].view(len(rows), keys)
+            torch.mm(rows, key[0, head, :keys].t(), out=scores)
+            scores[:, first:].masked_fill_(hidden, float("-inf"))
+            torch.softmax(scores, -1, out=scores)
+            out[head, :, block] = (scores @ value[0, head, :keys]).view(heads, -1, value.shape[-1])
+    return out.view(1, -1, *out.shape[2:]).transpose(1, 2)
 
 
 def _one_query(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:

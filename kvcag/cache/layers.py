@@ -774,17 +774,26 @@ Watch: TypeAlias = Callable[[int, LayerKV, LayerKV], None]
 """Called as `watch(layer_idx, held, new)` before a layer takes new keys and values in."""
 
 
+def with_room(layers: Sequence[LayerKV], tokens: int) -> Layers:
+    """A copy with room for so many more tokens behind it, which hold zeros."""
+    return concat([layers, zeros_like(layers, tokens)])
+
+
+def zeros_like(layers: Sequence[LayerKV], tokens: int) -> Layers:
+    """Keys and values of zero for so many tokens, in the form of `layers`."""
+
+    def zeros(of: torch.Tensor) -> torch.Tensor:
+        return of.new_zeros((*of.shape[:-2], tokens, of.shape[-1]))
+
+    return Layers(((zeros(keys), zeros(values)) for keys, values in layers), tokens=tokens)
+
+
 def scatter_cache(layers: Sequence[LayerKV], positions: torch.Tensor, watch: Watch | None = None) -> DynamicCache:
     """A cache over `layers` that writes the tokens it is given in place, at `positions`, instead of at the end.
 
     A forward pass over it recomputes those tokens' keys and values for every layer. `layers` is written to.
     """
     return _cache(_ScatterLayer(index, kv, positions, watch) for index, kv in enumerate(layers))
-
-
-def peek_cache(layers: Sequence[LayerKV]) -> DynamicCache:
-    """A cache that shows new tokens after `layers` and keeps none of them: a pass over it leaves no trace."""
-    return _cache(_PeekLayer(kv) for kv in layers)
 
 
 def _cache(layers: Iterable[DynamicLayer]) -> DynamicCache:
@@ -811,13 +820,6 @@ class _HeldLayer(DynamicLayer):
         super().__init__()  # type: ignore[no-untyped-call]
         _initialize(self, kv[0])
         self.keys, self.values = kv
-
-
-class _PeekLayer(_HeldLayer):
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
 
 
 class _ScatterLayer(_HeldLayer):

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, get_args
 
 import torch
 
-from kvcag.cache.attention import Call, EnoughError, attend, decoder_of
+from kvcag.cache.attention import Call, EnoughError, attend, decoder_of, predict
 from kvcag.cache.layers import (
     LayerKV,
     Layers,
     States,
     cache_argument,
+    cache_of,
     concat,
     count,
     cut,
@@ -25,14 +26,15 @@ from kvcag.cache.layers import (
     kinds_of,
     layers_of,
     length_of,
-    peek_cache,
     position_argument,
     scatter_cache,
     states_of,
+    with_room,
+    zeros_like,
 )
 from kvcag.cache.rope import PositionShift, check_mergeable
 from kvcag.cache.states import behind
-from kvcag.core import MergeSettings, MergeStrategy
+from kvcag.core import MergeSettings, MergeStrategy, ReadTail
 from kvcag.errors import InvalidInputError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -73,11 +75,13 @@ class Merged:
         layers: fresh memory, `(1, kv_heads, sum of lengths, head_dim)` each.
         recomputed: 1-D int64, the positions whose keys and values were recomputed, ascending.
         layout: the tokens; `open` are those that are an approximation.
+        read: the question, where it was read in the pass that recomputed tokens.
     """
 
-    layers: list[LayerKV]
+    layers: Layers
     recomputed: torch.Tensor
     layout: Layout
+    read: ReadTail | None = None
 
 
 @torch.no_grad()
@@ -112,7 +116,10 @@ def merge(
     _check(parts, strategy, ratio)
     if not all(part.is_exact for part in parts):  # what is exact stands where it stood, whatever the model
         check_merge(model, strategy)
-    layers = _place(model, parts)
+    length = sum(len(part.token_ids) for part in parts)
+    room = 0 if kinds_of(model) or strategy == "rotate" or len(tail_ids) > _LONGEST_TAIL else len(tail_ids)
+    placed, read = _place(model, parts, room), None
+    layers = cut(placed, 0, length)
     layout = Layout(
         token_ids=torch.cat([part.token_ids for part in parts]),
         part_of=_each(parts, list(range(len(parts)))),
@@ -125,9 +132,7 @@ def merge(
         missing = _each(parts, [part.layers is None for part in parts]).nonzero()[:, 0]
         if len(missing):
             recompute(model, layers, layout, missing, correct=False)
-        chosen = select(model, layers, layout, tail_ids, strategy=strategy, ratio=ratio)
-        if len(chosen):
-            recompute(model, layers, layout, chosen)
+        chosen, read = _answer(model, placed, layout, tail_ids, strategy, ratio)
     alone = layout.open & _each(parts, [part.is_alone for part in parts])
     if not len(chosen) and usual_drift is not None and alone.any():
         drift = usual_drift()
@@ -135,7 +140,30 @@ def merge(
             drift.add_to(model, layers, replace(layout, open=alone))
     still_open = layout.open.clone()
     still_open[chosen] = False
-    return Merged(layers, chosen, replace(layout, open=still_open))
+    return Merged(layers, chosen, replace(layout, open=still_open), read)
+
+
+_LONGEST_TAIL = 512
+"""Tokens that are read in the pass that recomputes others. A longer history is read in passes of its own length."""
+
+
+def _answer(
+    model: PreTrainedModel,
+    layers: Layers,
+    layout: Layout,
+    tail_ids: torch.Tensor,
+    strategy: MergeStrategy,
+    ratio: float,
+) -> tuple[torch.Tensor, ReadTail | None]:
+    """Choose tokens and recompute them in place; where `layers` have room for the question, it is read in that pass."""
+    context = cut(layers, 0, len(layout.token_ids))
+    chosen = select(model, layers, layout, tail_ids, strategy=strategy, ratio=ratio)
+    if not len(chosen):
+        return chosen, None
+    if length_of(layers) > length_of(context):
+        return chosen, recompute_and_read(model, layers, layout, chosen, tail_ids)
+    recompute(model, context, layout, chosen)
+    return chosen, None
 
 
 def check_merge(model: PreTrainedModel, strategy: str) -> None:
@@ -199,26 +227,25 @@ _READ = 512
 
 @torch.no_grad()
 def refine(
-    model: PreTrainedModel, layers: list[LayerKV], layout: Layout, tail_ids: torch.Tensor, *, ratio: float
-) -> torch.Tensor:
-    """Recompute, in place, what another question needs of a context that was merged for an earlier one.
+    model: PreTrainedModel, pieces: Sequence[Layers], layout: Layout, tail_ids: torch.Tensor, *, ratio: float
+) -> Merged:
+    """What another question needs of a context that was merged for an earlier one, recomputed in a copy of it.
 
     The caller keeps everyone else from the model for the time of the call.
 
     Args:
         model: the model that made the context.
-        layers: the merged context, written to.
+        pieces: the merged context, one piece after another.
         layout: its tokens; `open` are those that no question has had recomputed yet.
         tail_ids: 1-D int64, the question.
         ratio: how many tokens to recompute, as a share of all.
-
-    Returns:
-        The recomputed positions, 1-D int64, ascending.
     """
-    chosen = select(model, layers, layout, tail_ids, strategy="query", ratio=ratio)
-    if len(chosen):
-        recompute(model, layers, layout, chosen)
-    return chosen
+    room = len(tail_ids) if len(tail_ids) <= _LONGEST_TAIL else 0
+    layers = concat([*pieces, zeros_like(pieces[0], room)])
+    chosen, read = _answer(model, layers, layout, tail_ids, "query", ratio)
+    still_open = layout.open.clone()
+    still_open[chosen] = False
+    return Merged(cut(layers, 0, len(layout.token_ids)), chosen, replace(layout, open=still_open), read)
 
 
 @dataclass
@@ -302,11 +329,15 @@ def _check(parts: Sequence[Part], strategy: str, ratio: float) -> None:
             )
 
 
-def _place(model: PreTrainedModel, parts: Sequence[Part]) -> Layers:
-    """All parts one after another in fresh memory, their keys turned once from where they stood to where they stand."""
+def _place(model: PreTrainedModel, parts: Sequence[Part], room: int) -> Layers:
+    """All parts one after another in fresh memory, their keys turned once from where they stood to where they stand.
+
+    Behind them is room for so many more tokens.
+    """
     parts = [part for part in parts if len(part.token_ids)]
     like = next(part.layers for part in parts if part.layers is not None)
-    layers = concat([_room(like, len(part.token_ids)) if part.layers is None else part.layers for part in parts])
+    held = [zeros_like(like, len(part.token_ids)) if part.layers is None else part.layers for part in parts]
+    layers = concat([*held, zeros_like(like, room)] if room else held)
     starts = accumulate((len(part.token_ids) for part in parts), initial=0)
     bases = [start if part.layers is None else part.base_position for start, part in zip(starts, parts, strict=False)]
     stood = torch.cat([base + torch.arange(len(part.token_ids)) for base, part in zip(bases, parts, strict=True)])
@@ -317,17 +348,8 @@ def _place(model: PreTrainedModel, parts: Sequence[Part]) -> Layers:
             model, stood[first:].to(device_of(model)), torch.arange(first, len(stood), device=device_of(model))
         )
         for index, (keys, values) in enumerate(layers):
-            move.turn(index, (keys[..., first:, :], values[..., first:, :]))
+            move.turn(index, (keys[..., first : len(stood), :], values[..., first : len(stood), :]))
     return layers
-
-
-def _room(like: Sequence[LayerKV], tokens: int) -> Layers:
-    """Keys and values of zero for so many tokens, in the form of `like`."""
-
-    def zeros(of: torch.Tensor) -> torch.Tensor:
-        return of.new_zeros((*of.shape[:-2], tokens, of.shape[-1]))
-
-    return Layers(((zeros(keys), zeros(values)) for keys, values in like), tokens=tokens)
 
 
 STATE_STRATEGIES = ("rotate", "full")
@@ -358,7 +380,10 @@ def select(
     strategy: MergeStrategy,
     ratio: float,
 ) -> torch.Tensor:
-    """The positions to recompute, ascending, 1-D int64: at most `ratio` of all tokens, and only open ones."""
+    """The positions to recompute, ascending, 1-D int64: at most `ratio` of all tokens, and only open ones.
+
+    `layers` may have room for the question behind the context, which is written to then.
+    """
     candidates = layout.open.nonzero()[:, 0]
     budget = min(int(ratio * len(layout.token_ids)), len(candidates))
     if strategy == "full" or (ratio == 1 and strategy != "rotate"):
@@ -398,7 +423,7 @@ def deviation(
         raise EnoughError
 
     # Layer 0 sees no other token, so what the pass writes there is what stood there already.
-    cache = scatter_cache(layers, positions, compare)
+    cache = scatter_cache(cut(layers, 0, len(layout.token_ids)), positions, compare)
     attend(model, layout.token_ids[positions], positions, cache)
     return scores
 
@@ -422,8 +447,10 @@ def query(model: PreTrainedModel, layers: Sequence[LayerKV], layout: Layout, tai
             raise EnoughError
         return output
 
+    if length_of(layers) == length:
+        layers = with_room(layers, len(tail_ids))
     positions = torch.arange(length, length + len(tail_ids))
-    attend(model, tail_ids, positions, peek_cache(layers), read)
+    attend(model, tail_ids, positions, scatter_cache(layers, positions), read)
     return torch.stack([part.cpu() for part in scores.values()]).sum(0)
 
 
@@ -479,6 +506,26 @@ def recompute(
             raise EnoughError
 
     attend(model, layout.token_ids[positions], positions, cache, stop_at_the_last)
+
+
+def recompute_and_read(
+    model: PreTrainedModel, layers: Layers, layout: Layout, positions: torch.Tensor, tail_ids: torch.Tensor
+) -> ReadTail:
+    """`recompute`, and read `tail_ids` (1-D int64) behind the context, in one pass.
+
+    A layer's keys and values of the context are as they should be before the layer attends, so the question sees what
+    it would see in a pass after this one. `layers` have room for it at their end.
+    """
+    length, device = len(layout.token_ids), device_of(model)
+    at = torch.cat([positions, torch.arange(length, length + len(tail_ids))])
+    correction = DriftCorrection(model, layout, positions)
+
+    def watch(layer_idx: int, held: LayerKV, new: LayerKV) -> None:
+        correction.watch(layer_idx, held, (new[0][..., : len(positions), :], new[1][..., : len(positions), :]))
+
+    cache = scatter_cache(layers, at.to(device), watch)
+    logits = predict(model, torch.cat([layout.token_ids[positions], tail_ids]), at, cache)
+    return ReadTail(cache_of(cut(layers, length, length + len(tail_ids))), logits)
 
 
 _MEAN = 0.6

@@ -26,7 +26,7 @@ from kvcag.cache.layers import Layers, cut, layers_of, length_of, states_of
 from kvcag.cache.prefix_cache import PrefixCache, agreeing
 from kvcag.chat_template import Prompt
 from kvcag.concurrency import CANCELLATION, Cancellation, cancellation
-from kvcag.core import Chunk, ContextPrompt, FinishReason, MergedContext, MergeReport, TokenScore, Usage
+from kvcag.core import Chunk, ContextPrompt, FinishReason, MergedContext, MergeReport, ReadTail, TokenScore, Usage
 from kvcag.engines.base import with_tokens
 from kvcag.engines.sampling import Sampler
 from kvcag.errors import FingerprintMismatchError, TokenMismatchError, UnsupportedModelError
@@ -161,9 +161,9 @@ class Decoding:
         """The tokens in the cache now: the prompt once it is prefilled, and the answer, often without its last."""
         return [*self.prompt_ids, *self.answer_ids][: self.cache.get_seq_length()]
 
-    def prefill(self) -> Prediction:
-        """Run what the cache lacks of the prompt."""
-        self._predicted = self._forward(self.prompt_ids[self.cache.get_seq_length() :], self.cache)
+    def prefill(self, predicted: Prediction | None = None) -> Prediction:
+        """Run what the cache lacks of the prompt; nothing, where what follows the prompt is known."""
+        self._predicted = predicted or self._forward(self.prompt_ids[self.cache.get_seq_length() :], self.cache)
         return self._predicted
 
     def tokens(self) -> Iterator[int]:
@@ -606,11 +606,13 @@ class ReusablePrefix:
         layers: its keys and values, to be read.
         is_exact: they are what the model computes for these tokens, so what is generated after them may be kept.
         report: how the context was made, if it says so.
+        read: the rest of the prompt, where it was read behind the context.
     """
 
     layers: Layers
     is_exact: bool = True
     report: MergeReport | None = None
+    read: ReadTail | None = None
 
     @property
     def length(self) -> int:
@@ -662,10 +664,12 @@ def reusable_prefix(
         return ReusablePrefix(Layers())
     if isinstance(past_key_values, ContextPrompt):
         raise UnsupportedModelError("a context of a server holds no keys and values: pass it to that server's engine")
-    report, exact = None, True
+    report, exact, read = None, True, None
     if isinstance(past_key_values, MergedContext):
         report, cache, held = past_key_values.report, past_key_values.cache, past_key_values.token_ids
         made_by, exact = past_key_values.fingerprint, report.mode != "merged"
+        if np.array_equal(torch.cat([held, past_key_values.tail_ids]).cpu().numpy(), token_ids):
+            read = past_key_values.read
     elif past_key_values.get_seq_length() == 0:
         return ReusablePrefix(Layers())
     else:
@@ -688,4 +692,4 @@ def reusable_prefix(
     usable = cut(layers, 0, min(common, len(token_ids) - 1))
     if states_of(layers) is not None and states_of(usable) is None:  # recurrent layers cannot go on from its middle
         usable = Layers()
-    return ReusablePrefix(usable, exact, report)
+    return ReusablePrefix(usable, exact, report, read)

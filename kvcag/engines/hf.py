@@ -50,7 +50,7 @@ from kvcag.cache.rope import attends_to_its_own, check_mergeable
 from kvcag.cache.states import Maps, ignores_states, recording
 from kvcag.chat_template import ChatTemplate, Message, Prompt
 from kvcag.concurrency import IdleWork, ModelLock, cancellation
-from kvcag.core import Chunk, ContextPrompt, KVCacheItem, MergedContext, MergeReport, Mode, ids_digest
+from kvcag.core import Chunk, ContextPrompt, KVCacheItem, MergedContext, MergeReport, Mode, ReadTail, ids_digest
 from kvcag.engines.base import Engine, context_ids
 from kvcag.engines.constrain import Constraint, ConstraintCompiler, ConstraintLike
 from kvcag.engines.decode import (
@@ -452,7 +452,12 @@ class HFEngine(Engine):
         return self.context_of(layers, context_ids, tail_ids, report)
 
     def context_of(
-        self, layers: Sequence[LayerKV], context_ids: Sequence[int], tail_ids: Sequence[int], report: MergeReport
+        self,
+        layers: Sequence[LayerKV],
+        context_ids: Sequence[int],
+        tail_ids: Sequence[int],
+        report: MergeReport,
+        read: ReadTail | None = None,
     ) -> MergedContext:
         """A context whose keys and values are `layers`, which it takes as they are."""
         return MergedContext(
@@ -461,6 +466,7 @@ class HFEngine(Engine):
             tail_ids=torch.tensor(tail_ids, dtype=torch.long),
             report=report,
             fingerprint=self.fingerprint,
+            read=read,
         )
 
     def known_prefix(self, token_ids: Sequence[int], namespace: str = "", *, merged: bool = False) -> int:
@@ -579,6 +585,9 @@ class HFEngine(Engine):
             with self._in_flight.prefill(ids[:-1], namespace, known), _memory_errors():
                 prefix = given.longest(self.prefixes, ids[:-1], namespace, merged=accept_merged)
                 reused, pieces = prefix.length, prefix.pieces
+                read = given.read if reused == given.length else None
+                if read is not None:
+                    pieces = [*pieces, layers_of(read.cache)]
                 kept = len(token_ids) - reused if self.keeps(len(token_ids)) else 0
                 room = len(token_ids) - reused + max_new_tokens
                 decoding = Decoding(
@@ -594,7 +603,7 @@ class HFEngine(Engine):
                 if self._kinds and self.keeps(len(token_ids)):
                     ends = _segment_ends(prompt)
                     self._fill(token_ids, decoding.cache, ends, namespace, merged=prefix.is_merged, epoch=epoch)
-                decoding.prefill()
+                decoding.prefill(None if read is None else Prediction(read.logits))
                 held = partial(behind, decoding.cache)
                 if self.keeps(len(ids)):
                     self.prefixes.insert(ids, held, namespace, merged=prefix.is_merged, epoch=epoch)

@@ -8,11 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kvcag import HFEngine, KVCacheMemory
 from kvcag.cache.layers import contiguous_copy, cut
 from kvcag.cache.merge import Part, merge
 from kvcag.core import MergeStrategy
 from kvcag.errors import InvalidInputError
-from kvcag.testing import tiny_model
+from kvcag.testing import byte_tokenizer, tiny_model
+from tests.forwards import forward_lengths
 from tests.merging import encode, equal, error, ids, parts_of, tokens_of
 
 MODEL = tiny_model("llama", num_hidden_layers=2)
@@ -160,3 +162,28 @@ def test_ids_that_do_not_fit_their_keys_are_refused():
     head, document, *_ = context(MODEL, [5])
     with pytest.raises(InvalidInputError, match="part 1 has 29 token ids"):
         merge(MODEL, [head, dataclasses.replace(document, token_ids=document.token_ids[1:])], TAIL)
+
+
+def test_a_question_over_merged_documents_takes_two_passes():
+    """One chooses, the other recomputes and reads the question; the first token follows from it."""
+    engine = HFEngine(tiny_model("llama"), byte_tokenizer())
+    memory = KVCacheMemory(engine)
+    known = memory.add([f"Document {n} says this, and that, and a few more words. " * 2 for n in range(3)])
+    with forward_lengths(engine.model.get_decoder()) as lengths:
+        answer = memory.ask("What?", known[::-1], strategy="query", ratio=0.1, max_new_tokens=1)
+    context = memory.merge(known[::-1], "What?", strategy="query", ratio=0.1)
+    tail = len(context.tail_ids)
+    assert lengths == [tail, answer.report.recomputed_tokens + tail]
+    assert answer.report.recomputed_tokens > 20
+
+
+def test_a_question_that_was_read_with_the_context_is_answered_as_one_that_is_read_behind_it():
+    engine = HFEngine(tiny_model("llama"), byte_tokenizer(), prefix_cache_bytes=0)
+    memory = KVCacheMemory(engine)
+    known = memory.add([f"Document {n} says this, and that, and a few more words. " * 2 for n in range(3)])
+    context = memory.merge(known[::-1], "What?", strategy="query", ratio=0.1)
+    assert context.read is not None
+    behind = dataclasses.replace(context, read=None)
+    assert engine.generate(context, max_new_tokens=20) == engine.generate(behind, max_new_tokens=20)
+    other = engine.generate("Which other?", context, max_new_tokens=20)
+    assert other == engine.generate("Which other?", behind, max_new_tokens=20)

@@ -4,15 +4,24 @@ import threading
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kvcag.cache import attention as attend
-from kvcag.cache.layers import contiguous_copy, cut, peek_cache
-from kvcag.cache.merge import Layout, merge, recompute
+from kvcag.cache import merge as merging
+from kvcag.cache.layers import cache_argument, contiguous_copy, cut, generation_cache, layers_of, with_room
+from kvcag.cache.merge import Layout, merge, recompute, select
 from kvcag.testing import tiny_model
 from tests.merging import encode, equal, error, ids, parts_of, tokens_of
 from tests.waits import run_together
 
 DOCUMENTS = [ids(length, seed=length) for length in (20, 30, 25)]
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
+MODELS = {
+    "llama": tiny_model("llama"),
+    "qwen3": tiny_model("qwen3", attn_implementation="eager"),
+    "gemma3_text": tiny_model("gemma3_text", sliding_window=8, layer_types=MIXED),
+}
 
 
 @pytest.fixture
@@ -69,13 +78,59 @@ def test_long_passes_attend_block_by_block(model, monkeypatch):
     assert error(merge(model, parts, ids(3), strategy="full").layers, whole) < 1e-5
 
 
-def test_looking_leaves_no_trace(model):
-    layers = encode(model, ids(20))
+@pytest.mark.parametrize("room", [0, 4])
+def test_choosing_leaves_no_trace(model, room):
+    parts = parts_of(model, ids(5), DOCUMENTS)
+    layers = with_room(merge(model, parts, ids(3), strategy="rotate").layers, room)
     before = contiguous_copy(layers)
-    cache = peek_cache(layers)
-    attend.attend(model, ids(4), torch.arange(20, 24), cache)
-    assert equal(layers, before)
-    assert cache.get_seq_length() == 20
+    select(model, layers, layout_of(parts), ids(4), strategy="query", ratio=0.2)
+    assert equal(cut(layers, 0, 80), cut(before, 0, 80))
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.sampled_from(["anchor", "deviation", "query", "full"]),
+    st.floats(0.02, 1),
+    st.integers(1, 20),
+    st.sampled_from(["llama", "gemma3_text", "qwen3"]),
+)
+def test_recomputing_and_reading_in_one_pass_is_as_in_two(strategy, ratio, tail, family):
+    """The context, the question's keys and values and its logits are those of a pass after the other."""
+    model = MODELS[family]
+    parts, tail_ids = parts_of(model, ids(5), DOCUMENTS), ids(tail, seed=7)
+    merged = merge(model, parts, tail_ids, strategy=strategy, ratio=ratio)
+    layers, layout = merge(model, parts, tail_ids, strategy="rotate").layers, layout_of(parts)
+    chosen = select(model, layers, layout, tail_ids, strategy=strategy, ratio=ratio)
+    recompute(model, layers, layout, chosen)
+    assert torch.equal(merged.recomputed, chosen)
+    assert error(merged.layers, layers) < 1e-5
+    cache = generation_cache([layers], tail)
+    with torch.no_grad(), attend.by_position(model, torch.arange(80, 80 + tail)):
+        logits = model(tail_ids[None], **cache_argument(model, cache), use_cache=True).logits[:, -1]
+    assert merged.read is not None
+    assert error(layers_of(merged.read.cache), cut(layers_of(cache), 80)) < 1e-5
+    torch.testing.assert_close(merged.read.logits, logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_long_history_behind_the_documents_is_read_in_passes_of_its_own(model, monkeypatch):
+    monkeypatch.setattr(merging, "_LONGEST_TAIL", 5)
+    parts = parts_of(model, ids(5), DOCUMENTS)
+    assert merge(model, parts, ids(5), strategy="query").read is not None
+    assert merge(model, parts, ids(6), strategy="query").read is None
+
+
+@pytest.mark.parametrize("window", [None, 7])
+@pytest.mark.parametrize("scattered", [True, False])
+def test_products_attend_as_masked_attention_does(window, scattered):
+    """In fp32, where both can be compared; they are used in bf16."""
+    positions = torch.randperm(300)[:90].sort().values if scattered else torch.arange(210, 300)
+    query, (key, value) = torch.randn(1, 6, 90, 16), torch.randn(2, 1, 2, 300, 16).unbind()
+    call, blocks = attend.Call(positions, 0.3, window, None), attend._seen(positions, positions.device)
+    right = [
+        attend._sdpa(query[:, :, block], key[:, :, :n], value[:, :, :n], call.mask(block, n), 0.3)
+        for block, n in blocks
+    ]
+    torch.testing.assert_close(attend._by_products(call, blocks, query, key, value), torch.cat(right, dim=1))
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
