@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +13,7 @@ import typer
 
 from kvcag.cli import common
 from kvcag.cli.common import INSTRUCTION, Instruction, Json, Model, Namespace, Ratio, Source, Store, StrategyOption
+from kvcag.cli.files import fitting
 from kvcag.errors import ContextLengthError, EmptyPromptError, FingerprintMismatchError, InvalidInputError, PromptError
 
 if TYPE_CHECKING:
@@ -137,12 +137,8 @@ class Corpus:
         """The items whose words fit a question best, by BM25, in their own order; all, if there are no more."""
         if len(self.entries) <= count:
             return self
-        from rank_bm25 import BM25Plus  # type: ignore[import-untyped]  # it has no stubs
-
-        index = BM25Plus([_words(entry.text) for entry in self.entries])
-        scores = index.get_scores(_words(question))
-        best = sorted(range(len(self.entries)), key=lambda place: (-scores[place], place))[:count]
-        return replace(self, entries=[self.entries[place] for place in sorted(best)], is_part=True)
+        places = fitting([entry.text for entry in self.entries], question, count)
+        return replace(self, entries=[self.entries[place] for place in places], is_part=True)
 
     def gain(self, usage: Usage) -> str:
         """How much faster the first word came than by reading the items, whose encoding was timed when it was done."""
@@ -314,10 +310,6 @@ def _place(entry: Entry) -> tuple[str, int, str]:
     """Sort files by name and the parts of a file by number, so that the context does not depend on when."""
     metadata = entry.manifest.metadata
     return str(metadata.get("source", "")), int(metadata.get("part", 0)), entry.id
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
 
 
 class _Conversation:

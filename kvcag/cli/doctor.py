@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from kvcag.cli import common
 from kvcag.cli.common import CorpusOption, Json, Model
+from kvcag.errors import InvalidInputError
+
+_QUESTIONS = "Ask the questions in this file, one a line. Ten of your own tell most. Default: about the documents."
+_PROBES = "Compare on this many contexts. Default: one for each question, at most 10; 4 without questions."
+_ITEMS = 4
+"""Documents of a context, as many as `kvcag ask PATH` takes."""
 
 
 def doctor(
     model: Model = None,
     corpus: CorpusOption = None,
+    questions: Annotated[Path | None, typer.Option(metavar="FILE", help=_QUESTIONS)] = None,
     instruction: Annotated[str | None, typer.Option(help="Put this instruction before the documents.")] = None,
-    probes: Annotated[int, typer.Option(min=1, help="Compare on this many contexts.")] = 4,
+    probes: Annotated[int | None, typer.Option(min=1, help=_PROBES)] = None,
     max_kl: Annotated[float, typer.Option(min=0, help="Allow this KL divergence, in nats per token.")] = 0.05,
     as_json: Json = False,
 ) -> None:
-    """Compare every merge strategy with a full prefill, and keep the result for --strategy auto.
+    """Compare merge strategies with a full prefill, recommend one, and keep the result for --strategy auto.
+
+    A context holds four documents: with --questions, those whose words fit the question best, as `kvcag ask` takes
+    them; without, some drawn at random.
 
     Exits with 1 if no strategy is both accurate enough and cheaper than a full prefill, or if the model's caches cannot
     be merged.
@@ -27,11 +38,19 @@ def doctor(
 
         kvcag doctor
 
-        kvcag doctor --model Qwen/Qwen3-0.6B --corpus notes/ --max-kl 0.03
+        kvcag doctor --model Qwen/Qwen3-0.6B --corpus notes/ --questions questions.txt --max-kl 0.03
     """
-    from kvcag.cli.files import read_corpus
+    from kvcag.cli.files import fitting, read_corpus, read_texts
 
     documents = [document.text for document in read_corpus(corpus)]
+    asked: list[str] = []
+    if questions is not None:
+        asked = [line.strip() for text in read_texts([str(questions)]).texts for line in text.text.splitlines()]
+        asked = [question for question in asked if question]
+    if probes is None:
+        probes = min(len(asked), 10) or 4
+    if len(documents) < 2:
+        raise InvalidInputError("one document cannot be merged with others: give --corpus at least two.")
     engine = common.load_engine(model)
     from kvcag.cache.merge import check_mergeable
     from kvcag.calibration import calibrate
@@ -40,11 +59,19 @@ def doctor(
         check_mergeable(live)
     with common.progress("probing", probes, "contexts") as advance:
         calibration = calibrate(
-            engine, documents, instruction=instruction, probes=probes, progress=lambda done, total: advance(1)
+            engine,
+            documents,
+            asked,
+            instruction=instruction,
+            probes=probes,
+            documents_per_probe=_ITEMS,
+            retrieve=lambda question: [documents[place] for place in fitting(documents, question, _ITEMS)],
+            progress=lambda done, total: advance(1),
         )
-    best = calibration.cheapest(max_kl)
+    best, recommended = calibration.cheapest(max_kl), calibration.recommendation(max_kl)
     if as_json:
-        common.emit({**calibration.model_dump(), "max_kl": max_kl, "best": best.model_dump() if best else None})
+        said = {"best": best.model_dump() if best else None, "recommendation": recommended}
+        common.emit({**calibration.model_dump(), "max_kl": max_kl, **said})
     else:
         console = common.stdout()
         console.print(
@@ -62,11 +89,6 @@ def doctor(
         ]
         columns = ["strategy", ">recomputed", ">KL, nats per token", ">same token", ">time to first token"]
         console.print(common.table(columns, rows))
-        if best:
-            console.print(f"\n* strategy='auto', max_kl={max_kl:g} uses {best.strategy!r} at ratio {best.ratio:g}.")
-        else:
-            console.print(
-                f"\nNo strategy is within KL {max_kl:g} and cheaper than a full prefill: 'auto' encodes everything."
-            )
+        console.print(f"\n{recommended[0].upper()}{recommended[1:]}. strategy='auto', max_kl={max_kl:g} does that.")
     if best is None:
         raise typer.Exit(common.NEGATIVE)

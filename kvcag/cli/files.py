@@ -94,6 +94,17 @@ def read_corpus(paths: Sequence[str] | None) -> list[Topic]:
     return [Topic(text.metadata["title"], text.text) for text in read_texts(paths).texts]
 
 
+def fitting(texts: Sequence[str], question: str, count: int) -> list[int]:
+    """The places of the texts whose words fit a question best, by BM25, ascending."""
+    from rank_bm25 import BM25Plus  # type: ignore[import-untyped]  # it has no stubs
+
+    def words(text: str) -> list[str]:
+        return re.findall(r"\w+", text.lower())
+
+    scores = BM25Plus([words(text) for text in texts]).get_scores(words(question))
+    return sorted(sorted(range(len(texts)), key=lambda place: (-scores[place], place))[:count])
+
+
 def split(text: Text, limit: int, count: Callable[[str], int]) -> list[Text]:
     """Cut a text into parts of at most `limit` tokens, between paragraphs if possible.
 

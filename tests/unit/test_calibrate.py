@@ -68,6 +68,32 @@ def test_the_cheapest_that_passes_is_taken() -> None:
     assert made.cheapest(0.001) is None  # full passes, and costs more than a full prefill
 
 
+def test_it_recommends_in_a_sentence() -> None:
+    rows = [verdict("rotate", 0, 0.2, 0.05), verdict("query", 0.1, 0.0213, 0.21)]
+    made = Calibration(fingerprint="", probes=1, context_tokens=1, verdicts=rows)
+    assert made.recommendation(0.05) == "merge with query at 10%: 0.021 nats per token at 21% of the cost"
+    assert made.recommendation(0.5) == "merge with rotate: 0.2 nats per token at 5% of the cost"
+    assert made.recommendation(0.001).startswith("read the documents: no merge is cheaper than that and within 0.001")
+
+
+def test_questions_are_asked_about_the_documents_that_are_retrieved_for_them(tiny_engine: HFEngine) -> None:
+    asked = []
+
+    def retrieve(question: str) -> list[str]:
+        asked.append(question)
+        return TEXTS[:2]
+
+    made = calibrated(tiny_engine, questions=["Who?", "What?"], retrieve=retrieve, candidates=[("rotate", 0.0)])
+    assert asked == ["Who?", "What?"]
+    drawn = calibrated(tiny_engine, questions=["Who?", "What?"], candidates=[("rotate", 0.0)])
+    assert made.context_tokens < drawn.context_tokens  # of three documents
+
+
+def test_what_never_wins_is_not_measured(tiny_engine: HFEngine) -> None:
+    measured = [(each.strategy, each.ratio) for each in calibrated(tiny_engine).verdicts]
+    assert measured == [("rotate", 0.0), *(("query", ratio) for ratio in (0.05, 0.1, 0.2, 0.4)), ("full", 1.0)]
+
+
 def test_auto_follows_the_verdict_and_says_so(tiny_engine: HFEngine) -> None:
     memory = KVCacheMemory(known(tiny_engine, verdict("query", 0.1, 0.04, 0.2)), instruction=HEAD)
     items = [memory.extract(text) for text in TEXTS]

@@ -114,8 +114,23 @@ def test_doctor_says_what_may_be_merged(kvcag: Kvcag) -> None:
     done = kvcag("doctor", "--corpus", "corpus", "--probes", "1", "--max-kl", "1000", "--json")
     assert {verdict["strategy"] for verdict in done.json["verdicts"]} >= {"rotate", "query"}
     assert done.code == (0 if done.json["best"] else 1)
+    assert done.json["recommendation"].startswith("merge with " if done.json["best"] else "read the documents: ")
     strict = kvcag("doctor", "--corpus", "corpus", "--probes", "1", "--max-kl", "0")
-    assert (strict.code, "'auto' encodes everything" in strict.out) in ((1, True), (0, False))
+    assert (strict.code, "Read the documents: no merge is" in strict.out) in ((1, True), (0, False))
+
+
+def test_doctor_asks_your_questions_about_the_documents_that_fit(kvcag: Kvcag) -> None:
+    for word in ("boats", "cars", "birds", "trees", "stones", "clouds"):
+        write(kvcag.folder / "corpus" / f"{word}.txt", f"All about {word}. " * (40 if word == "stones" else 4))
+    write(
+        kvcag.folder / "questions.txt", "Tell me about boats, cars, birds, trees?\n\nAnd boats, cars, birds, clouds?\n"
+    )
+    given = ("doctor", "--corpus", "corpus", "--questions", "questions.txt", "--max-kl", "1000", "--json")
+    done = kvcag(*given)
+    assert done.json["probes"] == 2
+    assert done.json["context_tokens"] < 700  # without the long text about stones
+    write(kvcag.folder / "one" / "a.txt", "Alone.")
+    assert kvcag("doctor", "--corpus", "one").code == 2
 
 
 def test_the_version_is_the_package_s(kvcag: Kvcag) -> None:
