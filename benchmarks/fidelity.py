@@ -206,13 +206,15 @@ def answers(model: Any, caches: Sequence[Any], firsts: Sequence[torch.Tensor]) -
     return answered
 
 
-def measure(memory: KVCacheMemory, question: Question, rows: list[Row], *, peaks: bool) -> int:
+def measure(memory: KVCacheMemory, question: Question, rows: list[Row], *, peaks: bool, in_context: bool) -> int:
     """Add one question's figures to each row. Returns the tokens of its context."""
     engine = memory.engine
     model, device = engine.model, engine.model.device
-    items = [memory.extract(f"Passage: {text}\n\n") for text in question.documents]
-    memory.add(items)
-    ids = [item.id for item in items]
+    documents = [f"Passage: {text}\n\n" for text in question.documents]
+    before = {
+        text: [f"Passage: {near}\n\n"] * bool(near) for text, near in zip(documents, question.before, strict=True)
+    }
+    ids = memory.add(documents, context=before.__getitem__ if in_context else None)
     whole, caches, firsts = None, [], []
     for row in rows:
 
@@ -280,6 +282,7 @@ def describe(engine: HFEngine, options: argparse.Namespace, tokens: list[int], r
         "machine": options.machine,
         "documents": options.docs,
         "words": options.words,
+        "in_context": options.in_context,
         "questions": len(tokens),
         "first_question": options.skip,
         "context_tokens": statistics.mean(tokens),
@@ -313,6 +316,7 @@ def main() -> None:
     parser.add_argument(
         "--model", default=None, help="a hub id or a folder; default: the embedded SmolLM2-135M-Instruct"
     )
+    parser.add_argument("--in-context", action="store_true", help="encode each document behind what stands before it")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--memory", action="store_true", help="measure peak memory too, in a second merge")
@@ -338,10 +342,12 @@ def main() -> None:
         questions = {"reference": reference, "faq": faq}[options.set](options.docs, options.words)
     questions = questions[options.skip : options.skip + options.limit]
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    measure(memory, questions[0], [Row("rotate", 0.0), Row("query", 0.1)], peaks=False)  # what is learned once a model
+    measure(
+        memory, questions[0], [Row("rotate", 0.0), Row("query", 0.1)], peaks=False, in_context=False
+    )  # what is learned once a model
     tokens = []
     for number, question in enumerate(questions, 1):
-        tokens.append(measure(memory, question, rows, peaks=options.memory))
+        tokens.append(measure(memory, question, rows, peaks=options.memory, in_context=options.in_context))
         result = describe(engine, options, tokens, rows)
         options.out.write_text(json.dumps(result, indent=1) + "\n")  # what is measured is kept, whatever comes
         print(f"question {number} of {len(questions)}: {tokens[-1]} tokens", file=sys.stderr)

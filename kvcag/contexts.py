@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from itertools import chain, islice
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -47,7 +47,7 @@ from kvcag.errors import (
     UnsupportedModelError,
     WarnOnce,
 )
-from kvcag.stores.base import KVStore
+from kvcag.stores.base import ENCODED_BEHIND, SOURCE_FIELDS, KVStore, sources_of
 from kvcag.stores.format import Manifest
 
 
@@ -274,6 +274,7 @@ class _Start:
         is_exact: they are what the model computes for these tokens.
         recomputed: tokens of the context that were cached, and computed again, so far.
         encoded: tokens of the context that were not cached, so far.
+        in_context: tokens of the documents behind it that were encoded behind another document.
     """
 
     token_ids: Ids
@@ -281,6 +282,7 @@ class _Start:
     is_exact: bool = True
     recomputed: int = 0
     encoded: int = 0
+    in_context: int = 0
 
     @classmethod
     def prefilled(cls, engine: HFEngine, token_ids: Ids, namespace: str) -> _Start:
@@ -326,8 +328,9 @@ def _parts(
     """Documents, and texts between them, as parts behind `start`, which may then hold the first document, too."""
     digest = ids_digest(start.token_ids)
     if start.token_ids == head_ids and not isinstance(found[0], tuple) and found[0].prefix_digest != digest:
-        # Encoded behind another instruction. Nearly all that this costs in accuracy is the first document's exactness
-        # (benchmarks/instruction_key.py), so it is computed behind this one, and is then a recent context.
+        # Encoded behind another instruction, or behind another document. Nearly all that this costs in accuracy is the
+        # first document's exactness (benchmarks/instruction_key.py), so it is computed behind this instruction alone,
+        # and is then a recent context.
         start_ids = (*head_ids, *found[0].token_ids.tolist())
         layers, known = engine.prefill(start_ids, namespace=namespace)
         start = replace(start, token_ids=start_ids, layers=layers)
@@ -344,7 +347,9 @@ def _parts(
         if engine.is_recurrent and not _composes(layers, exact or piece.prefix_digest == ids_digest(head_ids), exact):
             parts.append(_read_in_place(tuple(piece.token_ids.tolist())))
             continue
-        parts.append(Part(piece.token_ids, layers, piece.base_position, exact, states_before=states_of(head)))
+        alone = ENCODED_BEHIND not in piece.metadata
+        parts.append(Part(piece.token_ids, layers, piece.base_position, exact, alone, states_of(head)))
+        start = replace(start, in_context=start.in_context + (0 if alone else len(piece.token_ids)))
     return start, parts
 
 
@@ -402,6 +407,7 @@ def _merged(
         recomputed_tokens=recomputed,
         encoded_tokens=encoded,
         reason=reason,
+        in_context_tokens=start.in_context,
     )
     return engine.context_of(merged.layers, context_ids, tail_ids, report, merged.read)
 
@@ -485,33 +491,71 @@ class DocumentCache:
         """The id under which a document is kept."""
         return content_key(self.engine.fingerprint.digest, token_ids)
 
-    def contains(self, head_ids: Ids, token_ids: Ids) -> bool:
+    def contains(self, head_ids: Ids, token_ids: Ids, behind: Behind = None) -> bool:
         """Whether a document can be used without encoding it. A store that fails counts as no, with a warning."""
         try:
-            return self._holds(head_ids, token_ids)
+            return self._holds(head_ids, token_ids, behind)
         except StoreError as error:
             self.warn("documents are encoded, and may not be kept", error)
             return False
 
-    def _holds(self, head_ids: Ids, token_ids: Ids) -> bool:
-        kept = self.store.contains(self.key(token_ids))
-        return kept and self.engine.still_holds((*head_ids, *token_ids), self.namespace)
+    def _holds(self, head_ids: Ids, token_ids: Ids, behind: Behind = None) -> bool:
+        key = self.key(token_ids)
+        if not (self.store.contains(key) and self.engine.still_holds((*head_ids, *token_ids), self.namespace)):
+            return False
+        manifest = None if behind is None else self.store.manifest(key)
+        return behind is None or (manifest is not None and _stands_behind(manifest) == _names(behind)[:1])
 
-    def encode(self, head_ids: Ids, token_ids: Ids, text: str, metadata: Mapping[str, Any] | None = None) -> Item:
-        """Encode a document behind `head_ids`. It is not kept."""
-        item = self.engine.encode_item(head_ids, token_ids, namespace=self.namespace)
+    def encode(
+        self,
+        head_ids: Ids,
+        token_ids: Ids,
+        text: str,
+        metadata: Mapping[str, Any] | None = None,
+        behind: Behind = None,
+    ) -> Item:
+        """Encode a document behind `head_ids` and the documents `behind`, the end of them if they are long.
+
+        It is not kept.
+        """
+        self.check_context(behind)
+        room = self.engine.context_length - len(head_ids) - len(token_ids)
+        before = tuple(chain.from_iterable(document.token_ids for document in behind or ()))
+        before = before[max(0, len(before) - room) :]
+        item = self.engine.encode_item((*head_ids, *before), token_ids, namespace=self.namespace)
         item.records = KVCacheRecords(text_memories=[text], composed_text_memory=text)
         item.metadata = {
             "source_text": text,
             "extracted_at": datetime.now(timezone.utc).isoformat(),
-            **(metadata or {}),
+            **with_names(metadata or {}, behind),
         }
         return item
 
+    def check_context(self, context: object) -> None:
+        """Refuse `context` if documents of this engine that stand behind other ones are of no use elsewhere.
+
+        Raises:
+            UnsupportedModelError: as said.
+        """
+        if context and (not self.engine.merges or cast("HFEngine", self.engine).is_recurrent):
+            what = "a model with recurrent layers" if self.engine.merges else "a server"
+            raise UnsupportedModelError(
+                f"{what} reads a document again wherever other tokens stand before it than when it was encoded. "
+                "Leave context out: documents are then encoded behind the instruction alone."
+            )
+
     def find_or_encode(
-        self, head_ids: Ids, token_ids: Ids, text: str, metadata: Mapping[str, Any] | None = None
+        self,
+        head_ids: Ids,
+        token_ids: Ids,
+        text: str,
+        metadata: Mapping[str, Any] | None = None,
+        behind: Behind = None,
     ) -> tuple[Item, bool]:
         """The document's item, and whether this call encoded and kept it.
+
+        An item serves whatever it was encoded behind, unless `behind` is given: then one that was encoded behind
+        something else is encoded again, in its place.
 
         Of several threads that need a document at once, the first encodes it. An item that is damaged, foreign or out
         of reach is encoded again, and one that cannot be stored is used all the same, with one `CacheWarning` about it.
@@ -519,16 +563,21 @@ class DocumentCache:
         """
         key = self.key(token_ids)
         trouble: list[tuple[str, Exception]] = []
+        replaced: Manifest | None = None
         with holding(self._lock_of(key)):
             try:
-                item = self.get(key) if self._holds(head_ids, token_ids) else None
+                item = self.get(key) if self._holds(head_ids, token_ids, behind) else None
                 if item is not None:
                     self.engine.check_item(item)
                     return item, False
+                replaced = None if behind is None else self.store.manifest(key)
             except (StoreError, FingerprintMismatchError, InvalidInputError) as damaged:
                 trouble.append(("encoding a document again", damaged))
-            with self.keeping(token_ids, text, metadata):
-                item = self.encode(head_ids, token_ids, text, metadata)
+            if replaced is not None:  # a corpus may have labelled it
+                metadata = {**replaced.metadata, **(metadata or {})}
+            with self.keeping(token_ids, text, with_names(metadata or {}, behind)):
+                item = self.encode(head_ids, token_ids, text, metadata, behind)
+                item.records = replaced.records if replaced is not None else item.records
                 try:
                     self.put(item)
                 except StoreError as full:
@@ -622,8 +671,79 @@ class DocumentCache:
             )
 
 
-Read: TypeAlias = tuple[Ids, str, dict[str, Any]]
-"""Token ids, text and metadata of a document."""
+Behind: TypeAlias = "Sequence[Read] | None"
+"""What a document is encoded behind, after the instruction. Empty: nothing. None: it does not matter."""
+
+
+class Read(NamedTuple):
+    """A document, and what it is to be encoded behind."""
+
+    token_ids: Ids
+    text: str
+    metadata: Mapping[str, Any]
+    behind: Behind = None
+
+
+Context: TypeAlias = Literal["previous"] | object
+"""What each document is encoded behind, after the instruction. `"previous"`: the one before it of the same source. A
+retriever (a function, or what has `invoke` or `retrieve`): the first other document that it finds for the text."""
+
+
+def in_context(
+    documents: Sequence[Read], context: Context | None, read: Callable[[object], Read] | None = None
+) -> list[Read]:
+    """The documents, each with what it is to be encoded behind; as they are for None.
+
+    Args:
+        documents: in the order in which they stand in their sources.
+        context: see `Context`.
+        read: makes a `Read` of what a retriever returns; not needed for `"previous"`.
+
+    Raises:
+        InvalidInputError: `context` is neither `"previous"` nor a retriever.
+    """
+    if context is None:
+        return list(documents)
+    if context == "previous":
+        last: dict[object, Read] = {}
+        found = []
+        for document in documents:
+            source = next((document.metadata[name] for name in _SOURCES if document.metadata.get(name)), None)
+            found.append([last[source]] if source in last else [])
+            last[source] = document
+    else:
+        ask = next((call for name in _ASKED if callable(call := getattr(context, name, None))), context)
+        if not callable(ask) or read is None:
+            raise InvalidInputError(
+                f"context is {context!r:.80}: pass 'previous', a retriever, or a function from a text to documents"
+            )
+        found = [[read(one) for one in ask(document.text)] for document in documents]
+    others = [
+        [one for one in near if one.text.strip() not in ("", document.text.strip())][:1]
+        for document, near in zip(documents, found, strict=True)
+    ]
+    return [document._replace(behind=near) for document, near in zip(documents, others, strict=True)]
+
+
+_ASKED = ("invoke", "retrieve")
+"""How retrievers are called: LangChain's and LlamaIndex's."""
+_SOURCES = tuple(field for field in SOURCE_FIELDS if field != "source_text")
+
+
+def _names(behind: Behind) -> list[str]:
+    """The text and the sources of what a document is encoded behind."""
+    return [name for one in behind or () for name in (one.text.strip(), *sorted(sources_of(one.metadata)))]
+
+
+def _stands_behind(manifest: Manifest) -> list[str]:
+    """The text that an item was encoded behind, if any."""
+    return list(manifest.metadata.get(ENCODED_BEHIND, ()))[:1]
+
+
+def with_names(metadata: Mapping[str, Any], behind: Behind) -> dict[str, Any]:
+    """Metadata of a document that is encoded behind other ones: `purge` reaches it by them."""
+    kept = {name: value for name, value in metadata.items() if name != ENCODED_BEHIND or behind is None}
+    return {**kept, ENCODED_BEHIND: _names(behind)} if behind else kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -675,17 +795,17 @@ def diff(
         EmptyPromptError: a document is empty.
     """
     wanted = _wanted(documents, corpus)
-    new = [key for key, (token_ids, *_) in wanted.items() if not documents.contains(head_ids, token_ids)]
+    new = [key for key, read in wanted.items() if not documents.contains(head_ids, read.token_ids, read.behind)]
     gone = [key for key, manifest in documents.store.manifests() if key not in wanted and is_mine(manifest)]
     return SyncDiff(wanted, new, gone)
 
 
 def _wanted(documents: DocumentCache, corpus: Iterable[Read]) -> dict[str, Read]:
     wanted: dict[str, Read] = {}
-    for number, (token_ids, text, metadata) in enumerate(corpus, start=1):
-        if not text.strip():
+    for number, read in enumerate(corpus, start=1):
+        if not read.text.strip():
             raise EmptyPromptError(f"document {number} of the corpus is empty: leave it out")
-        wanted[documents.key(token_ids)] = (token_ids, text, metadata)
+        wanted[documents.key(read.token_ids)] = read
     return wanted
 
 
@@ -706,12 +826,15 @@ def sync(documents: DocumentCache, head_ids: Ids, corpus: Iterable[Read], name: 
     """
     wanted = _wanted(documents, corpus)
     labels, failed = dict[str, list[str]](), dict[str, str]()
+    texts, behind = dict[str, str](), dict[str, list[str]]()
     try:
         for item in documents.store.listing():
             if item.manifest is None:
                 failed[item.name] = item.error
             else:
                 labels[item.manifest.id] = item.manifest.metadata.get(_CORPORA, [])
+                behind[item.manifest.id] = _stands_behind(item.manifest)
+                texts[item.manifest.id] = item.manifest.records.composed_text_memory.strip()
     except StoreError as gone_store:
         failed[documents.store.place] = str(gone_store)
         documents.warn("documents are encoded, and may not be kept", gone_store)
@@ -722,16 +845,19 @@ def sync(documents: DocumentCache, head_ids: Ids, corpus: Iterable[Read], name: 
         except StoreError as error:
             failed[key] = str(error)
 
+    gone = [key for key, names in labels.items() if name in names and key not in wanted]
+    shared = {key: rest for key in gone if (rest := [other for other in labels[key] if other != name])}
+    forgotten = {texts[key] for key in gone if key not in shared}
     encoded = 0
-    for key, (token_ids, text, metadata) in wanted.items():
+    for key, read in wanted.items():
         names = list(dict.fromkeys([*labels.get(key, []), name]))
-        if not documents.contains(head_ids, token_ids):
-            documents.find_or_encode(head_ids, token_ids, text, {**metadata, _CORPORA: names})
+        if read.behind is None and not forgotten.isdisjoint(behind.get(key, [])):
+            read = read._replace(behind=[])
+        if not documents.contains(head_ids, read.token_ids, read.behind):
+            documents.find_or_encode(head_ids, *read._replace(metadata={**read.metadata, _CORPORA: names}))
             encoded += 1
         elif labels.get(key) and names != labels[key]:
             label(key, names)
-    gone = [key for key, names in labels.items() if name in names and key not in wanted]
-    shared = {key: rest for key in gone if (rest := [other for other in labels[key] if other != name])}
     for key, rest in shared.items():
         label(key, rest)
     failed |= documents.store.erase([key for key in gone if key not in shared]).failed

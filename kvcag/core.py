@@ -208,6 +208,7 @@ class MergeReport:
         recomputed_tokens: cached, and computed again for this question.
         encoded_tokens: not cached before.
         reason: why this strategy was used, if the caller did not ask for it.
+        in_context_tokens: of documents that were encoded behind another document and could not stay exact.
     """
 
     mode: Mode
@@ -217,6 +218,7 @@ class MergeReport:
     recomputed_tokens: int
     encoded_tokens: int
     reason: str = ""
+    in_context_tokens: int = 0
 
     @property
     def is_exact(self) -> bool:

@@ -19,16 +19,20 @@ from kvcag.chat_template import SEPARATOR, Document, Message, Prompt, Seams, as_
 from kvcag.concurrency import async_twin, at_once, iterate
 from kvcag.config import KVCacheMemoryConfig, parse
 from kvcag.contexts import (
+    Context,
     DocumentCache,
     Ids,
+    Read,
     SyncReport,
     context_of_items,
     context_of_prompt,
+    in_context,
     is_stored_whole,
     reusable,
     same_ids,
     sync,
     with_kept_history,
+    with_names,
 )
 from kvcag.core import (
     DEFAULT_RATIO,
@@ -163,24 +167,37 @@ class KVCacheMemory:
         item.records.text_memories = texts
         return item
 
-    def from_textual_memory(self, memory: object) -> Item:
+    def from_textual_memory(self, memory: object, behind: object = None) -> Item:
         """Encode a str, a LangChain `Document`, a LlamaIndex node, or anything with `.memory` and `.metadata`.
 
-        The item has the memory's metadata, and is not added.
+        The item has the memory's metadata, and is not added. `behind` is a document that stands before it while it is
+        encoded, as with `context` of `add`.
         """
-        text, metadata = text_and_metadata(memory)
-        item = self.extract(text)
-        item.metadata = metadata
+        read = self.read(memory)
+        if behind is None:
+            item = self.extract(read.text)
+        else:
+            read = read._replace(behind=[self.read(behind)])
+            item = self.documents.encode(self._instruction_ids, *read)
+        item.metadata = with_names(read.metadata, read.behind)
         return item
 
     # --- keeping -----------------------------------------------------------------------------------------------
 
-    def add(self, documents: object) -> list[str]:
+    def add(self, documents: object, *, context: Context | None = None) -> list[str]:
         """Keep items, or encode documents and keep them. What is kept already is not encoded again.
+
+        With `context`, each document is encoded behind another one, so that its keys and values are nearer to what
+        they are behind the other documents of a prompt: merged answers are nearer to a full prefill's, and encoding
+        takes twice as long. The first document of a prompt is then computed behind the instruction when it is needed,
+        and stays among the recent contexts. Documents that were encoded behind something else are encoded again.
 
         Args:
             documents: an item, a text, a LangChain `Document`, a LlamaIndex node, or several of them. A str is one
                 document.
+            context: `"previous"`: the document before it of the same source, for chunks of longer texts. A retriever,
+                or a function from a text to documents: the first other document that it finds, for short texts that
+                are independent of each other.
 
         Returns:
             The ids, in order.
@@ -188,22 +205,23 @@ class KVCacheMemory:
         Raises:
             FingerprintMismatchError: an item was made by another model. Nothing was added.
             InvalidInputError: something of which no text can be read. Nothing was added.
+            UnsupportedModelError: `context` with a server, or with a model that has recurrent layers.
         """
+        self.documents.check_context(context)
         given = documents_of(documents)
-        texts = {}
+        texts = dict[int, Read]()
         for index, document in enumerate(given):
             if isinstance(document, EncodedItem):
                 self.engine.check_item(document)
             else:
-                texts[index] = text_and_metadata(document)
-                if not texts[index][0].strip():
+                texts[index] = self.read(document)
+                if not texts[index].text.strip():
                     raise EmptyPromptError(f"document {index + 1} is empty: leave it out")
+        reads = iter(in_context(list(texts.values()), context, self.read))
         ids = []
         for index, document in enumerate(given):
             if index in texts:
-                text, metadata = texts[index]
-                token_ids = self._segment(text)
-                item, _ = self.documents.find_or_encode(self._instruction_ids, token_ids, text, metadata)
+                item, _ = self.documents.find_or_encode(self._instruction_ids, *next(reads))
             else:
                 item = document
                 self.documents.put(item)
@@ -255,33 +273,44 @@ class KVCacheMemory:
         for item in dump.items if dump else ():
             self.store.put(item)
 
-    def keep(self, messages: Sequence[Message], metadata: Sequence[Mapping[str, Any]] | None = None) -> list[str]:
+    def keep(
+        self,
+        messages: Sequence[Message],
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        context: Context | None = None,
+    ) -> list[str]:
         """Encode the documents of messages before a question comes, and return their ids, in order.
 
         Args:
             messages: as for `stream`.
             metadata: one for each document, for what is encoded now.
+            context: as for `add`.
         """
+        self.documents.check_context(context)
         prompt = self.engine.template.prompt(messages)
-        for at, token_ids in enumerate(prompt.kept_ids):
-            if not self.documents.contains(prompt.head_ids, token_ids):
-                about = metadata[at] if metadata else {}
-                self.documents.find_or_encode(prompt.head_ids, token_ids, prompt.documents[at], about)
+        about = metadata or [{}] * len(prompt.documents)
+        for read in in_context(list(map(Read, prompt.kept_ids, prompt.documents, about)), context, self.read):
+            if not self.documents.contains(prompt.head_ids, read.token_ids, read.behind):
+                self.documents.find_or_encode(prompt.head_ids, *read)
         return [self.documents.key(token_ids) for token_ids in prompt.kept_ids]
 
-    def sync(self, documents: Iterable[object], corpus: str = "default") -> SyncReport:
+    def sync(
+        self, documents: Iterable[object], corpus: str = "default", *, context: Context | None = None
+    ) -> SyncReport:
         """Make the items match a corpus: encode new texts, keep unchanged ones, delete removed ones.
 
         Args:
             documents: whatever `from_textual_memory` takes. Two with the same text are one. A str is one document.
             corpus: its name. What other corpora brought here stays as it is.
+            context: as for `add`. A document before which another one stands now is encoded again.
 
         Raises:
             EmptyPromptError: a document is empty. Nothing was changed.
+            UnsupportedModelError: `context` with a server, or with a model that has recurrent layers.
         """
-        read = [
-            (self._segment(text), text, metadata) for text, metadata in map(text_and_metadata, documents_of(documents))
-        ]
+        self.documents.check_context(context)
+        read = in_context(list(map(self.read, documents_of(documents))), context, self.read)
         return sync(self.documents, self._instruction_ids, read, corpus)
 
     def purge(self, source: str, dumps: Iterable[str | PathLike[str]] = ()) -> DeletionReport:
@@ -600,6 +629,11 @@ class KVCacheMemory:
     @property
     def _instruction_ids(self) -> Ids:
         return self.engine.template.instruction_ids(self.instruction)
+
+    def read(self, document: object) -> Read:
+        """A document's tokens, text and metadata."""
+        text, metadata = text_and_metadata(document)
+        return Read(self._segment(text), text, metadata)
 
     def _segment(self, text: str) -> Ids:
         return self.engine.template.encode_text(segment(text, self.separator))

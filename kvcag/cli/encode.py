@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kvcag.stores.format import Manifest
 
 _SPLIT = "Cut files into items of at most this many tokens."
+_CONTEXT = "Encode each item behind the one before it in its file: merged answers are more faithful."
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class Encoding:
     namespace: Namespace = ""
     instruction: Instruction = INSTRUCTION
     split: Annotated[int | None, typer.Option("--split", min=16, metavar="TOKENS", help=_SPLIT)] = None
+    context: Annotated[Literal["previous"] | None, typer.Option("--context", help=_CONTEXT)] = None
     as_json: Json = False
 
     def open(self) -> KVStore:
@@ -71,7 +73,7 @@ def encode(
 
     reading = read_texts(paths)
     memory = options.memory(options.open())
-    diff = _diff(memory, reading, options.split, lambda manifest: False)
+    diff = _diff(memory, reading, options.split, lambda manifest: False, options.context)
     done = {"encoded": len(diff.new), "kept": len(diff.wanted) - len(diff.new), "tokens": _encode(memory, diff)}
     line = f"{common.counted(done['encoded'], 'item')} encoded ({done['tokens']:,} tokens), {done['kept']} kept already"
     _report(done, line, diff, reading, memory, options.as_json)
@@ -104,7 +106,7 @@ def sync(
     elif options.store is None or options.store.is_dir():
         store = open_existing(options.store, options.namespace)
     memory = options.memory(store or MemoryStore())
-    diff = _diff(memory, reading, options.split, _made_here(memory, path, reading.unreadable))
+    diff = _diff(memory, reading, options.split, _made_here(memory, path, reading.unreadable), options.context)
     tokens = 0 if dry_run else _encode(memory, diff)
     if diff.gone and not dry_run:
         entries, _ = read_entries(store)
@@ -129,12 +131,19 @@ def bring(memory: KVCacheMemory, reading: Reading) -> dict[str, Any]:
     return diff.wanted
 
 
-def _diff(memory: KVCacheMemory, reading: Reading, limit: int | None, is_mine: Callable[[Manifest], bool]) -> SyncDiff:
+def _diff(
+    memory: KVCacheMemory,
+    reading: Reading,
+    limit: int | None,
+    is_mine: Callable[[Manifest], bool],
+    context: str | None = None,
+) -> SyncDiff:
     """Compare the texts with the store. A text that does not fit is refused before anything is encoded."""
     from kvcag.chat_template import segment
     from kvcag.cli.files import split
-    from kvcag.contexts import diff
+    from kvcag.contexts import Read, diff, in_context
 
+    memory.documents.check_context(context)
     template = memory.engine.template
     head_ids = template.instruction_ids(memory.instruction)
     room = memory.engine.context_length - len(head_ids)
@@ -147,22 +156,24 @@ def _diff(memory: KVCacheMemory, reading: Reading, limit: int | None, is_mine: C
                     f"{piece.metadata['source']}: {len(token_ids):,} tokens, and the model's context holds {room:,} "
                     f"after the instruction. Cut it with --split {max(16, room // 8)}."
                 )
-            read.append((token_ids, piece.text, piece.metadata))
-    return diff(memory.documents, head_ids, read, is_mine)
+            read.append(Read(token_ids, piece.text, piece.metadata))
+    return diff(memory.documents, head_ids, in_context(read, context), is_mine)
 
 
 def _encode(memory: KVCacheMemory, diff: SyncDiff) -> int:
     """Encode and keep new texts; return the number of their tokens."""
+    from kvcag.contexts import with_names
+
     documents, head_ids = memory.documents, memory.engine.template.instruction_ids(memory.instruction)
     total = sum(len(diff.wanted[key][0]) for key in diff.new)
     try:
         with common.progress("encoding", total, "tokens") as advance:
             for key in diff.new:
-                token_ids, text, metadata = diff.wanted[key]
+                token_ids, text, metadata, behind = diff.wanted[key]
                 advance(0, os.path.basename(metadata["source"]))
                 began = time.perf_counter()
-                with documents.keeping(token_ids, text, metadata):
-                    item = documents.encode(head_ids, token_ids, text, metadata)
+                with documents.keeping(token_ids, text, with_names(metadata, behind)):
+                    item = documents.encode(head_ids, token_ids, text, metadata, behind)
                     item.metadata[common.ENCODING_S] = round(time.perf_counter() - began, 3)
                     documents.put(item)
                 advance(len(token_ids))

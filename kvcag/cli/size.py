@@ -55,6 +55,7 @@ def size(
                 "bytes_per_token_int8": per_token["int8"],
                 "bytes": (per_token["kept"] * tokens + states) * documents,
                 "bytes_int8": (per_token["int8"] * tokens + states) * documents,
+                "computed_again_s": tokens / prefill if prefill else None,
                 "break_even": {name: _finite({"load": made.load, **asdict(made)}) for name, made in even.items()},
             }
         )
@@ -80,6 +81,12 @@ def size(
     console.print(common.table(["dtype", ">bytes per token", *amounts], rows))
     for name, made in even.items():
         console.print(f"{labels[name]}: {_verdict(made)}")
+    if prefill is not None:
+        again, more = 1000 * tokens / prefill, common.size(per_token["kept"] * tokens)
+        console.print(
+            f"encoded in context: where a document comes first, it is computed again in {again:,.1f} ms, and takes "
+            f"{more} more while it is a recent context"
+        )
 
 
 def _finite(figures: dict[str, object]) -> dict[str, object]:

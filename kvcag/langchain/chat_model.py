@@ -25,6 +25,7 @@ from typing_extensions import Self
 
 from kvcag.adapters import MERGE_SETTINGS, SAMPLING_SETTINGS, LazyMemory, call_settings, choice_of
 from kvcag.concurrency import in_thread, iterate
+from kvcag.contexts import Context
 from kvcag.core import DEFAULT_RATIO, MAX_KL, Strategy
 from kvcag.cube.memory_cube import MemoryCube
 from kvcag.engines.base import Engine
@@ -260,6 +261,7 @@ class ChatKVCAG(BaseChatModel):
         documents: object,
         prompt: BasePromptTemplate[Any] | None = None,
         *,
+        context: Context | None = None,
         progress: bool = True,
         **prompt_settings: Any,
     ) -> list[str]:
@@ -272,6 +274,7 @@ class ChatKVCAG(BaseChatModel):
             prompt: the prompt in which they will stand, as for `create_cag_documents_chain`. They are encoded behind
                 the text that it shows before them, which keeps merged answers closer to those of a full prefill.
                 Without it, they are encoded behind the opening of a system turn.
+            context: as for `KVCacheMemory.add`: `"previous"`, or a retriever.
             progress: show a progress bar, which counts what is left out.
             **prompt_settings: `document_prompt`, `document_separator` and `document_variable_name`, as for the chain.
 
@@ -280,20 +283,22 @@ class ChatKVCAG(BaseChatModel):
         """
         listed = read_documents(documents)
         with _Progress(len(listed), progress) as bar:
-            return [id for id in map(bar.step, encode_ahead(self.memory(), listed, prompt, **prompt_settings)) if id]
+            steps = encode_ahead(self.memory(), listed, prompt, context, **prompt_settings)
+            return [id for id in map(bar.step, steps) if id]
 
     async def aprecompute(
         self,
         documents: object,
         prompt: BasePromptTemplate[Any] | None = None,
         *,
+        context: Context | None = None,
         progress: bool = True,
         **prompt_settings: Any,
     ) -> list[str]:
         """`precompute`, in worker threads."""
         listed = read_documents(documents)
         with _Progress(len(listed), progress) as bar:
-            steps = iterate(lambda: encode_ahead(self.memory(), listed, prompt, **prompt_settings))
+            steps = iterate(lambda: encode_ahead(self.memory(), listed, prompt, context, **prompt_settings))
             async with aclosing(steps) as ids:
                 return [id async for made in ids if (id := bar.step(made))]
 

@@ -24,6 +24,7 @@ from pydantic import Field, SkipValidation
 
 from kvcag.chat_template import SEPARATOR, segment
 from kvcag.chat_template import Document as TextDocument
+from kvcag.contexts import Behind, Context, Read, in_context
 from kvcag.documents import as_json, documents_of, text_and_metadata
 from kvcag.errors import ContextLengthError, EmptyPromptError, InvalidInputError
 from kvcag.langchain.messages import noted_documents, to_messages, with_documents
@@ -207,7 +208,11 @@ def read_documents(documents: object) -> list[Document]:
 
 
 def encode_ahead(
-    memory: KVCacheMemory, documents: Sequence[Document], prompt: BasePromptTemplate[Any] | None, **settings: Any
+    memory: KVCacheMemory,
+    documents: Sequence[Document],
+    prompt: BasePromptTemplate[Any] | None,
+    context: Context | None = None,
+    **settings: Any,
 ) -> Iterator[str | None]:
     """Encode and keep documents, one at each step, and yield their ids; None for one that is left out.
 
@@ -216,16 +221,19 @@ def encode_ahead(
         documents: what a retriever may find. One that is empty, or that exceeds the model's context, is left out with
             a warning.
         prompt: the prompt in which they will stand; None: a system message that holds nothing else.
+        context: as for `KVCacheMemory.add`.
         **settings: further attributes of `DocumentsPrompt`.
 
     Raises:
         InvalidInputError: a variable of the prompt stands before the documents.
     """
     shown = DocumentsPrompt(prompt=prompt or _ANY_PROMPT, **settings)
-    for number, document in enumerate(documents, start=1):
+    memory.documents.check_context(context)
+    reads = in_context([Read((), one.page_content, one.metadata) for one in documents], context, memory.read)
+    for number, (document, read) in enumerate(zip(documents, reads, strict=True), start=1):
         id = None
         try:
-            id = _keep(memory, shown, document)
+            id = _keep(memory, shown, document, read.behind)
         except EmptyPromptError:
             _warn_left_out(number, document, "it is empty")
         except ContextLengthError as error:
@@ -233,7 +241,7 @@ def encode_ahead(
         yield id
 
 
-def _keep(memory: KVCacheMemory, prompt: DocumentsPrompt, document: Document) -> str:
+def _keep(memory: KVCacheMemory, prompt: DocumentsPrompt, document: Document, behind: Behind) -> str:
     """Encode and keep a document as the prompt shows it, and return its id."""
     given, place = _without_question(prompt, document)
     messages = to_messages(given)
@@ -244,7 +252,11 @@ def _keep(memory: KVCacheMemory, prompt: DocumentsPrompt, document: Document) ->
         if isinstance(part, TextDocument) and part
     ]
     own = places.index(place)  # the prompt may mark other blocks as documents
-    return memory.keep(messages, [as_json(document.metadata) if at == own else {} for at in range(len(places))])[own]
+    metadata = [as_json(document.metadata) if at == own else {} for at in range(len(places))]
+    if behind is None:
+        return memory.keep(messages, metadata)[own]
+    before = [Document(page_content=near.text, metadata=dict(near.metadata)) for near in behind]
+    return memory.keep(messages, metadata, context=lambda text: before)[own]
 
 
 def fitting(memory: KVCacheMemory, documents: Sequence[Document], instruction: str) -> list[Document]:

@@ -16,6 +16,7 @@ from pydantic import Field, PrivateAttr
 from typing_extensions import Self
 
 from kvcag.concurrency import in_thread
+from kvcag.contexts import Context
 from kvcag.core import DeletionReport
 from kvcag.errors import InvalidInputError
 from kvcag.llama_index.messages import to_messages
@@ -36,6 +37,8 @@ class KVCacheTransform(TransformComponent):
             text that the synthesizer's template shows before the documents.
         docstore: the pipeline's document store.
         collection: a name for these documents, where several pipelines fill one store.
+        context: what each node is encoded behind, as for `KVCacheMemory.add`: `"previous"` is the node before it of the
+            same document.
 
     Raises:
         InvalidInputError: the synthesizer is exact, and so makes one document of all texts.
@@ -44,9 +47,11 @@ class KVCacheTransform(TransformComponent):
     fingerprint: str = Field(description="The model: its weights, dtype and chat template.")
     template: str = Field(description="The prompt that will show the documents.")
     collection: str = Field(description="The name of these documents.")
+    context: str = Field(description="What a node is encoded behind; empty for the instruction alone.")
 
     _synthesizer: CAGSynthesizer = PrivateAttr()
     _docstore: BaseDocumentStore | None = PrivateAttr()
+    _context: Context | None = PrivateAttr()
 
     def __init__(
         self,
@@ -55,6 +60,7 @@ class KVCacheTransform(TransformComponent):
         synthesizer: CAGSynthesizer | None = None,
         docstore: BaseDocumentStore | None = None,
         collection: str = "documents",
+        context: Context | None = None,
     ) -> None:
         synthesizer = synthesizer or CAGSynthesizer(llm)
         if synthesizer.exact:
@@ -65,10 +71,12 @@ class KVCacheTransform(TransformComponent):
             "fingerprint": synthesizer.cag.engine.fingerprint.digest,
             "template": json.dumps(to_messages(synthesizer.messages("", ["…"]))),
             "collection": collection,
+            "context": context if isinstance(context, str) else type(context).__name__ if context else "",
         }
         super().__init__(**fields)
         self._synthesizer = synthesizer
         self._docstore = docstore
+        self._context = context
 
     @classmethod
     def class_name(cls) -> str:
@@ -89,6 +97,7 @@ class KVCacheTransform(TransformComponent):
             kept = self._synthesizer.cag.memory.keep(
                 to_messages(self._synthesizer.messages("", [text for text, _ in said])),
                 [{"ref_doc_id": source, "collection": self.collection} for _, source in said],
+                context=self._context,
             )
         live = set(self._docstore.get_all_document_hashes().values()) if self._docstore else None
         self._forget(set(kept), set(sources), live)
@@ -127,11 +136,17 @@ class KVCacheTransform(TransformComponent):
         return self._again(self._synthesizer), ()
 
     def _again(self, synthesizer: CAGSynthesizer) -> partial[Self]:
-        return partial(type(self), synthesizer=synthesizer, docstore=self._docstore, collection=self.collection)
+        return partial(
+            type(self),
+            synthesizer=synthesizer,
+            docstore=self._docstore,
+            collection=self.collection,
+            context=self._context,
+        )
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], **kwargs: Any) -> Self:
-        """From what `to_dict` wrote, and the `llm` or the `synthesizer`, which are not part of it.
+        """From what `to_dict` wrote, and the `llm` or the `synthesizer`, and the `context`, which are not part of it.
 
         Raises:
             InvalidInputError: the model or the template is another one.
@@ -139,4 +154,6 @@ class KVCacheTransform(TransformComponent):
         made = cls(**{"collection": data["collection"], **kwargs})
         if (made.fingerprint, made.template) != (data["fingerprint"], data["template"]):
             raise InvalidInputError("the transform was made for another model or template: pass the same llm again")
+        if made.context != data["context"]:
+            raise InvalidInputError(f"the transform was made with context {data['context']!r}: pass it again")
         return made

@@ -27,6 +27,9 @@ SOURCE_FIELDS = ("source", "source_text", "file_path", "doc_id", "ref_doc_id")
 MADE_OF = "made_of"
 """Metadata field of a context of several documents: a list of their texts and of the names of their sources."""
 
+ENCODED_BEHIND = "encoded_behind"
+"""Metadata field of a document that was encoded behind another one: a list of that one's text and of its sources."""
+
 Described: TypeAlias = Manifest | EncodedItem
 """What says what an item was made from: its manifest, or an item whose keys and values are not made yet."""
 
@@ -330,7 +333,8 @@ _working = threading.Lock()
 
 def made_from(item: Described, source: str) -> bool:
     """Whether an item was made from `source`, alone or together with other texts."""
-    sources = sources_of(item.metadata)
+    known = item.metadata.get(ENCODED_BEHIND, ())  # by its keys and values
+    sources = sources_of(item.metadata).union(known)
     texts = (*item.records.text_memories, item.records.composed_text_memory, *sources)
     return source in sources or any(says(text, source) for text in texts)
 

@@ -202,6 +202,7 @@ def test_the_command_says_which_is_sooner(config: Path, speeds: tuple[float, flo
     assert f"bfloat16: {says}" in said
     kept = json.loads(run("-m", config, "--tokens", 10, *options, "--json")[1])["break_even"]["kept"]
     assert kept["load"] is says.startswith("load")
+    assert "it is computed again in 10.0 ms, and takes 1.9 kB more" in said
 
 
 @pytest.mark.parametrize(
