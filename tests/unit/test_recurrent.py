@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import random
+import subprocess
+import sys
+from functools import cache
+from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -96,16 +102,44 @@ def test_a_second_turn_prefills_what_is_new_and_answers_as_a_full_prefill(model:
         said += [{"role": "assistant", "content": text}, {"role": "user", "content": f"and then {turn}?"}]
 
 
-def test_a_stored_context_serves_a_fresh_engine(model: PreTrainedModel, tmp_path: Path) -> None:
-    first = KVCacheMemory(engine_of(model), tmp_path)
-    first.add("".join(TEXTS))
-    fresh = KVCacheMemory(engine_of(model), tmp_path)
-    answer = fresh.ask("When?", strategy="exact", max_new_tokens=8)
+READS = """
+import json, sys
+from pathlib import Path
+from tests.unit.test_recurrent import FAMILIES, read_back
+print(json.dumps({name: read_back(name, Path(sys.argv[1])) for name in FAMILIES}))
+"""
+
+
+def read_back(name: str, folder: Path) -> list[Any]:
+    """What is in a family's store, and what is answered from it: a digest, the text, and the tokens reused."""
+    memory = KVCacheMemory(engine_of(tiny_model(name, **FAMILIES[name])), folder / name)
+    answer = memory.ask("When?", strategy="exact", max_new_tokens=8)
     assert answer.report is not None
-    assert answer.report.reused_tokens == len(next(iter(first)).token_ids), "all but the head"
-    expected = KVCacheMemory(bare(model))
-    expected.add("".join(TEXTS))
-    assert answer.text == expected.ask("When?", max_new_tokens=8).text
+    return [digest_of(memory), answer.text, answer.report.reused_tokens]
+
+
+def digest_of(memory: KVCacheMemory) -> str:
+    """Over the token ids, keys, values, states and maps of its one item."""
+    (item,) = memory.get_all()
+    layers = layers_of(item.memory)
+    assert layers.states is not None
+    kept = [item.token_ids, *chain(*layers), *layers.states.flat]
+    return sha256(b"".join(t.contiguous().numpy().tobytes() for t in kept)).hexdigest()
+
+
+def test_what_is_stored_is_loaded_equal_by_a_fresh_process_and_answers_as_a_full_prefill(tmp_path: Path) -> None:
+    expected = {}
+    for name, config in FAMILIES.items():
+        made = tiny_model(name, **config)
+        memory, plain = KVCacheMemory(engine_of(made), tmp_path / name), KVCacheMemory(bare(made))
+        (item_id,) = memory.add("".join(TEXTS))
+        plain.add("".join(TEXTS))
+        all_but_the_head = len(memory.get(item_id).token_ids)
+        expected[name] = [digest_of(memory), plain.ask("When?", max_new_tokens=8).text, all_but_the_head]
+    command = [sys.executable, "-c", READS, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == expected
 
 
 def test_an_item_reads_back_as_it_was_written(model: PreTrainedModel) -> None:
@@ -158,20 +192,22 @@ def test_a_long_prompt_is_kept_at_distances_that_cost_no_more_than_its_keys() ->
 
 
 @given(seed=st.integers(0, 2**32))
-@settings(max_examples=20, deadline=None)
-def test_whatever_is_edited_in_a_conversation_the_answer_is_a_full_prefills(seed: int) -> None:
-    engine, plain = _EDITED
+@settings(max_examples=25, deadline=None)
+def test_whatever_of_200_edits_is_made_in_a_conversation_the_answer_is_a_full_prefills(seed: int) -> None:
+    """25 conversations of eight edits each, each with one of the families."""
     chance = random.Random(seed)
+    engine, plain = edited(chance.choice([*FAMILIES]))
     said: list[Any] = [{"role": "user", "content": "hello"}]
-    for _ in range(10):
-        edit = chance.choice(["say", "say", "drop", "change", "shorten"])
-        at = chance.randrange(len(said))
+    for _ in range(8):
+        edit, at = chance.choice(["say", "drop", "change", "shorten"]), chance.randrange(len(said))
         if edit == "drop" and len(said) > 1:
             del said[at]
-        elif edit == "change":
-            said[at] = {**said[at], "content": chance.choice(["yes", "no", "perhaps " * 20])}
         elif edit == "shorten":
             said[at] = {**said[at], "content": said[at]["content"][: chance.randrange(1, 9)]}
+        elif edit == "say":
+            said.insert(at, {"role": chance.choice(["user", "assistant"]), "content": "by the way"})
+        else:
+            said[at] = {**said[at], "content": chance.choice(["yes", "no", "perhaps " * 20])}
         prompt = engine.build_prompt([*said, {"role": "user", "content": "and?"}])
         answers = [
             "".join(chunk.text for chunk in one.stream(prompt, one.sampling(max_new_tokens=4)))
@@ -181,9 +217,8 @@ def test_whatever_is_edited_in_a_conversation_the_answer_is_a_full_prefills(seed
         said += [{"role": "user", "content": "and?"}, {"role": "assistant", "content": answers[0] or "-"}]
 
 
-def _edited() -> tuple[HFEngine, HFEngine]:
-    model = tiny_model("qwen3_5_text", **DELTA)
+@cache
+def edited(name: str) -> tuple[HFEngine, HFEngine]:
+    """An engine whose recent contexts are few, and one that keeps nothing."""
+    model = tiny_model(name, **FAMILIES[name])
     return engine_of(model, prefix_cache_bytes=4 << 20), bare(model)
-
-
-_EDITED = _edited()
