@@ -199,7 +199,7 @@ def _weights_digest(model: torch.nn.Module) -> str:
             lines.append(f"{name} {sorted(adapters.items())}")
         buffers = {n: each for n, each in module._buffers.items() if n not in module._non_persistent_buffers_set}
         offloaded = getattr(getattr(module, "_hf_hook", None), "weights_map", None)  # by accelerate, to CPU or disk
-        for own, tensor in {**module._parameters, **buffers}.items():
+        for own, tensor in {**module._parameters, **buffers, **_scales(module)}.items():
             if tensor is not None and tensor.is_meta and offloaded is not None:
                 tensor = offloaded[own]
             if tensor is not None and _is_used(model, path, own):
@@ -207,6 +207,19 @@ def _weights_digest(model: torch.nn.Module) -> str:
                     f"{name}.{own} {tuple(tensor.shape)} {tensor.dtype} {_tensor_digest(tensor.detach(), scratch)}"
                 )
     return _sha256("\n".join(sorted(lines)))
+
+
+def _scales(module: torch.nn.Module) -> dict[str, torch.Tensor | None]:
+    """What bitsandbytes multiplies its codes with, and keeps neither as a parameter nor as a buffer."""
+    weight = module._parameters.get("weight")
+    of_4_bits, of_8_bits = getattr(weight, "quant_state", None), getattr(module, "state", None)
+    scale = getattr(weight, "SCB", None)  # of 8 bits: from the first pass on it is the module's
+    return {
+        "weight.scale": getattr(of_8_bits, "SCB", None) if scale is None else scale,
+        "weight.absmax": getattr(of_4_bits, "absmax", None),
+        "weight.offset": getattr(of_4_bits, "offset", None),
+        "weight.absmax.absmax": getattr(getattr(of_4_bits, "state2", None), "absmax", None),
+    }
 
 
 def _is_used(model: torch.nn.Module, path: str, name: str) -> bool:

@@ -141,6 +141,9 @@ class HFEngine(Engine):
         Sampling.of(**(defaults or {}))
         self.defaults = dict(defaults or {})
         self.model = model.eval()
+        if getattr(model, "is_loaded_in_4bit", False):  # on a CPU, bitsandbytes packs them anew in the first pass
+            with torch.no_grad():
+                model(torch.zeros(1, 1, dtype=torch.long, device=device_of(model)))
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer, template_variables, control_tokens=control_tokens)
         self._kinds = kinds_of(model)

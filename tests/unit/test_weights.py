@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from kvcag import HFEngine, KVCacheMemory
 from kvcag.cache.layers import _CONTINUES, layers_of
@@ -138,6 +138,31 @@ def test_quantised_weights_merge_and_have_a_fingerprint_of_their_own(bits: int) 
     merged = merge(models[0], parts, ids(9, seed=9), strategy="full")
     assert error(merged.layers, encode(models[0], tokens_of(parts))) < (1e-5 if bits == 8 else 0.05)
     assert {t.dtype for kv in layers_of(engine_of(models[0]).build_kv_cache("a")) for t in kv} == {dtype}
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_of_bitsandbytes_merge_and_their_scales_are_part_of_the_fingerprint(
+    bits: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """8-bit ones lie elsewhere after the first pass than before it."""
+    pytest.importorskip("bitsandbytes")
+    caplog.set_level("ERROR")
+    models = []
+    for times in (1, 1, 2):
+        made = tiny_model(hidden_size=128, intermediate_size=128, head_dim=32)
+        made.model.layers[0].mlp.up_proj.weight.data.mul_(times)
+        made.save_pretrained(tmp_path / str(times))
+        config = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
+        models.append(AutoModelForCausalLM.from_pretrained(tmp_path / str(times), quantization_config=config))
+    plain = engine_of(made).fingerprint
+    first, same, other = (engine_of(model).fingerprint for model in models)
+    assert [first.matches(print) for print in (same, other, plain)] == [True, False, False]
+    assert len(answers(models[0])) == 3
+    assert engine_of(models[0]).fingerprint.matches(first)
+    parts = parts_of(models[0], ids(7), [ids(33, seed=1), ids(20, seed=2)])
+    merged = merge(models[0], parts, ids(9, seed=9), strategy="full")
+    assert error(merged.layers, encode(models[0], tokens_of(parts))) < (0.02 if bits == 8 else 1e-5)
+    assert {t.dtype for kv in layers_of(engine_of(models[0]).build_kv_cache("a")) for t in kv} == {torch.float32}
 
 
 def test_packed_weights_that_are_buffers_are_part_of_the_fingerprint(whole: PreTrainedModel) -> None:
