@@ -4,7 +4,7 @@
 
 For each context: prefill it, keep the cache as a file of ours would, once in bfloat16 and once as int8, and from each
 decode the same 24 tokens one by one (those that the bfloat16 cache gives greedily). The figure is KL(bfloat16 || int8)
-in nats a token. In one pass over the whole text the cache would never be read, and the figure be zero.
+in nats per token. In one pass over the whole text the cache would never be read, and the figure be zero.
 
 It is measured with the arithmetic in float32, where only the caches differ, and in bfloat16, where the last bit of any
 number moves every logit: so beside it stands the same figure for a bfloat16 cache whose last bits were drawn at random.

@@ -1,4 +1,4 @@
-"""What the adapters for LangChain and LlamaIndex share: models loaded on first use, and the settings of a call."""
+"""Shared by the adapters for LangChain and LlamaIndex: models loaded on first use, and the settings of a call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured once a model: how much merging costs in accuracy, and the usual drift of a document."""
+"""Measured once per model: how much merging costs in accuracy, and the usual drift of a document."""
 
 from __future__ import annotations
 
@@ -56,10 +56,10 @@ Progress: TypeAlias = Callable[[int, int], None]
 
 
 class Verdict(BaseModel):
-    """What one strategy gave, averaged over the probes.
+    """The result of one strategy, averaged over the probes.
 
     Attributes:
-        kl: KL(full prefill ‖ merged), nats a token, over the greedy tokens of the full prefill.
+        kl: KL(full prefill ‖ merged), nats per token, over the greedy tokens of the full prefill.
         agreement: share of those tokens where the likeliest one is the same.
         cost: time to first token over that of a full prefill of the same tokens.
     """
@@ -97,12 +97,12 @@ class Calibration(BaseModel):
         return f"merge with {how}: {best.kl:.2g} nats per token at {best.cost:.0%} of the cost"
 
     def save(self) -> Path:
-        """Keep it for this model, in place of an earlier one."""
+        """Save it for this model, in place of an earlier one."""
         return write_learned(_file(self.fingerprint), self.model_dump_json(indent=1).encode())
 
     @classmethod
     def load(cls, fingerprint: str) -> Calibration | None:
-        """What was kept for a model; None where nothing was, or what there is cannot be read."""
+        """The calibration that was saved for a model; None if there is none, or it cannot be read."""
         try:
             return cls.model_validate_json(read_learned(_file(fingerprint)))
         except ValidationError:
@@ -193,7 +193,7 @@ def _ended(text: str) -> str:
 
 
 def calibration_of(engine: Engine) -> Calibration | None:
-    """What `calibrate` measured of this model, now or in another process; None if it was never called."""
+    """The calibration of this model, from this process or an earlier one; None if there is none."""
     digest, known = engine.fingerprint.digest, _calibrations.setdefault(engine, {})
     if digest not in known:
         known[digest] = Calibration.load(digest)
@@ -232,8 +232,8 @@ class _Probe:
         self.reference = torch.stack(rows).log_softmax(-1)
 
     def measure(self, strategy: MergeStrategy, ratio: float) -> tuple[float, float, float]:
-        """KL a token, agreement, and time to first token over that of the full prefill."""
-        drift = usual_drift_of(self.engine)  # found once a model: no cost of the strategy that is measured first
+        """KL per token, agreement, and time to first token over that of the full prefill."""
+        drift = usual_drift_of(self.engine)  # before the clock starts: it is found once per model
         begin = time.perf_counter()
         with self.engine.exclusive() as model:
             tail_ids = torch.tensor(self.tail_ids)
@@ -279,8 +279,8 @@ _TOKENS = 128
 def usual_drift_of(engine: HFEngine) -> UsualDrift | None:
     """How the keys and values of a document usually change behind other documents, for merges that recompute nothing.
 
-    Learned once a model, which encodes some 2,300 tokens, and kept for later processes. None for a model whose context
-    is too short for two of the passages.
+    Learned once per model, by encoding some 2,300 tokens, and saved for later processes. None for a model whose
+    context is too short for two of the passages.
     """
     with _learning:
         digest, known = engine.fingerprint.digest, _drifts.setdefault(engine, {})
@@ -309,8 +309,8 @@ def _usual_drift(engine: HFEngine) -> UsualDrift | None:
         write_learned(file, save({str(index): layer.cpu() for index, layer in enumerate(drift.layers)}))
     except StoreUnavailableError as error:
         warnings.warn(
-            f"what this model's documents usually drift by could not be kept for later processes: {error}. "
-            "Each will learn it anew; set KVCAG_CACHE to a folder that can be written.",
+            f"the usual drift of this model's documents could not be saved for later processes: {error}. "
+            "Each process will learn it anew; set KVCAG_CACHE to a folder that can be written.",
             CacheWarning,
             stacklevel=2,
         )
@@ -318,7 +318,7 @@ def _usual_drift(engine: HFEngine) -> UsualDrift | None:
 
 
 def _passages(engine: HFEngine, room: int) -> list[tuple[int, ...]]:
-    """As many as fit, in tokens."""
+    """The tokens of as many passages as fit."""
     passages: list[tuple[int, ...]] = []
     for text in PASSAGES:
         ids = engine.template.encode(f"{text}\n\n")[:_TOKENS]
@@ -413,7 +413,7 @@ PASSAGES = (
 
 
 def learned_file(kind: str, name: str) -> Path:
-    """Where it stands: below `KVCAG_CACHE`, or else the user's cache folder."""
+    """The path of a learned file: below `KVCAG_CACHE`, or else below the user's cache folder."""
     root = os.environ.get("KVCAG_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kvcag"
     return Path(root).expanduser() / kind / name
 

@@ -324,7 +324,7 @@ class ChatTemplate:
     def _render_open(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, add_generation_prompt: bool
     ) -> str:
-        """As `render`. A last message that is a prefix stays open, and opens no turn behind it."""
+        """`render`, but a last message that is a prefix is left open, and no turn begins behind it."""
         last = messages[-1]
         if not (add_generation_prompt and last.get("prefix") and last["role"] == "assistant"):
             return self.render(messages, tools=tools, add_generation_prompt=add_generation_prompt)

@@ -100,7 +100,7 @@ class _Worker:
 
 
 def _called(function: Callable[..., T], *given: Any, **named: Any) -> T:
-    """What a function returns, or its error as one that a future can hold.
+    """Call a function, and raise its error as one that a future can hold.
 
     Python before 3.12 cannot put a `StopIteration` into a future: its awaiter would wait for ever.
     """
@@ -123,7 +123,7 @@ class Cancelled(Exception):  # noqa: N818 - a signal; nothing went wrong
 
 
 class Cancellation:
-    """How the thread that works for a reader learns that the reader has left.
+    """Tells the thread that works for a reader that the reader has left.
 
     A generator can be closed only between two steps, and a step may take long. So the reader's thread leaves a
     `Cancellation` in the context in which the steps run.
@@ -204,7 +204,8 @@ _POLL_SECONDS = 0.02
 def at_once(calls: Sequence[Callable[[], T]], most: int) -> list[T]:
     """Make calls, `most` at a time, each in a thread with a copy of the caller's context, and return their results.
 
-    The first error is raised, and cancels the other calls (`Cancellation`); so does the caller's reader who leaves.
+    The first error is raised, and cancels the other calls (`Cancellation`). They are also cancelled when the caller's
+    reader leaves.
     """
     left = Cancellation()
 
@@ -233,7 +234,7 @@ _QUIET_SECONDS = 0.05
 class ModelLock:
     """Hands the model to one thread at a time, in the order in which they ask.
 
-    Whoever holds the model calls `pause` between two layers, where it lets the others go first. So a long prefill
+    The holder of the model calls `pause` between two layers, where it lets the others go first. So a long prefill
     delays another answer's step by one layer, and not by the whole prefill. Background work waits until no answer wants
     the model. A thread whose reader has left (`Cancellation`) stops waiting at once.
     """

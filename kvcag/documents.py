@@ -1,4 +1,4 @@
-"""What can be read as a text: a str, several, a conversation, or another library's document."""
+"""Texts of documents: of a str, several, a conversation, or another library's document."""
 
 from __future__ import annotations
 

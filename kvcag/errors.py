@@ -2,7 +2,7 @@
 
 ```
 KVCAGError
-├── InvalidInputError (ValueError)          an argument that cannot work
+├── InvalidInputError (ValueError)          a wrong argument
 │   └── EmptyPromptError                    nothing to encode
 ├── PromptError                             this model cannot take this prompt; no ValueError: LlamaIndex swallows those
 │   ├── ContextLengthError                  prompt + max_new_tokens exceed the model's context
@@ -11,7 +11,7 @@ KVCAGError
 │   ├── UnsupportedContentError             images, audio, … in a message
 │   └── ConstraintError                     a schema, regex or grammar that cannot be used
 │       └── ConstraintBudgetError           its shortest completion does not fit max_new_tokens
-├── CacheMismatchError (ValueError)         a cache met something it was not made for
+├── CacheMismatchError (ValueError)         a cache was used with something it was not made for
 │   ├── FingerprintMismatchError            … another model, dtype, adapter or template
 │   └── TokenMismatchError                  … other token ids
 ├── UnsupportedModelError                   this model's cache cannot be reused or merged
@@ -19,7 +19,7 @@ KVCAGError
 ├── StoreError                              where items live
 │   ├── CorruptItemError                    cut, flipped or half written
 │   ├── FormatError                         not a file of ours, or of a newer version
-│   │   └── UnsafePickleError               a pickle that wants to run something
+│   │   └── UnsafePickleError               a pickle that calls something unknown
 │   ├── StoreFullError                      larger than the store's budget
 │   ├── StoreUnavailableError (OSError)     disk full, permission denied, remote gone
 │   └── SchedulerStateError                 a scheduler's database is damaged, locked or not one
@@ -27,7 +27,7 @@ KVCAGError
 │   ├── DeviceMemoryError                   the device has no memory left
 │   ├── ServerError                         the server refused a request, or failed at it
 │   ├── ServerUnavailableError (ConnectionError)  down, restarting, overloaded, or gone while it answered
-│   └── ServerTimeoutError (TimeoutError)   silent for longer than it may be
+│   └── ServerTimeoutError (TimeoutError)   it took too long to respond
 ├── ModelFetchError                         the embedded model could not be fetched or converted
 └── MissingExtraError (ImportError)         an optional dependency is not installed
 
@@ -51,7 +51,7 @@ class KVCAGError(Exception):
 
 
 class InvalidInputError(KVCAGError, ValueError):
-    """An argument that cannot work. Raised before any work is done."""
+    """An argument is wrong. Raised before any work is done."""
 
 
 class EmptyPromptError(InvalidInputError):
@@ -145,7 +145,7 @@ class CacheMismatchError(KVCAGError, ValueError):
 
 
 class FingerprintMismatchError(CacheMismatchError):
-    """A cache made by one model met another: its keys and values mean nothing there.
+    """A cache was used with another model than the one that produced it.
 
     Attributes:
         differences: one line for each part of the fingerprint that differs.
@@ -202,7 +202,7 @@ class FormatError(StoreError):
 
 
 class UnsafePickleError(FormatError):
-    """A pickle asks for something that no dump of caches needs. It was not run."""
+    """A pickle calls something that no dump of caches needs. It was not run."""
 
 
 class StoreFullError(StoreError):
@@ -269,7 +269,7 @@ class ServerUnavailableError(EngineError, ConnectionError):
 
 
 class ServerTimeoutError(EngineError, TimeoutError):
-    """A server said nothing for longer than it may."""
+    """Timed out waiting for a server's response."""
 
 
 class ModelFetchError(KVCAGError):

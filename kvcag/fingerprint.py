@@ -1,4 +1,4 @@
-"""Which model made a cache: keys and values mean something to the weights that made them, and to nothing else."""
+"""Which model made a cache. A cache works only with the model that produced it."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _NOT_COMPUTED_WITH = {
 
 
 class ModelFingerprint(BaseModel):
-    """What must be equal for a cache to be usable. Two fingerprints match when their `digest` is equal.
+    """Facts about a model that must be equal for a cache to be usable: two models match if their `digest` is equal.
 
-    `model_name` and `revision` are written down for people and not compared: `weights` says it better.
+    `model_name` and `revision` are for people. They are not compared: `weights` identifies the model.
     """
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())
@@ -129,17 +129,17 @@ _ROW, _ROWS = 64, {"cpu": 1 << 13}
 holds."""
 
 _MASK = torch.frombuffer(bytearray(hashlib.shake_256(b"kvcag").digest(8 * _ROW)), dtype=torch.int64)
-"""What each word of a row is changed with before the sum, so that words that change places change it."""
+"""Each word of a row is XORed with its word of this before the sum, so that swapping two words changes the sum."""
 
 
 _ADAPTERS = {"_active_adapter", "merged_adapters"}
-"""What the layers have in which PEFT wraps a model's own."""
+"""Attributes of the layers in which PEFT wraps a model's own."""
 _WRAPPED = {"base_layer", "original_module", ""}
-"""How such a layer names the model's own."""
+"""The names under which such a layer holds the model's own."""
 
 
 def weights_state(model: torch.nn.Module) -> tuple[list[object], list[object]]:
-    """What is other once weights were replaced or edited in place, or adapters loaded, switched, merged or unloaded.
+    """State that changes when weights are replaced or edited, or adapters loaded, switched, merged or unloaded.
 
     Takes 0.3 ms for SmolLM2.
 
@@ -223,7 +223,7 @@ def _scales(module: torch.nn.Module) -> dict[str, torch.Tensor | None]:
 
 
 def _is_used(model: torch.nn.Module, path: str, name: str) -> bool:
-    """Whether a parameter is none of an adapter that is not active."""
+    """Whether the model computes with a parameter. It does not with those of inactive adapters."""
     above, parts = model, [*path.split("."), name] if path else [name]
     for depth, part in enumerate(parts[:-1]):
         if _ADAPTERS & above.__dict__.keys() and part not in _WRAPPED:

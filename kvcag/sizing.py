@@ -220,7 +220,7 @@ def _recurrent(config: Any, name: str) -> tuple[list[bool], int, int]:
     states = layers_of(cache).states
     assert states is not None
     delta = [t for row in states.tensors for t in row[len(row) // 2 :] if t is not None and t.ndim == 4]
-    is_delta = hasattr(config, "linear_key_head_dim")  # a matrix a head; others have a number, which is nothing here
+    is_delta = hasattr(config, "linear_key_head_dim")  # a matrix per head; others have a number, which is nothing here
     maps = sum(4 * t.shape[1] * t.shape[2] ** 2 for t in delta) if is_delta else 0
     return [attends for attends, _ in kinds], nbytes(Layers((), states)), maps
 

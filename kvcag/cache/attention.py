@@ -74,7 +74,7 @@ head_dim)`; `key` and `value` hold all keys that the layer sees. A reader that m
 
 
 class EnoughError(Exception):
-    """What a pass was for is done: the rest of it is not needed."""
+    """Raised by a reader that has what it needs: the rest of the pass is not run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,9 +180,9 @@ def by_row(model: PreTrainedModel, caches: Sequence[Cache]) -> Iterator[RowsCach
 
 @contextmanager
 def _ours(decoder: torch.nn.Module) -> Iterator[str]:
-    """The decoder attends through us from the first of several passes at a time to the end of the last one.
+    """Within it, the decoder uses our attention function. Several passes may be inside at a time.
 
-    Gives the name of its own implementation.
+    Yields the name of the decoder's own implementation, which the end of the last pass restores.
     """
     config: Any = decoder.config
     with _swapping:
@@ -201,7 +201,7 @@ def _ours(decoder: torch.nn.Module) -> Iterator[str]:
 
 
 _swapped: WeakKeyDictionary[torch.nn.Module, tuple[str, int]] = WeakKeyDictionary()
-"""The own implementation of each decoder that attends through us now, and in how many passes."""
+"""For each decoder that uses our attention function now: its own implementation, and the number of passes."""
 _swapping = threading.Lock()
 
 
@@ -215,17 +215,17 @@ def put_back_attention() -> None:
 
 
 def _seen(positions: torch.Tensor, device: torch.device) -> list[tuple[slice, int]]:
-    """Which queries at `positions` attend together, and to how many keys."""
+    """The blocks of queries at `positions` that attend together, each with the number of keys that it attends to."""
     at = positions.tolist()
     sizes = _RUN if at and at[-1] - at[0] + 1 == len(at) else _BLOCK
     return [(block, at[block.stop - 1] + 1) for block in _blocks(len(at), sizes.get(device.type, 512))]
 
 
 def _blocks(queries: int, size: int) -> list[slice]:
-    """Queries that attend together. None but a lonely query leaves one over in a tile of 32.
+    """Blocks of queries that attend together. Avoids blocks of 32k + 1 queries, except a single query.
 
-    There, PyTorch's memory-efficient kernel reads another stride than that of keys that are broadcast, and the last
-    query's output is wrong (pytorch#191937, seen with 2.11 on an H100).
+    In such a block, PyTorch's memory-efficient kernel uses a wrong stride for broadcast keys, and the last query's
+    output is wrong (pytorch#191937, seen with 2.11 on an H100).
     """
     blocks = [slice(start, min(start + size, queries)) for start in range(0, queries, size)]
     start, stop = (blocks[-1].start, blocks[-1].stop) if blocks else (0, 0)
@@ -243,7 +243,7 @@ def _attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls. Returns `(batch, queries, heads, head_dim)`; `attention_mask` is never made for it."""
+    """The function that transformers calls. Returns `(batch, queries, heads, head_dim)`. `attention_mask` is None."""
     running = _running.get()
     if isinstance(running, _Pass):
         return _attend(running, module, query, key, value, scaling, kwargs), None
@@ -339,7 +339,7 @@ def _one_query(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float
 
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """What is added to the scores: eager functions take it so, and CUDA's fused kernels, with rows at multiples of 16.
+    """The mask as a term that is added to the scores, with rows at multiples of 16, as CUDA's fused kernels need.
 
     Given a bool mask, PyTorch makes this itself in each call, copied once more for the rows: half the call's time over
     32,855 keys on an H100 (2.9 ms against 1.6).

@@ -264,7 +264,7 @@ def cache_of(layers: Iterable[LayerKV]) -> DynamicCache:
 
 
 def _initialize(layer: DynamicLayer, like: torch.Tensor) -> None:
-    """What `lazy_initialization` does, without its empty tensors."""
+    """Initialise a layer as `lazy_initialization` does, without making empty tensors."""
     layer.device, layer.is_initialized = like.device, True
     layer.dtype = like.dtype  # type: ignore[attr-defined]  # read by transformers before 5.24
 
@@ -329,7 +329,7 @@ def generation_cache(
 ) -> DynamicCache:
     """The cache of one generation: a copy of `parts`, one after another, with room for `room` more tokens.
 
-    New tokens are written in place instead of concatenating the whole context once a token, so a decode step costs
+    New tokens are written in place instead of concatenating the whole context for each token, so a decode step costs
     the same after 10,000 tokens of context as after ten. It grows by doubling where the room does not suffice, and is
     released with its last reference.
 
@@ -421,7 +421,7 @@ class _PausingCache(DynamicCache):
 
 
 class GenerationCache(_PausingCache):
-    """What `generation_cache` makes."""
+    """The cache of one generation: see `generation_cache`."""
 
     layers: list[_AppendLayer]  # type: ignore[assignment]
     _known: tuple[int, int, np.ndarray] | None = None
@@ -430,8 +430,8 @@ class GenerationCache(_PausingCache):
         """Where kernels find what is held, with room for `new` more tokens: `(layers, 8)` int64.
 
         Address of the keys, of the values, tokens between two heads of both; the same three of what is lent; the
-        position of its first token, and how many tokens it has. None where nothing is held yet. Whoever writes tokens
-        behind what is held says so by `advance`.
+        position of its first token, and how many tokens it has. None if the cache is empty. After writing
+        tokens there, call `advance`.
         """
         if not self.layers or not self.layers[0].is_initialized:
             return None
@@ -710,7 +710,7 @@ def crop(cache: Cache, length: int) -> None:
 
 
 class RowsCache(_PausingCache):
-    """What a pass of one new token for each of several generations sees: each token goes into its own cache.
+    """The cache of a pass with one new token for each of several generations: each token goes into its own cache.
 
     Attributes:
         held: of the layer that runs now: keys and values of each generation, the new token's included.

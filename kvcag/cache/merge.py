@@ -96,7 +96,7 @@ def merge(
 ) -> Merged:
     """Move each part to its place, and recompute the tokens that the strategy picks.
 
-    The caller keeps everyone else from the model for the time of the call.
+    The caller holds the model during the call (`HFEngine.exclusive`).
 
     Args:
         model: the model that made every part.
@@ -231,7 +231,7 @@ def refine(
 ) -> Merged:
     """What another question needs of a context that was merged for an earlier one, recomputed in a copy of it.
 
-    The caller keeps everyone else from the model for the time of the call.
+    The caller holds the model during the call (`HFEngine.exclusive`).
 
     Args:
         model: the model that made the context.
@@ -250,7 +250,7 @@ def refine(
 
 @dataclass
 class MergedBefore:
-    """What is known of a merged context that is among an engine's recent contexts.
+    """A merged context that is among an engine's recent contexts.
 
     Attributes:
         layout: its tokens; `open` are those that no question has had recomputed.
@@ -274,7 +274,7 @@ class MergeHistory:
         self._lock = threading.Lock()
 
     def get(self, namespace: str, context_ids: tuple[int, ...]) -> MergedBefore | None:
-        """What is known of a context, if it was merged before."""
+        """A context, if it was merged before."""
         with self._lock:
             found = self._contexts.get((namespace, context_ids))
             if found is not None:
@@ -309,7 +309,7 @@ class MergeHistory:
 
 
 def _each(parts: Sequence[Part], of_parts: Sequence[int | bool]) -> torch.Tensor:
-    """What is said of each part, said of each of its tokens: 1-D."""
+    """The value of each part, repeated for each of its tokens: 1-D."""
     lengths = torch.tensor([len(part.token_ids) for part in parts])
     return torch.tensor(of_parts).repeat_interleave(lengths)
 
@@ -358,7 +358,7 @@ STATE_STRATEGIES = ("rotate", "full")
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """What stands where in a merged context; all 1-D, one entry a token.
+    """The tokens of a merged context; all tensors are 1-D, with one entry per token.
 
     Attributes:
         token_ids: int64.
@@ -406,7 +406,7 @@ def anchor(model: PreTrainedModel, layers: Sequence[LayerKV], layout: Layout, ta
 def deviation(
     model: PreTrainedModel, layers: Sequence[LayerKV], layout: Layout, tail_ids: torch.Tensor
 ) -> torch.Tensor:
-    """How far a token's key and value in layer 1 are from what they should be, as in CacheBlend (EuroSys'25).
+    """The distance of a token's key and value in layer 1 from the right ones, as in CacheBlend (EuroSys'25).
 
     One layer of attention over all open tokens, and no more: the pass is stopped when layer 1 has its keys.
     """
@@ -429,7 +429,7 @@ def deviation(
 
 
 def query(model: PreTrainedModel, layers: Sequence[LayerKV], layout: Layout, tail_ids: torch.Tensor) -> torch.Tensor:
-    """How much the question takes from a token: attention weight x norm of the value, over layers, heads, question.
+    """How much the question uses a token: attention weight x norm of the value, over layers, heads, question.
 
     The idea of ProphetKV (ICML'26) with a score of our own. Weights are summed as they are made, a block of question
     tokens at a time, so that no attention map is kept.
@@ -456,7 +456,7 @@ def query(model: PreTrainedModel, layers: Sequence[LayerKV], layout: Layout, tai
 
 _WEIGHTS = {"cpu": 2**20, "cuda": 2**25}
 """Attention weights held at a time: 4 and 128 MiB in fp32, and about as much again three times while they are made.
-Products of a few rows at a time keep a GPU waiting: over 32,855 keys 21 ms a layer with 2**22, 4 with this."""
+Products of a few rows at a time keep a GPU waiting: over 32,855 keys 21 ms per layer with 2**22, 4 with this."""
 
 
 def _attention_sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
@@ -607,7 +607,7 @@ class UsualDrift:
     """How keys and values change, on average, when documents stand before their own.
 
     Attributes:
-        layers: `(kv_heads, key and value features)` a layer, fp32; keys as at position 0.
+        layers: for each layer `(kv_heads, key and value features)`, fp32; keys as at position 0.
     """
 
     layers: list[torch.Tensor]
@@ -657,7 +657,7 @@ def _apart(side_by_side: torch.Tensor, key_dim: int) -> LayerKV:
 
 
 def _runs(which: torch.Tensor) -> list[slice]:
-    """Where a 1-D bool tensor is true, one slice a run."""
+    """The runs in which a 1-D bool tensor is true, as slices."""
     edges = torch.nn.functional.pad(which.int(), (1, 1)).diff().nonzero()[:, 0].tolist()
     return [slice(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
 
@@ -696,6 +696,6 @@ class _Drift:
 
 
 def _averages(part_of: torch.Tensor, parts: int) -> torch.Tensor:
-    """What gives each part's mean over tokens, shrunk towards the mean of all: `(parts, tokens)`, fp32."""
+    """A matrix, `(parts, tokens)` fp32, that gives each part's mean over its tokens, shrunk towards the mean of all."""
     member = (torch.arange(parts, device=part_of.device)[:, None] == part_of).float()
     return (member + _SHRINK / len(part_of)) / (member.sum(1, keepdim=True) + _SHRINK)

@@ -47,7 +47,7 @@ class _Node:
 
 
 def _memory(node: _Node) -> int | None:
-    """Where its keys and values lie; None for a model without attention layers."""
+    """The address of its keys and values; None for a model without attention layers."""
     if not len(node.layers):
         return None
     return node.layers[0][0].untyped_storage().data_ptr()
@@ -180,8 +180,8 @@ class PrefixCache:
 
         Args:
             token_ids: the context's.
-            layers: one key and one value for each token, `(1, kv_heads, seq_len, head_dim)` a layer; or what returns
-                those of the tokens from a number on.
+            layers: one key and one value for each token, `(1, kv_heads, seq_len, head_dim)` in each layer; or a
+                function that returns those of the tokens from a position on.
             namespace: whose it is.
             merged: it is an approximation, or was generated over one.
             epoch: `epoch` when the work began; what was cleared since then is not kept.
@@ -282,7 +282,7 @@ class PrefixCache:
         return node.openings
 
     def _run(self, node: _Node, stood: int, wanted: np.ndarray, start: int) -> Run:
-        """What `wanted` has from `start` on in common with the path through `node`, from its position `stood` on."""
+        """The tokens that `wanted`, from `start` on, and the path through `node`, from position `stood` on, share."""
         route = [node]
         while route[0].start > stood:
             above = route[0].parent

@@ -100,7 +100,7 @@ _measured: WeakKeyDictionary[Any, list[Rotation]] = WeakKeyDictionary()
 
 
 def rotations(model: PreTrainedModel) -> list[Rotation]:
-    """How each layer rotates, measured once a model.
+    """How each layer rotates, measured once per model.
 
     Raises:
         UnsupportedModelError: see `check_mergeable`.
@@ -197,7 +197,7 @@ _OFFSET = 57
 
 
 def _measure(model: PreTrainedModel) -> list[Rotation]:
-    token = BETWEEN_LAYERS.set(None)  # a few tokens, once a model: the caller holds a lock on the result
+    token = BETWEEN_LAYERS.set(None)  # a few tokens, once per model: the caller holds a lock on the result
     try:
         return _probe(model)
     finally:
@@ -212,7 +212,7 @@ def _probe(model: PreTrainedModel) -> list[Rotation]:
     kinds = kinds_of(model)
     if not (here or kinds) or any(t.ndim != 4 or t.shape[-2] != _TOKENS for kv in here for t in kv):
         raise UnsupportedModelError(
-            f"{type(model).__name__} does not keep one key and one value a token in each layer. {_INSTEAD}"
+            f"{type(model).__name__} does not keep one key and one value per token in each layer. {_INSTEAD}"
         )
     # Half precision rounds cosines and sines by 1e-2; a wrong rotation is off by about 1.
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1

@@ -2,8 +2,8 @@
 
 `M` and `U` follow from the layer's inputs, so documents are composed in any order (`docs/merging.md`). `M` is measured
 and not read from a kernel: the layer is run once more over the same inputs, from a state to which the identity was
-added, and what its last state differs by is `M`. Which form `M` has is measured too, once a model: a matrix a head
-(gated delta nets), or a number a head (Mamba-2). A model for which neither fits is not merged.
+added, and what its last state differs by is `M`. Which form `M` has is measured too, once per model: a matrix per
+head (gated delta nets), or a number per head (Mamba-2). A model that neither form fits is not merged.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def behind(document: States, before: States | None, alone: States | None, tokens
 
 
 def _through(matrix: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-    """`M` applied: a number a head, or a matrix."""
+    """Apply `M`: a number per head, or a matrix."""
     return matrix * state if matrix.shape[-1] == 1 else matrix @ state
 
 
@@ -155,7 +155,7 @@ class _LayerCall:
         """States grow as they please; what is added to them is of their size, so that little is lost to rounding."""
 
     def response(self, added: torch.Tensor) -> torch.Tensor:
-        """What the last state changes by, where `added` is added to the first, in fp32."""
+        """The change of the last state when `added` is added to the first one, in fp32."""
         cache = lone_cache(self.layer_idx, self.conv.clone(), self.start + added)
         args = tuple(cache if each is self.cache else each for each in self.args)
         kwargs = {name: cache if each is self.cache else each for name, each in self.kwargs.items()}
@@ -178,7 +178,7 @@ class _LayerCall:
         return torch.cat(columns, dim=-1)
 
     def form(self) -> Form:
-        """Which form predicts the response to a state that has nothing to do with it."""
+        """The form that predicts the response to a random state."""
         noise = torch.randn(self.start.shape, generator=torch.Generator().manual_seed(0)) * self.size
         added = noise.to(self.start)
         response = self.response(added)
@@ -200,7 +200,7 @@ _TOKENS = 2
 
 
 def _forms(model: PreTrainedModel) -> dict[int, Form]:
-    """The form of `M` of each layer that has a recurrent state, measured once a model in two short passes."""
+    """The form of `M` of each layer that has a recurrent state, measured once per model in two short passes."""
     found = _measured.get(model)
     if found is None:
         token = BETWEEN_LAYERS.set(None)
@@ -273,5 +273,5 @@ def _watching(
 
 
 def _convolves(module: torch.nn.Module) -> bool:
-    """Whether it is the part of a layer that keeps states: it has a convolution of its own."""
+    """Whether a module is the part of a layer that keeps states: it has a convolution of its own."""
     return any(isinstance(child, torch.nn.Conv1d) for child in module.children())

@@ -1,4 +1,4 @@
-"""What an engine is: a model that encodes text into caches and answers prompts, wherever it runs."""
+"""The contract of an engine: a model that encodes text into caches and answers prompts, wherever it runs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Engine(ABC):
     @property
     @abstractmethod
     def model_name(self) -> str:
-        """What people call the model."""
+        """The model's name, for people."""
 
     @property
     @abstractmethod

@@ -229,7 +229,7 @@ class Closing:
         return min(ways, default=(0, 0, ""))[2]
 
     def _steps(self, state: LLMatcher, visits: Counter[_Looks]) -> Iterator[str]:
-        """What may come next, the best first; of symbols that lead to states which look the same, the first."""
+        """Possible next steps, the best first. Of symbols that lead to states which look the same, only the first."""
         allowed = state.compute_bitmask()
         hints = [hint for hint in self._hints if state.validate_tokens(_numbers(hint)) == len(hint)]
         yield from (hint for hint in hints if self.ends(state, hint))

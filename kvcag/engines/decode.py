@@ -40,7 +40,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What follows the tokens of a pass.
+    """The prediction of what follows the tokens of a pass.
 
     Attributes:
         logits: `(1, vocabulary)`.
@@ -71,7 +71,7 @@ now if nothing speaks against it, and not when it is needed."""
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """What is known of a generation's cost before it starts.
+    """The cost of a generation, as far as it is known before it starts.
 
     Attributes:
         started: `time.perf_counter()` of the call.
@@ -205,7 +205,7 @@ class Decoding:
                 step.leave()
 
     def chunks(self, detokenizer: Detokenizer, stop: StopStrings, thinking: ThinkingFilter) -> Iterator[Chunk]:
-        """The answer as text, a chunk a token; the last chunk says why it ended and what it took."""
+        """The answer as text, one chunk per token. The last chunk has the finish reason and the usage."""
         finish: FinishReason = "length"
         for token in self.tokens():
             if token in self._eos_ids:
@@ -223,7 +223,7 @@ class Decoding:
         yield Chunk(text, (), "stop" if stop.found else finish, self.usage(), thinking.take())
 
     def usage(self) -> Usage:
-        """What it took so far."""
+        """The usage so far."""
         now = time.perf_counter()
         account = self._account
         return Usage(
@@ -463,7 +463,7 @@ class Steps:
                 step.wake()
 
 
-# --- tokens as text --------------------------------------------------------------------------------------------------
+# --- tokens as text ------------------------------------------------------------------------------------------------
 
 _OPEN, _CLOSE = "<think>", "</think>"
 
@@ -495,7 +495,7 @@ class Detokenizer:
         return self._decode([token_id])
 
     def flush(self) -> str:
-        """What is left when no more tokens come; an unfinished character as U+FFFD."""
+        """The rest of the text when no more tokens come; an unfinished character as U+FFFD."""
         text = self._pending()
         self._window = self._given = len(self._token_ids)
         return text
@@ -528,7 +528,7 @@ class StopStrings:
         return text[: len(text) - keep]
 
     def flush(self) -> str:
-        """What was held back and did not become a stop string."""
+        """Text that was held back and did not become a stop string."""
         held, self._held = self._held, ""
         return held
 
@@ -549,12 +549,12 @@ class ThinkingFilter:
         self._thought = ""
 
     def take(self) -> str:
-        """What was thought since this was last asked."""
+        """The thinking since the last call."""
         thought, self._thought = self._thought, ""
         return thought
 
     def push(self, text: str) -> str:
-        """The text that is no thinking."""
+        """The text that is not thinking."""
         if not self._strips:
             return text
         self._held += text
@@ -575,7 +575,7 @@ class ThinkingFilter:
             self._trim = not self._thinking
 
     def flush(self) -> str:
-        """What was held back and did not become a tag."""
+        """Text that was held back and did not become a tag."""
         held, self._held = self._held, ""
         return self._visible(held)
 
@@ -595,7 +595,7 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
 
-# --- what a prompt need not prefill ----------------------------------------------------------------------------------
+# --- reusable prefixes ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -631,7 +631,7 @@ class ReusablePrefix:
 
 @dataclass(frozen=True, slots=True)
 class FoundPrefix:
-    """What a prompt need not prefill.
+    """The beginning of a prompt that need not be prefilled.
 
     Attributes:
         length: how many tokens at its beginning.

@@ -668,7 +668,7 @@ class HFEngine(Engine):
 
     @property
     def _takes_several(self) -> bool:
-        """Whether a pass can take a token for each of several generations. What says so is measured by a first step."""
+        """Whether a pass can take a token for each of several generations. The first step measures it."""
         graphs = self.__dict__.get("_graphs")  # first: to ask a model for its device takes as long as all else here
         if graphs is not None:
             return graphs.alone is None
@@ -791,7 +791,7 @@ class HFEngine(Engine):
 
 
 def _segment_ends(prompt: Prompt) -> list[int]:
-    """Where the instruction and each document end, and the last message before the answer."""
+    """The ends of the instruction, of each document and of the last message before the answer."""
     ends = [*accumulate([len(prompt.head_ids), *map(len, prompt.document_ids)])]
     return [end for end in ends if 0 < end < len(prompt.token_ids)]
 

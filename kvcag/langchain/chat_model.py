@@ -211,7 +211,7 @@ class ChatKVCAG(BaseChatModel):
 
     @property
     def lc_attributes(self) -> dict[str, Any]:
-        """What is serialised beside the fields: a store that is a folder, and `model_kwargs` without the token."""
+        """Further attributes to serialise: a store that is a folder, and `model_kwargs` without the token."""
         folder = {"store": str(self.store)} if isinstance(self.store, str | PathLike) else {}
         return {**folder, **({"model_kwargs": self._shown_model_kwargs} if self._shown_model_kwargs else {})}
 
@@ -235,7 +235,7 @@ class ChatKVCAG(BaseChatModel):
         return params
 
     def _resolve_model_profile(self) -> ModelProfile | None:
-        """What the model's configuration says, without loading the weights."""
+        """The profile by the model's configuration, without loading the weights."""
         length = self._lazy_memory().context_length()
         profile = ModelProfile(text_inputs=True, text_outputs=True, temperature=True, open_weights=True)
         profile |= {"tool_calling": True, "tool_choice": True, "structured_output": True}

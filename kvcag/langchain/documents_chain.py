@@ -76,7 +76,7 @@ class DocumentsPrompt(BasePromptTemplate[PromptValue]):
 
     @classmethod
     def get_lc_namespace(cls) -> list[str]:
-        """Where `langchain_core.load` finds it: in kvcag, and not among LangChain's own prompts."""
+        """The module in which `langchain_core.load` finds it."""
         return cls.__module__.split(".")
 
     @property

@@ -266,7 +266,7 @@ class _CallStream:
         self.begun = False
 
     def push(self, shown: str) -> list[ToolCallChunk]:
-        """What was written since, behind the text that was shown."""
+        """The calls as far as they were written since the last push."""
         chunks = []
         for at, (name, arguments) in enumerate(self._parser.written()):
             if name not in self._names or not arguments.startswith("{"):
@@ -299,7 +299,7 @@ class _CallStream:
 
 
 def _breaking(text: str) -> str:
-    """What makes JSON that was cut invalid: LangChain would complete it, and call with half of the arguments."""
+    """An ending that makes cut JSON invalid. LangChain would complete it, and call with half of the arguments."""
     endings = ("]", "}", '"]', '"}', '""]', '""}')
     return next(ending for ending in endings if not isinstance(_completed(text + ending), dict))
 

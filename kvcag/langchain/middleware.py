@@ -126,6 +126,6 @@ def _arrived(documents: Sequence[Document], response: ModelResponse[Any]) -> Mod
 
 
 def _question(request: ModelRequest[Any]) -> str:
-    """What the user said last."""
+    """The user's last message."""
     asked = [message for message in request.messages if isinstance(message, HumanMessage)]
     return asked[-1].text if asked else ""

@@ -216,7 +216,7 @@ class Answer:
         ]
 
     def _read(self, chunk: Chunk) -> tuple[str, Parsed | None]:
-        """What this chunk adds to the text, and with the last chunk the calls. An invalid call stays text."""
+        """The text that this chunk adds, and with the last chunk the calls. An invalid call stays text."""
         if self._parser is None:
             return chunk.text, None
         delta = self._parser.push(chunk.text)

@@ -38,7 +38,7 @@ _SCORED_AT_ONCE = 512
 
 
 class PassReport(NamedTuple):
-    """What one pass did: the ids of the caches."""
+    """The result of one pass: the ids of the caches."""
 
     promoted: list[str]
     demoted: list[str]

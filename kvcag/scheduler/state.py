@@ -1,4 +1,4 @@
-"""What a scheduler saves: a SQLite file with one table, a row of counters for each text."""
+"""The saved state of a scheduler: a SQLite file with one table, a row of counters for each text."""
 
 from __future__ import annotations
 

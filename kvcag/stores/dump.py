@@ -6,8 +6,8 @@ folder/
 └── kv_cache_memories.json-3f9c…/   a directory of a DiskStore, one for each dump
 ```
 
-The manifest is renamed last, so a crash at any point leaves the old dump or the new one, whole. Whoever opens the
-folder next, or dumps into it, deletes what a crash left (`kvcag.stores.verify`).
+The manifest is renamed last, so a crash at any point leaves the old dump or the new one, whole. The next
+process that opens the folder, or dumps into it, deletes what a crash left (`kvcag.stores.verify`).
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ _TEMPORARY = re.compile(r"\.[0-9a-f]{62}\.safetensors\.[0-9a-f]{32}\.tmp")
 
 @dataclass(slots=True)
 class VerifyReport:
-    """What `verify` found.
+    """The result of `verify`.
 
     Attributes:
         sound: number of items whose every byte matches its checksum.
@@ -109,7 +109,7 @@ def _check(file: Path, known: dict[str, Names], report: VerifyReport, repair: bo
 
 
 def leftovers(folder: Path, *, remove: bool = False) -> list[Path]:
-    """What killed writers left directly in a folder: temporary files of items, and dumps that no manifest names."""
+    """Leftovers of killed writers directly in a folder: temporary files of items, and dumps that no manifest names."""
     entries = {each.name: Path(each.path) for each in os.scandir(folder) if not each.is_symlink()}
     found = []
     if _SPACE.fullmatch(folder.absolute().name):

@@ -37,7 +37,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """What a pass reads from the device; see the module's description.
+    """The inputs of a pass on the device; see the module's description.
 
     Attributes:
         table: `(sequences, layers, 8)` int64.
@@ -205,7 +205,7 @@ def attention(
     s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls: `key` and `value` are the new tokens' alone, in the cache already."""
+    """The function that transformers calls. `key` and `value` are those of the new tokens, which the cache has, too."""
     if value.shape[-1] != query.shape[-1]:
         raise UnsupportedModelError("keys and values have heads of different sizes")
     given = inputs.get()

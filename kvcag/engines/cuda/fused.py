@@ -30,7 +30,7 @@ _ROPE = "apply_rotary_pos_emb"
 def fused(model: PreTrainedModel) -> Iterator[None]:
     """Within it, `model` runs with the kernels of this module wherever they compute the same.
 
-    The caller keeps other threads from the model.
+    The caller holds the model (`HFEngine.exclusive`).
     """
     kinds: dict[type, Callable[..., torch.Tensor] | None] = {}
     with ExitStack() as undo:

@@ -54,7 +54,7 @@ bf16, differ by 0.05 between two passes of their own."""
 class Graphs:
     """The captured passes of one model.
 
-    Whoever calls it keeps other threads from the model.
+    The caller of its methods holds the model (`HFEngine.exclusive`).
 
     Args:
         model: on one CUDA device, in fp32, fp16 or bf16.
@@ -234,7 +234,7 @@ class _Pass:
     def __call__(
         self, token_ids: Sequence[Sequence[int] | torch.Tensor], caches: Sequence[GenerationCache]
     ) -> list[Prediction]:
-        """What follows each generation's tokens; see `Graphs.forward`."""
+        """The prediction for each generation; see `Graphs.forward`."""
         tables = [cache.addresses(len(tokens)) for tokens, cache in zip(token_ids, caches, strict=True)]
         order = sorted(range(len(caches)), key=lambda i: tables[i][0, 3:7].tolist())  # type: ignore[index]
         positions: list[int] = []
@@ -283,7 +283,7 @@ class _Pass:
 
 
 def capture(run: Any, pool: Any) -> tuple[Any, Any]:
-    """What launches `run` as one graph, and the tensors in which its result is then."""
+    """A function that launches `run` as one graph, and the tensors that then hold its result."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

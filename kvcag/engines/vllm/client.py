@@ -356,7 +356,7 @@ class _Limit:
         self.extend()
 
     def extend(self) -> None:
-        """What it waited for has come, and it waits for the next."""
+        """Restart the clock: an event has come."""
         self.at = min(self._until, time.monotonic() + self._seconds)
 
 

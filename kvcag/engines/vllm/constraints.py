@@ -1,4 +1,4 @@
-"""What a server can enforce, and constraints as fields of a request."""
+"""Constraints as fields of a request to a server, which enforces some of them."""
 
 from __future__ import annotations
 
