@@ -20,7 +20,7 @@ FLOORS = [
     {"cache"},
     {"documents", "engines", "stores"},
     {"calibration", "config", "sizing", "testing", "tools"},
-    {"contexts"},
+    {"contexts", "sync"},
     {"memory"},
     {"cube", "scheduler"},
     {"adapters", "langchain", "llama_index"},

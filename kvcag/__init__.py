@@ -97,46 +97,7 @@ _HOMES = {
 """Where each public name lives. They are imported when they are first used, since torch and transformers take seconds,
 and `kvcag --version` needs neither."""
 
-__all__ = [
-    "ActivationMemoryItem",
-    "Answer",
-    "CacheScheduler",
-    "CacheWarning",
-    "Calibration",
-    "ChatTemplate",
-    "Choices",
-    "Chunk",
-    "ContextCache",
-    "ContextPrompt",
-    "DeletionReport",
-    "Document",
-    "Engine",
-    "ExtractorLLM",
-    "Grammar",
-    "HFEngine",
-    "HFLLMConfig",
-    "JsonSchema",
-    "KVCAGError",
-    "KVCacheItem",
-    "KVCacheMemory",
-    "KVCacheMemoryConfig",
-    "KVCacheRecords",
-    "MemoryCube",
-    "MergeReport",
-    "MergedContext",
-    "ModelFingerprint",
-    "Prompt",
-    "Regex",
-    "Sampling",
-    "ServedContext",
-    "ServerWarning",
-    "TextualMemoryItem",
-    "Usage",
-    "VLLMEngine",
-    "VLLMKVCacheItem",
-    "calibrate",
-    "tool_spec",
-]
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -39,7 +39,6 @@ from kvcag.engines.decode import FoundPrefix, ReusablePrefix
 from kvcag.engines.hf import HFEngine
 from kvcag.errors import (
     CacheWarning,
-    EmptyPromptError,
     FingerprintMismatchError,
     InvalidInputError,
     StoreError,
@@ -47,7 +46,7 @@ from kvcag.errors import (
     UnsupportedModelError,
     WarnOnce,
 )
-from kvcag.stores.base import ENCODED_BEHIND, SOURCE_FIELDS, KVStore, sources_of
+from kvcag.stores.base import ENCODED_BEHIND, KVStore, sources_of, stands_behind
 from kvcag.stores.format import Manifest
 
 
@@ -464,8 +463,6 @@ Ids: TypeAlias = tuple[int, ...]
 
 _SERVED = "served"
 """In the metadata of a stored `VLLMKVCacheItem`: its prompt and its tokens. A store keeps it without tensors."""
-_CORPORA = "corpora"
-"""In the metadata of an item that `sync` keeps: the names of the corpora that it belongs to."""
 _guard = threading.Lock()
 
 
@@ -504,7 +501,7 @@ class DocumentCache:
         if not (self.store.contains(key) and self.engine.still_holds((*head_ids, *token_ids), self.namespace)):
             return False
         manifest = None if behind is None else self.store.manifest(key)
-        return behind is None or (manifest is not None and _stands_behind(manifest) == _names(behind)[:1])
+        return behind is None or (manifest is not None and stands_behind(manifest) == _names(behind)[:1])
 
     def encode(
         self,
@@ -684,187 +681,15 @@ class Read(NamedTuple):
     behind: Behind = None
 
 
-Context: TypeAlias = Literal["previous"] | object
-"""What each document is encoded behind, after the instruction. `"previous"`: the one before it of the same source. A
-retriever (a function, or what has `invoke` or `retrieve`): the first other document that it finds for the text."""
-
-
-def in_context(
-    documents: Sequence[Read], context: Context | None, read: Callable[[object], Read] | None = None
-) -> list[Read]:
-    """The documents, each with what it is to be encoded behind; as they are for None.
-
-    Args:
-        documents: in the order in which they stand in their sources.
-        context: see `Context`.
-        read: makes a `Read` of what a retriever returns; not needed for `"previous"`.
-
-    Raises:
-        InvalidInputError: `context` is neither `"previous"` nor a retriever.
-    """
-    if context is None:
-        return list(documents)
-    if context == "previous":
-        last: dict[object, Read] = {}
-        found = []
-        for document in documents:
-            source = next((document.metadata[name] for name in _SOURCES if document.metadata.get(name)), None)
-            found.append([last[source]] if source in last else [])
-            last[source] = document
-    else:
-        ask = next((call for name in _ASKED if callable(call := getattr(context, name, None))), context)
-        if not callable(ask) or read is None:
-            raise InvalidInputError(
-                f"context is {context!r:.80}: pass 'previous', a retriever, or a function from a text to documents"
-            )
-        found = [[read(one) for one in ask(document.text)] for document in documents]
-    others = [
-        [one for one in near if one.text.strip() not in ("", document.text.strip())][:1]
-        for document, near in zip(documents, found, strict=True)
-    ]
-    return [document._replace(behind=near) for document, near in zip(documents, others, strict=True)]
-
-
-_ASKED = ("invoke", "retrieve")
-"""How retrievers are called: LangChain's and LlamaIndex's."""
-_SOURCES = tuple(field for field in SOURCE_FIELDS if field != "source_text")
-
-
 def _names(behind: Behind) -> list[str]:
     """The text and the sources of what a document is encoded behind."""
     return [name for one in behind or () for name in (one.text.strip(), *sorted(sources_of(one.metadata)))]
-
-
-def _stands_behind(manifest: Manifest) -> list[str]:
-    """The text that an item was encoded behind, if any."""
-    return list(manifest.metadata.get(ENCODED_BEHIND, ()))[:1]
 
 
 def with_names(metadata: Mapping[str, Any], behind: Behind) -> dict[str, Any]:
     """Metadata of a document that is encoded behind other ones: `purge` reaches it by them."""
     kept = {name: value for name, value in metadata.items() if name != ENCODED_BEHIND or behind is None}
     return {**kept, ENCODED_BEHIND: _names(behind)} if behind else kept
-
-
-@dataclass(frozen=True, slots=True)
-class SyncReport:
-    """What `KVCacheMemory.sync` did: how many documents, and the ids of all that are kept, in the corpus's order.
-
-    Attributes:
-        encoded: documents that were encoded.
-        kept: documents that were kept already.
-        dropped: documents that left the corpus.
-        ids: the ids of the corpus's documents.
-        failed: items that could not be read or deleted, and why: they may still hold what the corpus dropped.
-    """
-
-    encoded: int
-    kept: int
-    dropped: int
-    ids: list[str]
-    failed: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class SyncDiff:
-    """What has to be done to bring a store in step with a corpus.
-
-    Attributes:
-        wanted: id → token ids, text and metadata of each document, in the corpus's order.
-        new: ids that are not kept yet.
-        gone: ids of items of this corpus whose texts are gone.
-    """
-
-    wanted: dict[str, Read]
-    new: list[str]
-    gone: list[str]
-
-
-def diff(
-    documents: DocumentCache, head_ids: Ids, corpus: Iterable[Read], is_mine: Callable[[Manifest], bool]
-) -> SyncDiff:
-    """Compare a corpus with the stored items. Nothing is changed.
-
-    Args:
-        documents: where documents are kept.
-        head_ids: the tokens that stand before them.
-        corpus: token ids, text and metadata of each document. Two with the same text are one.
-        is_mine: whether an item that is kept belongs to this corpus; no others are dropped.
-
-    Raises:
-        EmptyPromptError: a document is empty.
-    """
-    wanted = _wanted(documents, corpus)
-    new = [key for key, read in wanted.items() if not documents.contains(head_ids, read.token_ids, read.behind)]
-    gone = [key for key, manifest in documents.store.manifests() if key not in wanted and is_mine(manifest)]
-    return SyncDiff(wanted, new, gone)
-
-
-def _wanted(documents: DocumentCache, corpus: Iterable[Read]) -> dict[str, Read]:
-    wanted: dict[str, Read] = {}
-    for number, read in enumerate(corpus, start=1):
-        if not read.text.strip():
-            raise EmptyPromptError(f"document {number} of the corpus is empty: leave it out")
-        wanted[documents.key(read.token_ids)] = read
-    return wanted
-
-
-def sync(documents: DocumentCache, head_ids: Ids, corpus: Iterable[Read], name: str) -> SyncReport:
-    """Encode what is new, keep what is the same, drop what is gone.
-
-    A document of several corpora stays until the last of them drops it. One that another door keeps, such as
-    `KVCacheMemory.add`, belongs to no corpus, and stays.
-
-    Args:
-        documents: where documents are kept.
-        head_ids: the tokens that stand before them.
-        corpus: token ids, text and metadata of each document.
-        name: the corpus's name; no other corpus's documents are dropped.
-
-    Raises:
-        EmptyPromptError: a document is empty. Nothing was changed.
-    """
-    wanted = _wanted(documents, corpus)
-    labels, failed = dict[str, list[str]](), dict[str, str]()
-    texts, behind = dict[str, str](), dict[str, list[str]]()
-    try:
-        for item in documents.store.listing():
-            if item.manifest is None:
-                failed[item.name] = item.error
-            else:
-                labels[item.manifest.id] = item.manifest.metadata.get(_CORPORA, [])
-                behind[item.manifest.id] = _stands_behind(item.manifest)
-                texts[item.manifest.id] = item.manifest.records.composed_text_memory.strip()
-    except StoreError as gone_store:
-        failed[documents.store.place] = str(gone_store)
-        documents.warn("documents are encoded, and may not be kept", gone_store)
-
-    def label(key: str, names: list[str]) -> None:
-        try:
-            documents.update(key, {_CORPORA: names})
-        except StoreError as error:
-            failed[key] = str(error)
-
-    gone = [key for key, names in labels.items() if name in names and key not in wanted]
-    shared = {key: rest for key in gone if (rest := [other for other in labels[key] if other != name])}
-    forgotten = {texts[key] for key in gone if key not in shared}
-    encoded = 0
-    for key, read in wanted.items():
-        names = list(dict.fromkeys([*labels.get(key, []), name]))
-        if read.behind is None and not forgotten.isdisjoint(behind.get(key, [])):
-            read = read._replace(behind=[])
-        if not documents.contains(head_ids, read.token_ids, read.behind):
-            documents.find_or_encode(head_ids, *read._replace(metadata={**read.metadata, _CORPORA: names}))
-            encoded += 1
-        elif labels.get(key) and names != labels[key]:
-            label(key, names)
-    for key, rest in shared.items():
-        label(key, rest)
-    failed |= documents.store.erase([key for key in gone if key not in shared]).failed
-    for what, why in failed.items():
-        if what != documents.store.place:
-            documents.notices.once(f"{what} may hold what a corpus dropped: {why}", CacheWarning, why)
-    return SyncReport(encoded, len(wanted) - encoded, len(gone), list(wanted), failed)
 
 
 def same_ids(items: Sequence[Item]) -> Ids:

@@ -19,18 +19,14 @@ from kvcag.chat_template import SEPARATOR, Document, Message, Prompt, Seams, as_
 from kvcag.concurrency import async_twin, at_once, iterate
 from kvcag.config import KVCacheMemoryConfig, parse
 from kvcag.contexts import (
-    Context,
     DocumentCache,
     Ids,
     Read,
-    SyncReport,
     context_of_items,
     context_of_prompt,
-    in_context,
     is_stored_whole,
     reusable,
     same_ids,
-    sync,
     with_kept_history,
     with_names,
 )
@@ -57,6 +53,7 @@ from kvcag.stores.base import MADE_OF, KVStore
 from kvcag.stores.disk import FOLDER_BYTES, DiskStore
 from kvcag.stores.dump import purge_dump, read_dump, write_dump
 from kvcag.stores.memory import MemoryStore
+from kvcag.sync import Context, SyncReport, in_context, sync
 
 DEFAULT_STORE_BYTES = 4 << 30
 _INSTRUCTION = "instruction"

@@ -16,10 +16,10 @@ from kvcag.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from kvcag.cli.files import Reading
-    from kvcag.contexts import SyncDiff
     from kvcag.memory import KVCacheMemory
     from kvcag.stores.base import KVStore
     from kvcag.stores.format import Manifest
+    from kvcag.sync import SyncDiff
 
 _SPLIT = "Cut files into items of at most this many tokens."
 _CONTEXT = "Encode each item behind the one before it in its file: merged answers are more faithful."
@@ -141,7 +141,8 @@ def _diff(
     """Compare the texts with the store. A text that does not fit is refused before anything is encoded."""
     from kvcag.chat_template import segment
     from kvcag.cli.files import split
-    from kvcag.contexts import Read, diff, in_context
+    from kvcag.contexts import Read
+    from kvcag.sync import diff, in_context
 
     memory.documents.check_context(context)
     template = memory.engine.template

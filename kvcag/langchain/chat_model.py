@@ -25,7 +25,6 @@ from typing_extensions import Self
 
 from kvcag.adapters import MERGE_SETTINGS, SAMPLING_SETTINGS, LazyMemory, call_settings, choice_of
 from kvcag.concurrency import in_thread, iterate
-from kvcag.contexts import Context
 from kvcag.core import DEFAULT_RATIO, MAX_KL, Strategy
 from kvcag.cube.memory_cube import MemoryCube
 from kvcag.engines.base import Engine
@@ -44,6 +43,7 @@ from kvcag.langchain.messages import (
 )
 from kvcag.memory import KVCacheMemory
 from kvcag.stores.base import SOURCE_FIELDS, KVStore
+from kvcag.sync import Context
 
 _SAMPLING = tuple("max_tokens" if name == "max_new_tokens" else name for name in SAMPLING_SETTINGS if name != "stop")
 _TOOLS = ("tools", "tool_choice", "parallel_tool_calls", "response_format")

@@ -24,12 +24,13 @@ from pydantic import Field, SkipValidation
 
 from kvcag.chat_template import SEPARATOR, segment
 from kvcag.chat_template import Document as TextDocument
-from kvcag.contexts import Behind, Context, Read, in_context
+from kvcag.contexts import Behind, Read
 from kvcag.documents import as_json, documents_of, text_and_metadata
 from kvcag.errors import ContextLengthError, EmptyPromptError, InvalidInputError
 from kvcag.langchain.messages import noted_documents, to_messages, with_documents
 from kvcag.memory import KVCacheMemory
 from kvcag.stores.base import SOURCE_FIELDS
+from kvcag.sync import Context, in_context
 
 DOCUMENTS_KEY = "context"
 DOCUMENT_PROMPT: BasePromptTemplate[str] = PromptTemplate.from_template("{page_content}")

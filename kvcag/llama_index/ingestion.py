@@ -16,11 +16,11 @@ from pydantic import Field, PrivateAttr
 from typing_extensions import Self
 
 from kvcag.concurrency import in_thread
-from kvcag.contexts import Context
 from kvcag.core import DeletionReport
 from kvcag.errors import InvalidInputError
 from kvcag.llama_index.messages import to_messages
 from kvcag.llama_index.synthesizer import CAGSynthesizer
+from kvcag.sync import Context
 
 
 class KVCacheTransform(TransformComponent):

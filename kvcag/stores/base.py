@@ -339,6 +339,11 @@ def made_from(item: Described, source: str) -> bool:
     return source in sources or any(says(text, source) for text in texts)
 
 
+def stands_behind(manifest: Manifest) -> list[str]:
+    """The text that an item was encoded behind, if any."""
+    return list(manifest.metadata.get(ENCODED_BEHIND, ()))[:1]
+
+
 def says(text: str, source: str) -> bool:
     """Whether a text is `source`, or contains it: as lines of its own, or anywhere if it is more than two words.
 
