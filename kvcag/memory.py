@@ -15,7 +15,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from kvcag.cache.layers import ContextCache, layers_of
-from kvcag.chat_template import SEPARATOR, Document, Message, Prompt, Seams, as_messages, segment
+from kvcag.chat_template import Document, Message, Prompt, Seams, as_messages, segment
 from kvcag.concurrency import async_twin, at_once, iterate
 from kvcag.config import KVCacheMemoryConfig, parse
 from kvcag.contexts import (
@@ -78,7 +78,6 @@ class KVCacheMemory:
             them, in order.
         store: where items live: a store, or a folder, which then holds 64 GiB at most. In memory by default.
         instruction: stands before the documents, in the system turn.
-        separator: ends every text that does not end with it, so that documents do not run together.
         namespace: separates what this memory encodes from other namespaces' recent contexts, and its files where
             `store` is a folder.
         memory_filename: the name of the manifest that `dump` writes.
@@ -93,7 +92,6 @@ class KVCacheMemory:
         store: KVStore | str | PathLike[str] | None = None,
         instruction: str | None = None,
         *,
-        separator: str = SEPARATOR,
         namespace: str = "",
         memory_filename: str = "kv_cache_memories.json",
     ) -> None:
@@ -106,7 +104,6 @@ class KVCacheMemory:
         self.engine: Engine = engine
         opened = MemoryStore() if store is None else open_store(store, engine, namespace)
         self.instruction = instruction
-        self.separator = separator
         self.namespace = namespace
         self.memory_filename = memory_filename
         self.watchers: list[Callable[[Prompt], None]] = []  # told of each prompt whose documents are looked for
@@ -339,7 +336,7 @@ class KVCacheMemory:
         """The ids that a text has here: by them, a file is found that is too damaged to say what it holds."""
         if not self.engine.merges:
             return []
-        forms = dict.fromkeys([text, segment(text, self.separator), segment(text)])
+        forms = dict.fromkeys([text, segment(text)])
         return [self.documents.key(self.engine.template.encode_text(form)) for form in forms]
 
     # --- putting together --------------------------------------------------------------------------------------
@@ -633,7 +630,7 @@ class KVCacheMemory:
         return Read(self._segment(text), text, metadata)
 
     def _segment(self, text: str) -> Ids:
-        return self.engine.template.encode_text(segment(text, self.separator))
+        return self.engine.template.encode_text(segment(text))
 
     def _prompt(
         self,
@@ -648,7 +645,7 @@ class KVCacheMemory:
         else:
             kept = [item.records for item in self._items(ids or (), skip_missing=False)]
         if kept:
-            texts = [segment(records.composed_text_memory, self.separator) for records in kept]
+            texts = [segment(records.composed_text_memory) for records in kept]
             messages = insert_documents(self.instruction or "", texts, messages)
         return self.engine.template.prompt(messages, tools=tools, seams=seams)
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, cast
 
 from typing_extensions import Self
 
-from kvcag.chat_template import Prompt
+from kvcag.chat_template import SEPARATOR, Prompt
 from kvcag.concurrency import CANCELLATION, Cancellation, Cancelled
 from kvcag.core import KVCacheItem
 from kvcag.documents import documents_of, text_and_metadata
@@ -35,6 +35,10 @@ texts that are used equally often would evict each other forever."""
 _TRIES = 8
 """Texts that are not worth their room before a pass ends: those that follow are worth less."""
 _SCORED_AT_ONCE = 512
+_HOT = 2
+"""Uses after which a text is encoded ahead: most texts are used once."""
+_REMEMBERED = 100_000
+"""Texts that are counted. The coldest ones without a cache are forgotten."""
 
 
 class PassReport(NamedTuple):
@@ -73,8 +77,6 @@ class CacheScheduler:
         every_s: seconds after which a pass runs although nothing was asked. None starts no thread: only `run_once`
             makes passes.
         quiet_s: seconds without a question before encoding ahead starts or goes on.
-        promote_after: uses after which a text is encoded ahead.
-        remember: how many texts to count. The coldest ones without a cache are forgotten.
         identity: what identifies a document. Another text with the same identity replaces it, and its cache is deleted.
 
     Raises:
@@ -92,8 +94,6 @@ class CacheScheduler:
         state: str | os.PathLike[str] | None = None,
         every_s: float | None = 30.0,
         quiet_s: float = 0.25,
-        promote_after: int = 2,
-        remember: int = 100_000,
         identity: Callable[[Any], str | None] = identity_of,
     ) -> None:
         if budget_bytes <= 0:
@@ -107,7 +107,7 @@ class CacheScheduler:
             )
         self.memory, self.every_s, self.identity = memory, every_s, identity
         self._engine = cast("HFEngine", memory.engine)
-        self._quiet_s, self._promote_after, self._remember = quiet_s, promote_after, remember
+        self._quiet_s = quiet_s
         self._texts = Texts(state, self._engine.fingerprint.digest)
         self._store = ScheduledStore(memory.store, budget_bytes, policy, self._texts, self._engine)
         self._stop, self._wake, self._passing = Cancellation(), threading.Event(), threading.RLock()
@@ -319,7 +319,7 @@ class CacheScheduler:
             changed = [e for e in self._store.entries.values() if e.managed and e.digest not in self._texts.known]
             dropped = self._store.evict(changed, "dropped", "its text changed")
             demoted = self._store.evict(self._store.room_for(None) or (), "demoted", "over the budget")
-            self._texts.forget_coldest(self._remember, self._cached())
+            self._texts.forget_coldest(_REMEMBERED, self._cached())
         return demoted, dropped
 
     # --- encoding ahead ----------------------------------------------------------------------------------------
@@ -350,7 +350,7 @@ class CacheScheduler:
         for number, (digest, stats) in enumerate(list(self._texts.known.items())):
             if number % _SCORED_AT_ONCE == 0:
                 self._wait_until_idle()
-            is_hot = stats.count >= self._promote_after and stats.action != "failed"
+            is_hot = stats.count >= _HOT and stats.action != "failed"
             if is_hot and digest not in cached and (shown or stats.asked):
                 found.append((self._store.worth(self._store.entry("", digest, stats.tokens)), digest))
         return sorted(found, reverse=True)
@@ -358,7 +358,7 @@ class CacheScheduler:
     def _encode(self, digest: str, text: str, reason: str, *, force: bool) -> str | None:
         """Encode a text as it will stand in prompts, and store it. Returns its id, or None if it was not stored."""
         stats, head_ids = self._texts.stats(digest), self._texts.head_ids
-        ending = self.memory.separator if head_ids is None else self._texts.ending or ""
+        ending = SEPARATOR if head_ids is None else self._texts.ending or ""
         if not stats.asked and not text.endswith(ending):
             text += ending
         if head_ids is None:

@@ -23,6 +23,9 @@ class StoreWarning(UserWarning):
     """A tier failed and another tier was used. No item is lost; it was slower, or there is one copy fewer."""
 
 
+_PREFETCHED_AT_ONCE = 4
+
+
 class TieredStore(KVStore):
     """Stores in tiers, such as accelerator memory, host memory, disk and a remote.
 
@@ -38,17 +41,16 @@ class TieredStore(KVStore):
 
     Args:
         tiers: stores, the fastest first. A path is a `DiskStore` of 64 GiB.
-        prefetch_threads: how many items `prefetch` fetches at once.
 
     Raises:
         InvalidInputError: there is no tier.
     """
 
-    def __init__(self, tiers: Sequence[KVStore | str | os.PathLike[str]], *, prefetch_threads: int = 4) -> None:
+    def __init__(self, tiers: Sequence[KVStore | str | os.PathLike[str]]) -> None:
         if not tiers:
             raise InvalidInputError("a TieredStore needs at least one tier")
         self.tiers = [tier if isinstance(tier, KVStore) else DiskStore(tier, FOLDER_BYTES) for tier in tiers]
-        self._pool = ThreadPoolExecutor(prefetch_threads, thread_name_prefix="kvcag-prefetch")
+        self._pool = ThreadPoolExecutor(_PREFETCHED_AT_ONCE, thread_name_prefix="kvcag-prefetch")
         self._coming: dict[str, Future[KVCacheItem | None]] = {}
         self._lock = threading.Lock()
         self._stripes = [threading.Lock() for _ in range(64)]

@@ -450,8 +450,9 @@ def test_closing_stops_at_once_and_gives_the_memory_its_store_back(memory: KVCac
             call()
 
 
-def test_it_counts_no_more_texts_than_it_shall_remember(memory: KVCacheMemory) -> None:
-    with scheduler_of(memory, remember=5) as scheduler:
+def test_it_counts_no_more_texts_than_it_shall_remember(memory: KVCacheMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvcag.scheduler.scheduler._REMEMBERED", 5)
+    with scheduler_of(memory) as scheduler:
         scheduler.promote("A cache stays known.")
         scheduler.observe(TEXTS)
         scheduler.run_once()

@@ -87,11 +87,12 @@ def test_a_get_is_told_of_the_error_of_the_prefetch_that_it_waits_for() -> None:
             store.get("a")
 
 
-def test_a_get_reads_the_item_itself_where_the_prefetch_was_cancelled() -> None:
+def test_a_get_reads_the_item_itself_where_the_prefetch_was_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvcag.stores.tiered._PREFETCHED_AT_ONCE", 1)
     slow = SlowStore()
     for id in "ab":
         slow.put(random_item(id))
-    with TieredStore([MemoryStore(), slow], prefetch_threads=1) as store:
+    with TieredStore([MemoryStore(), slow]) as store:
         _, waiting = store.prefetch(["a", "b"])
         assert slow.asked.wait(30)
         found: list[KVCacheItem | None] = []
