@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from kvcag.cache.layers import LayerKV, Layers, cache_of, concat, cut, layers_of, length_of, share, states_of
-from kvcag.cache.merge import MergedBefore, Part, check_merge, check_mergeable, merge, refine
+from kvcag.cache.merge import Merged, MergedBefore, Part, check_merge, check_mergeable, merge, refine
 from kvcag.calibration import calibration_of, usual_drift_of
 from kvcag.chat_template import Prompt
 from kvcag.concurrency import holding
@@ -386,10 +386,14 @@ def _merged(
         drift = usual_drift_of(engine)
     begun = [Part(torch.tensor(start.token_ids, dtype=torch.long), start.layers, 0, is_exact=True)] * bool(start.layers)
     epoch = engine.epoch(namespace)
-    with engine.exclusive() as model:
-        tail = torch.tensor(tail_ids, dtype=torch.long)
-        criterion = "rotate" if strategy == "exact" else strategy
-        merged = merge(model, [*begun, *parts], tail, strategy=criterion, ratio=ratio, usual_drift=lambda: drift)
+    tail = torch.tensor(tail_ids, dtype=torch.long)
+    criterion: MergeStrategy = "rotate" if strategy == "exact" else strategy
+
+    def put_together() -> Merged:
+        with engine.exclusive() as model:
+            return merge(model, [*begun, *parts], tail, strategy=criterion, ratio=ratio, usual_drift=lambda: drift)
+
+    merged = engine.with_memory(put_together)
     if engine.prefixes.epoch(namespace) == epoch:
         engine.merge_history.put(namespace, context_ids, MergedBefore(merged.layout, [tuple(tail_ids)], settings))
         engine.prefixes.replace_merged(context_ids, merged.layers, namespace)
@@ -425,8 +429,13 @@ def _refined(
         matched, pieces = engine.prefixes.match(context_ids, namespace, merged=True)
         if matched < len(context_ids):
             return None
-        with engine.exclusive() as model:
-            refined = refine(model, pieces, before.layout, torch.tensor(tail_ids, dtype=torch.long), ratio=ratio)
+        layout, tail = before.layout, torch.tensor(tail_ids, dtype=torch.long)
+
+        def for_this_question() -> Merged:
+            with engine.exclusive() as model:
+                return refine(model, pieces, layout, tail, ratio=ratio)
+
+        refined = engine.with_memory(for_this_question)
         engine.prefixes.replace_merged(context_ids, refined.layers, namespace)
         before.layout = refined.layout
         before.tails.append(tail_ids)

@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import cached_property, partial
 from itertools import accumulate
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakSet
 
 import numpy as np
@@ -74,6 +74,8 @@ if TYPE_CHECKING:
     from kvcag.engines.cuda.graphs import Graphs
 
 _LOG = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _FIRST_CHUNK, _SHORTEST_CHUNK, _LONGEST_CHUNK = 512, 64, 2048
 """Tokens of one forward pass while encoding. On a CPU the length follows from the last pass's time per layer."""
@@ -151,7 +153,7 @@ class HFEngine(Engine):
         self._fingerprint: ModelFingerprint | None = None
         self._begin(prefix_cache_bytes)
         _ENGINES.add(self)
-        self._chunk_tokens = _FIRST_CHUNK
+        self._chunk_tokens, self._longest_chunk = _FIRST_CHUNK, _LONGEST_CHUNK
         self._state_distance = 0  # tokens whose keys and values take as many bytes as the states; not known yet
         self._cuda_graphs = cuda_graphs
         arguments = inspect.signature(model.forward).parameters
@@ -334,8 +336,11 @@ class HFEngine(Engine):
         """The model for this thread, with gradients off. Between two layers it lets other threads go first.
 
         Within `in_background`, it waits until no answer needs the model.
+
+        Raises:
+            DeviceMemoryError: within it, the device had too little memory.
         """
-        with self.lock.acquire(background=_IN_BACKGROUND.get()), torch.no_grad():
+        with _memory_errors(), self.lock.acquire(background=_IN_BACKGROUND.get()), torch.no_grad():
             token = BETWEEN_LAYERS.set(self.lock.pause if self._attends_by_sdpa else cancellation().check)
             try:
                 yield self.model
@@ -639,8 +644,12 @@ class HFEngine(Engine):
         return self.predict(token_ids, cache).logits
 
     def predict(self, token_ids: Sequence[int] | torch.Tensor, cache: Cache) -> Prediction:
-        """`forward`, and the likeliest token where the pass finds it."""
-        prediction, start = Prediction(torch.empty(0)), 0
+        """`forward`, and the likeliest token where the pass finds it.
+
+        Where the device has too little memory for a pass, it is tried once more in shorter passes, which later ones
+        then are, too. If that fails, the cache is what it was before the pass.
+        """
+        prediction, start, failed = Prediction(torch.empty(0)), 0, False
         while start < len(token_ids):
             tokens = self._chunk_tokens
             if _IN_BACKGROUND.get() and self.device.type == "cpu":
@@ -648,11 +657,39 @@ class HFEngine(Engine):
             if self._kinds and self._reads_singly:
                 tokens = 1 if cache.get_seq_length() else len(token_ids)
             chunk = token_ids[start : start + tokens]
-            with self.exclusive():
-                captured = self._captured(chunk, cache) if self._cuda_graphs else None
-                prediction = captured or Prediction(self._uncaptured(chunk, cache))
+            past = cache.get_seq_length()
+            try:
+                with self.exclusive():
+                    captured = self._captured(chunk, cache) if self._cuda_graphs else None
+                    prediction = captured or Prediction(self._uncaptured(chunk, cache))
+            except DeviceMemoryError:
+                if self._kinds:  # states cannot be put back
+                    raise
+                crop(cache, past)
+                if failed:
+                    raise
+                failed = True
+                self._longest_chunk = max(_SHORTEST_CHUNK, min(self._longest_chunk, len(chunk)) // 4)
+                self._chunk_tokens = min(self._chunk_tokens, self._longest_chunk)
+                torch.cuda.empty_cache()
+                continue
             start += len(chunk)
         return prediction
+
+    def with_memory(self, work: Callable[[], T]) -> T:
+        """What `work` returns. Where the device has too little memory, `work` begins again, once.
+
+        Before that, torch gives back the memory that it holds unused.
+
+        Raises:
+            DeviceMemoryError: the device has too little memory for it then, too.
+        """
+        try:
+            return work()
+        except DeviceMemoryError as error:
+            _LOG.warning("%s Trying once more.", error)
+            torch.cuda.empty_cache()
+        return work()
 
     @cached_property
     def _reads_singly(self) -> bool:
@@ -744,7 +781,7 @@ class HFEngine(Engine):
         last: dict[str, Any] = {"logits_to_keep": 1} if self._takes_logits_to_keep else {}
         ids = torch.as_tensor(token_ids, device=self.device)[None]
         began = time.thread_time()
-        with _memory_errors(), self._attention(cache.get_seq_length(), len(token_ids)):
+        with self._attention(cache.get_seq_length(), len(token_ids)):
             model = self.model
             given = {**last, **cache_argument(model, cache), **position_argument(model, cache, len(token_ids))}
             logits: torch.Tensor = model(input_ids=ids, use_cache=True, **given).logits
@@ -755,10 +792,10 @@ class HFEngine(Engine):
     def _fit_chunk(self, tokens: int, seconds: float) -> None:
         """Let the next passes be as long as a layer's time allows; `seconds` is what this one computed."""
         if self.device.type != "cpu":
-            self._chunk_tokens = _LONGEST_CHUNK
+            self._chunk_tokens = self._longest_chunk
         elif tokens == self._chunk_tokens:
             allowed = tokens * _LAYER_SECONDS * self._layers / max(seconds, 1e-9)
-            self._chunk_tokens = int(min(max(allowed, tokens / 2, _SHORTEST_CHUNK), tokens * 2, _LONGEST_CHUNK))
+            self._chunk_tokens = int(min(max(allowed, tokens / 2, _SHORTEST_CHUNK), tokens * 2, self._longest_chunk))
 
     @cached_property
     def _layers(self) -> int:
