@@ -505,9 +505,22 @@ class DocumentCache:
             self.warn("documents are encoded, and may not be kept", error)
             return False
 
+    def containing(self, head_ids: Ids, documents: Mapping[str, Read]) -> set[str]:
+        """Those of several documents, by id, of which `contains` is true: by a few requests to a remote store."""
+        try:
+            kept = self.store.containing(documents)
+            return {key for key in kept if self._fits(key, head_ids, documents[key].token_ids, documents[key].behind)}
+        except StoreError as error:
+            self.warn("documents are encoded, and may not be kept", error)
+            return set()
+
     def _holds(self, head_ids: Ids, token_ids: Ids, behind: Behind = None) -> bool:
         key = self.key(token_ids)
-        if not (self.store.contains(key) and self.engine.still_holds((*head_ids, *token_ids), self.namespace)):
+        return self.store.contains(key) and self._fits(key, head_ids, token_ids, behind)
+
+    def _fits(self, key: str, head_ids: Ids, token_ids: Ids, behind: Behind) -> bool:
+        """Whether an item that the store has can be used without encoding it."""
+        if not self.engine.still_holds((*head_ids, *token_ids), self.namespace):
             return False
         manifest = None if behind is None else self.store.manifest(key)
         return behind is None or (manifest is not None and stands_behind(manifest) == _names(behind)[:1])

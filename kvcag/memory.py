@@ -10,7 +10,6 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from os import PathLike, fspath
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -50,9 +49,9 @@ from kvcag.engines.hf import HFEngine
 from kvcag.engines.sampling import Sampling
 from kvcag.errors import CacheWarning, EmptyPromptError, InvalidInputError, StoreError, UnknownItemError
 from kvcag.stores.base import MADE_OF, KVStore
-from kvcag.stores.disk import FOLDER_BYTES, DiskStore
 from kvcag.stores.dump import purge_dump, read_dump, write_dump
 from kvcag.stores.memory import MemoryStore
+from kvcag.stores.remote import open_at
 from kvcag.sync import Context, SyncReport, in_context, sync
 
 DEFAULT_STORE_BYTES = 4 << 30
@@ -76,7 +75,8 @@ class KVCacheMemory:
         engine: the model that encodes and answers: a hub id, a folder, or an engine. A `VLLMEngine` is sent documents
             ahead and keeps their keys and values itself: its items are prompts, and a merge is the prompt of all of
             them, in order.
-        store: where items live: a store, or a folder, which then holds 64 GiB at most. In memory by default.
+        store: where items live: a store, an address such as `s3://bucket/kv`, or a folder, which then holds 64 GiB at
+            most. In memory by default.
         instruction: stands before the documents, in the system turn.
         namespace: separates what this memory encodes from other namespaces' recent contexts, and its files where
             `store` is a folder.
@@ -661,7 +661,7 @@ class KVCacheMemory:
 
 
 def open_store(store: KVStore | str | PathLike[str] | None, engine: Engine, namespace: str = "") -> KVStore:
-    """A store as it is; a `DiskStore` at a path; for None one in memory, for all of a namespace's over this engine.
+    """A store as it is; one at a path or an address; for None one in memory, for all of a namespace's over this engine.
 
     At a path it holds `FOLDER_BYTES` (64 GiB), in memory `DEFAULT_STORE_BYTES` (4 GiB), and forgets what was not used
     for longest; pass a `DiskStore` or a `MemoryStore` for another budget.
@@ -669,7 +669,7 @@ def open_store(store: KVStore | str | PathLike[str] | None, engine: Engine, name
     if isinstance(store, KVStore):
         return store
     if store is not None:
-        return DiskStore(Path(store), FOLDER_BYTES, namespace=namespace)
+        return open_at(store, namespace)
     with _stores_lock:
         return _stores.setdefault(engine, {}).setdefault(namespace, MemoryStore(DEFAULT_STORE_BYTES))
 

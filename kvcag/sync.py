@@ -96,7 +96,7 @@ class SyncDiff:
 
 
 def diff(
-    documents: DocumentCache, head_ids: Ids, corpus: Iterable[Read], is_mine: Callable[[Manifest], bool]
+    documents: DocumentCache, head_ids: Ids, corpus: Iterable[Read], is_mine: Callable[[Manifest], bool] | None = None
 ) -> SyncDiff:
     """Compare a corpus with the stored items. Nothing is changed.
 
@@ -104,15 +104,16 @@ def diff(
         documents: where documents are kept.
         head_ids: the tokens that stand before them.
         corpus: token ids, text and metadata of each document. Two with the same text are one.
-        is_mine: whether a stored item belongs to this corpus. No other item counts as gone.
+        is_mine: whether a stored item belongs to this corpus. No other item counts as gone. None: none is looked for.
 
     Raises:
         EmptyPromptError: a document is empty.
     """
     wanted = _wanted(documents, corpus)
-    new = [key for key, read in wanted.items() if not documents.contains(head_ids, read.token_ids, read.behind)]
-    gone = [key for key, manifest in documents.store.manifests() if key not in wanted and is_mine(manifest)]
-    return SyncDiff(wanted, new, gone)
+    kept = documents.containing(head_ids, wanted)
+    stored = documents.store.manifests() if is_mine else ()
+    gone = [key for key, manifest in stored if key not in wanted and is_mine and is_mine(manifest)]
+    return SyncDiff(wanted, [key for key in wanted if key not in kept], gone)
 
 
 def _wanted(documents: DocumentCache, corpus: Iterable[Read]) -> dict[str, Read]:
@@ -165,10 +166,12 @@ def sync(documents: DocumentCache, head_ids: Ids, corpus: Iterable[Read], name: 
     forgotten = {texts[key] for key in gone if key not in shared}
     encoded = 0
     for key, read in wanted.items():
-        names = list(dict.fromkeys([*labels.get(key, []), name]))
         if read.behind is None and not forgotten.isdisjoint(behind.get(key, [])):
-            read = read._replace(behind=[])
-        if not documents.contains(head_ids, read.token_ids, read.behind):
+            wanted[key] = read._replace(behind=[])
+    there = documents.containing(head_ids, wanted)
+    for key, read in wanted.items():
+        names = list(dict.fromkeys([*labels.get(key, []), name]))
+        if key not in there:
             documents.find_or_encode(head_ids, *read._replace(metadata={**read.metadata, _CORPORA: names}))
             encoded += 1
         elif labels.get(key) and names != labels[key]:

@@ -286,8 +286,8 @@ def open_corpus(options: Answering) -> Corpus:
         chosen = list({entry.id: entry for entry in [*find(entries, options.id or []), *from_sources]}.values())
     if not chosen or opened is None:
         what = "no item has this source" if entries else "there are no items"
-        folder = options.store or common.default_store()
-        common.say(f"{what} in {folder}. `kvcag ls` lists items; `kvcag encode PATH` adds some.")
+        place = options.store or common.default_store()
+        common.say(f"{what} in {place}. `kvcag ls` lists items; `kvcag encode PATH` adds some.")
         raise typer.Exit(common.NEGATIVE)
     engine = common.load_engine(options.model)
     own = [entry for entry in chosen if made_by(engine, entry.manifest)]

@@ -125,7 +125,10 @@ def _shared(name: str, short: str | None, help: str, metavar: str) -> Any:
 
 
 _MODEL = "Load this hub id or folder. Default: the embedded SmolLM2-135M-Instruct."
-_STORE = "Keep caches in this folder. Default: a folder in your user's cache folder; `kvcag ls` shows it."
+_STORE = (
+    "Keep caches in this folder, or at an address that fsspec knows, such as s3://bucket/kv. Default: a folder in your "
+    "user's cache folder; `kvcag ls` shows it."
+)
 _NAMESPACE = "Use the items of this namespace. Namespaces share nothing."
 _STRATEGY = (
     "Put documents together this way. exact: as one context. auto: exact where that context is cached, else what "
@@ -135,7 +138,7 @@ _SOURCE = "Choose items by file, folder, glob or source; repeatable."
 _CORPUS = "Read these files, folders or globs; repeatable. Default: twelve topics of Python's manual."
 
 Model = Annotated[str | None, _shared("model", "m", _MODEL, "NAME")]
-Store = Annotated[Path | None, _shared("store", "s", _STORE, "FOLDER")]
+Store = Annotated[str | None, _shared("store", "s", _STORE, "PLACE")]
 Namespace = Annotated[str, _shared("namespace", "n", _NAMESPACE, "NAME")]
 Instruction = Annotated[str, _shared("instruction", None, "Put this instruction before the documents.", "TEXT")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and everything else on stderr.")]

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _SPLIT = "Cut files into items of at most this many tokens."
 _CONTEXT = "Encode each item behind the one before it in its file: merged answers are more faithful."
+_SHARD = "Encode this part of the corpus only: 3/64 is the third of 64. Every part may run anywhere, and again."
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +40,9 @@ class Encoding:
 
     def open(self) -> KVStore:
         """Open the store, or make one."""
-        from kvcag.stores.disk import FOLDER_BYTES, DiskStore
+        from kvcag.cli.entries import open_store
 
-        return DiskStore(self.store or common.default_store(), FOLDER_BYTES, namespace=self.namespace)
+        return open_store(self.store, self.namespace)
 
     def memory(self, store: KVStore) -> KVCacheMemory:
         """Load the model. Open the store first: opening a store fails at once, loading a model takes seconds."""
@@ -55,11 +56,13 @@ class Encoding:
 def encode(
     paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="Files, folders or globs of UTF-8 text.")],
     options: Encoding,
+    shard: Annotated[str | None, typer.Option("--shard", metavar="I/N", help=_SHARD)] = None,
 ) -> None:
     """Encode files and keep their caches, one item per file. Items that are in the store are not encoded again.
 
     In folders, .txt, .text, .md, .markdown, .rst and .jsonl files are read. Each line of a .jsonl file is an item: an
     object with a string "text". An interrupted run keeps its finished items; run the command again to continue.
+    With --shard, many machines encode one corpus into one store; they need no coordinator.
 
     For example:
 
@@ -68,13 +71,18 @@ def encode(
         kvcag encode book.txt --split 1024
 
         kvcag encode notes/ --json | jq .encoded
-    """
-    from kvcag.cli.files import read_texts
 
-    reading = read_texts(paths)
+        kvcag encode corpus.jsonl --store s3://bucket/kv --shard 3/64
+    """
+    from kvcag.cli.files import Shard, read_texts
+
+    if shard and options.context:
+        raise InvalidInputError("pass either --shard or --context: what stands before an item may be in another shard.")
+    reading = read_texts(paths, shard=Shard.parse(shard) if shard else None)
     memory = options.memory(options.open())
-    diff = _diff(memory, reading, options.split, lambda manifest: False, options.context)
-    done = {"encoded": len(diff.new), "kept": len(diff.wanted) - len(diff.new), "tokens": _encode(memory, diff)}
+    diff = _diff(memory, reading, options.split, context=options.context)
+    encoded, tokens = _encode(memory, diff)
+    done = {"encoded": encoded, "kept": len(diff.wanted) - encoded, "tokens": tokens}
     line = f"{common.counted(done['encoded'], 'item')} encoded ({done['tokens']:,} tokens), {done['kept']} kept already"
     _report(done, line, diff, reading, memory, options.as_json)
 
@@ -103,16 +111,16 @@ def sync(
     store: KVStore | None = None
     if not dry_run:
         store = options.open()
-    elif options.store is None or options.store.is_dir():
+    elif options.store is None or "://" in options.store or os.path.isdir(options.store):
         store = open_existing(options.store, options.namespace)
     memory = options.memory(store or MemoryStore())
     diff = _diff(memory, reading, options.split, _made_here(memory, path, reading.unreadable), options.context)
-    tokens = 0 if dry_run else _encode(memory, diff)
+    encoded, tokens = (len(diff.new), 0) if dry_run else _encode(memory, diff)
     if diff.gone and not dry_run:
         entries, _ = read_entries(store)
         gone = [entry for entry in entries if entry.id in set(diff.gone)]
         memory.store.delete(entry.id for entry in with_contexts(entries, gone))
-    done = {"encoded": len(diff.new), "kept": len(diff.wanted) - len(diff.new), "dropped": len(diff.gone)}
+    done = {"encoded": encoded, "kept": len(diff.wanted) - encoded, "dropped": len(diff.gone)}
     line = ", ".join(f"{count} {verb}" for verb, count in done.items())
     facts = {**done, "tokens": tokens, "dry_run": dry_run}
     _report(facts, f"would be: {line}" if dry_run else line, diff, reading, memory, options.as_json)
@@ -126,7 +134,7 @@ def bring(memory: KVCacheMemory, reading: Reading) -> dict[str, Any]:
     """
     room = memory.engine.context_length // 8
     lengths = (len(memory.engine.template.encode_text(text.text)) for text in reading.texts)
-    diff = _diff(memory, reading, room if max(lengths, default=0) > 2 * room else None, lambda manifest: False)
+    diff = _diff(memory, reading, room if max(lengths, default=0) > 2 * room else None)
     _encode(memory, diff)
     return diff.wanted
 
@@ -135,7 +143,7 @@ def _diff(
     memory: KVCacheMemory,
     reading: Reading,
     limit: int | None,
-    is_mine: Callable[[Manifest], bool],
+    is_mine: Callable[[Manifest], bool] | None = None,
     context: str | None = None,
 ) -> SyncDiff:
     """Compare the texts with the store. A text that does not fit is refused before anything is encoded."""
@@ -161,28 +169,33 @@ def _diff(
     return diff(memory.documents, head_ids, in_context(read, context), is_mine)
 
 
-def _encode(memory: KVCacheMemory, diff: SyncDiff) -> int:
-    """Encode and keep new texts; return the number of their tokens."""
+def _encode(memory: KVCacheMemory, diff: SyncDiff) -> tuple[int, int]:
+    """Encode and keep new texts; return how many they are, and their tokens."""
     from kvcag.contexts import with_names
 
     documents, head_ids = memory.documents, memory.engine.template.instruction_ids(memory.instruction)
     total = sum(len(diff.wanted[key][0]) for key in diff.new)
+    encoded = tokens = 0
     try:
         with common.progress("encoding", total, "tokens") as advance:
             for key in diff.new:
                 token_ids, text, metadata, behind = diff.wanted[key]
                 advance(0, os.path.basename(metadata["source"]))
+                if documents.contains(head_ids, token_ids, behind):  # another process was faster
+                    advance(len(token_ids))
+                    continue
                 began = time.perf_counter()
                 with documents.keeping(token_ids, text, with_names(metadata, behind)):
                     item = documents.encode(head_ids, token_ids, text, metadata, behind)
                     item.metadata[common.ENCODING_S] = round(time.perf_counter() - began, 3)
                     documents.put(item)
+                encoded, tokens = encoded + 1, tokens + len(token_ids)
                 advance(len(token_ids))
     except KeyboardInterrupt:
         kept, new = sum(map(documents.store.contains, diff.new)), common.counted(len(diff.new), "item")
         common.say(f"{kept} of {new} encoded and kept; run the command again to continue.")
         raise
-    return total
+    return encoded, tokens
 
 
 def _made_here(memory: KVCacheMemory, path: str, unreadable: set[str]) -> Callable[[Manifest], bool]:
@@ -201,10 +214,13 @@ def _made_here(memory: KVCacheMemory, path: str, unreadable: set[str]) -> Callab
 def _report(
     facts: dict[str, Any], line: str, diff: SyncDiff, reading: Reading, memory: KVCacheMemory, as_json: bool
 ) -> None:
-    place, stored = getattr(memory.store, "path", None), memory.store.stats()
-    if stored.evictions:
-        room = common.size(stored.max_bytes or 0)
-        common.say(f"{common.counted(stored.evictions, 'item')} evicted: the store holds {room}.")
+    from kvcag.stores.disk import DiskStore
+
+    store = memory.store
+    place = getattr(store, "path", None) or getattr(store, "url", None)
+    if isinstance(store, DiskStore) and store.evictions:
+        room = common.size(store.max_bytes or 0)
+        common.say(f"{common.counted(store.evictions, 'item')} evicted: the store holds {room}.")
     if as_json:
         skipped = [{"path": path, "reason": reason} for path, reason in reading.skipped]
         common.emit({**facts, "store": place, "ids": list(diff.wanted), "skipped": skipped})

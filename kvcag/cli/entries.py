@@ -1,4 +1,4 @@
-"""Lists and finds the items of a store on disk, from their manifests. Loads no tensors and no model."""
+"""Lists and finds the items of a store, from their manifests. Loads no tensors and no model."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvcag.cli import common
-from kvcag.errors import CorruptItemError, FormatError, InvalidInputError, StoreUnavailableError, UnknownItemError
+from kvcag.errors import InvalidInputError, UnknownItemError
 from kvcag.stores.base import MADE_OF, SOURCE_FIELDS, KVStore
-from kvcag.stores.disk import FOLDER_BYTES, DiskStore
+from kvcag.stores.disk import DiskStore
 from kvcag.stores.files import Names
 from kvcag.stores.format import Manifest
+from kvcag.stores.remote import FsspecStore, open_at
 
 if TYPE_CHECKING:
     from kvcag.engines.base import Engine
@@ -33,7 +34,7 @@ class Entry:
 
     Attributes:
         manifest: what the store knows of it.
-        bytes: the size of its file.
+        bytes: the size of its file or object.
     """
 
     manifest: Manifest
@@ -110,37 +111,54 @@ class Entry:
         }
 
 
-def open_existing(path: Path | None, namespace: str) -> DiskStore | None:
-    """Open the store in a folder, or return None if it has no items yet. Creates no folder.
+def open_store(place: str | None, namespace: str) -> DiskStore | FsspecStore:
+    """Open the store in a folder or at an address, or make one."""
+    store = open_at(place or common.default_store(), namespace)
+    assert isinstance(store, DiskStore | FsspecStore)
+    return store
+
+
+def open_existing(place: str | None, namespace: str) -> DiskStore | FsspecStore | None:
+    """Open the store in a folder or at an address, or return None if a folder has no items yet. Creates no folder.
 
     Raises:
-        InvalidInputError: `path` is given and does not exist.
+        InvalidInputError: `place` is a folder that does not exist.
     """
-    folder = path or common.default_store()
-    if path is not None and not folder.is_dir():
+    if place is not None and "://" in place:
+        return open_store(place, namespace)
+    folder = Path(place or common.default_store())
+    if place is not None and not folder.is_dir():
         raise InvalidInputError(
             f"{folder}: no such folder. Name the store's with --store, or make one: kvcag encode PATH --store {folder}"
         )
-    return DiskStore(folder, FOLDER_BYTES, namespace=namespace) if (folder / Names(namespace).space).is_dir() else None
+    return open_store(place, namespace) if (folder / Names(namespace).space).is_dir() else None
 
 
 def read_entries(store: KVStore | None) -> tuple[list[Entry], int]:
     """Return every readable item, newest first, and the number of unreadable files."""
     entries: list[Entry] = []
-    if not isinstance(store, DiskStore):
-        return entries, 0
-    for key in iter(store.keys()):
-        try:
-            manifest = store.manifest(key)
-            if manifest is not None:
-                entries.append(Entry(manifest, store.file(key).stat().st_size))
-        except (CorruptItemError, FormatError):
-            continue
-        except (FileNotFoundError, StoreUnavailableError):
-            if store.contains(key):  # else it was deleted in the meantime
-                raise
+    unreadable = 0
+    for item in () if store is None else store.listing():
+        if item.manifest is None:
+            unreadable += 1
+        else:
+            entries.append(Entry(item.manifest, item.bytes))
     entries.sort(key=lambda entry: -entry.encoded_at)
-    return entries, max(0, store.stats().items - len(entries))
+    return entries, unreadable
+
+
+def find_one(store: DiskStore | FsspecStore | None, id: str) -> Entry:
+    """Find an item by its id or a unique beginning of it. Reads the manifests of those alone that begin so.
+
+    Raises:
+        UnknownItemError, InvalidInputError: as `find`.
+    """
+    begins = (id, _PREFIX + id)
+    keys = [] if store is None else [key for key in begins if store.contains(key)]
+    if store is not None and not keys:
+        keys = [key for key in store.keys() if id and key.startswith(begins)]  # noqa: SIM118 - a store is no dict
+    found = [Entry(made, store.size(key)) for key in keys if store is not None and (made := store.manifest(key))]
+    return find(found, [id])[0]
 
 
 def find(entries: Sequence[Entry], ids: Iterable[str]) -> list[Entry]:

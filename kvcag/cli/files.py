@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +44,8 @@ class Reading:
 
     Attributes:
         texts: in the order of their files.
-        skipped: files and folders without a text, each with the reason.
-        unreadable: the sources of skipped files that are not empty.
+        skipped: files and folders without a text, and lines that cannot be read, each with the reason.
+        unreadable: the sources of files that are not empty and were skipped, whole or in part.
         others: the number of files in folders with other suffixes.
     """
 
@@ -54,16 +55,55 @@ class Reading:
     others: int = 0
 
 
-def read_texts(paths: Iterable[str], *, may_be_empty: bool = False) -> Reading:
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One of several parts of a corpus: the files, and the lines of .jsonl files, whose bytes have this remainder.
+
+    It depends on the bytes alone, so that every machine computes the same parts from the same files, whatever their
+    paths; and two files with the same bytes are in one part.
+
+    Attributes:
+        number: from 1 to `count`.
+        count: how many parts there are.
+    """
+
+    number: int = 1
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """`3/64`.
+
+        Raises:
+            InvalidInputError: it has another form, or the number is not from 1 to the count.
+        """
+        found = re.fullmatch(r"(\d+)/(\d+)", text.strip())
+        number, count = (int(found[1]), int(found[2])) if found else (0, 0)
+        if not 1 <= number <= count:
+            raise InvalidInputError(f"--shard {text}: give a number and a count, such as 3/64: from 1/64 to 64/64.")
+        return cls(number, count)
+
+    def has(self, content: bytes) -> bool:
+        """Whether a file or a line with this content is in this part."""
+        return self.count == 1 or int.from_bytes(sha256(content).digest()[:8], "big") % self.count == self.number - 1
+
+
+def read_texts(paths: Iterable[str], *, may_be_empty: bool = False, shard: Shard | None = None) -> Reading:
     """Read files, folders and globs; each file once. Says on stderr what it skips.
 
     Folders are read recursively and sorted, without hidden files.
+
+    Args:
+        paths: the files, folders and globs.
+        may_be_empty: return no texts where there are none.
+        shard: read this part only.
 
     Raises:
         InvalidInputError: a path is missing, or a named file is blank, is not text or must be converted first; or
             there is no text, unless `may_be_empty`.
     """
     reading, seen = Reading(), set[str]()
+    shard = shard or Shard()
     for path in paths:
         for file, is_named in _files(path, reading):
             source = os.path.abspath(file)
@@ -71,14 +111,14 @@ def read_texts(paths: Iterable[str], *, may_be_empty: bool = False) -> Reading:
                 continue
             seen.add(source)
             try:
-                reading.texts += _texts(file, source)
+                reading.texts += _texts(file, source, shard, reading)
             except InvalidInputError as refused:
                 if is_named:
                     raise
                 reading.skipped.append((str(file), str(refused)))
                 if not isinstance(refused, EmptyPromptError):
                     reading.unreadable.add(source)
-    if not reading.texts and not may_be_empty:
+    if not reading.texts and not may_be_empty and shard.count == 1:
         raise InvalidInputError("; ".join(reason for _, reason in reading.skipped))
     for _, reason in reading.skipped:
         common.say(f"skipped: {reason}")
@@ -164,43 +204,80 @@ def _below(folder: Path, reading: Reading) -> Iterator[Path]:
         reading.skipped.append((str(folder), f"{folder}: no {', '.join(SUFFIXES)} file in this folder or below it."))
 
 
-def _texts(file: Path, source: str) -> Iterator[Text]:
+def _texts(file: Path, source: str, shard: Shard, reading: Reading) -> list[Text]:
+    """The texts of a file. Lines of a .jsonl file that cannot be read are added to what `reading` skipped.
+
+    Raises:
+        InvalidInputError: nothing in it can be read.
+    """
     if file.suffix.lower() in _CONVERT:
         raise InvalidInputError(f"{file}: {file.suffix} files are not read. Convert it to text or Markdown first.")
-    text = _decoded(file)
+    if file.suffix.lower() == ".jsonl":
+        return _lines(file, source, shard, reading)
+    content = _content(file)
+    if not shard.has(content):
+        return []
+    text = _decoded(content, str(file))
     if not text.strip():
         raise EmptyPromptError(f"{file}: the file is empty. Fill it or leave it out.")
-    if file.suffix.lower() != ".jsonl":
-        yield Text(text.strip(), {"source": source, "title": file.name})
-        return
-    # Split at line feeds only: str.splitlines() also cuts inside strings, at U+2028 for example.
-    numbered = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    for part, (number, line) in enumerate(numbered, start=1):
-        title, content = _parse_line(line, f"{file}, line {number}", default_title=f"{file}:{number}")
-        place = {"part": part, "parts": len(numbered)} if len(numbered) > 1 else {}
-        yield Text(content, {"source": source, "title": title, **place})
+    return [Text(text.strip(), {"source": source, "title": file.name})]
 
 
-def _decoded(file: Path) -> str:
+def _lines(file: Path, source: str, shard: Shard, reading: Reading) -> list[Text]:
+    """The texts of the lines of a .jsonl file that are in a shard. A line that cannot be read is left out."""
+    texts: list[Text] = []
+    refused: list[InvalidInputError] = []
+    empty = True
     try:
-        content = file.read_bytes()
+        with open(file, "rb") as lines:
+            # Lines end at line feeds only: str.splitlines() also cuts inside strings, at U+2028 for example.
+            for number, line in enumerate(lines, start=1):
+                line = line.removeprefix(b"\xef\xbb\xbf").strip()
+                empty = empty and not line
+                if not line or not shard.has(line):
+                    continue
+                try:
+                    title, text = _parse_line(line, f"{file}, line {number}", default_title=f"{file}:{number}")
+                    texts.append(Text(text, {"source": source, "title": title, "part": number}))
+                except InvalidInputError as error:
+                    refused.append(error)
     except OSError as error:
         raise InvalidInputError(f"{file}: cannot be read: {error.strerror}.") from error
+    if empty:
+        raise EmptyPromptError(f"{file}: the file is empty. Fill it or leave it out.")
+    if refused and not texts:
+        raise refused[0]
+    if refused:
+        reading.unreadable.add(source)  # its old items stay
+    reading.skipped += [(str(file), str(error)) for error in refused]
+    return texts
+
+
+def _content(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise InvalidInputError(f"{file}: cannot be read: {error.strerror}.") from error
+
+
+def _decoded(content: bytes, place: str) -> str:
     if b"\0" in content[:8192]:
-        raise InvalidInputError(f"{file}: this is a binary file. Convert it to text first.")
+        raise InvalidInputError(f"{place}: this is a binary file. Convert it to text first.")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise InvalidInputError(
-            f"{file}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8. Save the file as UTF-8."
+            f"{place}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8. Save the file as UTF-8."
         ) from error
 
 
-def _parse_line(line: str, place: str, default_title: str) -> tuple[str, str]:
+def _parse_line(line: bytes, place: str, default_title: str) -> tuple[str, str]:
     """Return title and text of a line of a .jsonl file: an object with a str `text` and, optionally, a str `title`."""
     try:
-        record = json.loads(line)
+        record = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise InvalidInputError(f"{place}: byte 0x{line[error.start]:02x} is not UTF-8.") from error
     except json.JSONDecodeError as error:
         raise InvalidInputError(f"{place}: not JSON: {error.msg} at column {error.colno}.") from error
     if not isinstance(record, dict):

@@ -67,7 +67,7 @@ def ls(
         if len({entry.model for entry in chosen}) > 1:
             columns, rows = [*columns, "model"], [[*entry.cells(), entry.model] for entry in chosen]
         common.stdout().print(common.table(columns, rows))
-    folder = options.store or common.default_store()
+    folder = options.store or str(common.default_store())
     total = f"{common.counted(len(chosen), 'item')}, {common.size(sum(entry.bytes for entry in chosen))} in {folder}"
     if len(chosen) < len(entries):
         total += f" ({len(entries)} without the filters)"
@@ -78,12 +78,12 @@ def ls(
         common.say(f"{common.counted(unreadable, 'file')} cannot be read: `kvcag verify` names damaged files.")
 
 
-def _elsewhere(folder: Path, namespace: str) -> str:
+def _elsewhere(place: str, namespace: str) -> str:
     """Say how many other namespaces there are. Their folders do not show their names."""
     from kvcag.stores.files import Names
 
     own = Names(namespace).space
-    others = [path for path in folder.glob("[0-9a-f]*") if len(path.name) == 32 and path.name != own]
+    others = [path for path in Path(place).glob("[0-9a-f]*") if len(path.name) == 32 and path.name != own]
     return f" in this namespace ({common.counted(len(others), 'other')} may have some)" if others else ""
 
 
@@ -103,10 +103,10 @@ def inspect(
 
         kvcag inspect 3f9c --json | jq .fingerprint
     """
-    from kvcag.cli.entries import find, open_existing, read_entries
+    from kvcag.cli.entries import find_one, open_existing
 
     opened = open_existing(store, namespace)
-    entry = find(read_entries(opened)[0], [id])[0]
+    entry = find_one(opened, id)
     assert opened is not None  # it has this entry
     opened.get(entry.id)  # compares every checksum
     manifest, made_by = entry.manifest, entry.manifest.fingerprint
@@ -277,8 +277,10 @@ def verify(
     from kvcag.stores.verify import VerifyReport
     from kvcag.stores.verify import verify as check
 
-    folder = path or store or common.default_store()
-    if path is None and store is not None and not store.exists():
+    if path is None and store is not None and "://" in store:
+        raise InvalidInputError(f"{store}: verify reads folders. Every item of a remote is verified when it is used.")
+    folder = path or Path(store or common.default_store())
+    if path is None and not folder.exists() and store is not None:
         raise InvalidInputError(f"{store}: no such folder. Name the store's with --store.")
     report = check(folder, repair=repair) if folder.exists() else VerifyReport()
     if as_json:

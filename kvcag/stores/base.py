@@ -101,6 +101,10 @@ class KVStore(ABC):
     def contains(self, key: str) -> bool:
         """Whether the item is stored. Its content is not verified."""
 
+    def containing(self, keys: Iterable[str]) -> set[str]:
+        """Those of several items that are stored, as `contains` says."""
+        return {key for key in keys if self.contains(key)}
+
     @abstractmethod
     def keys(self) -> Iterator[str]:
         """The ids of all items, in no particular order. They are produced one by one."""
@@ -299,23 +303,27 @@ class Listed:
         manifest: None if it cannot be read.
         error: why it cannot be read; empty if it can.
         delete: deletes it where it stands.
+        bytes: the size of its file or object; 0 where there are none.
     """
 
     name: str
     manifest: Manifest | None
     error: str
     delete: Callable[[], None]
+    bytes: int = 0
 
 
-def listed(name: str, read: Callable[[], Manifest | None], delete: Callable[[], None]) -> Iterator[Listed]:
+def listed(
+    name: str, read: Callable[[], Manifest | None], delete: Callable[[], None], bytes: int = 0
+) -> Iterator[Listed]:
     """An item whose manifest `read` gives; nothing if it was deleted in the meantime."""
     try:
         manifest = read()
     except StoreError as error:
-        yield Listed(name, None, str(error), delete)
+        yield Listed(name, None, str(error), delete, bytes)
     else:
         if manifest is not None:
-            yield Listed(manifest.id, manifest, "", delete)
+            yield Listed(manifest.id, manifest, "", delete, bytes)
 
 
 @dataclass(eq=False)

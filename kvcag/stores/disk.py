@@ -44,7 +44,9 @@ _announced: Counter[str] = Counter()
 """Deletions that this process has counted in the file of a directory."""
 _announcing = threading.Lock()
 _RECOUNT_SECONDS = 5.0
-"""How long this process relies on its own count of the bytes. Other processes may write in the meantime."""
+"""How long, at least, this process relies on its own count of the bytes. Other processes may write in the meantime."""
+_RECOUNT_SHARE = 0.05
+"""The share of its time that a process spends on counting, at most: a million files take seconds."""
 _CLOCKS_DIFFER_SECONDS = 60
 """By how much the clocks of machines that share a directory may differ."""
 
@@ -55,13 +57,17 @@ class DiskStore(KVStore):
     Args:
         path: the directory. It is created with mode 0700 if it is missing.
         max_bytes: bytes that the files of this namespace may take. The least recently used are evicted first. With
-            several writers, the files that the others wrote in the last five seconds may exceed it.
+            several writers, the files that the others wrote in the last five seconds may exceed it, or in twenty times
+            as long as counting the files takes.
         ttl: seconds after a `put` until the item expires; None for never.
         quantize: `"int8"` halves the files of a bfloat16 model. Items are read in the model's dtype.
         namespace: whose items these are. Two namespaces share no file, and neither finds an item of the other.
         salt: a secret of the server, part of every file name. Without it, the names do not reveal which texts are
             stored. Use the same salt to find the items again. None: the environment variable `KVCAG_SALT`, which so
             reaches every store that adapters, cubes and commands open by a path.
+
+    Attributes:
+        evictions: items that this object deleted to keep the budget.
 
     Raises:
         StoreUnavailableError: the directory cannot be created.
@@ -82,9 +88,9 @@ class DiskStore(KVStore):
         self._names = Names(namespace, salt)
         self.directory = self.path / self._names.space
         self._counters = threading.Lock()
-        self._hits = self._misses = self._evictions = 0
+        self._hits = self._misses = self.evictions = 0
         self._counted = 0
-        self._counted_at = float("-inf")
+        self._recount_at = float("-inf")
         with unavailable(self.path):
             make_private(self.directory)
         for folder in (self.path, self.directory):
@@ -168,7 +174,12 @@ class DiskStore(KVStore):
     def listing(self) -> Iterator[Listed]:
         """By file: a damaged file does not say its id."""
         for entry in self._entries():
-            yield from listed(entry.path, partial(self._manifest, entry.path), partial(self._remove, entry.path))
+            try:
+                size = entry.stat().st_size
+            except FileNotFoundError:  # deleted in the meantime
+                continue
+            path = entry.path
+            yield from listed(path, partial(self._manifest, path), partial(self._remove, path), size)
 
     @property
     def place(self) -> str:
@@ -216,11 +227,16 @@ class DiskStore(KVStore):
     def stats(self) -> StoreStats:
         """Counts the files, also expired ones that were not deleted yet."""
         sizes = [file.bytes for file in self._files()]
-        return StoreStats(len(sizes), sum(sizes), self.max_bytes, self._hits, self._misses, self._evictions)
+        return StoreStats(len(sizes), sum(sizes), self.max_bytes, self._hits, self._misses, self.evictions)
 
     def file(self, key: str) -> Path:
         """The path of an item's file, whether or not it exists."""
         return self.directory / self._names.file(key)
+
+    def size(self, key: str) -> int:
+        """The bytes of an item's file."""
+        with unavailable(path := self.file(key)):
+            return path.stat().st_size
 
     def pin(self, key: str) -> None:
         """Keep this item from eviction and expiry until `unpin` or `delete`, in all processes."""
@@ -272,9 +288,9 @@ class DiskStore(KVStore):
         assert self.max_bytes is not None
         with self._counters:
             self._counted += size
-            fresh = time.monotonic() - self._counted_at < _RECOUNT_SECONDS
-            if fresh and self._counted <= self.max_bytes:
+            if time.monotonic() < self._recount_at and self._counted <= self.max_bytes:
                 return
+        began = time.monotonic()
         files = sorted(self._files(), key=lambda file: (file.path == path, file.used))
         total = sum(file.bytes for file in files)
         with self._lock():
@@ -284,9 +300,10 @@ class DiskStore(KVStore):
                 if not file.path.with_suffix(_PIN).exists():
                     _unlink(file.path, file.inode)
                     total -= file.bytes
-                    self._evictions += 1
+                    self.evictions += 1
         with self._counters:
-            self._counted, self._counted_at = total, time.monotonic()
+            took = time.monotonic() - began
+            self._counted, self._recount_at = total, began + took + max(_RECOUNT_SECONDS, took / _RECOUNT_SHARE)
         if not path.exists() and total + size > self.max_bytes:
             raise StoreFullError(item_id, size, self.max_bytes, total)
 

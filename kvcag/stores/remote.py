@@ -6,18 +6,22 @@ import contextlib
 import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Protocol
 
 from kvcag.core import KVCacheItem
 from kvcag.errors import CorruptItemError, FormatError, InvalidInputError, MissingExtraError, StoreUnavailableError
 from kvcag.stores.base import KVStore, Listed, StoreStats, listed
+from kvcag.stores.disk import FOLDER_BYTES, DiskStore
 from kvcag.stores.files import SUFFIX, Names
 from kvcag.stores.format import Manifest, Quantize, item_from_bytes, item_to_bytes, parse_header, parse_id
 
 _WITH_BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "ossfs", "cos", "obs", "tos"}
 """Protocols whose addresses begin with a bucket that has to exist. In others a folder exists once it holds a file."""
 _HEAD = 64 << 10  # bytes of the first request for a head; most heads are smaller
+_REQUESTS = 32
+"""Requests that are under way at once."""
 
 
 class FsspecStore(KVStore):
@@ -105,13 +109,17 @@ class FsspecStore(KVStore):
             self._check_bucket()
         return found
 
+    def containing(self, keys: Iterable[str]) -> set[str]:
+        """Those that have an object. Many requests are under way at once."""
+        asked = list(keys)
+        with ThreadPoolExecutor(_REQUESTS, thread_name_prefix="kvcag-remote") as threads:
+            return {key for key, found in zip(asked, threads.map(self.contains, asked), strict=True) if found}
+
     def keys(self) -> Iterator[str]:
-        """The ids, from the heads of the objects, one request each. Damaged objects are left out."""
-        for path in self._objects():
-            head = self._head(path)
-            if head is not None:
-                with contextlib.suppress(CorruptItemError, FormatError):
-                    yield parse_id(head, self._shown(path))
+        """The ids, from the heads of the objects, one request each, many at once. Damaged objects are left out."""
+        for path, head in self._heads(list(self._objects())):
+            with contextlib.suppress(CorruptItemError, FormatError):
+                yield parse_id(head, self._shown(path))
 
     def manifest(self, key: str) -> Manifest | None:
         """From the object's head. The tensors are not transferred."""
@@ -122,8 +130,10 @@ class FsspecStore(KVStore):
 
     def listing(self) -> Iterator[Listed]:
         """By object: a damaged object does not say its id."""
-        for path in self._objects():
-            yield from listed(self._shown(path), partial(self._manifest, path), partial(self._remove, path))
+        objects = self._objects()
+        for path, head in self._heads(list(objects)):
+            name = self._shown(path)
+            yield from listed(name, partial(_manifest_in, head, name), partial(self._remove, path), objects[path])
 
     @property
     def place(self) -> str:
@@ -135,9 +145,18 @@ class FsspecStore(KVStore):
         """The directory at the address."""
         return frozenset({f"{self.url}/{self.directory}"})
 
+    def file(self, key: str) -> str:
+        """The address of an item's object, whether or not it exists."""
+        return self._shown(self._path(key))
+
+    def size(self, key: str) -> int:
+        """The bytes of an item's object."""
+        with self._reached():
+            return int(self._fs.size(self._path(key)))
+
     def _manifest(self, path: str) -> Manifest | None:
         head = self._head(path)
-        return None if head is None else parse_header(head, self._shown(path)).manifest
+        return None if head is None else _manifest_in(head, self._shown(path))
 
     def _remove(self, path: str) -> None:
         with self._reached(), contextlib.suppress(FileNotFoundError):
@@ -178,10 +197,28 @@ class FsspecStore(KVStore):
 
     def _head(self, path: str) -> bytes | None:
         start = self._read(path, _HEAD)
-        if start is None or len(start) < 8:
+        return None if start is None else self._whole_head(path, start)
+
+    def _whole_head(self, path: str, start: bytes) -> bytes | None:
+        """The head of an object, whose first `_HEAD` bytes were read."""
+        if len(start) < 8:
             return start
         size = 8 + int.from_bytes(start[:8], "little")
         return start[:size] if size <= len(start) or len(start) < _HEAD else self._read(path, size)
+
+    def _heads(self, paths: list[str]) -> Iterator[tuple[str, bytes]]:
+        """Paths and heads, `_REQUESTS` at a time. Objects that are deleted in the meantime are left out."""
+        for at in range(0, len(paths), _REQUESTS):
+            some = paths[at : at + _REQUESTS]
+            with self._reached():
+                found = self._fs.cat_ranges(some, [0] * len(some), [_HEAD] * len(some), on_error="return")
+                failed = next((one for one in found if isinstance(one, Exception)), None)
+                if failed is not None and not isinstance(failed, FileNotFoundError):
+                    raise failed
+            for path, start in zip(some, found, strict=True):
+                head = None if isinstance(start, Exception) else self._whole_head(path, bytes(start))
+                if head is not None:
+                    yield path, head
 
     def _objects(self) -> dict[str, int]:
         """Path → bytes of each object."""
@@ -206,6 +243,18 @@ class FsspecStore(KVStore):
                 "address; the stored items are unchanged",
                 self.url,
             ) from error
+
+
+def open_at(place: str | os.PathLike[str], namespace: str = "") -> KVStore:
+    """The store at an address such as `s3://bucket/kv`, or in a folder, which then holds 64 GiB at most."""
+    address = os.fspath(place)
+    if "://" in address:
+        return FsspecStore(address, namespace=namespace)
+    return DiskStore(address, FOLDER_BYTES, namespace=namespace)
+
+
+def _manifest_in(head: bytes, name: str) -> Manifest:
+    return parse_header(head, name).manifest
 
 
 def _open(url: str, options: dict[str, Any]) -> tuple[Any, str]:
@@ -279,6 +328,11 @@ class _ByteFiles:
     def rm_file(self, path: str) -> None:
         self.store.mdelete([path, _tensors(path)])
 
+    def cat_ranges(self, paths: list[str], starts: list[int], ends: list[int], on_error: str) -> list[object]:
+        """The heads, by one request."""
+        heads = zip(paths, self.store.mget(paths), strict=True)
+        return [FileNotFoundError(path) if head is None else head for path, head in heads]
+
     def exists(self, path: str) -> bool:
         return self.store.mget([path])[0] is not None
 
@@ -287,10 +341,10 @@ class _ByteFiles:
         for path in self.store.yield_keys(prefix=f"{directory}/"):
             if path.endswith(SUFFIX):
                 with contextlib.suppress(FileNotFoundError):
-                    found[path] = {"size": self._size(path)}
+                    found[path] = {"size": self.size(path)}
         return found
 
-    def _size(self, path: str) -> int:
+    def size(self, path: str) -> int:
         head = self.cat_file(path, end=0)
         try:
             return parse_header(head, path).size

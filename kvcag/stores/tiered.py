@@ -14,9 +14,9 @@ from kvcag.cache.layers import cache_of, contiguous_copy, layers_of
 from kvcag.core import DeletionReport, KVCacheItem
 from kvcag.errors import InvalidInputError, StoreError, StoreFullError
 from kvcag.stores.base import Described, KVStore, StoreStats
-from kvcag.stores.disk import FOLDER_BYTES, DiskStore
 from kvcag.stores.format import Manifest
 from kvcag.stores.memory import MemoryStore
+from kvcag.stores.remote import open_at
 
 
 class StoreWarning(UserWarning):
@@ -40,7 +40,7 @@ class TieredStore(KVStore):
     tier is copied into the faster ones. Each tier keeps its own budget.
 
     Args:
-        tiers: stores, the fastest first. A path is a `DiskStore` of 64 GiB.
+        tiers: stores, the fastest first. A path is a `DiskStore` of 64 GiB, an address with `://` an `FsspecStore`.
 
     Raises:
         InvalidInputError: there is no tier.
@@ -49,7 +49,7 @@ class TieredStore(KVStore):
     def __init__(self, tiers: Sequence[KVStore | str | os.PathLike[str]]) -> None:
         if not tiers:
             raise InvalidInputError("a TieredStore needs at least one tier")
-        self.tiers = [tier if isinstance(tier, KVStore) else DiskStore(tier, FOLDER_BYTES) for tier in tiers]
+        self.tiers = [tier if isinstance(tier, KVStore) else open_at(tier) for tier in tiers]
         self._pool = ThreadPoolExecutor(_PREFETCHED_AT_ONCE, thread_name_prefix="kvcag-prefetch")
         self._coming: dict[str, Future[KVCacheItem | None]] = {}
         self._lock = threading.Lock()
@@ -148,6 +148,14 @@ class TieredStore(KVStore):
     def contains(self, key: str) -> bool:
         """Whether a tier has the item."""
         return self.tier_of(key) is not None
+
+    def containing(self, keys: Iterable[str]) -> set[str]:
+        """Those that a tier has. A slower tier is asked for what the faster ones lack."""
+        missing, found = set(keys), set[str]()
+        for tier in self.tiers:
+            found |= tier.containing(missing)
+            missing -= found
+        return found
 
     def tier_of(self, key: str) -> int | None:
         """The index of the fastest tier that has an item; None where no tier has it."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-ELSEWHERE = {"langchain_rag_to_cag", "llama_index_rag_to_cag", "vllm_server", "memory_cube"}
+ELSEWHERE = {"langchain_rag_to_cag", "llama_index_rag_to_cag", "vllm_server", "memory_cube", "encode_on_ray"}
 """Examples that other tests run."""
 
 

@@ -422,7 +422,7 @@ def test_a_folder_that_is_opened_by_its_path_has_a_byte_budget(
 ) -> None:
     """It grew until the disk was full."""
     budget = 40_000
-    monkeypatch.setattr("kvcag.memory.FOLDER_BYTES", budget)
+    monkeypatch.setattr("kvcag.stores.remote.FOLDER_BYTES", budget)
     memory = KVCacheMemory(tiny_engine, tmp_path)
     memory.add([f"Text number {number}, of some length." for number in range(20)])
     stats = memory.store.stats()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcag.cli.files import Text, read_corpus, read_texts, split
+from kvcag.cli.files import Shard, Text, read_corpus, read_texts, split
 from kvcag.demo.corpus import Topic, python_topics
 from kvcag.errors import EmptyPromptError, InvalidInputError
 from tests.commands import write
@@ -58,7 +58,8 @@ def test_a_file_that_is_named_is_read_whatever_its_suffix(tmp_path: Path) -> Non
         ("a.txt", b" \n\t", "a.txt: the file is empty"),
         ("a.jsonl", b"", "a.jsonl: the file is empty"),
         ("a.txt", b"fine\nfine\ncaf\xe9\n", "a.txt, line 3: byte 0xe9 is not UTF-8"),
-        ("a.jsonl", b'{"text": "ok"}\n{"text": ', "a.jsonl, line 2: not JSON"),
+        ("a.jsonl", b'{"text": ', "a.jsonl, line 1: not JSON"),
+        ("a.jsonl", b'{"text": "caf\xe9"}', "a.jsonl, line 1: byte 0xe9 is not UTF-8"),
         ("a.jsonl", b'\n["text"]', "a.jsonl, line 2: expected an object .* found list"),
         ("a.jsonl", b"null", "a.jsonl, line 1: expected an object .* found null"),
         ("a.jsonl", b'{"title": "x"}', 'a.jsonl, line 1: "text" must be a string'),
@@ -72,6 +73,41 @@ def test_a_file_that_is_named_and_cannot_be_read_is_refused(
 ) -> None:
     with pytest.raises(InvalidInputError, match=complaint):
         read_texts([str(write(tmp_path / name, content))])
+
+
+def test_one_bad_line_of_a_jsonl_names_itself_and_the_rest_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [b'{"text": "one"}', b'{"text": ', b'{"text": "caf\xe9"}', b"", b'{"text": "two"}']
+    file = write(tmp_path / "a.jsonl", b"\n".join(lines))
+    reading = read_texts([str(file)])
+    assert [(text.text, text.metadata["part"]) for text in reading.texts] == [("one", 1), ("two", 5)]
+    assert [reason.partition(": ")[0] for _, reason in reading.skipped] == [f"{file}, line 2", f"{file}, line 3"]
+    assert reading.unreadable == {str(file)}, "sync drops nothing of a file that cannot be read as a whole"
+    assert "a.jsonl, line 2: not JSON" in capsys.readouterr().err
+
+
+def test_shards_are_a_partition_that_depends_on_the_content_alone(tmp_path: Path) -> None:
+    for place in ("here", "there/deeper"):
+        write(tmp_path / place / "lines.jsonl", "\n".join(json.dumps({"text": f"Line {n}."}) for n in range(40)))
+        for number in range(40):
+            write(tmp_path / place / f"{number}.txt", f"File {number}.")
+    parts = [
+        [
+            {text.text for text in read_texts([str(tmp_path / place)], shard=Shard(number, 4)).texts}
+            for number in range(1, 5)
+        ]
+        for place in ("here", "there")
+    ]
+    assert parts[0] == parts[1]
+    assert min(map(len, parts[0])) > 5
+    assert sum(map(len, parts[0])) == len(set().union(*parts[0])) == 80
+
+
+@pytest.mark.parametrize("wrong", ["0/4", "5/4", "4", "1/0", "a/b", "-1/4"])
+def test_a_shard_that_is_none_is_refused(wrong: str) -> None:
+    with pytest.raises(InvalidInputError, match="such as 3/64"):
+        Shard.parse(wrong)
 
 
 def test_what_is_missing_or_blank_is_refused(tmp_path: Path) -> None:
