@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvcag import DiskStore
+from kvcag.stores import DiskStore
 from tests.commands import write
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "encode_on_ray.py"
