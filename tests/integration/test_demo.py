@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 
 from kvcag import __version__
 from kvcag.cli import main
@@ -73,6 +74,28 @@ def test_the_embedded_model_answers_the_same_from_caches(kvcag, smollm2_path, co
     for shown in ("1. Who keeps the lighthouse?", "full prefill: ", "from caches: ", "speed-up", "yes"):
         assert shown in done.err  # stdout is the JSON alone
     assert row["answer"].split()[0] in done.err
+
+
+@pytest.fixture(scope="module")
+def int8_folder(smollm2_path, tmp_path_factory) -> Path:
+    """A checkpoint with int8 weights, as people save and load them."""
+    torchao = pytest.importorskip("torchao.quantization")
+    folder = tmp_path_factory.mktemp("int8")
+    config = TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    AutoModelForCausalLM.from_pretrained(smollm2_path, quantization_config=config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(smollm2_path).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("strategy", ["exact", "rotate", "query"])
+def test_the_embedded_model_with_int8_weights_of_torchao_does_the_demo(kvcag, int8_folder, corpus, strategy):
+    arguments = ["--model", int8_folder, "--corpus", corpus, "--max-new-tokens", 16, "--json"]
+    done = kvcag("demo", *arguments, "--strategy", strategy, "--question", "Who keeps the lighthouse?")
+    assert done.code == 0, done.err
+    (row,) = json.loads(done.out)["questions"]
+    assert row["encoded_tokens"] == 0
+    assert row["answer"] != ""
+    assert row["same_answer"] or strategy != "exact"
 
 
 @pytest.mark.parametrize(("strategy", "recomputes"), [("exact", False), ("rotate", False), ("query", True)])
