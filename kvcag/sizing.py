@@ -266,9 +266,12 @@ def _of_mapping(described: Mapping[str, Any], where: str) -> Any:
 
 
 def _layer(config: Any, window: int | None) -> LayerGeometry:
+    from kvcag.cache.layers import latent_shape
+
+    latent = latent_shape(config)
+    if latent:
+        return LayerGeometry(*latent, window)
     heads = int(config.num_attention_heads)
-    if getattr(config, "kv_lora_rank", None):  # latents, and one rotated key for all heads
-        return LayerGeometry(1, int(config.kv_lora_rank), int(config.qk_rope_head_dim), window)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     return LayerGeometry(int(getattr(config, "num_key_value_heads", None) or heads), head_dim, head_dim, window)
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 import torch
-from transformers import DynamicCache, cache_utils
+from transformers import DynamicCache, __version__, cache_utils
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kvcag.errors import UnsupportedModelError
@@ -40,6 +40,9 @@ _Linear: Any = getattr(cache_utils, "LinearAttentionLayer", _Missing)
 _Dummy: Any = getattr(cache_utils, "DummyLayer", _Missing)
 _CONTINUES = "conv_kernel_size" in inspect.signature(_Linear.lazy_initialization).parameters
 """Whether this transformers runs several tokens over a recurrent state. Before 5.24 it ignored the state."""
+
+_LATENT = tuple(map(int, __version__.split(".")[:2])) >= (5, 15)
+"""Whether latent attention (MLA) caches latents. Before 5.15 it cached the keys and values of every head."""
 
 Kinds: TypeAlias = tuple[tuple[bool, int], ...]
 """For each layer of a model that has recurrent layers: whether it attends, and how many recurrent states it has."""
@@ -114,6 +117,17 @@ def length_of(layers: Sequence[LayerKV]) -> int:
 def kinds_of(model: PreTrainedModel) -> Kinds:
     """The layers of a model that has recurrent layers; empty for a model without them."""
     return kinds_of_config(model.config.get_text_config(decoder=True))
+
+
+def latent_shape(config: Any) -> tuple[int, int, int] | None:
+    """KV heads, and the dimensions of a key and of a value as cached, of a model with latent attention; else None."""
+    latent = getattr(config, "kv_lora_rank", None)
+    if not latent:
+        return None
+    if _LATENT:  # latents, and one rotated key for all heads
+        return 1, int(latent), int(config.qk_rope_head_dim)
+    heads, key_dim = int(config.num_attention_heads), int(config.qk_nope_head_dim + config.qk_rope_head_dim)
+    return heads, key_dim, int(config.v_head_dim)
 
 
 def kinds_of_config(config: PretrainedConfig) -> Kinds:

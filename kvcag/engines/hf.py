@@ -40,6 +40,7 @@ from kvcag.cache.layers import (
     device_of,
     generation_cache,
     kinds_of,
+    latent_shape,
     layers_of,
     nbytes,
     position_argument,
@@ -100,7 +101,8 @@ class HFEngine(Engine):
     answers that are generated at the same time take their steps together.
 
     Args:
-        model: a decoder-only model, also with adapters (peft). It is put into evaluation mode.
+        model: a decoder-only model with attention, recurrent layers or both, also with adapters (peft). It is put into
+            evaluation mode.
         tokenizer: its tokenizer.
         prefix_cache_bytes: how much of recent contexts to keep, so that a prompt which begins like an earlier one is
             prefilled only from where it differs; 2 GiB by default. 0 switches that off.
@@ -285,9 +287,8 @@ class HFEngine(Engine):
         if self._kinds:
             layers = sum(attends for attends, _ in self._kinds)
         layers -= getattr(config, "num_kv_shared_layers", None) or 0
-        latent = getattr(config, "kv_lora_rank", None)  # cached with one rotated key instead of keys and values (MLA)
-        numbers = latent + config.qk_rope_head_dim if latent else 2 * kv_heads * head_dim
-        return int(layers * numbers * torch.empty(0, dtype=self.model.dtype).element_size())
+        kv_heads, key_dim, value_dim = latent_shape(config) or (kv_heads, head_dim, head_dim)
+        return int(layers * kv_heads * (key_dim + value_dim) * torch.empty(0, dtype=self.model.dtype).element_size())
 
     @property
     def is_recurrent(self) -> bool:

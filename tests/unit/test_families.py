@@ -5,7 +5,7 @@ import torch
 import transformers
 
 from kvcag import HFEngine
-from kvcag.cache.layers import _CONTINUES
+from kvcag.cache.layers import _CONTINUES, _LATENT
 from kvcag.cache.merge import check_mergeable, merge
 from kvcag.cache.rope import PositionShift, Rotation, rotations
 from kvcag.errors import UnsupportedModelError
@@ -166,7 +166,7 @@ def test_refused_with_what_to_do_instead(family):
     assert not _CONTINUES or "Merge nothing with it" in str(refusal.value) or "strategy='exact'" in str(refusal.value)
 
 
-@pytest.mark.skipif(not _CONTINUES, reason="transformers before 5.24 caches the keys of every head")
+@pytest.mark.skipif(not _LATENT, reason="transformers before 5.15 caches the keys of every head")
 def test_one_key_of_all_heads_is_rotated_beside_the_latents():
     assert all(rotation.of_values for rotation in rotations(model_of("deepseek_v3", LATENT)))
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from kvcag import HFEngine, KVCacheMemory
-from kvcag.cache.layers import _CONTINUES, layers_of, nbytes
+from kvcag.cache.layers import layers_of, nbytes
 from kvcag.cli.app import app
 from kvcag.errors import InvalidInputError, UnsupportedModelError
 from kvcag.sizing import DTYPE_BYTES, KVGeometry, LayerGeometry, break_even, kv_geometry
@@ -50,8 +50,6 @@ FAMILIES = {
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_the_bytes_are_those_of_a_real_cache(family: str, dtype: torch.dtype) -> None:
-    if family == "deepseek_v3" and not _CONTINUES:
-        pytest.skip("transformers before 5.24 caches the keys of every head")
     model = tiny_model(family.split(",")[0], dtype=dtype, **FAMILIES[family])
     engine = HFEngine(model, byte_tokenizer())
     length = 40  # longer than the windows
