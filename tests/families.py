@@ -258,6 +258,36 @@ No small model of some types can be made by a configuration alone, and they have
 | DeepSeek-V3 and R1, Kimi K2; GLM-4.7-Flash | `deepseek_v3`; `glm4_moe_lite` |
 | Ministral 3 | `ministral3` |
 
+## Weights, adapters and devices
+
+Keys and values have the dtype that the model computes in. A fingerprint is over the weights as they are, with their
+scales. Where it says yes, exact reuse and merging work, on a CPU (`tests/unit/test_weights.py`).
+
+| weights | works |
+| --- | --- |
+| torchao: int8, int4 and FP8, weight-only | yes |
+| bitsandbytes: 8 and 4 bits | yes |
+| GPTQ, AWQ | not run; packed weights in buffers are part of the fingerprint |
+| FP8 in blocks (`FineGrainedFP8Config`) | not run: transformers asks for a GPU |
+| GGUF | unpacked, as in `kvcag demo`; not run packed, which asks for a kernel from the hub |
+| LoRA through peft | yes: active, switched, merged and unloaded |
+| offloaded to memory or disk | yes |
+| layers on two GPUs | has a test, and was not run |
+
+With torchao's int8 weights, SmolLM2 does the whole demo; the KL of its own merges over that of its float32 weights is
+1.05 with `rotate`, 1.09 with `query` at 10% and 0.99 at 20%, on 50 questions of five documents
+(`benchmarks/results/fidelity/int8-weights.json`; save a quantised checkpoint, and give it to `benchmarks/fidelity.py`
+as `--model`).
+
+## Recurrent layers
+
+They are merged by `rotate` and `full`. The other strategies compute single tokens again, and a state knows no token in
+the middle. Jamba, Mamba, FalconMamba and Zaya are exact only: in transformers {version} their pass over several tokens
+starts from zero, whatever the state before it, so no map of a document can be measured. What is new in a prompt is read
+token by token there.
+
+## Every type
+
 {exact} types work exactly, {merged} of them can be merged too.
 
 | model type | exact | merged | why not |

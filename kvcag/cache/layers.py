@@ -200,8 +200,11 @@ class ContextCache(DynamicCache):
 
 def device_of(model: PreTrainedModel) -> torch.device:
     """Where the model's inputs go. Its first weights may be elsewhere, with accelerate's CPU or disk offload."""
-    hook = getattr(model, "_hf_hook", None)
-    return torch.device(getattr(hook, "execution_device", None) or model.device)
+    if not hasattr(model, "_hf_hook"):
+        return model.device
+    hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    return torch.device(next((device for device in devices if device is not None), model.device))
 
 
 def cache_argument(module: torch.nn.Module, cache: Cache) -> dict[str, Cache]:
@@ -219,7 +222,7 @@ def position_argument(module: torch.nn.Module, cache: Cache, new: int) -> dict[s
     """
     if not isinstance(cache, _RecurrentCache) or not _takes_positions(type(module).forward):
         return {}
-    device = next(module.parameters()).device
+    device = device_of(cast("PreTrainedModel", module))
     return {"position_ids": torch.arange(cache.tokens, cache.tokens + new, device=device)[None]}
 
 

@@ -43,6 +43,7 @@ PLACES = {
     "last layers on disk": {"": "cpu", "model.layers.1": "disk", "model.layers.2": "disk"},
     "first weights on disk": {"": "cpu", "model.embed_tokens": "disk", "model.layers.0": "disk"},
     "all on disk": {"": "disk"},
+    "all in memory": {"": "memory"},
 }
 if not _CONTINUES:  # transformers before 5.24 counts no token in a cache whose first layer is on disk
     del PLACES["all on disk"]
@@ -51,6 +52,8 @@ if not _CONTINUES:  # transformers before 5.24 counts no token in a cache whose 
 @pytest.fixture(params=PLACES)
 def offloaded(request: pytest.FixtureRequest, whole: PreTrainedModel, tmp_path: Path) -> Any:
     accelerate = pytest.importorskip("accelerate")
+    if request.param == "all in memory":
+        return accelerate.cpu_offload(copy.deepcopy(whole), execution_device=torch.device("cpu"))
     names = {name.rpartition(".")[0] for name, _ in whole.named_parameters()}
     places = PLACES[request.param]
     device_map = {
@@ -117,18 +120,18 @@ def test_a_wrapped_model_and_its_own_are_one(whole: PreTrainedModel) -> None:
 # --- quantised ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_quantised_weights_merge_and_have_a_fingerprint_of_their_own(bits: int) -> None:
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+def test_quantised_weights_merge_and_have_a_fingerprint_of_their_own(kind: str) -> None:
     quantization = pytest.importorskip("torchao.quantization")
-    dtype = torch.float32 if bits == 8 else torch.bfloat16
+    dtype = torch.bfloat16 if kind == "int4" else torch.float32
     settings: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16, "dtype": dtype}
     models = [tiny_model(seed=seed, **settings) for seed in (0, 0, 1)]
     plain = engine_of(tiny_model(**settings)).fingerprint
-    config = (
-        quantization.Int8WeightOnlyConfig()
-        if bits == 8
-        else quantization.IntxWeightOnlyConfig(torch.int4, quantization.PerGroup(32))
-    )
+    config = {
+        "int8": quantization.Int8WeightOnlyConfig(),
+        "int4": quantization.IntxWeightOnlyConfig(torch.int4, quantization.PerGroup(32)),
+        "fp8": quantization.Float8WeightOnlyConfig(),
+    }[kind]
     for model in models:
         quantization.quantize_(model, config)
     first, same, other = (engine_of(model).fingerprint for model in models)
@@ -136,7 +139,7 @@ def test_quantised_weights_merge_and_have_a_fingerprint_of_their_own(bits: int) 
     assert len(answers(models[0])) == 3
     parts = parts_of(models[0], ids(7), [ids(33, seed=1), ids(20, seed=2)])
     merged = merge(models[0], parts, ids(9, seed=9), strategy="full")
-    assert error(merged.layers, encode(models[0], tokens_of(parts))) < (1e-5 if bits == 8 else 0.05)
+    assert error(merged.layers, encode(models[0], tokens_of(parts))) < (0.05 if kind == "int4" else 1e-5)
     assert {t.dtype for kv in layers_of(engine_of(models[0]).build_kv_cache("a")) for t in kv} == {dtype}
 
 
