@@ -20,10 +20,10 @@ from itertools import islice
 from pathlib import Path
 
 from kvcag import HFEngine, KVCacheMemory
-from kvcag.contexts import diff
 from kvcag.stores.base import KVStore
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.format import seal
+from kvcag.sync import diff
 from kvcag.testing import byte_tokenizer, tiny_model
 
 RESULTS = Path(__file__).parent / "results" / "many_items.json"
