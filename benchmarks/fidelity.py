@@ -220,8 +220,11 @@ def measure(memory: KVCacheMemory, question: Question, rows: list[Row], *, peaks
 
         def first_token(row: Row = row) -> Any:
             context = row.merge(memory, ids, question.prompt)
-            cache = generation_cache([layers_of(context.cache)], len(context.tail_ids) + ANSWER)
-            return context, cache, engine.forward(context.tail_ids.tolist(), cache)
+            pieces, room = [layers_of(context.cache)], len(context.tail_ids) + ANSWER
+            if context.read is None:
+                cache = generation_cache(pieces, room)
+                return context, cache, engine.forward(context.tail_ids.tolist(), cache)
+            return context, generation_cache([*pieces, layers_of(context.read.cache)], room), context.read.logits
 
         with timing_the_choice(device) as choosing:
             seconds, (context, cache, first) = timed(device, first_token)
@@ -342,9 +345,8 @@ def main() -> None:
         questions = {"reference": reference, "faq": faq}[options.set](options.docs, options.words)
     questions = questions[options.skip : options.skip + options.limit]
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    measure(
-        memory, questions[0], [Row("rotate", 0.0), Row("query", 0.1)], peaks=False, in_context=False
-    )  # what is learned once a model
+    once = [Row("rotate", 0.0), Row("query", 0.1)]  # what is learned once a model
+    measure(memory, questions[0], once, peaks=False, in_context=False)
     tokens = []
     for number, question in enumerate(questions, 1):
         tokens.append(measure(memory, question, rows, peaks=options.memory, in_context=options.in_context))
