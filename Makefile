@@ -56,9 +56,10 @@ fuzz: $(VENV)/.installed-dev  ## ten minutes of fuzzing for each reader: files, 
 	KVCAG_FUZZ_SECONDS=600 $(PY) -m pytest -s -n0 -o faulthandler_timeout=0 -k "any_" tests/unit/stores/test_fuzz.py \
 	  tests/unit/engines/vllm/test_vllm_fuzz.py $(ARGS)
 
-lint: $(VENV)/.installed-dev  ## ruff and mypy
+lint: $(VENV)/.installed-dev  ## ruff, codespell and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m codespell_lib
 	$(PY) -m mypy
 
 format: $(VENV)/.installed-dev  ## let ruff mend what it can

@@ -19,7 +19,7 @@ FLOORS = [
     {"chat_template", "core"},
     {"cache"},
     {"documents", "engines", "stores"},
-    {"calibration", "config", "sizing", "testing", "tools"},
+    {"calibration", "config", "sizing", "telemetry", "testing", "tools"},
     {"contexts", "sync"},
     {"memory"},
     {"cube", "scheduler"},

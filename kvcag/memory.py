@@ -53,6 +53,7 @@ from kvcag.stores.dump import purge_dump, read_dump, write_dump
 from kvcag.stores.memory import MemoryStore
 from kvcag.stores.remote import open_at
 from kvcag.sync import Context, SyncReport, in_context, sync
+from kvcag.telemetry import observed
 
 DEFAULT_STORE_BYTES = 4 << 30
 _INSTRUCTION = "instruction"
@@ -503,7 +504,8 @@ class KVCacheMemory:
         if constraint is not None:
             constraint = self.engine.constrain(constraint, budget, prompt.thinking)
         with self.engine.begun(self.namespace):
-            return self._opened(prompt, sampling, constraint, merging, started)
+            chunks = self._opened(prompt, sampling, constraint, merging, started)
+            return observed(chunks, self.engine.model_name, sampling, started)
 
     def _opened(
         self,

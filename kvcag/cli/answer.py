@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -92,6 +93,8 @@ def ask(
     common.stderr().print(_summary(usage), style="dim")
     if paths:
         common.stderr().print(fitting.gain(usage), style="dim")
+    sources = "".join(f" --source {shlex.quote(path)}" for path in paths)
+    common.then(f"chat{sources}", options.store, options.namespace)
 
 
 @common.takes(Answering)
@@ -179,13 +182,14 @@ class Corpus:
                 prompt, is_new = whole, self._keep(whole)
         prepared = time.perf_counter() - started
         chunks = self.memory.stream(prompt, strategy=options.strategy, ratio=options.ratio, sampling=sampling)
-        text, usage = "", None
+        text, usage, flow = "", None, common.Flow()
         with contextlib.closing(chunks):
             for chunk in chunks:
                 text, usage = text + chunk.text, chunk.usage
                 if not options.as_json:
-                    sys.stdout.write(common.plain(chunk.text if usage is None else f"{chunk.text}\n"))
-                    sys.stdout.flush()
+                    flow.write(chunk.text)
+            if not options.as_json:
+                flow.end()
         assert usage is not None  # the last chunk has it
         usage = replace(usage, ttft_s=usage.ttft_s + prepared, total_s=usage.total_s + prepared)
         return text, _as_encoded(usage) if is_new else usage
@@ -260,13 +264,14 @@ def corpus_of(paths: list[str], options: Answering) -> Corpus:
     from kvcag.cli.files import read_texts
 
     reading = read_texts(paths)
-    for path, reason in reading.skipped:
-        common.say(f"{path} was left out: {reason}")
     encoding = Encoding(options.model, options.store, options.namespace, options.instruction)
     memory = encoding.memory(encoding.open())
-    wanted = bring(memory, reading)
-    entries = [entry for entry in read_entries(memory.store)[0] if entry.id in wanted]
-    return Corpus(memory, sorted(entries, key=_place), options, is_part=True)
+    entries = read_entries(memory.store)[0]
+    wanted, encoded = bring(memory, reading, entries)
+    if encoded:
+        entries = read_entries(memory.store)[0]
+    chosen = [entry for entry in entries if entry.id in wanted]
+    return Corpus(memory, sorted(chosen, key=_place), options, is_part=True)
 
 
 def open_corpus(options: Answering) -> Corpus:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
+import shutil
 import sys
+import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_type_hints
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -235,16 +240,77 @@ def plain(text: str) -> str:
     return text.replace("\r\n", "\n").translate(_ESCAPED)
 
 
+_WIDE = 240
+"""Columns of a pipe or a file."""
+
+
+def terminal_width(stream: Any) -> int | None:
+    """Return the width of a terminal, and None for a pipe or a file."""
+    return shutil.get_terminal_size().columns if stream.isatty() else None
+
+
 def echo(line: str = "", *, err: bool = False) -> None:
-    """Print a line, as `plain` returns it."""
+    """Print a line, as `plain` returns it. A terminal's lines are broken between words."""
+    width = terminal_width(sys.stderr if err else sys.stdout)
+    if width is not None:
+        line = "\n".join(
+            textwrap.fill(each, width, break_long_words=False, break_on_hyphens=False) for each in line.split("\n")
+        )
     typer.echo(plain(line), err=err)
+
+
+class Flow:
+    """Writes an answer on stdout piece by piece. A terminal's lines are broken between words."""
+
+    def __init__(self) -> None:
+        self.width = terminal_width(sys.stdout)
+        self._at, self._word = 0, ""
+
+    def write(self, text: str) -> None:
+        """Write a piece; a word that is not complete waits for its rest where lines are broken."""
+        if self.width is None:
+            self._out(plain(text))
+            return
+        for part in re.split(r"(\s)", plain(text)):
+            if not part.isspace():
+                self._word += part
+                continue
+            self._end_word(self.width)
+            self._at = 0 if part == "\n" else self._at + 1
+            if self._at <= self.width:
+                self._out(part)
+
+    def end(self) -> None:
+        """Write what waits, and end the line."""
+        self._end_word(self.width or 0)
+        self._out("\n")
+
+    def _end_word(self, width: int) -> None:
+        if self._at and self._at + len(self._word) > width:
+            self._out("\n")
+            self._at = 0
+        self._out(self._word)
+        self._at, self._word = self._at + len(self._word), ""
+
+    @staticmethod
+    def _out(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+
+def then(command: str, store: str | None = None, namespace: str = "") -> None:
+    """Say on stderr which command may be of use next, over the same store."""
+    where = "".join(
+        f" {name} {shlex.quote(value)}" for name, value in (("--store", store), ("--namespace", namespace)) if value
+    )
+    stderr().print(f"next: kvcag {command}{where}", style="dim", soft_wrap=terminal_width(sys.stderr) is None)
 
 
 class _Console(Console):
     """Prints `plain` text, with colours only on a terminal, and without cutting paths in a pipe or a file."""
 
     def __init__(self, *, stderr: bool) -> None:
-        width = None if (sys.stderr if stderr else sys.stdout).isatty() else 240
+        width = terminal_width(sys.stderr if stderr else sys.stdout) or _WIDE
         super().__init__(stderr=stderr, markup=False, highlight=False, width=width)
 
     def print(self, *objects: Any, **how: Any) -> None:
@@ -279,11 +345,17 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
         rows: the cells, shown with `str`; None is an empty cell.
     """
     made = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in columns:
+    shown = [["" if cell is None else plain(str(cell)) for cell in row] for row in rows]
+    names = [heading.removeprefix(">") for heading in columns]
+    widths = [max(map(cell_len, column)) for column in zip(names, *shown, strict=True)]
+    longest = max(widths)
+    room = (terminal_width(sys.stdout) or _WIDE) - (sum(widths) - longest) - 2 * (len(widths) - 1)
+    for heading, name, width in zip(columns, names, widths, strict=True):
         justify: Any = "right" if heading.startswith(">") else "left"
-        made.add_column(heading.removeprefix(">"), justify=justify, no_wrap=True, overflow="ellipsis")
-    for row in rows:
-        made.add_row(*("" if cell is None else plain(str(cell)) for cell in row))
+        most = max(room, 8) if width == longest else width  # where there is little room, the longest column is cut
+        made.add_column(name, justify=justify, no_wrap=True, overflow="ellipsis", max_width=most)
+    for row in shown:
+        made.add_row(*row)
     return made
 
 

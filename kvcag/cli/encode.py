@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,7 +15,8 @@ from kvcag.cli.common import INSTRUCTION, Instruction, Json, Model, Namespace, S
 from kvcag.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from kvcag.cli.files import Reading
+    from kvcag.cli.entries import Entry
+    from kvcag.cli.files import Reading, Text
     from kvcag.memory import KVCacheMemory
     from kvcag.stores.base import KVStore
     from kvcag.stores.format import Manifest
@@ -60,8 +61,9 @@ def encode(
 ) -> None:
     """Encode files and keep their caches, one item per file. Items that are in the store are not encoded again.
 
-    In folders, .txt, .text, .md, .markdown, .rst and .jsonl files are read. Each line of a .jsonl file is an item: an
-    object with a string "text". An interrupted run keeps its finished items; run the command again to continue.
+    In folders, .txt, .text, .md, .markdown, .rst and .jsonl files are read; with the extra `files`, .pdf, .html and
+    .docx, too. Each line of a .jsonl file is an item: an object with a string "text". An interrupted run keeps its
+    finished items; run the command again to continue.
     With --shard, many machines encode one corpus into one store; they need no coordinator.
 
     For example:
@@ -84,7 +86,7 @@ def encode(
     encoded, tokens = _encode(memory, diff)
     done = {"encoded": encoded, "kept": len(diff.wanted) - encoded, "tokens": tokens}
     line = f"{common.counted(done['encoded'], 'item')} encoded ({done['tokens']:,} tokens), {done['kept']} kept already"
-    _report(done, line, diff, reading, memory, options.as_json)
+    _report(done, line, diff, reading, memory, options)
 
 
 @common.takes(Encoding)
@@ -123,20 +125,71 @@ def sync(
     done = {"encoded": encoded, "kept": len(diff.wanted) - encoded, "dropped": len(diff.gone)}
     line = ", ".join(f"{count} {verb}" for verb, count in done.items())
     facts = {**done, "tokens": tokens, "dry_run": dry_run}
-    _report(facts, f"would be: {line}" if dry_run else line, diff, reading, memory, options.as_json)
+    _report(facts, f"would be: {line}" if dry_run else line, diff, reading, memory, options)
 
 
-def bring(memory: KVCacheMemory, reading: Reading) -> dict[str, Any]:
-    """Encode what is new or changed of some texts, in parts of an eighth of the context where one is long.
+def bring(memory: KVCacheMemory, reading: Reading, kept: Sequence[Entry]) -> tuple[dict[str, Any], int]:
+    """Encode what is new or changed of some texts. A long one is cut, unless it is kept whole or in other parts.
+
+    Args:
+        memory: the model and the store.
+        reading: the texts.
+        kept: the items of the store.
 
     Returns:
-        The items by id.
+        The items by id, and how many were encoded.
     """
-    room = memory.engine.context_length // 8
-    lengths = (len(memory.engine.template.encode_text(text.text)) for text in reading.texts)
-    diff = _diff(memory, reading, room if max(lengths, default=0) > 2 * room else None)
-    _encode(memory, diff)
-    return diff.wanted
+    diff = _diff(memory, reading, None, cut_long=True, kept=kept)
+    return diff.wanted, _encode(memory, diff)[0]
+
+
+def _pieces(
+    memory: KVCacheMemory, text: Text, limit: int | None, cut_long: bool, kept: Mapping[str, Sequence[Text]]
+) -> list[Text]:
+    """A text as items: as `limit` says, else as it is kept, else whole, or in parts if it is long and may be cut."""
+    from kvcag.chat_template import segment
+    from kvcag.cli.files import split
+
+    template, head_ids = memory.engine.template, memory.engine.template.instruction_ids(memory.instruction)
+    tokens = template.encode_text(segment(text.text))
+    part_length = memory.engine.context_length // 8
+
+    def count(part: str) -> int:
+        return len(template.encode_text(part))
+
+    def is_kept(part: Text) -> bool:
+        return memory.documents.contains(head_ids, template.encode_text(segment(part.text)))
+
+    if limit is not None:
+        return split(text, limit, count)
+    parts = list(kept.get(text.metadata["source"], ()))
+    in_parts = bool(parts) and " ".join(part.text for part in parts).split() == text.text.split()
+    if len(tokens) <= 2 * part_length and not in_parts:
+        return [text]
+    if is_kept(text):
+        return [text]
+    if in_parts:
+        return parts
+    parts = split(text, part_length, count)
+    return parts if cut_long or all(map(is_kept, parts)) else [text]
+
+
+def _parts_of(memory: KVCacheMemory, entries: Sequence[Entry]) -> dict[str, list[Text]]:
+    """Source → the parts in which a file is kept, in order, where all of them are there."""
+    from kvcag.cli.entries import made_by
+    from kvcag.cli.files import Text
+
+    found: dict[str, dict[int, Text]] = {}
+    for entry in entries:
+        about = entry.manifest.metadata
+        if "parts" in about and made_by(memory.engine, entry.manifest):
+            about = {name: about[name] for name in ("source", "title", "part", "parts") if name in about}
+            found.setdefault(str(about.get("source")), {})[int(about["part"])] = Text(entry.text, about)
+    return {
+        source: [parts[number] for number in sorted(parts)]
+        for source, parts in found.items()
+        if all(text.metadata["parts"] == len(parts) for text in parts.values())
+    }
 
 
 def _diff(
@@ -145,10 +198,12 @@ def _diff(
     limit: int | None,
     is_mine: Callable[[Manifest], bool] | None = None,
     context: str | None = None,
+    *,
+    cut_long: bool = False,
+    kept: Sequence[Entry] = (),
 ) -> SyncDiff:
     """Compare the texts with the store. A text that does not fit is refused before anything is encoded."""
     from kvcag.chat_template import segment
-    from kvcag.cli.files import split
     from kvcag.contexts import Read
     from kvcag.sync import diff, in_context
 
@@ -157,8 +212,9 @@ def _diff(
     head_ids = template.instruction_ids(memory.instruction)
     room = memory.engine.context_length - len(head_ids)
     read = []
+    known = _parts_of(memory, kept)
     for text in reading.texts:
-        for piece in [text] if limit is None else split(text, limit, lambda part: len(template.encode_text(part))):
+        for piece in _pieces(memory, text, limit, cut_long, known):
             token_ids = template.encode_text(segment(piece.text))
             if len(token_ids) > room:
                 raise InvalidInputError(
@@ -212,7 +268,7 @@ def _made_here(memory: KVCacheMemory, path: str, unreadable: set[str]) -> Callab
 
 
 def _report(
-    facts: dict[str, Any], line: str, diff: SyncDiff, reading: Reading, memory: KVCacheMemory, as_json: bool
+    facts: dict[str, Any], line: str, diff: SyncDiff, reading: Reading, memory: KVCacheMemory, options: Encoding
 ) -> None:
     from kvcag.stores.disk import DiskStore
 
@@ -221,8 +277,9 @@ def _report(
     if isinstance(store, DiskStore) and store.evictions:
         room = common.size(store.max_bytes or 0)
         common.say(f"{common.counted(store.evictions, 'item')} evicted: the store holds {room}.")
-    if as_json:
+    if options.as_json:
         skipped = [{"path": path, "reason": reason} for path, reason in reading.skipped]
         common.emit({**facts, "store": place, "ids": list(diff.wanted), "skipped": skipped})
     else:
         common.echo(f"{line}; in {place}" if place else line)
+        common.then('ask "Your question?"', options.store, options.namespace)

@@ -1,4 +1,4 @@
-"""Reads files, folders and globs of UTF-8 text. Converts nothing."""
+"""Reads files, folders and globs: UTF-8 text, and PDF, HTML and DOCX with the extra `files`."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import glob
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from kvcag.cli import common
 from kvcag.demo.corpus import Topic, python_topics
-from kvcag.errors import EmptyPromptError, InvalidInputError
+from kvcag.errors import EmptyPromptError, InvalidInputError, MissingExtraError
 
 SUFFIXES = (".jsonl", ".markdown", ".md", ".rst", ".text", ".txt")
 """The files that are read in folders. A named file is read whatever its suffix, if it is text."""
@@ -22,7 +25,10 @@ SUFFIXES = (".jsonl", ".markdown", ".md", ".rst", ".text", ".txt")
 _CUTS = (r"\n[ \t]*\n\s*", r"\n", r"[.!?]\s+", r"\s+")
 """Where a text is cut: after blank lines, lines, sentences, words."""
 
-_CONVERT = (".htm", ".html", ".pdf", ".docx", ".odt", ".epub")
+_CONVERTED = (".docx", ".htm", ".html", ".pdf")
+"""The files whose text libraries of the extra `files` read."""
+
+_CONVERT = (".doc", ".epub", ".odt", ".rtf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +52,13 @@ class Reading:
         texts: in the order of their files.
         skipped: files and folders without a text, and lines that cannot be read, each with the reason.
         unreadable: the sources of files that are not empty and were skipped, whole or in part.
-        others: the number of files in folders with other suffixes.
+        others: the number of files in folders that are of other kinds, by their suffix.
     """
 
     texts: list[Text] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     unreadable: set[str] = field(default_factory=set)
-    others: int = 0
+    others: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +129,13 @@ def read_texts(paths: Iterable[str], *, may_be_empty: bool = False, shard: Shard
     for _, reason in reading.skipped:
         common.say(f"skipped: {reason}")
     if reading.others:
-        common.say(f"skipped: {common.counted(reading.others, 'file')} of other kinds")
+        kinds = ", ".join(f"{count} {kind or 'without a suffix'}" for kind, count in sorted(reading.others.items()))
+        advice = (
+            ""
+            if reading.others.keys().isdisjoint(_CONVERTED)
+            else "; pip install 'kvcag[files]' reads PDF, HTML and DOCX"
+        )
+        common.say(f"skipped files of other kinds: {kinds}{advice}")
     return reading
 
 
@@ -191,17 +203,18 @@ def _files(path: str, reading: Reading) -> Iterator[tuple[Path, bool]]:
 
 
 def _below(folder: Path, reading: Reading) -> Iterator[Path]:
-    found = False
+    converts = all(map(find_spec, ("mammoth", "markdownify", "pypdf")))
+    kinds, found = (*SUFFIXES, *_CONVERTED) if converts else SUFFIXES, False
     for file in sorted(folder.rglob("*")):
         if any(part.startswith(".") for part in file.relative_to(folder).parts) or not file.is_file():
             continue
-        if file.suffix.lower() in SUFFIXES:
+        if file.suffix.lower() in kinds:
             found = True
             yield file
         else:
-            reading.others += 1
+            reading.others[file.suffix.lower()] += 1
     if not found:
-        reading.skipped.append((str(folder), f"{folder}: no {', '.join(SUFFIXES)} file in this folder or below it."))
+        reading.skipped.append((str(folder), f"{folder}: no {', '.join(kinds)} file in this folder or below it."))
 
 
 def _texts(file: Path, source: str, shard: Shard, reading: Reading) -> list[Text]:
@@ -217,9 +230,10 @@ def _texts(file: Path, source: str, shard: Shard, reading: Reading) -> list[Text
     content = _content(file)
     if not shard.has(content):
         return []
-    text = _decoded(content, str(file))
+    text = _converted(content, file) if file.suffix.lower() in _CONVERTED else _decoded(content, str(file))
     if not text.strip():
-        raise EmptyPromptError(f"{file}: the file is empty. Fill it or leave it out.")
+        what = "there is no text in it" if content.strip() else "the file is empty"
+        raise EmptyPromptError(f"{file}: {what}. Fill it or leave it out.")
     return [Text(text.strip(), {"source": source, "title": file.name})]
 
 
@@ -258,6 +272,35 @@ def _content(file: Path) -> bytes:
         return file.read_bytes()
     except OSError as error:
         raise InvalidInputError(f"{file}: cannot be read: {error.strerror}.") from error
+
+
+def _converted(content: bytes, file: Path) -> str:
+    """The text of a PDF, and HTML or DOCX as Markdown, without pictures, scripts and addresses of links.
+
+    Raises:
+        MissingExtraError: the libraries are not installed.
+        InvalidInputError: they cannot read it.
+    """
+    kind = file.suffix.lower()
+    try:
+        if kind == ".pdf":
+            from pypdf import PdfReader
+
+            return "\n\n".join(page.extract_text() for page in PdfReader(BytesIO(content)).pages)
+        import mammoth
+        from markdownify import MarkdownConverter
+
+        html = mammoth.convert_to_html(BytesIO(content)).value if kind == ".docx" else content
+        from bs4 import BeautifulSoup
+
+        page = BeautifulSoup(html, "html.parser")
+        for hidden in page(["head", "script", "style", "template", "img", "svg"]):
+            hidden.decompose()
+        return re.sub(r"\n{3,}", "\n\n", MarkdownConverter(strip=["a"], heading_style="ATX").convert_soup(page))
+    except ModuleNotFoundError as missing:
+        raise MissingExtraError(f"{file} (a {kind} file)", "files") from missing
+    except Exception as error:  # each library has exceptions of its own, and so has each kind of damage
+        raise InvalidInputError(f"{file}: cannot be read as {kind}: {type(error).__name__}: {error!s:.200}") from error
 
 
 def _decoded(content: bytes, place: str) -> str:

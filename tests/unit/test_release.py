@@ -143,3 +143,28 @@ def test_the_lock_names_no_index_and_no_build_of_torch() -> None:
     assert not re.search(r"https?://|--(extra-)?index|--find-links", lock)
     assert re.findall(r"^torch==.*?(?= |$)", lock, flags=re.MULTILINE) == [f"torch=={version('torch').split('+')[0]}"]
     assert not re.search(r"^(nvidia-|cuda-|triton)", lock, flags=re.MULTILINE)
+
+
+def test_what_cites_the_project_has_its_version_and_licence() -> None:
+    cited = dict(re.findall(r"^([a-z-]+): (.+)$", read("CITATION.cff"), flags=re.MULTILINE))
+    assert cited["version"] == kvcag.__version__
+    assert cited["license"] in read("pyproject.toml")
+
+
+def test_the_workflow_and_the_hooks_run_what_a_developer_runs() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", read("Makefile"), flags=re.MULTILINE))
+    workflow = read(".github/workflows/ci.yml")
+    matrix = re.search(r"target: \[(.+)\]", workflow)
+    assert matrix is not None
+    assert set(matrix[1].split(", ")) == set(re.findall(r"^make ([a-z-]+)$", read(".ci/run"), flags=re.MULTILINE))
+    assert set(re.findall(r"make ([a-z-]+)", workflow)) - {"targets"} <= targets
+    lint = re.search(r"^lint:.*\n((?:\t.+\n)+)", read("Makefile"), flags=re.MULTILINE)
+    assert lint is not None
+    linters = set(re.findall(r"-m (\w+)", lint[1]))
+    assert linters == set(re.findall(r"-m (\w+)", read(".pre-commit-config.yaml")))
+
+
+def test_pages_for_people_who_join_name_files_that_are_there() -> None:
+    for page in ("CODE_OF_CONDUCT.md", "CONTRIBUTING.md", "SECURITY.md", ".github/pull_request_template.md"):
+        for target in re.findall(r"\]\(([^):#]+)\)", read(page)):
+            assert (ROOT / target).exists(), f"{page}: {target}"

@@ -258,3 +258,21 @@ def test_asking_files_that_are_not_there_is_refused_before_the_model_is_loaded(k
     done = kvcag("ask", "no-such-folder", "Who?")
     assert done.code == 2
     assert "no-such-folder" in done.err
+
+
+def test_nothing_is_encoded_twice_between_encode_and_ask(kvcag: Kvcag) -> None:
+    """In whatever parts `encode` kept a file, `ask` takes it; in whatever parts `ask` kept it, `encode` does."""
+    long = " ".join(f"Sentence {number} of many." for number in range(60))
+    for name, cut in (("whole", []), ("cut", ["--split", 300])):
+        write(kvcag.folder / name / "a.txt", f"{name} {long}")
+        assert kvcag("encode", name, *cut, "--json").json["encoded"] > 0
+        before = len(kvcag("ls", "--json").json)
+        assert kvcag("ask", name, "Which?", "--k", 1, "--max-new-tokens", 1, "--json").code == 0
+        assert len(kvcag("ls", "--json").json) == before, name
+    write(kvcag.folder / "asked" / "a.txt", f"asked {long}")
+    kvcag("ask", "asked", "Which?", "--k", 1, "--max-new-tokens", 1, "--json")
+    assert kvcag("encode", "asked", "--json").json["encoded"] == 0
+    write(kvcag.folder / "cut" / "a.txt", f"cut {long} One more.")
+    before = len(kvcag("ls", "--json").json)
+    kvcag("ask", "cut", "Which?", "--k", 1, "--max-new-tokens", 1, "--json")
+    assert len(kvcag("ls", "--json").json) > before, "a changed file is encoded"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ from hypothesis import strategies as st
 
 from kvcag.cli.files import Shard, Text, read_corpus, read_texts, split
 from kvcag.demo.corpus import Topic, python_topics
-from kvcag.errors import EmptyPromptError, InvalidInputError
+from kvcag.errors import EmptyPromptError, InvalidInputError, MissingExtraError
 from tests.commands import write
 
 
@@ -38,7 +41,7 @@ def test_a_folder_gives_its_texts_in_order_and_says_what_it_leaves_out(folder: P
     assert [text.metadata.get("part") for text in reading.texts] == [None, 1, 2, None]
     assert {Path(path).name for path, _ in reading.skipped} == {"empty.txt", "latin.txt"}
     assert reading.unreadable == {str(folder / "latin.txt")}
-    assert reading.others == 1
+    assert reading.others == {".png": 1}
 
 
 def test_globs_and_overlapping_paths_read_each_file_once(folder: Path) -> None:
@@ -54,7 +57,7 @@ def test_a_file_that_is_named_is_read_whatever_its_suffix(tmp_path: Path) -> Non
     ("name", "content", "complaint"),
     [
         ("picture.png", b"\x89PNG\0", "picture.png: this is a binary file"),
-        ("page.html", b"<p>", "page.html: .html files are not read. Convert it to text"),
+        ("page.odt", b"PK", "page.odt: .odt files are not read. Convert it to text"),
         ("a.txt", b" \n\t", "a.txt: the file is empty"),
         ("a.jsonl", b"", "a.jsonl: the file is empty"),
         ("a.txt", b"fine\nfine\ncaf\xe9\n", "a.txt, line 3: byte 0xe9 is not UTF-8"),
@@ -73,6 +76,78 @@ def test_a_file_that_is_named_and_cannot_be_read_is_refused(
 ) -> None:
     with pytest.raises(InvalidInputError, match=complaint):
         read_texts([str(write(tmp_path / name, content))])
+
+
+def pdf(text: str) -> bytes:
+    """One page with one line."""
+    stream = f"BT /F 12 Tf 9 99 Td ({text}) Tj ET".encode()
+    objects = [
+        b"<</Type/Catalog/Pages 2 0 R>>",
+        b"<</Type/Pages/Kids[3 0 R]/Count 1>>",
+        b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 200 200]/Contents 4 0 R/Resources<</Font<</F 5 0 R>>>>>>",
+        b"<</Length %d>>stream\n%b\nendstream" % (len(stream), stream),
+        b"<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>",
+    ]
+    made, places = b"%PDF-1.4\n", []
+    for number, each in enumerate(objects, start=1):
+        places.append(len(made))
+        made += b"%d 0 obj%b endobj\n" % (number, each)
+    table = b"xref\n0 6\n0000000000 65535 f \n" + b"".join(b"%010d 00000 n \n" % place for place in places)
+    return made + table + b"trailer<</Size 6/Root 1 0 R>>\nstartxref\n%d\n%%%%EOF\n" % len(made)
+
+
+HTML = (
+    b"<html><head><title>x</title></head><body><script>run()</script><h1>Keeper</h1><p>It is <a href='/o'>Ode</a>.</p>"
+)
+
+
+def docx(text: str) -> bytes:
+    word = "http://schemas.openxmlformats.org/wordprocessingml/2006/main"
+    office = "http://schemas.openxmlformats.org/officeDocument/2006/relationships/officeDocument"
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as file:
+        file.writestr(
+            "_rels/.rels",
+            '<Relationships xmlns="http://schemas.openxmlformats.org/package/2006/relationships">'
+            f'<Relationship Id="r" Type="{office}" Target="word/document.xml"/></Relationships>',
+        )
+        file.writestr(
+            "[Content_Types].xml", '<Types xmlns="http://schemas.openxmlformats.org/package/2006/content-types"/>'
+        )
+        body = f"<w:body><w:p><w:r><w:t>{text}</w:t></w:r></w:p></w:body>"
+        file.writestr("word/document.xml", f'<w:document xmlns:w="{word}">{body}</w:document>')
+    return packed.getvalue()
+
+
+def test_pdf_html_and_docx_are_read_with_their_extra_and_damage_is_named(tmp_path: Path) -> None:
+    for library in ("mammoth", "markdownify", "pypdf"):
+        pytest.importorskip(library)
+    write(tmp_path / "a.pdf", pdf("The keeper is Ode."))
+    write(tmp_path / "b.html", HTML)
+    write(tmp_path / "c.docx", docx("The keeper is Ode."))
+    write(tmp_path / "d.docx", b"no archive")
+    reading = read_texts([str(tmp_path)])
+    assert [text.text for text in reading.texts] == [
+        "The keeper is Ode.",
+        "# Keeper\n\nIt is Ode.",
+        "The keeper is Ode.",
+    ]
+    assert [reason.partition(": ")[2][:23] for _, reason in reading.skipped] == ["cannot be read as .docx"]
+
+
+def test_without_their_extra_pdf_html_and_docx_are_passed_over_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for library in ("mammoth", "markdownify", "pypdf"):
+        monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.setattr("kvcag.cli.files.find_spec", lambda name: None)
+    write(tmp_path / "a.pdf", pdf("The keeper is Ode."))
+    write(tmp_path / "b.md", "Text.")
+    write(tmp_path / "c.png", b"PNG")
+    assert [text.text for text in read_texts([str(tmp_path)]).texts] == ["Text."]
+    assert "skipped files of other kinds: 1 .pdf, 1 .png; pip install 'kvcag[files]'" in capsys.readouterr().err
+    with pytest.raises(MissingExtraError, match=r"kvcag\[files\]"):
+        read_texts([str(tmp_path / "a.pdf")])
 
 
 def test_one_bad_line_of_a_jsonl_names_itself_and_the_rest_is_read(
