@@ -22,6 +22,7 @@ from kvcag.cache.layers import (
     States,
     cache_argument,
     count,
+    device_of,
     generation_cache,
     kinds_of,
     lone_cache,
@@ -216,7 +217,7 @@ def _measure(model: PreTrainedModel) -> dict[int, Form]:
     decoder = decoder_of(model)
     kinds = kinds_of(model)
     cache = generation_cache([], 2 * _TOKENS, kinds)
-    ids = (torch.arange(2 * _TOKENS, device=model.device) * 7919 + 11) % decoder.config.vocab_size
+    ids = (torch.arange(2 * _TOKENS, device=device_of(model)) * 7919 + 11) % decoder.config.vocab_size
     found: dict[int, Form] = {}
 
     def note(call: _LayerCall) -> None:

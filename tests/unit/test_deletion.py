@@ -338,8 +338,8 @@ class Meeting:
         self.encoding, self.purged = threading.Event(), threading.Event()
         encode = DocumentCache.encode
 
-        def slow(documents: DocumentCache, head_ids: Any, token_ids: Any, text: str, metadata: Any = None) -> Any:
-            item = encode(documents, head_ids, token_ids, text, metadata)
+        def slow(documents: DocumentCache, head_ids: Any, token_ids: Any, text: str, *rest: Any) -> Any:
+            item = encode(documents, head_ids, token_ids, text, *rest)
             if SECRET in text:
                 self.encoding.set()
                 self.purged.wait(10)

@@ -149,7 +149,7 @@ def test_a_local_path_is_for_the_disk_store(tmp_path: Any) -> None:
 
 def test_a_protocol_that_is_not_installed_names_the_extra() -> None:
     with pytest.raises(MissingExtraError, match=r"kvcag\[store\]"):
-        FsspecStore("s3://bucket/kv")
+        FsspecStore("gs://bucket/kv")
 
 
 def test_a_mixture_of_two_puts_is_detected_and_replaced_by_the_next() -> None:
