@@ -363,9 +363,12 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
 def progress(doing: str, total: int, unit: str) -> Iterator[Any]:
     """Show a progress bar on stderr if that is a terminal. Yields `advance(amount, next_item)`."""
     console = stderr()
+    if not console.is_terminal:
+        yield lambda amount=0, next_item="": None
+        return
     text = TextColumn("{task.description}", markup=False)
     columns = text, BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(doing, total=total)
         yield lambda amount=0, next_item="": bar.update(
             task, advance=amount, description=f"{doing} {plain(next_item)[-32:]:<32}"

@@ -24,7 +24,7 @@ from llama_index.core.chat_engine.types import AgentChatResponse
 from llama_index.core.constants import DEFAULT_NUM_OUTPUTS
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.function_calling import FunctionCallingLLM
-from llama_index.core.llms.llm import LLM, ToolSelection
+from llama_index.core.llms.llm import ToolSelection
 from llama_index.core.program.utils import get_program_for_llm
 from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.tools.types import BaseTool
@@ -56,6 +56,9 @@ from kvcag.stores.base import KVStore
 
 _RENDERING = {"messages_to_prompt", "completion_to_prompt"}
 """Fields of LlamaIndex's `LLM` that take the chat template's place in models that have none."""
+
+_REACT = {"react_chat_formatter", "output_parser"}
+"""Arguments of `predict_and_call` that are for a step of ReAct, which models without tools take."""
 
 
 class KVCacheLLM(FunctionCallingLLM):
@@ -298,15 +301,15 @@ class KVCacheLLM(FunctionCallingLLM):
 
     def predict_and_call(self, *args: Any, **kwargs: Any) -> AgentChatResponse:
         """Call the tools that the model chooses: by a step of ReAct where its formatter or parser is given."""
-        return self._calling(kwargs).predict_and_call(self, *args, **kwargs)
+        if kwargs.keys() & _REACT:
+            return super(FunctionCallingLLM, self).predict_and_call(*args, **kwargs)
+        return super().predict_and_call(*args, **kwargs)
 
     async def apredict_and_call(self, *args: Any, **kwargs: Any) -> AgentChatResponse:
         """`predict_and_call`, in worker threads."""
-        return await self._calling(kwargs).apredict_and_call(self, *args, **kwargs)
-
-    def _calling(self, given: Mapping[str, Any]) -> type[LLM]:
-        """Core's class whose way to call tools these arguments are for."""
-        return LLM if given.keys() & {"react_chat_formatter", "output_parser"} else FunctionCallingLLM
+        if kwargs.keys() & _REACT:
+            return await super(FunctionCallingLLM, self).apredict_and_call(*args, **kwargs)
+        return await super().apredict_and_call(*args, **kwargs)
 
     def get_tool_calls_from_response(
         self, response: ChatResponse, error_on_no_tool_call: bool = True, **kwargs: Any

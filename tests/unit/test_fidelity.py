@@ -30,6 +30,7 @@ def sets(script: Any) -> Any:
 def test_it_measures_whole_answers_beside_what_others_published(
     script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("matplotlib")
     monkeypatch.setenv("KVCAG_CACHE", str(tmp_path))
     tiny_model().save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
