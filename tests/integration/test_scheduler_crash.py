@@ -44,7 +44,8 @@ def test_a_process_ends_though_its_scheduler_is_open_and_encoding(tmp_path: Path
     script = LEFT_OPEN.format(state=str(tmp_path / "scheduler.sqlite"))
     began = time.monotonic()
     done = python("-c", script, timeout=120)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "encoding\n", "")
+    said = [line for line in done.stderr.splitlines() if "torchao" not in line and "_pytree.py" not in line]
+    assert (done.returncode, done.stdout, said) == (0, "encoding\n", [])  # torchao speaks when it is imported
     assert time.monotonic() - began < 60  # attention over a hundred thousand tokens would take minutes
     [stats] = read_texts(tmp_path / "scheduler.sqlite")
     assert stats.count == 2  # saved on the way out
