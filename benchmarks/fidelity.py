@@ -277,15 +277,16 @@ def against_reference(answer: str, references: Sequence[str]) -> dict[str, float
     }
 
 
-def describe(engine: HFEngine, options: argparse.Namespace, tokens: list[int], rows: list[Row]) -> dict[str, Any]:
+def describe(memory: KVCacheMemory, options: argparse.Namespace, tokens: list[int], rows: list[Row]) -> dict[str, Any]:
     return {
         "set": options.set,
-        "model": engine.fingerprint.model_name.rsplit("/", 1)[-1],
-        "dtype": engine.fingerprint.dtype,
+        "model": memory.engine.fingerprint.model_name.rsplit("/", 1)[-1],
+        "dtype": memory.engine.fingerprint.dtype,
         "machine": options.machine,
         "documents": options.docs,
         "words": options.words,
         "in_context": options.in_context,
+        "learned_drift": memory.drift,
         "questions": len(tokens),
         "first_question": options.skip,
         "context_tokens": statistics.mean(tokens),
@@ -320,6 +321,7 @@ def main() -> None:
         "--model", default=None, help="a hub id or a folder; default: the embedded SmolLM2-135M-Instruct"
     )
     parser.add_argument("--in-context", action="store_true", help="encode each document behind what stands before it")
+    parser.add_argument("--learn", action="store_true", help="learn a drift from documents of questions not measured")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--memory", action="store_true", help="measure peak memory too, in a second merge")
@@ -343,14 +345,17 @@ def main() -> None:
         questions = musique(options.data, options.docs, options.words)
     else:
         questions = {"reference": reference, "faq": faq}[options.set](options.docs, options.words)
+    others = [*questions[: options.skip], *questions[options.skip + options.limit :]]
     questions = questions[options.skip : options.skip + options.limit]
+    if options.learn:
+        memory.learn([f"Passage: {text}\n\n" for question in others for text in question.documents])
     options.out.parent.mkdir(parents=True, exist_ok=True)
     once = [Row("rotate", 0.0), Row("query", 0.1)]  # what is learned once a model
     measure(memory, questions[0], once, peaks=False, in_context=False)
     tokens = []
     for number, question in enumerate(questions, 1):
         tokens.append(measure(memory, question, rows, peaks=options.memory, in_context=options.in_context))
-        result = describe(engine, options, tokens, rows)
+        result = describe(memory, options, tokens, rows)
         options.out.write_text(json.dumps(result, indent=1) + "\n")  # what is measured is kept, whatever comes
         print(f"question {number} of {len(questions)}: {tokens[-1]} tokens", file=sys.stderr)
     plot([result], options.out.with_suffix(".png"))

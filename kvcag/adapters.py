@@ -157,6 +157,10 @@ class LazyMemory:
         self._lazy = LazyEngine.of(name, **loading) if engine is None else None
         self._opening = threading.Lock()
 
+    def drift(self) -> str:
+        """The digest of the drift that was learned, which changes merged answers; empty before the model is loaded."""
+        return self._memory.drift if self._memory is not None else ""
+
     def __deepcopy__(self, memo: object) -> LazyMemory:
         """Itself: copies of an adapter answer from one memory."""
         return self

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import random
 import statistics
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -31,7 +34,7 @@ from kvcag.cache.layers import (
     position_argument,
     states_of,
 )
-from kvcag.cache.merge import STATE_STRATEGIES, Part, UsualDrift, merge
+from kvcag.cache.merge import STATE_STRATEGIES, DriftSums, Part, UsualDrift, merge
 from kvcag.chat_template import as_messages
 from kvcag.core import MergeStrategy, ids_digest
 from kvcag.engines.base import Engine
@@ -291,6 +294,133 @@ def usual_drift_of(engine: HFEngine) -> UsualDrift | None:
 
 _drifts: WeakKeyDictionary[HFEngine, dict[str, UsualDrift | None]] = WeakKeyDictionary()
 _learning = threading.RLock()
+
+
+@dataclass(frozen=True, slots=True)
+class LearnedDrift:
+    """How documents of one corpus change behind each other, for one model and namespace. Made by `KVCacheMemory.learn`.
+
+    Attributes:
+        digest: 16 hex digits, the version: the same for the same numbers. `MergeReport.drift` says which was used.
+        documents: the ids of the documents that it was learned from.
+        tokens: how many tokens it was learned from.
+        drift: what is added to documents of which nothing is recomputed.
+    """
+
+    digest: str
+    documents: tuple[str, ...]
+    tokens: int
+    drift: UsualDrift = field(repr=False)
+
+
+def learned_drift_of(engine: HFEngine, namespace: str) -> LearnedDrift | None:
+    """What was learned of a namespace's documents, now or in an earlier process; None if nothing was.
+
+    It is read once a process: equal questions have equal answers until `learn_drift` is called here again.
+    """
+    with _learning:
+        digest, known = engine.fingerprint.digest, _learned.setdefault(engine, {})
+        if (digest, namespace) not in known:
+            known[digest, namespace] = _read_drift(_learned_file(engine, namespace))
+        return known[digest, namespace]
+
+
+_learned: WeakKeyDictionary[HFEngine, dict[tuple[str, str], LearnedDrift | None]] = WeakKeyDictionary()
+
+
+@torch.no_grad()
+def learn_drift(
+    engine: HFEngine,
+    namespace: str,
+    head_ids: Sequence[int],
+    documents: Mapping[str, Sequence[int]],
+    *,
+    contexts: int,
+    documents_per_context: int,
+    seed: int,
+    progress: Progress | None,
+) -> LearnedDrift:
+    """Learn a namespace's drift, and keep it in place of an earlier one. Arguments and errors: `KVCacheMemory.learn`.
+
+    `documents` are token ids by id.
+    """
+    if len(documents) < _LEAST_DOCUMENTS:
+        raise InvalidInputError(f"a drift is learned from at least {_LEAST_DOCUMENTS} documents, not {len(documents)}")
+    draw, names, groups = random.Random(seed), sorted(documents), list[list[str]]()
+    while len(groups) < contexts:  # each document once, before one is used again
+        draw.shuffle(names)
+        groups += [names[at : at + documents_per_context] for at in range(0, len(names) - 1, documents_per_context)]
+        if len(names) * len(groups) >= contexts * documents_per_context:
+            break
+    groups = [group for group in groups if len(group) > 1][:contexts]
+    before, start, sums = (_encode(engine, [], head_ids) if head_ids else []), len(head_ids), DriftSums()
+    longest = min(_LONGEST, (engine.context_length - start) // documents_per_context)
+    for done, group in enumerate(groups, start=1):
+        first, *others = (list(documents[name][:longest]) for name in group)
+        alone = concat([cut(_encode(engine, before, ids), start) for ids in others])
+        together = cut(_encode(engine, before, [*first, *chain(*others)]), start + len(first))
+        alone_at = torch.cat([start + torch.arange(len(ids)) for ids in others]).to(engine.device)
+        together_at = start + len(first) + torch.arange(len(alone_at), device=engine.device)
+        sums.add(engine.model, alone, alone_at, together, together_at)
+        if progress:
+            progress(done, len(groups))
+    drift = sums.drift()
+    used = tuple(sorted({name for group in groups for name in group}))
+    learned = LearnedDrift(drift.digest, used, sums.tokens, drift)
+    assert drift.slopes is not None
+    tensors = {f"offset.{index}": layer for index, layer in enumerate(drift.layers)}
+    tensors |= {f"slope.{index}": layer for index, layer in enumerate(drift.slopes)}
+    about = {"documents": json.dumps(used), "tokens": str(sums.tokens)}
+    try:
+        write_learned(_learned_file(engine, namespace), save(tensors, about))
+    except StoreUnavailableError as error:
+        warnings.warn(
+            f"the drift that was learned could not be kept for later processes: {error}. "
+            "Set KVCAG_CACHE to a folder that can be written, and learn it again.",
+            CacheWarning,
+            stacklevel=3,
+        )
+    with _learning:
+        _learned.setdefault(engine, {})[engine.fingerprint.digest, namespace] = learned
+    return learned
+
+
+def forget_drift(engine: HFEngine, namespace: str, documents: Collection[str] | None = None) -> None:
+    """Delete what was learned of a namespace's documents, if it was learned from one of these; None for any.
+
+    Raises:
+        StoreUnavailableError: the file cannot be deleted.
+    """
+    learned = learned_drift_of(engine, namespace)
+    if learned is None or not (documents is None or set(learned.documents).intersection(documents)):
+        return
+    with _learning:
+        _learned.setdefault(engine, {})[engine.fingerprint.digest, namespace] = None
+    file = _learned_file(engine, namespace)
+    with unavailable(file):
+        file.unlink(missing_ok=True)
+
+
+def _learned_file(engine: HFEngine, namespace: str) -> Path:
+    whose = hashlib.sha256(namespace.encode()).hexdigest()[:16]
+    return learned_file("drift", f"{engine.fingerprint.digest}-learned-{whose}.safetensors")
+
+
+def _read_drift(file: Path) -> LearnedDrift | None:
+    content = read_learned(file)
+    try:
+        kept = load(content)
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+        layers = range(len(kept) // 2)
+        drift = UsualDrift([kept[f"offset.{at}"] for at in layers], [kept[f"slope.{at}"] for at in layers])
+        return LearnedDrift(drift.digest, tuple(json.loads(header["documents"])), int(header["tokens"]), drift)
+    except (SafetensorError, KeyError, ValueError):  # not there, not to be read, or damaged: as if nothing was learned
+        return None
+
+
+_LEAST_DOCUMENTS = 10
+_LONGEST = 512
+"""Tokens of a document that are read, at most."""
 
 
 def _usual_drift(engine: HFEngine) -> UsualDrift | None:

@@ -17,7 +17,7 @@ import torch
 
 from kvcag.cache.layers import LayerKV, Layers, cache_of, concat, cut, layers_of, length_of, share, states_of
 from kvcag.cache.merge import Merged, MergedBefore, Part, check_merge, check_mergeable, merge, refine
-from kvcag.calibration import calibration_of, usual_drift_of
+from kvcag.calibration import calibration_of, learned_drift_of, usual_drift_of
 from kvcag.chat_template import Prompt
 from kvcag.concurrency import holding
 from kvcag.core import (
@@ -380,10 +380,11 @@ def _merged(
     context_ids = (*start.token_ids, *chain.from_iterable(part.token_ids.tolist() for part in parts))
     if not start.is_exact:
         ratio *= 1 - len(start.token_ids) / len(context_ids)
-    drift = None  # before the model is taken: it is learned with the model, under a lock of its own
-    alone = any(part.is_alone and not part.is_exact for part in parts)
-    if alone and (strategy == "rotate" or int(ratio * len(context_ids)) == 0):
-        drift = usual_drift_of(engine)
+    drift = learned = None  # before the model is taken: they are found under a lock of their own
+    if strategy != "full" and any(part.is_alone and not part.is_exact for part in parts):
+        learned = learned_drift_of(engine, namespace)
+        if learned is None and (strategy == "rotate" or int(ratio * len(context_ids)) == 0):
+            drift = usual_drift_of(engine)
     begun = [Part(torch.tensor(start.token_ids, dtype=torch.long), start.layers, 0, is_exact=True)] * bool(start.layers)
     epoch = engine.epoch(namespace)
     tail = torch.tensor(tail_ids, dtype=torch.long)
@@ -391,7 +392,15 @@ def _merged(
 
     def put_together() -> Merged:
         with engine.exclusive() as model:
-            return merge(model, [*begun, *parts], tail, strategy=criterion, ratio=ratio, usual_drift=lambda: drift)
+            return merge(
+                model,
+                [*begun, *parts],
+                tail,
+                strategy=criterion,
+                ratio=ratio,
+                usual_drift=lambda: drift,
+                learned_drift=learned.drift if learned else None,
+            )
 
     merged = engine.with_memory(put_together)
     if engine.prefixes.epoch(namespace) == epoch:
@@ -411,6 +420,7 @@ def _merged(
         encoded_tokens=encoded,
         reason=reason,
         in_context_tokens=start.in_context,
+        drift=learned.digest if learned else "",
     )
     return engine.context_of(merged.layers, context_ids, tail_ids, report, merged.read)
 

@@ -208,6 +208,7 @@ class MergeReport:
         recomputed_tokens: cached, and computed again for this question.
         encoded_tokens: not cached before.
         reason: why this strategy was used, if the caller did not ask for it.
+        drift: the digest of the learned drift that was added (`KVCacheMemory.learn`); empty if none was.
         in_context_tokens: of documents that were encoded behind another document and could not stay exact.
     """
 
@@ -219,6 +220,7 @@ class MergeReport:
     encoded_tokens: int
     reason: str = ""
     in_context_tokens: int = 0
+    drift: str = ""
 
     @property
     def is_exact(self) -> bool:

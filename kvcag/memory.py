@@ -5,15 +5,17 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
 from os import PathLike, fspath
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 from kvcag.cache.layers import ContextCache, layers_of
+from kvcag.cache.rope import check_mergeable
+from kvcag.calibration import LearnedDrift, Progress, forget_drift, learn_drift, learned_drift_of
 from kvcag.chat_template import Document, Message, Prompt, Seams, as_messages, segment
 from kvcag.concurrency import async_twin, at_once, iterate
 from kvcag.config import KVCacheMemoryConfig, parse
@@ -47,7 +49,15 @@ from kvcag.engines.base import Engine
 from kvcag.engines.constrain import ConstraintLike
 from kvcag.engines.hf import HFEngine
 from kvcag.engines.sampling import Sampling
-from kvcag.errors import CacheWarning, EmptyPromptError, InvalidInputError, StoreError, UnknownItemError
+from kvcag.errors import (
+    CacheWarning,
+    EmptyPromptError,
+    InvalidInputError,
+    StoreError,
+    StoreUnavailableError,
+    UnknownItemError,
+    UnsupportedModelError,
+)
 from kvcag.stores.base import MADE_OF, KVStore
 from kvcag.stores.dump import purge_dump, read_dump, write_dump
 from kvcag.stores.memory import MemoryStore
@@ -247,7 +257,7 @@ class KVCacheMemory:
 
     def delete_all(self) -> DeletionReport:
         """Delete every item, also those that cannot be read, and forget this namespace's recent contexts."""
-        return self.erased(self.store.clear)
+        return self.erased(self.store.clear) + self._forget_drift(None)
 
     def dump(self, dir: str | PathLike[str]) -> None:
         """Write every item to a folder. What stood there before is replaced in one step, or not at all."""
@@ -308,19 +318,84 @@ class KVCacheMemory:
         read = in_context(list(map(self.read, documents_of(documents))), context, self.read)
         return sync(self.documents, self._instruction_ids, read, corpus)
 
+    def learn(
+        self,
+        documents: object = None,
+        *,
+        contexts: int = 16,
+        documents_per_context: int = 5,
+        seed: int = 0,
+        progress: Progress | None = None,
+    ) -> LearnedDrift:
+        """Learn how these documents change behind each other, so that merged answers are nearer to a full prefill's.
+
+        All that `contexts` hold is encoded twice. What was learned is kept for this model and namespace, also for later
+        processes, and used until it is learned again: call this after a corpus has changed much. Recent contexts are
+        forgotten. `MergeReport.drift` is its digest.
+
+        Args:
+            documents: as for `add`, at least ten; None: what the memory holds.
+            contexts: how many contexts to learn from.
+            documents_per_context: how many documents stand in one.
+            seed: which documents stand together.
+            progress: called as `progress(done, total)` after each context.
+
+        Raises:
+            InvalidInputError: fewer than ten documents.
+            UnsupportedModelError: the engine merges no caches, or cannot merge this model's.
+        """
+        if not self.engine.merges:
+            raise UnsupportedModelError("a server merges no caches, so there is no drift to learn. Use an HFEngine.")
+        engine = cast("HFEngine", self.engine)
+        with engine.exclusive() as model:
+            check_mergeable(model)
+        if documents is None:
+            texts = [manifest.records.composed_text_memory for _, manifest in self.store.manifests()]
+        else:
+            texts = [text_and_metadata(document)[0] for document in documents_of(documents)]
+        token_ids = {self.documents.key(ids): ids for ids in map(self._segment, texts)}
+        learned = learn_drift(
+            engine,
+            self.namespace,
+            self._instruction_ids,
+            token_ids,
+            contexts=contexts,
+            documents_per_context=documents_per_context,
+            seed=seed,
+            progress=progress,
+        )
+        self.engine.forget(self.namespace)
+        return learned
+
+    @property
+    def drift(self) -> str:
+        """The digest of what was learned of these documents; empty if nothing was. It changes merged answers."""
+        learned = learned_drift_of(cast("HFEngine", self.engine), self.namespace) if self.engine.merges else None
+        return learned.digest if learned else ""
+
+    def _forget_drift(self, ids: Collection[str] | None) -> DeletionReport:
+        try:
+            if self.engine.merges:
+                forget_drift(cast("HFEngine", self.engine), self.namespace, ids)
+        except StoreUnavailableError as error:
+            return DeletionReport(failed={"the learned drift": str(error)})
+        return DeletionReport()
+
     def purge(self, source: str, dumps: Iterable[str | PathLike[str]] = ()) -> DeletionReport:
         """Delete everything made from one text, for a request to delete.
 
         From every tier of the store, and this namespace's recent contexts as a whole, since they may hold it too. What
-        is being encoded from it does not come back, and contexts by id are forgotten. It goes on past what it cannot
-        read or delete: the report names that, and so does a `CacheWarning`.
+        is being encoded from it does not come back; contexts by id, and a drift that was learned from it, are
+        forgotten. It goes on past what it cannot read or delete: the report names that, and so does a `CacheWarning`.
 
         Args:
             source: the text itself, or what an item's metadata names as its source: a path, a URL, a document's id.
                 Of more than two words, it is also found within larger texts.
             dumps: folders that `dump` of a memory or of a cube wrote, to delete it there too.
         """
-        report = self.erased(lambda: self.store.erase(self._keys_of(source)) + self.store.purge(source))
+        keys = self._keys_of(source)
+        report = self.erased(lambda: self.store.erase(keys) + self.store.purge(source))
+        report += self._forget_drift({*keys, *report.ids})
         return sum((purge_dump(folder, source) for folder in _folders(dumps)), report)
 
     def erased(self, erase: Callable[[], DeletionReport]) -> DeletionReport:

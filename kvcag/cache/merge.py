@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -93,6 +94,7 @@ def merge(
     strategy: MergeStrategy = "query",
     ratio: float = 0.2,
     usual_drift: Callable[[], UsualDrift | None] | None = None,
+    learned_drift: UsualDrift | None = None,
 ) -> Merged:
     """Move each part to its place, and recompute the tokens that the strategy picks.
 
@@ -108,6 +110,7 @@ def merge(
             everything that is not exact. `rotate` and `full` do not look at it.
         usual_drift: asked for where nothing is recomputed, and given to what was encoded alone and is not exact.
             Recomputed tokens show their own documents' drift, which is better.
+        learned_drift: in its place; given before tokens are chosen, so that what is recomputed shows what it leaves.
 
     Raises:
         InvalidInputError: an unknown strategy, a ratio outside [0, 1], or a part whose tokens and keys disagree.
@@ -125,6 +128,9 @@ def merge(
         part_of=_each(parts, list(range(len(parts)))),
         open=_each(parts, [not part.is_exact for part in parts]),
     )
+    alone = replace(layout, open=layout.open & _each(parts, [part.is_alone for part in parts]))
+    if learned_drift is not None and strategy != "full" and alone.open.any():
+        learned_drift.add_to(model, layers, alone)
     if kinds_of(model):
         chosen = layout.open.nonzero()[:, 0] if strategy == "full" else torch.arange(0)
         _run_through(model, layers, parts, again=strategy == "full")
@@ -133,11 +139,10 @@ def merge(
         if len(missing):
             recompute(model, layers, layout, missing, correct=False)
         chosen, read = _answer(model, placed, layout, tail_ids, strategy, ratio)
-    alone = layout.open & _each(parts, [part.is_alone for part in parts])
-    if not len(chosen) and usual_drift is not None and alone.any():
+    if not len(chosen) and learned_drift is None and usual_drift is not None and alone.open.any():
         drift = usual_drift()
         if drift is not None:
-            drift.add_to(model, layers, replace(layout, open=alone))
+            drift.add_to(model, layers, alone)
     still_open = layout.open.clone()
     still_open[chosen] = False
     return Merged(layers, chosen, replace(layout, open=still_open), read)
@@ -608,9 +613,17 @@ class UsualDrift:
 
     Attributes:
         layers: for each layer `(kv_heads, key and value features)`, fp32; keys as at position 0.
+        slopes: for each layer `(kv_heads, features, features)`, fp32: what its own key and value add to it.
     """
 
     layers: list[torch.Tensor]
+    slopes: list[torch.Tensor] | None = None
+
+    @property
+    def digest(self) -> str:
+        """16 hex digits: the same for the same numbers."""
+        tensors = [tensor.cpu() for tensor in (*self.layers, *(self.slopes or ()))]
+        return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()[:16]
 
     @classmethod
     def between(
@@ -640,26 +653,75 @@ class UsualDrift:
 
     def add_to(self, model: PreTrainedModel, layers: Sequence[LayerKV], layout: Layout) -> None:
         """Give it to every open token of `layers`, in place."""
-        for run in _runs(layout.open):
-            positions = torch.arange(run.start, run.stop, device=device_of(model))
-            move = PositionShift(model, torch.zeros_like(positions), positions)
-            for index, (keys, values) in enumerate(layers):
-                drift = self.layers[index].to(keys.device)[None, :, None]
-                turned = _apart(drift.repeat(1, 1, len(positions), 1), keys.shape[-1])
-                move.turn(index, turned)
-                keys[..., run, :] += turned[0]
-                values[..., run, :] += turned[1]
+        open_tokens = layout.open.nonzero()[:, 0]
+        for positions in torch.split(open_tokens, _BLOCK.get(device_of(model).type, 1024)):
+            block = _Tokens.at(model, layout, positions.to(device_of(model)))
+            for index, held in enumerate(layers):
+                tokens, offset = block.to(held[0].device), self.layers[index].to(held[0].device)[:, None]
+                if self.slopes:
+                    features = tokens.features(index, (t[..., tokens.positions, :] for t in held))
+                    change = torch.baddbmm(offset, features, self.slopes[index].to(features.device))
+                else:
+                    change = offset.repeat(1, len(positions), 1)
+                tokens.give(index, held, change[None])
+
+
+class DriftSums:
+    """What a drift is learned from: sums over tokens of any number of contexts.
+
+    A ridge regression of what a token's key and value change by on what they were, which is given by halves, as is the
+    mean: with both in full, later documents are worse off than with nothing (docs/merging-experiments.md).
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self._sums: list[torch.Tensor] = []  # [features, 1] x [features, drift, 1] of each layer, by KV head
+
+    def add(
+        self,
+        model: PreTrainedModel,
+        alone: Sequence[LayerKV],
+        alone_at: torch.Tensor,
+        together: Sequence[LayerKV],
+        together_at: torch.Tensor,
+    ) -> None:
+        """Add tokens that were encoded behind a head alone, and behind other documents. Arguments as for `between`."""
+
+        def tokens_at(at: torch.Tensor) -> _Tokens:
+            return _Tokens(at, torch.zeros_like(at), PositionShift(model, torch.zeros_like(at), at))
+
+        was_at, are_at = tokens_at(alone_at), tokens_at(together_at)
+        self.tokens += len(alone_at)
+        for index, (was_kv, is_kv) in enumerate(zip(alone, together, strict=True)):
+            was, now = was_at.features(index, was_kv).cpu().double(), are_at.features(index, is_kv).cpu().double()
+            one = torch.ones_like(was[..., :1])
+            sums = torch.cat([was, one], -1).mT @ torch.cat([was, now - was, one], -1)
+            self._sums[index : index + 1] = [self._sums[index] + sums if index < len(self._sums) else sums]
+
+    def drift(self) -> UsualDrift:
+        """What was learned."""
+        offsets, slopes = [], []
+        for sums in self._sums:
+            size, mean = sums.shape[1] - 1, sums[:, -1:] / self.tokens
+            centre, drift = mean[..., :size], mean[..., size:-1]
+            spread = sums[:, :size, :size] - self.tokens * centre.mT @ centre
+            shared = sums[:, :size, size:-1] - self.tokens * centre.mT @ drift
+            scale = (spread.diagonal(dim1=-2, dim2=-1) / self.tokens).clamp(min=1e-12).sqrt()[..., None]
+            gram = spread / (scale * scale.mT)
+            gram.diagonal(dim1=-2, dim2=-1).add_(_PENALTY * self.tokens)
+            slope = _LEARNED * torch.linalg.solve(gram, shared / scale) / scale
+            slopes.append(slope.float().contiguous())
+            offsets.append((_LEARNED * drift - centre @ slope)[:, 0].float().contiguous())
+        return UsualDrift(offsets, slopes)
+
+
+_LEARNED = 0.5
+"""Share of a learned drift that is given, of its mean and of what the regression adds."""
 
 
 def _apart(side_by_side: torch.Tensor, key_dim: int) -> LayerKV:
     """Views of keys and values that stand side by side in the last dimension."""
     return side_by_side[..., :key_dim], side_by_side[..., key_dim:]
-
-
-def _runs(which: torch.Tensor) -> list[slice]:
-    """The runs in which a 1-D bool tensor is true, as slices."""
-    edges = torch.nn.functional.pad(which.int(), (1, 1)).diff().nonzero()[:, 0].tolist()
-    return [slice(start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
 
 
 @dataclass(frozen=True, slots=True)

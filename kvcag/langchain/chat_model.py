@@ -220,7 +220,7 @@ class ChatKVCAG(BaseChatModel):
         """Everything that can change an answer: LangChain's response cache uses it as its key."""
         own = type(self).model_fields.keys() - BaseChatModel.model_fields.keys() - _NOT_IN_ANSWERS
         params = {name: getattr(self, name) for name in sorted(own)}
-        return {**params, "model_kwargs": self._shown_model_kwargs}
+        return {**params, "model_kwargs": self._shown_model_kwargs, "drift": self._lazy_memory().drift()}
 
     @property
     def _shown_model_kwargs(self) -> dict[str, Any]:
