@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -260,42 +259,52 @@ def echo(line: str = "", *, err: bool = False) -> None:
 
 
 class Flow:
-    """Writes an answer on stdout piece by piece. A terminal's lines are broken between words."""
+    """Writes an answer on stdout piece by piece. A terminal's lines are broken between words.
+
+    A word waits only while it still fits into its line and may grow. A wide character (Chinese, Japanese, Korean) is a
+    word of its own.
+    """
 
     def __init__(self) -> None:
         self.width = terminal_width(sys.stdout)
-        self._at, self._word = 0, ""
+        self._at = 0  # columns written of this line
+        self._word = ""  # what waits
+        self._may_break = False  # nothing of this word is written yet
 
     def write(self, text: str) -> None:
-        """Write a piece; a word that is not complete waits for its rest where lines are broken."""
-        if self.width is None:
-            self._out(plain(text))
-            return
-        for part in re.split(r"(\s)", plain(text)):
-            if not part.isspace():
-                self._word += part
-                continue
-            self._end_word(self.width)
-            self._at = 0 if part == "\n" else self._at + 1
-            if self._at <= self.width:
-                self._out(part)
+        """Write a piece."""
+        text = plain(text)
+        sys.stdout.write(text if self.width is None else self._broken(text, self.width))
+        sys.stdout.flush()
 
     def end(self) -> None:
         """Write what waits, and end the line."""
-        self._end_word(self.width or 0)
-        self._out("\n")
+        self.write("\n")
 
-    def _end_word(self, width: int) -> None:
-        if self._at and self._at + len(self._word) > width:
-            self._out("\n")
-            self._at = 0
-        self._out(self._word)
-        self._at, self._word = self._at + len(self._word), ""
+    def _broken(self, text: str, width: int) -> str:
+        lines = ""
+        for char in text:
+            wide = cell_len(char) == 2
+            if wide or char.isspace():
+                lines += self._word_placed(width)
+                self._may_break = self._at > 0
+            if char.isspace():
+                self._at = 0 if char == "\n" else self._at + 1
+                lines += char if self._at <= width else ""
+                self._may_break = self._at > 0
+                continue
+            self._word += char
+            if wide or not self._may_break or self._at + cell_len(self._word) > width:
+                lines += self._word_placed(width)
+                self._may_break = wide
+        return lines
 
-    @staticmethod
-    def _out(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
+    def _word_placed(self, width: int) -> str:
+        cells = cell_len(self._word)
+        new_line = self._may_break and self._at + cells > width
+        placed = "\n" * new_line + self._word
+        self._at, self._word = cells + self._at * (not new_line), ""
+        return placed
 
 
 def then(command: str, store: str | None = None, namespace: str = "") -> None:

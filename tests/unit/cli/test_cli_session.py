@@ -80,6 +80,21 @@ def test_an_answer_in_a_terminal_breaks_no_word(
     assert all(len(line.rstrip()) <= 12 or line.split() == ["verylongwordofmany"] for line in shown.splitlines())
 
 
+def test_what_has_no_spaces_is_written_as_it_comes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(common, "terminal_width", lambda stream: 12)
+    flow, shown = common.Flow(), []
+    for piece in ("A\n", "東京は", "日本の首都", "です。", "\nandoneverylong", "wordwithout end"):
+        flow.write(piece)
+        shown.append(capsys.readouterr().out)
+    assert shown == ["A\n", "東京は", "日本の\n首都", "です。", "\nandoneverylong", "wordwithout\nend"]
+    flow.write(" of")
+    assert capsys.readouterr().out == " ", "it may grow"
+    flow.end()
+    assert capsys.readouterr().out == "of\n"
+
+
 def test_an_answer_in_a_pipe_is_what_the_model_said(capsys: pytest.CaptureFixture[str]) -> None:
     flow = common.Flow()
     for piece in ("One  two ", "three\n", "f"):
