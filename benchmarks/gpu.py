@@ -13,6 +13,8 @@ Random bf16 weights in a geometry (benchmarks/geometry.py), made on the device. 
   an answer they agree;
 - eight streams at once, each in a thread and over a context of its own, and 32 questions over one context
   (`KVCacheMemory.ask_all`): tokens per second of all, and a step while all of them run;
+- `KVCacheMemory.merge` of eight documents and the first token (`merged`), beside the model's pass over the whole prompt
+  (`full`);
 - `model.generate` over the whole prompt, with a `DynamicCache` and with a static cache that transformers compiles: a
   step is what one more token costs.
 """
@@ -34,7 +36,8 @@ from typing import Any
 import torch
 from geometry import GEOMETRIES, HEAD, endless, random_engine
 from measuring import Ceilings, Work, machine, median_seconds, ms, seconds, synchronize, table
-from profiling import Case
+from profiling import Case, first
+from transformers import DynamicCache
 
 from kvcag import HFEngine, KVCacheMemory, Sampling
 from kvcag.cache.layers import generation_cache, layers_of
@@ -153,6 +156,16 @@ def difference(case: Case, engines: dict[str, HFEngine]) -> dict[str, float]:
     }
 
 
+def merged(case: Case, repeat: int = 5) -> dict[str, float]:
+    """Seconds to the first token over merged documents, and of the model's own pass over the whole prompt."""
+    calls: dict[str, Callable[[], object]] = {
+        "full_s": lambda: case.bare(case.ids, DynamicCache()),
+        "rotate_s": lambda: first(partial(case.merged, "rotate")),
+        "query_10_s": lambda: first(partial(case.merged, "query")),
+    }
+    return {name: median_seconds(case.device, call, repeat, warm=2) for name, call in calls.items()}
+
+
 def replays(case: Case, engine: HFEngine) -> dict[str, float]:
     """A captured pass alone, by the number of new tokens."""
     cache = generation_cache([layers_of(case.cache)], room=512)
@@ -201,6 +214,7 @@ def measure(engines: dict[str, HFEngine], tokens: int, repeat: int, ceilings: Ce
         "replay_s": partial(replays, case, engines["graphs"]),
         "plain": partial(ours, case, engines["plain"], 5),
         "difference": partial(difference, case, engines),
+        "merged": partial(merged, case),
         "eight_streams": partial(eight_streams, case, engines["graphs"]),
         "questions_32": partial(many_questions, case, engines["graphs"]),
     }

@@ -476,7 +476,8 @@ class KVCacheMemory:
         self.engine.check_fits(len(prompt.head_ids) + len(same_ids(found)) + len(prompt.tail_ids), 1)
         if canonical:
             found.sort(key=lambda item: item.content_key)
-        return context_of_items(self.documents, prompt.head_ids, found, prompt.tail_ids, settings)
+        with self.engine.begun(self.namespace):
+            return context_of_items(self.documents, prompt.head_ids, found, prompt.tail_ids, settings)
 
     def context_for(self, prompt: Prompt, settings: MergeSettings | None = None) -> MergedContext:
         """The context of a prompt with documents: reused, merged from stored items, or encoded and stored.
@@ -493,7 +494,8 @@ class KVCacheMemory:
             UnsupportedModelError: the model's keys cannot be re-rotated.
         """
         self.engine.check_fits(len(prompt.token_ids), 1)
-        return context_of_prompt(self.documents, prompt, settings or MergeSettings())
+        with self.engine.begun(self.namespace):
+            return context_of_prompt(self.documents, prompt, settings or MergeSettings())
 
     # --- answering ---------------------------------------------------------------------------------------------
 

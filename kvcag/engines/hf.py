@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 import logging
-import operator
 import os
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import accumulate
 from os import PathLike
@@ -69,7 +68,7 @@ from kvcag.engines.decode import (
 from kvcag.engines.loading import Int8Linear, load
 from kvcag.engines.sampling import Sampler, Sampling
 from kvcag.errors import CacheWarning, DeviceMemoryError, EmptyPromptError, UnsupportedModelError, WarnOnce
-from kvcag.fingerprint import ModelFingerprint, weights_state
+from kvcag.fingerprint import ModelFingerprint, WeightsWatch
 
 if TYPE_CHECKING:
     from kvcag.engines.cuda.graphs import Graphs
@@ -89,7 +88,25 @@ _PREFIX_CACHE_BYTES = 2 << 30
 _MOST_TOGETHER = 64
 """Generations whose steps are taken together."""
 
-_BEGUN: ContextVar[tuple[HFEngine, str, int] | None] = ContextVar("kvcag_begun", default=None)
+
+@dataclass(slots=True)
+class _Begun:
+    """Work for an answer that is prepared now.
+
+    Attributes:
+        engine: whose.
+        namespace: for which namespace.
+        epoch: how often that was forgotten before.
+        fingerprint: the model's, once it was asked for.
+    """
+
+    engine: HFEngine
+    namespace: str
+    epoch: int
+    fingerprint: ModelFingerprint | None = None
+
+
+_BEGUN: ContextVar[_Begun | None] = ContextVar("kvcag_begun", default=None)
 _IN_BACKGROUND: ContextVar[bool] = ContextVar("kvcag_in_background", default=False)
 
 
@@ -151,7 +168,7 @@ class HFEngine(Engine):
         self.tokenizer = tokenizer
         self.template = ChatTemplate(tokenizer, template_variables, control_tokens=control_tokens)
         self._kinds = kinds_of(model)
-        self._weights: tuple[list[object], list[object]] = [], []
+        self._weights: WeightsWatch | None = None
         self._fingerprint: ModelFingerprint | None = None
         self._begin(prefix_cache_bytes)
         _ENGINES.add(self)
@@ -227,15 +244,19 @@ class HFEngine(Engine):
         """Which model this is; every cache carries it.
 
         It is taken again when weights were replaced or edited in place, or adapters loaded, switched, merged or
-        unloaded. What was kept of the model before is forgotten then.
+        unloaded. What was kept of the model before is forgotten then. Within `begun` the model is looked at once.
         """
-        tensors, state = weights_state(self.model)
+        begun = _BEGUN.get()
+        if begun is not None and begun.engine is self and begun.fingerprint is not None:
+            return begun.fingerprint
         with self._fingerprint_lock:
-            known, taken = self._weights, self._fingerprint
-            if taken is not None and state == known[1] and all(map(operator.is_, tensors, known[0])):
-                return taken
-            found = ModelFingerprint.of(self.model, self.tokenizer)
-            self._weights, self._fingerprint = (tensors, state), found
+            taken, watch = self._fingerprint, self._weights
+            if taken is None or watch is None or watch.sees_change():
+                self._weights = WeightsWatch(self.model)
+                self._fingerprint = ModelFingerprint.of(self.model, self.tokenizer)
+            found = self._fingerprint
+        if begun is not None and begun.engine is self:
+            begun.fingerprint = found
         if taken is not None and not found.matches(taken):
             self.forget(None)
             self.__dict__.pop("_graphs", None)  # they read the weights where these were
@@ -279,7 +300,7 @@ class HFEngine(Engine):
         """How many answers to a list of questions are generated at a time. On a CPU, each has a copy of its context."""
         return 32 if self.device.type == "cuda" else 8
 
-    @property
+    @cached_property
     def bytes_per_token(self) -> int:
         """Bytes of keys and values that one token takes, over all layers."""
         layers, kv_heads, head_dim = map(int, self.fingerprint.geometry.split("x"))
@@ -493,7 +514,7 @@ class HFEngine(Engine):
     @contextmanager
     def begun(self, namespace: str = "") -> Iterator[None]:
         """Within it, work for an answer is prepared: if the namespace is forgotten meanwhile, nothing of it is kept."""
-        token = _BEGUN.set((self, namespace, self.prefixes.epoch(namespace)))
+        token = _BEGUN.set(_Begun(self, namespace, self.prefixes.epoch(namespace)))
         try:
             yield
         finally:
@@ -502,7 +523,8 @@ class HFEngine(Engine):
     def epoch(self, namespace: str = "") -> int:
         """How often a namespace was forgotten when this work began."""
         begun = _BEGUN.get()
-        return begun[2] if begun is not None and begun[:2] == (self, namespace) else self.prefixes.epoch(namespace)
+        mine = begun is not None and begun.engine is self and begun.namespace == namespace
+        return begun.epoch if begun is not None and mine else self.prefixes.epoch(namespace)
 
     def encode_after(self, prefix_ids: Sequence[int], token_ids: Sequence[int], *, namespace: str = "") -> Layers:
         """Keys and values of `token_ids` alone, encoded after `prefix_ids`; the caller's own.
