@@ -250,11 +250,10 @@ class HFEngine(Engine):
         if begun is not None and begun.engine is self and begun.fingerprint is not None:
             return begun.fingerprint
         with self._fingerprint_lock:
-            taken, watch = self._fingerprint, self._weights
-            if taken is None or watch is None or watch.sees_change():
+            found = taken = self._fingerprint
+            if found is None or self._weights is None or self._weights.sees_change():
                 self._weights = WeightsWatch(self.model)
-                self._fingerprint = ModelFingerprint.of(self.model, self.tokenizer)
-            found = self._fingerprint
+                found = self._fingerprint = ModelFingerprint.of(self.model, self.tokenizer)
         if begun is not None and begun.engine is self:
             begun.fingerprint = found
         if taken is not None and not found.matches(taken):
