@@ -94,7 +94,7 @@ def ask(
     if paths:
         common.stderr().print(fitting.gain(usage), style="dim")
     sources = "".join(f" --source {shlex.quote(path)}" for path in paths)
-    common.then(f"chat{sources}", options.store, options.namespace)
+    common.then(f"chat{sources}")
 
 
 @common.takes(Answering)
@@ -154,7 +154,7 @@ class Corpus:
         if context.mode == "encoded" or len(seconds) < len(timed):
             return f"{first}, {how}"
         reading = sum(seconds) + usage.ttft_s * (1 - context.reused_tokens / context.context_tokens)
-        return f"{first} (about {reading:.1f} s without caches): {reading / usage.ttft_s:.0f} × faster, {how}"
+        return f"{first} (about {reading:.1f} s without caches): {common.faster(reading, usage.ttft_s)}, {how}"
 
     def answer(self, conversation: list[Message]) -> tuple[str, Usage]:
         """Answer the last message of a conversation. Without `--json`, print the answer as it is generated.

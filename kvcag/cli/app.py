@@ -10,7 +10,7 @@ import typer
 import kvcag
 from kvcag.cli.answer import ask, chat
 from kvcag.cli.bench import bench
-from kvcag.cli.common import DEBUG, Commands
+from kvcag.cli.common import DEBUG, Command, Commands
 from kvcag.cli.demo import demo
 from kvcag.cli.doctor import doctor
 from kvcag.cli.encode import encode, sync
@@ -28,8 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 for _command in (demo, encode, ask, chat, ls, inspect, rm, purge, sync, verify, doctor, size, bench, scheduler):
-    app.command()(_command)
-app.command("import-memos")(import_memos)
+    app.command(cls=Command)(_command)
+app.command("import-memos", cls=Command)(import_memos)
 
 
 def _show_version(wanted: bool) -> None:

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import fields
 from functools import wraps
 from inspect import Parameter, Signature, signature
@@ -24,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from kvcag import errors
 from kvcag.errors import CacheWarning, InvalidInputError, KVCAGError, StoreUnavailableError
@@ -79,6 +80,22 @@ class Commands(TyperGroup):
             except BrokenPipeError:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes stdout once more
                 raise typer.Exit(CLOSED_PIPE) from None
+
+
+_running: ContextVar[Any] = ContextVar("_running")
+"""The context of the command that runs: what was typed."""
+
+
+class Command(TyperCommand):
+    """A command that `then` knows of while it runs."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        token = _running.set(ctx)
+        try:
+            return super().invoke(ctx)
+        finally:
+            _running.reset(token)
 
 
 def exit_code(error: KVCAGError) -> int:
@@ -259,14 +276,15 @@ def echo(line: str = "", *, err: bool = False) -> None:
 
 
 class Flow:
-    """Writes an answer on stdout piece by piece. A terminal's lines are broken between words.
+    """Writes an answer piece by piece, on stdout or stderr. A terminal's lines are broken between words.
 
     A word waits only while it still fits into its line and may grow. A wide character (Chinese, Japanese, Korean) is a
     word of its own.
     """
 
-    def __init__(self) -> None:
-        self.width = terminal_width(sys.stdout)
+    def __init__(self, *, err: bool = False) -> None:
+        self._stream = sys.stderr if err else sys.stdout
+        self.width = terminal_width(self._stream)
         self._at = 0  # columns written of this line
         self._word = ""  # what waits
         self._may_break = False  # nothing of this word is written yet
@@ -274,8 +292,8 @@ class Flow:
     def write(self, text: str) -> None:
         """Write a piece."""
         text = plain(text)
-        sys.stdout.write(text if self.width is None else self._broken(text, self.width))
-        sys.stdout.flush()
+        self._stream.write(text if self.width is None else self._broken(text, self.width))
+        self._stream.flush()
 
     def end(self) -> None:
         """Write what waits, and end the line."""
@@ -307,12 +325,25 @@ class Flow:
         return placed
 
 
-def then(command: str, store: str | None = None, namespace: str = "") -> None:
-    """Say on stderr which command may be of use next, over the same store."""
-    where = "".join(
-        f" {name} {shlex.quote(value)}" for name, value in (("--store", store), ("--namespace", namespace)) if value
-    )
-    stderr().print(f"next: kvcag {command}{where}", style="dim", soft_wrap=terminal_width(sys.stderr) is None)
+_CARRIED = ("model", "store", "namespace", "instruction")
+"""Options with which the next command works over the same items."""
+
+
+def then(command: str) -> None:
+    """Say on stderr which command may be of use next. It gets the options that were typed and that it takes, too."""
+    running = _running.get()
+    takes = {option.name for option in running.parent.command.commands[command.split()[0]].params}
+    for option in running.command.params:
+        typed = running.get_parameter_source(option.name)
+        if option.name in _CARRIED and option.name in takes and typed and typed.name == "COMMANDLINE":
+            command += f" {option.opts[0]} {shlex.quote(running.params[option.name])}"
+    stderr().print(f"next: kvcag {command}", style="dim", soft_wrap=terminal_width(sys.stderr) is None)
+
+
+def faster(full_s: float, cached_s: float) -> str:
+    """Return `31 × faster`, `1.4 × faster` or `no faster`."""
+    times = full_s / cached_s
+    return f"{times:.{0 if times >= 9.95 else 1}f} × faster" if times >= 1.05 else "no faster"
 
 
 class _Console(Console):

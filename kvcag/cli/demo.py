@@ -1,14 +1,18 @@
-"""`kvcag demo`: answers without caches and with them, side by side."""
+"""`kvcag demo`: a race between a model that reads everything and the same model with caches."""
 
 from __future__ import annotations
 
+import shlex
+import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
@@ -16,7 +20,12 @@ from kvcag.cli import common
 from kvcag.cli.common import CorpusOption, Json, Model, Ratio, StrategyOption
 
 if TYPE_CHECKING:
-    from kvcag.demo.run import Comparison
+    from kvcag.core import Chunk
+    from kvcag.demo.run import Comparison, OnPiece, Runner
+
+_SIDES = "reads everything", "from the cache"
+_TWO_COLUMNS = 80
+"""Columns of a terminal from which on both sides stand side by side."""
 
 
 def demo(
@@ -28,7 +37,10 @@ def demo(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Generate at most this many tokens.")] = 48,
     as_json: Json = False,
 ) -> None:
-    """Encode a corpus once, then answer questions without caches and with them, side by side.
+    """Race a model that reads everything against the same model with caches: the same questions, tokens and decoding.
+
+    Encodes a corpus once. Then one side answers each question, and the other after it: each has the machine to itself
+    while its clock runs. A terminal of 80 columns shows both side by side.
 
     For example:
 
@@ -46,7 +58,7 @@ def demo(
     name, folder = common.resolve(model)
     console = common.stderr() if as_json else common.stdout()
     with common.loading(name):
-        from kvcag.demo.run import Demonstration
+        from kvcag.demo.run import Demonstration, Runner
 
         shown = Demonstration(folder, documents, strategy=strategy, ratio=ratio, max_new_tokens=max_new_tokens)
     shown.check(questions)
@@ -56,16 +68,21 @@ def demo(
             advance(tokens, document.title)
     encode_s = time.perf_counter() - started
     console.print(
-        f"{len(documents)} documents, {shown.corpus_tokens} tokens encoded once in {encode_s:.1f} s; "
-        f"the caches take {common.size(shown.cache_bytes)}"
+        f"{common.counted(len(documents), 'document')}, {shown.corpus_tokens:,} tokens, encoded once in "
+        f"{encode_s:.1f} s; the caches take {common.size(shown.cache_bytes)}.\n"
+        "One side answers, then the other: the same model, tokens and greedy decoding."
     )
     answered = []
     for number, asked in enumerate(questions, start=1):
-        console.print(Text(f"\n{number}. {asked}", style="bold"))
-        answered.append(shown.ask(asked, _printer(console, "full prefill"), _printer(console, "from caches")))
-        console.print()
-    console.print("\ntime to first token, and the tokens of the context\n")
-    console.print(_table(answered))
+        console.print(Text(f"\n{number}. {asked}\n", style="bold"))
+        full, cached = map(Runner, _SIDES)
+        with _watched(console, (full, cached)) as on_piece:
+            answered.append(shown.ask(asked, full, cached, on_piece))
+        console.print(_verdict(answered[-1]))
+    if len(answered) > 1:
+        same = sum(row.same_answer for row in answered)
+        median = statistics.median(row.speedup for row in answered)
+        console.print(f"\n{len(answered)} questions: {common.faster(median, 1)} (median); {same} answers the same")
     if as_json:
         common.emit(
             {
@@ -77,28 +94,57 @@ def demo(
                 "questions": [asdict(row) for row in answered],
             }
         )
+    else:
+        paths = " ".join(map(shlex.quote, corpus or ["PATH"]))
+        common.then(f'ask {paths} "Your question?"')
 
 
-def _printer(console: Console, label: str) -> Callable[[str], None]:
-    """Return a function that prints an answer piece by piece, after a label."""
-    started = False
-
-    def show(text: str) -> None:
-        nonlocal started
-        text = text if started else text.lstrip()
-        if text and not started:
-            started = True
-            console.print(Text(f"\n{label}: ", style="dim"), end="")
-        console.print(Text(text.replace("\n", " ")), end="", soft_wrap=True)
-
-    return show
+def _verdict(row: Comparison) -> str:
+    first = f"{row.ttft_cached_s:.2f} s to the first word instead of {row.ttft_full_s:.2f} s"
+    reused = f"{row.reused_tokens:,} of {row.context_tokens:,} tokens reused"
+    recomputed = f", {row.recomputed_tokens:,} recomputed" if row.recomputed_tokens else ""
+    same = "the same answer" if row.same_answer else "another answer"
+    return f"{first}: {common.faster(row.ttft_full_s, row.ttft_cached_s)}; {reused}{recomputed}; {same}"
 
 
-def _table(answered: Sequence[Comparison]) -> Table:
-    columns = ["question", ">full", ">cached", ">speed-up", ">encoded", ">reused", ">recomputed", ">same"]
-    rows = []
-    for number, row in enumerate(answered, start=1):
-        times = f"{row.ttft_full_s:.2f} s", f"{row.ttft_cached_s:.2f} s", f"{row.speedup:.1f}×"
-        tokens = row.encoded_tokens, row.reused_tokens, row.recomputed_tokens
-        rows.append((f"{number}. {row.question[:40]}", *times, *tokens, "yes" if row.same_answer else "no"))
-    return common.table(columns, rows)
+@contextmanager
+def _watched(console: Console, sides: Sequence[Runner]) -> Iterator[OnPiece]:
+    """Show the race: side by side, with running clocks, in a terminal that can; else one side after the other."""
+    if console.is_terminal and not console.no_color and not console.is_dumb_terminal and console.width >= _TWO_COLUMNS:
+        with Live(_Race(sides), console=console, refresh_per_second=10):
+            yield lambda side, chunk: None
+        return
+    flows: dict[str, common.Flow] = {}
+
+    def write(side: Runner, chunk: Chunk) -> None:
+        if side.name not in flows:
+            flows[side.name] = common.Flow(err=console.stderr)
+            console.print(Text(f"{side.name}:", style="bold"))
+        flows[side.name].write(chunk.text)
+        if chunk.finish_reason:
+            flows[side.name].end()
+            console.print(Text(f"{_clock(side)}\n", style="dim"))
+
+    yield write
+
+
+@dataclass(frozen=True, slots=True)
+class _Race:
+    """Both sides, side by side. Drawn again and again, it reads their clocks each time."""
+
+    sides: Sequence[Runner]
+
+    def __rich_console__(self, *_: Any) -> Iterator[Table]:
+        grid = Table.grid(expand=True, padding=(0, 4, 1, 0))
+        for _side in self.sides:
+            grid.add_column(ratio=1)
+        grid.add_row(*(Text.assemble((side.name, "bold"), f"\n{_clock(side)}") for side in self.sides))
+        grid.add_row(*(Text(common.plain(side.text.strip())) for side in self.sides))
+        yield grid
+
+
+def _clock(side: Runner) -> str:
+    if side.first_s is None:
+        return f"{side.clock_s:.1f} s" if side.clock_s else "waits for its turn"
+    ended = f"all {side.total_s:.2f} s" if side.total_s is not None else f"{side.clock_s:.1f} s"
+    return f"first word {side.first_s:.2f} s, {ended}"

@@ -282,4 +282,4 @@ def _report(
         common.emit({**facts, "store": place, "ids": list(diff.wanted), "skipped": skipped})
     else:
         common.echo(f"{line}; in {place}" if place else line)
-        common.then('ask "Your question?"', options.store, options.namespace)
+        common.then('ask "Your question?"')

@@ -73,7 +73,7 @@ def ls(
         total += f" ({len(entries)} without the filters)"
     common.echo(total, err=True)
     if chosen and not options.as_json:
-        common.then(f"inspect {chosen[0].short}", options.store, options.namespace)
+        common.then(f"inspect {chosen[0].short}")
     if not entries:
         common.say(f"there are no items yet{_elsewhere(folder, options.namespace)}. `kvcag encode PATH` adds some.")
     if unreadable:
@@ -138,7 +138,7 @@ def inspect(
     lines = [f"{field:<22} {value}" for field, value in shown.items()]
     lines += [f"\n{text[:_EXCERPT]}{' …' if len(text) > _EXCERPT else ''}"] if text else []
     common.stdout().print("\n".join(lines), soft_wrap=True)
-    common.then(f"rm {entry.short}", store, namespace)
+    common.then(f"rm {entry.short}")
 
 
 @common.takes(Choosing)
@@ -184,7 +184,7 @@ def rm(
         common.emit({"deleted": report.ids, "bytes": held, "failed": report.failed})
     else:
         common.echo(f"{common.counted(len(report.ids), 'item')} deleted, {common.size(held)}")
-        common.then("ls", options.store, options.namespace)
+        common.then("ls")
     _say_failed(report, unread if options.source else 0, exit_code=common.FAILED)
 
 

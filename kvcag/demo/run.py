@@ -1,10 +1,12 @@
-"""Compares answers with caches and without: one corpus, one model, one process, so that times can be compared."""
+"""Races an answer from caches against one that reads everything: one corpus, one model, one process."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
+from typing import TypeAlias
 
 from kvcag.chat_template import Prompt
 from kvcag.core import DEFAULT_RATIO, Answer, Chunk, Strategy
@@ -15,19 +17,58 @@ from kvcag.memory import KVCacheMemory, insert_documents
 
 INSTRUCTION = "You are a helpful assistant. Answer the question using only the passages below."
 
-OnText = Callable[[str], None]
+OnPiece: TypeAlias = "Callable[[Runner, Chunk], None]"
+
+
+@dataclass(slots=True)
+class Runner:
+    """One side of the race, with a clock of its own that runs only while this side answers.
+
+    Attributes:
+        name: for people.
+        text: what it has said so far.
+        first_s: seconds until its first word, or until its end if it says nothing; None before.
+        total_s: seconds until its end; None before.
+    """
+
+    name: str
+    text: str = ""
+    first_s: float | None = None
+    total_s: float | None = None
+    _started: float | None = field(default=None, repr=False)
+
+    @property
+    def clock_s(self) -> float:
+        """Seconds since its turn began, until it ended; 0 before."""
+        if self._started is None:
+            return 0.0
+        return time.perf_counter() - self._started if self.total_s is None else self.total_s
+
+    def run(self, chunks: Iterator[Chunk], on_piece: OnPiece) -> Answer:
+        """Take a turn: read an answer whose making begins when its first piece is asked for."""
+        self._started = time.perf_counter()
+        pieces = []
+        for chunk in chunks:
+            pieces.append(chunk)
+            self.text += chunk.text
+            if self.first_s is None and (self.text.strip() or chunk.finish_reason):
+                self.first_s = self.clock_s
+            if chunk.finish_reason:
+                self.total_s = self.clock_s
+            on_piece(self, chunk)
+        return Answer.of(pieces)
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One question, answered twice. Counts are tokens; times are seconds.
+    """One question, answered twice, one answer after the other. Counts are tokens; times are seconds.
 
     Attributes:
         question: the question.
         answer: the answer from the caches.
         answer_full: the answer from a full prefill of the same tokens.
-        ttft_full_s: time to first token without caches.
-        ttft_cached_s: time to first token from the caches, merging included.
+        ttft_full_s: time to the first word without caches.
+        ttft_cached_s: time to the first word from the caches, merging included.
         context_tokens: tokens of instruction and documents.
         encoded_tokens: those encoded for this question.
         reused_tokens: those taken from caches unchanged.
@@ -48,7 +89,7 @@ class Comparison:
 
     @property
     def speedup(self) -> float:
-        """Time to first token without caches, over the time with them."""
+        """Time to the first word without caches, over the time with them."""
         return self.ttft_full_s / self.ttft_cached_s
 
 
@@ -111,33 +152,43 @@ class Demonstration:
         """Bytes of the corpus's keys and values."""
         return self.corpus_tokens * self.cached.bytes_per_token
 
-    def ask(self, question: str, on_full: OnText, on_cached: OnText) -> Comparison:
-        """Answer a question by a full prefill, then from the caches. Both answers are streamed to the callbacks."""
-        prompt = self._prompt(question)
-        full = Answer.of(_shown(self.uncached.stream(prompt, self.sampling), on_full))
-        chunks = self.memory.stream(prompt, strategy=self.strategy, ratio=self.ratio, sampling=self.sampling)
-        cached = Answer.of(_shown(chunks, on_cached))
-        report = cached.report
+    def ask(self, question: str, full: Runner, cached: Runner, on_piece: OnPiece) -> Comparison:
+        """Answer a question by a full prefill, then from the caches: the same model, tokens and decoding.
+
+        Each side has the machine to itself while its clock runs: at the same time, each would slow the other down.
+
+        Args:
+            question: the question.
+            full: reads everything.
+            cached: answers from the caches.
+            on_piece: called after each piece of an answer, with the side that said it.
+        """
+        read = full.run(self._read(question), on_piece)
+        recalled = cached.run(self._recall(question), on_piece)
+        report = recalled.report
         assert report is not None  # the prompt has documents
+        assert full.first_s is not None
+        assert cached.first_s is not None
         return Comparison(
             question=question,
-            answer=cached.text.strip(),
-            answer_full=full.text.strip(),
-            ttft_full_s=full.usage.ttft_s,
-            ttft_cached_s=cached.usage.ttft_s,
+            answer=recalled.text.strip(),
+            answer_full=read.text.strip(),
+            ttft_full_s=full.first_s,
+            ttft_cached_s=cached.first_s,
             context_tokens=report.context_tokens,
             encoded_tokens=report.encoded_tokens,
             reused_tokens=report.reused_tokens,
             recomputed_tokens=report.recomputed_tokens,
-            same_answer=cached.text == full.text,
+            same_answer=recalled.text == read.text,
         )
+
+    def _read(self, question: str) -> Iterator[Chunk]:
+        yield from self.uncached.stream(self._prompt(question), self.sampling)
+
+    def _recall(self, question: str) -> Iterator[Chunk]:
+        prompt = self._prompt(question)
+        yield from self.memory.stream(prompt, strategy=self.strategy, ratio=self.ratio, sampling=self.sampling)
 
     def _prompt(self, question: str) -> Prompt:
         messages = insert_documents(INSTRUCTION, self.texts, [{"role": "user", "content": question}])
         return self.uncached.template.prompt(messages)
-
-
-def _shown(chunks: Iterator[Chunk], on_text: OnText) -> Iterator[Chunk]:
-    for chunk in chunks:
-        on_text(chunk.text)
-        yield chunk

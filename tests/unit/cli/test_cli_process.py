@@ -112,6 +112,17 @@ def test_after_a_cancelled_turn_the_next_is_answered(kvcag: Kvcag) -> None:
     chat.close()
 
 
+def test_the_race_is_run_side_by_side(kvcag: Kvcag) -> None:
+    kvcag.environment |= {"COLUMNS": "110", "TERM": "xterm-256color"}
+    race = Terminal(kvcag, "demo", "--corpus", "notes", "--question", "Who?")
+    race.wait_for(r"reads everything\S* +\S*from the cache")
+    race.wait_for(r"first word \S+ s, all \S+ s +first word \S+ s, all \S+ s")
+    code, shown = race.leave()
+    assert code == 0
+    assert "s to the first word instead of" in shown
+    race.close()
+
+
 def test_rm_asks_a_person_and_no_means_no(kvcag: Kvcag) -> None:
     kvcag("encode", "notes")
     for answer, code, left in (("n", 1, 2), ("y", 0, 0)):
