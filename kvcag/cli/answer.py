@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -93,8 +92,7 @@ def ask(
     common.stderr().print(_summary(usage), style="dim")
     if paths:
         common.stderr().print(fitting.gain(usage), style="dim")
-    sources = "".join(f" --source {shlex.quote(path)}" for path in paths)
-    common.then(f"chat{sources}")
+    common.then(f"chat{common.paths(options.id, '--id')}{common.paths(paths or options.source, '--source')}")
 
 
 @common.takes(Answering)
@@ -116,7 +114,10 @@ def chat(options: Answering) -> None:
     if sys.stdin.isatty():
         documents = common.counted(len(corpus.entries), "item")
         common.say(f"{documents} and {Path(corpus.memory.engine.model_name).name}; /help lists the commands")
-    _Conversation(corpus).run()
+    conversation = _Conversation(corpus)
+    conversation.run()
+    if not options.as_json:
+        common.then(f"doctor{common.paths(options.source, '--corpus')}" if conversation.is_uncalibrated else "ls")
 
 
 @dataclass(frozen=True, slots=True)
@@ -323,6 +324,7 @@ class _Conversation:
     def __init__(self, corpus: Corpus) -> None:
         self.corpus = corpus
         self.messages: list[Message] = []
+        self.is_uncalibrated = False
 
     def run(self) -> None:
         """Answer until the end of the input, /exit, or a second Ctrl-C."""
@@ -376,6 +378,7 @@ class _Conversation:
         else:
             common.stderr().print(_summary(usage), style="dim")
         self.messages = [*asked, {"role": "assistant", "content": text}]
+        self.is_uncalibrated = usage.context is not None and "not calibrated" in usage.context.reason
 
     def _read_line(self) -> str | None:
         """Return a line without surrounding blanks, or None at the end of the input."""

@@ -96,6 +96,7 @@ def bench(
     common.stdout().print(common.table([f">{heading}" for heading in headings], cells))
     machine = ", ".join(map(str, _machine(engine).values()))
     common.stdout().print(f"\nseconds to the first token, medians of {rounds}; {machine}")
+    common.then(f"doctor{common.paths(corpus, '--corpus')}")
 
 
 def _measure(engine: HFEngine, texts: Sequence[str], tokens: int, repeat: int, ratio: float) -> dict[str, Any]:

@@ -325,8 +325,8 @@ class Flow:
         return placed
 
 
-_CARRIED = ("model", "store", "namespace", "instruction")
-"""Options with which the next command works over the same items."""
+_CARRIED = ("model", "store", "namespace", "instruction", "strategy", "ratio", "split", "context")
+"""Options with which the next command works over the same items in the same way."""
 
 
 def then(command: str) -> None:
@@ -336,8 +336,17 @@ def then(command: str) -> None:
     for option in running.command.params:
         typed = running.get_parameter_source(option.name)
         if option.name in _CARRIED and option.name in takes and typed and typed.name == "COMMANDLINE":
-            command += f" {option.opts[0]} {shlex.quote(running.params[option.name])}"
+            command += f" {option.opts[0]} {shlex.quote(str(running.params[option.name]))}"
     stderr().print(f"next: kvcag {command}", style="dim", soft_wrap=terminal_width(sys.stderr) is None)
+
+
+ASK = 'ask "Your question?"'
+"""The command that is of use after most others."""
+
+
+def paths(given: Sequence[str] | None, option: str = "") -> str:
+    """Return paths as they are typed behind a command, each behind an option if there is one: ` --source notes/`."""
+    return "".join(f" {option} {shlex.quote(path)}".replace("  ", " ") for path in given or ())
 
 
 def faster(full_s: float, cached_s: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -95,8 +94,7 @@ def demo(
             }
         )
     else:
-        paths = " ".join(map(shlex.quote, corpus or ["PATH"]))
-        common.then(f'ask {paths} "Your question?"')
+        common.then(f'ask{common.paths(corpus or ["PATH"])} "Your question?"')
 
 
 def _verdict(row: Comparison) -> str:

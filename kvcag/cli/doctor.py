@@ -90,5 +90,6 @@ def doctor(
         columns = ["strategy", ">recomputed", ">KL, nats per token", ">same token", ">time to first token"]
         console.print(common.table(columns, rows))
         console.print(f"\n{recommended[0].upper()}{recommended[1:]}. strategy='auto', max_kl={max_kl:g} does that.")
+        common.then(f'ask{common.paths(corpus)} "Your question?"')
     if best is None:
         raise typer.Exit(common.NEGATIVE)

@@ -125,7 +125,8 @@ def sync(
     done = {"encoded": encoded, "kept": len(diff.wanted) - encoded, "dropped": len(diff.gone)}
     line = ", ".join(f"{count} {verb}" for verb, count in done.items())
     facts = {**done, "tokens": tokens, "dry_run": dry_run}
-    _report(facts, f"would be: {line}" if dry_run else line, diff, reading, memory, options)
+    again = f"sync{common.paths([path])}" if dry_run and (diff.new or diff.gone) else common.ASK
+    _report(facts, f"would be: {line}" if dry_run else line, diff, reading, memory, options, again)
 
 
 def bring(memory: KVCacheMemory, reading: Reading, kept: Sequence[Entry]) -> tuple[dict[str, Any], int]:
@@ -268,7 +269,13 @@ def _made_here(memory: KVCacheMemory, path: str, unreadable: set[str]) -> Callab
 
 
 def _report(
-    facts: dict[str, Any], line: str, diff: SyncDiff, reading: Reading, memory: KVCacheMemory, options: Encoding
+    facts: dict[str, Any],
+    line: str,
+    diff: SyncDiff,
+    reading: Reading,
+    memory: KVCacheMemory,
+    options: Encoding,
+    following: str = common.ASK,
 ) -> None:
     from kvcag.stores.disk import DiskStore
 
@@ -282,4 +289,4 @@ def _report(
         common.emit({**facts, "store": place, "ids": list(diff.wanted), "skipped": skipped})
     else:
         common.echo(f"{line}; in {place}" if place else line)
-        common.then('ask "Your question?"')
+        common.then(following)

@@ -44,5 +44,7 @@ def scheduler(
         common.stdout().print(str(texts[0]) if texts else "not known: it was never retrieved, asked or encoded")
     elif not as_json:
         common.stdout().print(common.table(["when", "action", ">uses", ">tokens", "reason", "text"], rows))
+    if not as_json:
+        common.then(f"scheduler{common.paths([str(path)])}{'' if text else ' TEXT'}")
     if text is not None and not texts:
         raise typer.Exit(common.NEGATIVE)

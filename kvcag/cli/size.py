@@ -87,6 +87,7 @@ def size(
             f"encoded in context: where a document comes first, it is computed again in {again:,.1f} ms, and takes "
             f"{more} more while it is a recent context"
         )
+    common.then("encode PATH" if prefill else "bench")  # which measures what this one assumes
 
 
 def _finite(figures: dict[str, object]) -> dict[str, object]:

@@ -72,12 +72,12 @@ def ls(
     if len(chosen) < len(entries):
         total += f" ({len(entries)} without the filters)"
     common.echo(total, err=True)
-    if chosen and not options.as_json:
-        common.then(f"inspect {chosen[0].short}")
     if not entries:
-        common.say(f"there are no items yet{_elsewhere(folder, options.namespace)}. `kvcag encode PATH` adds some.")
+        common.say(f"there are no items yet{_elsewhere(folder, options.namespace)}.")
     if unreadable:
         common.say(f"{common.counted(unreadable, 'file')} cannot be read: `kvcag verify` names damaged files.")
+    if not options.as_json:
+        common.then(f"inspect {chosen[0].short}" if chosen else "ls" if entries else "encode PATH")
 
 
 def _elsewhere(place: str, namespace: str) -> str:
@@ -138,7 +138,7 @@ def inspect(
     lines = [f"{field:<22} {value}" for field, value in shown.items()]
     lines += [f"\n{text[:_EXCERPT]}{' …' if len(text) > _EXCERPT else ''}"] if text else []
     common.stdout().print("\n".join(lines), soft_wrap=True)
-    common.then(f"rm {entry.short}")
+    common.then(common.ASK + ("" if entry.is_context else f" --id {entry.short}"))
 
 
 @common.takes(Choosing)
@@ -169,6 +169,7 @@ def rm(
     chosen = find(entries, ids) if ids else choose(entries, options.source, options.older_than)
     if opened is None or not (chosen or (everything and unread)):
         common.say("no item matches: nothing was deleted.")
+        common.then("ls")
         raise typer.Exit(common.NEGATIVE)
     deleted = with_contexts(entries, chosen)
     held = sum(entry.bytes for entry in deleted)
@@ -238,8 +239,11 @@ def purge(
     else:
         found = ((place, len(ids)) for place, ids in report.deleted.items() if ids)
         common.echo("\n".join(f"{common.counted(count, 'item')} deleted from {place}" for place, count in found))
+        if report:
+            common.then("ls")
     if not report:
         common.say("nothing was made from this text: nothing was deleted.")
+        common.then("ls")
         raise typer.Exit(common.NEGATIVE)
     _say_failed(report)
 
@@ -302,8 +306,13 @@ def verify(
         bad = (f"{count} {what}{', deleted' if repair and count else ''}" for what, count in found.items())
         sound = f"{report.sound} items sound ({common.size(report.bytes)})"
         common.echo(", ".join([sound, *bad, f"{len(report.foreign)} of other programs"]))
-    if not (report.clean or repair):
+    is_left = not (report.clean or repair)
+    if is_left:
         common.say("nothing was deleted. After --repair, `kvcag encode` or `sync` encodes the texts again.")
+    if not as_json:
+        repairing = f"verify{common.paths([str(path)] if path else None)} --repair"
+        common.then("ls" if report.clean else repairing if is_left else "encode PATH")
+    if is_left:
         raise typer.Exit(common.NEGATIVE)
 
 
