@@ -14,7 +14,7 @@ from langchain_core.language_models.chat_models import agenerate_from_stream, ge
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.prompts import BasePromptTemplate
-from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig, RunnableWithFallbacks
+from langchain_core.runnables import Runnable, RunnableConfig, RunnableWithFallbacks
 from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.runnables.config import get_config_list
 from langchain_core.runnables.configurable import DynamicRunnable
@@ -29,6 +29,7 @@ from kvcag.core import DEFAULT_RATIO, MAX_KL, Strategy
 from kvcag.cube.memory_cube import MemoryCube
 from kvcag.engines.base import Engine
 from kvcag.errors import ChatTemplateError, FingerprintMismatchError, InvalidInputError
+from kvcag.langchain.bound import KeepsContext
 from kvcag.langchain.documents_chain import encode_ahead, fitting, read_documents
 from kvcag.langchain.messages import (
     ask,
@@ -62,7 +63,7 @@ _NOT_IN_ANSWERS = {"engine", "kept", "store", "namespace", "streaming"}
 _NOT_TEXT = ("image_inputs", "audio_inputs", "pdf_inputs", "video_inputs", "image_outputs", "audio_outputs")
 
 
-class ChatKVCAG(BaseChatModel):
+class ChatKVCAG(KeepsContext, BaseChatModel):
     """A chat model whose documents are encoded once.
 
     Text blocks of a message are documents, which are found by their content in any order (`kvcag.langchain.messages`
@@ -325,21 +326,6 @@ class ChatKVCAG(BaseChatModel):
 
     # --- tools and structured output ---------------------------------------------------------------------------
 
-    def bind(self, **kwargs: Any) -> Any:
-        """`Runnable.bind`. `cached_content` becomes a field of a copy of this model.
-
-        LangChain drops bound arguments in `bind_tools`, `with_structured_output` and agents (langchain#30983); a field
-        stays.
-        """
-        model = self
-        if "cached_content" in kwargs:
-            model = self.model_copy(update={"cached_content": kwargs.pop("cached_content")})
-        return _Bound(bound=model, kwargs=kwargs, config={}) if kwargs or model is self else model
-
-    def with_config(self, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        """`Runnable.with_config`."""
-        return _Bound(bound=self, kwargs={}, config=cast("RunnableConfig", {**(config or {}), **kwargs}))
-
     def bind_tools(
         self,
         tools: Sequence[dict[str, Any] | type | Callable[..., Any] | BaseTool],
@@ -548,20 +534,6 @@ def _check_names(given: Mapping[str, Any]) -> None:
         raise InvalidInputError(
             f"unknown argument {', '.join(sorted(unknown))}. A call takes {', '.join(_CALL)} and stop."
         )
-
-
-class _Bound(RunnableBinding[LanguageModelInput, AIMessage]):
-    """A ChatKVCAG with bound arguments or a configuration, whose `bind(cached_content=id)` sets the model's field."""
-
-    @classmethod
-    def lc_id(cls) -> list[str]:
-        return RunnableBinding.lc_id()
-
-    def bind(self, **kwargs: Any) -> Any:
-        if "cached_content" not in kwargs or not isinstance(self.bound, ChatKVCAG):
-            return super().bind(**kwargs)
-        model = self.bound.bind(cached_content=kwargs.pop("cached_content"))
-        return type(self)(bound=model, kwargs={**self.kwargs, **kwargs}, config=self.config)
 
 
 def chat_model_in(model: object) -> ChatKVCAG | None:

@@ -19,7 +19,7 @@ from langchain_core.prompts import (
     aformat_document,
     format_document,
 )
-from langchain_core.runnables import Runnable
+from langchain_core.runnables import Runnable, RunnableConfig
 from pydantic import Field, SkipValidation
 
 from kvcag.chat_template import SEPARATOR, segment
@@ -84,6 +84,16 @@ class DocumentsPrompt(BasePromptTemplate[PromptValue]):
     def _prompt_type(self) -> str:
         return "kvcag-documents"
 
+    def invoke(self, input: dict[str, Any], config: RunnableConfig | None = None, **kwargs: Any) -> PromptValue:
+        """`Runnable.invoke`. Warns where arguments were bound to a chain: LangChain gives them to its first step."""
+        _warn_not_passed_on(kwargs)
+        return super().invoke(input, config)
+
+    async def ainvoke(self, input: dict[str, Any], config: RunnableConfig | None = None, **kwargs: Any) -> PromptValue:
+        """`invoke`."""
+        _warn_not_passed_on(kwargs)
+        return await super().ainvoke(input, config)
+
     def format_prompt(self, **kwargs: Any) -> PromptValue:
         """The messages, with a block for each document."""
         documents = [format_document(document, self.document_prompt) for document in self._documents(kwargs)]
@@ -130,6 +140,16 @@ class DocumentsPrompt(BasePromptTemplate[PromptValue]):
                 "shows it in a message that is not text. Use document_prompt to format the documents."
             )
         return ChatPromptValue(messages=messages)
+
+
+def _warn_not_passed_on(bound: Mapping[str, Any]) -> None:
+    if bound:
+        warnings.warn(
+            f"{', '.join(sorted(bound))}, bound to the chain, does not reach the model: LangChain gives the arguments "
+            "of a chain to its first step alone, which is the prompt. Bind them to the model: llm.bind(…).",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _split_message(message: BaseMessage, mark: str, documents: Sequence[str], ending: str) -> BaseMessage:

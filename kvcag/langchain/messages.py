@@ -452,7 +452,8 @@ def parsing(
     parsed = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
     failed = RunnablePassthrough.assign(parsed=lambda _: None)
     parsed_or_not: Runnable[Any, Any] = parsed.with_fallbacks([failed], exception_key="parsing_error")
-    return RunnableMap(raw=llm) | parsed_or_not
+    raw = RunnableMap(raw=RunnablePassthrough[Any]())  # behind the model: a map hands no bound arguments on
+    return llm | raw | parsed_or_not
 
 
 def _calls_or(answer: JsonSchema, plan: ToolSpec) -> Grammar:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from langchain.agents import create_agent
 from langchain_classic.chains import create_history_aware_retriever, create_retrieval_chain
 from langchain_classic.chains.combine_documents import create_stuff_documents_chain
 from langchain_core.callbacks import CallbackManagerForRetrieverRun
@@ -333,37 +332,6 @@ def test_an_unknown_context_is_refused(llm: ChatKVCAG) -> None:
 def test_an_empty_corpus_is_refused(llm: ChatKVCAG) -> None:
     with pytest.raises(EmptyPromptError, match="the corpus is empty"):
         llm.create_context([])
-
-
-def test_a_bound_context_survives_tools_structured_output_and_agents(tiny_engine: HFEngine) -> None:
-    """LangChain drops bound arguments: the corpus was lost without a word."""
-    llm = ChatKVCAG(engine=tiny_engine, max_tokens=60)
-    context = llm.create_context(["The Eiffel tower is 330 metres tall. " * 5])
-    size = llm.invoke("How tall?", cached_content=context).usage_metadata["input_tokens"]
-
-    def tool(place: str) -> str:
-        """Looks a place up."""
-        return place
-
-    schema = {
-        "title": "Height",
-        "type": "object",
-        "properties": {"metres": {"type": "integer"}},
-        "required": ["metres"],
-    }
-    for bound in (
-        llm.bind(cached_content=context),
-        llm.bind(max_tokens=50).bind(cached_content=context),
-        llm.with_config(tags=["a"]).bind(cached_content=context, seed=1),
-        ChatKVCAG(engine=tiny_engine, max_tokens=60, cached_content=context),
-    ):
-        for made in (bound, bound.bind_tools([tool]), bound.bind(stop=["zz"]).bound.bind_tools([tool])):
-            assert made.invoke("How tall?").usage_metadata["input_tokens"] >= size
-        raw = bound.with_structured_output(schema, include_raw=True).invoke("How tall?")["raw"]
-        assert raw.usage_metadata["input_tokens"] >= size
-        agent = create_agent(bound, [tool])
-        said = agent.invoke({"messages": [("human", "How tall?")]})["messages"]
-        assert said[1].usage_metadata["input_tokens"] >= size
 
 
 def test_precompute_leaves_an_empty_document_out(llm: ChatKVCAG) -> None:
