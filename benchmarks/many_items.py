@@ -22,7 +22,7 @@ from pathlib import Path
 from kvcag import HFEngine, KVCacheMemory
 from kvcag.stores.base import KVStore
 from kvcag.stores.disk import DiskStore
-from kvcag.stores.format import seal
+from kvcag.stores.manifest import seal
 from kvcag.sync import diff
 from kvcag.testing import byte_tokenizer, tiny_model
 

@@ -26,9 +26,7 @@ if TYPE_CHECKING:
     from kvcag.core import Answer as Answer
     from kvcag.core import Chunk as Chunk
     from kvcag.core import ContextPrompt as ContextPrompt
-    from kvcag.core import DeletionReport as DeletionReport
     from kvcag.core import KVCacheItem as KVCacheItem
-    from kvcag.core import KVCacheRecords as KVCacheRecords
     from kvcag.core import MergedContext as MergedContext
     from kvcag.core import MergeReport as MergeReport
     from kvcag.core import ServedContext as ServedContext
@@ -49,6 +47,8 @@ if TYPE_CHECKING:
     from kvcag.errors import ServerWarning as ServerWarning
     from kvcag.fingerprint import ModelFingerprint as ModelFingerprint
     from kvcag.memory import KVCacheMemory as KVCacheMemory
+    from kvcag.records import DeletionReport as DeletionReport
+    from kvcag.records import KVCacheRecords as KVCacheRecords
     from kvcag.scheduler.scheduler import CacheScheduler as CacheScheduler
     from kvcag.tools import tool_spec as tool_spec
 
@@ -76,9 +76,9 @@ _HOMES = {
     "KVCacheItem": "kvcag.core",
     "KVCacheMemory": "kvcag.memory",
     "KVCacheMemoryConfig": "kvcag.config",
-    "KVCacheRecords": "kvcag.core",
+    "KVCacheRecords": "kvcag.records",
     "MemoryCube": "kvcag.cube.memory_cube",
-    "DeletionReport": "kvcag.core",
+    "DeletionReport": "kvcag.records",
     "MergeReport": "kvcag.core",
     "MergedContext": "kvcag.core",
     "ModelFingerprint": "kvcag.fingerprint",

@@ -41,7 +41,7 @@ from kvcag.engines.base import Engine
 from kvcag.engines.hf import HFEngine
 from kvcag.errors import CacheWarning, InvalidInputError, StoreUnavailableError
 from kvcag.stores.files import atomic_write, make_private, unavailable
-from kvcag.stores.format import checksum
+from kvcag.stores.manifest import checksum
 
 Candidate: TypeAlias = tuple[MergeStrategy, float]
 

@@ -24,7 +24,6 @@ from kvcag.core import (
     EncodedItem,
     Item,
     KVCacheItem,
-    KVCacheRecords,
     MergedContext,
     MergeReport,
     MergeSettings,
@@ -46,8 +45,9 @@ from kvcag.errors import (
     UnsupportedModelError,
     WarnOnce,
 )
+from kvcag.records import KVCacheRecords
 from kvcag.stores.base import ENCODED_BEHIND, KVStore, sources_of, stands_behind
-from kvcag.stores.format import Manifest
+from kvcag.stores.manifest import Manifest
 
 
 def reusable(documents: DocumentCache, prompt: Prompt, settings: MergeSettings) -> Mode | None:

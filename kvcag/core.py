@@ -5,9 +5,7 @@ from __future__ import annotations
 import hashlib
 import uuid
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
-from itertools import chain
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -17,6 +15,7 @@ from typing_extensions import Self
 
 from kvcag.errors import InvalidInputError
 from kvcag.fingerprint import ModelFingerprint
+from kvcag.records import KVCacheRecords
 
 _Memory = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
 
@@ -28,14 +27,6 @@ def _new_id() -> str:
 def ids_digest(token_ids: Iterable[int]) -> str:
     """SHA-256, in hex, of a sequence of token ids."""
     return hashlib.sha256(b"".join(int(i).to_bytes(4, "little") for i in token_ids)).hexdigest()
-
-
-class KVCacheRecords(BaseModel):
-    """Which texts a cache was made from, and how they were put together."""
-
-    text_memories: list[str] = Field(default_factory=list)
-    composed_text_memory: str = ""
-    timestamp: datetime = Field(default_factory=lambda: datetime.now(timezone.utc))
 
 
 class ActivationMemoryItem(BaseModel):
@@ -317,45 +308,6 @@ class ContextPrompt(str):
         made.fingerprint = fingerprint
         made.messages = messages
         return made
-
-
-@dataclass(frozen=True, slots=True)
-class DeletionReport:
-    """What a deletion reached, and what it did not. It is true if anything was deleted, or failed.
-
-    Attributes:
-        deleted: the ids of the items that were deleted, by the place where they were: a folder, an address, a dump.
-        failed: what could not be read or deleted, and why: it may hold the text.
-    """
-
-    deleted: dict[str, list[str]] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def ids(self) -> list[str]:
-        """The ids of the items that were deleted, each once."""
-        return list(dict.fromkeys(chain.from_iterable(self.deleted.values())))
-
-    def __bool__(self) -> bool:
-        return bool(self.ids or self.failed)
-
-    def __add__(self, other: DeletionReport) -> DeletionReport:
-        places = {**self.deleted, **other.deleted}
-        deleted = {
-            place: list(dict.fromkeys([*self.deleted.get(place, ()), *other.deleted.get(place, ())]))
-            for place in places
-        }
-        return DeletionReport(deleted, {**self.failed, **other.failed})
-
-    def __str__(self) -> str:
-        counts = {place: len(ids) for place, ids in self.deleted.items() if ids}
-        said = [f"{count} {'item' if count == 1 else 'items'} deleted from {place}" for place, count in counts.items()]
-        said += [f"{what} may hold the text: {why}" for what, why in self.failed.items()]
-        return "; ".join(said) or "there was nothing to delete"
-
-    def as_dict(self) -> dict[str, Any]:
-        """The report for JSON: its attributes."""
-        return asdict(self)
 
 
 FinishReason = Literal["stop", "length"]

@@ -10,11 +10,11 @@ from functools import lru_cache
 from operator import is_not
 from typing import TYPE_CHECKING, Any
 
-import torch
 import xxhash
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _DESCRIPTIVE = {"model_name", "revision"}
@@ -129,7 +129,7 @@ _ROW, _ROWS = 64, {"cpu": 1 << 13}
 """Words of eight bytes that are summed together, and how many of such rows at a time: on a CPU as many as its cache
 holds."""
 
-_MASK = torch.frombuffer(bytearray(hashlib.shake_256(b"kvcag").digest(8 * _ROW)), dtype=torch.int64)
+_MASK = hashlib.shake_256(b"kvcag").digest(8 * _ROW)
 """Each word of a row is XORed with its word of this before the sum, so that swapping two words changes the sum."""
 
 
@@ -177,6 +177,8 @@ class WeightsWatch:
 
 def _middles(tensors: Iterable[Any]) -> list[list[float]]:
     """One value of each weight: an adapter that is merged changes them all."""
+    import torch  # not above: commands that only list items read fingerprints, and need no torch
+
     values: dict[torch.device, list[torch.Tensor]] = {}
     for tensor in tensors:
         if tensor.ndim == 2 and tensor.numel() and not tensor.is_meta and not hasattr(tensor, "__tensor_flatten__"):
@@ -243,6 +245,8 @@ def _is_used(model: torch.nn.Module, path: str, name: str) -> bool:
 
 def _tensor_digest(tensor: torch.Tensor, scratch: dict[torch.device, torch.Tensor]) -> str:
     """XXH3-128 over the sums of rows of 512 bytes: the same on every device, and as fast as memory is read."""
+    import torch
+
     if tensor.is_meta:  # name and shape are all there is to read
         return ""
     if hasattr(tensor, "__tensor_flatten__"):  # a quantised one
@@ -252,7 +256,8 @@ def _tensor_digest(tensor: torch.Tensor, scratch: dict[torch.device, torch.Tenso
     whole = len(data) // (8 * _ROW) * 8 * _ROW
     digest = xxhash.xxh3_128(data[whole:].cpu().numpy().data)
     words = data[:whole].view(torch.int64).view(-1, _ROW)
-    most, mask = _ROWS.get(data.device.type, 1 << 20), _MASK.to(data.device)
+    most = _ROWS.get(data.device.type, 1 << 20)
+    mask = torch.frombuffer(bytearray(_MASK), dtype=torch.int64).to(data.device)
     masked = scratch.get(data.device)  # new memory for each part takes longer than the sums
     if masked is None:
         masked = scratch[data.device] = torch.empty((most, _ROW), dtype=torch.int64, device=data.device)

@@ -37,7 +37,6 @@ from kvcag.core import (
     Answer,
     Chunk,
     ContextPrompt,
-    DeletionReport,
     EncodedItem,
     Item,
     MergedContext,
@@ -58,6 +57,7 @@ from kvcag.errors import (
     UnknownItemError,
     UnsupportedModelError,
 )
+from kvcag.records import DeletionReport
 from kvcag.stores.base import MADE_OF, KVStore
 from kvcag.stores.dump import purge_dump, read_dump, write_dump
 from kvcag.stores.memory import MemoryStore

@@ -49,6 +49,18 @@ class Kvcag:
         )
         return Done(done.exit_code, done.stdout, done.stderr)
 
+    def run_python(self, script: str) -> subprocess.CompletedProcess[str]:
+        """Run a script in a Python of its own, where the commands find the same model and store."""
+        return subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, **self.environment},
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+
     def process(self, *arguments: object, **popen: Any) -> subprocess.Popen[Any]:
         return subprocess.Popen(
             [sys.executable, "-m", "kvcag", *map(str, arguments)],

@@ -7,8 +7,9 @@ from datetime import datetime, timezone
 import torch
 
 from kvcag.cache.layers import cache_of, layers_of
-from kvcag.core import KVCacheItem, KVCacheRecords
+from kvcag.core import KVCacheItem
 from kvcag.fingerprint import ModelFingerprint
+from kvcag.records import KVCacheRecords
 
 FINGERPRINT = ModelFingerprint(
     model_name="tiny",

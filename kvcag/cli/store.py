@@ -16,7 +16,7 @@ from kvcag.cli.common import Json, Model, Namespace, Source, Store
 from kvcag.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from kvcag.core import DeletionReport
+    from kvcag.records import DeletionReport
 
 _EXCERPT = 400
 _AGE = "Choose items encoded longer ago than 90s, 30m, 12h, 7d or 4w."
@@ -223,15 +223,17 @@ def purge(
         kvcag purge "Ada's password is swordfish." --dump backup/ --json | jq .failed
     """
     from kvcag.cli.entries import open_existing
-    from kvcag.core import DeletionReport
-    from kvcag.stores.dump import purge_dump
+    from kvcag.records import DeletionReport
 
     opened = open_existing(store, namespace)
     names = dict.fromkeys([source, os.path.abspath(source)]) if os.path.exists(source) else [source]
     report = DeletionReport()
     for name in names:
         report += opened.purge(name) if opened is not None else DeletionReport()
-        report += sum((purge_dump(folder, name) for folder in dump or ()), DeletionReport())
+        for folder in dump or ():
+            from kvcag.stores.dump import purge_dump
+
+            report += purge_dump(folder, name)
         if scheduler is not None:
             report += _forget_texts(scheduler, name)
     if as_json:
@@ -250,8 +252,8 @@ def purge(
 
 def _forget_texts(path: str, source: str) -> DeletionReport:
     """Delete a text from the state of a scheduler that is not running."""
-    from kvcag.core import DeletionReport
     from kvcag.errors import SchedulerStateError
+    from kvcag.records import DeletionReport
     from kvcag.scheduler.texts import Texts, read_texts
 
     try:

@@ -23,7 +23,6 @@ from kvcag.core import (
     MAX_KL,
     Answer,
     Chunk,
-    DeletionReport,
     KVCacheItem,
     Mode,
     Strategy,
@@ -54,6 +53,7 @@ from kvcag.errors import (
     UnknownItemError,
 )
 from kvcag.memory import KVCacheMemory, insert_documents
+from kvcag.records import DeletionReport
 from kvcag.stores.base import Described, KVStore
 from kvcag.stores.dump import purge_dump
 

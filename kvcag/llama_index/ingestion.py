@@ -16,10 +16,10 @@ from pydantic import Field, PrivateAttr
 from typing_extensions import Self
 
 from kvcag.concurrency import in_thread
-from kvcag.core import DeletionReport
 from kvcag.errors import InvalidInputError
 from kvcag.llama_index.messages import to_messages
 from kvcag.llama_index.synthesizer import CAGSynthesizer
+from kvcag.records import DeletionReport
 from kvcag.sync import Context
 
 

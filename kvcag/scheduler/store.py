@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from kvcag.core import DeletionReport, KVCacheItem
+from kvcag.core import KVCacheItem
 from kvcag.engines.hf import HFEngine
 from kvcag.errors import StoreError, StoreFullError
 from kvcag.memory import is_context
+from kvcag.records import DeletionReport
 from kvcag.scheduler.texts import Texts, TextStats, digest_of
 from kvcag.stores.base import Described, KVStore, StoreStats, sources_of
-from kvcag.stores.format import Manifest
+from kvcag.stores.manifest import Manifest
 
 logger = logging.getLogger("kvcag.scheduler")
 _SALT = secrets.token_bytes(16)

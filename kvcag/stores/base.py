@@ -12,14 +12,17 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from typing_extensions import Self
 
 from kvcag.concurrency import async_twin, in_thread
-from kvcag.core import DeletionReport, EncodedItem, KVCacheItem
 from kvcag.errors import CacheWarning, StoreError
-from kvcag.stores.format import Manifest
+from kvcag.records import DeletionReport
+from kvcag.stores.manifest import Manifest
+
+if TYPE_CHECKING:
+    from kvcag.core import EncodedItem, KVCacheItem
 
 SOURCE_FIELDS = ("source", "source_text", "file_path", "doc_id", "ref_doc_id")
 """Metadata fields that name what an item was made from: ours, LangChain's and LlamaIndex's."""
@@ -30,7 +33,7 @@ MADE_OF = "made_of"
 ENCODED_BEHIND = "encoded_behind"
 """Metadata field of a document that was encoded behind another one: a list of that one's text and of its sources."""
 
-Described: TypeAlias = Manifest | EncodedItem
+Described: TypeAlias = "Manifest | EncodedItem"
 """What says what an item was made from: its manifest, or an item whose keys and values are not made yet."""
 
 

@@ -18,10 +18,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
-from kvcag.cache.layers import layers_of, nbytes
-from kvcag.core import KVCacheItem
 from kvcag.errors import CorruptItemError, FormatError, StoreFullError, StoreUnavailableError
 from kvcag.stores.base import Described, KVStore, Listed, StoreStats, listed
 from kvcag.stores.files import (
@@ -33,8 +31,11 @@ from kvcag.stores.files import (
     unavailable,
     unnoticed,
 )
-from kvcag.stores.format import Manifest, Quantize, item_from_file, read_id, read_manifest, write_item
+from kvcag.stores.manifest import Manifest, Quantize, read_id, read_manifest
 from kvcag.stores.verify import VerifyReport, leftovers, verify
+
+if TYPE_CHECKING:
+    from kvcag.core import KVCacheItem
 
 _PIN = ".pin"
 FOLDER_BYTES = 64 << 30
@@ -105,6 +106,8 @@ class DiskStore(KVStore):
 
     def get(self, key: str) -> KVCacheItem | None:
         """The item, its tensors mapped from its file. It becomes the most recently used."""
+        from kvcag.stores.format import item_from_file  # not above: listing a store needs no torch
+
         path = self.file(key)
         with unavailable(path):
             try:
@@ -123,6 +126,9 @@ class DiskStore(KVStore):
 
     def put(self, item: KVCacheItem) -> None:
         """Write the item's file, then delete the least recently used files that exceed the budget."""
+        from kvcag.cache.layers import layers_of, nbytes
+        from kvcag.stores.format import write_item
+
         size = nbytes(layers_of(item.memory))
         if self.max_bytes is not None and self.quantize is None and size > self.max_bytes:
             raise StoreFullError(item.id, size, self.max_bytes)

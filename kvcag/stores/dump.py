@@ -25,13 +25,15 @@ from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from kvcag.core import DeletionReport, KVCacheItem
+from kvcag.core import KVCacheItem
 from kvcag.errors import CorruptItemError, FormatError, StoreError, StoreUnavailableError
 from kvcag.fingerprint import ModelFingerprint
+from kvcag.records import DeletionReport
 from kvcag.stores.base import made_from, says, sources_of
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.files import SUFFIX, TEMPORARY, atomic_write, locked, make_private, sync_directory, unavailable
-from kvcag.stores.format import checksum, read_item, read_sealed, sealed
+from kvcag.stores.format import read_item
+from kvcag.stores.manifest import checksum, read_sealed, sealed
 from kvcag.stores.verify import leftover_dumps, leftovers
 
 _VERSION = 1

@@ -24,9 +24,10 @@ from pydantic import ValidationError
 from transformers import DynamicCache
 
 from kvcag.cache.layers import LayerKV, cache_of
-from kvcag.core import KVCacheItem, KVCacheRecords
+from kvcag.core import KVCacheItem
 from kvcag.errors import CorruptItemError, FormatError, TokenMismatchError, UnsafePickleError
 from kvcag.fingerprint import ModelFingerprint
+from kvcag.records import KVCacheRecords
 from kvcag.stores.files import unavailable
 
 

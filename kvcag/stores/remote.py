@@ -8,14 +8,16 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from kvcag.core import KVCacheItem
 from kvcag.errors import CorruptItemError, FormatError, InvalidInputError, MissingExtraError, StoreUnavailableError
 from kvcag.stores.base import KVStore, Listed, StoreStats, listed
 from kvcag.stores.disk import FOLDER_BYTES, DiskStore
 from kvcag.stores.files import SUFFIX, Names
-from kvcag.stores.format import Manifest, Quantize, item_from_bytes, item_to_bytes, parse_header, parse_id
+from kvcag.stores.manifest import Manifest, Quantize, parse_header, parse_id
+
+if TYPE_CHECKING:
+    from kvcag.core import KVCacheItem
 
 _WITH_BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "ossfs", "cos", "obs", "tos"}
 """Protocols whose addresses begin with a bucket that has to exist. In others a folder exists once it holds a file."""
@@ -79,6 +81,8 @@ class FsspecStore(KVStore):
 
     def get(self, key: str) -> KVCacheItem | None:
         """The item, verified, in memory of its own."""
+        from kvcag.stores.format import item_from_bytes  # not above: listing a store needs no torch
+
         path = self._path(key)
         data = self._read(path)
         self._hits += data is not None
@@ -91,6 +95,8 @@ class FsspecStore(KVStore):
 
     def put(self, item: KVCacheItem) -> None:
         """Write the item's object."""
+        from kvcag.stores.format import item_to_bytes
+
         data = bytes(item_to_bytes(item, quantize=self.quantize))
         with self._reached():
             self._fs.pipe_file(self._path(item.id), data)

@@ -11,10 +11,11 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 
 from kvcag.cache.layers import cache_of, contiguous_copy, layers_of
-from kvcag.core import DeletionReport, KVCacheItem
+from kvcag.core import KVCacheItem
 from kvcag.errors import InvalidInputError, StoreError, StoreFullError
+from kvcag.records import DeletionReport
 from kvcag.stores.base import Described, KVStore, StoreStats
-from kvcag.stores.format import Manifest
+from kvcag.stores.manifest import Manifest
 from kvcag.stores.memory import MemoryStore
 from kvcag.stores.remote import open_at
 

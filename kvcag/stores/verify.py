@@ -17,7 +17,7 @@ from pathlib import Path
 
 from kvcag.errors import CorruptItemError, FormatError, StoreError
 from kvcag.stores.files import SUFFIX, Names, is_abandoned, locked, unavailable, unnoticed
-from kvcag.stores.format import item_from_bytes, read_sealed
+from kvcag.stores.manifest import read_sealed
 
 _SPACE = re.compile(r"[0-9a-f]{32}")
 _PLACE = re.compile(r"[0-9a-f]{32}/([0-9a-f]{2}/[0-9a-f]{62}\.safetensors)")
@@ -88,6 +88,8 @@ def _raise(error: OSError) -> None:
 
 
 def _check(file: Path, known: dict[str, Names], report: VerifyReport, repair: bool) -> None:
+    from kvcag.stores.format import item_from_bytes  # not above: opening a store needs no torch
+
     space, *_ = file.absolute().parts[-3:]
     place = _PLACE.fullmatch("/".join(file.absolute().parts[-3:]))
     try:

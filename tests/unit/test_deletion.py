@@ -22,7 +22,6 @@ from llama_index.core.schema import TextNode
 from kvcag import CacheScheduler, CacheWarning, HFEngine, KVCacheMemory, MemoryCube
 from kvcag import Document as Segment
 from kvcag.contexts import DocumentCache
-from kvcag.core import DeletionReport
 from kvcag.errors import InvalidInputError, StoreUnavailableError
 from kvcag.langchain import ChatKVCAG, KVCAGMiddleware, create_cag_documents_chain
 from kvcag.llama_index import (
@@ -34,6 +33,7 @@ from kvcag.llama_index import (
     KVCacheTransform,
     document_blocks,
 )
+from kvcag.records import DeletionReport
 from kvcag.stores import DiskStore, MemoryStore, TieredStore
 from tests.commands import Kvcag
 from tests.stored import random_item

@@ -26,17 +26,8 @@ from kvcag.errors import (
     StoreUnavailableError,
 )
 from kvcag.stores.files import atomic_write
-from kvcag.stores.format import (
-    item_from_bytes,
-    item_to_bytes,
-    read_id,
-    read_item,
-    read_manifest,
-    read_sealed,
-    seal,
-    sealed,
-    write_item,
-)
+from kvcag.stores.format import item_from_bytes, item_to_bytes, read_item, write_item
+from kvcag.stores.manifest import read_id, read_manifest, read_sealed, seal, sealed
 from tests.stored import FINGERPRINT, assert_same, random_item
 
 JSON = st.recursive(
