@@ -314,7 +314,9 @@ def _without_question(prompt: DocumentsPrompt, document: Document) -> tuple[list
         if name != prompt.document_variable_name
     }
     messages = prompt.format_prompt(**{prompt.document_variable_name: [document]}, **values).to_messages()
-    places = [(index, noted[0]) for index, message in enumerate(messages) if (noted := noted_documents(message))]
+    places = [
+        (index, next(iter(noted))) for index, message in enumerate(messages) if (noted := noted_documents(message))
+    ]
     if not places or not document.page_content.strip():
         raise EmptyPromptError("a document is empty: leave it out")
     holder, first = places[0]

@@ -6,6 +6,7 @@ import json
 from collections.abc import Generator, Mapping, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from operator import itemgetter
 from typing import Any, TypeVar
 
@@ -39,9 +40,10 @@ from kvcag.engines.constrain import ConstraintLike, Grammar, JsonSchema, close_o
 from kvcag.errors import InvalidInputError, UnsupportedContentError
 from kvcag.tools import CallParser, Parsed, ToolCall, ToolSpec
 
-_NOTE, _ENDING = "kvcag_documents", "kvcag_ending"
-"""Keys in `additional_kwargs`: the indices of a message's document blocks, and what ends the last of them where it is
-kept. Other chat models do not send these keys to their server; some would refuse a mark within the blocks."""
+_NOTE = "kvcag_documents"
+"""A key in `additional_kwargs`: for each document block a digest of its text, and what ends it where it is kept. Other
+chat models do not send this key to their server; some would refuse a mark within the blocks. Digests and not indices,
+so that the note stays right where `merge_message_runs` joins messages and `trim_messages` cuts them."""
 
 _OWN_BLOCKS = {
     "tool_use", "tool_call", "tool_call_chunk", "invalid_tool_call", "function_call",  # repeated in tool_calls
@@ -63,18 +65,28 @@ def with_documents(
     """
     texts = [(before, False), *((document, True) for document in documents), (after, False)]
     shown = [(text, is_document) for text, is_document in texts if text]
-    noted = [index for index, (_, is_document) in enumerate(shown) if is_document]
+    noted = [[_digest(text), ""] for text in documents if text]
+    if noted:
+        noted[-1][1] = ending
     return message.model_copy(
         update={
             "content": [{"type": "text", "text": text} for text, _ in shown] or "",
-            "additional_kwargs": {**message.additional_kwargs, _NOTE: noted, _ENDING: ending},
+            "additional_kwargs": {**message.additional_kwargs, _NOTE: noted},
         }
     )
 
 
-def noted_documents(message: BaseMessage) -> Sequence[int] | None:
-    """The indices of the document blocks that `with_documents` wrote; None for any other message."""
-    return message.additional_kwargs.get(_NOTE)
+def noted_documents(message: BaseMessage) -> dict[int, str] | None:
+    """The endings of the document blocks that `with_documents` wrote, by index; None for any other message."""
+    if _NOTE not in message.additional_kwargs:
+        return None
+    endings = dict(message.additional_kwargs[_NOTE])
+    digests = (_digest(text) if (text := _shown(block)) else "" for block in _blocks(message))
+    return {index: endings[digest] for index, digest in enumerate(digests) if digest in endings}
+
+
+def _digest(text: str) -> str:
+    return blake2b(text.encode(errors="surrogatepass"), digest_size=16).hexdigest()
 
 
 # --- messages for the engine -------------------------------------------------------------------------------------
@@ -126,10 +138,9 @@ def _content(message: BaseMessage, marked: bool) -> str | list[str]:
     documents = _marks(message) if marked else [in_system] * len(texts)
     if not any(documents):
         return "".join(texts)
-    shown = [Document(text) if document else text for text, document in zip(texts, documents, strict=True)]
-    if (noted := noted_documents(message)) and noted[-1] < len(shown):  # else the message was trimmed since
-        shown[noted[-1]] = Document(texts[noted[-1]], message.additional_kwargs.get(_ENDING, ""))
-    return shown
+    endings = noted_documents(message) or {}
+    parts = enumerate(zip(texts, documents, strict=True))
+    return [Document(text, endings.get(at, "")) if document else text for at, (text, document) in parts]
 
 
 def _with_artifact(text: str, artifact: object) -> str | list[str]:
@@ -157,7 +168,7 @@ def _blocks(message: BaseMessage) -> list[str | dict[str, Any]]:
 
 def _marks(message: BaseMessage) -> list[bool]:
     """For each block, whether it is marked as a document."""
-    noted = noted_documents(message) or ()
+    noted = noted_documents(message) or {}
     return [index in noted or _is_marked(block) for index, block in enumerate(_blocks(message))]
 
 
@@ -168,13 +179,21 @@ def _is_marked(block: str | Mapping[str, Any]) -> bool:
     return block.get("type") == "text-plain" or bool(block.get("cache_control") or extras.get("cache_control"))
 
 
-def _text(block: str | Mapping[str, Any], message: BaseMessage) -> str:
+def _shown(block: str | Mapping[str, Any]) -> str | None:
+    """The text of a block of text; None for any other."""
     if isinstance(block, str):
         return block
-    if isinstance(text := block.get("text"), str) and block.get("type") in ("text", "text-plain"):
+    text = block.get("text") if block.get("type") in ("text", "text-plain") else None
+    return text if isinstance(text, str) else None
+
+
+def _text(block: str | Mapping[str, Any], message: BaseMessage) -> str:
+    text = _shown(block)
+    if text is not None:
         return text
+    kind = None if isinstance(block, str) else block.get("type")
     raise UnsupportedContentError(
-        f"the {message.type} message holds a block of type {block.get('type')!r}, and a text model reads text only. "
+        f"the {message.type} message holds a block of type {kind!r}, and a text model reads text only. "
         'Pass {"type": "text", "text": …} blocks, or use a model that accepts this content.'
     )
 

@@ -9,6 +9,7 @@ from langchain_core.messages import (
     RemoveMessage,
     SystemMessage,
     ToolMessage,
+    merge_message_runs,
 )
 
 from kvcag.chat_template import Document
@@ -128,3 +129,23 @@ def test_a_message_whose_documents_were_trimmed_is_read_as_it_is() -> None:
     assert documents([message]) == ["one\n\n"]
     message.content = message.content[:1]
     assert to_messages([message]) == [{"role": "system", "content": "Use:\n\n"}]
+
+
+def test_documents_stay_documents_where_runs_of_messages_are_merged() -> None:
+    """The note had their places, so a question was stored as a document, and documents were read as text."""
+    one = with_documents(SystemMessage(""), "Use:\n", ["one\n\n", "two"], ending="\n\n")
+    other = with_documents(SystemMessage(""), "And:\n", ["three\n\n", "four"], "\nQ", ending="\n\n")
+    brief = SystemMessage("Be brief.")
+    for run, expected in (
+        ([one, other], ["one\n\n", "two", "three\n\n", "four"]),
+        ([brief, one], ["one\n\n", "two"]),
+        ([one, brief], ["one\n\n", "two"]),
+    ):
+        merged = merge_message_runs(run)
+        assert documents(merged) == expected
+        endings = [part.ending for part in to_messages(merged)[0]["content"] if is_doc(part)]
+        assert endings == ["", "\n\n"] * (len(expected) // 2)
+    asked = merge_message_runs([HumanMessage("my password"), with_documents(HumanMessage(""), "x", ["y"], "z")])
+    assert documents(asked) == ["y"]
+    marked = HumanMessage([text("doc", cache_control={"type": "ephemeral"})])
+    assert documents(merge_message_runs([HumanMessage("q"), marked, HumanMessage("my password")])) == ["doc"]
