@@ -64,7 +64,7 @@ def main() -> None:
         store = DiskStore(folder)
         ways: dict[str, Callable[[], object]] = {
             "documents chain": lambda: chain.invoke({"context": documents, "input": "When does it open?"}),
-            "CAGSynthesizer": lambda: synthesizer.get_response("When does it open?", TEXTS),
+            "CAGSynthesizer": lambda: synthesizer.get_response("When does it open?", TEXTS, documents=True),
             "KVCacheMemory.merge": lambda: memory.merge(ids, "When does it open?", strategy="query"),
             "DiskStore.put": lambda: store.put(item),  # type: ignore[arg-type]
         }

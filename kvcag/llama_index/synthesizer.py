@@ -17,6 +17,7 @@ from llama_index.core.base.llms.types import (
     ContentBlock,
     TextBlock,
 )
+from llama_index.core.base.response.schema import RESPONSE_TYPE
 from llama_index.core.callbacks.base import CallbackManager
 from llama_index.core.instrumentation.events.synthesis import GetResponseStartEvent
 from llama_index.core.llms import LLM
@@ -46,7 +47,7 @@ CONTEXT = "kvcag-context-7d2f90c1"
 _LABEL = re.compile(r"Source \d+:\n")
 """What core's `CitationQueryEngine` writes before each passage: not part of it, so that it is found at every rank."""
 
-_GENERATED = re.compile(r"Sub question: .*\nResponse: |\nQuestion: .*\nAnswer: ")
+_GENERATED = re.compile(r"Sub question: .*?\nResponse: |\nQuestion: .*?\nAnswer: ", re.DOTALL)
 """How answers begin that core's `SubQuestionQueryEngine` and `MultiStepQueryEngine` have joined: they are not kept."""
 
 dispatcher = get_dispatcher(__name__)
@@ -140,45 +141,71 @@ class CAGSynthesizer(BaseSynthesizer):
         """Whether the answer comes in pieces. A structured answer does not."""
         return self._streaming and not isinstance(self._llm, StructuredLLM)
 
-    def get_response(self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any) -> RESPONSE_TEXT_TYPE:
-        """Answer a question from texts."""
+    def synthesize(self, *args: Any, **kwargs: Any) -> RESPONSE_TYPE:
+        """Answer a question from nodes, whose texts are documents."""
+        return super().synthesize(*args, **kwargs, documents=True)
+
+    async def asynthesize(self, *args: Any, **kwargs: Any) -> RESPONSE_TYPE:
+        """`synthesize`, in worker threads."""
+        return await super().asynthesize(*args, **kwargs, documents=True)
+
+    def get_response(
+        self, query_str: str, text_chunks: Sequence[str], documents: bool = False, **response_kwargs: Any
+    ) -> RESPONSE_TEXT_TYPE:
+        """Answer a question from texts.
+
+        Args:
+            query_str: the question.
+            text_chunks: the texts.
+            documents: the texts are documents, and are kept. By default they are not: core's engines call this method
+                themselves with answers that they join.
+            **response_kwargs: further variables of the template.
+        """
         dispatcher.event(GetResponseStartEvent(query_str=query_str, text_chunks=list(text_chunks)))
         rounds = self._rounds(query_str, text_chunks, response_kwargs)
         if not rounds:
             return self._empty_response_generator() if self._streams else self._empty_response
+        shown: dict[str, Any] = {**response_kwargs, "documents": documents}
         answer: str | None = None
         for texts in rounds[:-1]:
-            answer = _said(self._llm.chat(self.messages(query_str, texts, answer, **response_kwargs)))
-        messages = self.messages(query_str, rounds[-1], answer, **response_kwargs)
+            answer = _said(self._llm.chat(self.messages(query_str, texts, answer, **shown)))
+        messages = self.messages(query_str, rounds[-1], answer, **shown)
         if self._streams:
             return _deltas(self._llm.stream_chat(messages))
         return _said(self._llm.chat(messages)) or self._empty_response
 
     async def aget_response(
-        self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any
+        self, query_str: str, text_chunks: Sequence[str], documents: bool = False, **response_kwargs: Any
     ) -> RESPONSE_TEXT_TYPE:
         """`get_response`, in worker threads."""
         dispatcher.event(GetResponseStartEvent(query_str=query_str, text_chunks=list(text_chunks)))
         rounds = await in_thread(self._rounds, query_str, text_chunks, response_kwargs)
         if not rounds:
             return self._empty_response_agenerator() if self._streams else self._empty_response
+        shown: dict[str, Any] = {**response_kwargs, "documents": documents}
         answer: str | None = None
         for texts in rounds[:-1]:
-            answer = _said(await self._llm.achat(self.messages(query_str, texts, answer, **response_kwargs)))
-        messages = self.messages(query_str, rounds[-1], answer, **response_kwargs)
+            answer = _said(await self._llm.achat(self.messages(query_str, texts, answer, **shown)))
+        messages = self.messages(query_str, rounds[-1], answer, **shown)
         if self._streams:
             return _adeltas(await self._llm.astream_chat(messages))
         return _said(await self._llm.achat(messages)) or self._empty_response
 
     def messages(
-        self, query_str: str, texts: Sequence[str], answer: str | None = None, **response_kwargs: Any
+        self,
+        query_str: str,
+        texts: Sequence[str],
+        answer: str | None = None,
+        documents: bool = True,
+        **response_kwargs: Any,
     ) -> list[ChatMessage]:
         """The messages for the model: the template, with each text as a document.
 
         Args:
             query_str: the question.
-            texts: the documents of this round.
+            texts: the texts of this round.
             answer: the answer of the round before; None in the first round.
+            documents: False makes none of the texts a document.
             **response_kwargs: further variables of the template.
         """
         if answer is None:
@@ -191,8 +218,11 @@ class CAGSynthesizer(BaseSynthesizer):
             return self.cag._get_messages(template, query_str=query_str, **{context: shown}, **variables)
 
         texts = documents_of(texts)
-        marked, joined = rendered(CONTEXT), "\n\n".join(text.strip() for text in texts)
+        joined = "\n\n".join(text.strip() for text in texts)
         as_text = rendered(joined)
+        if not documents:
+            return as_text
+        marked = rendered(CONTEXT)
         if [_replaced(message, joined) for message in marked] != as_text:
             warnings.warn(
                 f"the template changes {{{context}}}, by a function or a filter, so the documents are read as one text "

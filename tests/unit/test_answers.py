@@ -31,7 +31,9 @@ def chat_model(engine: HFEngine, store: KVStore) -> None:
 
 
 def llm(engine: HFEngine, store: KVStore) -> None:
-    CAGSynthesizer(KVCacheLLM(engine=engine, store=store, max_new_tokens=2)).get_response("What?", [ONE, OTHER])
+    CAGSynthesizer(KVCacheLLM(engine=engine, store=store, max_new_tokens=2)).get_response(
+        "What?", [ONE, OTHER], documents=True
+    )
 
 
 def middleware(engine: HFEngine, store: KVStore) -> None:

@@ -81,7 +81,7 @@ def by_context(memory: KVCacheMemory) -> None:
 
 
 def by_synthesizer(memory: KVCacheMemory) -> None:
-    CAGSynthesizer(KVCacheLLM(memory=memory, max_new_tokens=4)).get_response("What?", [SECRET, OTHER])
+    CAGSynthesizer(KVCacheLLM(memory=memory, max_new_tokens=4)).get_response("What?", [SECRET, OTHER], documents=True)
 
 
 def by_query_engine(memory: KVCacheMemory) -> None:

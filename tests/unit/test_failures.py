@@ -172,7 +172,7 @@ async def streamed_by_a_chat_engine(engine: HFEngine) -> list[Any]:
 
 
 async def synthesized(engine: HFEngine) -> Any:
-    return await CAGSynthesizer(llm_over(engine)).aget_response(QUESTION, TEXTS)
+    return await CAGSynthesizer(llm_over(engine)).aget_response(QUESTION, TEXTS, documents=True)
 
 
 ASYNC_ANSWERING: dict[str, AsyncWay] = {

@@ -32,7 +32,7 @@ def ask_chain(memory: KVCacheMemory) -> None:
 
 
 def ask_synthesizer(memory: KVCacheMemory) -> None:
-    CAGSynthesizer(KVCacheLLM(memory=memory, max_new_tokens=4)).get_response("What?", [SECRET, OTHER])
+    CAGSynthesizer(KVCacheLLM(memory=memory, max_new_tokens=4)).get_response("What?", [SECRET, OTHER], documents=True)
 
 
 def ingest(memory: KVCacheMemory) -> None:
@@ -177,7 +177,7 @@ def test_a_document_cannot_end_its_turn_at_any_door(tiny_engine: HFEngine) -> No
     assert control_tokens(tiny_engine, tuple(item.token_ids.tolist())) == 0
     before = len(memory)
     chain(memory).invoke({"context": [Document(ATTACK)], "input": "What?"})
-    CAGSynthesizer(KVCacheLLM(memory=memory, max_new_tokens=4)).get_response("What?", [ATTACK])
+    CAGSynthesizer(KVCacheLLM(memory=memory, max_new_tokens=4)).get_response("What?", [ATTACK], documents=True)
     assert len(memory) == before, "every door tokenises it alike"
 
 

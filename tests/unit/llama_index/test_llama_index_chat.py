@@ -1,8 +1,10 @@
 """Chat engines, routers, sub-questions and evaluation over our engines; CAGMemoryBlock."""
 
 import gc
+import inspect
 import json
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from llama_index.core.agent.workflow import FunctionAgent
@@ -11,11 +13,12 @@ from llama_index.core.chat_engine import CondensePlusContextChatEngine, ContextC
 from llama_index.core.chat_engine.types import BaseChatEngine
 from llama_index.core.evaluation import BatchEvalRunner, EvaluationResult
 from llama_index.core.evaluation.base import BaseEvaluator
+from llama_index.core.indices.query.query_transform.base import StepDecomposeQueryTransform
 from llama_index.core.memory import Memory
-from llama_index.core.query_engine import RouterQueryEngine, SubQuestionQueryEngine
+from llama_index.core.query_engine import MultiStepQueryEngine, RouterQueryEngine, SubQuestionQueryEngine
 from llama_index.core.question_gen import LLMQuestionGenerator
 from llama_index.core.schema import TextNode
-from llama_index.core.selectors import LLMSingleSelector
+from llama_index.core.selectors import LLMMultiSelector, LLMSingleSelector
 from llama_index.core.tools import QueryEngineTool
 from llama_index.retrievers.bm25 import BM25Retriever
 
@@ -30,7 +33,7 @@ from kvcag.llama_index import (
     KVCacheLLM,
 )
 from kvcag.llama_index.messages import to_messages
-from kvcag.testing import EchoEngine, last_user_message, whole_prompt
+from kvcag.testing import EchoEngine, byte_tokenizer, last_user_message, tiny_model, whole_prompt
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # see the fixture
@@ -148,8 +151,10 @@ async def test_cores_simple_chat_engine_runs_on_our_llm(llm: KVCacheLLM) -> None
 
 
 def scripted(prompt: str) -> str:
-    """Chooses the second of two tools, asks one sub-question, and otherwise says what it read."""
+    """Chooses the second of two tools, or both where it may, asks one sub-question, and otherwise says what it read."""
     asked = last_user_message(prompt)
+    if "Some choices are given below" in asked and "no more than 2" in asked:
+        return json.dumps([{"choice": 1, "reason": "one"}, {"choice": 2, "reason": "two"}])
     if "Some choices are given below" in asked:
         return json.dumps([{"choice": 2, "reason": "it is about towers"}])
     if "Tools" in asked and "sub_question" in asked:
@@ -188,6 +193,88 @@ def test_sub_questions_are_answered_by_our_engines() -> None:
     answer = engine.query("How tall is the tower?")
     assert "Sub question: How tall?" in str(answer)
     assert all(text in str(answer) for text in TEXTS)
+
+
+class ScriptedEngine(HFEngine):
+    """Encodes documents, and says what `scripted` says."""
+
+    def stream(self, prompt: Any, sampling: Any, past_key_values: Any = None, **settings: Any) -> Any:
+        return EchoEngine(scripted).stream(prompt, sampling)
+
+
+def kept(llm: KVCacheLLM) -> set[str]:
+    """The texts of the stored documents."""
+    store = llm.memory.store
+    return {store.manifest(key).records.composed_text_memory.strip() for key in list(store.keys())}
+
+
+def asked_by_sub_questions(llm: KVCacheLLM) -> None:
+    SubQuestionQueryEngine.from_defaults(
+        tools(llm),
+        llm=llm,
+        question_gen=LLMQuestionGenerator.from_defaults(llm),
+        response_synthesizer=CAGSynthesizer(llm),
+        use_async=False,
+        verbose=False,
+    ).query("How tall is the tower?")
+
+
+def asked_in_steps(llm: KVCacheLLM) -> None:
+    """Each step's question and answer are what the last prompt reads."""
+    transform, inner = StepDecomposeQueryTransform(llm=llm), CAGQueryEngine.from_documents(nodes(), llm)
+    steps: dict[str, Any] = {"num_steps": 2, "stop_fn": lambda step: False}
+    engine = MultiStepQueryEngine(inner, transform, CAGSynthesizer(llm), index_summary="towers", **steps)
+    engine.query("How tall is the tower?")
+
+
+def asked_of_several(llm: KVCacheLLM) -> None:
+    """A router that chose two engines joins their answers by the summarizer's `get_response`."""
+    summarizer: Any = CAGSynthesizer(llm)
+    selector = LLMMultiSelector.from_defaults(llm, max_outputs=2)
+    RouterQueryEngine(selector, tools(llm), llm=llm, summarizer=summarizer).query("How tall is the tower?")
+
+
+async def asked_of_several_asynchronously(llm: KVCacheLLM) -> None:
+    summarizer: Any = CAGSynthesizer(llm)
+    selector = LLMMultiSelector.from_defaults(llm, max_outputs=2)
+    await RouterQueryEngine(selector, tools(llm), llm=llm, summarizer=summarizer).aquery("How tall is the tower?")
+
+
+def asked_directly(llm: KVCacheLLM) -> None:
+    answer = str(CAGQueryEngine.from_documents(nodes(), llm).query("How tall?"))
+    assert answer
+    CAGSynthesizer(llm).get_response("Q", [answer, "It is 330 metres tall, says the model."])
+
+
+@pytest.mark.parametrize(
+    "ask", [asked_by_sub_questions, asked_in_steps, asked_of_several, asked_of_several_asynchronously, asked_directly]
+)
+async def test_generated_text_is_not_kept_as_a_document(ask: Any) -> None:
+    """A router's answers were."""
+    engine = ScriptedEngine(tiny_model(max_position_embeddings=1 << 14), byte_tokenizer())
+    llm = KVCacheLLM(engine=engine, max_new_tokens=800)
+    done = ask(llm)
+    if inspect.isawaitable(done):
+        await done
+    assert kept(llm) <= {"The bridge is red.", "\n\n".join(TEXTS)}
+    assert "\n\n".join(TEXTS) in kept(llm)
+
+
+@both
+async def test_turns_of_a_chat_are_not_kept_as_documents(
+    tiny_engine: HFEngine, retriever: BM25Retriever, plain: type[BaseChatEngine], cached: type[BaseChatEngine]
+) -> None:
+    llm = KVCacheLLM(engine=tiny_engine, max_new_tokens=6)
+    chat = cached.from_defaults(retriever, llm=llm, system_prompt=SYSTEM)
+    for question in ("How tall is the tower?", "When was it built, my password is swordfish?"):
+        chat.chat(question)
+        list(chat.stream_chat(question).response_gen)
+        await chat.achat(question)
+    simple = SimpleChatEngine.from_defaults(llm=llm, system_prompt=SYSTEM)
+    simple.chat("My password is swordfish.")
+    simple.chat("What did I say?")
+    assert kept(llm) <= set(TEXTS)
+    assert kept(llm)
 
 
 class SaysSo(BaseEvaluator):
