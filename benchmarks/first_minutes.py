@@ -2,8 +2,8 @@
 
     python benchmarks/first_minutes.py                  # writes benchmarks/results/first-minutes.json
 
-It clones this checkout as it is committed, and types what the README says: `make demo`. Then it installs the wheel that it
-builds of the clone into a clean environment, asks a folder of text files from the command line, and runs the chain of
+It clones this checkout as it is committed, and types what the README says: `make demo`. Then it installs the wheel that
+it builds of the clone into a clean environment, asks a folder of text files from the command line, and runs the chain of
 `examples/langchain_rag_to_cag.py` before and after. An answer counts if it has the word that is right. Needs uv and a
 package registry; takes five minutes, most of them to install torch.
 """
@@ -142,6 +142,7 @@ def chains(folder: Path, environment: dict[str, str]) -> Journey:
         "both chains, three questions each", [folder / "clean" / "bin" / "python", script], folder, environment, RIGHT
     )
     print(said)
+    assert said.count(RIGHT) == said.count(SECOND_RIGHT) == 2, "both chains answer rightly"
     before, after = said.split("after:")
     for name, part in (("before", before), ("after", after)):
         first = [float(each) for each in re.findall(r"^\s+([\d.]+) s to the first words", part, re.MULTILINE)]

@@ -16,11 +16,11 @@ from peers.ours import Exact
 from peers.plain import FullPrefill
 
 ROOT = Path(__file__).resolve().parents[1]
-WIDTH, PAUSE = 640, 3.0
+WIDTH, PAUSE = 520, 3.0
 """Pixels of the longer bar, and seconds for which the end is shown."""
 
 PICTURE = """\
-<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 200" width="720" height="200" role="img" aria-label="{label}">
+<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 540 200" width="540" height="200" role="img" aria-label="{label}">
 <style>
   text {{ font: 15px system-ui, sans-serif; fill: #57606a; }}
   .word {{ font-weight: 600; }}
@@ -28,7 +28,7 @@ PICTURE = """\
   .full {{ fill: #d1495b; }} .ours {{ fill: #00a08a; }}
   @media (prefers-color-scheme: dark) {{ text {{ fill: #adbac7; }} }}
   @media (prefers-reduced-motion: no-preference) {{
-    .run {{ transform-origin: 40px 0; animation: run {round:.2f}s linear infinite; }}
+    .run {{ transform-origin: 10px 0; animation: run {round:.2f}s linear infinite; }}
     .full.run {{ animation-name: full; }} .ours.run {{ animation-name: ours; }}
     .full.word {{ animation: fullword {round:.2f}s step-end infinite; }}
     .ours.word {{ animation: oursword {round:.2f}s step-end infinite; }}
@@ -38,14 +38,14 @@ PICTURE = """\
   @keyframes fullword {{ 0% {{ opacity: 0; }} {full_at:.2f}%, 100% {{ opacity: 1; }} }}
   @keyframes oursword {{ 0% {{ opacity: 0; }} {ours_at:.2f}%, 100% {{ opacity: 1; }} }}
 </style>
-<text x="40" y="32">without caches: the model reads {tokens:,} tokens of documents, again</text>
-<rect class="track" x="40" y="44" width="{width}" height="26" rx="4"/>
-<rect class="full run" x="40" y="44" width="{width}" height="26" rx="4"/>
-<text class="full word" x="40" y="92">first word after {full_s:.1f} s</text>
-<text x="40" y="132">kvcag: the documents were read once, the model reads the question</text>
-<rect class="track" x="40" y="144" width="{width}" height="26" rx="4"/>
-<rect class="ours run" x="40" y="144" width="{ours_width:.1f}" height="26" rx="4"/>
-<text class="ours word" x="40" y="192">first word after {ours_s:.2f} s: {times:.0f} × faster, the same answer</text>
+<text x="10" y="32">without caches: the model reads {tokens:,} tokens of documents, again</text>
+<rect class="track" x="10" y="44" width="{width}" height="26" rx="4"/>
+<rect class="full run" x="10" y="44" width="{width}" height="26" rx="4"/>
+<text class="full word" x="10" y="92">first word after {full_s:.1f} s</text>
+<text x="10" y="132">kvcag: the documents were read once, the model reads the question</text>
+<rect class="track" x="10" y="144" width="{width}" height="26" rx="4"/>
+<rect class="ours run" x="10" y="144" width="{ours_width:.1f}" height="26" rx="4"/>
+<text class="ours word" x="10" y="192">first word after {ours_s:.2f} s: {times:.0f} × faster, the same answer</text>
 </svg>
 """
 

@@ -9,6 +9,7 @@ prompt and everything around them stay as they are. Needs
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 import warnings
@@ -41,11 +42,16 @@ class SharedWords(BaseRetriever):
     """The documents that share the most words with the question. Any retriever will do."""
 
     documents: list[Document]
-    k: int = 3
+    k: int = 2
 
     def _get_relevant_documents(self, query: str, *, run_manager: CallbackManagerForRetrieverRun) -> list[Document]:
-        asked = set(query.lower().split())
-        return sorted(self.documents, key=lambda document: -len(asked & set(document.page_content.split())))[: self.k]
+        asked = words(query)
+        return sorted(self.documents, key=lambda document: -len(asked & words(document.page_content)))[: self.k]
+
+
+def words(text: str) -> set[str]:
+    """The words of a text, in lower case."""
+    return set(re.findall(r"\w+", text.lower()))
 
 
 def before(model: str, max_tokens: int = 32) -> Runnable:

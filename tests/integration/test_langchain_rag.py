@@ -115,9 +115,12 @@ def test_the_migration_example_runs_before_and_after(
     pytest.importorskip("langchain_huggingface")
     example = runpy.run_path(str(EXAMPLE))
     question = example["QUESTIONS"][0]
-    states = [example["ask"](example[name](str(smollm2_path), max_tokens=8), question) for name in ("before", "after")]
+    chains = [example[name](str(smollm2_path), max_tokens=24) for name in ("before", "after")]
+    states = [example["ask"](chain, question) for chain in chains]
     assert states[0]["context"] == states[1]["context"]
-    assert all(state["answer"] for state in states)
+    assert all("ZeroDivisionError" in state["answer"] for state in states)
+    for question, right in zip(example["QUESTIONS"][1:], ("execute a block", "NameError"), strict=True):
+        assert right in example["ask"](chains[1], question)["answer"]
     source = EXAMPLE.read_text()
     body = {name: source.split(f"def {name}(")[1].split("\ndef ")[0].splitlines()[2:] for name in ("before", "after")}
     unmarked = [[line for line in lines if "# <-" not in line and line.strip()] for lines in body.values()]
