@@ -2,10 +2,10 @@
 
     python benchmarks/first_minutes.py                  # writes benchmarks/results/first-minutes.json
 
-It clones this checkout as it is committed, and types what the README says: `make demo`. Then it installs the wheel that
-it builds of the clone into a clean environment, asks a folder of text files from the command line, and runs the chain of
+It clones this checkout as it is committed, and types what the README says: `make demo`. Then it builds a wheel of the
+clone, installs it into a clean environment, asks a folder of text files from the command line, and runs the chain of
 `examples/langchain_rag_to_cag.py` before and after. An answer counts if it has the word that is right. Needs uv and a
-package registry; takes five minutes, most of them to install torch.
+package registry; takes five minutes.
 """
 
 from __future__ import annotations
