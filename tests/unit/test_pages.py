@@ -188,6 +188,30 @@ def test_links_outside_of_the_site_lead_somewhere(page: str) -> None:
     assert not [t for t in targets if "://" not in t and not ((ROOT / page).parent / t).exists()]
 
 
+@pytest.mark.parametrize(
+    ("word", "pages"),
+    {
+        "GPU": ("index", "quickstart", "benchmarks", "rag-or-cag", "models", "sizing"),
+        "speed": ("benchmarks", "rag-or-cag"),
+        "latency": ("benchmarks", "rag-or-cag"),
+        "TTFT": ("benchmarks",),
+        "RAG": ("index", "rag-or-cag", "quickstart"),
+        "FAQ": ("index", "faq-bot"),
+        "cache": ("index", "concepts", "operations"),
+        "faster": ("index", "rag-or-cag"),
+    }.items(),
+)
+def test_the_site_s_search_finds_what_people_type(word: str, pages: tuple[str, ...]) -> None:
+    """It reads titles and text; what stands in a page's front matter alone is not found."""
+    for page in pages:
+        _, _, text = re.sub(r"\A---.*?^---$", "", read_page(page), flags=re.S | re.M).partition("# ")
+        assert re.search(rf"\b{word}", text), f"docs/{page}.md does not say {word}"
+
+
+def read_page(name: str) -> str:
+    return (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+
+
 def test_troubleshooting_has_every_error() -> None:
     import kvcag.errors as errors
 
