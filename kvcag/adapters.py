@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from os import PathLike, fspath
 from typing import Any
 from weakref import WeakValueDictionary
 
+from pydantic import ValidationError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from kvcag.chat_template import ChatTemplate, Message
@@ -60,6 +62,16 @@ def _one_budget(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"max_new_tokens" if name == "max_tokens" else name: value for name, value in settings.items()}
 
 
+@contextmanager
+def checked_fields() -> Iterator[None]:
+    """Raises what pydantic finds wrong with an adapter's fields as an `InvalidInputError`."""
+    try:
+        yield
+    except ValidationError as error:
+        wrong = {str(found["loc"][0]) if found["loc"] else "": found["msg"] for found in error.errors()}
+        raise InvalidInputError("; ".join(f"{name}: {what}" for name, what in wrong.items())) from error
+
+
 def choice_of(tool_choice: object, names: Sequence[str], *, required: bool = False) -> str:
     """`auto`, `any`, `none` or a tool's name, from any form that LangChain's and LlamaIndex's models accept.
 
@@ -73,8 +85,8 @@ def choice_of(tool_choice: object, names: Sequence[str], *, required: bool = Fal
         InvalidInputError: there is no such tool.
     """
     if isinstance(tool_choice, Mapping):
-        named = tool_choice.get("function", tool_choice).get("name")
-        tool_choice = named or tool_choice.get("type")
+        named = tool_choice.get("function", tool_choice)
+        tool_choice = (named.get("name") if isinstance(named, Mapping) else named) or tool_choice.get("type")
     if tool_choice in (None, False, "auto"):
         return "any" if required else "auto"
     if tool_choice is True or (tool_choice in ("any", "required") and tool_choice not in names):
@@ -144,6 +156,8 @@ class LazyMemory:
         if memory is not None:
             self._memory = _memory_of(memory, engine=engine, store=store, namespace=namespace)
             engine, store, namespace = self._memory.engine, self._memory.store, self._memory.namespace
+        if not isinstance(model, str | PathLike):
+            raise InvalidInputError(f"model= is a hub id or a folder, not {type(model).__name__}")
         name = fspath(model)
         if engine is None and not name:
             raise InvalidInputError("no model: pass model=, a hub id or a folder, or engine=, a live engine")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
+from functools import partial
 from os import PathLike, fspath
 from typing import Any, Literal, cast
 
 import torch
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
 from langchain_core.language_models import BaseChatModel, LangSmithParams, LanguageModelInput, ModelProfile
-from langchain_core.language_models.chat_models import agenerate_from_stream, generate_from_stream
+from langchain_core.language_models.chat_models import generate_from_stream
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.prompts import BasePromptTemplate
@@ -24,7 +25,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from typing_extensions import Self
 
 from kvcag.adapters import MERGE_SETTINGS, SAMPLING_SETTINGS, LazyMemory, call_settings, choice_of
-from kvcag.concurrency import in_thread, iterate
+from kvcag.concurrency import at_once, in_thread, iterate
 from kvcag.core import DEFAULT_RATIO, MAX_KL, Strategy
 from kvcag.cube.memory_cube import MemoryCube
 from kvcag.engines.base import Engine
@@ -104,7 +105,7 @@ class ChatKVCAG(KeepsContext, BaseChatModel):
     strip_thinking: bool | None = None
     """Leave `<think>…</think>` out of the answer."""
     n: int = 1
-    """How many answers `generate` gives for each prompt; they share its context, and have seeds of their own."""
+    """How many answers `generate` gives for each prompt; they are made together, and have seeds of their own."""
     logprobs: bool = False
     """Put each token's log-probability into `response_metadata`, in OpenAI's form."""
     top_logprobs: int | None = None
@@ -252,7 +253,7 @@ class ChatKVCAG(KeepsContext, BaseChatModel):
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
         """The number of tokens of the prompt that these messages make, with those of the chat template."""
         template = self._lazy_memory().template()
-        asked = ask(template, to_messages(messages), {"tools": shown_tools(tools or ())})
+        asked = ask(template, to_messages(messages), {"tools": tools})
         return len(template.prompt(asked.messages, tools=asked.tools).token_ids)
 
     # --- before a question comes -------------------------------------------------------------------------------
@@ -448,9 +449,11 @@ class ChatKVCAG(KeepsContext, BaseChatModel):
         run_manager: CallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        results = [
-            generate_from_stream(self._stream(messages, stop=stop, **settings)) for settings in self._answers(kwargs)
-        ]
+        answers = [partial(self._stream, messages, stop, **settings) for settings in self._answers(kwargs)]
+        calls = [lambda answer=answer: generate_from_stream(answer()) for answer in answers]
+        if len(calls) == 1:
+            return calls[0]()
+        results = at_once(calls, self.memory(kwargs.get("model")).engine.answers_at_once)
         return ChatResult(generations=[result.generations[0] for result in results])
 
     async def _agenerate(
@@ -460,11 +463,7 @@ class ChatKVCAG(KeepsContext, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        results = [
-            await agenerate_from_stream(self._astream(messages, stop=stop, **settings))
-            for settings in self._answers(kwargs)
-        ]
-        return ChatResult(generations=[result.generations[0] for result in results])
+        return await in_thread(self._generate, messages, stop, **kwargs)
 
     def _answers(self, given: Mapping[str, Any], *, streams: bool = False) -> list[dict[str, Any]]:
         """The arguments of each of `n` answers, which have seeds of their own.

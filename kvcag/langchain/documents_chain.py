@@ -22,6 +22,7 @@ from langchain_core.prompts import (
 from langchain_core.runnables import Runnable, RunnableConfig
 from pydantic import Field, SkipValidation
 
+from kvcag.adapters import checked_fields
 from kvcag.chat_template import SEPARATOR, segment
 from kvcag.chat_template import Document as TextDocument
 from kvcag.contexts import Behind, Read
@@ -50,7 +51,7 @@ class DocumentsPrompt(BasePromptTemplate[PromptValue]):
         document_variable_name: the variable that holds the list of documents.
 
     Raises:
-        InvalidInputError: the prompt has no such variable.
+        InvalidInputError: the prompt has no such variable, or a field is wrong or unknown.
     """
 
     input_variables: list[str] = Field(default_factory=list)
@@ -66,6 +67,11 @@ class DocumentsPrompt(BasePromptTemplate[PromptValue]):
             raise InvalidInputError(
                 f"the prompt is a {type(prompt).__name__}: pass a ChatPromptTemplate or a PromptTemplate"
             )
+        shown = fields.get("document_prompt", DOCUMENT_PROMPT)
+        if not isinstance(shown, BasePromptTemplate):
+            raise InvalidInputError(f"document_prompt is a {type(shown).__name__}: pass a PromptTemplate")
+        if unknown := sorted(fields.keys() - type(self).model_fields.keys()):
+            raise InvalidInputError(f"unknown argument {', '.join(unknown)}")
         if document_variable_name not in prompt.input_variables:
             raise InvalidInputError(
                 f"the prompt has no variable {document_variable_name!r} for the documents, only "
@@ -73,7 +79,8 @@ class DocumentsPrompt(BasePromptTemplate[PromptValue]):
             )
         taken = {name: getattr(prompt, name) for name in ("input_variables", "optional_variables", "input_types")}
         own = {"prompt": prompt, "document_variable_name": document_variable_name}
-        super().__init__(**{**taken, **fields, **own})
+        with checked_fields():
+            super().__init__(**{**taken, **fields, **own})
 
     @classmethod
     def get_lc_namespace(cls) -> list[str]:

@@ -32,6 +32,7 @@ from langchain_core.utils.function_calling import convert_to_json_schema, conver
 from langchain_core.utils.json import parse_partial_json
 from langchain_core.utils.pydantic import is_basemodel_subclass
 from pydantic import BaseModel
+from pydantic.errors import PydanticUserError
 
 from kvcag.adapters import choice_of, with_tools
 from kvcag.chat_template import ChatTemplate, Document, Message, segment
@@ -370,7 +371,7 @@ def ask(template: ChatTemplate, messages: Sequence[Message], given: Mapping[str,
 
     Where nothing is, a last message of the model is the beginning of its answer.
     """
-    tools = given.get("tools") or []
+    tools = shown_tools(given.get("tools") or [])
     choice = choice_of(given.get("tool_choice"), [tool["function"]["name"] for tool in tools])
     parallel = given.get("parallel_tool_calls")
     parallel = choice == "auto" if parallel is None else parallel
@@ -391,17 +392,21 @@ def shown_tools(tools: Sequence[Any]) -> list[dict[str, Any]]:
     Raises:
         InvalidInputError: a tool of no known form, or one that a provider's server runs.
     """
+    if not isinstance(tools, Sequence) or isinstance(tools, str):
+        raise InvalidInputError(f"tools are a list of tools, and not {tools!r:.80}")
     shown = []
     for tool in tools:
         try:
             made = convert_to_openai_tool(tool)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, LookupError, PydanticUserError) as error:
             raise InvalidInputError(f"{tool!r:.80} is not a tool: {error}") from error
         if "function" not in made:
             raise InvalidInputError(
                 f"{made.get('type')!r} is a tool that runs on a provider's server, and ChatKVCAG runs on this machine. "
                 "Pass a function, a LangChain tool, a pydantic model or a JSON schema."
             )
+        if not isinstance(made["function"], Mapping) or not isinstance(made["function"].get("name"), str):
+            raise InvalidInputError(f"{tool!r:.80} is not a tool: its function has no name")
         shown.append(made)
     return shown
 
@@ -415,15 +420,14 @@ def schema_of(response_format: Any) -> dict[str, Any] | None:
     kind = response_format.get("type") if isinstance(response_format, Mapping) else None
     if response_format is None or kind == "text":
         return None
-    if kind == "json_object":
-        return {"type": "object", **response_format.get("schema", {})}
-    schema = response_format.get("json_schema", {}).get("schema") if kind == "json_schema" else None
-    if not isinstance(schema, Mapping):
+    holder = response_format.get("json_schema") if kind == "json_schema" else response_format
+    schema = holder.get("schema", {} if kind == "json_object" else None) if isinstance(holder, Mapping) else None
+    if not isinstance(schema, Mapping) or kind not in ("json_schema", "json_object"):
         raise InvalidInputError(
             f"response_format {str(response_format)[:80]!r} has an unknown form: pass {{'type': 'json_schema', "
             "'json_schema': {'name': …, 'schema': …}}, {'type': 'json_object'}, or use with_structured_output(schema)."
         )
-    return dict(schema)
+    return {"type": "object", **schema} if kind == "json_object" else dict(schema)
 
 
 def response_format(schema: Any, method: str) -> dict[str, Any]:
@@ -434,15 +438,15 @@ def response_format(schema: Any, method: str) -> dict[str, Any]:
     """
     if method == "json_mode" and schema is None:
         return {"type": "json_object"}
-    if isinstance(schema, type) and issubclass(schema, BaseModel):
-        shown: Mapping[str, Any] = schema.model_json_schema()
-    elif isinstance(schema, Mapping) and ("properties" in schema or "$ref" in schema or "anyOf" in schema):
-        shown = schema
-    else:
-        try:
+    try:
+        if isinstance(schema, type) and issubclass(schema, BaseModel):
+            shown: Mapping[str, Any] = schema.model_json_schema()
+        elif isinstance(schema, Mapping) and ("properties" in schema or "$ref" in schema or "anyOf" in schema):
+            shown = schema
+        else:
             shown = convert_to_json_schema(schema)
-        except (TypeError, ValueError) as error:
-            raise InvalidInputError(f"{schema!r:.80} is not a schema: {error}") from error
+    except (TypeError, ValueError, LookupError, PydanticUserError) as error:
+        raise InvalidInputError(f"{schema!r:.80} is not a schema: {error}") from error
     if method == "json_mode":
         return {"type": "json_object", "schema": dict(shown)}
     return {"type": "json_schema", "json_schema": {"name": shown.get("title", "answer"), "schema": dict(shown)}}

@@ -31,7 +31,15 @@ from llama_index.core.tools.types import BaseTool
 from llama_index.core.types import TokenAsyncGen, TokenGen
 from pydantic import Field, PrivateAttr
 
-from kvcag.adapters import SAMPLING_SETTINGS, LazyMemory, call_settings, choice_of, with_tools
+from kvcag.adapters import (
+    MERGE_SETTINGS,
+    SAMPLING_SETTINGS,
+    LazyMemory,
+    call_settings,
+    checked_fields,
+    choice_of,
+    with_tools,
+)
 from kvcag.chat_template import Message, Prompt
 from kvcag.concurrency import in_thread
 from kvcag.core import DEFAULT_RATIO, MAX_KL, Strategy
@@ -138,7 +146,8 @@ class KVCacheLLM(FunctionCallingLLM):
             )
         folder = None if store is None or isinstance(store, KVStore) else str(store)
         Sampling.of(**{name: value for name, value in settings.items() if name in SAMPLING_SETTINGS})
-        super().__init__(model=str(model), store=folder, **settings)
+        with checked_fields():
+            super().__init__(model=str(model), store=folder, **settings)
         self._memory = LazyMemory(
             model,
             engine=engine,
@@ -154,6 +163,9 @@ class KVCacheLLM(FunctionCallingLLM):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in SAMPLING_SETTINGS:  # here and not in a query, where core's `Refine` swallows a ValueError
             Sampling.of(**{name: value})
+        if name in MERGE_SETTINGS:
+            with checked_fields():
+                self.__pydantic_validator__.validate_assignment(self, name, value)
         super().__setattr__(name, value)
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import time
 from collections.abc import Callable
@@ -229,3 +230,19 @@ def test_a_batch_of_a_chat_model_is_what_invoke_gives_one_by_one(together):
     one = model.batch([*questions, "x" * 3000], {"max_concurrency": 1}, return_exceptions=True)
     assert [each.content for each in one[:3]] == right
     assert isinstance(one[3], ContextLengthError)
+
+
+async def test_n_answers_of_a_chat_model_are_made_together(together):
+    """They were made one after another."""
+    langchain = pytest.importorskip("kvcag.langchain")
+    from langchain_core.messages import HumanMessage
+
+    model = langchain.ChatKVCAG(engine=engine_of(), max_tokens=30, temperature=1.5, seed=1)
+    right = [model.invoke("When?", seed=seed).text for seed in (1, 2, 3)]
+    asked = [[HumanMessage("When?")]]
+    for generate in (model.generate, model.agenerate):
+        together.clear()
+        generated = generate(asked, n=3)
+        generated = await generated if inspect.isawaitable(generated) else generated
+        assert [each.text for each in generated.generations[0]] == right
+        assert max(together) == 3

@@ -199,6 +199,22 @@ def test_a_prompt_without_the_variable_is_refused(llm: ChatKVCAG) -> None:
         llm.precompute(DOCUMENTS, PROMPT, document_variable_name="found")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "problem"),
+    [
+        ({"document_separator": 7}, "document_separator: Input should be a valid string"),
+        ({"document_prompt": "{page_content}"}, "document_prompt is a str: pass a PromptTemplate"),
+        ({"seperator": "x"}, "unknown argument seperator"),
+    ],
+)
+def test_wrong_settings_of_a_documents_prompt_are_refused_by_an_error_of_ours(
+    llm: ChatKVCAG, wrong: dict[str, Any], problem: str
+) -> None:
+    """pydantic's error came, and a misspelt setting was ignored."""
+    with pytest.raises(InvalidInputError, match=problem):
+        llm.precompute(DOCUMENTS, PROMPT, progress=False, **wrong)
+
+
 def test_documents_that_were_joined_before_are_refused(llm: ChatKVCAG) -> None:
     with pytest.raises(InvalidInputError, match=r"'context' holds str.*Pass a list of Documents"):
         create_cag_documents_chain(llm, PROMPT).invoke({"context": "one\n\ntwo", "input": "?"})

@@ -393,6 +393,11 @@ def test_an_unknown_argument_is_refused(llm: ChatKVCAG) -> None:
         llm.invoke("hello", tempertaure=1)
 
 
+def test_a_model_that_is_no_name_is_refused(llm: ChatKVCAG) -> None:
+    with pytest.raises(InvalidInputError, match="model= is a hub id or a folder, not int"):
+        llm.invoke("hello", model=7)
+
+
 def test_an_image_is_refused(llm: ChatKVCAG) -> None:
     image = {"type": "image", "base64": "AAAA", "mime_type": "image/png"}
     with pytest.raises(UnsupportedContentError, match="a text model reads text only"):

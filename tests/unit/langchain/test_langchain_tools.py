@@ -9,7 +9,7 @@ from langchain.agents.middleware import AgentMiddleware, ModelRequest
 from langchain.agents.structured_output import ToolStrategy
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.tools import tool
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from pydantic.v1 import BaseModel as BaseModelV1
 from typing_extensions import TypedDict
 
@@ -28,6 +28,13 @@ class Place(BaseModel):
 
     city: Literal["Zürich", "東京"]
     days: int = Field(ge=1, le=7)
+
+
+class Unwritable(BaseModel):
+    """No JSON schema can say what it holds."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+    engine: HFEngine
 
 
 class PlaceV1(BaseModelV1):
@@ -254,8 +261,20 @@ def test_structured_answers_read_from_the_cache(llm: ChatKVCAG) -> None:
         (lambda llm: llm.bind_tools([{"type": "web_search_preview"}]), "'web_search_preview' is a tool that runs on a"),
         (lambda llm: llm.bind_tools([{"some": "thing"}]), "is not a tool"),
         (lambda llm: llm.bind_tools([7]), "is not a tool"),
+        (lambda llm: llm.bind_tools([Unwritable]), "is not a tool"),
+        (lambda llm: llm.bind_tools([{"type": "function", "function": {"parameters": {}}}]), "is not a tool"),
+        (lambda llm: llm.bind_tools([{"type": "function", "function": "stay"}]), "is not a tool: its function has no"),
+        (lambda llm: llm.bind_tools(None), "tools are a list of tools"),
+        (lambda llm: llm.bind_tools([stay], tool_choice={"function": "sleep"}), "'sleep' is neither"),
+        (
+            lambda llm: llm.bind(tools=[{"type": "web_search_preview"}]).invoke("?"),
+            "'web_search_preview' is a tool that",
+        ),
+        (lambda llm: llm.bind_tools([], response_format={"type": "json_schema", "json_schema": 7}), "an unknown form"),
+        (lambda llm: llm.bind_tools([], response_format={"type": "json_object", "schema": 7}), "has an unknown form"),
         (lambda llm: llm.bind_tools([stay], tempertaure=1), "unknown argument tempertaure"),
         (lambda llm: llm.with_structured_output(7), "is not a schema"),
+        (lambda llm: llm.with_structured_output(Unwritable), "is not a schema"),
         (lambda llm: llm.with_structured_output(7, method="function_calling"), "is not a tool"),
         *(
             (lambda llm, m=method: llm.with_structured_output(Place, method=m, nonsense=1), "unknown argument nonsense")
@@ -266,6 +285,11 @@ def test_structured_answers_read_from_the_cache(llm: ChatKVCAG) -> None:
 def test_what_cannot_be_bound_is_refused(llm: ChatKVCAG, call: Any, problem: str) -> None:
     with pytest.raises(InvalidInputError, match=problem):
         call(llm)
+
+
+def test_tools_may_be_bound_by_bind_alone(llm: ChatKVCAG) -> None:
+    [call] = llm.bind(tools=[stay], tool_choice="any").invoke("Where to?").tool_calls
+    assert call["name"] == "stay"
 
 
 # --- agents

@@ -250,6 +250,11 @@ async def test_asynchronous_streams_refuse_before_they_are_read(llm: KVCacheLLM)
 def test_what_an_llm_cannot_be_made_from_is_refused(echo: EchoEngine) -> None:
     with pytest.raises(InvalidInputError, match="no model"):
         KVCacheLLM()
+    for wrong in ({"context_window": 0}, {"namespace": 3}, {"stop": "text"}, {"dtype": 7}):
+        with pytest.raises(InvalidInputError, match=next(iter(wrong))):  # pydantic's error came
+            KVCacheLLM(engine=echo, **wrong)
+    with pytest.raises(InvalidInputError, match="model= is a hub id or a folder, not int"):
+        KVCacheLLM(7)
     with pytest.raises(InvalidInputError, match=r"revision; known are .*context_window.*model_kwargs.*such as"):
         KVCacheLLM(engine=echo, revision="main")
 

@@ -389,11 +389,24 @@ def test_an_answer_that_does_not_fit_its_schema_is_never_an_empty_response() -> 
         synthesizer.synthesize("How tall?", scored())
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1}, {"max_new_tokens": 0}, {"top_p": 2}, {"stop": [""]}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -1},
+        {"max_new_tokens": 0},
+        {"top_p": 2},
+        {"stop": [""]},
+        {"recompute_ratio": 7},
+        {"max_kl": "much"},
+        {"merge_strategy": "none"},
+    ],
+)
 def test_settings_are_checked_by_the_constructor_and_when_they_are_set(wrong: dict[str, Any], llm: KVCacheLLM) -> None:
+    """By an error of ours: pydantic's came from the constructor."""
     [(name, value)] = wrong.items()
+    before = getattr(llm, name)
     with pytest.raises(InvalidInputError, match=name):
         KVCacheLLM("never/loaded", **wrong)
     with pytest.raises(InvalidInputError, match=name):
         setattr(llm, name, value)
-    assert getattr(llm, name) is None
+    assert getattr(llm, name) == before
