@@ -240,7 +240,15 @@ class _Probe:
         begin = time.perf_counter()
         with self.engine.exclusive() as model:
             tail_ids = torch.tensor(self.tail_ids)
-            merged = merge(model, self.parts, tail_ids, strategy=strategy, ratio=ratio, usual_drift=lambda: drift)
+            merged = merge(
+                model,
+                self.parts,
+                tail_ids,
+                strategy=strategy,
+                ratio=ratio,
+                usual_drift=lambda: drift,
+                passes=self.engine.merge_passes,
+            )
         if merged.read is None:
             cache, first = self._answer(merged.layers, self.tail_ids)
         else:

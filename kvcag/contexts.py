@@ -400,6 +400,7 @@ def _merged(
                 ratio=ratio,
                 usual_drift=lambda: drift,
                 learned_drift=learned.drift if learned else None,
+                passes=engine.merge_passes,
             )
 
     merged = engine.with_memory(put_together)
@@ -443,7 +444,7 @@ def _refined(
 
         def for_this_question() -> Merged:
             with engine.exclusive() as model:
-                return refine(model, pieces, layout, tail, ratio=ratio)
+                return refine(model, pieces, layout, tail, ratio=ratio, passes=engine.merge_passes)
 
         refined = engine.with_memory(for_this_question)
         engine.prefixes.replace_merged(context_ids, refined.layers, namespace)
@@ -726,4 +727,4 @@ def with_names(metadata: Mapping[str, Any], behind: Behind) -> dict[str, Any]:
 
 def same_ids(items: Sequence[Item]) -> Ids:
     """The items' tokens, one after another."""
-    return tuple(token for item in items for token in item.token_ids.tolist())
+    return tuple(chain.from_iterable(item.token_ids.tolist() for item in items))

@@ -14,6 +14,8 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
@@ -324,14 +326,14 @@ def contiguous_copy(layers: Sequence[LayerKV]) -> Layers:
     return mapped(layers, functools.partial(torch.clone, memory_format=torch.contiguous_format))
 
 
-def concat(parts: Sequence[Sequence[LayerKV]]) -> Layers:
-    """The parts one after another, layer by layer, in fresh memory. The states are those of the last part."""
-    joined = (
-        (torch.cat([layer[0] for layer in layers], dim=-2), torch.cat([layer[1] for layer in layers], dim=-2))
-        for layers in zip(*parts, strict=True)
-    )
+def concat(parts: Sequence[Sequence[LayerKV]], room: int = 0) -> Layers:
+    """The parts one after another, layer by layer, in fresh memory. The states are those of the last part.
+
+    Behind them is room for so many more tokens, which holds zeros.
+    """
     states = states_of(parts[-1]) if parts else None
-    return Layers(joined, states and replace(states.restored(), maps=()), sum(map(length_of, parts)))
+    length = sum(map(length_of, parts)) + room
+    return Layers(_filled(parts, room, zeroed=room > 0), states and replace(states.restored(), maps=()), length)
 
 
 def nbytes(layers: Iterable[LayerKV]) -> int:
@@ -364,7 +366,7 @@ def generation_cache(
         return _RecurrentCache(kinds, sum(lengths), _filled(parts, room), states, room=room, copied=True)
     cache = GenerationCache()
     longest = max(range(len(parts)), key=lengths.__getitem__, default=0)
-    if not lent or not parts or lengths[longest] < _WORTH_LENDING or not _readable(parts[longest]):
+    if not lent or not parts or lengths[longest] < _WORTH_LENDING or not readable(parts[longest]):
         longest = len(parts)
     copied = [part for index, part in enumerate(parts) if index != longest]
     if longest == len(parts):
@@ -384,7 +386,7 @@ _WORTH_LENDING = 256
 """Tokens of a part that is worth a second loop in the attention over it."""
 
 
-def _readable(layers: Sequence[LayerKV]) -> bool:
+def readable(layers: Sequence[LayerKV]) -> bool:
     """Whether kernels that know one stride, that between heads, can read these keys and values where they lie."""
     return all(
         t.is_cuda and t.shape[0] == 1 and t.stride()[-2:] == (t.shape[-1], 1) and t.stride(1) % t.shape[-1] == 0
@@ -393,8 +395,24 @@ def _readable(layers: Sequence[LayerKV]) -> bool:
     ) and all(keys.stride(1) == values.stride(1) and keys.data_ptr() % 16 == 0 for keys, values in layers)
 
 
-def _filled(parts: Sequence[Sequence[LayerKV]], room: int) -> list[LayerKV]:
+def kernels_for(tensors: Sequence[torch.Tensor]) -> ModuleType | None:
+    """`kvcag.cache.kernels` where they can work on these tensors, one of each layer."""
+    if not tensors[0].is_cuda or not _has_triton():
+        return None
+    from kvcag.cache import kernels
+
+    return kernels if kernels.reads(tensors) else None
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def _filled(parts: Sequence[Sequence[LayerKV]], room: int, *, zeroed: bool = False) -> list[LayerKV]:
     """Buffers of each layer that begin with `parts`, one after another, and have room for `room` more tokens.
+
+    The room holds zeros if `zeroed`.
 
     Layers of one shape are one tensor, filled by a few calls: on a GPU, calls are what a copy of 72 tensors costs.
     """
@@ -409,18 +427,23 @@ def _filled(parts: Sequence[Sequence[LayerKV]], room: int) -> list[LayerKV]:
         buffers = list(whole.unbind())
     else:
         buffers = [t.new_empty((*t.shape[:-2], length + room, t.shape[-1])) for t in flat[0]]
-    # A GPU copies eight bytes at a time in half the time that it takes for two.
-    wide = like.is_cuda and all(t.shape[-1] * t.element_size() % 8 == 0 and t.stride(-1) == 1 for t in flat[0])
+    wide = len(kinds) == 1 and like.shape[-1] * like.element_size() % 8 == 0
     start = 0
     for tensors in flat:
         end = start + tensors[0].shape[-2]
         if end == start:
             continue
         targets = whole[..., start:end, :].unbind() if len(kinds) == 1 else [b[..., start:end, :] for b in buffers]
-        if wide:
-            targets, tensors = ([t.view(torch.int64) for t in each] for each in (targets, tensors))
-        torch._foreach_copy_(list(targets), tensors)
+        kernels = kernels_for(tensors) if wide else None
+        if kernels is not None:
+            kernels.copy(targets, tensors)
+        else:
+            torch._foreach_copy_(list(targets), tensors)
         start = end
+    if zeroed and len(kinds) == 1:
+        whole[..., length:, :].zero_()
+    for buffer in buffers if zeroed and len(kinds) > 1 else ():
+        buffer[..., length:, :].zero_()
     return list(zip(buffers[::2], buffers[1::2], strict=True))
 
 
@@ -793,7 +816,7 @@ Watch: TypeAlias = Callable[[int, LayerKV, LayerKV], None]
 
 def with_room(layers: Sequence[LayerKV], tokens: int) -> Layers:
     """A copy with room for so many more tokens behind it, which hold zeros."""
-    return concat([layers, zeros_like(layers, tokens)])
+    return concat([layers], tokens)
 
 
 def zeros_like(layers: Sequence[LayerKV], tokens: int) -> Layers:

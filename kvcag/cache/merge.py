@@ -8,8 +8,9 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Protocol, get_args
 
+import numpy as np
 import torch
 
 from kvcag.cache.attention import Call, EnoughError, attend, decoder_of, predict
@@ -24,6 +25,7 @@ from kvcag.cache.layers import (
     cut,
     device_of,
     generation_cache,
+    kernels_for,
     kinds_of,
     layers_of,
     length_of,
@@ -34,6 +36,7 @@ from kvcag.cache.layers import (
     zeros_like,
 )
 from kvcag.cache.rope import PositionShift, check_mergeable
+from kvcag.cache.rope import rotations as rotations_of
 from kvcag.cache.states import behind
 from kvcag.core import MergeSettings, MergeStrategy, ReadTail
 from kvcag.errors import InvalidInputError, UnsupportedModelError
@@ -85,6 +88,24 @@ class Merged:
     read: ReadTail | None = None
 
 
+class Passes(Protocol):
+    """Faster passes of a merge, on a device that has them. They return None where they cannot do it."""
+
+    def scores(self, layers: Layers, length: int, tail_ids: torch.Tensor) -> torch.Tensor | None:
+        """How much a question uses each of the first `length` tokens: see `query`.
+
+        Args:
+            layers: a merged context, with room for the question behind it, which is written to.
+            length: of the context.
+            tail_ids: 1-D int64, the question.
+        """
+
+    def recompute_and_read(
+        self, layers: Layers, layout: Layout, positions: torch.Tensor, tail_ids: torch.Tensor
+    ) -> ReadTail | None:
+        """See the function of this name."""
+
+
 @torch.no_grad()
 def merge(
     model: PreTrainedModel,
@@ -95,6 +116,7 @@ def merge(
     ratio: float = 0.2,
     usual_drift: Callable[[], UsualDrift | None] | None = None,
     learned_drift: UsualDrift | None = None,
+    passes: Passes | None = None,
 ) -> Merged:
     """Move each part to its place, and recompute the tokens that the strategy picks.
 
@@ -111,6 +133,7 @@ def merge(
         usual_drift: asked for where nothing is recomputed, and given to what was encoded alone and is not exact.
             Recomputed tokens show their own documents' drift, which is better.
         learned_drift: in its place; given before tokens are chosen, so that what is recomputed shows what it leaves.
+        passes: faster ones for the model's device.
 
     Raises:
         InvalidInputError: an unknown strategy, a ratio outside [0, 1], or a part whose tokens and keys disagree.
@@ -132,13 +155,13 @@ def merge(
     if learned_drift is not None and strategy != "full" and alone.open.any():
         learned_drift.add_to(model, layers, alone)
     if kinds_of(model):
-        chosen = layout.open.nonzero()[:, 0] if strategy == "full" else torch.arange(0)
+        chosen = _where(layout.open) if strategy == "full" else torch.arange(0)
         _run_through(model, layers, parts, again=strategy == "full")
     else:
-        missing = _each(parts, [part.layers is None for part in parts]).nonzero()[:, 0]
+        missing = _where(_each(parts, [part.layers is None for part in parts]))
         if len(missing):
             recompute(model, layers, layout, missing, correct=False)
-        chosen, read = _answer(model, placed, layout, tail_ids, strategy, ratio)
+        chosen, read = _answer(model, placed, layout, tail_ids, strategy, ratio, passes)
     if not len(chosen) and learned_drift is None and usual_drift is not None and alone.open.any():
         drift = usual_drift()
         if drift is not None:
@@ -159,14 +182,18 @@ def _answer(
     tail_ids: torch.Tensor,
     strategy: MergeStrategy,
     ratio: float,
+    passes: Passes | None,
 ) -> tuple[torch.Tensor, ReadTail | None]:
     """Choose tokens and recompute them in place; where `layers` have room for the question, it is read in that pass."""
     context = cut(layers, 0, len(layout.token_ids))
-    chosen = select(model, layers, layout, tail_ids, strategy=strategy, ratio=ratio)
+    if length_of(layers) == length_of(context):
+        passes = None
+    chosen = select(model, layers, layout, tail_ids, strategy=strategy, ratio=ratio, passes=passes)
     if not len(chosen):
         return chosen, None
     if length_of(layers) > length_of(context):
-        return chosen, recompute_and_read(model, layers, layout, chosen, tail_ids)
+        read = passes.recompute_and_read(layers, layout, chosen, tail_ids) if passes else None
+        return chosen, read or recompute_and_read(model, layers, layout, chosen, tail_ids)
     recompute(model, context, layout, chosen)
     return chosen, None
 
@@ -232,7 +259,13 @@ _READ = 512
 
 @torch.no_grad()
 def refine(
-    model: PreTrainedModel, pieces: Sequence[Layers], layout: Layout, tail_ids: torch.Tensor, *, ratio: float
+    model: PreTrainedModel,
+    pieces: Sequence[Layers],
+    layout: Layout,
+    tail_ids: torch.Tensor,
+    *,
+    ratio: float,
+    passes: Passes | None = None,
 ) -> Merged:
     """What another question needs of a context that was merged for an earlier one, recomputed in a copy of it.
 
@@ -244,10 +277,11 @@ def refine(
         layout: its tokens; `open` are those that no question has had recomputed yet.
         tail_ids: 1-D int64, the question.
         ratio: how many tokens to recompute, as a share of all.
+        passes: faster ones for the model's device.
     """
     room = len(tail_ids) if len(tail_ids) <= _LONGEST_TAIL else 0
-    layers = concat([*pieces, zeros_like(pieces[0], room)])
-    chosen, read = _answer(model, layers, layout, tail_ids, "query", ratio)
+    layers = concat(pieces, room)
+    chosen, read = _answer(model, layers, layout, tail_ids, "query", ratio, passes)
     still_open = layout.open.clone()
     still_open[chosen] = False
     return Merged(cut(layers, 0, len(layout.token_ids)), chosen, replace(layout, open=still_open), read)
@@ -314,9 +348,16 @@ class MergeHistory:
 
 
 def _each(parts: Sequence[Part], of_parts: Sequence[int | bool]) -> torch.Tensor:
-    """The value of each part, repeated for each of its tokens: 1-D."""
-    lengths = torch.tensor([len(part.token_ids) for part in parts])
-    return torch.tensor(of_parts).repeat_interleave(lengths)
+    """The value of each part, repeated for each of its tokens: 1-D.
+
+    With NumPy, as other work on a list of the tokens: threads, which PyTorch wakes for it, cost a GPU milliseconds.
+    """
+    return torch.from_numpy(np.repeat(np.array(of_parts), [len(part.token_ids) for part in parts]))
+
+
+def _where(mask: torch.Tensor) -> torch.Tensor:
+    """The places where it is true, 1-D int64."""
+    return torch.from_numpy(np.flatnonzero(mask.numpy()))
 
 
 def _check(parts: Sequence[Part], strategy: str, ratio: float) -> None:
@@ -342,18 +383,19 @@ def _place(model: PreTrainedModel, parts: Sequence[Part], room: int) -> Layers:
     parts = [part for part in parts if len(part.token_ids)]
     like = next(part.layers for part in parts if part.layers is not None)
     held = [zeros_like(like, len(part.token_ids)) if part.layers is None else part.layers for part in parts]
-    layers = concat([*held, zeros_like(like, room)] if room else held)
+    layers = concat(held, room)
     starts = accumulate((len(part.token_ids) for part in parts), initial=0)
     bases = [start if part.layers is None else part.base_position for start, part in zip(starts, parts, strict=False)]
-    stood = torch.cat([base + torch.arange(len(part.token_ids)) for base, part in zip(bases, parts, strict=True)])
-    moved = (stood != torch.arange(len(stood))).nonzero()[:1, 0]
+    stood = np.concatenate([base + np.arange(len(part.token_ids)) for base, part in zip(bases, parts, strict=True)])
+    moved = np.flatnonzero(stood != np.arange(len(stood)))
     if len(moved):  # what comes first is often the head and its document: not a bit of them changes
-        first = int(moved)
+        first = int(moved[0])
         move = PositionShift(
-            model, stood[first:].to(device_of(model)), torch.arange(first, len(stood), device=device_of(model))
+            model,
+            torch.from_numpy(stood[first:]).to(device_of(model)),
+            torch.arange(first, len(stood), device=device_of(model)),
         )
-        for index, (keys, values) in enumerate(layers):
-            move.turn(index, (keys[..., first : len(stood), :], values[..., first : len(stood), :]))
+        move.turn_all(cut(layers, first, len(stood)))
     return layers
 
 
@@ -384,12 +426,13 @@ def select(
     *,
     strategy: MergeStrategy,
     ratio: float,
+    passes: Passes | None = None,
 ) -> torch.Tensor:
     """The positions to recompute, ascending, 1-D int64: at most `ratio` of all tokens, and only open ones.
 
     `layers` may have room for the question behind the context, which is written to then.
     """
-    candidates = layout.open.nonzero()[:, 0]
+    candidates = _where(layout.open)
     budget = min(int(ratio * len(layout.token_ids)), len(candidates))
     if strategy == "full" or (ratio == 1 and strategy != "rotate"):
         return candidates
@@ -397,9 +440,12 @@ def select(
         return candidates[:0]
     if budget == len(candidates):
         return candidates
-    scores = _SCORES[strategy](model, layers, layout, tail_ids).cpu()
-    best = scores[candidates].argsort(descending=True, stable=True)[:budget]
-    return candidates[best].sort().values
+    scores = None
+    if passes is not None and strategy == "query" and len(tail_ids):
+        scores = passes.scores(Layers(layers), len(layout.token_ids), tail_ids)
+    scores = _SCORES[strategy](model, layers, layout, tail_ids) if scores is None else scores
+    best = scores[candidates.to(scores.device)].argsort(descending=True, stable=True)[:budget]
+    return candidates[best.sort().values.cpu()]
 
 
 def anchor(model: PreTrainedModel, layers: Sequence[LayerKV], layout: Layout, tail_ids: torch.Tensor) -> torch.Tensor:
@@ -416,7 +462,7 @@ def deviation(
     One layer of attention over all open tokens, and no more: the pass is stopped when layer 1 has its keys.
     """
     last = min(1, len(layers) - 1)
-    positions = layout.open.nonzero()[:, 0]
+    positions = _where(layout.open)
     scores = torch.zeros(len(layout.token_ids))
 
     def compare(layer_idx: int, held: LayerKV, new: LayerKV) -> None:
@@ -533,16 +579,16 @@ def recompute_and_read(
     return ReadTail(cache_of(cut(layers, length, length + len(tail_ids))), logits)
 
 
-_MEAN = 0.6
+MEAN = 0.6
 """Share of the estimated mean drift that is given: the tokens it is estimated from are those that change most."""
 
-_RIDGE = 0.4
+RIDGE = 0.4
 """Share of the estimated drift of a token beyond its document's mean. At 1 it is worse than nothing."""
 
 _SHRINK = 4.0
 """A document's mean counts as if it had this many more tokens of the mean of all documents."""
 
-_PENALTY = 1.0
+PENALTY = 1.0
 """Of the ridge regression, in units of its features' variance."""
 
 _BLOCK = {"cpu": 1024, "cuda": 16384}
@@ -556,9 +602,9 @@ class DriftCorrection:
         chosen = torch.zeros_like(layout.open)
         chosen[positions] = True
         self.chosen = _Tokens.at(model, layout, positions.to(device_of(model)))
-        rest = torch.split((layout.open & ~chosen).nonzero()[:, 0], _BLOCK.get(device_of(model).type, 1024))
+        rest = torch.split(_where(layout.open & ~chosen), _BLOCK.get(device_of(model).type, 1024))
         self.rest = [_Tokens.at(model, layout, block.to(device_of(model))) for block in rest if len(block)]
-        self.averages = _averages(self.chosen.part_of, int(layout.part_of[-1]) + 1)
+        self.averages = averages(self.chosen.part_of, int(layout.part_of[-1]) + 1)
 
     def watch(self, layer_idx: int, held: LayerKV, new: LayerKV) -> None:
         """Estimate layer `layer_idx`'s drift from `new`, and correct the rest of `held` by it, in place."""
@@ -653,7 +699,9 @@ class UsualDrift:
 
     def add_to(self, model: PreTrainedModel, layers: Sequence[LayerKV], layout: Layout) -> None:
         """Give it to every open token of `layers`, in place."""
-        open_tokens = layout.open.nonzero()[:, 0]
+        open_tokens = _where(layout.open)
+        if not self.slopes and self._added_at_once(model, layers, open_tokens):
+            return
         for positions in torch.split(open_tokens, _BLOCK.get(device_of(model).type, 1024)):
             block = _Tokens.at(model, layout, positions.to(device_of(model)))
             for index, held in enumerate(layers):
@@ -664,6 +712,22 @@ class UsualDrift:
                 else:
                     change = offset.repeat(1, len(positions), 1)
                 tokens.give(index, held, change[None])
+
+    def _added_at_once(self, model: PreTrainedModel, layers: Sequence[LayerKV], positions: torch.Tensor) -> bool:
+        """Add it with one kernel for the keys of all layers and one for their values, where there are such kernels."""
+        keys, values = zip(*layers, strict=True)
+        rotations = set(rotations_of(model))
+        kernels = kernels_for(keys) and kernels_for(values)
+        if kernels is None or len(rotations) > 1 or not (whole := rotations.pop()).turns_all_of(keys[0].shape[-1]):
+            return False
+        device = keys[0].device
+        positions = positions.pin_memory().to(device, non_blocking=True)
+        offsets = torch.stack(self.layers).to(device)
+        cos, sin = whole.angles(torch.zeros_like(positions), positions)
+        change = offsets[..., : keys[0].shape[-1]]
+        kernels.add_turned(keys, positions, change, cos, sin, interleaved=whole.interleaved)
+        kernels.add(values, positions, offsets[..., keys[0].shape[-1] :])
+        return True
 
 
 class DriftSums:
@@ -708,7 +772,7 @@ class DriftSums:
             shared = sums[:, :size, size:-1] - self.tokens * centre.mT @ drift
             scale = (spread.diagonal(dim1=-2, dim2=-1) / self.tokens).clamp(min=1e-12).sqrt()[..., None]
             gram = spread / (scale * scale.mT)
-            gram.diagonal(dim1=-2, dim2=-1).add_(_PENALTY * self.tokens)
+            gram.diagonal(dim1=-2, dim2=-1).add_(PENALTY * self.tokens)
             slope = _LEARNED * torch.linalg.solve(gram, shared / scale) / scale
             slopes.append(slope.float().contiguous())
             offsets.append((_LEARNED * drift - centre @ slope)[:, 0].float().contiguous())
@@ -744,20 +808,20 @@ class _Drift:
         scale = x.square().mean(1, keepdim=True).sqrt().clamp(min=1e-6)
         x = x / scale
         gram = x.mT @ x
-        gram.diagonal(dim1=-2, dim2=-1).add_(_PENALTY * x.shape[1])
+        gram.diagonal(dim1=-2, dim2=-1).add_(PENALTY * x.shape[1])
         lower = torch.linalg.cholesky(gram)
         # Solved by hand: torch.cholesky_solve of a batch is 121 kernels on CUDA, these two are 18.
         halfway = torch.linalg.solve_triangular(lower, x.mT @ (drift - mean[:, part_of]), upper=False)
         scaled = torch.linalg.solve_triangular(lower.mT, halfway, upper=True)
-        slope = _RIDGE * scaled / scale.mT
-        return cls(slope, _MEAN * mean - centre @ slope)
+        slope = RIDGE * scaled / scale.mT
+        return cls(slope, MEAN * mean - centre @ slope)
 
     def of(self, features: torch.Tensor, part_of: torch.Tensor) -> torch.Tensor:
         """The drift to give to other tokens, `(kv_heads, tokens, features)`."""
         return torch.baddbmm(self.offset[:, part_of], features, self.slope)
 
 
-def _averages(part_of: torch.Tensor, parts: int) -> torch.Tensor:
+def averages(part_of: torch.Tensor, parts: int) -> torch.Tensor:
     """A matrix, `(parts, tokens)` fp32, that gives each part's mean over its tokens, shrunk towards the mean of all."""
     member = (torch.arange(parts, device=part_of.device)[:, None] == part_of).float()
     return (member + _SHRINK / len(part_of)) / (member.sum(1, keepdim=True) + _SHRINK)

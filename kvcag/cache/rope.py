@@ -9,7 +9,7 @@ refused, so an architecture without a test is right or refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -25,6 +25,7 @@ from kvcag.cache.layers import (
     contiguous_copy,
     device_of,
     generation_cache,
+    kernels_for,
     kinds_of,
     layers_of,
     scatter_cache,
@@ -62,6 +63,10 @@ class Rotation:
         """`(rotary_dim / 2,)`, fp32, as they are now: `model.to(bfloat16)` changes them."""
         frequencies: torch.Tensor = getattr(self.module, self.name)
         return frequencies.float()
+
+    def turns_all_of(self, head_dim: int) -> bool:
+        """Whether every component of a key is turned."""
+        return self.module is not None and not self.of_values and 2 * len(self.frequencies) == head_dim
 
     def angles(self, start: torch.Tensor, end: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What turns keys at the positions `start` (1-D) to the positions `end`: cosine and sine, fp32.
@@ -156,12 +161,33 @@ class PositionShift:
         if rotation.module is None:
             return
         rotated = kv[rotation.of_values]
-        known = (id(rotation.module), rotation.name, rotated.device)
+        cos, sin = self.angles(rotation, rotated.device)
+        rotation.turn(rotated, (cos, -sin if back else sin), rotated)
+
+    def angles(self, rotation: Rotation, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """`Rotation.angles` between these positions, made once for all layers that share their frequencies."""
+        known = (id(rotation.module), rotation.name, device)
         if known not in self._angles:
             cos, sin = rotation.angles(self.start, self.end)
-            self._angles[known] = cos.to(rotated.device), sin.to(rotated.device)
-        cos, sin = self._angles[known]
-        rotation.turn(rotated, (cos, -sin if back else sin), rotated)
+            self._angles[known] = cos.to(device), sin.to(device)
+        return self._angles[known]
+
+    def turn_all(self, layers: Sequence[LayerKV]) -> None:
+        """`turn` all layers; on an NVIDIA GPU with a kernel for those that share their frequencies."""
+        groups: dict[Rotation, list[int]] = {}
+        for index, rotation in enumerate(self._rotations[: len(layers)]):
+            groups.setdefault(rotation, []).append(index)
+        for rotation, indices in groups.items():
+            rotated = [layers[index][rotation.of_values] for index in indices]
+            if rotation.module is None:
+                continue
+            kernels = kernels_for(rotated)
+            if kernels is not None:
+                cos, sin = self.angles(rotation, rotated[0].device)
+                kernels.turn(rotated, cos, sin, start=rotation.start, interleaved=rotation.interleaved)
+            else:
+                for index in indices:
+                    self.turn(index, layers[index])
 
 
 def _check_configuration(model: PreTrainedModel) -> None:

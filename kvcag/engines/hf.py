@@ -44,7 +44,7 @@ from kvcag.cache.layers import (
     nbytes,
     position_argument,
 )
-from kvcag.cache.merge import MergeHistory
+from kvcag.cache.merge import MergeHistory, Passes
 from kvcag.cache.prefix_cache import InFlight, PrefixCache
 from kvcag.cache.rope import attends_to_its_own, check_mergeable
 from kvcag.cache.states import Maps, ignores_states, recording
@@ -779,6 +779,13 @@ class HFEngine(Engine):
             self._give_up_graphs("the device had too little memory for them")
             crop(cache, past)
             return None
+
+    @property
+    def merge_passes(self) -> Passes | None:
+        """Faster passes for merging, where this model and its device have them."""
+        if not self._cuda_graphs or self.device.type != "cuda" or self._kinds:
+            return None
+        return self._graphs
 
     @cached_property
     def _graphs(self) -> Graphs | None:

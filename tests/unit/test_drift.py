@@ -61,14 +61,14 @@ def test_drift_that_follows_the_features_is_foreseen():
     features, slope = torch.randn(HEADS, 500, 16), 0.3 * torch.randn(HEADS, 16, 16)
     part_of = torch.zeros(500, dtype=torch.long)
     fitted = _Drift.fit(
-        features[:, :400], (features @ slope)[:, :400], part_of[:400], drifts._averages(part_of[:400], 1)
+        features[:, :400], (features @ slope)[:, :400], part_of[:400], drifts.averages(part_of[:400], 1)
     )
     foreseen, right = fitted.of(features[:, 400:], part_of[400:]), (features @ slope)[:, 400:]
     assert torch.cosine_similarity(foreseen, right, dim=-1).mean() > 0.95
 
 
 def test_a_document_without_recomputed_tokens_gets_the_mean_of_all():
-    averages = drifts._averages(torch.tensor([1, 1, 2, 2]), 4)
+    averages = drifts.averages(torch.tensor([1, 1, 2, 2]), 4)
     of = torch.tensor([1.0, 1.0, 3.0, 3.0])
     torch.testing.assert_close(averages @ of, torch.tensor([2.0, 10 / 6, 14 / 6, 2.0]))
 

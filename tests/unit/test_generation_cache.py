@@ -23,7 +23,7 @@ def held() -> list[LayerKV]:
 @pytest.fixture
 def lending(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU too, where no kernel could read it."""
-    monkeypatch.setattr(layers, "_readable", lambda layers: True)
+    monkeypatch.setattr(layers, "readable", lambda layers: True)
 
 
 def caches(held: list[LayerKV], place: str) -> tuple[GenerationCache, GenerationCache]:

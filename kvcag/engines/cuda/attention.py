@@ -42,10 +42,13 @@ class Inputs:
     Attributes:
         table: `(sequences, layers, 8)` int64.
         positions: `(sequences, tokens)` int64.
+        scores: `(1,)` int64, the address of `(kv_heads, first position)` fp32, to which each layer adds how much the
+            tokens of the pass use the keys before them (`kvcag.cache.merge.query`); None where that is not asked for.
     """
 
     table: torch.Tensor
     positions: torch.Tensor
+    scores: torch.Tensor | None = None
 
 
 inputs: ContextVar[Inputs] = ContextVar("kvcag_cuda_inputs")
@@ -104,6 +107,7 @@ def attend(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     tiles: Tiles | None = None,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of new tokens over the caches in `table`, which hold their keys and values already.
 
@@ -117,6 +121,8 @@ def attend(
         softcap: bound of the scores, as in Gemma 2.
         sinks: `(heads,)`: the logit of an additional key without a value, as in gpt-oss.
         tiles: how to divide the work; chosen by shape if not given.
+        weights: `(kv_heads, sequences * tokens * group)` fp32, to which the binary logarithm of each query's sum of
+            weights is written.
 
     Returns:
         `(sequences, tokens, heads, head_dim)`.
@@ -138,6 +144,7 @@ def attend(
         positions if sinks is None else sinks,
         partial,
         sums,
+        positions if weights is None else weights,
         scaling,
         softcap or 0.0,
         window or 0,
@@ -156,6 +163,7 @@ def attend(
         WINDOWED=window is not None,
         CAPPED=softcap is not None,
         SUNK=sinks is not None,
+        WEIGHED=weights is not None,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
@@ -164,15 +172,68 @@ def attend(
             partial,
             sums,
             out,
+            positions if weights is None else weights,
             sequences * tokens,
             kv_heads,
             GROUP=group,
             DIM=head_dim,
             PADDED=padded,
             SPLITS=tiles.splits,
+            WEIGHED=weights is not None,
             num_warps=1 if tiles.splits < 16 else 4,
         )
     return out
+
+
+def score(
+    query: torch.Tensor,
+    entry: torch.Tensor,
+    positions: torch.Tensor,
+    kv_heads: int,
+    weights: torch.Tensor,
+    scores: torch.Tensor,
+    *,
+    scaling: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> None:
+    """Add to each key's score the attention that it gets from all queries, times the norm of its value.
+
+    Args:
+        query: `(1, heads, tokens, head_dim)`, as for `attend`.
+        entry: the layer's entry of the table, `(8,)` int64; nothing is lent.
+        positions: `(tokens,)` int64. Those that repeat the position before them are not counted.
+        kv_heads: how many there are.
+        weights: what `attend` wrote.
+        scores: the address in `Inputs.scores`; the keys before the first position have one.
+        scaling: as for `attend`; so are `window` and `softcap`.
+        window: see there.
+        softcap: see there.
+    """
+    _, heads, tokens, head_dim = query.shape
+    padded = max(16, triton.next_power_of_2(head_dim))
+    _score[(64, kv_heads)](
+        query,
+        entry,
+        positions,
+        weights,
+        scores,
+        scaling,
+        softcap or 0.0,
+        window or 0,
+        tokens,
+        query.stride(1),
+        query.stride(2),
+        GROUP=heads // kv_heads,
+        DIM=head_dim,
+        PADDED=padded,
+        ROWS=64 if padded <= 128 else 32,
+        KEYS=64 if padded <= 128 else 32,
+        WINDOWED=window is not None,
+        CAPPED=softcap is not None,
+        num_warps=4,
+        num_stages=3,
+    )
 
 
 def append(key: torch.Tensor, value: torch.Tensor, table: torch.Tensor, positions: torch.Tensor) -> None:
@@ -209,16 +270,19 @@ def attention(
     if value.shape[-1] != query.shape[-1]:
         raise UnsupportedModelError("keys and values have heads of different sizes")
     given = inputs.get()
-    out = attend(
-        query if query.stride(-1) == 1 else query.contiguous(),
-        given.table[:, int(module.layer_idx)],  # type: ignore[arg-type]
-        given.positions,
-        key.shape[1],
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=sliding_window,
-        softcap=softcap,
-        sinks=s_aux,
-    )
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    entries = given.table[:, int(module.layer_idx)]  # type: ignore[arg-type]
+    kv_heads, heads, tokens = key.shape[1], *query.shape[1:3]
+    how: dict[str, Any] = {
+        "scaling": query.shape[-1] ** -0.5 if scaling is None else scaling,
+        "window": sliding_window,
+        "softcap": softcap,
+    }
+    if given.scores is None:
+        return attend(query, entries, given.positions, kv_heads, sinks=s_aux, **how), None
+    weights = torch.empty(kv_heads, tokens * heads // kv_heads, dtype=torch.float32, device=query.device)
+    out = attend(query, entries, given.positions, kv_heads, sinks=s_aux, weights=weights, **how)
+    score(query, entries[0], given.positions[0], kv_heads, weights, given.scores, **how)
     return out, None
 
 
@@ -293,10 +357,10 @@ def _read_share(
 
 @triton.jit
 def _attend(
-    query, table, positions, sinks, partial, sums, scaling, softcap, window, tokens, every,
+    query, table, positions, sinks, partial, sums, weights, scaling, softcap, window, tokens, every,
     stride_sequence, stride_head, stride_token, stride_table,
     GROUP: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    SPLITS: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, SUNK: tl.constexpr,
+    SPLITS: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, SUNK: tl.constexpr, WEIGHED: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one KV head, over one share of the keys. `every`: tokens of all sequences."""
     block, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -381,6 +445,8 @@ def _attend(
     if SPLITS == 1:
         to = at * (kv_heads * GROUP) + head
         tl.store(partial + to[:, None] * DIM + d[None, :], acc.to(partial.dtype.element_ty), mask=wanted)
+        if WEIGHED:
+            tl.store(weights + kv_head * (every * GROUP) + row, best + tl.math.log2(some), mask=real)
     else:
         to = (split * kv_heads + kv_head) * (every * GROUP) + row
         tl.store(partial + to[:, None].to(tl.int64) * DIM + d[None, :], acc, mask=wanted)
@@ -389,8 +455,8 @@ def _attend(
 
 @triton.jit
 def _join(
-    partial, sums, out, every, kv_heads,
-    GROUP: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr,
+    partial, sums, out, weights, every, kv_heads,
+    GROUP: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr, WEIGHED: tl.constexpr,
 ):  # fmt: skip
     """The output of one query of one head: the mean of its shares, by their sums of weights."""
     row, rows = tl.program_id(0), tl.num_programs(0)
@@ -398,6 +464,8 @@ def _join(
     total = tl.load(sums + split * rows + row)
     most = tl.max(total, 0)
     weight = tl.math.exp2(total - tl.where(most == float("-inf"), 0.0, most))
+    if WEIGHED:
+        tl.store(weights + row, most + tl.math.log2(tl.sum(weight, 0)))
     weight = weight / tl.maximum(tl.sum(weight, 0), 1e-30)
     at = (split * rows + row).to(tl.int64)[:, None] * DIM + d[None, :]
     shares = tl.load(partial + at, mask=(weight[:, None] > 0) & (d[None, :] < DIM), other=0.0)
@@ -428,3 +496,46 @@ def _append(
     v = tl.load(value + sequence * value_sequence + head * value_head + token * value_token + d, mask=d < DIM)
     tl.store(keys + d, k, mask=there)
     tl.store(values + d, v, mask=there)
+
+
+@triton.jit
+def _score(
+    query, entry, positions, weights, scores, scaling, softcap, window, tokens, stride_head, stride_token,
+    GROUP: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
+):  # fmt: skip
+    """Some blocks of keys of one KV head."""
+    kv_head = tl.program_id(1)
+    dtype = query.dtype.element_ty
+    length = tl.load(positions).to(tl.int32)
+    scores = tl.load(scores).to(tl.pointer_type(tl.float32)) + kv_head.to(tl.int64) * length
+    offset = kv_head * tl.load(entry + 2) * DIM
+    keys = tl.multiple_of(tl.load(entry).to(tl.pointer_type(dtype)), 16) + offset
+    values = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(dtype)), 16) + offset
+    d = tl.arange(0, PADDED)
+    for block in range(tl.program_id(0), tl.cdiv(length, KEYS), tl.num_programs(0)):
+        j = block * KEYS + tl.arange(0, KEYS)
+        there = (j < length)[None, :] & (d < DIM)[:, None]
+        k = tl.load(keys + j[None, :] * DIM + d[:, None], mask=there, other=0.0)
+        total = tl.zeros([KEYS], tl.float32)
+        for start in range(0, tokens * GROUP, ROWS):
+            row = start + tl.arange(0, ROWS)
+            at = row // GROUP
+            real = at < tokens
+            position = tl.load(positions + at, mask=real, other=-1).to(tl.int32)
+            real = real & (position != tl.load(positions + at - 1, mask=real & (at > 0), other=-1).to(tl.int32))
+            where = (kv_head * GROUP + row % GROUP) * stride_head + at * stride_token
+            q = tl.load(query + where[:, None] + d[None, :], mask=real[:, None] & (d < DIM)[None, :], other=0.0)
+            found = tl.dot(q, k, input_precision="ieee") * scaling
+            if CAPPED:
+                found = softcap * (1.0 - 2.0 / (tl.math.exp2(found * (2.0 * LOG2E / softcap)) + 1.0))
+            base = tl.load(weights + kv_head * (tokens * GROUP) + row, mask=real, other=0.0)
+            weight = tl.math.exp2(found * LOG2E - base[:, None])
+            seen = real[:, None] & (j < length)[None, :]
+            if WINDOWED:
+                seen = seen & (j[None, :] > position[:, None] - window)
+            total += tl.sum(tl.where(seen, weight, 0.0), 0)
+        v = tl.load(values + j[:, None] * DIM + d[None, :], mask=(j < length)[:, None] & (d < DIM)[None, :], other=0.0)
+        norm = tl.sqrt(tl.sum(v.to(tl.float32) * v.to(tl.float32), 1))
+        known = tl.load(scores + j, mask=j < length, other=0.0)
+        tl.store(scores + j, known + total * norm, mask=j < length)

@@ -13,7 +13,7 @@ import inspect
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -22,9 +22,23 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from kvcag.cache.attention import decoder_of
-from kvcag.cache.layers import BETWEEN_LAYERS, GenerationCache, cache_argument, crop, generation_cache
+from kvcag.cache.layers import (
+    BETWEEN_LAYERS,
+    GenerationCache,
+    Layers,
+    cache_argument,
+    cache_of,
+    crop,
+    cut,
+    generation_cache,
+    readable,
+)
+from kvcag.cache.merge import Layout
 from kvcag.cache.rope import attends_to_its_own, check_mergeable
+from kvcag.cache.rope import rotations as rotations_of
+from kvcag.core import ReadTail
 from kvcag.engines.cuda.attention import NAME, Inputs, append, inputs
+from kvcag.engines.cuda.drift import PARTS, Correction
 from kvcag.engines.cuda.fused import fused
 from kvcag.engines.decode import Arriving, Prediction
 from kvcag.errors import UnsupportedModelError
@@ -35,6 +49,13 @@ if TYPE_CHECKING:
 SIZES = (1, 16, 32, 64, 128, 256)
 """New tokens of a pass. Fewer are filled up with copies of the last one, at its position: they compute the same once
 more, and write the same keys and values to the same place."""
+
+CHOOSING = (16, 32, 64, 128, 256, 512)
+"""Tokens of a question whose pass sums up what they attend to."""
+
+RECOMPUTING = (64, 128, 256, 384, 512, 768, 1024)
+"""Tokens of a pass that recomputes some of a merged context and reads the question. Longer passes keep the device busy
+for longer than their launches take: they run without a graph."""
 
 TOGETHER = (8, 16, 32, 64)
 """Generations of a pass. With fewer, the other places are empty: what a generation computes does not depend on how many
@@ -78,6 +99,11 @@ class Graphs:
         self._model = model
         self._device = devices.pop()
         self._passes: dict[tuple[int, int], _Pass] = {}
+        self._merging: dict[tuple[str, int], _Pass] = {}
+        rotations = rotations_of(model)
+        turned = {each for each in rotations if each.module is not None}
+        self._merges = len({each.interleaved for each in turned}) == 1
+        self._rotations = rotations
         self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
         self.alone: str | None = None
         """Why passes of several generations are not captured; None where they are."""
@@ -143,6 +169,68 @@ class Graphs:
             cache.advance(len(tokens))
         return predictions
 
+    # --- merging: `kvcag.cache.merge.Passes` ------------------------------------------------------------------
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def scores(self, layers: Layers, length: int, tail_ids: torch.Tensor) -> torch.Tensor | None:
+        """See `kvcag.cache.merge.Passes`."""
+        if not self._takes_merged(layers) or not 0 < len(tail_ids) <= CHOOSING[-1]:
+            return None
+        size = CHOOSING[bisect_left(CHOOSING, len(tail_ids))]
+        if ("choose", size) not in self._merging:
+            self._merging["choose", size] = _Choosing(self._model, 1, size, self._shapes, self._pool)
+        choosing = cast("_Choosing", self._merging["choose", size])
+        found = torch.zeros(max(heads for heads, _ in self._shapes), length, device=self._device)
+        choosing.address.copy_(torch.tensor([found.data_ptr()]).pin_memory(), non_blocking=True)
+        choosing.launch(_table_of(layers), [*range(length, length + len(tail_ids))], tail_ids.tolist())
+        return found.sum(0)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def recompute_and_read(
+        self, layers: Layers, layout: Layout, positions: torch.Tensor, tail_ids: torch.Tensor
+    ) -> ReadTail | None:
+        """See `kvcag.cache.merge.Passes`."""
+        length, parts = len(layout.token_ids), int(layout.part_of[-1]) + 1
+        if not self._takes_merged(layers) or parts > PARTS:
+            return None
+        at = [*positions.tolist(), *range(length, length + len(tail_ids))]
+        token_ids = [*layout.token_ids[positions].tolist(), *tail_ids.tolist()]
+        recomputing: _Recomputing
+        if len(at) > RECOMPUTING[-1]:
+            recomputing = self._recomputing(len(at), captured=False)
+        else:
+            size = RECOMPUTING[bisect_left(RECOMPUTING, len(at))]
+            if ("recompute", size) not in self._merging:
+                self._merging["recompute", size] = self._recomputing(size, captured=True)
+            recomputing = cast("_Recomputing", self._merging["recompute", size])
+        features = max(keys.shape[1] * (keys.shape[-1] + values.shape[-1]) for keys, values in layers)
+        recomputing.correction.take(layout, positions, features, self._model.dtype)
+        logits, _ = recomputing.launch(_table_of(layers), at, token_ids)
+        return ReadTail(cache_of(cut(layers, length, length + len(tail_ids))), logits)
+
+    def _recomputing(self, size: int, *, captured: bool) -> _Recomputing:
+        frequencies = [
+            torch.zeros(width // 2, device=self._device) if rotation.module is None else rotation.frequencies
+            for rotation, (_, width) in zip(self._rotations, self._shapes, strict=True)
+        ]
+        interleaved = any(each.interleaved for each in self._rotations)
+        correction = Correction.of(size, frequencies, self._device, interleaved=interleaved)
+        return _Recomputing(self._model, size, self._shapes, self._pool, correction, captured=captured)
+
+    def _takes_merged(self, layers: Layers) -> bool:
+        """Whether each layer turns all of its keys, and the kernels can read what is merged."""
+        return (
+            self._merges
+            and readable(layers)
+            and layers[0][0].dtype == self._model.dtype
+            and all(
+                rotation.module is None or rotation.turns_all_of(width)
+                for rotation, (_, width) in zip(self._rotations, self._shapes, strict=True)
+            )
+        )
+
     def _compare(self) -> None:
         """Refuse the model unless captured passes give what ordinary ones give."""
         model = self._model
@@ -207,27 +295,47 @@ class _Pass:
     """A captured pass of `size` new tokens for each of `sequences` generations; either is one."""
 
     def __init__(
-        self, model: PreTrainedModel, sequences: int, size: int, shapes: Sequence[tuple[int, int]], pool: Any
+        self,
+        model: PreTrainedModel,
+        sequences: int,
+        size: int,
+        shapes: Sequence[tuple[int, int]],
+        pool: Any,
+        *,
+        cache: Cache | None = None,
+        captured: bool = True,
     ) -> None:
         self._model, self._sequences, self._size = model, sequences, size
         self._device = model.device
         layers, self._places = len(shapes), sequences * size
         self._given = torch.zeros((8 * layers + 2 * size) * sequences, dtype=torch.long, device=self._device)
         table, positions, self._token_ids = self._given.split([8 * layers * sequences, self._places, self._places])
-        self._inputs = Inputs(table.view(sequences, layers, 8), positions.view(sequences, size))
-        self._cache = _Writer()
+        self._inputs = self._inputs_of(table.view(sequences, layers, 8), positions.view(sequences, size))
+        self._cache = _Writer() if cache is None else cache
         last = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._arguments: dict[str, Any] = {"logits_to_keep": 1} if last else {}
+        self._replay: Any = None
+        if not captured:
+            return
         heads, width = max(heads for heads, _ in shapes), max(width for _, width in shapes)
         scratch = torch.zeros(2, heads, size, width, dtype=model.dtype, device=self._device)  # for this method only
         row = [scratch[0].data_ptr(), scratch[1].data_ptr(), size, 0, 0, 0, 0, 0]
         self._set(np.array([row] * (layers * sequences)), [*range(size)] * sequences, [1] * self._places)
-        with _attending(model), fused(model):
+        with self._ready(), _NeverWaiting():
+            self._run()
+        with self._ready():
+            self._replay, (self._logits, self._likeliest) = capture(self._run, pool)
+
+    def _inputs_of(self, table: torch.Tensor, positions: torch.Tensor) -> Inputs:
+        return Inputs(table, positions)
+
+    @contextmanager
+    def _ready(self) -> Iterator[None]:
+        """Within it, the model computes by our kernels, from this pass's inputs."""
+        with _attending(self._model), fused(self._model):
             token = inputs.set(self._inputs)
             try:
-                with _NeverWaiting():
-                    self._run()
-                self._replay, (self._logits, self._likeliest) = capture(self._run, pool)
+                yield
             finally:
                 inputs.reset(token)
 
@@ -257,6 +365,18 @@ class _Pass:
         rows = [Prediction(logits[j : j + 1], likeliest[j : j + 1], arriving, j) for j in range(len(order))]
         return [rows[order.index(i)] for i in range(len(order))]
 
+    def launch(
+        self, table: np.ndarray, positions: list[int], token_ids: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run tokens of one sequence at any ascending positions; logits after the last, and the likeliest token."""
+        missing = self._size - len(positions)
+        self._set(table, [*positions, *positions[-1:] * missing], [*token_ids, *token_ids[-1:] * missing])
+        if self._replay is None:
+            with self._ready():
+                return self._run()
+        self._replay()
+        return self._logits.clone(), self._likeliest.clone()
+
     def _set(self, table: np.ndarray, positions: list[int], token_ids: list[int]) -> None:
         """Copies to the device, which do not wait for it. What the table lacks is left as it is."""
         entries = 8 * len(table)
@@ -282,6 +402,37 @@ class _Pass:
         return logits, logits.argmax(-1)
 
 
+class _Choosing(_Pass):
+    """A pass that adds up how much its tokens use those before them."""
+
+    def _inputs_of(self, table: torch.Tensor, positions: torch.Tensor) -> Inputs:
+        self.address = torch.zeros(1, dtype=torch.long, device=self._device)
+        return Inputs(table, positions, self.address)
+
+
+class _Recomputing(_Pass):
+    """A pass that corrects the cache by what its tokens show, layer by layer, before it attends to it."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        size: int,
+        shapes: Sequence[tuple[int, int]],
+        pool: Any,
+        correction: Correction,
+        *,
+        captured: bool,
+    ) -> None:
+        self.correction = correction
+        super().__init__(model, 1, size, shapes, pool, cache=_Corrector(correction), captured=captured)
+
+
+def _table_of(layers: Layers) -> np.ndarray:
+    """As `GenerationCache.addresses`, of layers that were lent nothing."""
+    rows = [[k.data_ptr(), v.data_ptr(), k.stride(1) // k.shape[-1], 0, 0, 0, 0, 0] for k, v in layers]
+    return np.array(rows, dtype=np.int64)
+
+
 def capture(run: Any, pool: Any) -> tuple[Any, Any]:
     """A function that launches `run` as one graph, and the tensors that then hold its result."""
     side = torch.cuda.Stream()
@@ -304,6 +455,24 @@ class _Writer(DynamicCache):
         given = inputs.get()
         append(key_states, value_states, given.table[:, layer_idx], given.positions)
         return key_states, value_states
+
+
+class _Corrector(_Writer):
+    """As `_Writer`; the rest of the context is corrected by what new keys and values differ from the old ones."""
+
+    def __init__(self, correction: Correction) -> None:
+        super().__init__()
+        self._correction = correction
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        given = inputs.get()
+        entry, positions = given.table[0, layer_idx], given.positions[0]
+        if value_states.stride(-1) != 1 or key_states.stride(-1) != 1:
+            key_states, value_states = key_states.contiguous(), value_states.contiguous()
+        self._correction.correct(layer_idx, key_states, value_states, entry, positions)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
 class _NeverWaiting(TorchDispatchMode):
