@@ -286,6 +286,9 @@ class _Start:
     @classmethod
     def prefilled(cls, engine: HFEngine, token_ids: Ids, namespace: str) -> _Start:
         """Exact, and from now on among the recent contexts."""
+        known, pieces = engine.prefixes.match(token_ids, namespace)
+        if known == len(token_ids) and len(pieces) == 1 and not engine.is_recurrent:
+            return cls(token_ids, pieces[0])  # it is only read
         layers, reused = engine.prefill(token_ids, namespace=namespace) if token_ids else ([], 0)
         return cls(token_ids, layers, encoded=len(token_ids) - reused)
 

@@ -1,7 +1,8 @@
 """Keys copied, moved and given their drift on an NVIDIA GPU, in one kernel for all layers.
 
-Needs Triton: imported on CUDA alone. Each kernel reads the addresses of the layers' tensors from a table, so that one launch serves all of them. Launches are
-what such work costs: with a few of PyTorch's kernels for each of 36 layers, 5 ms for 2,000 tokens on an H100.
+Needs Triton: imported on CUDA alone. Each kernel reads the addresses of the layers' tensors from a table, so that one
+launch serves all of them. Launches are what such work costs: with a few of PyTorch's kernels for each of 36 layers, 5 ms
+for 2,000 tokens on an H100.
 """
 
 from __future__ import annotations
@@ -26,16 +27,30 @@ def reads(tensors: Sequence[torch.Tensor]) -> bool:
     )
 
 
-def copy(targets: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]) -> None:
-    """Copy each source to its target, `(1, kv_heads, seq_len, head_dim)` each. Rows take 8 bytes, or a multiple.
+def fill(whole: torch.Tensor, parts: Sequence[Sequence[torch.Tensor]]) -> bool:
+    """Copy the tensors of each part, one part after another, into `whole`, with one kernel; False where it cannot.
 
     PyTorch's own copy of several tensors is a kernel for each of them where there are gaps between heads.
+
+    Args:
+        whole: `(tensors, 1, kv_heads, capacity, head_dim)`, contiguous.
+        parts: each with a tensor for every one of `whole`, `(1, kv_heads, seq_len, head_dim)`.
     """
-    _, heads, tokens, dim = sources[0].shape
-    words = tokens * dim * sources[0].element_size() // 8
-    _copy[(triton.cdiv(words, 1024), heads, len(sources))](
-        _table(sources), _table(targets), words, sources[0].element_size(), SIZE=1024, num_warps=4
-    )
+    item, (heads, _, dim) = whole.element_size(), whole.shape[2:]
+    form = (whole.shape[1], heads, dim), whole.dtype, whole.device
+    if dim * item % 8 or not all(map(reads, parts)):
+        return False
+    if any(((t[0].shape[0], t[0].shape[1], t[0].shape[3]), t[0].dtype, t[0].device) != form for t in parts):
+        return False
+    rows, start, longest = [], 0, 0
+    for tensors in parts:
+        words = tensors[0].shape[-2] * dim * item // 8
+        first, step = whole.data_ptr() + start * dim * item, whole.stride(0) * item
+        rows += [[t.data_ptr(), t.stride(1) * item, first + i * step, words] for i, t in enumerate(tensors)]
+        start, longest = start + tensors[0].shape[-2], max(longest, words)
+    table = _sent(rows, whole.device)
+    _fill[(triton.cdiv(longest, 1024), heads, len(rows))](table, whole.stride(2) * item, SIZE=1024, num_warps=4)
+    return True
 
 
 def turn(
@@ -102,21 +117,24 @@ def add_turned(
 
 def _table(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """Address and stride between heads of each."""
-    rows = torch.tensor([[t.data_ptr(), t.stride(1)] for t in tensors], dtype=torch.long)
-    if tensors[0].is_cuda:
-        rows = rows.pin_memory()
-    return rows.to(tensors[0].device, non_blocking=True)
+    return _sent([[t.data_ptr(), t.stride(1)] for t in tensors], tensors[0].device)
+
+
+def _sent(rows: list[list[int]], device: torch.device) -> torch.Tensor:
+    """Whole numbers on their way to the device."""
+    here = torch.tensor(rows, dtype=torch.long)
+    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here
 
 
 @triton.jit
-def _copy(sources, targets, words, item, SIZE: tl.constexpr):
-    head, tensor = tl.program_id(1), tl.program_id(2)
-    source = tl.load(sources + 2 * tensor) + head * tl.load(sources + 2 * tensor + 1) * item
-    target = tl.load(targets + 2 * tensor) + head * tl.load(targets + 2 * tensor + 1) * item
+def _fill(table, stride, SIZE: tl.constexpr):
+    """One tensor's row: its address, its bytes between two heads, where it goes, and words of eight bytes a head."""
+    head, row = tl.program_id(1), table + 4 * tl.program_id(2)
+    source = (tl.load(row) + head * tl.load(row + 1)).to(tl.pointer_type(tl.int64))
+    target = (tl.load(row + 2) + head.to(tl.int64) * stride).to(tl.pointer_type(tl.int64))
     at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    there = at < words
-    word = tl.load(source.to(tl.pointer_type(tl.int64)) + at, mask=there)
-    tl.store(target.to(tl.pointer_type(tl.int64)) + at, word, mask=there)
+    there = at < tl.load(row + 3)
+    tl.store(target + at, tl.load(source + at, mask=there), mask=there)
 
 
 @triton.jit

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -117,8 +118,13 @@ def length_of(layers: Sequence[LayerKV]) -> int:
 
 
 def kinds_of(model: PreTrainedModel) -> Kinds:
-    """The layers of a model that has recurrent layers; empty for a model without them."""
-    return kinds_of_config(model.config.get_text_config(decoder=True))
+    """The layers of a model that has recurrent layers; empty for a model without them. Looked at once per model."""
+    if model not in _kinds:
+        _kinds[model] = kinds_of_config(model.config.get_text_config(decoder=True))
+    return _kinds[model]
+
+
+_kinds: WeakKeyDictionary[Any, Kinds] = WeakKeyDictionary()
 
 
 def latent_shape(config: Any) -> tuple[int, int, int] | None:
@@ -427,23 +433,16 @@ def _filled(parts: Sequence[Sequence[LayerKV]], room: int, *, zeroed: bool = Fal
         buffers = list(whole.unbind())
     else:
         buffers = [t.new_empty((*t.shape[:-2], length + room, t.shape[-1])) for t in flat[0]]
-    wide = len(kinds) == 1 and like.shape[-1] * like.element_size() % 8 == 0
-    start = 0
-    for tensors in flat:
-        end = start + tensors[0].shape[-2]
-        if end == start:
-            continue
-        targets = whole[..., start:end, :].unbind() if len(kinds) == 1 else [b[..., start:end, :] for b in buffers]
-        kernels = kernels_for(tensors) if wide else None
-        if kernels is not None:
-            kernels.copy(targets, tensors)
-        else:
-            torch._foreach_copy_(list(targets), tensors)
-        start = end
-    if zeroed and len(kinds) == 1:
-        whole[..., length:, :].zero_()
-    for buffer in buffers if zeroed and len(kinds) > 1 else ():
-        buffer[..., length:, :].zero_()
+    for spare in ([whole] if len(kinds) == 1 else buffers) if zeroed else ():
+        spare[..., length:, :].zero_()
+    parts_there = [tensors for tensors in flat if tensors[0].shape[-2]]
+    kernels = kernels_for(flat[0]) if len(kinds) == 1 else None
+    if kernels is None or not kernels.fill(whole, parts_there):
+        start = 0
+        for tensors in parts_there:
+            end = start + tensors[0].shape[-2]
+            torch._foreach_copy_([buffer[..., start:end, :] for buffer in buffers], tensors)
+            start = end
     return list(zip(buffers[::2], buffers[1::2], strict=True))
 
 

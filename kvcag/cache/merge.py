@@ -664,6 +664,7 @@ class UsualDrift:
 
     layers: list[torch.Tensor]
     slopes: list[torch.Tensor] | None = None
+    _stacked: dict[torch.device, torch.Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def digest(self) -> str:
@@ -722,7 +723,9 @@ class UsualDrift:
             return False
         device = keys[0].device
         positions = positions.pin_memory().to(device, non_blocking=True)
-        offsets = torch.stack(self.layers).to(device)
+        if device not in self._stacked:
+            self._stacked[device] = torch.stack(self.layers).to(device)
+        offsets = self._stacked[device]
         cos, sin = whole.angles(torch.zeros_like(positions), positions)
         change = offsets[..., : keys[0].shape[-1]]
         kernels.add_turned(keys, positions, change, cos, sin, interleaved=whole.interleaved)
