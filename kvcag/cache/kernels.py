@@ -1,8 +1,8 @@
 """Keys copied, moved and given their drift on an NVIDIA GPU, in one kernel for all layers.
 
 Needs Triton: imported on CUDA alone. Each kernel reads the addresses of the layers' tensors from a table, so that one
-launch serves all of them. Launches are what such work costs: with a few of PyTorch's kernels for each of 36 layers, 5 ms
-for 2,000 tokens on an H100.
+launch serves all of them. Launches are what such work costs: with a few of PyTorch's kernels for each of 36 layers it
+took 5 ms for 2,000 tokens on an H100.
 """
 
 from __future__ import annotations
