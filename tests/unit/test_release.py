@@ -164,7 +164,27 @@ def test_the_workflow_and_the_hooks_run_what_a_developer_runs() -> None:
     assert linters == set(re.findall(r"-m (\w+)", read(".pre-commit-config.yaml")))
 
 
+def test_the_release_list_was_walked_for_this_version() -> None:
+    """Each line has what was seen, the targets and files that it names are there, and so are those of `.ci/run`."""
+    page = read("RELEASING.md")
+    rows = re.findall(r"^\| (.+) \| (.*) \|$", page, flags=re.MULTILINE)[2:]
+    assert len(rows) > 12
+    assert all(seen.strip() for _, seen in rows)
+    assert f"{kvcag.__version__} (" in page
+    targets = set(re.findall(r"^([a-z-]+):", read("Makefile"), flags=re.MULTILINE))
+    named = set(re.findall(r"`make ([a-z-]+)", page))
+    assert set(re.findall(r"^make ([a-z-]+)$", read(".ci/run"), flags=re.MULTILINE)) <= named <= targets
+    for file in re.findall(r"`(?:python )?((?:\.ci|benchmarks|tests|distributions)/[\w./-]*)`", page):
+        assert (ROOT / file).exists(), file
+
+
 def test_pages_for_people_who_join_name_files_that_are_there() -> None:
-    for page in ("CODE_OF_CONDUCT.md", "CONTRIBUTING.md", "SECURITY.md", ".github/pull_request_template.md"):
+    for page in (
+        "CODE_OF_CONDUCT.md",
+        "CONTRIBUTING.md",
+        "RELEASING.md",
+        "SECURITY.md",
+        ".github/pull_request_template.md",
+    ):
         for target in re.findall(r"\]\(([^):#]+)\)", read(page)):
             assert (ROOT / target).exists(), f"{page}: {target}"
