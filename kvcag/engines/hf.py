@@ -701,7 +701,7 @@ class HFEngine(Engine):
     def with_memory(self, work: Callable[[], T]) -> T:
         """What `work` returns. Where the device has too little memory, `work` begins again, once.
 
-        Before that, torch gives back the memory that it holds unused.
+        Before that, torch gives back the memory that it holds unused. Merging goes on without captured passes.
 
         Raises:
             DeviceMemoryError: the device has too little memory for it then, too.
@@ -710,6 +710,8 @@ class HFEngine(Engine):
             return work()
         except DeviceMemoryError as error:
             _LOG.warning("%s Trying once more.", error)
+            if (graphs := self.__dict__.get("_graphs")) is not None:
+                graphs.merges = False
             torch.cuda.empty_cache()
         return work()
 

@@ -102,7 +102,8 @@ class Graphs:
         self._merging: dict[tuple[str, int], _Pass] = {}
         rotations = rotations_of(model)
         turned = {each for each in rotations if each.module is not None}
-        self._merges = len({each.interleaved for each in turned}) == 1
+        self.merges = len({each.interleaved for each in turned}) == 1
+        """Whether it has passes for merging. The engine switches them off where they ran out of memory."""
         self._rotations = rotations
         self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
         self.alone: str | None = None
@@ -222,7 +223,7 @@ class Graphs:
     def _takes_merged(self, layers: Layers) -> bool:
         """Whether each layer turns all of its keys, and the kernels can read what is merged."""
         return (
-            self._merges
+            self.merges
             and readable(layers)
             and layers[0][0].dtype == self._model.dtype
             and all(
