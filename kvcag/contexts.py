@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -497,6 +497,8 @@ class DocumentCache:
         engine: the model that encodes.
         store: where items live.
         namespace: whose recent contexts the engine may reuse.
+        since: what the store's `deletions` were before texts were read from it: what was deleted since is not put back.
+            None: the texts come from elsewhere.
         encoding: a lock for each document that is being looked up or encoded, by its id.
         notices: what was said about the store.
     """
@@ -504,6 +506,7 @@ class DocumentCache:
     engine: Engine
     store: KVStore
     namespace: str = ""
+    since: Hashable = None
     encoding: WeakValueDictionary[str, threading.Lock] = field(default_factory=WeakValueDictionary)
     notices: WarnOnce = field(default_factory=WarnOnce)
 
@@ -599,8 +602,8 @@ class DocumentCache:
         replaced: Manifest | None = None
         with holding(self._lock_of(key)):
             try:
-                item = self.get(key) if self._holds(head_ids, token_ids, behind) else None
-                if item is not None:
+                item = self.get(key)
+                if item is not None and self._fits(key, head_ids, token_ids, behind):
                     self.engine.check_item(item)
                     return item, False
                 replaced = None if behind is None else self.store.manifest(key)
@@ -625,7 +628,8 @@ class DocumentCache:
         """Within it, a document is encoded and put. If it is deleted meanwhile, it does not come back."""
         records = KVCacheRecords(text_memories=[text], composed_text_memory=text)
         metadata = {"source_text": text, **(metadata or {})}
-        return self.store.keeping(EncodedItem(id=self.key(token_ids), records=records, metadata=metadata))
+        item = EncodedItem(id=self.key(token_ids), records=records, metadata=metadata)
+        return self.store.keeping(item, self.since)
 
     def warn(self, what: str, error: Exception) -> None:
         """Say that a store failed, once about each damaged item, and once about a store that is gone."""

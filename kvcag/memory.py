@@ -5,7 +5,17 @@ from __future__ import annotations
 import threading
 import time
 import warnings
-from collections.abc import AsyncGenerator, Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Callable,
+    Collection,
+    Generator,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -120,7 +130,7 @@ class KVCacheMemory:
         self.watchers: list[Callable[[Prompt], None]] = []  # told of each prompt whose documents are looked for
         self.documents = DocumentCache(engine, opened, namespace)
         self._contexts: dict[str, str] = {}
-        self._contexts_at = 0
+        self._contexts_at: Hashable = 0
 
     @property
     def store(self) -> KVStore:
@@ -576,16 +586,24 @@ class KVCacheMemory:
         elif settings:
             raise InvalidInputError(f"pass either sampling= or {', '.join(settings)}, not both")
         seams: Seams = "documents" if self.engine.merges and strategy != "exact" else self.engine.seams
-        prompt = messages if isinstance(messages, Prompt) else self._prompt(as_messages(messages), ids, tools, seams)
+        documents = self.documents
+        if isinstance(messages, Prompt):
+            prompt = messages
+        else:
+            asked = as_messages(messages)
+            if ids or (ids is None and not any(map(_has_documents, asked))):
+                documents = replace(documents, since=self.store.deletions())
+            prompt = self._prompt(asked, ids, tools, seams)
         budget = self.engine.check_fits(len(prompt.token_ids), sampling.max_new_tokens)
         if constraint is not None:
             constraint = self.engine.constrain(constraint, budget, prompt.thinking)
         with self.engine.begun(self.namespace):
-            chunks = self._opened(prompt, sampling, constraint, merging, started)
+            chunks = self._opened(documents, prompt, sampling, constraint, merging, started)
             return observed(chunks, self.engine.model_name, sampling, started)
 
     def _opened(
         self,
+        documents: DocumentCache,
         prompt: Prompt,
         sampling: Sampling,
         constraint: ConstraintLike | None,
@@ -595,16 +613,16 @@ class KVCacheMemory:
         """The answer to a prompt, over its context."""
         context, known = None, None  # the engine finds the longest known prefix by itself
         if settings.strategy == "exact":
-            if is_stored_whole(self.documents, prompt):
-                context = self.context_for(prompt, settings)
+            if is_stored_whole(documents, prompt):
+                context = context_of_prompt(documents, prompt, settings)
         elif self.engine.merges:
             for watch in self.watchers if prompt.document_ids else ():
                 watch(prompt)
-            known = reusable(self.documents, prompt, settings)
+            known = reusable(documents, prompt, settings)
             if known is None:
-                context = self.context_for(prompt, settings)
+                context = context_of_prompt(documents, prompt, settings)
             accept = known == "merged"
-            context = with_kept_history(self.documents, prompt, context, settings, accept_merged=accept) or context
+            context = with_kept_history(documents, prompt, context, settings, accept_merged=accept) or context
         return self.engine.stream(
             prompt,
             sampling,

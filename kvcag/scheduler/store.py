@@ -6,7 +6,7 @@ import hmac
 import logging
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -201,12 +201,18 @@ class ScheduledStore(KVStore):
             self._texts.purge(set(), list(self._texts.known))
             return super().clear()
 
-    def deletions(self) -> int:
-        """Counts those of the inner store."""
+    def deletions(self) -> Hashable:
+        """Those of the inner store."""
         return self.inner.deletions()
 
-    def _deletions_elsewhere(self) -> int:
-        return self.inner._deletions_elsewhere()
+    def _moment(self) -> Hashable:
+        return self.inner._moment()
+
+    def _deleted_since(self, key: str, since: Hashable) -> bool:
+        return self.inner._deleted_since(key, since)
+
+    def _used(self, key: str) -> None:
+        self.inner._used(key)
 
     def _gone(self, report: DeletionReport) -> DeletionReport:
         gone = [self.entries.pop(key) for key in report.ids if key in self.entries]

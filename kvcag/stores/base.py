@@ -6,7 +6,7 @@ import re
 import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -143,7 +143,7 @@ class KVStore(ABC):
         """Delete items, go on after a failure, and report. Work under way does not bring them back (`keeping`)."""
         chosen = dict.fromkeys(keys)
         report = DeletionReport({self.place: []})
-        with self._announced(lambda item: item.id in chosen):
+        with self._announced(lambda item: item.id in chosen, chosen):
             for key in chosen:
                 try:
                     if self.contains(key):
@@ -166,26 +166,26 @@ class KVStore(ABC):
         """Delete every item, also those that cannot be read, and report."""
         return self.erase_where(lambda item: True, unreadable=True)
 
-    def deletions(self) -> int:
+    def deletions(self) -> Hashable:
         """Changes with every `erase`, `purge` and `clear`, where possible those of other processes too."""
         return self._erasures
 
     _erasures = 0
 
     @contextmanager
-    def _announced(self, chosen: Callable[[Described], bool]) -> Iterator[None]:
+    def _announced(self, chosen: Callable[[Described], bool], keys: Iterable[str] | None = None) -> Iterator[None]:
         """Announce a deletion before items are looked for and when they are gone.
 
         Before: what work under way puts later would not be found. After: others may have read an item in between.
         """
-        self._announce(chosen)
+        self._announce(chosen, keys)
         try:
             yield
         finally:
-            self._announce(chosen)
+            self._announce(chosen, keys)
 
-    def _announce(self, chosen: Callable[[Described], bool]) -> None:
-        """Count a deletion, and tell work under way of it."""
+    def _announce(self, chosen: Callable[[Described], bool], keys: Iterable[str] | None) -> None:
+        """Count a deletion of `keys`, or for None of what is found, and tell work under way of it."""
         self._erasures += 1
         with _working:
             for work in _under_way:
@@ -216,13 +216,14 @@ class KVStore(ABC):
         return report
 
     @contextmanager
-    def keeping(self, item: Described) -> Iterator[None]:
+    def keeping(self, item: Described, since: Hashable = None) -> Iterator[None]:
         """Work that encodes and puts an item. If the item is deleted meanwhile, it is deleted again at the end.
 
         Args:
             item: has at least the item's id, its records and its metadata.
+            since: what `deletions` returned before the item was read from this store; None: it comes from elsewhere.
         """
-        work, elsewhere = _Work(self.places, item), self._deletions_elsewhere()
+        work, since = _Work(self.places, item), self._moment() if since is None else since
         with _working:
             _under_way.add(work)
         try:
@@ -230,7 +231,7 @@ class KVStore(ABC):
         finally:
             with _working:
                 _under_way.discard(work)
-            if work.is_deleted or self._deletions_elsewhere() != elsewhere:
+            if work.is_deleted or self._deleted_since(item.id, since):
                 self._delete_again(item)
 
     def _delete_again(self, item: Described) -> None:
@@ -240,9 +241,16 @@ class KVStore(ABC):
         except StoreError as error:
             warnings.warn(f"{item.id} was deleted while it was made, and is there: {error}", CacheWarning, 4)
 
-    def _deletions_elsewhere(self) -> int:
-        """Changes with deletions by other processes, of which it is not known what they deleted."""
-        return 0
+    def _moment(self) -> Hashable:
+        """Now, for `_deleted_since`. This process's own deletions from now on do not count: work is told of them."""
+        return None
+
+    def _deleted_since(self, key: str, since: Hashable) -> bool:
+        """Whether an item was, or may have been, deleted after a `_moment`, or after `deletions` returned `since`."""
+        return since is not None and self.deletions() != since
+
+    def _used(self, key: str) -> None:  # noqa: B027 - most stores evict nothing
+        """Count a use of an item that was read from a faster tier."""
 
     # --- looking -------------------------------------------------------------------------------------------------
 

@@ -14,13 +14,13 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from kvcag.errors import CorruptItemError, FormatError, StoreFullError, StoreUnavailableError
+from kvcag.errors import CorruptItemError, FormatError, StoreError, StoreFullError, StoreUnavailableError
 from kvcag.stores.base import Described, KVStore, Listed, StoreStats, listed
 from kvcag.stores.files import (
     SUFFIX,
@@ -41,9 +41,11 @@ _PIN = ".pin"
 FOLDER_BYTES = 64 << 30
 """The budget of a store that is opened by a path alone, in bytes of its files."""
 _DELETIONS = ".deletions"
+"""A file with a mark of two bytes for each deletion: of the item's name, or zeros where items are still looked for."""
 _announced: Counter[str] = Counter()
-"""Deletions that this process has counted in the file of a directory."""
+"""Marks of zeros that this process has written for a directory."""
 _announcing = threading.Lock()
+_ANY = b"\0\0"
 _RECOUNT_SECONDS = 5.0
 """How long, at least, this process relies on its own count of the bytes. Other processes may write in the meantime."""
 _RECOUNT_SHARE = 0.05
@@ -198,22 +200,45 @@ class DiskStore(KVStore):
         return frozenset({str(self.directory.absolute())})
 
     def deletions(self) -> int:
-        """Counts those of all processes, in a file that grows by one byte for each."""
+        """Counts the bytes of all processes' marks, in a file that only grows."""
         with contextlib.suppress(OSError):
             self._erasures = (self.directory / _DELETIONS).stat().st_size
         return self._erasures
 
-    def _announce(self, chosen: Callable[[Described], bool]) -> None:
+    def _announce(self, chosen: Callable[[Described], bool], keys: Iterable[str] | None) -> None:
+        marks = _ANY if keys is None else b"".join(map(self._mark, keys))
         with _announcing, contextlib.suppress(OSError):  # a store that is gone: the deletion says so
             descriptor = os.open(self.directory / _DELETIONS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             with contextlib.closing(os.fdopen(descriptor, "wb")) as file:
-                file.write(b".")
-            _announced[str(self.directory.absolute())] += 1
-        super()._announce(chosen)
+                file.write(marks)
+            _announced[str(self.directory.absolute())] += keys is None
+        super()._announce(chosen, keys)
 
-    def _deletions_elsewhere(self) -> int:
+    def _mark(self, key: str) -> bytes:
+        """Sixteen bits of an item's file name: too few to tell which text it was, and rarely those of another."""
+        digest = bytes.fromhex(self.file(key).stem[:4])
+        return digest if digest != _ANY else b"\0\1"
+
+    def _moment(self) -> Hashable:
         with _announcing:
-            return self.deletions() - _announced[str(self.directory.absolute())]
+            return self.deletions(), _announced[str(self.directory.absolute())]
+
+    def _deleted_since(self, key: str, since: Hashable) -> bool:
+        with _announcing:
+            own = _announced[str(self.directory.absolute())]
+            at, before = since if isinstance(since, tuple) else (since, own)
+            try:
+                with open(self.directory / _DELETIONS, "rb") as file:
+                    file.seek(at)
+                    read = file.read()
+            except OSError:
+                return False
+        marks = [read[index : index + 2] for index in range(0, len(read), 2)]
+        return self._mark(key) in marks or marks.count(_ANY) > own - before
+
+    def _used(self, key: str) -> None:
+        with contextlib.suppress(OSError, StoreError), open(self.file(key), "rb", opener=unnoticed) as file:
+            _use(file)
 
     def _remove(self, path: str) -> None:
         with unavailable(path):

@@ -97,6 +97,11 @@ class MemoryStore(KVStore):
         with self._lock:
             return self._live(key) is not None
 
+    def _used(self, key: str) -> None:
+        with self._lock:
+            if self._live(key) is not None:
+                self._entries.move_to_end(key)
+
     def keys(self) -> Iterator[str]:
         """The ids of the items, the least recently used first."""
         with self._lock:

@@ -5,13 +5,21 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
-from kvcag.errors import CorruptItemError, FormatError, InvalidInputError, MissingExtraError, StoreUnavailableError
-from kvcag.stores.base import KVStore, Listed, StoreStats, listed
+from kvcag.errors import (
+    CorruptItemError,
+    FormatError,
+    InvalidInputError,
+    MissingExtraError,
+    StoreError,
+    StoreUnavailableError,
+)
+from kvcag.stores.base import Described, KVStore, Listed, StoreStats, listed
 from kvcag.stores.disk import FOLDER_BYTES, DiskStore
 from kvcag.stores.files import SUFFIX, Names
 from kvcag.stores.manifest import Manifest, Quantize, parse_header, parse_id
@@ -150,6 +158,21 @@ class FsspecStore(KVStore):
     def places(self) -> frozenset[object]:
         """The directory at the address."""
         return frozenset({f"{self.url}/{self.directory}"})
+
+    def deletions(self) -> int:
+        """A random number, in an object, that each deletion of any process replaces. One request."""
+        with contextlib.suppress(StoreError):
+            self._erasures = int.from_bytes((self._read(self._marker) or b"")[8:], "big")
+        return self._erasures
+
+    def _announce(self, chosen: Callable[[Described], bool], keys: Iterable[str] | None) -> None:
+        with contextlib.suppress(StoreError), self._reached():  # a remote that is gone: the deletion says so
+            self._fs.pipe_file(self._marker, bytes(8) + secrets.token_bytes(8))
+        super()._announce(chosen, keys)
+
+    @property
+    def _marker(self) -> str:
+        return f"{self.directory}/.deletions"
 
     def file(self, key: str) -> str:
         """The address of an item's object, whether or not it exists."""

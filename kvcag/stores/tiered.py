@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import operator
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from typing import TypeVar
 
 from kvcag.cache.layers import cache_of, contiguous_copy, layers_of
 from kvcag.core import KVCacheItem
 from kvcag.errors import InvalidInputError, StoreError, StoreFullError
 from kvcag.records import DeletionReport
-from kvcag.stores.base import Described, KVStore, StoreStats
+from kvcag.stores.base import Described, KVStore, Listed, StoreStats, listed
 from kvcag.stores.manifest import Manifest
 from kvcag.stores.memory import MemoryStore
 from kvcag.stores.remote import open_at
+
+T = TypeVar("T")
 
 
 class StoreWarning(UserWarning):
@@ -40,6 +46,10 @@ class TieredStore(KVStore):
     A put writes to every tier, so an item that one tier evicts is still in the next. An item that is found in a slow
     tier is copied into the faster ones. Each tier keeps its own budget.
 
+    The last tier says what is stored. Several processes may share it, each with faster tiers of its own: what one of
+    them deletes or replaces there, the others no longer use, whatever their faster tiers hold. So a look-up reads the
+    head of the item in the last tier, one request to a remote. If that fails, the faster tiers are used as they are.
+
     Args:
         tiers: stores, the fastest first. A path is a `DiskStore` of 64 GiB, an address with `://` an `FsspecStore`.
 
@@ -55,6 +65,7 @@ class TieredStore(KVStore):
         self._coming: dict[str, Future[KVCacheItem | None]] = {}
         self._lock = threading.Lock()
         self._stripes = [threading.Lock() for _ in range(64)]
+        self._only_here = set[str]()  # what the last tier could not store
         self._hits = self._misses = 0
 
     def __repr__(self) -> str:
@@ -90,12 +101,15 @@ class TieredStore(KVStore):
         """
         failures: list[StoreError] = []
         with self._changing(item.id):
-            for tier in self.tiers:
+            self._only_here.discard(item.id)
+            for tier in reversed(self.tiers):
                 try:
                     tier.put(item)
                 except StoreError as error:
                     tier.delete([item.id])  # it may hold an older item under this id; if this fails too, it raises
                     failures.append(error)
+                    if tier is self.tiers[-1]:
+                        self._only_here.add(item.id)
         if len(failures) == len(self.tiers):
             raise failures[0]
         for failure in failures:
@@ -139,39 +153,65 @@ class TieredStore(KVStore):
         report = sum(erased, DeletionReport())
         return report + self.erase(report.ids)  # a prefetch may have copied one from a tier that was cleared later
 
-    def deletions(self) -> int:
-        """Counts those of the tiers."""
-        return sum(tier.deletions() for tier in self.tiers)
+    def deletions(self) -> Hashable:
+        """Those of the tiers."""
+        return tuple(tier.deletions() for tier in self.tiers)
 
-    def _deletions_elsewhere(self) -> int:
-        return sum(tier._deletions_elsewhere() for tier in self.tiers)
+    def _moment(self) -> Hashable:
+        return tuple(tier._moment() for tier in self.tiers)
+
+    def _deleted_since(self, key: str, since: Hashable) -> bool:
+        assert isinstance(since, tuple)
+        return any(tier._deleted_since(key, each) for tier, each in zip(self.tiers, since, strict=True))
 
     def contains(self, key: str) -> bool:
-        """Whether a tier has the item."""
-        return self.tier_of(key) is not None
+        """Whether the last tier has the item."""
+        return bool(self._from_last(key, lambda tier: tier.contains(key)))
 
     def containing(self, keys: Iterable[str]) -> set[str]:
-        """Those that a tier has. A slower tier is asked for what the faster ones lack."""
-        missing, found = set(keys), set[str]()
-        for tier in self.tiers:
-            found |= tier.containing(missing)
-            missing -= found
-        return found
+        """Those that the last tier has."""
+        asked = set(keys)
+        try:
+            found = self.tiers[-1].containing(asked)
+        except StoreError as error:
+            self._warn(error)
+            return set[str]().union(*(tier.containing(asked) for tier in self.tiers[:-1]))
+        return found | {key for key in asked & self._only_here if self.contains(key)}
 
     def tier_of(self, key: str) -> int | None:
         """The index of the fastest tier that has an item; None where no tier has it."""
         return next((index for index, tier in enumerate(self.tiers) if tier.contains(key)), None)
 
     def keys(self) -> Iterator[str]:
-        """Each id once."""
-        for index, tier in enumerate(self.tiers):
-            for key in iter(tier.keys()):
-                if not any(faster.contains(key) for faster in self.tiers[:index]):
-                    yield key
+        """The ids of the last tier."""
+        yield from self.tiers[-1].keys()
+        yield from filter(self.contains, sorted(self._only_here))
+
+    def listing(self) -> Iterator[Listed]:
+        """What the last tier lists. An item that is deleted is deleted from every tier."""
+        for item in self.tiers[-1].listing():
+            name = item.name
+            yield item if item.manifest is None else replace(item, delete=partial(self.delete, [name]))
+        for key in sorted(self._only_here):
+            yield from listed(key, partial(self.manifest, key), partial(self.delete, [key]))
 
     def manifest(self, key: str) -> Manifest | None:
-        """From the fastest tier that has the item."""
-        return next((found for tier in self.tiers if (found := tier.manifest(key)) is not None), None)
+        """From the last tier."""
+        return self._from_last(key, lambda tier: tier.manifest(key))
+
+    def _from_last(self, key: str, ask: Callable[[KVStore], T]) -> T:
+        """What the last tier says; where it fails or could not store the item, what the others say."""
+        *faster, last = self.tiers
+        if key not in self._only_here:
+            try:
+                return ask(last)
+            except StoreError as error:
+                found = next(filter(None, map(ask, faster)), None)
+                if found is None:
+                    raise
+                self._warn(error)
+                return found
+        return next(filter(None, map(ask, faster)), None) or ask(last)
 
     def stats(self) -> StoreStats:
         """The items of the tier that has most, the bytes of all tiers, and hits and misses of this store."""
@@ -208,7 +248,7 @@ class TieredStore(KVStore):
         for index, tier in enumerate(self.tiers):
             try:
                 item = tier.get(key)
-                if item is None:
+                if item is None or not self._is_current(item, index):
                     continue
                 item = self._promote(item, index)
             except StoreError as error:
@@ -220,6 +260,23 @@ class TieredStore(KVStore):
         if failures:
             raise failures[0]
         return None
+
+    def _is_current(self, item: KVCacheItem, found: int) -> bool:
+        """Whether the last tier has this item, as it is. One that it lacks is deleted from the others."""
+        *faster, last = self.tiers
+        if found == len(faster) or item.id in self._only_here:
+            return True
+        try:
+            manifest = last.manifest(item.id)
+        except StoreError as error:
+            self._warn(error)
+            return True
+        if manifest is None:
+            for tier in faster:
+                tier.delete([item.id])
+            return False
+        last._used(item.id)  # or it would evict first what is used most, since the faster tiers have that
+        return _version(item) == _version(manifest)
 
     def _promote(self, item: KVCacheItem, found: int) -> KVCacheItem:
         """Copy an item into the tiers above the one where it was found, and return the copy of the fastest tier.
@@ -262,3 +319,8 @@ class TieredStore(KVStore):
     @staticmethod
     def _warn(error: StoreError) -> None:
         warnings.warn(f"a tier failed and another tier was used: {error}", StoreWarning, stacklevel=4)
+
+
+def _version(item: KVCacheItem | Manifest) -> tuple[object, ...]:
+    """What differs between an item and one that replaced it: its text's tokens are the same, since its id is."""
+    return item.records, item.prefix_digest, json.dumps(item.metadata, default=repr)
