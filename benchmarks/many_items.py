@@ -15,17 +15,18 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 from kvcag import HFEngine, KVCacheMemory
-from kvcag.stores.base import KVStore
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.manifest import seal
 from kvcag.sync import diff
 from kvcag.testing import byte_tokenizer, tiny_model
 
+T = TypeVar("T")
 RESULTS = Path(__file__).parent / "results" / "many_items.json"
 
 
@@ -56,12 +57,6 @@ def write(directory: Path, items: int) -> float:
     return time.perf_counter() - started
 
 
-def timed(act: Callable[[], object]) -> tuple[float, object]:
-    began = time.perf_counter()
-    result = act()
-    return time.perf_counter() - began, result
-
-
 def measure(directory: Path, items: int) -> dict[str, float]:
     """Seconds of each thing that is done to a store."""
     memory = memory_of(directory)
@@ -71,32 +66,34 @@ def measure(directory: Path, items: int) -> dict[str, float]:
     def listed() -> int:
         return sum(1 for _ in store.keys())  # noqa: SIM118 - a store is no dict
 
-    def read() -> Iterator[tuple[tuple[int, ...], str, dict[str, object]]]:
-        return ((memory._segment(text_of(number)), text_of(number), {}) for number in range(items))
+    def timed(what: str, act: Callable[[], T]) -> T:
+        began = time.perf_counter()
+        result = act()
+        seconds[what] = time.perf_counter() - began
+        print(f"{what:28} {seconds[what]:10.3f} s", flush=True)
+        return result
 
-    seconds["open"], _ = timed(lambda: DiskStore(directory, 64 << 30))
-    seconds["1,000 looked up"], found = timed(lambda: sum(store.contains(key) for key in wanted))
+    timed("open", lambda: DiskStore(directory, 64 << 30))
+    found = timed("1,000 looked up", lambda: sum(store.contains(key) for key in wanted))
     assert found == len(wanted)
-    seconds["1,000 read"], _ = timed(lambda: [store.get(key) for key in wanted])
-    seconds["first 100 ids"], _ = timed(lambda: list(islice(store.keys(), 100)))
-    seconds["every id"], count = timed(listed)
+    timed("1,000 read", lambda: [store.get(key) for key in wanted])
+    timed("first 100 ids", lambda: list(islice(store.keys(), 100)))
+    count = timed("every id", listed)
     assert count >= items
-    seconds["every manifest"], _ = timed(lambda: sum(1 for _ in store.listing()))
-    seconds["number and bytes"], _ = timed(store.stats)
-    seconds["what is new of the corpus"], new = timed(lambda: diff(memory.documents, (), read()))
+    timed("every manifest", lambda: sum(1 for _ in store.listing()))
+    timed("number and bytes", store.stats)
+    read = map(memory.read, map(text_of, range(items)))
+    new = timed("what is new of the corpus", lambda: diff(memory.documents, (), read))
     assert not new.new
     del new
-    seconds["one put"], _ = timed(lambda: memory.add("One more."))
-    seconds["100 more"], _ = timed(lambda: memory.add([f"Another {number}." for number in range(100)]))
-    seconds["sync"], report = timed(lambda: memory.sync([text_of(number) for number in range(items)]))
+    timed("one put", lambda: memory.add("One more."))
+    timed("100 more", lambda: memory.add([f"Another {number}." for number in range(100)]))
+    report = timed("sync", lambda: memory.sync([text_of(number) for number in range(items)]))
     assert report.encoded == 0
-    seconds["find a short id"] = shortest(directory, store, wanted[1])
+    command = [sys.executable, "-m", "kvcag", "inspect", wanted[1].removeprefix("kv:sha256:")[:16]]
+    command += ["--store", str(directory)]
+    timed("find a short id", lambda: subprocess.run(command, check=True, capture_output=True))
     return seconds
-
-
-def shortest(directory: Path, store: KVStore, id: str) -> float:
-    command = [sys.executable, "-m", "kvcag", "inspect", id.removeprefix("kv:sha256:")[:16], "--store", str(directory)]
-    return timed(lambda: subprocess.run(command, check=True, capture_output=True))[0]
 
 
 def main() -> None:
@@ -112,8 +109,6 @@ def main() -> None:
     seconds = measure(arguments.directory, arguments.items)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     RESULTS.write_text(json.dumps({"items": arguments.items, "seconds": seconds, "peak_mib": peak}, indent=2) + "\n")
-    for what, took in seconds.items():
-        print(f"{what:28} {took:10.3f} s")
     print(f"{'memory at its peak':28} {peak:10.0f} MiB")
 
 

@@ -290,7 +290,8 @@ def _open(url: str, options: dict[str, Any]) -> tuple[Any, str]:
     try:
         from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
-        fs, root = url_to_fs(url, **options)
+        # without its cache of listings: by one, an object that another process put later would not exist
+        fs, root = url_to_fs(url, use_listings_cache=False, **options)
     except ImportError as error:  # fsspec's own message names the package of a protocol
         raise MissingExtraError(f"{url} ({error})", "store") from None
     except ValueError as error:
