@@ -13,6 +13,7 @@ from kvcag.errors import CorruptItemError, InvalidInputError, MissingExtraError,
 from kvcag.stores.base import KVStore
 from kvcag.stores.format import item_to_bytes
 from kvcag.stores.remote import ByteKVStore, FsspecStore
+from tests.s3_server import s3_server
 from tests.stored import assert_same, random_item
 
 
@@ -303,3 +304,16 @@ def test_a_forked_child_gets_a_connection_of_its_own() -> None:
         store.put(random_item("a"))
         assert in_a_child(lambda store=store: store.get("a") is not None)  # type: ignore[misc]
         assert store.get("a") is not None
+
+
+def test_what_another_machine_puts_after_a_listing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of listings said for as long as it lived that the object did not exist."""
+    pytest.importorskip("s3fs")
+    with s3_server() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        here, there = (FsspecStore("s3://bucket/kv", skip_instance_cache=True) for _ in range(2))
+        for id in "ab":
+            there.put(random_item(id))
+            assert here.get(id) is not None
+            assert id in list(here.keys())
