@@ -17,8 +17,7 @@ import kvcag.cache.merge
 import kvcag.engines.hf
 from kvcag.cache.prefix_cache import PrefixCache
 from kvcag.chat_template import ChatTemplate
-from kvcag.engines.decode import Detokenizer
-from kvcag.engines.sampling import Sampler
+from kvcag.engines.decode import Detokenizer, Sampler
 
 ENGINE = [
     (ChatTemplate, "render", "chat template"),

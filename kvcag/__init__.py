@@ -35,12 +35,12 @@ if TYPE_CHECKING:
     from kvcag.core import VLLMKVCacheItem as VLLMKVCacheItem
     from kvcag.cube.memory_cube import MemoryCube as MemoryCube
     from kvcag.engines.base import Engine as Engine
+    from kvcag.engines.base import Sampling as Sampling
     from kvcag.engines.constrain import Choices as Choices
     from kvcag.engines.constrain import Grammar as Grammar
     from kvcag.engines.constrain import JsonSchema as JsonSchema
     from kvcag.engines.constrain import Regex as Regex
     from kvcag.engines.hf import HFEngine as HFEngine
-    from kvcag.engines.sampling import Sampling as Sampling
     from kvcag.engines.vllm.engine import VLLMEngine as VLLMEngine
     from kvcag.errors import CacheWarning as CacheWarning
     from kvcag.errors import KVCAGError as KVCAGError
@@ -84,7 +84,7 @@ _HOMES = {
     "ModelFingerprint": "kvcag.fingerprint",
     "Prompt": "kvcag.chat_template",
     "Regex": "kvcag.engines.constrain",
-    "Sampling": "kvcag.engines.sampling",
+    "Sampling": "kvcag.engines.base",
     "ServedContext": "kvcag.core",
     "ServerWarning": "kvcag.errors",
     "TextualMemoryItem": "kvcag.core",

@@ -17,10 +17,9 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from kvcag.chat_template import ChatTemplate, Message
 from kvcag.cube.memory_cube import MemoryCube
-from kvcag.engines.base import Engine
+from kvcag.engines.base import Engine, Sampling
 from kvcag.engines.hf import HFEngine
 from kvcag.engines.loading import HUB_ARGUMENTS
-from kvcag.engines.sampling import Sampling
 from kvcag.errors import InvalidInputError
 from kvcag.memory import KVCacheMemory, open_store
 from kvcag.stores.base import KVStore

@@ -23,8 +23,8 @@ from os import PathLike, fspath
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
+from kvcag.cache.attention import check_mergeable
 from kvcag.cache.layers import ContextCache, layers_of
-from kvcag.cache.rope import check_mergeable
 from kvcag.calibration import LearnedDrift, Progress, forget_drift, learn_drift, learned_drift_of
 from kvcag.chat_template import Document, Message, Prompt, Seams, as_messages, segment
 from kvcag.concurrency import async_twin, at_once, iterate
@@ -54,10 +54,9 @@ from kvcag.core import (
     Strategy,
 )
 from kvcag.documents import Texts, documents_of, text_and_metadata, texts_of
-from kvcag.engines.base import Engine
+from kvcag.engines.base import Engine, Sampling
 from kvcag.engines.constrain import ConstraintLike
 from kvcag.engines.hf import HFEngine
-from kvcag.engines.sampling import Sampling
 from kvcag.errors import (
     CacheWarning,
     EmptyPromptError,

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from kvcag.core import Chunk, Usage
 
 if TYPE_CHECKING:
-    from kvcag.engines.sampling import Sampling
+    from kvcag.engines.base import Sampling
 
 try:
     from opentelemetry import metrics, trace

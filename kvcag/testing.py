@@ -26,10 +26,9 @@ from transformers.cache_utils import Cache
 
 from kvcag.chat_template import ChatTemplate, Prompt, common_length
 from kvcag.core import Chunk, ContextPrompt, EncodedItem, FinishReason, MergedContext, Usage
-from kvcag.engines.base import Engine
+from kvcag.engines.base import Engine, Sampling
 from kvcag.engines.constrain import Constraint, ConstraintCompiler, ConstraintLike
 from kvcag.engines.decode import Account, Detokenizer, FoundPrefix, StopStrings, ThinkingFilter
-from kvcag.engines.sampling import Sampling
 from kvcag.errors import EmptyPromptError, UnsupportedModelError
 from kvcag.fingerprint import ModelFingerprint
 

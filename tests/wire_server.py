@@ -19,9 +19,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from kvcag.chat_template import Prompt
-from kvcag.engines.base import Engine
+from kvcag.engines.base import Engine, Sampling
 from kvcag.engines.constrain import Choices, Grammar, JsonSchema, Regex
-from kvcag.engines.sampling import Sampling
 from kvcag.errors import ConstraintError
 from tests.waits import joined
 

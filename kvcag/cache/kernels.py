@@ -56,7 +56,7 @@ def fill(whole: torch.Tensor, parts: Sequence[Sequence[torch.Tensor]]) -> bool:
 def turn(
     tensors: Sequence[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, *, start: int, interleaved: bool
 ) -> None:
-    """Turn pairs of components in fp32 and in place, as `kvcag.cache.rope.Rotation.turn` does.
+    """Turn pairs of components in fp32 and in place, as `kvcag.cache.attention.Rotation.turn` does.
 
     Args:
         tensors: one a layer, `(1, kv_heads, seq_len, head_dim)`; `reads` them.

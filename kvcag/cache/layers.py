@@ -874,3 +874,9 @@ class _ScatterLayer(_HeldLayer):
         self.keys.index_copy_(-2, self.positions, key_states)
         self.values.index_copy_(-2, self.positions, value_states)
         return self.keys, self.values
+
+
+def decoder_of(model: PreTrainedModel) -> Any:
+    """The module that holds the layers: without the language modelling head, whose logits are not needed here."""
+    decoder = model.get_decoder()
+    return decoder if hasattr(decoder, "config") else model.base_model  # ModernBERT calls its head a decoder

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Protocol, get_args
 import numpy as np
 import torch
 
-from kvcag.cache.attention import Call, EnoughError, attend, decoder_of, predict
+from kvcag.cache.attention import Call, EnoughError, PositionShift, attend, check_mergeable, predict
+from kvcag.cache.attention import rotations as rotations_of
 from kvcag.cache.layers import (
     LayerKV,
     Layers,
@@ -23,6 +24,7 @@ from kvcag.cache.layers import (
     concat,
     count,
     cut,
+    decoder_of,
     device_of,
     generation_cache,
     kernels_for,
@@ -35,8 +37,6 @@ from kvcag.cache.layers import (
     with_room,
     zeros_like,
 )
-from kvcag.cache.rope import PositionShift, check_mergeable
-from kvcag.cache.rope import rotations as rotations_of
 from kvcag.cache.states import behind
 from kvcag.core import MergeSettings, MergeStrategy, ReadTail
 from kvcag.errors import InvalidInputError, UnsupportedModelError

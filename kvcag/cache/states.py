@@ -16,12 +16,12 @@ from weakref import WeakKeyDictionary
 import torch
 from transformers.cache_utils import Cache
 
-from kvcag.cache.attention import decoder_of
 from kvcag.cache.layers import (
     BETWEEN_LAYERS,
     States,
     cache_argument,
     count,
+    decoder_of,
     device_of,
     generation_cache,
     kinds_of,

@@ -204,7 +204,7 @@ class Corpus:
 
     def _prefers(self, whole: Prompt) -> bool:
         """Whether `auto` answers from the context of the whole store: it is kept, or `auto` would not merge."""
-        from kvcag.cache.rope import check_mergeable
+        from kvcag.cache.attention import check_mergeable
         from kvcag.calibration import calibration_of
         from kvcag.errors import UnsupportedModelError
 

@@ -101,7 +101,7 @@ def bench(
 
 def _measure(engine: HFEngine, texts: Sequence[str], tokens: int, repeat: int, ratio: float) -> dict[str, Any]:
     """Return medians, in seconds, for a context of about `tokens` tokens."""
-    from kvcag.engines.sampling import Sampling
+    from kvcag.engines.base import Sampling
     from kvcag.memory import KVCacheMemory, insert_documents
 
     documents = [f"{text}\n\n" for text in _documents(engine, texts, tokens)]

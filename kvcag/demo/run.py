@@ -11,8 +11,8 @@ from typing import TypeAlias
 from kvcag.chat_template import Prompt
 from kvcag.core import DEFAULT_RATIO, Answer, Chunk, Strategy
 from kvcag.demo.corpus import Topic
+from kvcag.engines.base import Sampling
 from kvcag.engines.hf import HFEngine
-from kvcag.engines.sampling import Sampling
 from kvcag.memory import KVCacheMemory, insert_documents
 
 INSTRUCTION = "You are a helpful assistant. Answer the question using only the passages below."

@@ -1,19 +1,22 @@
-"""The contract of an engine: a model that encodes text into caches and answers prompts, wherever it runs."""
+"""The contract of an engine: a model that encodes text into caches and answers prompts, wherever it runs.
+
+`Sampling` has the settings of an answer, and `Engine` is what memories and adapters know of a model.
+"""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from transformers.cache_utils import Cache
 
 from kvcag.cache.layers import ContextCache
-from kvcag.chat_template import ChatTemplate, Message, Prompt, Seams, as_messages
+from kvcag.chat_template import ChatTemplate, Message, Prompt, Seams, as_messages, check_unicode
 from kvcag.core import Chunk, ContextPrompt, EncodedItem, Item, MergedContext
 from kvcag.engines.constrain import ConstraintLike
-from kvcag.engines.sampling import DEFAULT_MAX_NEW_TOKENS, Sampling
 from kvcag.errors import (
     ContextLengthError,
     EmptyPromptError,
@@ -23,6 +26,110 @@ from kvcag.errors import (
     UnsupportedModelError,
 )
 from kvcag.fingerprint import ModelFingerprint
+
+DEFAULT_MAX_NEW_TOKENS = 512
+
+_FINE = 1e-6
+"""The smallest temperature and penalty: logits in float32 that are divided by less may become infinite."""
+_RANGE = "from 1e-6 to 1e6"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """The settings of one generation. Greedy unless `temperature` is above 0.
+
+    Attributes:
+        max_new_tokens: the most tokens to generate. None: 512, or as many as still fit the model's context.
+        temperature: 0 is greedy.
+        top_k: sample from the k likeliest tokens.
+        top_p: sample from the likeliest tokens that together reach this probability.
+        min_p: sample from tokens that are at least this likely, relative to the likeliest.
+        repetition_penalty: values above 1 make tokens of the prompt and of the answer so far less likely.
+        seed: makes a sampled answer repeatable. None: a new seed for each answer.
+        stop: strings that end the answer; they are not part of it.
+        strip_thinking: leave `<think>…</think>` out of the text.
+        top_logprobs: give each token's log-probability, and those of so many of the likeliest tokens at its place, as
+            the model has them before any of these settings applies. None: give none.
+
+    Raises:
+        InvalidInputError: a value is out of range.
+    """
+
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    strip_thinking: bool = False
+    top_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        _check("max_new_tokens", self.max_new_tokens, lambda v: v >= 1, "a whole number, at least 1", int)
+        _check("temperature", self.temperature, lambda v: v == 0 or _FINE <= v <= 1 / _FINE, f"0 (greedy) or {_RANGE}")
+        _check("top_k", self.top_k, lambda v: v >= 1, "a whole number, at least 1", int)
+        _check("top_p", self.top_p, lambda v: 0 < v <= 1, "in (0, 1]")
+        _check("min_p", self.min_p, lambda v: 0 <= v <= 1, "in [0, 1]")
+        _check("repetition_penalty", self.repetition_penalty, lambda v: _FINE <= v <= 1 / _FINE, _RANGE)
+        _check("top_logprobs", self.top_logprobs, lambda v: 0 <= v <= 20, "a whole number, 0 to 20", int)
+        _check("seed", self.seed, lambda v: -(1 << 63) <= v < 1 << 64, "a whole number of 64 bits", int)
+        if not all(isinstance(stop, str) and stop for stop in self.stop):
+            raise InvalidInputError(f"stop must be one or more non-empty strings, not {self.stop!r}")
+        for stop in self.stop:
+            check_unicode(stop)
+
+    @classmethod
+    def of(cls, **given: Any) -> Sampling:
+        """From keyword arguments, including the spellings of MemOS and transformers.
+
+        `max_tokens` is `max_new_tokens`. `do_sample=False` sets the temperature to 0; `do_sample=True` sets it to 1
+        unless a temperature above 0 is given. `stop` may be one string. None means unset.
+
+        Raises:
+            InvalidInputError: an unknown name, or a value out of range.
+        """
+        settings = {name: value for name, value in given.items() if value is not None}
+        if "max_tokens" in settings:
+            settings.setdefault("max_new_tokens", settings.pop("max_tokens"))
+        do_sample = settings.pop("do_sample", None)
+        if do_sample is not None:
+            settings["temperature"] = (settings.get("temperature") or 1.0) if do_sample else 0.0
+        if "stop" in settings:
+            stop = settings["stop"]
+            settings["stop"] = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else (stop,)
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(settings.keys() - known)
+        if unknown:
+            raise InvalidInputError(f"unknown argument {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        return cls(**settings)
+
+    @classmethod
+    def over(cls, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Sampling:
+        """From keyword arguments, and from defaults for those that are not given.
+
+        Raises:
+            InvalidInputError: an unknown name, or a value out of range.
+        """
+        settings = {name: value for name, value in given.items() if value is not None}
+        remaining = dict(defaults)
+        if "temperature" in settings:  # the call's temperature overrides the default's do_sample
+            remaining.pop("do_sample", None)
+        return cls.of(**{**remaining, **settings})
+
+    @property
+    def greedy(self) -> bool:
+        """Whether each token is the likeliest one."""
+        return self.temperature == 0
+
+
+def _check(name: str, value: Any, holds: Any, wanted: str, kinds: Any = int | float) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, kinds) or not holds(value):
+        raise InvalidInputError(f"{name} must be {wanted}, not {value!r}")
 
 
 class Engine(ABC):

@@ -20,20 +20,23 @@ from weakref import WeakSet
 
 import numpy as np
 import torch
+from transformers import LogitsProcessorList
 from transformers.cache_utils import Cache
+from transformers.generation import logits_process
 
 from kvcag.cache.layers import Layers, cut, layers_of, length_of, states_of
 from kvcag.cache.prefix_cache import PrefixCache, agreeing
 from kvcag.chat_template import Prompt
 from kvcag.concurrency import CANCELLATION, Cancellation, cancellation
 from kvcag.core import Chunk, ContextPrompt, FinishReason, MergedContext, MergeReport, ReadTail, TokenScore, Usage
-from kvcag.engines.base import with_tokens
-from kvcag.engines.sampling import Sampler
+from kvcag.engines.base import Sampling, with_tokens
 from kvcag.errors import FingerprintMismatchError, TokenMismatchError, UnsupportedModelError
 from kvcag.fingerprint import ModelFingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from kvcag.engines.constrain import Enforcement
 
 _log = logging.getLogger(__name__)
 
@@ -693,3 +696,113 @@ def reusable_prefix(
     if states_of(layers) is not None and states_of(usable) is None:  # recurrent layers cannot go on from its middle
         usable = Layers()
     return ReusablePrefix(usable, exact, report, read)
+
+
+class Sampler:
+    """Chooses tokens for one generation.
+
+    Args:
+        sampling: the settings.
+        device: the device of the logits.
+        constraint: masks forbidden tokens before temperature, top_k, top_p and min_p apply, and may replace the choice.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        device: torch.device,
+        constraint: Enforcement | None = None,
+    ) -> None:
+        self._constraint = constraint
+        self._device = device
+        self._greedy = sampling.greedy
+        self._top_logprobs = sampling.top_logprobs
+        self._generator: torch.Generator | None = None
+        self._processors = LogitsProcessorList()
+        if sampling.repetition_penalty not in (None, 1.0):
+            self._processors.append(logits_process.RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+        self._reads_history = bool(self._processors)
+        if constraint is not None:
+            self._processors.append(constraint)
+        if not sampling.greedy:
+            self._generator = torch.Generator(device)
+            if sampling.seed is None:
+                self._generator.seed()
+            else:
+                self._generator.manual_seed(sampling.seed)
+            self._processors.extend(_warpers(sampling))
+
+    def choose(self, logits: torch.Tensor, token_ids: Sequence[int]) -> int:
+        """Choose the next token.
+
+        Args:
+            logits: floating point, `(1, vocabulary)`.
+            token_ids: the prompt and the answer so far.
+        """
+        return self.take(int(self.draw(logits, self.history(token_ids))))
+
+    def draw(self, logits: torch.Tensor, history: torch.Tensor | None) -> torch.Tensor:
+        """The next token, `(1,)` int64, where the logits are. Nothing waits for the device, without a constraint.
+
+        Args:
+            logits: `(1, vocabulary)`.
+            history: prompt and answer so far, `(1, tokens)` int64, or None where `history` gave None.
+        """
+        scores = logits.float()
+        if self._processors:
+            scores = self._processors(history, scores)  # type: ignore[arg-type]
+        if self._greedy:
+            return scores.argmax(-1)
+        # What torch.multinomial does for one draw, which waits for the device to check its input.
+        probabilities = scores.softmax(-1)
+        noise = torch.empty_like(probabilities).exponential_(1, generator=self._generator)
+        return (probabilities / noise).argmax(-1)
+
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether each token is the likeliest one of the logits as they are."""
+        return self._greedy and not self._processors
+
+    def logprobs(self, logits: torch.Tensor) -> torch.Tensor | None:
+        """Log-probabilities of every token, `(vocabulary,)` float32, where the logits are; None if none are given."""
+        return None if self._top_logprobs is None else logits[0].float().log_softmax(-1)
+
+    def scored(self, logprobs: torch.Tensor | None, token: int) -> tuple[tuple[int, float], ...]:
+        """The token and its log-probability, and then those of the likeliest tokens."""
+        if logprobs is None:
+            return ()
+        best = logprobs.topk(min(self._top_logprobs or 0, len(logprobs)))
+        likeliest = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        return (token, float(logprobs[token])), *likeliest
+
+    def history(self, token_ids: Sequence[int]) -> torch.Tensor | None:
+        """The tokens so far as `draw` takes them: None where the settings do not look at them."""
+        return torch.tensor([token_ids], dtype=torch.long, device=self._device) if self._reads_history else None
+
+    @property
+    def waits(self) -> bool:
+        """Whether a token has to be read, and handed to `take`, before the next can be drawn."""
+        return self._constraint is not None
+
+    def take(self, token: int) -> int:
+        """Tell the constraint which token was drawn. Returns the one that it puts in its place, if it does."""
+        return token if self._constraint is None else self._constraint.take(token)
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer satisfies its constraint and only an end-of-sequence token may follow."""
+        return self._constraint is not None and self._constraint.complete
+
+
+def _warpers(sampling: Sampling) -> list[logits_process.LogitsProcessor]:
+    """Logits processors in the order in which `transformers.generate` applies them."""
+    warpers: list[logits_process.LogitsProcessor] = []
+    if sampling.temperature != 1.0:
+        warpers.append(logits_process.TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k is not None:
+        warpers.append(logits_process.TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p is not None and sampling.top_p < 1:
+        warpers.append(logits_process.TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        warpers.append(logits_process.MinPLogitsWarper(sampling.min_p))
+    return warpers

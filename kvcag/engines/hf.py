@@ -22,7 +22,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
-from kvcag.cache.attention import OVER_SDPA, by_position, by_row, decoder_of, put_back_attention
+from kvcag.cache.attention import (
+    OVER_SDPA,
+    attends_to_its_own,
+    by_position,
+    by_row,
+    check_mergeable,
+    put_back_attention,
+)
 from kvcag.cache.layers import (
     BETWEEN_LAYERS,
     ContextCache,
@@ -36,6 +43,7 @@ from kvcag.cache.layers import (
     count,
     crop,
     cut,
+    decoder_of,
     device_of,
     generation_cache,
     kinds_of,
@@ -46,12 +54,11 @@ from kvcag.cache.layers import (
 )
 from kvcag.cache.merge import MergeHistory, Passes
 from kvcag.cache.prefix_cache import InFlight, PrefixCache
-from kvcag.cache.rope import attends_to_its_own, check_mergeable
 from kvcag.cache.states import Maps, ignores_states, recording
 from kvcag.chat_template import ChatTemplate, Message, Prompt
 from kvcag.concurrency import IdleWork, ModelLock, cancellation
 from kvcag.core import Chunk, ContextPrompt, KVCacheItem, MergedContext, MergeReport, Mode, ReadTail, ids_digest
-from kvcag.engines.base import Engine, context_ids
+from kvcag.engines.base import Engine, Sampling, context_ids
 from kvcag.engines.constrain import Constraint, ConstraintCompiler, ConstraintLike
 from kvcag.engines.decode import (
     Account,
@@ -60,13 +67,13 @@ from kvcag.engines.decode import (
     Detokenizer,
     Pending,
     Prediction,
+    Sampler,
     Steps,
     StopStrings,
     ThinkingFilter,
     reusable_prefix,
 )
 from kvcag.engines.loading import Int8Linear, load
-from kvcag.engines.sampling import Sampler, Sampling
 from kvcag.errors import CacheWarning, DeviceMemoryError, EmptyPromptError, UnsupportedModelError, WarnOnce
 from kvcag.fingerprint import ModelFingerprint, WeightsWatch
 

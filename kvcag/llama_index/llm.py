@@ -44,8 +44,7 @@ from kvcag.chat_template import Message, Prompt
 from kvcag.concurrency import in_thread
 from kvcag.core import DEFAULT_RATIO, MAX_KL, Strategy
 from kvcag.cube.memory_cube import MemoryCube
-from kvcag.engines.base import Engine
-from kvcag.engines.sampling import Sampling
+from kvcag.engines.base import Engine, Sampling
 from kvcag.errors import ContextLengthError, InvalidInputError
 from kvcag.llama_index.messages import (
     Answer,

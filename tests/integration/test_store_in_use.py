@@ -11,7 +11,7 @@ import pytest
 from kvcag import HFEngine, KVCacheMemory
 from kvcag.chat_template import Document, as_messages
 from kvcag.core import MergeReport
-from kvcag.engines.sampling import Sampling
+from kvcag.engines.base import Sampling
 from kvcag.errors import CacheWarning
 from kvcag.stores import DiskStore, FsspecStore, KVStore, MemoryStore, TieredStore
 

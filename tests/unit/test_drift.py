@@ -3,9 +3,9 @@
 import torch
 
 from kvcag.cache import merge as drifts
+from kvcag.cache.attention import PositionShift
 from kvcag.cache.layers import contiguous_copy
 from kvcag.cache.merge import DriftCorrection, Layout, _Drift
-from kvcag.cache.rope import PositionShift
 from kvcag.testing import tiny_model
 from tests.merging import equal, ids
 

@@ -11,8 +11,8 @@ import torch
 from transformers import Cache, DynamicCache
 
 from kvcag import CacheWarning, ContextCache, HFEngine, Sampling
+from kvcag.cache.attention import check_mergeable
 from kvcag.cache.layers import cache_argument, layers_of, nbytes
-from kvcag.cache.rope import check_mergeable
 from kvcag.chat_template import as_messages
 from kvcag.errors import (
     ContextLengthError,

@@ -5,9 +5,9 @@ import torch
 import transformers
 
 from kvcag import HFEngine
+from kvcag.cache.attention import PositionShift, Rotation, rotations
 from kvcag.cache.layers import _CONTINUES, _LATENT
 from kvcag.cache.merge import check_mergeable, merge
-from kvcag.cache.rope import PositionShift, Rotation, rotations
 from kvcag.errors import UnsupportedModelError
 from kvcag.testing import byte_tokenizer, tiny_model
 from tests.merging import encode, encode_at, error, ids, parts_of, tokens_of

@@ -6,9 +6,9 @@ import weakref
 import pytest
 import torch
 
-from kvcag.cache import rope
+from kvcag.cache import attention as rope
+from kvcag.cache.attention import PositionShift, Rotation, check_mergeable, rotations
 from kvcag.cache.layers import contiguous_copy
-from kvcag.cache.rope import PositionShift, Rotation, check_mergeable, rotations
 from kvcag.errors import UnsupportedModelError
 from kvcag.testing import tiny_model
 from tests.merging import encode, encode_at, error, ids

@@ -37,7 +37,7 @@ class Correction:
         part_of: `(size,)` int64, of each token of the pass.
         chosen: `(size, 1)` fp32, 1 for those that were chosen.
         frequencies: for each layer `(head_dim / 2,)` fp32.
-        interleaved: how components are paired (`kvcag.cache.rope.Rotation`).
+        interleaved: how components are paired (`kvcag.cache.attention.Rotation`).
     """
 
     given: torch.Tensor

@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-from kvcag.cache.attention import decoder_of
+from kvcag.cache.attention import attends_to_its_own, check_mergeable
+from kvcag.cache.attention import rotations as rotations_of
 from kvcag.cache.layers import (
     BETWEEN_LAYERS,
     GenerationCache,
@@ -30,12 +31,11 @@ from kvcag.cache.layers import (
     cache_of,
     crop,
     cut,
+    decoder_of,
     generation_cache,
     readable,
 )
 from kvcag.cache.merge import Layout
-from kvcag.cache.rope import attends_to_its_own, check_mergeable
-from kvcag.cache.rope import rotations as rotations_of
 from kvcag.core import ReadTail
 from kvcag.engines.cuda.attention import NAME, Inputs, append, inputs
 from kvcag.engines.cuda.drift import PARTS, Correction

@@ -33,10 +33,9 @@ from kvcag.core import (
     VLLMKVCacheItem,
     ids_digest,
 )
-from kvcag.engines.base import Engine, context_ids
+from kvcag.engines.base import Engine, Sampling, context_ids
 from kvcag.engines.constrain import ConstraintLike, ServerConstraint
 from kvcag.engines.decode import Account, FoundPrefix, StopStrings, ThinkingFilter
-from kvcag.engines.sampling import Sampling
 from kvcag.engines.vllm.client import Card, Cards, Choice, Counts, HTTPClient
 from kvcag.engines.vllm.constraints import ConstraintSupport, constraint_support, server_constraint
 from kvcag.engines.vllm.preloads import Preloads

@@ -13,7 +13,7 @@ import torch
 from kvcag import HFEngine
 from kvcag.cli.common import INSTRUCTION, Strategy
 from kvcag.core import STRATEGIES
-from kvcag.engines.sampling import Sampler
+from kvcag.engines.decode import Sampler
 from kvcag.stores.disk import DiskStore
 from kvcag.testing import byte_tokenizer
 from tests.commands import Kvcag, saved_model, write

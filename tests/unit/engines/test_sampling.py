@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcag import Sampling
-from kvcag.engines.sampling import Sampler
+from kvcag.engines.decode import Sampler
 from kvcag.errors import InvalidInputError
 
 LOGITS = torch.tensor([[2.0, 1.0, 0.5, -1.0, -3.0]])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kvcag import HFEngine
 from kvcag.chat_template import Document, Prompt
-from kvcag.engines.sampling import Sampling
+from kvcag.engines.base import Sampling
 from kvcag.engines.vllm.engine import DocumentSorter, VLLMEngine, cache_salt
 from kvcag.errors import (
     ContextLengthError,
