@@ -13,6 +13,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from kvcag.chat_template import ChatTemplate, Message
@@ -67,8 +68,14 @@ def checked_fields() -> Iterator[None]:
     try:
         yield
     except ValidationError as error:
-        wrong = {str(found["loc"][0]) if found["loc"] else "": found["msg"] for found in error.errors()}
-        raise InvalidInputError("; ".join(f"{name}: {what}" for name, what in wrong.items())) from error
+        wrong = dict.fromkeys(_problem(found) for found in error.errors())
+        raise InvalidInputError("; ".join(wrong)) from error
+
+
+def _problem(found: ErrorDetails) -> str:
+    """What is wrong with a field, or what an error of ours says."""
+    own = found.get("ctx", {}).get("error")
+    return str(own) if own else ": ".join([*map(str, found["loc"][:1]), found["msg"]])
 
 
 def choice_of(tool_choice: object, names: Sequence[str], *, required: bool = False) -> str:

@@ -75,6 +75,9 @@ class ChatKVCAG(KeepsContext, BaseChatModel):
     llm = ChatKVCAG(model="HuggingFaceTB/SmolLM2-135M-Instruct", store="kv/", max_tokens=200)
     llm.invoke("What is the capital of France?").content
     ```
+
+    Raises:
+        pydantic.ValidationError: a wrong or unknown field, as with every chat model of LangChain.
     """
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True, protected_namespaces=())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from langchain.agents.middleware import AgentMiddleware, ModelRequest, ModelResponse
 from langchain_core.documents import Document
@@ -46,7 +46,7 @@ class KVCAGMiddleware(AgentMiddleware[Any, Any, Any]):
             the documents as text, without and with a warning; `"raise"` refuses it.
 
     Raises:
-        InvalidInputError: none or several of `retriever`, `corpus` and `memory`.
+        InvalidInputError: none or several of `retriever`, `corpus` and `memory`, or another behavior.
     """
 
     def __init__(
@@ -62,6 +62,9 @@ class KVCAGMiddleware(AgentMiddleware[Any, Any, Any]):
         super().__init__()
         if sum(given is not None for given in (retriever, corpus, memory)) != 1:
             raise InvalidInputError("pass one of retriever, corpus and memory to KVCAGMiddleware")
+        if unsupported_model_behavior not in get_args(Behavior):
+            known = ", ".join(get_args(Behavior))
+            raise InvalidInputError(f"unsupported_model_behavior {unsupported_model_behavior!r}: use one of {known}")
         self.retriever = retriever if memory is None else CubeRetriever(cube=memory)
         self._together = memory.strategy == "exact" if memory is not None else retriever is None
         self.corpus = read_documents(corpus or [])

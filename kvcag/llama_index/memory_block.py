@@ -10,6 +10,7 @@ from llama_index.core.memory import BaseMemoryBlock
 from pydantic import Field, SkipValidation, field_validator, model_validator
 from typing_extensions import Self
 
+from kvcag.adapters import checked_fields
 from kvcag.cube.memory_cube import MemoryCube
 from kvcag.documents import documents_of, text_and_metadata
 from kvcag.errors import InvalidInputError
@@ -34,7 +35,7 @@ class CAGMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
     block: pass it again after reading a block back.
 
     Raises:
-        InvalidInputError: neither or both of `documents` and `memory` (as pydantic's `ValidationError`).
+        InvalidInputError: neither or both of `documents` and `memory`, or a document without a text.
     """
 
     name: str = Field(default="Documents", description="The name of the block.")
@@ -50,6 +51,10 @@ class CAGMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
         default="Answer from the documents below.",
         description="Stands before the documents; may be empty. With `memory`, the cube's instruction by default.",
     )
+
+    def __init__(self, **fields: Any) -> None:
+        with checked_fields():
+            super().__init__(**fields)
 
     @field_validator("documents", mode="before")
     @classmethod

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import aclosing, closing
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from llama_index.core.base.llms.types import (
     ChatMessage,
@@ -81,7 +81,7 @@ class CAGSynthesizer(BaseSynthesizer):
         callback_manager: where events go.
 
     Raises:
-        InvalidInputError: the llm is not a `KVCacheLLM`.
+        InvalidInputError: the llm is not a `KVCacheLLM`, or there is no such order.
     """
 
     def __init__(
@@ -101,6 +101,8 @@ class CAGSynthesizer(BaseSynthesizer):
         inner = llm.llm if isinstance(llm, StructuredLLM) else llm
         if not isinstance(inner, KVCacheLLM):
             raise InvalidInputError(f"a CAGSynthesizer answers with a KVCacheLLM, not with a {type(inner).__name__}")
+        if order not in get_args(Order):
+            raise InvalidInputError(f"order {order!r}: use one of {', '.join(get_args(Order))}")
         super().__init__(
             llm=llm.as_structured_llm(output_cls) if output_cls and llm is inner else llm,
             callback_manager=callback_manager,

@@ -118,10 +118,15 @@ async def test_a_block_finds_by_what_the_user_said_last(tiny_engine: HFEngine) -
 
 
 def test_a_block_takes_one_source_and_says_when_its_cube_is_gone(cube: MemoryCube) -> None:
-    with pytest.raises(ValidationError, match="either documents or memory"):
+    """pydantic's error came."""
+    with pytest.raises(InvalidInputError, match=r"^pass either documents or memory"):
         CAGMemoryBlock()
-    with pytest.raises(ValidationError, match="either documents or memory"):
+    with pytest.raises(InvalidInputError, match=r"^pass either documents or memory"):
         CAGMemoryBlock(documents=["x"], memory=cube)
+    with pytest.raises(InvalidInputError, match=r"^cannot read a text from int"):
+        CAGMemoryBlock(documents=7)
+    with pytest.raises(InvalidInputError, match=r"^instruction: Input should be a valid string"):
+        CAGMemoryBlock(documents=["x"], instruction=7)
     written = CAGMemoryBlock(memory=cube).model_dump_json()
     assert "iron" not in written
     with pytest.raises(ValidationError, match="either documents or memory"):

@@ -172,6 +172,13 @@ def test_it_takes_a_retriever_or_a_corpus(both: dict[str, Any]) -> None:
         KVCAGMiddleware(**both)
 
 
+def test_an_unknown_behavior_is_refused() -> None:
+    """It was taken for `ignore`."""
+    wrong: Any = "warning"
+    with pytest.raises(InvalidInputError, match="unsupported_model_behavior 'warning': use one of ignore, warn, raise"):
+        KVCAGMiddleware(corpus=CORPUS, unsupported_model_behavior=wrong)
+
+
 @pytest.mark.filterwarnings("ignore:.*RunnableWithMessageHistory.*", "ignore:.*ChatMessageHistory.*")
 def test_a_chat_with_a_message_history_reuses_every_turn(llm: ChatKVCAG) -> None:
     history = InMemoryChatMessageHistory()

@@ -89,6 +89,13 @@ def test_canonical_order_is_the_same_for_every_order_of_retrieval(llm: KVCacheLL
     assert str(retrieval.synthesize("Q", scored())) != str(retrieval.synthesize("Q", scored()[::-1]))
 
 
+def test_an_unknown_order_is_refused(llm: KVCacheLLM) -> None:
+    """It was taken for `retrieval`."""
+    wrong: Any = "canonic"
+    with pytest.raises(InvalidInputError, match="order 'canonic': use one of retrieval, canonical"):
+        CAGSynthesizer(llm, order=wrong)
+
+
 def test_prompts_can_be_updated_from_the_query_engine(llm: KVCacheLLM) -> None:
     engine = CAGQueryEngine.from_documents(nodes(), llm)
     before = str(engine.query("Q"))
