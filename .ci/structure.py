@@ -19,7 +19,7 @@ FLOORS = [
     {"chat_template", "core"},
     {"cache"},
     {"documents", "engines", "stores"},
-    {"calibration", "config", "sizing", "telemetry", "testing", "tools"},
+    {"calibration", "config", "sizing", "telemetry", "testing", "tools", "vllm_connector"},
     {"contexts", "sync"},
     {"memory"},
     {"cube", "scheduler"},

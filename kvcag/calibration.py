@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from kvcag.cache.attention import rotations
 from kvcag.cache.layers import (
     LayerKV,
     cache_argument,
@@ -322,36 +323,18 @@ class LearnedDrift:
 
 
 def learned_drift_of(engine: HFEngine, namespace: str) -> LearnedDrift | None:
-    """What was learned of a namespace's documents, here or in another process; None if nothing was.
+    """What was learned of a namespace's documents, now or in an earlier process; None if nothing was.
 
-    The file is read again where another process replaced or deleted it: a text that was purged there is forgotten here.
+    It is read once a process: equal questions have equal answers until `learn_drift` is called here again.
     """
-    file = _learned_file(engine, namespace)
-    stamp = _stamp(file)
     with _learning:
-        known, key = _learned.setdefault(engine, {}), (engine.fingerprint.digest, namespace)
-        changed = key in known and known[key][0] != stamp
-        if changed or key not in known:
-            known[key] = stamp, _read_drift(file)
-        learned = known[key][1]
-    if changed:
-        engine.forget(namespace)  # contexts that were merged with the earlier one
-    return learned
+        digest, known = engine.fingerprint.digest, _learned.setdefault(engine, {})
+        if (digest, namespace) not in known:
+            known[digest, namespace] = _read_drift(_learned_file(engine, namespace))
+        return known[digest, namespace]
 
 
-_Stamp: TypeAlias = tuple[int, int, int] | None
-"""Changes whenever a file is replaced: its inode, time and size; None where there is none."""
-
-_learned: WeakKeyDictionary[HFEngine, dict[tuple[str, str], tuple[_Stamp, LearnedDrift | None]]] = WeakKeyDictionary()
-"""By the digest of the fingerprint and the namespace: what the file with this stamp held."""
-
-
-def _stamp(file: Path) -> _Stamp:
-    try:
-        found = file.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
+_learned: WeakKeyDictionary[HFEngine, dict[tuple[str, str], LearnedDrift | None]] = WeakKeyDictionary()
 
 
 @torch.no_grad()
@@ -387,7 +370,7 @@ def learn_drift(
         together = cut(_encode(engine, before, [*first, *chain(*others)]), start + len(first))
         alone_at = torch.cat([start + torch.arange(len(ids)) for ids in others]).to(engine.device)
         together_at = start + len(first) + torch.arange(len(alone_at), device=engine.device)
-        sums.add(engine.model, alone, alone_at, together, together_at)
+        sums.add(rotations(engine.model), alone, alone_at, together, together_at)
         if progress:
             progress(done, len(groups))
     drift = sums.drift()
@@ -397,11 +380,8 @@ def learn_drift(
     tensors = {f"offset.{index}": layer for index, layer in enumerate(drift.layers)}
     tensors |= {f"slope.{index}": layer for index, layer in enumerate(drift.slopes)}
     about = {"documents": json.dumps(used), "tokens": str(sums.tokens)}
-    file, key = _learned_file(engine, namespace), (engine.fingerprint.digest, namespace)
     try:
-        write_learned(file, save(tensors, about))
-        with _learning:
-            _learned.setdefault(engine, {}).pop(key, None)  # read from the file, which others may write too
+        write_learned(_learned_file(engine, namespace), save(tensors, about))
     except StoreUnavailableError as error:
         warnings.warn(
             f"the drift that was learned could not be kept for later processes: {error}. "
@@ -409,8 +389,8 @@ def learn_drift(
             CacheWarning,
             stacklevel=3,
         )
-        with _learning:
-            _learned.setdefault(engine, {})[key] = _stamp(file), learned
+    with _learning:
+        _learned.setdefault(engine, {})[engine.fingerprint.digest, namespace] = learned
     return learned
 
 
@@ -423,13 +403,11 @@ def forget_drift(engine: HFEngine, namespace: str, documents: Collection[str] | 
     learned = learned_drift_of(engine, namespace)
     if learned is None or not (documents is None or set(learned.documents).intersection(documents)):
         return
+    with _learning:
+        _learned.setdefault(engine, {})[engine.fingerprint.digest, namespace] = None
     file = _learned_file(engine, namespace)
-    try:
-        with unavailable(file):
-            file.unlink(missing_ok=True)
-    finally:
-        with _learning:
-            _learned.setdefault(engine, {})[engine.fingerprint.digest, namespace] = _stamp(file), None
+    with unavailable(file):
+        file.unlink(missing_ok=True)
 
 
 def _learned_file(engine: HFEngine, namespace: str) -> Path:
@@ -478,7 +456,13 @@ def _usual_drift(engine: HFEngine) -> UsualDrift | None:
     return drift
 
 
-def _passages(engine: HFEngine, room: int) -> list[tuple[int, ...]]:
+def learn_on_server(engine: Engine, namespace: str) -> None:
+    """Have a server that merges learn the usual drift, in the same way, if it has not."""
+    head = engine.template.instruction_ids(_INSTRUCTION)
+    engine.learn_drift(head, _passages(engine, engine.context_length - len(head) - 1), namespace)
+
+
+def _passages(engine: Engine, room: int) -> list[tuple[int, ...]]:
     """The tokens of as many passages as fit."""
     passages: list[tuple[int, ...]] = []
     for text in PASSAGES:
@@ -498,7 +482,7 @@ def _learn(engine: HFEngine, head_ids: Sequence[int], passages: list[tuple[int, 
     together = cut(_encode(engine, before, list(chain(*passages))), start + len(first))
     alone_at = torch.cat([start + torch.arange(len(ids)) for ids in others]).to(engine.device)
     together_at = start + len(first) + torch.arange(len(alone_at), device=engine.device)
-    return UsualDrift.between(engine.model, alone, alone_at, together, together_at)
+    return UsualDrift.between(rotations(engine.model), alone, alone_at, together, together_at)
 
 
 def _encode(engine: HFEngine, before: list[LayerKV], ids: Sequence[int]) -> list[LayerKV]:

@@ -25,8 +25,8 @@ from weakref import WeakKeyDictionary
 
 from kvcag.cache.attention import check_mergeable
 from kvcag.cache.layers import ContextCache, layers_of
-from kvcag.calibration import LearnedDrift, Progress, forget_drift, learn_drift, learned_drift_of
-from kvcag.chat_template import Document, Message, Prompt, Seams, as_messages, segment
+from kvcag.calibration import LearnedDrift, Progress, forget_drift, learn_drift, learn_on_server, learned_drift_of
+from kvcag.chat_template import Document, Message, Prompt, as_messages, segment
 from kvcag.concurrency import async_twin, at_once, iterate
 from kvcag.config import KVCacheMemoryConfig, parse
 from kvcag.contexts import (
@@ -51,6 +51,7 @@ from kvcag.core import (
     Item,
     MergedContext,
     MergeSettings,
+    Mode,
     Strategy,
 )
 from kvcag.documents import Texts, documents_of, text_and_metadata, texts_of
@@ -584,7 +585,6 @@ class KVCacheMemory:
             sampling = self.engine.sampling(**settings)
         elif settings:
             raise InvalidInputError(f"pass either sampling= or {', '.join(settings)}, not both")
-        seams: Seams = "documents" if self.engine.merges and strategy != "exact" else self.engine.seams
         documents = self.documents
         if isinstance(messages, Prompt):
             prompt = messages
@@ -592,7 +592,7 @@ class KVCacheMemory:
             asked = as_messages(messages)
             if ids or (ids is None and not any(map(_has_documents, asked))):
                 documents = replace(documents, since=self.store.deletions())
-            prompt = self._prompt(asked, ids, tools, seams)
+            prompt = self._prompt(asked, ids, tools, strategy)
         budget = self.engine.check_fits(len(prompt.token_ids), sampling.max_new_tokens)
         if constraint is not None:
             constraint = self.engine.constrain(constraint, budget, prompt.thinking)
@@ -610,7 +610,8 @@ class KVCacheMemory:
         started: float,
     ) -> Generator[Chunk, None, None]:
         """The answer to a prompt, over its context."""
-        context, known = None, None  # the engine finds the longest known prefix by itself
+        context: MergedContext | None = None
+        known: Mode | None = None  # the engine finds the longest known prefix by itself
         if settings.strategy == "exact":
             if is_stored_whole(documents, prompt):
                 context = context_of_prompt(documents, prompt, settings)
@@ -622,6 +623,9 @@ class KVCacheMemory:
                 context = context_of_prompt(documents, prompt, settings)
             accept = known == "merged"
             context = with_kept_history(documents, prompt, context, settings, accept_merged=accept) or context
+        elif prompt.document_ids and self.engine.serves_merged(settings.strategy, self.namespace):
+            learn_on_server(self.engine, self.namespace)
+            known = "merged" if self.engine.serves_merged(settings.strategy, self.namespace) else None
         return self.engine.stream(
             prompt,
             sampling,
@@ -733,7 +737,7 @@ class KVCacheMemory:
         messages: list[Message],
         ids: Iterable[str] | None,
         tools: Sequence[Mapping[str, Any]] | None,
-        seams: Seams,
+        strategy: Strategy,
     ) -> Prompt:
         if ids is None and not any(_has_documents(message) for message in messages):
             kept = [manifest.records for _, manifest in self.store.manifests()]
@@ -743,7 +747,11 @@ class KVCacheMemory:
         if kept:
             texts = [segment(records.composed_text_memory) for records in kept]
             messages = insert_documents(self.instruction or "", texts, messages)
-        return self.engine.template.prompt(messages, tools=tools, seams=seams)
+        engine, seams = self.engine, self.engine.seams
+        one_by_one = strategy != "exact" and any(map(_has_documents, messages))
+        if one_by_one and (engine.merges or engine.serves_merged(strategy, self.namespace)):
+            seams = "documents"
+        return engine.template.prompt(messages, tools=tools, seams=seams)
 
     def _items(self, given: str | Item | Iterable[str | Item], skip_missing: bool) -> list[Item]:
         wanted = [given] if isinstance(given, str | EncodedItem) or not isinstance(given, Iterable) else list(given)

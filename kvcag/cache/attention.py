@@ -506,12 +506,12 @@ def attends_to_its_own(model: PreTrainedModel) -> bool:
 class PositionShift:
     """Tokens on their way from the positions `start` to the positions `end` (1-D int64), in any layer.
 
-    The angles are computed once for all layers that share their frequencies.
+    `rotated` says how each layer rotates. The angles are computed once for all layers that share their frequencies.
     """
 
-    def __init__(self, model: PreTrainedModel, start: torch.Tensor, end: torch.Tensor) -> None:
+    def __init__(self, rotated: Sequence[Rotation], start: torch.Tensor, end: torch.Tensor) -> None:
         self.start, self.end = start, end
-        self._rotations = rotations(model)
+        self._rotations = rotated
         self._angles: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def turn(self, layer_idx: int, kv: LayerKV, *, back: bool = False) -> None:

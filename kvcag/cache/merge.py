@@ -13,8 +13,16 @@ from typing import TYPE_CHECKING, Protocol, get_args
 import numpy as np
 import torch
 
-from kvcag.cache.attention import Call, EnoughError, PositionShift, attend, check_mergeable, predict
-from kvcag.cache.attention import rotations as rotations_of
+from kvcag.cache.attention import (
+    Call,
+    EnoughError,
+    PositionShift,
+    Rotation,
+    attend,
+    check_mergeable,
+    predict,
+    rotations,
+)
 from kvcag.cache.layers import (
     LayerKV,
     Layers,
@@ -153,7 +161,7 @@ def merge(
     )
     alone = replace(layout, open=layout.open & _each(parts, [part.is_alone for part in parts]))
     if learned_drift is not None and strategy != "full" and alone.open.any():
-        learned_drift.add_to(model, layers, alone)
+        learned_drift.add_to(rotations(model), layers, alone)
     if kinds_of(model):
         chosen = _where(layout.open) if strategy == "full" else torch.arange(0)
         _run_through(model, layers, parts, again=strategy == "full")
@@ -165,7 +173,7 @@ def merge(
     if not len(chosen) and learned_drift is None and usual_drift is not None and alone.open.any():
         drift = usual_drift()
         if drift is not None:
-            drift.add_to(model, layers, alone)
+            drift.add_to(rotations(model), layers, alone)
     still_open = layout.open.clone()
     still_open[chosen] = False
     return Merged(layers, chosen, replace(layout, open=still_open), read)
@@ -391,7 +399,7 @@ def _place(model: PreTrainedModel, parts: Sequence[Part], room: int) -> Layers:
     if len(moved):  # what comes first is often the head and its document: not a bit of them changes
         first = int(moved[0])
         move = PositionShift(
-            model,
+            rotations(model),
             torch.from_numpy(stood[first:]).to(device_of(model)),
             torch.arange(first, len(stood), device=device_of(model)),
         )
@@ -601,9 +609,10 @@ class DriftCorrection:
     def __init__(self, model: PreTrainedModel, layout: Layout, positions: torch.Tensor) -> None:
         chosen = torch.zeros_like(layout.open)
         chosen[positions] = True
-        self.chosen = _Tokens.at(model, layout, positions.to(device_of(model)))
+        rotated = rotations(model)
+        self.chosen = _Tokens.at(rotated, layout, positions.to(device_of(model)))
         rest = torch.split(_where(layout.open & ~chosen), _BLOCK.get(device_of(model).type, 1024))
-        self.rest = [_Tokens.at(model, layout, block.to(device_of(model))) for block in rest if len(block)]
+        self.rest = [_Tokens.at(rotated, layout, block.to(device_of(model))) for block in rest if len(block)]
         self.averages = averages(self.chosen.part_of, int(layout.part_of[-1]) + 1)
 
     def watch(self, layer_idx: int, held: LayerKV, new: LayerKV) -> None:
@@ -631,9 +640,9 @@ class _Tokens:
     """From position 0 to where they stand."""
 
     @classmethod
-    def at(cls, model: PreTrainedModel, layout: Layout, positions: torch.Tensor) -> _Tokens:
+    def at(cls, rotated: Sequence[Rotation], layout: Layout, positions: torch.Tensor) -> _Tokens:
         part_of = layout.part_of.to(positions.device)[positions]
-        return cls(positions, part_of, PositionShift(model, torch.zeros_like(positions), positions))
+        return cls(positions, part_of, PositionShift(rotated, torch.zeros_like(positions), positions))
 
     def to(self, device: torch.device) -> _Tokens:
         return replace(self, positions=self.positions.to(device), part_of=self.part_of.to(device))
@@ -675,7 +684,7 @@ class UsualDrift:
     @classmethod
     def between(
         cls,
-        model: PreTrainedModel,
+        rotated: Sequence[Rotation],
         alone: Sequence[LayerKV],
         alone_at: torch.Tensor,
         together: Sequence[LayerKV],
@@ -684,7 +693,7 @@ class UsualDrift:
         """The mean over tokens that were encoded behind a head alone, and behind other documents too.
 
         Args:
-            model: what encoded them.
+            rotated: how each layer of the model that encoded them rotates.
             alone: keys and values of the tokens, each document behind the head.
             alone_at: 1-D int64, the positions at which they were encoded there.
             together: those of the same tokens, documents one behind another.
@@ -692,34 +701,42 @@ class UsualDrift:
         """
 
         def means(layers: Sequence[LayerKV], at: torch.Tensor) -> list[torch.Tensor]:
-            tokens = _Tokens(at, torch.zeros_like(at), PositionShift(model, torch.zeros_like(at), at))
+            tokens = _Tokens(at, torch.zeros_like(at), PositionShift(rotated, torch.zeros_like(at), at))
             return [tokens.features(index, kv).mean(1) for index, kv in enumerate(layers)]
 
         before, after = means(alone, alone_at), means(together, together_at)
         return cls([now - was for was, now in zip(before, after, strict=True)])
 
-    def add_to(self, model: PreTrainedModel, layers: Sequence[LayerKV], layout: Layout) -> None:
+    def add_to(self, rotated: Sequence[Rotation], layers: Sequence[LayerKV], layout: Layout) -> None:
         """Give it to every open token of `layers`, in place."""
-        open_tokens = _where(layout.open)
-        if not self.slopes and self._added_at_once(model, layers, open_tokens):
+        open_tokens, device = _where(layout.open), layers[0][0].device
+        if not self.slopes and self._added_at_once(rotated, layers, open_tokens):
             return
-        for positions in torch.split(open_tokens, _BLOCK.get(device_of(model).type, 1024)):
-            block = _Tokens.at(model, layout, positions.to(device_of(model)))
-            for index, held in enumerate(layers):
-                tokens, offset = block.to(held[0].device), self.layers[index].to(held[0].device)[:, None]
-                if self.slopes:
-                    features = tokens.features(index, (t[..., tokens.positions, :] for t in held))
-                    change = torch.baddbmm(offset, features, self.slopes[index].to(features.device))
-                else:
-                    change = offset.repeat(1, len(positions), 1)
-                tokens.give(index, held, change[None])
+        for positions in torch.split(open_tokens, _BLOCK.get(device.type, 1024)):
+            self._give(layers, _Tokens.at(rotated, layout, positions.to(device)))
 
-    def _added_at_once(self, model: PreTrainedModel, layers: Sequence[LayerKV], positions: torch.Tensor) -> bool:
+    def give(self, rotated: Sequence[Rotation], layers: Sequence[LayerKV], start: int) -> None:
+        """Give it to all tokens of `layers`, the first of which stands at `start`, in place."""
+        positions = torch.arange(layers[0][0].shape[-2])
+        move = PositionShift(rotated, torch.zeros_like(positions), start + positions)
+        self._give(layers, _Tokens(positions, torch.zeros_like(positions), move))
+
+    def _give(self, layers: Sequence[LayerKV], block: _Tokens) -> None:
+        for index, held in enumerate(layers):
+            tokens, offset = block.to(held[0].device), self.layers[index].to(held[0].device)[:, None]
+            if self.slopes:
+                features = tokens.features(index, (t[..., tokens.positions, :] for t in held))
+                change = torch.baddbmm(offset, features, self.slopes[index].to(features.device))
+            else:
+                change = offset.repeat(1, len(tokens.positions), 1)
+            tokens.give(index, held, change[None])
+
+    def _added_at_once(self, rotated: Sequence[Rotation], layers: Sequence[LayerKV], positions: torch.Tensor) -> bool:
         """Add it with one kernel for the keys of all layers and one for their values, where there are such kernels."""
         keys, values = zip(*layers, strict=True)
-        rotations = set(rotations_of(model))
+        ways = set(rotated)
         kernels = kernels_for(keys) and kernels_for(values)
-        if kernels is None or len(rotations) > 1 or not (whole := rotations.pop()).turns_all_of(keys[0].shape[-1]):
+        if kernels is None or len(ways) > 1 or not (whole := ways.pop()).turns_all_of(keys[0].shape[-1]):
             return False
         device = keys[0].device
         positions = positions.pin_memory().to(device, non_blocking=True)
@@ -746,7 +763,7 @@ class DriftSums:
 
     def add(
         self,
-        model: PreTrainedModel,
+        rotated: Sequence[Rotation],
         alone: Sequence[LayerKV],
         alone_at: torch.Tensor,
         together: Sequence[LayerKV],
@@ -755,7 +772,7 @@ class DriftSums:
         """Add tokens that were encoded behind a head alone, and behind other documents. Arguments as for `between`."""
 
         def tokens_at(at: torch.Tensor) -> _Tokens:
-            return _Tokens(at, torch.zeros_like(at), PositionShift(model, torch.zeros_like(at), at))
+            return _Tokens(at, torch.zeros_like(at), PositionShift(rotated, torch.zeros_like(at), at))
 
         was_at, are_at = tokens_at(alone_at), tokens_at(together_at)
         self.tokens += len(alone_at)

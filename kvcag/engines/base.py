@@ -207,6 +207,18 @@ class Engine(ABC):
         """Tokens as the text of a prompt that knows them, for an engine that reads prompts alone."""
         raise self._cannot("turn a context into a prompt")
 
+    def serves_merged(self, strategy: str, namespace: str = "") -> bool:
+        """Whether what answers behind this engine, a server, puts documents together by this strategy.
+
+        Raises:
+            UnsupportedModelError: it merges, and not by this strategy.
+        """
+        return False
+
+    def learn_drift(self, head_ids: Sequence[int], passages: Sequence[Sequence[int]], namespace: str = "") -> None:
+        """Have a server that merges learn by how much documents usually drift, from passages behind `head_ids`."""
+        raise self._cannot("merge on a server")
+
     def known_prefix(self, token_ids: Sequence[int], namespace: str = "") -> int:
         """How many tokens at the beginning of these were encoded before, in this order."""
         return 0

@@ -3,7 +3,7 @@
 import torch
 
 from kvcag.cache import merge as drifts
-from kvcag.cache.attention import PositionShift
+from kvcag.cache.attention import PositionShift, rotations
 from kvcag.cache.layers import contiguous_copy
 from kvcag.cache.merge import DriftCorrection, Layout, _Drift
 from kvcag.testing import tiny_model
@@ -32,7 +32,7 @@ def corrected(layers, new):
 
 def shifted(layers, by):
     """The layers, each document's keys (as at position 0) and values moved by a constant of its own."""
-    move = PositionShift(tiny_model("llama"), torch.zeros_like(PART_OF), torch.arange(704))
+    move = PositionShift(rotations(tiny_model("llama")), torch.zeros_like(PART_OF), torch.arange(704))
     shifts = by[PART_OF].expand(1, HEADS, 704, HEAD_DIM).clone()
     turned = shifts.clone()
     move.turn(0, (turned, shifts))

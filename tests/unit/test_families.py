@@ -141,7 +141,7 @@ def test_going_on_over_a_cache_is_a_full_prefill(model):
 def test_rerotated_keys_are_keys_encoded_there(model, start, end):
     token_ids = ids(12)
     encoded, expected = (encode_at(model, token_ids, position) for position in (start, end))
-    move = PositionShift(model, torch.arange(start, start + 12), torch.arange(end, end + 12))
+    move = PositionShift(rotations(model), torch.arange(start, start + 12), torch.arange(end, end + 12))
     for index, kv in enumerate(encoded):
         move.turn(index, kv)
     assert error(encoded, expected) < 1e-4

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kvcag import HFEngine, KVCacheMemory
+from kvcag.cache.attention import rotations
 from kvcag.cache.layers import concat, cut, layers_of
 from kvcag.cache.merge import DriftSums, merge
 from kvcag.calibration import learned_drift_of
@@ -47,7 +48,7 @@ def test_learned_drift_brings_documents_nearer_than_none() -> None:
         at = torch.arange(sum(map(len, others)))
         alone_at = len(head) + torch.cat([torch.arange(len(other)) for other in others])
         alone = concat([part.layers for part in parts[2:]])
-        sums.add(model, alone, alone_at, cut(together, len(first)), len(head) + len(first) + at)
+        sums.add(rotations(model), alone, alone_at, cut(together, len(first)), len(head) + len(first) + at)
     assert sums.tokens == 12 * 60
     documents = [ids(20, seed=seed) for seed in (501, 502, 503)]
     right = encode(model, torch.cat([head, *documents]))
@@ -137,29 +138,6 @@ def test_purging_a_text_forgets_what_was_learned_from_it(cache_folder: Path) -> 
     memory.purge(TEXTS[0])
     assert memory.drift == ""
     assert not list(cache_folder.rglob("*learned*"))
-
-
-def test_a_purge_in_another_process_reaches_a_running_one(cache_folder: Path) -> None:
-    running = memory_of()
-    before = rotated(running)
-    running.engine.forget()
-    running.learn(TEXTS, contexts=4)
-    assert rotated(running).report.drift
-    other = memory_of()  # has its own engine and knows what the file says, as another process does
-    other.purge(TEXTS[0])
-    assert running.drift == ""
-    after = rotated(running)
-    assert after.report.drift == ""
-    assert equal(layers_of(before.cache), layers_of(after.cache))
-
-
-def test_what_another_process_learned_in_its_place_is_used(cache_folder: Path) -> None:
-    running, other = memory_of(), memory_of()
-    old = running.learn(TEXTS, contexts=4)
-    assert other.drift == old.digest
-    other.purge(TEXTS[0])
-    new = other.learn(TEXTS[1:], contexts=4)
-    assert running.drift == rotated(running).report.drift == new.digest != old.digest
 
 
 def test_deleting_everything_forgets_it(cache_folder: Path) -> None:

@@ -53,14 +53,14 @@ def test_keys_stay_right_100000_positions_away():
     """The model rounds `position * frequency` to fp32: turned by the difference of positions, keys are off by 1e-4."""
     model = tiny_model("llama", num_hidden_layers=1, max_position_embeddings=200_000)
     encoded, expected = (encode_at(model, ids(9), position) for position in (3, 100_003))
-    PositionShift(model, torch.arange(3, 12), torch.arange(100_003, 100_012)).turn(0, encoded[0])
+    PositionShift(rotations(model), torch.arange(3, 12), torch.arange(100_003, 100_012)).turn(0, encoded[0])
     assert error(encoded, expected) < 1e-6
 
 
 def test_there_and_back():
     model = tiny_model("llama")
     layers = encode(model, ids(9))
-    move = PositionShift(model, torch.arange(9), torch.arange(500, 509))
+    move = PositionShift(rotations(model), torch.arange(9), torch.arange(500, 509))
     moved = contiguous_copy(layers)
     for index, kv in enumerate(moved):
         move.turn(index, kv)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kvcag import HFEngine, KVCacheMemory
+from kvcag.cache.attention import rotations
 from kvcag.cache.layers import contiguous_copy, layers_of
 from kvcag.cache.merge import UsualDrift, merge
 from kvcag.calibration import PASSAGES, usual_drift_of
@@ -35,7 +36,7 @@ def learned_from_these_documents() -> UsualDrift:
     at = len(HEAD) + len(DOCUMENTS[0])
     n = len(DOCUMENTS[1])
     return UsualDrift.between(
-        MODEL,
+        rotations(MODEL),
         alone,
         len(HEAD) + torch.arange(n),
         [(k[..., at:, :], v[..., at:, :]) for k, v in together],
@@ -49,7 +50,7 @@ def test_drift_is_found_whatever_the_positions():
     moved = merge(MODEL, parts_of(MODEL, HEAD, [DOCUMENTS[2], DOCUMENTS[0]]), TAIL, strategy="rotate").layers
     at, n = len(HEAD) + len(DOCUMENTS[2]), len(DOCUMENTS[0])
     there = [(k[..., at:, :], v[..., at:, :]) for k, v in moved]
-    drift = UsualDrift.between(MODEL, alone, len(HEAD) + torch.arange(n), there, at + torch.arange(n))
+    drift = UsualDrift.between(rotations(MODEL), alone, len(HEAD) + torch.arange(n), there, at + torch.arange(n))
     assert all(layer.abs().max() < 1e-5 for layer in drift.layers)
 
 

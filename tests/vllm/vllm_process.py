@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from kvcag import VLLMEngine
@@ -22,17 +24,24 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
     "PYTHONHASHSEED": "0",
+    "PYTHONPATH": str(ROOT),  # kvcag, for the connector
 }
 
 
 class Vllm:
     """A server process.
 
+    Args:
+        model: its folder.
+        log: where it writes.
+        store: of its connector; none without.
+        max_model_len: the longest prompt and answer.
+
     Attributes:
         url: of its API.
     """
 
-    def __init__(self, model: Path, log: Path) -> None:
+    def __init__(self, model: Path, log: Path, store: str = "", max_model_len: int = 2048) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -45,12 +54,23 @@ class Vllm:
             "host": "127.0.0.1",
             "port": str(port),
             "dtype": "float32",
-            "max-model-len": "2048",
+            "max-model-len": str(max_model_len),
             "max-num-seqs": "2",
+            "max-logprobs": "4096",
             "block-size": "32",
+            "shutdown-timeout": "30",  # by default, its processes are killed at once
         }
         options = [word for name, value in settings.items() for word in (f"--{name}", value)]
         switches = ["--enforce-eager", "--enable-prompt-tokens-details"]
+        if store:
+            connector = {
+                "kv_connector": "KVCAGConnector",
+                "kv_connector_module_path": "kvcag.vllm_connector",
+                "kv_role": "kv_both",
+                "kv_load_failure_policy": "recompute",
+                "kv_connector_extra_config": {"store": store},
+            }
+            switches += ["--no-async-scheduling", "--kv-transfer-config", json.dumps(connector)]
         self._command = [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", *options, *switches]
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -75,12 +95,12 @@ class Vllm:
                     time.sleep(1)
 
     def stop(self) -> None:
-        """Stop it with SIGTERM."""
+        """Stop it with SIGTERM, as a container's runtime does; kill what is left of its processes after a minute."""
         if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGTERM)
-            try:
-                self._process.wait(30)
-            except subprocess.TimeoutExpired:
+            self._process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(60)
+            with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait(30)
+            self._process.wait(30)
             self._process = None

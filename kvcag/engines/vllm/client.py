@@ -198,14 +198,21 @@ class HTTPClient:
 
     def start_time(self) -> float | None:
         """When the server process started, in seconds since 1970. None if the server does not publish it."""
+        found = _START_TIME.search(self._metrics())
+        return float(found[1]) if found else None
+
+    def counts_transfers(self) -> bool:
+        """Whether the server's metrics count tokens from a KV connector. vLLM's do, with a connector or without."""
+        return b"vllm:external_prefix_cache_queries" in self._metrics()
+
+    def _metrics(self) -> bytes:
+        """The server's `/metrics`; empty if it does not publish them."""
         limit, url = _Limit(float("inf"), _METRICS_TIMEOUT), f"{self.root}/metrics"
         try:
             with self._client.stream("GET", url, headers=self._headers, timeout=_METRICS_TIMEOUT) as response:
-                data = b"".join(self._pieces(response, limit, _LARGEST_BODY)) if response.is_success else b""
+                return b"".join(self._pieces(response, limit, _LARGEST_BODY)) if response.is_success else b""
         except (httpx.HTTPError, EngineError):
-            return None
-        found = _START_TIME.search(data)
-        return float(found[1]) if found else None
+            return b""
 
     def _retry(self, attempt: Callable[[float], T]) -> T:
         """Repeat what fails because the server is down, starting or overloaded; a cancelled reader ends the pauses.

@@ -38,6 +38,7 @@ from kvcag.engines.constrain import ConstraintLike, ServerConstraint
 from kvcag.engines.decode import Account, FoundPrefix, StopStrings, ThinkingFilter
 from kvcag.engines.vllm.client import Card, Cards, Choice, Counts, HTTPClient
 from kvcag.engines.vllm.constraints import ConstraintSupport, constraint_support, server_constraint
+from kvcag.engines.vllm.documents import ServedDocuments
 from kvcag.engines.vllm.preloads import Preloads
 from kvcag.engines.vllm.tokenizer import PROBE, ServerTokenizer, check_tokens
 from kvcag.errors import (
@@ -90,6 +91,8 @@ class VLLMEngine(Engine):
             documents in any order make the same prompt. `"frequent"` puts the most frequent documents first, so that
             more prompts begin alike. Use the last two only for documents that may stand in any order and that end with
             a separator, as the documents of the adapters do.
+        merge_documents: use the server's `KVCAGConnector`, if it has one, for documents in any order. The engine finds
+            out by itself. With False, documents are read in order.
         salt_secret: a secret of this application. The cache salts of namespaces are made from it, so that another
             client of the server cannot make them, and this application shares no cached prompts with others.
         template_variables: passed to the chat template, for example `{"enable_thinking": False}`.
@@ -118,6 +121,7 @@ class VLLMEngine(Engine):
         api_key: str | None = None,
         context_length: int | None = None,
         document_order: DocumentOrder = "given",
+        merge_documents: bool = True,
         salt_secret: str = "",
         template_variables: Mapping[str, Any] | None = None,
         defaults: Mapping[str, Any] | None = None,
@@ -145,6 +149,9 @@ class VLLMEngine(Engine):
         self._model, self._context_length = model, context_length
         self._given_tokenizer, self._template_variables = tokenizer, template_variables
         self._salt_secret = salt_secret
+        self._merges = merge_documents
+        self._documents = ServedDocuments(self._http, self._body_of_one, lambda name: cache_salt(salt_secret, name))
+        self._unlearned: set[str] = set()  # namespaces whose documents the server cannot merge
         self._warnings = WarnOnce()
         self._server_lock = threading.RLock()  # of what is known about the server, until it restarts
         self._known_card: Card | None = None
@@ -279,13 +286,22 @@ class VLLMEngine(Engine):
         return min(self._preloads.longest(token_ids, namespace), len(token_ids))
 
     def still_holds(self, token_ids: Sequence[int], namespace: str = "") -> bool:
-        """Whether this engine preloaded these tokens."""
+        """Whether this engine had the server encode these tokens."""
+        if self._documents.holds(token_ids, namespace):
+            return True
         return self.known_prefix(token_ids, namespace) == len(token_ids)
 
     def encode_item(self, head_ids: Sequence[int], token_ids: Sequence[int], *, namespace: str = "") -> VLLMKVCacheItem:
-        """Preload a document behind `head_ids`. The server reuses it in prompts where it is the first document."""
+        """Have the server encode a document behind `head_ids`.
+
+        With the connector it keeps the document for any order, else for prompts where it is the first document.
+        """
         whole = (*head_ids, *token_ids)
-        self.preload(Prompt(whole, (), ()), namespace=namespace)
+        if self._merges and self._documents.is_available:
+            self.check_fits(len(whole), 1)
+            self._documents.keep(head_ids, token_ids, namespace)
+        else:
+            self.preload(Prompt(whole, (), ()), namespace=namespace)
         return VLLMKVCacheItem(
             memory=str(self.prompt_of(whole)),
             token_ids=torch.tensor(token_ids, dtype=torch.long),
@@ -307,8 +323,38 @@ class VLLMEngine(Engine):
         )
 
     def forget(self, namespace: str = "") -> None:
-        """Do not preload a namespace's prompts again. The server keeps its blocks until it needs the room."""
+        """Do not preload a namespace's prompts again, and have the connector delete what it keeps of the namespace.
+
+        The server keeps its blocks until it needs the room.
+        """
         self._preloads.forget(namespace)
+        self._documents.erase(namespace)
+
+    def serves_merged(self, strategy: str, namespace: str = "") -> bool:
+        """Whether the server has the connector, and the strategy lets it merge. A server that is down does not.
+
+        Raises:
+            UnsupportedModelError: the strategy recomputes tokens, which no server does.
+        """
+        try:
+            if strategy == "exact" or not self._merges or not self._documents.is_available:
+                return False
+        except EngineError:  # the answer says it
+            return False
+        if strategy not in ("auto", "rotate"):
+            raise UnsupportedModelError(
+                f"the server cannot merge by {strategy!r}: it computes a prompt's tokens from one position on, and "
+                "recomputing some of those before it needs the model in this process. Use 'rotate', 'exact' or 'auto', "
+                "or an HFEngine."
+            )
+        return namespace not in self._unlearned
+
+    def learn_drift(self, head_ids: Sequence[int], passages: Sequence[Sequence[int]], namespace: str = "") -> None:
+        """Have the connector learn what documents of this model usually drift by, if it has not."""
+        if self._documents.has_learned(namespace) or self._documents.learn(head_ids, passages, namespace):
+            return
+        self._unlearned.add(namespace)
+        self._warnings.once(f"{self._http.root} cannot merge documents, so it reads them in order. Its log says why.")
 
     def prompt_of(self, token_ids: Sequence[int], messages: list[dict[str, Any]] | None = None) -> ContextPrompt:
         """Tokens as the text of a prompt that knows them."""
@@ -351,7 +397,7 @@ class VLLMEngine(Engine):
             constraint: what the answer must be.
             namespace: becomes the server's `cache_salt`: only prompts of the same namespace share cached tokens.
             started: what times count from (`time.perf_counter()`).
-            accept_merged: has no effect: a server merges nothing.
+            accept_merged: the documents may be put together by the server's connector.
 
         Raises:
             UnsupportedModelError: the context holds keys and values, which a server cannot receive.
@@ -365,22 +411,31 @@ class VLLMEngine(Engine):
         prompt = self._order.arrange(prompt, count=True)
         budget = self.check_fits(len(prompt.token_ids), sampling.max_new_tokens)
         fields = {} if constraint is None else self.constrain(constraint, budget, prompt.thinking).fields
-        return self._answer(prompt, replace(sampling, max_new_tokens=budget), namespace, fields, started)
+        merged = accept_merged and bool(prompt.document_ids)
+        return self._answer(prompt, replace(sampling, max_new_tokens=budget), namespace, fields, started, merged)
 
     def _answer(
-        self, prompt: Prompt, sampling: Sampling, namespace: str, fields: Mapping[str, Any], started: float
+        self,
+        prompt: Prompt,
+        sampling: Sampling,
+        namespace: str,
+        fields: Mapping[str, Any],
+        started: float,
+        merged: bool = False,
     ) -> Generator[Chunk, None, None]:
         """The answer as text, a chunk for each event. The last chunk has the finish reason and the usage."""
         self._check_tokens()
+        body, encoded = self._body(prompt, sampling, namespace, fields), 0
+        if merged:
+            served, encoded = self._documents.merging(prompt, namespace)
+            body |= {"cache_salt": served.salt, "kv_transfer_params": served.params}
         thinking = ThinkingFilter(prompt.thinking, strips=sampling.strip_thinking)
         stop = StopStrings(sampling.stop)
         finish: FinishReason = "length"  # where the server sends more than was asked for
         counted = Counts()
         first_at, pieces = 0.0, 0
         try:
-            with closing(
-                self._http.events("/v1/completions", self._body(prompt, sampling, namespace, fields))
-            ) as events:
+            with closing(self._http.events("/v1/completions", body)) as events:
                 for event in events:
                     counted = event.usage or counted
                     for choice in event.choices or ():
@@ -404,9 +459,15 @@ class VLLMEngine(Engine):
             rest += "" if stop.found else stop.flush()
         size, now = len(prompt.token_ids), time.perf_counter()
         reused = min(cached or 0, size - 1)
-        account = Account.of(
-            prompt, None, FoundPrefix(reused, [], is_merged=False), 0 if cached is None else size - reused, started
-        )
+        kept, report = 0 if cached is None else size - reused, None
+        if merged and cached is not None:
+            context = len(prompt.context_ids)
+            report = _merge_report(context, min(reused, context), encoded)
+            kept = size - max(reused, context)
+            if context - reused > _SHOULD_HIT:
+                self._documents.missed(prompt, namespace)
+        found = max(reused, len(prompt.context_ids)) if report else reused
+        account = Account.of(prompt, report, FoundPrefix(found, [], is_merged=False), kept, started)
         usage = Usage(
             prompt_tokens=size,
             cached_tokens=account.cached_tokens,
@@ -452,6 +513,11 @@ class VLLMEngine(Engine):
             )
         return body
 
+    def _body_of_one(self, token_ids: Sequence[int], namespace: str) -> dict[str, Any]:
+        """The body of a request for one token, which is not streamed."""
+        body = self._body(Prompt(tuple(token_ids), (), ()), Sampling(max_new_tokens=1), namespace, {})
+        return {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
+
     def _send(self, token_ids: Sequence[int], namespace: str) -> Usage:
         prompt = Prompt(tuple(token_ids), (), ())
         return Answer.of(self.stream(prompt, Sampling(max_new_tokens=1), namespace=namespace)).usage
@@ -483,6 +549,8 @@ class VLLMEngine(Engine):
         """Ask again at the next use: another server may run at the same address."""
         with self._server_lock:
             self._known_card, self._support, self._tokens_checked = None, None, False
+            self._unlearned.clear()
+        self._documents.forget()
 
     def _check_tokens(self) -> None:
         with self._server_lock:
@@ -520,6 +588,14 @@ class VLLMEngine(Engine):
     def _check_model(self, made_by: ModelFingerprint) -> None:
         if not self.fingerprint.matches(made_by):
             raise FingerprintMismatchError("the context", self.fingerprint.differences(made_by))
+
+
+def _merge_report(context: int, found: int, encoded: int) -> MergeReport:
+    """Of `context` tokens, of which the server had `found`, after `encoded` of them were encoded for this answer."""
+    paid = min(context, context - found + encoded)
+    return MergeReport(
+        "merged" if found else "encoded", "rotate" if found else "exact", context, context - paid, 0, paid
+    )
 
 
 def cache_salt(secret: str, namespace: str) -> str | None:
