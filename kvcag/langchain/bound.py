@@ -32,7 +32,7 @@ class KeepsContext(RunnableSerializable[LanguageModelInput, AIMessage]):
         """What `langchain_core.load.dumps` writes: the name of LangChain's own class."""
         return next((core.lc_id() for core, ours in _OURS.items() if issubclass(cls, ours)), super().lc_id())
 
-    def with_context(self, context: str | None) -> Any:
+    def _with_context(self, context: str | None) -> Any:
         """A copy that answers from a context of `create_context`."""
         return self.model_copy(update={"cached_content": context})
 
@@ -40,7 +40,7 @@ class KeepsContext(RunnableSerializable[LanguageModelInput, AIMessage]):
         """`Runnable.bind`. `cached_content` becomes a field of a copy of the model."""
         if "cached_content" not in kwargs:
             return _keeping(super().bind(**kwargs))
-        made = self.with_context(kwargs.pop("cached_content"))
+        made = self._with_context(kwargs.pop("cached_content"))
         return made.bind(**kwargs) if kwargs else made
 
     def with_config(self, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
@@ -77,30 +77,30 @@ class KeepsContext(RunnableSerializable[LanguageModelInput, AIMessage]):
 
 
 class _Binding(KeepsContext, RunnableBinding[LanguageModelInput, AIMessage]):
-    def with_context(self, context: str | None) -> Any:
-        return self.model_copy(update={"bound": _with_context(self.bound, context)})
+    def _with_context(self, context: str | None) -> Any:
+        return self.model_copy(update={"bound": _answering_from(self.bound, context)})
 
 
 class _Retry(KeepsContext, RunnableRetry[LanguageModelInput, AIMessage]):
-    def with_context(self, context: str | None) -> Any:
-        return self.model_copy(update={"bound": _with_context(self.bound, context)})
+    def _with_context(self, context: str | None) -> Any:
+        return self.model_copy(update={"bound": _answering_from(self.bound, context)})
 
 
 class _Fallbacks(KeepsContext, RunnableWithFallbacks[LanguageModelInput, AIMessage]):
-    def with_context(self, context: str | None) -> Any:
-        others = [_with_context(fallback, context) for fallback in self.fallbacks]
-        return self.model_copy(update={"runnable": _with_context(self.runnable, context), "fallbacks": others})
+    def _with_context(self, context: str | None) -> Any:
+        others = [_answering_from(fallback, context) for fallback in self.fallbacks]
+        return self.model_copy(update={"runnable": _answering_from(self.runnable, context), "fallbacks": others})
 
 
 class _Fields(KeepsContext, RunnableConfigurableFields[LanguageModelInput, AIMessage]):
-    def with_context(self, context: str | None) -> Any:
-        return self.model_copy(update={"default": _with_context(self.default, context)})
+    def _with_context(self, context: str | None) -> Any:
+        return self.model_copy(update={"default": _answering_from(self.default, context)})
 
 
 class _Alternatives(KeepsContext, RunnableConfigurableAlternatives[LanguageModelInput, AIMessage]):
-    def with_context(self, context: str | None) -> Any:
-        others = {name: _with_context(other, context) for name, other in self.alternatives.items()}
-        return self.model_copy(update={"default": _with_context(self.default, context), "alternatives": others})
+    def _with_context(self, context: str | None) -> Any:
+        others = {name: _answering_from(other, context) for name, other in self.alternatives.items()}
+        return self.model_copy(update={"default": _answering_from(self.default, context), "alternatives": others})
 
 
 _OURS: dict[type[Any], type[Any]] = {
@@ -121,12 +121,12 @@ def _keeping(made: Any) -> Any:
     return ours.model_construct(**dict(made)) if ours else made
 
 
-def _with_context(runnable: Any, context: str | None) -> Any:
+def _answering_from(runnable: Any, context: str | None) -> Any:
     """A runnable that answers from the context, where it is around a `ChatKVCAG`. An alternative may be a function."""
     if isinstance(runnable, KeepsContext):
-        return runnable.with_context(context)
+        return runnable._with_context(context)
     return runnable if isinstance(runnable, Runnable) else partial(_made, runnable, context)
 
 
 def _made(make: Callable[[], Any], context: str | None) -> Any:
-    return _with_context(make(), context)
+    return _answering_from(make(), context)
