@@ -271,7 +271,7 @@ scales. Where it says yes, exact reuse and merging work, on a CPU (`tests/unit/t
 | FP8 in blocks (`FineGrainedFP8Config`) | not run: transformers asks for a GPU |
 | GGUF | unpacked, as in `kvcag demo`; not run packed, which asks for a kernel from the hub |
 | LoRA through peft | yes: active, switched, merged and unloaded |
-| offloaded to memory or disk | yes; a model with recurrent layers by a `device_map`, not by `accelerate.cpu_offload` |
+| offloaded to memory or disk | yes, by a `device_map` or by `accelerate.cpu_offload` |
 | layers on two GPUs | has a test, and was not run |
 
 With torchao's int8 weights, SmolLM2 does the whole demo; the KL of its own merges over that of its float32 weights is

@@ -207,8 +207,11 @@ class ContextCache(DynamicCache):
 
 
 def device_of(model: PreTrainedModel) -> torch.device:
-    """Where the model's inputs go. Its first weights may be elsewhere, with accelerate's CPU or disk offload."""
-    if not hasattr(model, "_hf_hook"):
+    """Where the model's inputs go. Its first weights may be elsewhere, with accelerate's CPU or disk offload.
+
+    Of a model or of its decoder, to which `accelerate.cpu_offload` adds no hook, while its weights are on `meta`.
+    """
+    if not hasattr(model, "_hf_hook") and model.device.type != "meta":
         return model.device
     hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
     devices = (getattr(hook, "execution_device", None) for hook in hooks)

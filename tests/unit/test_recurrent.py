@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 import subprocess
@@ -164,6 +165,17 @@ def test_sizing_counts_the_states(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
+def test_a_model_whose_weights_are_offloaded_in_one_call_answers_as_the_whole_one(model: PreTrainedModel) -> None:
+    """Positions were put on `meta`, where the decoder's weights are between two passes."""
+    accelerate = pytest.importorskip("accelerate")
+    offloaded = accelerate.cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
+    engines, asked = (engine_of(offloaded), bare(model)), [{"role": "user", "content": TEXTS[0]}]
+    for messages in (asked, [*asked, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "and?"}]):
+        prompt = engines[1].build_prompt(messages)
+        said, right = ([*map(str, each.stream(prompt, each.sampling(max_new_tokens=4)))] for each in engines)
+        assert said == right
+
+
 def test_a_prompt_in_two_passes_has_the_logits_of_one(model: PreTrainedModel) -> None:
     for name, parameter in model.named_parameters():  # states that a token later are not forgotten
         if name.endswith("A_log"):
