@@ -22,7 +22,7 @@ from typing import TypeVar
 
 from kvcag import HFEngine, KVCacheMemory
 from kvcag.stores.disk import DiskStore
-from kvcag.stores.manifest import seal
+from kvcag.stores.files import seal
 from kvcag.sync import diff
 from kvcag.testing import byte_tokenizer, tiny_model
 

@@ -30,8 +30,8 @@ import torch
 from kvcag.cache.layers import cache_of, layers_of
 from kvcag.core import KVCacheItem
 from kvcag.stores.disk import DiskStore
+from kvcag.stores.files import seal
 from kvcag.stores.format import item_to_bytes
-from kvcag.stores.manifest import seal
 from kvcag.stores.verify import verify
 
 torch.set_num_threads(1)  # before any fork

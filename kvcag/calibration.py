@@ -41,8 +41,7 @@ from kvcag.core import MergeStrategy, ids_digest
 from kvcag.engines.base import Engine
 from kvcag.engines.hf import HFEngine
 from kvcag.errors import CacheWarning, InvalidInputError, StoreUnavailableError
-from kvcag.stores.files import atomic_write, make_private, unavailable
-from kvcag.stores.manifest import checksum
+from kvcag.stores.files import atomic_write, checksum, make_private, unavailable
 
 Candidate: TypeAlias = tuple[MergeStrategy, float]
 

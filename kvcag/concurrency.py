@@ -272,12 +272,6 @@ class ModelLock:
         with self._changed:
             self._quiet_until = max(self._quiet_until, time.monotonic() + seconds)
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether background work would get the model now."""
-        with self._changed:
-            return self._holder is None and not self._answers and self._quiet_for() <= 0
-
     def pause(self) -> None:
         """Called between two layers: lets the threads that wait go first.
 

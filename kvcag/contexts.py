@@ -47,7 +47,7 @@ from kvcag.errors import (
 )
 from kvcag.records import KVCacheRecords
 from kvcag.stores.base import ENCODED_BEHIND, KVStore, sources_of, stands_behind
-from kvcag.stores.manifest import Manifest
+from kvcag.stores.files import Manifest
 
 
 def reusable(documents: DocumentCache, prompt: Prompt, settings: MergeSettings) -> Mode | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from kvcag.errors import CacheWarning, EmptyPromptError, InvalidInputError, StoreError
 from kvcag.stores.base import SOURCE_FIELDS, stands_behind
-from kvcag.stores.manifest import Manifest
+from kvcag.stores.files import Manifest
 
 if TYPE_CHECKING:
     from kvcag.contexts import DocumentCache, Ids, Read

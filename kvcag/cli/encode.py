@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from kvcag.cli.files import Reading, Text
     from kvcag.memory import KVCacheMemory
     from kvcag.stores.base import KVStore
-    from kvcag.stores.manifest import Manifest
+    from kvcag.stores.files import Manifest
     from kvcag.sync import SyncDiff
 
 _SPLIT = "Cut files into items of at most this many tokens."

@@ -15,8 +15,7 @@ from kvcag.cli import common
 from kvcag.errors import InvalidInputError, UnknownItemError
 from kvcag.stores.base import MADE_OF, SOURCE_FIELDS, KVStore
 from kvcag.stores.disk import DiskStore
-from kvcag.stores.files import Names
-from kvcag.stores.manifest import Manifest
+from kvcag.stores.files import Manifest, Names
 from kvcag.stores.remote import FsspecStore, open_at
 
 if TYPE_CHECKING:

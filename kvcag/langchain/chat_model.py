@@ -15,10 +15,22 @@ from langchain_core.language_models.chat_models import generate_from_stream
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
 from langchain_core.prompts import BasePromptTemplate
-from langchain_core.runnables import Runnable, RunnableConfig, RunnableWithFallbacks
+from langchain_core.runnables import (
+    ConfigurableField,
+    Runnable,
+    RunnableBinding,
+    RunnableConfig,
+    RunnableSerializable,
+    RunnableWithFallbacks,
+)
 from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.runnables.config import get_config_list
-from langchain_core.runnables.configurable import DynamicRunnable
+from langchain_core.runnables.configurable import (
+    DynamicRunnable,
+    RunnableConfigurableAlternatives,
+    RunnableConfigurableFields,
+)
+from langchain_core.runnables.retry import RunnableRetry
 from langchain_core.tools import BaseTool
 from pydantic import ConfigDict, Field, PrivateAttr, SkipValidation, model_validator
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -30,7 +42,6 @@ from kvcag.core import DEFAULT_RATIO, MAX_KL, Strategy
 from kvcag.cube.memory_cube import MemoryCube
 from kvcag.engines.base import Engine
 from kvcag.errors import ChatTemplateError, FingerprintMismatchError, InvalidInputError
-from kvcag.langchain.bound import KeepsContext
 from kvcag.langchain.documents_chain import encode_ahead, fitting, read_documents
 from kvcag.langchain.messages import (
     ask,
@@ -62,6 +73,62 @@ _NOT_IN_ANSWERS = {"engine", "kept", "store", "namespace", "streaming"}
 """Fields that do not change an answer. An engine is identified by its fingerprint."""
 
 _NOT_TEXT = ("image_inputs", "audio_inputs", "pdf_inputs", "video_inputs", "image_outputs", "audio_outputs")
+
+
+class KeepsContext(RunnableSerializable[LanguageModelInput, AIMessage]):
+    """A `ChatKVCAG`, or a runnable around one, whose `bind(cached_content=id)` sets the model's field.
+
+    LangChain drops bound arguments in `bind_tools`, `with_structured_output` and agents (langchain#30983); a field
+    stays. So the methods below return runnables of this class, too.
+    """
+
+    @classmethod
+    def lc_id(cls) -> list[str]:
+        """What `langchain_core.load.dumps` writes: the name of LangChain's own class."""
+        return next((core.lc_id() for core, ours in _OURS.items() if issubclass(cls, ours)), super().lc_id())
+
+    def _with_context(self, context: str | None) -> Any:
+        """A copy that answers from a context of `create_context`."""
+        return self.model_copy(update={"cached_content": context})
+
+    def bind(self, **kwargs: Any) -> Any:
+        """`Runnable.bind`. `cached_content` becomes a field of a copy of the model."""
+        if "cached_content" not in kwargs:
+            return _keeping(super().bind(**kwargs))
+        made = self._with_context(kwargs.pop("cached_content"))
+        return made.bind(**kwargs) if kwargs else made
+
+    def with_config(self, config: RunnableConfig | None = None, **kwargs: Any) -> Any:
+        """`Runnable.with_config`."""
+        return _keeping(super().with_config(config, **kwargs))
+
+    def with_listeners(self, **kwargs: Any) -> Any:
+        """`Runnable.with_listeners`."""
+        return _keeping(super().with_listeners(**kwargs))
+
+    def with_alisteners(self, **kwargs: Any) -> Any:
+        """`Runnable.with_alisteners`."""
+        return _keeping(super().with_alisteners(**kwargs))
+
+    def with_types(self, *args: Any, **kwargs: Any) -> Any:
+        """`Runnable.with_types`."""
+        return _keeping(super().with_types(*args, **kwargs))
+
+    def with_retry(self, **kwargs: Any) -> Any:
+        """`Runnable.with_retry`."""
+        return _keeping(super().with_retry(**kwargs))
+
+    def with_fallbacks(self, fallbacks: Sequence[Runnable[Any, Any]], **kwargs: Any) -> Any:
+        """`Runnable.with_fallbacks`."""
+        return _keeping(super().with_fallbacks(fallbacks, **kwargs))
+
+    def configurable_fields(self, **kwargs: Any) -> Any:
+        """`RunnableSerializable.configurable_fields`."""
+        return _keeping(super().configurable_fields(**kwargs))
+
+    def configurable_alternatives(self, which: ConfigurableField, **kwargs: Any) -> Any:
+        """`RunnableSerializable.configurable_alternatives`."""
+        return _keeping(super().configurable_alternatives(which, **kwargs))
 
 
 class ChatKVCAG(KeepsContext, BaseChatModel):
@@ -550,3 +617,62 @@ def chat_model_in(model: object) -> ChatKVCAG | None:
         else:
             return None
     return model
+
+
+# --- runnables around a chat model, which keep its corpus ---------------------------------------------------------
+
+
+class _Binding(KeepsContext, RunnableBinding[LanguageModelInput, AIMessage]):
+    def _with_context(self, context: str | None) -> Any:
+        return self.model_copy(update={"bound": _answering_from(self.bound, context)})
+
+
+class _Retry(KeepsContext, RunnableRetry[LanguageModelInput, AIMessage]):
+    def _with_context(self, context: str | None) -> Any:
+        return self.model_copy(update={"bound": _answering_from(self.bound, context)})
+
+
+class _Fallbacks(KeepsContext, RunnableWithFallbacks[LanguageModelInput, AIMessage]):
+    def _with_context(self, context: str | None) -> Any:
+        others = [_answering_from(fallback, context) for fallback in self.fallbacks]
+        return self.model_copy(update={"runnable": _answering_from(self.runnable, context), "fallbacks": others})
+
+
+class _Fields(KeepsContext, RunnableConfigurableFields[LanguageModelInput, AIMessage]):
+    def _with_context(self, context: str | None) -> Any:
+        return self.model_copy(update={"default": _answering_from(self.default, context)})
+
+
+class _Alternatives(KeepsContext, RunnableConfigurableAlternatives[LanguageModelInput, AIMessage]):
+    def _with_context(self, context: str | None) -> Any:
+        others = {name: _answering_from(other, context) for name, other in self.alternatives.items()}
+        return self.model_copy(update={"default": _answering_from(self.default, context), "alternatives": others})
+
+
+_OURS: dict[type[Any], type[Any]] = {
+    RunnableBinding: _Binding,
+    RunnableRetry: _Retry,
+    RunnableWithFallbacks: _Fallbacks,
+    RunnableConfigurableFields: _Fields,
+    RunnableConfigurableAlternatives: _Alternatives,
+}
+"""LangChain's wrappers, and those of this module."""
+
+
+def _keeping(made: Any) -> Any:
+    """LangChain's wrapper as ours."""
+    if isinstance(made, KeepsContext):
+        return made
+    ours = next((ours for core, ours in _OURS.items() if isinstance(made, core)), None)
+    return ours.model_construct(**dict(made)) if ours else made
+
+
+def _answering_from(runnable: Any, context: str | None) -> Any:
+    """A runnable that answers from the context, where it is around a `ChatKVCAG`. An alternative may be a function."""
+    if isinstance(runnable, KeepsContext):
+        return runnable._with_context(context)
+    return runnable if isinstance(runnable, Runnable) else partial(_made, runnable, context)
+
+
+def _made(make: Callable[[], Any], context: str | None) -> Any:
+    return _answering_from(make(), context)

@@ -17,7 +17,7 @@ from kvcag.memory import is_context
 from kvcag.records import DeletionReport
 from kvcag.scheduler.texts import Texts, TextStats, digest_of
 from kvcag.stores.base import Described, KVStore, StoreStats, sources_of
-from kvcag.stores.manifest import Manifest
+from kvcag.stores.files import Manifest
 
 logger = logging.getLogger("kvcag.scheduler")
 _SALT = secrets.token_bytes(16)

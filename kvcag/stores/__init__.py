@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvcag.stores.base import KVStore, StoreStats
 from kvcag.stores.disk import DiskStore
-from kvcag.stores.manifest import Manifest, read_manifest
+from kvcag.stores.files import Manifest, read_manifest
 from kvcag.stores.remote import ByteKVStore, FsspecStore
 from kvcag.stores.verify import VerifyReport, verify
 

@@ -19,7 +19,7 @@ from typing_extensions import Self
 from kvcag.concurrency import async_twin, in_thread
 from kvcag.errors import CacheWarning, StoreError
 from kvcag.records import DeletionReport
-from kvcag.stores.manifest import Manifest
+from kvcag.stores.files import Manifest
 
 if TYPE_CHECKING:
     from kvcag.core import EncodedItem, KVCacheItem

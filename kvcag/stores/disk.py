@@ -24,14 +24,17 @@ from kvcag.errors import CorruptItemError, FormatError, StoreError, StoreFullErr
 from kvcag.stores.base import Described, KVStore, Listed, StoreStats, listed
 from kvcag.stores.files import (
     SUFFIX,
+    Manifest,
     Names,
+    Quantize,
     locked,
     make_private,
+    read_id,
+    read_manifest,
     sync_directory,
     unavailable,
     unnoticed,
 )
-from kvcag.stores.manifest import Manifest, Quantize, read_id, read_manifest
 from kvcag.stores.verify import VerifyReport, leftovers, verify
 
 if TYPE_CHECKING:

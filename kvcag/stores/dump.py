@@ -31,9 +31,19 @@ from kvcag.fingerprint import ModelFingerprint
 from kvcag.records import DeletionReport
 from kvcag.stores.base import made_from, says, sources_of
 from kvcag.stores.disk import DiskStore
-from kvcag.stores.files import SUFFIX, TEMPORARY, atomic_write, locked, make_private, sync_directory, unavailable
+from kvcag.stores.files import (
+    SUFFIX,
+    TEMPORARY,
+    atomic_write,
+    checksum,
+    locked,
+    make_private,
+    read_sealed,
+    sealed,
+    sync_directory,
+    unavailable,
+)
 from kvcag.stores.format import read_item
-from kvcag.stores.manifest import checksum, read_sealed, sealed
 from kvcag.stores.verify import leftover_dumps, leftovers
 
 _VERSION = 1

@@ -22,19 +22,21 @@ from kvcag.errors import (
     StoreUnavailableError,
 )
 from kvcag.fingerprint import ModelFingerprint
-from kvcag.stores.files import atomic_write, unavailable, unnoticed
-from kvcag.stores.manifest import (
+from kvcag.stores.files import (
     FORMAT_VERSION,
     MAX_MANIFEST,
     UNSEALED,
     Header,
     Manifest,
     Quantize,
+    atomic_write,
     check_size,
     checksum,
     parse_header,
     read_header,
     seal,
+    unavailable,
+    unnoticed,
 )
 
 DTYPES = {

@@ -14,8 +14,8 @@ from kvcag.cache.layers import cache_of, layers_of, mapped, nbytes
 from kvcag.core import KVCacheItem
 from kvcag.errors import InvalidInputError, StoreFullError
 from kvcag.stores.base import KVStore, StoreStats
+from kvcag.stores.files import Manifest
 from kvcag.stores.format import manifest_of
-from kvcag.stores.manifest import Manifest
 
 
 @dataclass(slots=True)

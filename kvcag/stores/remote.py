@@ -21,8 +21,7 @@ from kvcag.errors import (
 )
 from kvcag.stores.base import Described, KVStore, Listed, StoreStats, listed
 from kvcag.stores.disk import FOLDER_BYTES, DiskStore
-from kvcag.stores.files import SUFFIX, Names
-from kvcag.stores.manifest import Manifest, Quantize, parse_header, parse_id
+from kvcag.stores.files import SUFFIX, Manifest, Names, Quantize, parse_header, parse_id
 
 if TYPE_CHECKING:
     from kvcag.core import KVCacheItem

@@ -19,7 +19,7 @@ from kvcag.core import KVCacheItem
 from kvcag.errors import InvalidInputError, StoreError, StoreFullError
 from kvcag.records import DeletionReport
 from kvcag.stores.base import Described, KVStore, Listed, StoreStats, listed
-from kvcag.stores.manifest import Manifest
+from kvcag.stores.files import Manifest
 from kvcag.stores.memory import MemoryStore
 from kvcag.stores.remote import open_at
 

@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvcag.errors import CorruptItemError, FormatError, StoreError
-from kvcag.stores.files import SUFFIX, Names, is_abandoned, locked, unavailable, unnoticed
-from kvcag.stores.manifest import read_sealed
+from kvcag.stores.files import SUFFIX, Names, is_abandoned, locked, read_sealed, unavailable, unnoticed
 
 _SPACE = re.compile(r"[0-9a-f]{32}")
 _PLACE = re.compile(r"[0-9a-f]{32}/([0-9a-f]{2}/[0-9a-f]{62}\.safetensors)")

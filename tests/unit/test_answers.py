@@ -18,7 +18,7 @@ from kvcag.errors import StoreUnavailableError
 from kvcag.langchain import ChatKVCAG, KVCAGMiddleware, create_cag_documents_chain
 from kvcag.llama_index import CAGSynthesizer, KVCacheLLM
 from kvcag.stores import DiskStore, KVStore, MemoryStore
-from kvcag.stores.manifest import seal
+from kvcag.stores.files import seal
 
 ONE, OTHER = "Ada lives in Harbour Street.", "The harbour opens at five."
 DOCUMENTS = [Document(ONE), Document(OTHER)]

@@ -24,7 +24,7 @@ from kvcag.errors import (
 )
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.dump import read_dump, write_dump
-from kvcag.stores.manifest import sealed
+from kvcag.stores.files import sealed
 from kvcag.stores.verify import verify
 from kvcag.testing import byte_tokenizer, tiny_model
 from tests.stored import FINGERPRINT, assert_same, random_item

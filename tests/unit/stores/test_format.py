@@ -25,9 +25,8 @@ from kvcag.errors import (
     StoreError,
     StoreUnavailableError,
 )
-from kvcag.stores.files import atomic_write
+from kvcag.stores.files import atomic_write, read_id, read_manifest, read_sealed, seal, sealed
 from kvcag.stores.format import item_from_bytes, item_to_bytes, read_item, write_item
-from kvcag.stores.manifest import read_id, read_manifest, read_sealed, seal, sealed
 from tests.stored import FINGERPRINT, assert_same, random_item
 
 JSON = st.recursive(

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from kvcag.core import KVCacheItem
 from kvcag.errors import StoreError
 from kvcag.stores.dump import read_dump, write_dump
+from kvcag.stores.files import parse_id, read_manifest, seal, sealed
 from kvcag.stores.format import item_from_bytes, item_to_bytes, read_item
-from kvcag.stores.manifest import parse_id, read_manifest, seal, sealed
 from kvcag.stores.memos import read_memos_pickle
 from kvcag.stores.verify import verify
 from tests.fuzzing import SECONDS, changed_bytes, changed_json, fuzz

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from kvcag.cache.int8 import dequantize_int8, quantize_int8
 from kvcag.cache.layers import layers_of
 from kvcag.errors import InvalidInputError
+from kvcag.stores.files import read_manifest
 from kvcag.stores.format import read_item, write_item
-from kvcag.stores.manifest import read_manifest
 from tests.stored import assert_same, random_item
 
 
