@@ -592,6 +592,8 @@ class KVCacheMemory:
             asked = as_messages(messages)
             if ids or (ids is None and not any(map(_has_documents, asked))):
                 documents = replace(documents, since=self.store.deletions())
+            elif not _documents_in(asked).isdisjoint(self._contexts.values()):
+                documents = replace(documents, since=self._contexts_at)
             prompt = self._prompt(asked, ids, tools, strategy)
         budget = self.engine.check_fits(len(prompt.token_ids), sampling.max_new_tokens)
         if constraint is not None:
@@ -800,8 +802,13 @@ def insert_documents(instruction: str, documents: Sequence[str], messages: Seque
 
 
 def _has_documents(message: Message) -> bool:
-    content = message.get("content")
-    return isinstance(content, list | tuple) and any(isinstance(part, Document) for part in content)
+    return bool(_documents_in([message]))
+
+
+def _documents_in(messages: Iterable[Message]) -> set[str]:
+    """The texts of the documents in messages."""
+    parts = (content for message in messages if isinstance(content := message.get("content"), list | tuple))
+    return {part.text for part in chain.from_iterable(parts) if isinstance(part, Document)}
 
 
 def _folders(dumps: Iterable[str | PathLike[str]]) -> list[str | PathLike[str]]:

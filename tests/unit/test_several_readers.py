@@ -126,6 +126,18 @@ def test_a_document_that_is_deleted_while_it_is_asked_about_by_id_does_not_come_
         memory.ask("When?", ids)
 
 
+def test_a_context_that_is_deleted_while_it_is_asked_about_does_not_come_back(
+    tiny_engine: HFEngine, shared: KVStore
+) -> None:
+    """Over a bucket: two of a thousand came back in twenty minutes."""
+    memory = KVCacheMemory(tiny_engine, opened_again(shared))
+    id = KVCacheMemory(HFEngine(tiny_model(), byte_tokenizer()), shared).create_context(["The safe is at the back."])
+    messages = memory.with_context(id, [{"role": "user", "content": "Where is the safe?"}])
+    in_another_process(shared, lambda store: store.erase([id]))
+    memory.ask(messages, strategy="rotate", max_new_tokens=1)
+    assert not list(shared.keys())
+
+
 def in_another_process(store: KVStore, act: object) -> None:
     """`memory://` is another store in each process: there, in this one."""
     if isinstance(store, FsspecStore):
