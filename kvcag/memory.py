@@ -808,7 +808,7 @@ def _has_documents(message: Message) -> bool:
 def _documents_in(messages: Iterable[Message]) -> set[str]:
     """The texts of the documents in messages."""
     parts = (content for message in messages if isinstance(content := message.get("content"), list | tuple))
-    return {part.text for part in chain.from_iterable(parts) if isinstance(part, Document)}
+    return {str(part) for part in chain.from_iterable(parts) if isinstance(part, Document)}
 
 
 def _folders(dumps: Iterable[str | PathLike[str]]) -> list[str | PathLike[str]]:
