@@ -200,7 +200,7 @@ class KVCacheMemory:
     # --- keeping -----------------------------------------------------------------------------------------------
 
     def add(self, documents: object, *, context: Context | None = None) -> list[str]:
-        """Keep items, or encode documents and keep them. What is kept already is not encoded again.
+        """Keep items, or encode documents and keep them. A document that the memory has is not encoded again.
 
         With `context`, each document is encoded behind another one, so that its keys and values are nearer to what
         they are behind the other documents of a prompt: merged answers are nearer to a full prefill's, and encoding
@@ -409,7 +409,7 @@ class KVCacheMemory:
         return sum((purge_dump(folder, source) for folder in _folders(dumps)), report)
 
     def erased(self, erase: Callable[[], DeletionReport]) -> DeletionReport:
-        """Call what deletes from the store, and forget what is kept outside the store, before and after."""
+        """Delete from the store by calling `erase`, and drop copies outside the store before and after."""
         self._forget()
         report = erase()
         report += self.store.erase(report.ids)  # what was put in the meantime

@@ -800,7 +800,7 @@ def check_cacheable(model: PreTrainedModel) -> None:
     module = sys.modules[type(model).__module__]
     if beside := [key for key, each in vars(module).items() if _is_cache_of(each, module.__name__)]:
         raise UnsupportedModelError(
-            f"{name} keeps its past in a cache class of its own ({beside[0]}), which cannot be kept. Use another model."
+            f"{name} keeps its past in its own cache class ({beside[0]}), which kvcag cannot store. Use another model."
         )
     recurrent = bool(kinds_of(model))
     if recurrent and not _CONTINUES:
