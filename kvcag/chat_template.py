@@ -40,6 +40,7 @@ _LIKE_CONTROL = (
 )
 """What control tokens of the known model families look like."""
 _PROBE = "kvcag-probe-9a41"
+_ANYTHING: dict[str, Any] = {"role": "user", "content": "…"}
 _OPEN_END = f"kvcag-end-{secrets.token_hex(8)}"
 """Stands in a rendered text at the end of an answer that is to be continued."""
 _LINE, _WORD = "\n\n", "x"
@@ -87,6 +88,7 @@ class Prompt:
         ending_ids: what follows each document's tokens where it is kept, and not here. Empty where nothing does.
         between_ids: what stands between each document and the next. Empty where all documents stand together.
         seams: how many places are tokenised otherwise than in the joined text.
+        instruction_length: how many tokens at the beginning of `head_ids` are of system messages and tools alone.
     """
 
     head_ids: tuple[int, ...]
@@ -97,6 +99,12 @@ class Prompt:
     ending_ids: tuple[tuple[int, ...], ...] = ()
     between_ids: tuple[tuple[int, ...], ...] = ()
     seams: int = 0
+    instruction_length: int = 0
+
+    @property
+    def instruction_ids(self) -> tuple[int, ...]:
+        """What the system says before the documents. What users say is not part of it."""
+        return self.head_ids[: self.instruction_length]
 
     @property
     def kept_ids(self) -> tuple[tuple[int, ...], ...]:
@@ -296,6 +304,7 @@ class ChatTemplate:
         if not normal:
             raise EmptyPromptError("there are no messages: pass at least one user message")
         joined = [{**message, "content": "".join(message["content"])} for message in normal]
+        system = list(takewhile(lambda message: message["role"] == "system", joined))
         roles, groups = _take_documents(normal)
         text = self._render_open(normal, tools, add_generation_prompt)
         thinking = add_generation_prompt and _thinks(text, normal[-1])
@@ -311,7 +320,11 @@ class ChatTemplate:
                 )
         texts = re.split("|".join(sentinels), text)
         head_ids = bos + self._between(texts[0], opens=False, closes=_closes(texts[0]))
-        made = Prompt(head_ids, (), self.encode(texts[-1]), thinking)
+        instruction = len(head_ids)
+        if roles[0] != "system":
+            opening = self.render([*system, _ANYTHING], tools=tools) if system or tools else ""
+            instruction = common_length(head_ids, bos + self.encode(opening))
+        made = Prompt(head_ids, (), self.encode(texts[-1]), thinking, instruction_length=instruction)
         documents = list(chain.from_iterable(groups))
         if seams != "none" or len(documents) == 1:
             made = self._with_documents(made, texts, groups, whole=seams != "endings")
@@ -417,7 +430,7 @@ class ChatTemplate:
 
     def instruction_ids(self, instruction: str | None) -> tuple[int, ...]:
         """The tokens that stand before the documents: the opening of the system turn and `instruction`."""
-        return self.split_system(instruction, [{"role": "user", "content": "…"}]).head_ids
+        return self.split_system(instruction, [_ANYTHING]).head_ids
 
     def render(
         self,
@@ -590,7 +603,8 @@ def _split_around(token_ids: tuple[int, ...], apart: Prompt, document: str) -> P
     start = common_length(token_ids, apart.head_ids)
     end = max(start, len(token_ids) - common_length(token_ids[::-1], apart.tail_ids[::-1]))
     documents, texts = ((token_ids[start:end],), (document,)) if end > start else ((), ())
-    return Prompt(token_ids[:start], documents, token_ids[end:], apart.thinking, texts)
+    length = min(start, apart.instruction_length)
+    return Prompt(token_ids[:start], documents, token_ids[end:], apart.thinking, texts, instruction_length=length)
 
 
 def common_length(left: Sequence[int], right: Sequence[int]) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Hashable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from itertools import chain, islice
@@ -45,7 +45,7 @@ from kvcag.errors import (
     UnsupportedModelError,
     WarnOnce,
 )
-from kvcag.records import KVCacheRecords
+from kvcag.records import KVCacheRecords, instruction_key
 from kvcag.stores.base import ENCODED_BEHIND, KVStore, sources_of, stands_behind
 from kvcag.stores.files import Manifest
 
@@ -89,6 +89,11 @@ def context_of_prompt(documents: DocumentCache, prompt: Prompt, settings: MergeS
         prompt: from `ChatTemplate.prompt`, of messages that hold documents.
         settings: how they are put together.
     """
+    with documents.instruction(prompt.instruction_ids):
+        return _context_of_prompt(documents, prompt, settings)
+
+
+def _context_of_prompt(documents: DocumentCache, prompt: Prompt, settings: MergeSettings) -> MergedContext:
     engine, namespace, context_ids = documents.engine, documents.namespace, prompt.context_ids
     known = engine.known_prefix(context_ids, namespace)
     chosen, ratio, reason = _choose(engine, context_ids, known, settings)
@@ -478,6 +483,12 @@ def _beside(head: Sequence[LayerKV], layers: Sequence[LayerKV], device: torch.de
     return Layers(beside, states and states.mapped(lambda state: state.to(device)), length_of(layers))
 
 
+def _is_spread(engine: HFEngine) -> bool:
+    """Whether the model's layers are on several accelerators: where, a store does not know."""
+    places = set(getattr(engine.model, "hf_device_map", {}).values())
+    return len(places - {"cpu", "disk"}) > 1
+
+
 def _because(context: MergedContext, reason: str) -> MergedContext:
     return replace(context, report=replace(context.report, reason=reason)) if reason else context
 
@@ -487,6 +498,9 @@ Ids: TypeAlias = tuple[int, ...]
 _SERVED = "served"
 """In the metadata of a stored `VLLMKVCacheItem`: its prompt and its tokens. A store keeps it without tensors."""
 _guard = threading.Lock()
+
+_WORTH_STORING = 256
+"""Tokens of an instruction that is stored, at least. Fewer are read once a process (docs/decisions.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -501,6 +515,7 @@ class DocumentCache:
             None: the texts come from elsewhere.
         encoding: a lock for each document that is being looked up or encoded, by its id.
         notices: what was said about the store.
+        instructions: ids of those of which this process has seen that the store has them.
     """
 
     engine: Engine
@@ -509,6 +524,7 @@ class DocumentCache:
     since: Hashable = None
     encoding: WeakValueDictionary[str, threading.Lock] = field(default_factory=WeakValueDictionary)
     notices: WarnOnce = field(default_factory=WarnOnce)
+    instructions: set[str] = field(default_factory=set)
 
     def key(self, token_ids: Iterable[int]) -> str:
         """The id under which a document is kept."""
@@ -621,6 +637,55 @@ class DocumentCache:
         for what, error in trouble[:1]:
             self.warn(what, error)
         return item, True
+
+    @contextmanager
+    def instruction(self, token_ids: Ids) -> Iterator[None]:
+        """Within it, an instruction that the store has is among the recent contexts. At its end the store has it.
+
+        Its item has the id `instruction_key`. Short ones are not stored. A server keeps its own, and where the layers
+        of a model stand on several accelerators, a store cannot say.
+        """
+        model, key = cast("HFEngine", self.engine), instruction_key(self.key(token_ids))
+        if len(token_ids) < _WORTH_STORING or not model.merges or not model.keeps(len(token_ids)) or _is_spread(model):
+            yield
+            return
+        try:
+            is_known = self._recall(model, key, token_ids)
+        except (StoreError, FingerprintMismatchError, InvalidInputError) as damaged:
+            is_known = False
+            self.warn("reading an instruction again", damaged)
+        yield
+        try:
+            with holding(self._lock_of(key)):
+                if not is_known and key not in self.instructions:
+                    self._store_instruction(model, key, token_ids)
+                    self.instructions.add(key)
+        except StoreError as full:
+            self.warn("an instruction was read and not kept", full)
+
+    def _recall(self, model: HFEngine, key: str, token_ids: Ids) -> bool:
+        """Take an instruction from the store if it is not among the recent contexts. Returns whether it is there."""
+        epoch = model.epoch(self.namespace)
+        if model.known_prefix(token_ids, self.namespace) == len(token_ids) and key in self.instructions:
+            return True
+        self.instructions.discard(key)
+        item = self.store.get(key) if self.store.contains(key) else None
+        if item is None or item.token_ids.tolist() != list(token_ids):
+            return False
+        model.check_item(item)
+        if item.is_exact:
+            layers = _beside([], layers_of(item.memory), model.device)
+            model.prefixes.insert(token_ids, layers, self.namespace, epoch=epoch)
+        self.instructions.add(key)
+        return True
+
+    def _store_instruction(self, model: HFEngine, key: str, token_ids: Ids) -> None:
+        text = str(model.tokenizer.decode(list(token_ids), skip_special_tokens=False))
+        records = KVCacheRecords(text_memories=[text], composed_text_memory=text)
+        with self.store.keeping(EncodedItem(id=key, records=records)):
+            layers, _ = model.prefill(token_ids, namespace=self.namespace)
+            item = model.item_of(layers, (), token_ids)
+            self.store.put(item.model_copy(update={"id": key, "records": records}))
 
     def keeping(
         self, token_ids: Ids, text: str, metadata: Mapping[str, Any] | None = None

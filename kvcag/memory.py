@@ -67,7 +67,7 @@ from kvcag.errors import (
     UnknownItemError,
     UnsupportedModelError,
 )
-from kvcag.records import DeletionReport
+from kvcag.records import DeletionReport, KVCacheRecords, is_instruction
 from kvcag.stores.base import MADE_OF, KVStore
 from kvcag.stores.dump import purge_dump, read_dump, write_dump
 from kvcag.stores.memory import MemoryStore
@@ -139,7 +139,7 @@ class KVCacheMemory:
 
     @store.setter
     def store(self, store: KVStore) -> None:
-        self.documents = replace(self.documents, store=store)
+        self.documents = replace(self.documents, store=store, instructions=set())
         self._contexts.clear()
 
     @classmethod
@@ -234,13 +234,14 @@ class KVCacheMemory:
                     raise EmptyPromptError(f"document {index + 1} is empty: leave it out")
         reads = iter(in_context(list(texts.values()), context, self.read))
         ids = []
-        for index, document in enumerate(given):
-            if index in texts:
-                item, _ = self.documents.find_or_encode(self._instruction_ids, *next(reads))
-            else:
-                item = document
-                self.documents.put(item)
-            ids.append(item.id)
+        with self.documents.instruction(self._instruction_ids if texts else ()):
+            for index, document in enumerate(given):
+                if index in texts:
+                    item, _ = self.documents.find_or_encode(self._instruction_ids, *next(reads))
+                else:
+                    item = document
+                    self.documents.put(item)
+                ids.append(item.id)
         return ids
 
     def get(self, id: str) -> Item | None:
@@ -253,7 +254,8 @@ class KVCacheMemory:
 
     def get_all(self) -> list[Item]:
         """Every item, oldest first."""
-        items = [item for key in list(self.store.keys()) if (item := self.get(key)) is not None]
+        keys = [key for key in iter(self.store.keys()) if not is_instruction(key)]
+        items = [item for key in keys if (item := self.get(key)) is not None]
         return sorted(items, key=lambda item: (item.records.timestamp, item.id))
 
     def delete(self, ids: str | Iterable[str]) -> DeletionReport:
@@ -305,9 +307,11 @@ class KVCacheMemory:
         self.documents.check_context(context)
         prompt = self.engine.template.prompt(messages)
         about = metadata or [{}] * len(prompt.documents)
-        for read in in_context(list(map(Read, prompt.kept_ids, prompt.documents, about)), context, self.read):
-            if not self.documents.contains(prompt.head_ids, read.token_ids, read.behind):
-                self.documents.find_or_encode(prompt.head_ids, *read)
+        reads = in_context(list(map(Read, prompt.kept_ids, prompt.documents, about)), context, self.read)
+        with self.documents.instruction(prompt.instruction_ids):
+            for read in reads:
+                if not self.documents.contains(prompt.head_ids, read.token_ids, read.behind):
+                    self.documents.find_or_encode(prompt.head_ids, *read)
         return [self.documents.key(token_ids) for token_ids in prompt.kept_ids]
 
     def sync(
@@ -326,7 +330,8 @@ class KVCacheMemory:
         """
         self.documents.check_context(context)
         read = in_context(list(map(self.read, documents_of(documents))), context, self.read)
-        return sync(self.documents, self._instruction_ids, read, corpus)
+        with self.documents.instruction(self._instruction_ids):
+            return sync(self.documents, self._instruction_ids, read, corpus)
 
     def learn(
         self,
@@ -360,7 +365,7 @@ class KVCacheMemory:
         with engine.exclusive() as model:
             check_mergeable(model)
         if documents is None:
-            texts = [manifest.records.composed_text_memory for _, manifest in self.store.manifests()]
+            texts = [records.composed_text_memory for records in self._kept()]
         else:
             texts = [text_and_metadata(document)[0] for document in documents_of(documents)]
         token_ids = {self.documents.key(ids): ids for ids in map(self._segment, texts)}
@@ -486,7 +491,7 @@ class KVCacheMemory:
         self.engine.check_fits(len(prompt.head_ids) + len(same_ids(found)) + len(prompt.tail_ids), 1)
         if canonical:
             found.sort(key=lambda item: item.content_key)
-        with self.engine.begun(self.namespace):
+        with self.engine.begun(self.namespace), self.documents.instruction(prompt.head_ids):
             return context_of_items(self.documents, prompt.head_ids, found, prompt.tail_ids, settings)
 
     def context_for(self, prompt: Prompt, settings: MergeSettings | None = None) -> MergedContext:
@@ -742,8 +747,7 @@ class KVCacheMemory:
         strategy: Strategy,
     ) -> Prompt:
         if ids is None and not any(_has_documents(message) for message in messages):
-            kept = [manifest.records for _, manifest in self.store.manifests()]
-            kept.sort(key=lambda records: records.timestamp)
+            kept = sorted(self._kept(), key=lambda records: records.timestamp)
         else:
             kept = [item.records for item in self._items(ids or (), skip_missing=False)]
         if kept:
@@ -754,6 +758,10 @@ class KVCacheMemory:
         if one_by_one and (engine.merges or engine.serves_merged(strategy, self.namespace)):
             seams = "documents"
         return engine.template.prompt(messages, tools=tools, seams=seams)
+
+    def _kept(self) -> list[KVCacheRecords]:
+        """The texts of every document."""
+        return [manifest.records for key, manifest in self.store.manifests() if not is_instruction(key)]
 
     def _items(self, given: str | Item | Iterable[str | Item], skip_missing: bool) -> list[Item]:
         wanted = [given] if isinstance(given, str | EncodedItem) or not isinstance(given, Iterable) else list(given)

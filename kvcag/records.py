@@ -10,6 +10,19 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 
+def instruction_key(key: str) -> str:
+    """The id under which a store has what a system message says before documents, whose content key is `key`."""
+    return f"{_INSTRUCTION}{key}"
+
+
+def is_instruction(id: str) -> bool:
+    """Whether an item is an instruction, and so is none of the user's documents."""
+    return id.startswith(_INSTRUCTION)
+
+
+_INSTRUCTION = "instruction:"
+
+
 class KVCacheRecords(BaseModel):
     """Which texts a cache was made from, and how they were put together."""
 

@@ -9,7 +9,8 @@ import torch
 from kvcag.cache.layers import cache_of, layers_of
 from kvcag.core import KVCacheItem
 from kvcag.fingerprint import ModelFingerprint
-from kvcag.records import KVCacheRecords
+from kvcag.records import KVCacheRecords, is_instruction
+from kvcag.stores.base import KVStore
 
 FINGERPRINT = ModelFingerprint(
     model_name="tiny",
@@ -60,3 +61,8 @@ def assert_same(read: KVCacheItem | None, written: KVCacheItem) -> None:
         for a, b in zip(one, other, strict=True):
             assert a.dtype == b.dtype
             assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def documents_in(store: KVStore) -> list[str]:
+    """The ids of all items but instructions."""
+    return [key for key in iter(store.keys()) if not is_instruction(key)]

@@ -286,7 +286,7 @@ def open_corpus(options: Answering) -> Corpus:
 
     opened = open_existing(options.store, options.namespace)
     entries = read_entries(opened)[0]
-    chosen = sorted((entry for entry in entries if not entry.is_context), key=_place)
+    chosen = sorted((entry for entry in entries if entry.is_document), key=_place)
     if options.id or options.source:
         from_sources = choose(chosen, options.source, None) if options.source else []
         chosen = list({entry.id: entry for entry in [*find(entries, options.id or []), *from_sources]}.values())

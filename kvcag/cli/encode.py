@@ -234,7 +234,7 @@ def _encode(memory: KVCacheMemory, diff: SyncDiff) -> tuple[int, int]:
     total = sum(len(diff.wanted[key][0]) for key in diff.new)
     encoded = tokens = 0
     try:
-        with common.progress("encoding", total, "tokens") as advance:
+        with documents.instruction(head_ids if total else ()), common.progress("encoding", total, "tokens") as advance:
             for key in diff.new:
                 token_ids, text, metadata, behind = diff.wanted[key]
                 advance(0, os.path.basename(metadata["source"]))

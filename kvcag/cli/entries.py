@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from kvcag.cli import common
 from kvcag.errors import InvalidInputError, UnknownItemError
+from kvcag.records import instruction_key, is_instruction
 from kvcag.stores.base import MADE_OF, SOURCE_FIELDS, KVStore
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.files import Manifest, Names
@@ -25,6 +26,7 @@ CONTEXT_OF = "context_of"
 """Metadata of the context of a whole store: the ids of its items."""
 
 _PREFIX = "kv:sha256:"
+_INSTRUCTION = instruction_key("")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,7 @@ class Entry:
     @property
     def short(self) -> str:
         """The beginning of the id, for tables."""
-        return self.id.removeprefix(_PREFIX)[:12]
+        return self.id.removeprefix(_INSTRUCTION).removeprefix(_PREFIX)[:12]
 
     @property
     def text(self) -> str:
@@ -55,9 +57,9 @@ class Entry:
         return self.manifest.records.composed_text_memory
 
     @property
-    def is_context(self) -> bool:
-        """It was encoded as one context of several texts, by `kvcag ask` or `KVCacheMemory.create_context`."""
-        return MADE_OF in self.manifest.metadata
+    def is_document(self) -> bool:
+        """It is no instruction, and no context of several texts by `kvcag ask` or `KVCacheMemory.create_context`."""
+        return MADE_OF not in self.manifest.metadata and not is_instruction(self.id)
 
     @property
     def members(self) -> list[str]:
@@ -67,6 +69,8 @@ class Entry:
     @property
     def source(self) -> str:
         """Where the text came from, for tables; empty if the metadata does not say."""
+        if is_instruction(self.id):
+            return "(instruction)"
         if self.members:
             return f"({len(self.members)} items, as one context)"
         metadata = self.manifest.metadata
@@ -152,12 +156,16 @@ def find_one(store: DiskStore | FsspecStore | None, id: str) -> Entry:
     Raises:
         UnknownItemError, InvalidInputError: as `find`.
     """
-    begins = (id, _PREFIX + id)
+    begins = _begins(id)
     keys = [] if store is None else [key for key in begins if store.contains(key)]
     if store is not None and not keys:
         keys = [key for key in store.keys() if id and key.startswith(begins)]  # noqa: SIM118 - a store is no dict
     found = [Entry(made, store.size(key)) for key in keys if store is not None and (made := store.manifest(key))]
     return find(found, [id])[0]
+
+
+def _begins(id: str) -> tuple[str, str, str]:
+    return id, _PREFIX + id, instruction_key(_PREFIX + id)
 
 
 def find(entries: Sequence[Entry], ids: Iterable[str]) -> list[Entry]:
@@ -170,8 +178,7 @@ def find(entries: Sequence[Entry], ids: Iterable[str]) -> list[Entry]:
     found: dict[str, Entry] = {}
     missing: list[str] = []
     for wanted in ids:
-        begins = (wanted, _PREFIX + wanted)
-        matching = [entry for entry in entries if wanted and entry.id.startswith(begins)]
+        matching = [entry for entry in entries if wanted and entry.id.startswith(_begins(wanted))]
         matching = [entry for entry in matching if entry.id == wanted] or matching
         if len(matching) > 1:
             some = ", ".join(entry.short for entry in matching[:3])

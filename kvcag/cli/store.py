@@ -138,7 +138,7 @@ def inspect(
     lines = [f"{field:<22} {value}" for field, value in shown.items()]
     lines += [f"\n{text[:_EXCERPT]}{' …' if len(text) > _EXCERPT else ''}"] if text else []
     common.stdout().print("\n".join(lines), soft_wrap=True)
-    common.then(common.ASK + ("" if entry.is_context else f" --id {entry.short}"))
+    common.then(common.ASK + (f" --id {entry.short}" if entry.is_document else ""))
 
 
 @common.takes(Choosing)

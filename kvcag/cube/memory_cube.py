@@ -53,7 +53,7 @@ from kvcag.errors import (
     UnknownItemError,
 )
 from kvcag.memory import KVCacheMemory, insert_documents
-from kvcag.records import DeletionReport
+from kvcag.records import DeletionReport, is_instruction
 from kvcag.stores.base import Described, KVStore
 from kvcag.stores.dump import purge_dump
 
@@ -263,7 +263,9 @@ class MemoryCube:
         with self._lock:
             self.add(texts)
             report = self.delete([id for id in self._known if id not in ids])
-            return report + self._erase(lambda text: not is_made_of(text, live))
+            return report + self._erase(
+                lambda item: not is_instruction(item.id) and not is_made_of(_text_of(item), live)
+            )
 
     def purge(self, text: str, dumps: Iterable[str | PathLike[str]] = ()) -> DeletionReport:
         """Delete every cache made from a text that the cube does not hold, and the text from dumps.
@@ -514,7 +516,8 @@ class MemoryCube:
             if self.memory.documents.contains(prompt.head_ids, token_ids):
                 return False
             metadata = {"doc_id": texts[0].id} if len(texts) == 1 else {}
-            self.memory.documents.find_or_encode(prompt.head_ids, token_ids, document, metadata)
+            with self.memory.documents.instruction(prompt.instruction_ids):
+                self.memory.documents.find_or_encode(prompt.head_ids, token_ids, document, metadata)
             return True
 
     # --- caches follow texts -------------------------------------------------------------------------------------
@@ -561,19 +564,20 @@ class MemoryCube:
         found = {stripped(text) for text in gone}
         template, documents = self.memory.engine.template, self.memory.documents
         keys = [documents.key(template.encode_text(f"{text}\n\n")) for text in gone]  # also where it is damaged
-        report = self._erase(lambda text: text not in live and any(one in text for one in found), keys)
+
+        def is_stale(item: Described) -> bool:
+            text = _text_of(item)
+            return text not in live and any(one in text for one in found)
+
+        report = self._erase(is_stale, keys)
         self.memory.store.forget(gone)
         self._undeleted = gone if report.failed else set()
         return report
 
-    def _erase(self, is_stale: Callable[[str], bool], keys: Iterable[str] = ()) -> DeletionReport:
-        """Delete the caches whose text, as `stripped`, is stale, those that cannot be read, and those of `keys`."""
+    def _erase(self, is_stale: Callable[[Described], bool], keys: Iterable[str] = ()) -> DeletionReport:
+        """Delete the caches that are stale, those that cannot be read, and those of `keys`."""
         store = self.memory.store
-
-        def chosen(item: Described) -> bool:
-            return is_stale(stripped(item.records.composed_text_memory))
-
-        return self.memory.erased(lambda: store.erase(keys) + store.erase_where(chosen, unreadable=True))
+        return self.memory.erased(lambda: store.erase(keys) + store.erase_where(is_stale, unreadable=True))
 
     # --- items of a dump -----------------------------------------------------------------------------------------
 
@@ -622,3 +626,7 @@ def _question_of(messages: Sequence[Message]) -> str:
     if isinstance(content, str) or content is None:
         return content or ""
     return "".join(part if isinstance(part, str) else str(part.get("text", "")) for part in content)
+
+
+def _text_of(item: Described) -> str:
+    return stripped(item.records.composed_text_memory)

@@ -14,7 +14,7 @@ from kvcag.core import KVCacheItem
 from kvcag.engines.hf import HFEngine
 from kvcag.errors import StoreError, StoreFullError
 from kvcag.memory import is_context
-from kvcag.records import DeletionReport
+from kvcag.records import DeletionReport, is_instruction
 from kvcag.scheduler.texts import Texts, TextStats, digest_of
 from kvcag.stores.base import Described, KVStore, StoreStats, sources_of
 from kvcag.stores.files import Manifest
@@ -98,7 +98,7 @@ class ScheduledStore(KVStore):
     """A store within a byte budget: an item enters if it is worth its bytes, and what it evicts is deleted.
 
     The text of a cache is saved before the cache is deleted, so no text is lost. An item with an id of its own, and a
-    context with a handle, always enters and is never evicted.
+    context with a handle, always enters and is never evicted. Instructions enter and are not counted.
 
     Args:
         inner: where items live.
@@ -141,6 +141,9 @@ class ScheduledStore(KVStore):
             StoreFullError: `force` is set or the item is protected, and it does not fit.
             SchedulerStateError: it evicts caches whose texts cannot be saved. Nothing was changed.
         """
+        if is_instruction(item.id):
+            self.inner.put(item)
+            return True
         entry = self.entry(item.id, digest_of(item.records.composed_text_memory), len(item.token_ids), item)
         with self.lock:
             self._remember(entry, item)
@@ -285,7 +288,7 @@ class ScheduledStore(KVStore):
     def reconcile(self) -> None:
         """Bring the working set in step with what is in the inner store."""
         with self.lock:
-            stored = set(self.inner.keys())
+            stored = {key for key in iter(self.inner.keys()) if not is_instruction(key)}
             for key in self.entries.keys() - stored:
                 self.note("gone", self.entries.pop(key), "the store evicted it")
             for key in stored - self.entries.keys():

@@ -42,8 +42,8 @@ class StoreStats:
     """What a store holds now, and how often this object was asked for an item.
 
     Attributes:
-        items: number of items.
-        bytes: bytes of the items.
+        items: number of items, without instructions.
+        bytes: bytes of all items.
         max_bytes: the budget; None for no limit.
         hits: calls of `get` that found an item.
         misses: calls of `get` that found none.
@@ -110,7 +110,7 @@ class KVStore(ABC):
 
     @abstractmethod
     def keys(self) -> Iterator[str]:
-        """The ids of all items, in no particular order. They are produced one by one."""
+        """The ids of all items, in no particular order, one by one, those of instructions too."""
 
     @abstractmethod
     def manifest(self, key: str) -> Manifest | None:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from kvcag.errors import CorruptItemError, FormatError, StoreError, StoreFullError, StoreUnavailableError
 from kvcag.stores.base import Described, KVStore, Listed, StoreStats, listed
 from kvcag.stores.files import (
+    INSTRUCTION_SUFFIX,
     SUFFIX,
     Manifest,
     Names,
@@ -260,8 +261,11 @@ class DiskStore(KVStore):
 
     def stats(self) -> StoreStats:
         """Counts the files, also expired ones that were not deleted yet."""
-        sizes = [file.bytes for file in self._files()]
-        return StoreStats(len(sizes), sum(sizes), self.max_bytes, self._hits, self._misses, self.evictions)
+        files = list(self._files())
+        items = sum(not file.path.name.endswith(INSTRUCTION_SUFFIX) for file in files)
+        return StoreStats(
+            items, sum(file.bytes for file in files), self.max_bytes, self._hits, self._misses, self.evictions
+        )
 
     def file(self, key: str) -> Path:
         """The path of an item's file, whether or not it exists."""

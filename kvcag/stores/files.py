@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kvcag.errors import CorruptItemError, FormatError, StoreUnavailableError
 from kvcag.fingerprint import ModelFingerprint
-from kvcag.records import KVCacheRecords
+from kvcag.records import KVCacheRecords, is_instruction
 
 try:
     import fcntl
@@ -35,6 +35,8 @@ else:
     _HAS_FLOCK = True
 
 SUFFIX = ".safetensors"
+INSTRUCTION_SUFFIX = f".instruction{SUFFIX}"
+"""Of instructions, so that documents are counted without opening files."""
 TEMPORARY = ".tmp"
 _STALE_SECONDS = 3600.0
 _SALT = "KVCAG_SALT"
@@ -207,7 +209,7 @@ class Names:
     def file(self, key: str) -> str:
         """The path of an item below its namespace: one of 256 directories, and a file in it."""
         name = self._digest(f"item {key}")
-        return f"{name[:2]}/{name[2:]}{SUFFIX}"
+        return f"{name[:2]}/{name[2:]}{INSTRUCTION_SUFFIX if is_instruction(key) else SUFFIX}"
 
     def _digest(self, text: str) -> str:
         return hmac.digest(self._secret, text.encode("utf-8", "surrogatepass"), "sha256").hex()

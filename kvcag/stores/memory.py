@@ -13,6 +13,7 @@ import torch
 from kvcag.cache.layers import cache_of, layers_of, mapped, nbytes
 from kvcag.core import KVCacheItem
 from kvcag.errors import InvalidInputError, StoreFullError
+from kvcag.records import is_instruction
 from kvcag.stores.base import KVStore, StoreStats
 from kvcag.stores.files import Manifest
 from kvcag.stores.format import manifest_of
@@ -116,7 +117,7 @@ class MemoryStore(KVStore):
     def stats(self) -> StoreStats:
         """Counts the items. `bytes` are those of keys and values."""
         with self._lock:
-            held = len(list(self.keys()))
+            held = sum(not is_instruction(key) for key in iter(self.keys()))
             return StoreStats(held, self._bytes, self.max_bytes, self._hits, self._misses, self._evictions)
 
     def pin(self, key: str) -> None:

@@ -21,7 +21,7 @@ from kvcag.errors import (
 )
 from kvcag.stores.base import Described, KVStore, Listed, StoreStats, listed
 from kvcag.stores.disk import FOLDER_BYTES, DiskStore
-from kvcag.stores.files import SUFFIX, Manifest, Names, Quantize, parse_header, parse_id
+from kvcag.stores.files import INSTRUCTION_SUFFIX, SUFFIX, Manifest, Names, Quantize, parse_header, parse_id
 
 if TYPE_CHECKING:
     from kvcag.core import KVCacheItem
@@ -193,7 +193,8 @@ class FsspecStore(KVStore):
     def stats(self) -> StoreStats:
         """Lists the objects."""
         objects = self._objects()
-        return StoreStats(len(objects), sum(objects.values()), None, self._hits, self._misses)
+        items = sum(not path.endswith(INSTRUCTION_SUFFIX) for path in objects)
+        return StoreStats(items, sum(objects.values()), None, self._hits, self._misses)
 
     def _path(self, key: str) -> str:
         return f"{self.directory}/{self._names.file(key)}"

@@ -19,9 +19,9 @@ from kvcag.errors import CorruptItemError, FormatError, StoreError
 from kvcag.stores.files import SUFFIX, Names, is_abandoned, locked, read_sealed, unavailable, unnoticed
 
 _SPACE = re.compile(r"[0-9a-f]{32}")
-_PLACE = re.compile(r"[0-9a-f]{32}/([0-9a-f]{2}/[0-9a-f]{62}\.safetensors)")
+_PLACE = re.compile(r"[0-9a-f]{32}/([0-9a-f]{2}/[0-9a-f]{62}(?:\.instruction)?\.safetensors)")
 _LOCK = re.compile(r"\.(.+)\.lock")
-_TEMPORARY = re.compile(r"\.[0-9a-f]{62}\.safetensors\.[0-9a-f]{32}\.tmp")
+_TEMPORARY = re.compile(r"\.[0-9a-f]{62}(?:\.instruction)?\.safetensors\.[0-9a-f]{32}\.tmp")
 
 
 @dataclass(slots=True)

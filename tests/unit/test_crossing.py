@@ -22,6 +22,7 @@ from kvcag.llama_index import CAGMemoryBlock, CAGSynthesizer, KVCacheLLM, KVCach
 from kvcag.memory import insert_documents
 from kvcag.testing import byte_tokenizer, tiny_model
 from tests.commands import Kvcag, write
+from tests.stored import documents_in
 
 TEXTS = ["The tower was completed in 1889.", "The bridge ends here.\n\nIts keeper has a dog.", "A line of its own.\n"]
 INSTRUCTION = "Answer from the notes."
@@ -140,7 +141,7 @@ ASKS: dict[str, Ask] = {
 
 def check_found(memory: KVCacheMemory, ask: Ask) -> None:
     """Nothing but an instruction is encoded, and nothing is kept twice."""
-    before = sorted(memory.store.keys())
+    before = sorted(documents_in(memory.store))
     assert len(before) == len(TEXTS)
     assert {item.id for item in memory} == {item.content_key for item in memory} == set(before)
     memory.engine.prefixes.clear()  # only the store knows the documents
@@ -150,7 +151,7 @@ def check_found(memory: KVCacheMemory, ask: Ask) -> None:
     instruction = made["context_tokens"] - tokens + len("\n\n")  # which a prompt may leave out after the last document
     assert 0 < instruction < 500
     assert made["encoded_tokens"] <= instruction
-    assert sorted(memory.store.keys()) == before
+    assert sorted(documents_in(memory.store)) == before
 
 
 @pytest.mark.parametrize("ask", ASKS.values(), ids=ASKS)
@@ -169,10 +170,10 @@ def test_every_door_finds_a_loaded_dump(memory: KVCacheMemory, ask: Ask, tmp_pat
 @pytest.mark.parametrize("put", PUTS.values(), ids=PUTS)
 def test_every_way_in_finds_what_a_question_encoded(memory: KVCacheMemory, put: Put) -> None:
     documents_chain(memory)
-    before = sorted(memory.store.keys())
+    before = sorted(documents_in(memory.store))
     written = {item.id: item.records.timestamp for item in memory}
     put(memory)
-    assert sorted(memory.store.keys()) == before
+    assert sorted(documents_in(memory.store)) == before
     if put is not extracted and put is not textual:  # these encode the item before they add it
         assert {item.id: item.records.timestamp for item in memory} == written
 
@@ -188,7 +189,7 @@ def test_every_door_finds_what_the_command_line_encoded(kvcag: Kvcag, tmp_path: 
     chain = create_cag_documents_chain(model, PROMPT, output_parser=RunnableLambda(lambda said: said))
     report = chain.invoke({"context": shown, "input": QUESTION}).response_metadata["kvcag"]
     assert report["encoded_tokens"] <= report["context_tokens"] - len("\n\n".join(text.strip() for text in TEXTS))
-    assert sorted(model.memory().store.keys()) == sorted(ids)
+    assert sorted(documents_in(model.memory().store)) == sorted(ids)
     assert kvcag("encode", "texts/", "--json").json["encoded"] == 0
 
 
@@ -212,7 +213,7 @@ def test_a_document_has_the_same_tokens_at_every_door(memory: KVCacheMemory, tex
     made = cube_of(memory)
     made.add(text)
     assert made.encode() == 0
-    assert list(memory.store.keys()) == [id]
+    assert documents_in(memory.store) == [id]
 
 
 def test_metadata_that_a_node_shows_is_part_of_its_text_at_every_door(memory: KVCacheMemory) -> None:
@@ -221,7 +222,7 @@ def test_metadata_that_a_node_shows_is_part_of_its_text_at_every_door(memory: KV
     )
     [id] = memory.add(node)
     KVCacheTransform(llm(memory))([node])
-    assert memory.sync([node]).ids == [id] == list(memory.store.keys())
+    assert memory.sync([node]).ids == [id] == documents_in(memory.store)
     assert memory.get(id).records.composed_text_memory == "title: The bridge\n\nIt is red."
 
 

@@ -20,6 +20,7 @@ from kvcag.llama_index import CAGMemoryBlock, CAGQueryEngine, IndexTexts, KVCach
 from kvcag.stores import MemoryStore
 from kvcag.testing import EchoEngine, whole_prompt
 from tests.cube_sides import Embedding
+from tests.stored import documents_in
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # see the fixture
@@ -66,7 +67,7 @@ def test_a_query_engine_answers_from_the_cube(cube: MemoryCube) -> None:
     engine = CAGQueryEngine.from_memory(cube)
     response = engine.query("Of what is the tower made?")
     assert [node.node.node_id for node in response.source_nodes] == ["tower", "bridge"]
-    assert len(list(cube.memory.store.keys())) == 2  # the caches that were there, and no others
+    assert len(documents_in(cube.memory.store)) == 2  # the caches that were there, and no others
     cube.delete("bridge")
     assert [node.node.node_id for node in engine.query("And now?").source_nodes] == ["tower"]
 
@@ -76,12 +77,12 @@ def test_nodes_of_an_index_are_encoded_as_the_synthesizer_asks_for_them(tiny_eng
     cube = MemoryCube(tiny_engine, IndexTexts(index, similarity_top_k=2))
     cube.add([TextNode(id_=text.id, text=text.memory, metadata={"title": text.id}) for text in (TOWER, BRIDGE)])
     cube.encode()
-    kept = set(cube.memory.store.keys())
+    kept = set(documents_in(cube.memory.store))
     engine = CAGQueryEngine.from_memory(cube, k=1)
     [found] = engine.query("Is the tower made of iron?").source_nodes
     assert found.node.get_content() == "title: tower\n\nThe tower is made of iron."
     assert found.node.metadata == {"title": "tower"}
-    assert set(cube.memory.store.keys()) == kept
+    assert set(documents_in(cube.memory.store)) == kept
 
 
 def test_an_exact_cube_is_an_exact_query_engine(tiny_engine: HFEngine) -> None:

@@ -34,6 +34,7 @@ from kvcag.llama_index import (
 )
 from kvcag.llama_index.messages import to_messages
 from kvcag.testing import EchoEngine, byte_tokenizer, last_user_message, tiny_model, whole_prompt
+from tests.stored import documents_in
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),  # see the fixture
@@ -133,11 +134,11 @@ def test_a_second_turn_encodes_no_document_again(tiny_engine: HFEngine, retrieve
     llm = KVCacheLLM(engine=tiny_engine, max_new_tokens=4)
     engine = CAGContextChatEngine.from_defaults(retriever, llm=llm)
     engine.chat("How tall is the tower?")
-    kept = set(llm.memory.store.keys())
+    kept = set(documents_in(llm.memory.store))
     engine.chat("And when was the tower built?")
     assert len(kept) == 2
-    assert kept <= set(llm.memory.store.keys())
-    assert len(set(llm.memory.store.keys())) <= len(TEXTS)
+    assert kept <= set(documents_in(llm.memory.store))
+    assert len(set(documents_in(llm.memory.store))) <= len(TEXTS)
 
 
 async def test_cores_simple_chat_engine_runs_on_our_llm(llm: KVCacheLLM) -> None:
@@ -205,7 +206,7 @@ class ScriptedEngine(HFEngine):
 def kept(llm: KVCacheLLM) -> set[str]:
     """The texts of the stored documents."""
     store = llm.memory.store
-    return {store.manifest(key).records.composed_text_memory.strip() for key in list(store.keys())}
+    return {store.manifest(key).records.composed_text_memory.strip() for key in documents_in(store)}
 
 
 def asked_by_sub_questions(llm: KVCacheLLM) -> None:
@@ -298,7 +299,7 @@ async def test_four_workers_say_what_one_says_and_leave_the_caches_as_they_were(
     store = llm.memory.store
 
     def stored() -> dict[str, list]:
-        items = {key: store.get(key) for key in list(store.keys())}
+        items = {key: store.get(key) for key in documents_in(store)}
         return {
             key: [tensor.clone() for layer in item.memory.layers for tensor in (layer.keys, layer.values)]
             for key, item in items.items()
@@ -339,7 +340,7 @@ def test_documents_in_memory_are_cached_behind_the_agents_own_system_message(tin
         context = llm.chat(agent).raw["usage"]["context"]
         assert (context["encoded_tokens"] == 0) is cached
         assert context["mode"] != "merged", "documents that do not change are exact by default"
-    assert len(list(llm.memory.store.keys())) == 1, "encoded together, in their order"
+    assert len(documents_in(llm.memory.store)) == 1, "encoded together, in their order"
     assert CAGMemoryBlock(documents=[], name="none").priority == 0
 
 

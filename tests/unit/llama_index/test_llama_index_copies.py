@@ -17,6 +17,7 @@ from kvcag.cube.memory_cube import MemoryCube
 from kvcag.errors import InvalidInputError
 from kvcag.llama_index import CAGMemoryBlock, CAGSynthesizer, KVCacheLLM, KVCacheTransform
 from kvcag.stores.disk import DiskStore
+from tests.stored import documents_in
 
 TEXTS = ["The tower is 330 metres tall.", "It stands in Paris."]
 FOUND = [NodeWithScore(node=TextNode(text=text)) for text in TEXTS]
@@ -54,7 +55,7 @@ def test_an_llm_survives_dicts_json_and_pickles(named: KVCacheLLM) -> None:
     for made in again:
         assert made.to_dict() == named.to_dict()
         assert made.complete("Hi").text == named.complete("Hi").text
-        assert list(made.memory.store.keys()) == list(named.memory.store.keys())
+        assert documents_in(made.memory.store) == documents_in(named.memory.store)
     assert again[-1].engine.template.variables == {"date_string": "today"}
 
 
@@ -103,7 +104,7 @@ def test_a_transform_is_copied_pickled_and_read_back(named: KVCacheLLM, live: KV
     for made in again:
         assert (made.fingerprint, made.template, made.collection) == (data["fingerprint"], data["template"], "towers")
         assert made([TextNode(text=TEXTS[0])])
-        assert len(list(named.memory.store.keys())) == 1
+        assert len(documents_in(named.memory.store)) == 1
     assert again[0]._docstore is transform._docstore
     with pytest.raises(InvalidInputError, match="another model or template"):
         KVCacheTransform.from_dict(data, llm=KVCacheLLM(engine=live.engine, system_prompt="Be kind."))

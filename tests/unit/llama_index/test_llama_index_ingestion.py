@@ -16,6 +16,7 @@ from kvcag.errors import InvalidInputError
 from kvcag.llama_index import CAGQueryEngine, CAGSynthesizer, KVCacheLLM, KVCacheTransform
 from kvcag.stores.disk import DiskStore
 from kvcag.testing import byte_tokenizer, tiny_model
+from tests.stored import documents_in
 
 TOWER = Document(text="The tower is 330 metres tall.", doc_id="tower")
 BRIDGE = Document(text="The bridge is red.", doc_id="bridge")
@@ -49,11 +50,13 @@ class Ingestion:
 
     def texts(self) -> set[str]:
         store = DiskStore(self.path)
-        manifests = [store.manifest(key) for key in list(store.keys())]
+        manifests = [store.manifest(key) for key in documents_in(store)]
         return {manifest.records.composed_text_memory.strip() for manifest in manifests}
 
     def modified(self) -> dict[str, int]:
-        return {str(file): file.stat().st_mtime_ns for file in self.path.rglob("*.safetensors")}
+        """When each document's file was written."""
+        files = {str(file): file.stat().st_mtime_ns for file in self.path.rglob("*.safetensors")}
+        return {name: at for name, at in files.items() if ".instruction." not in name}
 
 
 def test_only_what_changed_is_encoded_again_and_what_is_gone_leaves_the_store(tmp_path: Path) -> None:
@@ -100,12 +103,12 @@ def test_a_deleted_store_behind_an_ingestion_hit_still_answers(tmp_path: Path) -
         return llm
 
     first, second = ingest(tmp_path / "kept"), ingest(tmp_path / "skipped")
-    assert list(second.memory.store.keys()) == []
+    assert documents_in(second.memory.store) == []
     answers = [
         str(CAGQueryEngine.from_documents([TOWER], llm, exact=False).query("How tall?")) for llm in (first, second)
     ]
     assert answers[0] == answers[1]
-    assert list(first.memory.store.keys()) == list(second.memory.store.keys())
+    assert documents_in(first.memory.store) == documents_in(second.memory.store)
 
 
 def test_another_model_or_template_is_another_transform(tmp_path: Path) -> None:
@@ -144,7 +147,7 @@ def test_nodes_go_through_unchanged_and_blank_ones_are_left_out(tmp_path: Path) 
     nodes = [TextNode(text="  "), TextNode(text="Something.")]
     llm = KVCacheLLM(engine=model(), store=tmp_path)
     assert KVCacheTransform(llm)(nodes) == nodes
-    assert len(list(llm.memory.store.keys())) == 1
+    assert len(documents_in(llm.memory.store)) == 1
 
 
 def test_what_cannot_encode_node_by_node_is_refused() -> None:

@@ -25,6 +25,7 @@ from kvcag.errors import ConstraintBudgetError, ContextLengthError, InvalidInput
 from kvcag.llama_index import CAGQueryEngine, CAGSynthesizer, KVCacheLLM, RoundsWarning
 from kvcag.llama_index.messages import to_messages
 from kvcag.testing import EchoEngine, byte_tokenizer, tiny_model, whole_prompt
+from tests.stored import documents_in
 
 TEXTS = ["The tower is 330 metres tall.", "It was built in 1889 {by} Eiffel.", "It stands in Paris."]
 
@@ -216,7 +217,7 @@ def test_text_that_changed_under_the_same_id_is_never_answered_from_a_stale_cach
     store = tiny_llm.memory.store
 
     def texts() -> set[str]:
-        return {store.manifest(key).records.composed_text_memory.strip() for key in list(store.keys())}
+        return {store.manifest(key).records.composed_text_memory.strip() for key in documents_in(store)}
 
     plain.query("How tall?")
     assert texts() == set(TEXTS)
@@ -230,7 +231,7 @@ def test_text_that_changed_under_the_same_id_is_never_answered_from_a_stale_cach
 def test_a_cited_passage_is_the_same_document_at_every_rank(tiny_engine: HFEngine) -> None:
     llm = KVCacheLLM(engine=tiny_engine, max_new_tokens=4)
     CAGQueryEngine.from_documents(nodes(), llm, exact=False).query("How tall?")
-    kept = set(llm.memory.store.keys())
+    kept = set(documents_in(llm.memory.store))
     for ordered in (nodes(), nodes()[::-1]):
         retriever = CAGQueryEngine.from_documents(ordered, llm).retriever
         ours = CAGSynthesizer(llm, text_qa_template=CITATION_QA_TEMPLATE)
@@ -239,7 +240,7 @@ def test_a_cited_passage_is_the_same_document_at_every_rank(tiny_engine: HFEngin
         assert [source.node.text for source in cited] == [
             f"Source {at}:\n{node.text}\n" for at, node in enumerate(ordered, start=1)
         ]
-        assert set(llm.memory.store.keys()) == kept
+        assert set(documents_in(llm.memory.store)) == kept
 
 
 def test_a_cited_prompt_is_cores(llm: KVCacheLLM) -> None:
@@ -265,7 +266,7 @@ def test_answers_that_core_joins_are_read_and_not_kept(tiny_engine: HFEngine, ma
         shown = content if isinstance(content, str) else "".join(content)
         assert "\n\n".join(text.strip() for text in texts) in shown
         synthesizer.synthesize("Q", scored(texts))
-    assert list(llm.memory.store.keys()) == []
+    assert documents_in(llm.memory.store) == []
 
 
 def test_what_an_index_deletes_is_purged_by_its_text(tiny_engine: HFEngine) -> None:
@@ -274,7 +275,7 @@ def test_what_an_index_deletes_is_purged_by_its_text(tiny_engine: HFEngine) -> N
     documents = [Document(text=text, doc_id=str(at)) for at, text in enumerate(TEXTS)]
     index = VectorStoreIndex.from_documents(documents, embed_model=MockEmbedding(embed_dim=4))
     index.as_query_engine(llm=llm, response_synthesizer=CAGSynthesizer(llm), similarity_top_k=3).query("How tall?")
-    assert len(list(llm.memory.store.keys())) == 3
+    assert len(documents_in(llm.memory.store)) == 3
     for id in index.docstore.get_ref_doc_info("0").node_ids:
         llm.memory.purge(index.docstore.get_node(id).get_content(MetadataMode.LLM))
     index.delete_ref_doc("0", delete_from_docstore=True)

@@ -19,6 +19,7 @@ from kvcag import HFEngine
 from kvcag.errors import InvalidInputError
 from kvcag.llama_index import CAGSynthesizer, KVCacheLLM
 from kvcag.testing import EchoEngine, byte_tokenizer, tiny_model
+from tests.stored import documents_in
 
 pytest.importorskip("llguidance")
 
@@ -154,10 +155,10 @@ async def test_structured_answers_over_documents_use_their_caches(llm: KVCacheLL
     )
     first = synthesizer.synthesize("Which?", found)
     assert isinstance(first.response, Tower)
-    kept = list(llm.memory.store.keys())
+    kept = documents_in(llm.memory.store)
     assert len(kept) == 2
     assert (await synthesizer.asynthesize("Which?", found)).response == first.response
-    assert list(llm.memory.store.keys()) == kept
+    assert documents_in(llm.memory.store) == kept
 
 
 async def test_a_function_agent_makes_a_round_trip() -> None:
