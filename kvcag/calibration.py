@@ -322,18 +322,36 @@ class LearnedDrift:
 
 
 def learned_drift_of(engine: HFEngine, namespace: str) -> LearnedDrift | None:
-    """What was learned of a namespace's documents, now or in an earlier process; None if nothing was.
+    """What was learned of a namespace's documents, here or in another process; None if nothing was.
 
-    It is read once a process: equal questions have equal answers until `learn_drift` is called here again.
+    The file is read again where another process replaced or deleted it: a text that was purged there is forgotten here.
     """
+    file = _learned_file(engine, namespace)
+    stamp = _stamp(file)
     with _learning:
-        digest, known = engine.fingerprint.digest, _learned.setdefault(engine, {})
-        if (digest, namespace) not in known:
-            known[digest, namespace] = _read_drift(_learned_file(engine, namespace))
-        return known[digest, namespace]
+        known, key = _learned.setdefault(engine, {}), (engine.fingerprint.digest, namespace)
+        changed = key in known and known[key][0] != stamp
+        if changed or key not in known:
+            known[key] = stamp, _read_drift(file)
+        learned = known[key][1]
+    if changed:
+        engine.forget(namespace)  # contexts that were merged with the earlier one
+    return learned
 
 
-_learned: WeakKeyDictionary[HFEngine, dict[tuple[str, str], LearnedDrift | None]] = WeakKeyDictionary()
+_Stamp: TypeAlias = tuple[int, int, int] | None
+"""Changes whenever a file is replaced: its inode, time and size; None where there is none."""
+
+_learned: WeakKeyDictionary[HFEngine, dict[tuple[str, str], tuple[_Stamp, LearnedDrift | None]]] = WeakKeyDictionary()
+"""By the digest of the fingerprint and the namespace: what the file with this stamp held."""
+
+
+def _stamp(file: Path) -> _Stamp:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 @torch.no_grad()
@@ -379,8 +397,11 @@ def learn_drift(
     tensors = {f"offset.{index}": layer for index, layer in enumerate(drift.layers)}
     tensors |= {f"slope.{index}": layer for index, layer in enumerate(drift.slopes)}
     about = {"documents": json.dumps(used), "tokens": str(sums.tokens)}
+    file, key = _learned_file(engine, namespace), (engine.fingerprint.digest, namespace)
     try:
-        write_learned(_learned_file(engine, namespace), save(tensors, about))
+        write_learned(file, save(tensors, about))
+        with _learning:
+            _learned.setdefault(engine, {}).pop(key, None)  # read from the file, which others may write too
     except StoreUnavailableError as error:
         warnings.warn(
             f"the drift that was learned could not be kept for later processes: {error}. "
@@ -388,8 +409,8 @@ def learn_drift(
             CacheWarning,
             stacklevel=3,
         )
-    with _learning:
-        _learned.setdefault(engine, {})[engine.fingerprint.digest, namespace] = learned
+        with _learning:
+            _learned.setdefault(engine, {})[key] = _stamp(file), learned
     return learned
 
 
@@ -402,11 +423,13 @@ def forget_drift(engine: HFEngine, namespace: str, documents: Collection[str] | 
     learned = learned_drift_of(engine, namespace)
     if learned is None or not (documents is None or set(learned.documents).intersection(documents)):
         return
-    with _learning:
-        _learned.setdefault(engine, {})[engine.fingerprint.digest, namespace] = None
     file = _learned_file(engine, namespace)
-    with unavailable(file):
-        file.unlink(missing_ok=True)
+    try:
+        with unavailable(file):
+            file.unlink(missing_ok=True)
+    finally:
+        with _learning:
+            _learned.setdefault(engine, {})[engine.fingerprint.digest, namespace] = _stamp(file), None
 
 
 def _learned_file(engine: HFEngine, namespace: str) -> Path:

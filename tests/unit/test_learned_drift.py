@@ -140,6 +140,29 @@ def test_purging_a_text_forgets_what_was_learned_from_it(cache_folder: Path) -> 
     assert not list(cache_folder.rglob("*learned*"))
 
 
+def test_a_purge_in_another_process_reaches_a_running_one(cache_folder: Path) -> None:
+    running = memory_of()
+    before = rotated(running)
+    running.engine.forget()
+    running.learn(TEXTS, contexts=4)
+    assert rotated(running).report.drift
+    other = memory_of()  # has its own engine and knows what the file says, as another process does
+    other.purge(TEXTS[0])
+    assert running.drift == ""
+    after = rotated(running)
+    assert after.report.drift == ""
+    assert equal(layers_of(before.cache), layers_of(after.cache))
+
+
+def test_what_another_process_learned_in_its_place_is_used(cache_folder: Path) -> None:
+    running, other = memory_of(), memory_of()
+    old = running.learn(TEXTS, contexts=4)
+    assert other.drift == old.digest
+    other.purge(TEXTS[0])
+    new = other.learn(TEXTS[1:], contexts=4)
+    assert running.drift == rotated(running).report.drift == new.digest != old.digest
+
+
 def test_deleting_everything_forgets_it(cache_folder: Path) -> None:
     memory = memory_of()
     memory.learn(contexts=2)

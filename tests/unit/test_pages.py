@@ -138,6 +138,17 @@ def test_the_first_pages_quote_the_last_report(page: str) -> None:
     assert sum(quoted) == 2
 
 
+def test_the_first_minutes_are_those_of_the_last_run() -> None:
+    run = json.loads((RESULTS / "first-minutes.json").read_text())
+    page = (ROOT / "docs" / "first-minutes.md").read_text(encoding="utf-8")
+    assert f"{run['changed_lines']} marked lines" in page
+    *typed, chains = run["journeys"]
+    taken = [f"{step['s']:.3g} s" for journey in typed for step in journey["steps"]]
+    assert re.findall(r"\| ([\d.]+ s) \|$", page, re.M)[: len(taken)] == taken
+    for step in chains["steps"][1:]:
+        assert " | ".join(f"{each} s" for each in step["each_s"]) in page
+
+
 def test_the_race_is_run_by_the_last_report() -> None:
     drawn = (ROOT / "docs" / "img" / "race.svg").read_text(encoding="utf-8")
     assert any(

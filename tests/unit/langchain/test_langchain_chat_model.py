@@ -9,7 +9,7 @@ from uuid import UUID
 import pytest
 import torch
 from langchain_core.language_models import FakeListChatModel
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.rate_limiters import InMemoryRateLimiter
 from langchain_core.runnables import ConfigurableField
 from pydantic import ValidationError
@@ -21,6 +21,7 @@ from kvcag.errors import (
     ContextLengthError,
     FingerprintMismatchError,
     InvalidInputError,
+    KVCAGError,
     UnsupportedContentError,
     UnsupportedModelError,
 )
@@ -217,10 +218,44 @@ def test_every_report_counts_what_was_encoded(llm: ChatKVCAG) -> None:
     assert warm.response_metadata["kvcag"]["encoded_tokens"] == 1
 
 
-@pytest.mark.parametrize("asked", ["caf\ud83d", [SystemMessage(["doc \ud83d", "b"]), HumanMessage("?")]])
+HALF = "caf\ud83d"
+
+
+def called(argument: str, result: str) -> list[BaseMessage]:
+    """A question, a call of a tool and its result."""
+    call = {"name": "f", "args": {"a": argument}, "id": "1"}
+    return [HumanMessage("?"), AIMessage("", tool_calls=[call]), ToolMessage(result, tool_call_id="1")]
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        HALF,
+        with_docs("doc \ud83d", "b"),
+        [HumanMessage("?"), AIMessage(HALF)],
+        called(HALF, "1"),
+        called("x", HALF),
+    ],
+    ids=["question", "document", "answer", "call", "result"],
+)
 def test_half_of_a_surrogate_pair_is_refused(llm: ChatKVCAG, asked: Any) -> None:
     with pytest.raises(InvalidInputError, match="half of a surrogate pair"):
         llm.invoke(asked)
+
+
+def test_half_of_a_surrogate_pair_in_a_setting_is_refused(llm: ChatKVCAG) -> None:
+    tool = {"name": "f", "description": HALF, "parameters": {"type": "object", "properties": {}}}
+    for ask in (
+        lambda: llm.invoke("?", stop=[HALF]),
+        lambda: llm.create_context(["a"], HALF),
+        lambda: llm.precompute([HALF], progress=False),
+        lambda: llm.bind_tools([{"type": "function", "function": tool}]).invoke("?"),
+        lambda: llm.get_num_tokens(HALF),
+    ):
+        with pytest.raises(InvalidInputError, match="half of a surrogate pair"):
+            ask()
+    with pytest.raises(KVCAGError, match="cannot be used"):
+        llm.with_structured_output({"title": "A", "type": "object", "properties": {"a": {"enum": [HALF]}}}).invoke("?")
 
 
 def test_documents_in_another_order_are_found_and_said_to_be_merged(llm: ChatKVCAG) -> None:
