@@ -204,7 +204,7 @@ def test_a_prompt_without_the_variable_is_refused(llm: ChatKVCAG) -> None:
     [
         ({"document_separator": 7}, "document_separator: Input should be a valid string"),
         ({"document_prompt": "{page_content}"}, "document_prompt is a str: pass a PromptTemplate"),
-        ({"divider": "x"}, "unknown argument seperator"),
+        ({"divider": "x"}, "unknown argument divider"),
     ],
 )
 def test_wrong_settings_of_a_documents_prompt_are_refused_by_an_error_of_ours(
