@@ -709,6 +709,8 @@ class UsualDrift:
 
     def add_to(self, rotated: Sequence[Rotation], layers: Sequence[LayerKV], layout: Layout) -> None:
         """Give it to every open token of `layers`, in place."""
+        if len(layers) == 0:  # all layers of the model are recurrent
+            return
         open_tokens, device = _where(layout.open), layers[0][0].device
         if not self.slopes and self._added_at_once(rotated, layers, open_tokens):
             return

@@ -18,4 +18,4 @@ for engine in (CAGContextChatEngine, CAGCondensePlusContextChatEngine):
     print(engine.__name__, len(response.source_nodes), [message.role.value for message in chat_engine.chat_history])
     chat_engine.reset()
     print(len(chat_engine.chat_history), "messages after reset")
-print(len(list(llm.memory.store.keys())), "documents are kept")
+print(len(llm.memory), "documents are kept")

@@ -22,4 +22,4 @@ query_engine = CitationQueryEngine.from_args(
 )
 response = query_engine.query("When does it open?")
 print([source.node.get_content().split("\n")[0] for source in response.source_nodes])
-print(len(list(llm.memory.store.keys())), "documents are kept")
+print(len(llm.memory), "documents are kept")

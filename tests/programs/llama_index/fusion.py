@@ -29,4 +29,4 @@ retriever = QueryFusionRetriever(
 query_engine = RetrieverQueryEngine(retriever, CAGSynthesizer(llm))
 response = query_engine.query("When does the library open on Saturdays?")
 print(sorted(source.node.ref_doc_id for source in response.source_nodes))
-print(len(list(llm.memory.store.keys())), "documents are kept")
+print(len(llm.memory), "documents are kept")

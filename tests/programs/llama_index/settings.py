@@ -20,4 +20,4 @@ answers = [
 ]
 print([len(response.source_nodes) for response in answers])
 print(len(Settings.tokenizer("as many tokens as bytes")))
-print(len(list(Settings.llm.memory.store.keys())), "documents are kept")
+print(len(Settings.llm.memory), "documents are kept")

@@ -15,5 +15,5 @@ query_engine = index.as_query_engine(llm=llm, response_synthesizer=CAGSynthesize
 
 response = query_engine.query("When does the library open?")
 print(sorted(source.node.ref_doc_id for source in response.source_nodes))
-print(len(list(llm.memory.store.keys())), "documents are kept")
+print(len(llm.memory), "documents are kept")
 print("the same answer again:", str(query_engine.query("When does the library open?")) == str(response))
