@@ -38,7 +38,8 @@ async def main() -> None:
     handler = agent.run("How many minutes after midnight does the library open?")
     async for event in handler.stream_events():
         if isinstance(event, ToolCallResult):
-            print(event.tool_name, event.tool_kwargs, sorted(event.tool_output.content.split("\n\n")))
+            found = sorted(each.strip() for each in event.tool_output.content.split("\n\n"))
+            print(event.tool_name, event.tool_kwargs, found)
     print(await handler)
 
 
