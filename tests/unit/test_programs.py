@@ -44,6 +44,7 @@ def _settings_as_they_were() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_settings_as_they_were")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # agents read what they deprecate themselves
+@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")  # langgraph, when it is first imported
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # core's `Memory`, see the fixture
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_a_program_prints_what_is_kept_beside_it(
