@@ -96,7 +96,8 @@ def known_contexts(systems: list[Ours], llama: LlamaCpp, text: list[int], tail: 
                 taken[system.name]["cold_s"].append(system.cold(context))
         for turn in range(given.repeat + 1):
             for system in [llama, *systems]:
-                first, *steps = system.ask(context, [*tail[:-1], tail[-1] + turn])
+                # Another first token each time: llama.cpp goes on from what it has read, of a question too.
+                first, *steps = system.ask(context, [tail[0] + turn, *tail[1:]])
                 if turn:  # the first is warm-up
                     taken[system.name]["first_s"].append(first)
                     taken[system.name]["step_s"] += steps
