@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from langchain_core.runnables import RunnableBinding, RunnableSequence
 from langchain_tests.unit_tests import ChatModelUnitTests
 
 from kvcag import HFEngine
+from kvcag.engines.base import DEFAULT_MAX_NEW_TOKENS
 from kvcag.langchain import ChatKVCAG, create_cag_documents_chain
 from kvcag.langchain.documents_chain import DocumentsPrompt
 from kvcag.stores.disk import DiskStore
@@ -100,3 +102,12 @@ def test_a_copy_shares_the_engine_and_has_settings_of_its_own(tmp_path: Any) -> 
         assert copied.stop is not llm.stop
         assert copied.memory() is llm.memory()
         assert copied.invoke("hello").text == llm.invoke("hello").text
+
+
+def test_what_the_guide_says_of_init_chat_model_and_of_the_length_of_an_answer() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "langchain.md").read_text(encoding="utf-8")
+    init = pytest.importorskip("langchain.chat_models").init_chat_model
+    with pytest.raises(ValueError, match="kvcag"):
+        init("SmolLM2", model_provider="kvcag")
+    assert '`init_chat_model` and `create_agent("provider:model")` know a\nfixed list of providers' in page
+    assert f"at most {DEFAULT_MAX_NEW_TOKENS} tokens" in page
