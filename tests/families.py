@@ -182,7 +182,7 @@ def examine(model_type: str) -> Family:
     except (RuntimeError, IndexError, ValueError, TypeError, AttributeError) as failed:
         return Family(model_type, exact=False, merges=False, why=f"its forward pass fails ({type(failed).__name__})")
     if not exact:
-        return Family(model_type, exact=False, merges=False, why="does not go on exactly from what is kept of a prompt")
+        return Family(model_type, exact=False, merges=False, why="does not continue exactly from the cache of a prompt")
     try:
         return Family(model_type, exact, merged_error(engine) < 1e-5)
     except UnsupportedModelError as refusal:

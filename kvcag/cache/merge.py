@@ -193,17 +193,17 @@ def _answer(
     passes: Passes | None,
 ) -> tuple[torch.Tensor, ReadTail | None]:
     """Choose tokens and recompute them in place; where `layers` have room for the question, it is read in that pass."""
-    context = cut(layers, 0, len(layout.token_ids))
-    if length_of(layers) == length_of(context):
-        passes = None
+    length = len(layout.token_ids)
+    has_room = length_of(layers) > length
+    passes = passes if has_room else None
     chosen = select(model, layers, layout, tail_ids, strategy=strategy, ratio=ratio, passes=passes)
     if not len(chosen):
         return chosen, None
-    if length_of(layers) > length_of(context):
-        read = passes.recompute_and_read(layers, layout, chosen, tail_ids) if passes else None
-        return chosen, read or recompute_and_read(model, layers, layout, chosen, tail_ids)
-    recompute(model, context, layout, chosen)
-    return chosen, None
+    if not has_room:
+        recompute(model, cut(layers, 0, length), layout, chosen)
+        return chosen, None
+    read = passes.recompute_and_read(layers, layout, chosen, tail_ids) if passes else None
+    return chosen, read or recompute_and_read(model, layers, layout, chosen, tail_ids)
 
 
 def check_merge(model: PreTrainedModel, strategy: str) -> None:
@@ -449,9 +449,10 @@ def select(
     if budget == len(candidates):
         return candidates
     scores = None
-    if passes is not None and strategy == "query" and len(tail_ids):
+    if passes and strategy == "query" and len(tail_ids):
         scores = passes.scores(Layers(layers), len(layout.token_ids), tail_ids)
-    scores = _SCORES[strategy](model, layers, layout, tail_ids) if scores is None else scores
+    if scores is None:
+        scores = _SCORES[strategy](model, layers, layout, tail_ids)
     best = scores[candidates.to(scores.device)].argsort(descending=True, stable=True)[:budget]
     return candidates[best.sort().values.cpu()]
 

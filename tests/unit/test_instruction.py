@@ -204,7 +204,7 @@ def test_a_question_over_a_known_instruction_asks_the_store_for_nothing(tmp_path
         pass
 
 
-def test_many_threads_and_processes_leave_one_whole_item(tmp_path: Path) -> None:
+def test_many_engines_and_threads_leave_one_whole_item(tmp_path: Path) -> None:
     memories = [KVCacheMemory(fresh(), tmp_path, INSTRUCTION) for _ in range(3)]
     with ThreadPoolExecutor(9) as pool:
         ids = list(pool.map(lambda at: memories[at % 3].add(TEXTS), range(9)))

@@ -30,12 +30,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def vllm(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vllm]:
     if not PYTHON.exists():
         pytest.fail("there is no .venv-vllm: run `make test-vllm`")
-    server = Vllm(smollm2_path, tmp_path_factory.mktemp("vllm") / "server.log")
-    try:
-        server.start()
+    with Vllm(smollm2_path, tmp_path_factory.mktemp("vllm") / "server.log") as server:
         yield server
-    finally:
-        server.stop()
 
 
 @pytest.fixture

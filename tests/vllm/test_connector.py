@@ -41,12 +41,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(smollm2_path: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Vllm]:
-    made = Vllm(smollm2_path, tmp_path_factory.mktemp("vllm") / "server.log", str(store), max_model_len=4096)
-    try:
-        made.start()
+    log = tmp_path_factory.mktemp("vllm") / "server.log"
+    with Vllm(smollm2_path, log, str(store), max_model_len=4096) as made:
         yield made
-    finally:
-        made.stop()
 
 
 @pytest.fixture

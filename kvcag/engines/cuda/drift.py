@@ -163,6 +163,14 @@ def _places(HALF: tl.constexpr, HALF_SIZE: tl.constexpr, INTERLEAVED: tl.constex
 
 
 @triton.jit
+def _rotation(position, frequencies, HALF: tl.constexpr, HALF_SIZE: tl.constexpr):
+    """Cosine and sine of each row's position."""
+    d = tl.arange(0, HALF_SIZE)
+    angle = position.to(tl.float32)[:, None] * tl.load(frequencies + d, mask=d < HALF, other=0.0)[None, :]
+    return tl.cos(angle), tl.sin(angle)
+
+
+@triton.jit
 def _features(
     key, value, entry, positions, given, frequencies, both, size,
     key_head, key_token, value_head, value_token,
@@ -177,9 +185,7 @@ def _features(
     position = tl.load(positions + row, mask=row < size, other=0)
     position = tl.where(chosen, position, 0)
     first, second, there = _places(HALF, HALF_SIZE, INTERLEAVED)
-    frequency = tl.load(frequencies + tl.arange(0, HALF_SIZE), mask=there, other=0.0)
-    angle = position.to(tl.float32)[:, None] * frequency[None, :]
-    cos, sin = tl.cos(angle), tl.sin(angle)
+    cos, sin = _rotation(position, frequencies, HALF, HALF_SIZE)
     seen = chosen[:, None] & there[None, :]
     stride = tl.load(entry + 2)
     old = tl.load(entry).to(tl.pointer_type(dtype)) + (head * stride + position)[:, None] * (2 * HALF)
@@ -224,14 +230,12 @@ def _collect(
     wide: tl.constexpr = 2 * HALF + VALUE
     memory = tl.load(given + 4).to(tl.pointer_type(dtype)) + head * count * wide
     first, second, there = _places(HALF, HALF_SIZE, INTERLEAVED)
-    frequency = tl.load(frequencies + tl.arange(0, HALF_SIZE), mask=there, other=0.0)
     d, e = tl.arange(0, HALF_SIZE)[None, :], tl.arange(0, VALUE_SIZE)[None, :]
     for block in range(tl.program_id(0), tl.cdiv(count, ROWS), tl.num_programs(0)):
         row = block * ROWS + tl.arange(0, ROWS)
         real = row < count
         position = tl.load(rest + row, mask=real, other=0)
-        angle = position.to(tl.float32)[:, None] * frequency[None, :]
-        cos, sin = tl.cos(angle), tl.sin(angle)
+        cos, sin = _rotation(position, frequencies, HALF, HALF_SIZE)
         seen, seen_value = real[:, None] & there[None, :], real[:, None] & (e < VALUE)
         a = tl.load(keys + position[:, None] * (2 * HALF) + first[None, :], mask=seen, other=0.0).to(tl.float32)
         b = tl.load(keys + position[:, None] * (2 * HALF) + second[None, :], mask=seen, other=0.0).to(tl.float32)
@@ -278,9 +282,7 @@ def _give(
                 through = slope + (k + t)[:, None] * wide + d[None, :]
                 da = tl.dot(f, tl.load(through, mask=within, other=0.0), da, input_precision="ieee")
                 db = tl.dot(f, tl.load(through + HALF, mask=within, other=0.0), db, input_precision="ieee")
-            frequency = tl.load(frequencies + d, mask=there, other=0.0)
-            angle = position.to(tl.float32)[:, None] * frequency[None, :]
-            cos, sin = tl.cos(angle), tl.sin(angle)
+            cos, sin = _rotation(position, frequencies, HALF, HALF_SIZE)
             keys = tl.load(entry).to(tl.pointer_type(dtype)) + (head * stride + position)[:, None] * (2 * HALF)
             at_a, at_b = keys + first[None, :], keys + second[None, :]
             a = tl.load(at_a, mask=seen, other=0.0).to(tl.float32)

@@ -21,8 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-from kvcag.cache.attention import attends_to_its_own, check_mergeable
-from kvcag.cache.attention import rotations as rotations_of
+from kvcag.cache.attention import attends_to_its_own, check_mergeable, rotations
 from kvcag.cache.layers import (
     BETWEEN_LAYERS,
     GenerationCache,
@@ -100,11 +99,9 @@ class Graphs:
         self._device = devices.pop()
         self._passes: dict[tuple[int, int], _Pass] = {}
         self._merging: dict[tuple[str, int], _Pass] = {}
-        rotations = rotations_of(model)
-        turned = {each for each in rotations if each.module is not None}
-        self.merges = len({each.interleaved for each in turned}) == 1
+        self._rotations = rotations(model)
+        self.merges = len({each.interleaved for each in self._rotations if each.module is not None}) == 1
         """Whether it has passes for merging. The engine switches them off where they ran out of memory."""
-        self._rotations = rotations
         self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
         self.alone: str | None = None
         """Why passes of several generations are not captured; None where they are."""

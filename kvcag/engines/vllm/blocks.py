@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -128,18 +129,18 @@ def prefix_pieces(model_digest: str, token_ids: Sequence[int], size: int) -> lis
 # --- blocks ----------------------------------------------------------------------------------------------------
 
 
-class BlockLayout:
+class BlockLayout(ABC):
     """How an attention backend keeps keys and values in its blocks, `(blocks, kv_heads, block_size, 2 * head_dim)`."""
 
     backend: ClassVar[str]
 
+    @abstractmethod
     def read(self, cache: torch.Tensor, block_ids: torch.Tensor) -> LayerKV:
         """The keys and values of whole blocks, `(1, kv_heads, blocks * block_size, head_dim)` each."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write(self, cache: torch.Tensor, block_ids: torch.Tensor, kv: LayerKV) -> None:
         """Write the keys and values of whole blocks, as `read` gives them."""
-        raise NotImplementedError
 
 
 class FlashAttentionLayout(BlockLayout):

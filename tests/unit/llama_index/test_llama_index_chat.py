@@ -181,17 +181,19 @@ async def test_a_router_chooses_one_of_our_engines() -> None:
         assert [source.node.text for source in answer.source_nodes] == TEXTS
 
 
-def test_sub_questions_are_answered_by_our_engines() -> None:
-    llm = KVCacheLLM(engine=EchoEngine(scripted))
-    engine = SubQuestionQueryEngine.from_defaults(
+def asked_by_sub_questions(llm: KVCacheLLM) -> Any:
+    return SubQuestionQueryEngine.from_defaults(
         tools(llm),
         llm=llm,
         question_gen=LLMQuestionGenerator.from_defaults(llm),
         response_synthesizer=CAGSynthesizer(llm),
         use_async=False,
         verbose=False,
-    )
-    answer = engine.query("How tall is the tower?")
+    ).query("How tall is the tower?")
+
+
+def test_sub_questions_are_answered_by_our_engines() -> None:
+    answer = asked_by_sub_questions(KVCacheLLM(engine=EchoEngine(scripted)))
     assert "Sub question: How tall?" in str(answer)
     assert all(text in str(answer) for text in TEXTS)
 
@@ -207,17 +209,6 @@ def kept(llm: KVCacheLLM) -> set[str]:
     """The texts of the stored documents."""
     store = llm.memory.store
     return {store.manifest(key).records.composed_text_memory.strip() for key in documents_in(store)}
-
-
-def asked_by_sub_questions(llm: KVCacheLLM) -> None:
-    SubQuestionQueryEngine.from_defaults(
-        tools(llm),
-        llm=llm,
-        question_gen=LLMQuestionGenerator.from_defaults(llm),
-        response_synthesizer=CAGSynthesizer(llm),
-        use_async=False,
-        verbose=False,
-    ).query("How tall is the tower?")
 
 
 def asked_in_steps(llm: KVCacheLLM) -> None:

@@ -17,8 +17,8 @@ from kvcag import HFEngine, KVCacheMemory, Sampling
 from kvcag.cache.layers import cut, generation_cache, layers_of
 from kvcag.engines.cuda.graphs import SIZES
 from kvcag.testing import byte_tokenizer, tiny_model
+from tests.with_and_without_graphs import MIXED, engines
 
-MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 FAMILIES = {
     "llama": {},
     "llama eager": {"attn_implementation": "eager"},
@@ -43,12 +43,6 @@ FAMILIES = {
 MAY_FALL_BACK = {"gpt_oss", "qwen3_moe"}  # experts may wait for the device
 TEXT = "Alice has a red bicycle. Bob has a green car. " * 8
 ASK = [{"role": "user", "content": "What does Bob have?"}]
-
-
-def engines(family: str = "llama", **config: object) -> tuple[HFEngine, HFEngine]:
-    """One with graphs and one without, over the same model."""
-    model = tiny_model(family, **{"eos_token_id": None, **config}).to("cuda")
-    return HFEngine(model, byte_tokenizer()), HFEngine(model, byte_tokenizer(), cuda_graphs=False)
 
 
 def answer(engine: HFEngine, cache: object = None, messages: object = ASK, **sampling: object) -> list[int]:

@@ -14,8 +14,8 @@ from kvcag.cache.layers import layers_of
 from kvcag.cache.merge import PENALTY, Layout, Part, merge, query
 from kvcag.engines.cuda.drift import solve
 from kvcag.testing import byte_tokenizer, tiny_model
+from tests.with_and_without_graphs import MIXED, engines
 
-MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 FAMILIES = {
     "llama": {},
     "llama, head size 64": {"head_dim": 64},
@@ -32,12 +32,6 @@ FAMILIES = {
 }
 TEXTS = ["Alice has a red bicycle. ", "Bob has a green car, and a dog. ", "The library opens at nine. "]
 QUESTION = "What does Bob have?"
-
-
-def engines(family: str, **config: object) -> tuple[HFEngine, HFEngine]:
-    """One with our passes and one without, over the same model."""
-    model = tiny_model(family, **{"eos_token_id": None, **config}).to("cuda")
-    return HFEngine(model, byte_tokenizer()), HFEngine(model, byte_tokenizer(), cuda_graphs=False)
 
 
 def merged(engine: HFEngine, strategy: str, repeat: int = 4, question: str = QUESTION, ratio: float = 0.2):
