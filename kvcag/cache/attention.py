@@ -295,7 +295,7 @@ def _attend(
         return read
     if query.shape[2] == 1 and call.window is None and not own:
         keys = running.blocks[0][1]  # a token that is recomputed alone sees none of those behind it
-        return _one_query(query, key[:, :, :keys], value[:, :, :keys], call.scaling)
+        return one_query(query, key[:, :, :keys], value[:, :, :keys], call.scaling)
     if query.device.type == "cpu" and query.dtype == torch.bfloat16 and not own:
         return _by_products(call, running.blocks, query, key, value)
     outputs = []
@@ -343,11 +343,11 @@ def _by_products(
     return out.view(1, -1, *out.shape[2:]).transpose(1, 2)
 
 
-def _one_query(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
+def one_query(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
     """The heads that share a KV head are that head's queries: each key is read once, and needs no mask.
 
     On a CPU in bf16, PyTorch's kernel takes seven times longer for the same keys repeated once a head
-    (`benchmarks/cpu_decode.py`).
+    (`benchmarks/cpu.py`).
     """
     batch, heads, _, head_dim = q.shape
     grouped = q.view(batch, k.shape[1], -1, head_dim)

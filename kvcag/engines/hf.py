@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import accumulate
 from os import PathLike
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from weakref import WeakSet
 
 import numpy as np
@@ -33,6 +33,7 @@ from kvcag.cache.attention import (
 from kvcag.cache.layers import (
     BETWEEN_LAYERS,
     ContextCache,
+    GenerationCache,
     LayerKV,
     Layers,
     behind,
@@ -60,6 +61,7 @@ from kvcag.concurrency import IdleWork, ModelLock, cancellation
 from kvcag.core import Chunk, ContextPrompt, KVCacheItem, MergedContext, MergeReport, Mode, ReadTail, ids_digest
 from kvcag.engines.base import Engine, Sampling, context_ids
 from kvcag.engines.constrain import Constraint, ConstraintCompiler, ConstraintLike
+from kvcag.engines.cpu import Step, put_back_onednn
 from kvcag.engines.decode import (
     Account,
     Alone,
@@ -818,14 +820,35 @@ class HFEngine(Engine):
     def _uncaptured(self, token_ids: Sequence[int] | torch.Tensor, cache: Cache) -> torch.Tensor:
         last: dict[str, Any] = {"logits_to_keep": 1} if self._takes_logits_to_keep else {}
         ids = torch.as_tensor(token_ids, device=self.device)[None]
+        past = cache.get_seq_length()
+        step = self._step_over(cache) if len(token_ids) == 1 and past else None
+        stepped = None if step is None else step(int(token_ids[0]), cast("GenerationCache", cache))
+        if step is not None and stepped is not None:
+            if step.agrees:
+                return stepped
+            crop(cache, past)
         began = time.thread_time()
-        with self._attention(cache.get_seq_length(), len(token_ids)):
+        with self._attention(past, len(token_ids)):
             model = self.model
             given = {**last, **cache_argument(model, cache), **position_argument(model, cache, len(token_ids))}
             logits: torch.Tensor = model(input_ids=ids, use_cache=True, **given).logits
         count(cache, len(token_ids))
         self._fit_chunk(len(token_ids), time.thread_time() - began)
+        if step is not None and stepped is not None:
+            step.compare(stepped, logits[:, -1])
         return logits[:, -1]
+
+    def _step_over(self, cache: Cache) -> Step | None:
+        """The model's `Step`, on a CPU, where it has one that agrees with the model as far as is known."""
+        step = self._step
+        if step is not None and not step.is_current:  # adapters were loaded or unloaded
+            del self._step
+            step = self._step
+        return step if step is not None and step.agrees is not False and step.takes(cache) else None
+
+    @cached_property
+    def _step(self) -> Step | None:
+        return Step.of(self.model) if self.device.type == "cpu" and self._by_position else None
 
     def _fit_chunk(self, tokens: int, seconds: float) -> None:
         """Let the next passes be as long as a layer's time allows; `seconds` is what this one computed."""
@@ -895,6 +918,7 @@ def _in_forked_child() -> None:
         engine._begin(engine.prefixes.max_bytes)
     if _ENGINES:
         put_back_attention()
+        put_back_onednn()
         torch.set_num_threads(1)
 
 
