@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 FLOORS = [
-    {"concurrency", "errors", "fingerprint", "records"},
+    {"concurrency", "errors", "fingerprint"},
     {"chat_template", "core"},
     {"cache"},
     {"documents", "engines", "stores"},

@@ -20,8 +20,8 @@ from measuring import machine, seconds
 
 from kvcag import HFEngine, KVCacheMemory, contexts
 from kvcag.demo.model import embedded_model
-from kvcag.records import is_instruction
 from kvcag.stores import DiskStore
+from kvcag.stores.files import is_instruction
 
 
 def measure(engine: HFEngine, token_ids: tuple[int, ...], folder: Path) -> dict[str, float]:

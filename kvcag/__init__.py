@@ -45,11 +45,11 @@ if TYPE_CHECKING:
     from kvcag.errors import CacheWarning as CacheWarning
     from kvcag.errors import KVCAGError as KVCAGError
     from kvcag.errors import ServerWarning as ServerWarning
+    from kvcag.fingerprint import KVCacheRecords as KVCacheRecords
     from kvcag.fingerprint import ModelFingerprint as ModelFingerprint
     from kvcag.memory import KVCacheMemory as KVCacheMemory
-    from kvcag.records import DeletionReport as DeletionReport
-    from kvcag.records import KVCacheRecords as KVCacheRecords
     from kvcag.scheduler.scheduler import CacheScheduler as CacheScheduler
+    from kvcag.stores.base import DeletionReport as DeletionReport
     from kvcag.tools import tool_spec as tool_spec
 
 __version__ = "0.1.0"
@@ -76,9 +76,9 @@ _HOMES = {
     "KVCacheItem": "kvcag.core",
     "KVCacheMemory": "kvcag.memory",
     "KVCacheMemoryConfig": "kvcag.config",
-    "KVCacheRecords": "kvcag.records",
+    "KVCacheRecords": "kvcag.fingerprint",
     "MemoryCube": "kvcag.cube.memory_cube",
-    "DeletionReport": "kvcag.records",
+    "DeletionReport": "kvcag.stores.base",
     "MergeReport": "kvcag.core",
     "MergedContext": "kvcag.core",
     "ModelFingerprint": "kvcag.fingerprint",

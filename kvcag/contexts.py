@@ -45,9 +45,9 @@ from kvcag.errors import (
     UnsupportedModelError,
     WarnOnce,
 )
-from kvcag.records import KVCacheRecords, instruction_key
+from kvcag.fingerprint import KVCacheRecords
 from kvcag.stores.base import ENCODED_BEHIND, KVStore, sources_of, stands_behind
-from kvcag.stores.files import Manifest
+from kvcag.stores.files import Manifest, instruction_key
 
 
 def reusable(documents: DocumentCache, prompt: Prompt, settings: MergeSettings) -> Mode | None:
@@ -645,10 +645,11 @@ class DocumentCache:
         Its item has the id `instruction_key`. Short ones are not stored. A server keeps its own, and where the layers
         of a model stand on several accelerators, a store cannot say.
         """
-        model, key = cast("HFEngine", self.engine), instruction_key(self.key(token_ids))
+        model = cast("HFEngine", self.engine)
         if len(token_ids) < _WORTH_STORING or not model.merges or not model.keeps(len(token_ids)) or _is_spread(model):
             yield
             return
+        key = instruction_key(self.key(token_ids))
         try:
             is_known = self._recall(model, key, token_ids)
         except (StoreError, FingerprintMismatchError, InvalidInputError) as damaged:

@@ -14,8 +14,7 @@ from transformers import DynamicCache
 from typing_extensions import Self
 
 from kvcag.errors import InvalidInputError
-from kvcag.fingerprint import ModelFingerprint
-from kvcag.records import KVCacheRecords
+from kvcag.fingerprint import KVCacheRecords, ModelFingerprint
 
 _Memory = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
 

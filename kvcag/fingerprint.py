@@ -1,4 +1,4 @@
-"""Which model made a cache. A cache works only with the model that produced it."""
+"""What made a cache: a model, and texts. A cache works only with the model that produced it. Imported without torch."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterable
+from datetime import datetime, timezone
 from functools import lru_cache
 from operator import is_not
 from typing import TYPE_CHECKING, Any
 
 import xxhash
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,14 @@ _NOT_COMPUTED_WITH = {
     *("initializer_range", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"),
 }
 """Settings of a configuration that keys and values do not depend on, beside private ones and the ids of tokens."""
+
+
+class KVCacheRecords(BaseModel):
+    """Which texts a cache was made from, and how they were put together."""
+
+    text_memories: list[str] = Field(default_factory=list)
+    composed_text_memory: str = ""
+    timestamp: datetime = Field(default_factory=lambda: datetime.now(timezone.utc))
 
 
 class ModelFingerprint(BaseModel):

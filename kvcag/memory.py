@@ -67,9 +67,10 @@ from kvcag.errors import (
     UnknownItemError,
     UnsupportedModelError,
 )
-from kvcag.records import DeletionReport, KVCacheRecords, is_instruction
-from kvcag.stores.base import MADE_OF, KVStore
+from kvcag.fingerprint import KVCacheRecords
+from kvcag.stores.base import MADE_OF, DeletionReport, KVStore
 from kvcag.stores.dump import purge_dump, read_dump, write_dump
+from kvcag.stores.files import is_instruction
 from kvcag.stores.memory import MemoryStore
 from kvcag.stores.remote import open_at
 from kvcag.sync import Context, SyncReport, in_context, sync

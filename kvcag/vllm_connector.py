@@ -46,8 +46,7 @@ from kvcag.engines.vllm.blocks import (
     space_of,
 )
 from kvcag.errors import CorruptItemError, InvalidInputError, KVCAGError, TokenMismatchError, UnsupportedModelError
-from kvcag.fingerprint import ModelFingerprint
-from kvcag.records import KVCacheRecords
+from kvcag.fingerprint import KVCacheRecords, ModelFingerprint
 from kvcag.stores.base import KVStore
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.remote import FsspecStore

@@ -8,9 +8,9 @@ import torch
 
 from kvcag.cache.layers import cache_of, layers_of
 from kvcag.core import KVCacheItem
-from kvcag.fingerprint import ModelFingerprint
-from kvcag.records import KVCacheRecords, is_instruction
+from kvcag.fingerprint import KVCacheRecords, ModelFingerprint
 from kvcag.stores.base import KVStore
+from kvcag.stores.files import is_instruction
 
 FINGERPRINT = ModelFingerprint(
     model_name="tiny",

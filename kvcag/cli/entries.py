@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING
 
 from kvcag.cli import common
 from kvcag.errors import InvalidInputError, UnknownItemError
-from kvcag.records import instruction_key, is_instruction
 from kvcag.stores.base import MADE_OF, SOURCE_FIELDS, KVStore
 from kvcag.stores.disk import DiskStore
-from kvcag.stores.files import Manifest, Names
+from kvcag.stores.files import Manifest, Names, instruction_key, is_instruction
 from kvcag.stores.remote import FsspecStore, open_at
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from kvcag.cli.common import Json, Model, Namespace, Source, Store
 from kvcag.errors import InvalidInputError
 
 if TYPE_CHECKING:
-    from kvcag.records import DeletionReport
+    from kvcag.stores.base import DeletionReport
 
 _EXCERPT = 400
 _AGE = "Choose items encoded longer ago than 90s, 30m, 12h, 7d or 4w."
@@ -223,7 +223,7 @@ def purge(
         kvcag purge "Ada's password is swordfish." --dump backup/ --json | jq .failed
     """
     from kvcag.cli.entries import open_existing
-    from kvcag.records import DeletionReport
+    from kvcag.stores.base import DeletionReport
 
     opened = open_existing(store, namespace)
     names = dict.fromkeys([source, os.path.abspath(source)]) if os.path.exists(source) else [source]
@@ -253,8 +253,8 @@ def purge(
 def _forget_texts(path: str, source: str) -> DeletionReport:
     """Delete a text from the state of a scheduler that is not running."""
     from kvcag.errors import SchedulerStateError
-    from kvcag.records import DeletionReport
     from kvcag.scheduler.texts import Texts, read_texts
+    from kvcag.stores.base import DeletionReport
 
     try:
         before = len(read_texts(path))

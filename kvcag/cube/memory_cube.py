@@ -53,9 +53,9 @@ from kvcag.errors import (
     UnknownItemError,
 )
 from kvcag.memory import KVCacheMemory, insert_documents
-from kvcag.records import DeletionReport, is_instruction
-from kvcag.stores.base import Described, KVStore
+from kvcag.stores.base import DeletionReport, Described, KVStore
 from kvcag.stores.dump import purge_dump
+from kvcag.stores.files import is_instruction
 
 _QUESTION: Message = {"role": "user", "content": "…"}
 

@@ -19,7 +19,7 @@ from kvcag.concurrency import in_thread
 from kvcag.errors import InvalidInputError
 from kvcag.llama_index.messages import to_messages
 from kvcag.llama_index.synthesizer import CAGSynthesizer
-from kvcag.records import DeletionReport
+from kvcag.stores.base import DeletionReport
 from kvcag.sync import Context
 
 

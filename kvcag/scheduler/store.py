@@ -14,10 +14,9 @@ from kvcag.core import KVCacheItem
 from kvcag.engines.hf import HFEngine
 from kvcag.errors import StoreError, StoreFullError
 from kvcag.memory import is_context
-from kvcag.records import DeletionReport, is_instruction
 from kvcag.scheduler.texts import Texts, TextStats, digest_of
-from kvcag.stores.base import Described, KVStore, StoreStats, sources_of
-from kvcag.stores.files import Manifest
+from kvcag.stores.base import DeletionReport, Described, KVStore, StoreStats, sources_of
+from kvcag.stores.files import Manifest, is_instruction
 
 logger = logging.getLogger("kvcag.scheduler")
 _SALT = secrets.token_bytes(16)

@@ -8,9 +8,9 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -18,7 +18,6 @@ from typing_extensions import Self
 
 from kvcag.concurrency import async_twin, in_thread
 from kvcag.errors import CacheWarning, StoreError
-from kvcag.records import DeletionReport
 from kvcag.stores.files import Manifest
 
 if TYPE_CHECKING:
@@ -64,6 +63,45 @@ class StoreStats:
             size, unit = size / 1000, next(units)
         amount = f"{self.bytes} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
         return f"{self.items} {'item' if self.items == 1 else 'items'}, {amount}"
+
+
+@dataclass(frozen=True, slots=True)
+class DeletionReport:
+    """What a deletion reached, and what it did not. It is true if anything was deleted, or failed.
+
+    Attributes:
+        deleted: the ids of the items that were deleted, by the place where they were: a folder, an address, a dump.
+        failed: what could not be read or deleted, and why: it may hold the text.
+    """
+
+    deleted: dict[str, list[str]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def ids(self) -> list[str]:
+        """The ids of the items that were deleted, each once."""
+        return list(dict.fromkeys(chain.from_iterable(self.deleted.values())))
+
+    def __bool__(self) -> bool:
+        return bool(self.ids or self.failed)
+
+    def __add__(self, other: DeletionReport) -> DeletionReport:
+        places = {**self.deleted, **other.deleted}
+        deleted = {
+            place: list(dict.fromkeys([*self.deleted.get(place, ()), *other.deleted.get(place, ())]))
+            for place in places
+        }
+        return DeletionReport(deleted, {**self.failed, **other.failed})
+
+    def __str__(self) -> str:
+        counts = {place: len(ids) for place, ids in self.deleted.items() if ids}
+        said = [f"{count} {'item' if count == 1 else 'items'} deleted from {place}" for place, count in counts.items()]
+        said += [f"{what} may hold the text: {why}" for what, why in self.failed.items()]
+        return "; ".join(said) or "there was nothing to delete"
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report for JSON: its attributes."""
+        return asdict(self)
 
 
 class KVStore(ABC):

@@ -28,8 +28,7 @@ from pydantic import BaseModel, Field, ValidationError
 from kvcag.core import KVCacheItem
 from kvcag.errors import CorruptItemError, FormatError, StoreError, StoreUnavailableError
 from kvcag.fingerprint import ModelFingerprint
-from kvcag.records import DeletionReport
-from kvcag.stores.base import made_from, says, sources_of
+from kvcag.stores.base import DeletionReport, made_from, says, sources_of
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.files import (
     SUFFIX,

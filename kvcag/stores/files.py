@@ -24,8 +24,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kvcag.errors import CorruptItemError, FormatError, StoreUnavailableError
-from kvcag.fingerprint import ModelFingerprint
-from kvcag.records import KVCacheRecords, is_instruction
+from kvcag.fingerprint import KVCacheRecords, ModelFingerprint
 
 try:
     import fcntl
@@ -184,6 +183,19 @@ def is_abandoned(temporary: Path, *, remove: bool = False) -> bool:
             return True
     except (BlockingIOError, FileNotFoundError):
         return False
+
+
+def instruction_key(key: str) -> str:
+    """The id under which a store has what a system message says before documents, whose content key is `key`."""
+    return f"{_INSTRUCTION}{key}"
+
+
+def is_instruction(id: str) -> bool:
+    """Whether an item is an instruction, and so is none of the user's documents."""
+    return id.startswith(_INSTRUCTION)
+
+
+_INSTRUCTION = "instruction:"
 
 
 class Names:

@@ -13,9 +13,8 @@ import torch
 from kvcag.cache.layers import cache_of, layers_of, mapped, nbytes
 from kvcag.core import KVCacheItem
 from kvcag.errors import InvalidInputError, StoreFullError
-from kvcag.records import is_instruction
 from kvcag.stores.base import KVStore, StoreStats
-from kvcag.stores.files import Manifest
+from kvcag.stores.files import Manifest, is_instruction
 from kvcag.stores.format import manifest_of
 
 

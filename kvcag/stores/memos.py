@@ -26,8 +26,7 @@ from transformers import DynamicCache
 from kvcag.cache.layers import LayerKV, cache_of
 from kvcag.core import KVCacheItem
 from kvcag.errors import CorruptItemError, FormatError, TokenMismatchError, UnsafePickleError
-from kvcag.fingerprint import ModelFingerprint
-from kvcag.records import KVCacheRecords
+from kvcag.fingerprint import KVCacheRecords, ModelFingerprint
 from kvcag.stores.files import unavailable
 
 

@@ -17,8 +17,7 @@ from typing import TypeVar
 from kvcag.cache.layers import cache_of, contiguous_copy, layers_of
 from kvcag.core import KVCacheItem
 from kvcag.errors import InvalidInputError, StoreError, StoreFullError
-from kvcag.records import DeletionReport
-from kvcag.stores.base import Described, KVStore, Listed, StoreStats, listed
+from kvcag.stores.base import DeletionReport, Described, KVStore, Listed, StoreStats, listed
 from kvcag.stores.files import Manifest
 from kvcag.stores.memory import MemoryStore
 from kvcag.stores.remote import open_at

@@ -33,8 +33,8 @@ from kvcag.llama_index import (
     KVCacheTransform,
     document_blocks,
 )
-from kvcag.records import DeletionReport
 from kvcag.stores import DiskStore, MemoryStore, TieredStore
+from kvcag.stores.base import DeletionReport
 from tests.commands import Kvcag
 from tests.stored import random_item
 

@@ -15,8 +15,8 @@ from kvcag.cache.layers import _CONTINUES
 from kvcag.errors import CacheWarning
 from kvcag.langchain import ChatKVCAG, create_cag_documents_chain
 from kvcag.llama_index import CAGSynthesizer, KVCacheLLM
-from kvcag.records import is_instruction
 from kvcag.stores import DiskStore, FsspecStore, MemoryStore, TieredStore, verify
+from kvcag.stores.files import is_instruction
 from kvcag.testing import byte_tokenizer, tiny_model
 from tests.forwards import forward_lengths
 from tests.stored import documents_in
