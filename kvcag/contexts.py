@@ -47,7 +47,7 @@ from kvcag.errors import (
 )
 from kvcag.fingerprint import KVCacheRecords
 from kvcag.stores.base import ENCODED_BEHIND, KVStore, sources_of, stands_behind
-from kvcag.stores.files import Manifest, instruction_key
+from kvcag.stores.files import INSTRUCTION, Manifest
 
 
 def reusable(documents: DocumentCache, prompt: Prompt, settings: MergeSettings) -> Mode | None:
@@ -642,14 +642,14 @@ class DocumentCache:
     def instruction(self, token_ids: Ids) -> Iterator[None]:
         """Within it, an instruction that the store has is among the recent contexts. At its end the store has it.
 
-        Its item has the id `instruction_key`. Short ones are not stored. A server keeps its own, and where the layers
-        of a model stand on several accelerators, a store cannot say.
+        Short ones are not stored. A server keeps its own, and where a model's layers stand on several accelerators, a
+        store cannot say.
         """
         model = cast("HFEngine", self.engine)
         if len(token_ids) < _WORTH_STORING or not model.merges or not model.keeps(len(token_ids)) or _is_spread(model):
             yield
             return
-        key = instruction_key(self.key(token_ids))
+        key = f"{INSTRUCTION}{self.key(token_ids)}"
         try:
             is_known = self._recall(model, key, token_ids)
         except (StoreError, FingerprintMismatchError, InvalidInputError) as damaged:

@@ -15,7 +15,7 @@ from kvcag.cli import common
 from kvcag.errors import InvalidInputError, UnknownItemError
 from kvcag.stores.base import MADE_OF, SOURCE_FIELDS, KVStore
 from kvcag.stores.disk import DiskStore
-from kvcag.stores.files import Manifest, Names, instruction_key, is_instruction
+from kvcag.stores.files import INSTRUCTION, Manifest, Names, is_instruction
 from kvcag.stores.remote import FsspecStore, open_at
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ CONTEXT_OF = "context_of"
 """Metadata of the context of a whole store: the ids of its items."""
 
 _PREFIX = "kv:sha256:"
-_INSTRUCTION = instruction_key("")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +47,7 @@ class Entry:
     @property
     def short(self) -> str:
         """The beginning of the id, for tables."""
-        return self.id.removeprefix(_INSTRUCTION).removeprefix(_PREFIX)[:12]
+        return self.id.removeprefix(INSTRUCTION).removeprefix(_PREFIX)[:12]
 
     @property
     def text(self) -> str:
@@ -164,7 +163,7 @@ def find_one(store: DiskStore | FsspecStore | None, id: str) -> Entry:
 
 
 def _begins(id: str) -> tuple[str, str, str]:
-    return id, _PREFIX + id, instruction_key(_PREFIX + id)
+    return id, _PREFIX + id, INSTRUCTION + _PREFIX + id
 
 
 def find(entries: Sequence[Entry], ids: Iterable[str]) -> list[Entry]:

@@ -37,7 +37,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from typing_extensions import Self
 
 from kvcag.adapters import MERGE_SETTINGS, SAMPLING_SETTINGS, LazyMemory, call_settings, choice_of
-from kvcag.concurrency import at_once, in_thread, iterate
+from kvcag.concurrency import async_twin, at_once, in_thread, iterate
 from kvcag.core import DEFAULT_RATIO, MAX_KL, Strategy
 from kvcag.cube.memory_cube import MemoryCube
 from kvcag.engines.base import Engine
@@ -354,25 +354,15 @@ class ChatKVCAG(KeepsContext, BaseChatModel):
             InvalidInputError: a variable of the prompt stands before the documents, or a document has no text.
         """
         listed = read_documents(documents)
-        with _Progress(len(listed), progress) as bar:
-            steps = encode_ahead(self.memory(), listed, prompt, context, **prompt_settings)
-            return [id for id in map(bar.step, steps) if id]
-
-    async def aprecompute(
-        self,
-        documents: object,
-        prompt: BasePromptTemplate[Any] | None = None,
-        *,
-        context: Context | None = None,
-        progress: bool = True,
-        **prompt_settings: Any,
-    ) -> list[str]:
-        """`precompute`, in worker threads."""
-        listed = read_documents(documents)
-        with _Progress(len(listed), progress) as bar:
-            steps = iterate(lambda: encode_ahead(self.memory(), listed, prompt, context, **prompt_settings))
-            async with aclosing(steps) as ids:
-                return [id async for made in ids if (id := bar.step(made))]
+        ids: list[str] = []
+        with tqdm(total=len(listed), desc="encoding", unit="document", disable=not progress) as bar:
+            for id in encode_ahead(self.memory(), listed, prompt, context, **prompt_settings):
+                bar.update()
+                if id:
+                    ids.append(id)
+                else:
+                    bar.set_postfix_str(f"{bar.n - len(ids)} left out")
+        return ids
 
     def create_context(self, documents: object, instruction: str = "") -> str:
         """Encode documents, in this order, as one, and return a short id: `llm.bind(cached_content=id)` uses it.
@@ -391,9 +381,8 @@ class ChatKVCAG(KeepsContext, BaseChatModel):
         sources = [str(about[field]) for about in metadata for field in SOURCE_FIELDS if about.get(field)]
         return memory.create_context([document.page_content for document in listed], instruction, sources)
 
-    async def acreate_context(self, documents: object, instruction: str = "") -> str:
-        """`create_context`, in a worker thread."""
-        return await in_thread(self.create_context, documents, instruction)
+    aprecompute = async_twin(precompute)
+    acreate_context = async_twin(create_context)
 
     # --- tools and structured output ---------------------------------------------------------------------------
 
@@ -568,33 +557,6 @@ class ChatKVCAG(KeepsContext, BaseChatModel):
         chunks = memory.stream(asked.messages, (), tools=asked.tools, constraint=asked.constraint, **options)
         model_name = given.get("model") or self.model
         return generation_chunks(chunks, model_name, asked.plan, json_answer=given.get("response_format") is not None)
-
-
-class _Progress:
-    """A progress bar that counts the documents that were left out.
-
-    Args:
-        total: how many documents there are.
-        shown: False shows nothing.
-    """
-
-    def __init__(self, total: int, shown: bool) -> None:
-        self._bar = tqdm(total=total, desc="encoding", unit="document", disable=not shown)
-        self._left_out = 0
-
-    def step(self, id: str | None) -> str | None:
-        """Count a document, and return its id."""
-        if id is None:
-            self._left_out += 1
-            self._bar.set_postfix_str(f"{self._left_out} left out")
-        self._bar.update()
-        return id
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.close()
 
 
 def _check_names(given: Mapping[str, Any]) -> None:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import AsyncGenerator, Generator, Sequence
-from contextlib import aclosing, closing
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from functools import partial
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
 
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ChatResponse,
-    ChatResponseAsyncGen,
     ChatResponseGen,
     ContentBlock,
     TextBlock,
@@ -33,7 +32,7 @@ from llama_index_instrumentation import get_dispatcher
 from pydantic import BaseModel
 
 from kvcag.chat_template import segment
-from kvcag.concurrency import in_thread
+from kvcag.concurrency import in_thread, iterate
 from kvcag.documents import documents_of
 from kvcag.errors import CacheWarning, InvalidInputError
 from kvcag.llama_index.llm import KVCacheLLM
@@ -180,18 +179,8 @@ class CAGSynthesizer(BaseSynthesizer):
         self, query_str: str, text_chunks: Sequence[str], documents: bool = False, **response_kwargs: Any
     ) -> RESPONSE_TEXT_TYPE:
         """`get_response`, in worker threads."""
-        dispatcher.event(GetResponseStartEvent(query_str=query_str, text_chunks=list(text_chunks)))
-        rounds = await in_thread(self._rounds, query_str, text_chunks, response_kwargs)
-        if not rounds:
-            return self._empty_response_agenerator() if self._streams else self._empty_response
-        shown: dict[str, Any] = {**response_kwargs, "documents": documents}
-        answer: str | None = None
-        for texts in rounds[:-1]:
-            answer = _said(await self._llm.achat(self.messages(query_str, texts, answer, **shown)))
-        messages = self.messages(query_str, rounds[-1], answer, **shown)
-        if self._streams:
-            return _adeltas(await self._llm.astream_chat(messages))
-        return _said(await self._llm.achat(messages)) or self._empty_response
+        response = await in_thread(self.get_response, query_str, text_chunks, documents, **response_kwargs)
+        return iterate(lambda: cast("Generator[str, None, None]", response)) if self._streams else response
 
     def messages(
         self,
@@ -358,12 +347,5 @@ def _said(response: ChatResponse) -> str:
 def _deltas(responses: ChatResponseGen) -> Generator[str, None, None]:
     with closing(responses):
         for response in responses:
-            if response.delta:
-                yield response.delta
-
-
-async def _adeltas(responses: ChatResponseAsyncGen) -> AsyncGenerator[str, None]:
-    async with aclosing(responses):
-        async for response in responses:
             if response.delta:
                 yield response.delta

@@ -6,17 +6,16 @@ import re
 import threading
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import chain, islice
+from itertools import chain
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from typing_extensions import Self
 
-from kvcag.concurrency import async_twin, in_thread
 from kvcag.errors import CacheWarning, StoreError
 from kvcag.stores.files import Manifest
 
@@ -326,21 +325,6 @@ class KVStore(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    aget = async_twin(get)
-    aput = async_twin(put)
-    adelete = async_twin(delete)
-    acontains = async_twin(contains)
-    amanifest = async_twin(manifest)
-    astats = async_twin(stats)
-    apurge = async_twin(purge)
-
-    async def akeys(self) -> AsyncIterator[str]:
-        """`keys`, in a worker thread, 256 at a time."""
-        keys = self.keys()
-        while batch := await in_thread(lambda: list(islice(keys, 256))):
-            for key in batch:
-                yield key
 
 
 @dataclass(frozen=True, slots=True)

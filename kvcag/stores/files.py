@@ -185,17 +185,13 @@ def is_abandoned(temporary: Path, *, remove: bool = False) -> bool:
         return False
 
 
-def instruction_key(key: str) -> str:
-    """The id under which a store has what a system message says before documents, whose content key is `key`."""
-    return f"{_INSTRUCTION}{key}"
+INSTRUCTION = "instruction:"
+"""How the ids of instructions begin: of what a system message says before documents."""
 
 
 def is_instruction(id: str) -> bool:
     """Whether an item is an instruction, and so is none of the user's documents."""
-    return id.startswith(_INSTRUCTION)
-
-
-_INSTRUCTION = "instruction:"
+    return id.startswith(INSTRUCTION)
 
 
 class Names:

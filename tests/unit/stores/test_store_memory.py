@@ -208,19 +208,3 @@ def test_purge_deletes_everything_made_from_one_text() -> None:
 
     assert sorted(store.purge("a.txt").ids) == ["by id", "by path", "by text"]
     assert list(store.keys()) == ["another"]
-
-
-async def test_the_async_twins_do_the_same() -> None:
-    store = MemoryStore()
-    await store.aput(random_item("a", metadata={"source": "x"}))
-    await store.aput(random_item("b"))
-
-    assert_same(await store.aget("b"), random_item("b"))
-    assert await store.acontains("a")
-    assert [key async for key in store.akeys()] == ["a", "b"]
-    manifest = await store.amanifest("a")
-    assert manifest is not None
-    assert manifest.tokens == 10
-    assert (await store.apurge("x")).ids == ["a"]
-    await store.adelete(["b"])
-    assert (await store.astats()).items == 0
