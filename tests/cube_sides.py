@@ -1,10 +1,14 @@
-"""An embedding for LlamaIndex that needs no network."""
+"""Two texts of a cube, and an embedding for LlamaIndex that needs no network."""
 
 from __future__ import annotations
 
 from llama_index.core.base.embeddings.base import BaseEmbedding
 
+from kvcag.core import TextualMemoryItem
 from tests.retrievers import HashedWords
+
+TOWER = TextualMemoryItem(id="tower", memory="The tower is made of iron.")
+BRIDGE = TextualMemoryItem(id="bridge", memory="The bridge is made of steel.")
 
 
 class Embedding(BaseEmbedding):

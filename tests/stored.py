@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime, timezone
+from pathlib import Path
 
 import torch
 
@@ -66,3 +67,15 @@ def assert_same(read: KVCacheItem | None, written: KVCacheItem) -> None:
 def documents_in(store: KVStore) -> list[str]:
     """The ids of all items but instructions."""
     return [key for key in iter(store.keys()) if not is_instruction(key)]
+
+
+def cut(path: Path) -> None:
+    """Take the end off a file."""
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip(path: Path) -> None:
+    """Change one bit of a file."""
+    data = bytearray(path.read_bytes())
+    data[len(data) * 3 // 4] ^= 0x10
+    path.write_bytes(data)

@@ -62,3 +62,19 @@ async def set_by(task: asyncio.Task[object], event: asyncio.Event, seconds: floa
     if task.done():
         task.result()
     assert event.is_set(), f"it did not happen within {seconds} s"
+
+
+async def ticks_during(what: Awaitable[object]) -> int:
+    """How often the event loop came round while it waited for something."""
+    ticks = 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            ticks += 1
+            await asyncio.sleep(0)
+
+    ticking = asyncio.create_task(tick())
+    await what
+    ticking.cancel()
+    return ticks

@@ -21,6 +21,7 @@ from kvcag.cube.dump import read_dump
 from kvcag.errors import CorruptItemError, FormatError, InvalidInputError, StoreError, StoreUnavailableError
 from kvcag.stores import DiskStore
 from kvcag.testing import EchoEngine, byte_tokenizer, tiny_model, whole_prompt
+from tests.stored import cut, flip
 from tests.waits import joined
 
 HEAD = "Answer from the notes."
@@ -197,16 +198,6 @@ def test_a_text_of_any_characters_comes_back(tiny_engine: HFEngine, tmp_path: Pa
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-7])
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) * 3 // 4] ^= 0x10
-    path.write_bytes(data)
 
 
 def pickled(path: Path) -> None:

@@ -15,30 +15,10 @@ from langchain_core.runnables import ConfigurableField
 from langchain_core.vectorstores import InMemoryVectorStore
 
 from kvcag import HFEngine, KVCacheMemory, MemoryCube
-from kvcag.core import TextualMemoryItem
 from kvcag.langchain import ChatKVCAG, CubeRetriever, KVCAGMiddleware, VectorStoreTexts, create_cag_documents_chain
 from kvcag.stores import MemoryStore
-from kvcag.testing import EchoEngine, whole_prompt
+from tests.cube_sides import BRIDGE, TOWER
 from tests.retrievers import HashedWords
-
-TOWER = TextualMemoryItem(id="tower", memory="The tower is made of iron.")
-BRIDGE = TextualMemoryItem(id="bridge", memory="The bridge is made of steel.")
-
-
-@pytest.fixture
-def cube(tiny_engine: HFEngine) -> MemoryCube:
-    """Without an instruction, so that its caches are found behind any instruction."""
-    made = MemoryCube(tiny_engine, namespace="mine")
-    made.add([TOWER, BRIDGE])
-    made.encode()
-    return made
-
-
-@pytest.fixture
-def echo() -> MemoryCube:
-    made = MemoryCube(EchoEngine(whole_prompt))
-    made.add([TOWER, BRIDGE])
-    return made
 
 
 def test_a_chat_model_answers_with_the_cubes_engine_and_caches(cube: MemoryCube) -> None:

@@ -14,12 +14,10 @@ from llama_index.core.schema import TextNode
 from pydantic import ValidationError
 
 from kvcag import HFEngine, KVCacheMemory, MemoryCube
-from kvcag.core import TextualMemoryItem
 from kvcag.errors import InvalidInputError
 from kvcag.llama_index import CAGMemoryBlock, CAGQueryEngine, IndexTexts, KVCacheLLM
 from kvcag.stores import MemoryStore
-from kvcag.testing import EchoEngine, whole_prompt
-from tests.cube_sides import Embedding
+from tests.cube_sides import BRIDGE, TOWER, Embedding
 from tests.stored import documents_in
 
 pytestmark = [
@@ -33,26 +31,6 @@ def _connections_go_with_their_test() -> Iterator[None]:
     """Core's `Memory` does not close its database, which warns when it is collected: here, and not in another test."""
     yield
     gc.collect()
-
-
-TOWER = TextualMemoryItem(id="tower", memory="The tower is made of iron.")
-BRIDGE = TextualMemoryItem(id="bridge", memory="The bridge is made of steel.")
-
-
-@pytest.fixture
-def cube(tiny_engine: HFEngine) -> MemoryCube:
-    """Without an instruction, so that its caches are found behind any instruction."""
-    made = MemoryCube(tiny_engine, namespace="mine")
-    made.add([TOWER, BRIDGE])
-    made.encode()
-    return made
-
-
-@pytest.fixture
-def echo() -> MemoryCube:
-    made = MemoryCube(EchoEngine(whole_prompt))
-    made.add([TOWER, BRIDGE])
-    return made
 
 
 def test_an_llm_answers_with_the_cubes_memory(cube: MemoryCube) -> None:

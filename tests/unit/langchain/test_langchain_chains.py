@@ -18,7 +18,7 @@ from langchain_core.runnables import RunnablePassthrough
 from kvcag import CacheWarning, HFEngine
 from kvcag.errors import ContextLengthError, EmptyPromptError, InvalidInputError
 from kvcag.langchain import ChatKVCAG, create_cag_documents_chain
-from kvcag.testing import EchoEngine, byte_tokenizer, tiny_model, whole_prompt
+from kvcag.testing import byte_tokenizer, tiny_model
 from tests.unit.langchain.wrapped import WRAPPED
 from tests.vocabularies import TRAINED, tokenizer_of
 
@@ -33,17 +33,6 @@ class Fixed(BaseRetriever):
 
     def _get_relevant_documents(self, query: str, *, run_manager: CallbackManagerForRetrieverRun) -> list[Document]:
         return self.documents
-
-
-@pytest.fixture
-def llm(tiny_engine: HFEngine) -> ChatKVCAG:
-    return ChatKVCAG(engine=tiny_engine, max_tokens=8)
-
-
-@pytest.fixture
-def echo() -> ChatKVCAG:
-    """Answers with the prompt it was given."""
-    return ChatKVCAG(engine=EchoEngine(whole_prompt), max_tokens=500)
 
 
 @pytest.fixture

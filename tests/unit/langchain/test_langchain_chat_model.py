@@ -31,11 +31,6 @@ from kvcag.stores.memory import MemoryStore
 from kvcag.testing import EchoEngine, byte_tokenizer, tiny_model
 
 
-@pytest.fixture
-def llm(tiny_engine: HFEngine) -> ChatKVCAG:
-    return ChatKVCAG(engine=tiny_engine, max_tokens=8)
-
-
 def with_docs(*documents: str, question: str = "why?") -> list[BaseMessage]:
     return [SystemMessage([*documents, "Answer."]), HumanMessage(question)]
 

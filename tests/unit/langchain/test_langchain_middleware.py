@@ -20,7 +20,6 @@ from pydantic import Field
 from kvcag import HFEngine
 from kvcag.errors import InvalidInputError, UnsupportedModelError
 from kvcag.langchain import ChatKVCAG, KVCAGMiddleware
-from kvcag.testing import EchoEngine, whole_prompt
 from tests.unit.langchain.wrapped import WRAPPED
 
 CORPUS = [Document("The tower is tall."), Document("It is red.")]
@@ -39,17 +38,6 @@ class ByWord(BaseRetriever):
         return [
             document for document in self.documents if words & set(document.page_content.lower().strip(".").split())
         ]
-
-
-@pytest.fixture
-def llm(tiny_engine: HFEngine) -> ChatKVCAG:
-    return ChatKVCAG(engine=tiny_engine, max_tokens=8)
-
-
-@pytest.fixture
-def echo() -> ChatKVCAG:
-    """Answers with the prompt it was given."""
-    return ChatKVCAG(engine=EchoEngine(whole_prompt), max_tokens=800)
 
 
 @pytest.fixture

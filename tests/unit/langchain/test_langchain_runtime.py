@@ -29,11 +29,6 @@ def says(text: str) -> str:
     return text
 
 
-@pytest.fixture
-def llm(tiny_engine: HFEngine) -> ChatKVCAG:
-    return ChatKVCAG(engine=tiny_engine, max_tokens=8)
-
-
 # --- LangChain's response cache and traces ----------------------------------------------------------------------------
 
 

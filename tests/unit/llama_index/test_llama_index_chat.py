@@ -55,11 +55,6 @@ def retriever() -> BM25Retriever:
     return BM25Retriever.from_defaults(nodes=nodes(), similarity_top_k=2)
 
 
-@pytest.fixture
-def llm() -> KVCacheLLM:
-    return KVCacheLLM(engine=EchoEngine(whole_prompt))
-
-
 @pytest.fixture(autouse=True)
 def _connections_go_with_their_test() -> Iterator[None]:
     """Core's `Memory` does not close its database, which warns when it is collected: here, and not in another test."""

@@ -43,11 +43,6 @@ def scored(texts: list[str] = TEXTS) -> list[NodeWithScore]:
 
 
 @pytest.fixture
-def llm() -> KVCacheLLM:
-    return KVCacheLLM(engine=EchoEngine(whole_prompt))
-
-
-@pytest.fixture
 def tiny_llm(tiny_engine: HFEngine) -> KVCacheLLM:
     return KVCacheLLM(engine=tiny_engine, max_new_tokens=6)
 

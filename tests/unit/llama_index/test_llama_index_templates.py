@@ -17,7 +17,6 @@ from kvcag.chat_template import ChatTemplate, Document
 from kvcag.errors import CacheWarning
 from kvcag.llama_index import CAGSynthesizer, KVCacheLLM
 from kvcag.llama_index.messages import to_messages
-from kvcag.testing import EchoEngine, whole_prompt
 from tests.vocabularies import FAMILIES, tokenizer_of
 
 TEXTS = ["The tower is 330 metres tall.", "It was built in 1889 {by} Eiffel.", "It stands in Paris."]
@@ -89,11 +88,6 @@ AS_TEXT: dict[str, BasePromptTemplate] = {
 
 def found() -> list[NodeWithScore]:
     return [NodeWithScore(node=TextNode(text=text), score=1.0) for text in TEXTS]
-
-
-@pytest.fixture
-def llm() -> KVCacheLLM:
-    return KVCacheLLM(engine=EchoEngine(whole_prompt))
 
 
 def of_core(llm: KVCacheLLM, template: BasePromptTemplate) -> str:

@@ -27,7 +27,7 @@ from kvcag.stores.dump import read_dump, write_dump
 from kvcag.stores.files import sealed
 from kvcag.stores.verify import verify
 from kvcag.testing import byte_tokenizer, tiny_model
-from tests.stored import FINGERPRINT, assert_same, random_item
+from tests.stored import FINGERPRINT, assert_same, cut, flip, random_item
 
 TEXTS = ["Alice has a red bicycle.", "Bob has a green car."]
 MANIFEST = "kv_cache_memories.json"
@@ -83,16 +83,6 @@ def test_a_dump_replaces_the_one_before(dumped: tuple[KVCacheMemory, Path]) -> N
     other.load(folder)
     assert [item.id for item in other.get_all()] == [item.id for item in memory.get_all()]
     assert len(files(folder)) == 1
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-7])
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) * 3 // 4] ^= 0x10
-    path.write_bytes(data)
 
 
 def pickled(path: Path) -> None:

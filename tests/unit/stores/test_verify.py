@@ -19,7 +19,7 @@ from kvcag.stores.dump import read_dump, write_dump
 from kvcag.stores.files import atomic_write
 from kvcag.stores.format import item_to_bytes, write_item
 from kvcag.stores.verify import verify
-from tests.stored import random_item
+from tests.stored import cut, random_item
 
 
 @pytest.fixture
@@ -32,10 +32,6 @@ def store(tmp_path: Path) -> DiskStore:
 
 def tree(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-7])
 
 
 def temporary(store: DiskStore, id: str) -> Path:

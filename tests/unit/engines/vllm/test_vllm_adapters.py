@@ -36,12 +36,6 @@ def weather(city: str) -> str:
 
 
 @pytest.fixture
-def server(tiny_engine: HFEngine) -> Iterator[WireServer]:
-    with WireServer(tiny_engine) as running:
-        yield running
-
-
-@pytest.fixture
 def engine(server: WireServer) -> Iterator[VLLMEngine]:
     with VLLMEngine(server.url, tokenizer=byte_tokenizer(), retry_wait=0.02) as made:
         yield made

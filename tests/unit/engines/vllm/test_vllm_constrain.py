@@ -28,12 +28,6 @@ IDS = ["pydantic", "schema", "closed", "regex", "choices"]
 
 
 @pytest.fixture
-def server(tiny_engine: HFEngine) -> Iterator[WireServer]:
-    with WireServer(tiny_engine) as running:
-        yield running
-
-
-@pytest.fixture
 def engine(server: WireServer) -> Iterator[VLLMEngine]:
     with VLLMEngine(server.url, tokenizer=byte_tokenizer()) as made:
         yield made

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -35,18 +34,6 @@ CHAT = [
     },
     {"role": "user", "content": "When wás it completed?"},
 ]
-
-
-@pytest.fixture
-def server(tiny_engine: HFEngine) -> Iterator[WireServer]:
-    with WireServer(tiny_engine) as running:
-        yield running
-
-
-@pytest.fixture
-def engine(server: WireServer) -> Iterator[VLLMEngine]:
-    with VLLMEngine(server.url) as made:
-        yield made
 
 
 def last_usage(engine: VLLMEngine, messages=CHAT, namespace: str = "", **sampling):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,18 +25,6 @@ from tests.wire_server import WireServer
 
 HEAD = "Answer from the documents."
 TEXTS = ["The tower was completed in 1889. " * 3, "It is 330 metres high. " * 3, "It stands in Paris. " * 3]
-
-
-@pytest.fixture
-def server(tiny_engine: HFEngine) -> Iterator[WireServer]:
-    with WireServer(tiny_engine) as running:
-        yield running
-
-
-@pytest.fixture
-def engine(server: WireServer) -> Iterator[VLLMEngine]:
-    with VLLMEngine(server.url) as made:
-        yield made
 
 
 @pytest.fixture
