@@ -14,12 +14,7 @@ if TYPE_CHECKING:
     from kvcag.engines.vllm.engine import VLLMEngine
 
 
-class HFLLMConfig(BaseModel):
-    """A Hugging Face model and how it generates. `do_sample=False` is greedy.
-
-    `add_generation_prompt` exists because MemOS's configurations carry it; an answer cannot begin without one.
-    """
-
+class _LLMConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     model_name_or_path: str
@@ -27,44 +22,46 @@ class HFLLMConfig(BaseModel):
     max_tokens: int = Field(default=512, ge=1)
     top_p: float = 0.95
     top_k: int = 20
-    do_sample: bool = False
-    add_generation_prompt: Literal[True] = True
     remove_think_prefix: bool = False
     model_schema: str | None = None
     """MemOS writes its own class's name here; it is accepted and not used."""
 
+    @property
+    def _defaults(self) -> dict[str, Any]:
+        """The settings of every answer."""
+        return {
+            "temperature": self.temperature,
+            "max_new_tokens": self.max_tokens,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "strip_thinking": self.remove_think_prefix,
+        }
+
+
+class HFLLMConfig(_LLMConfig):
+    """A Hugging Face model and how it generates. `do_sample=False` is greedy.
+
+    `add_generation_prompt` exists because MemOS's configurations carry it; an answer cannot begin without one.
+    """
+
+    do_sample: bool = False
+    add_generation_prompt: Literal[True] = True
+
     def engine(self) -> HFEngine:
         """Load the model, with these settings as the engine's defaults."""
         return HFEngine.from_pretrained(
-            self.model_name_or_path,
-            defaults={
-                "temperature": self.temperature,
-                "max_new_tokens": self.max_tokens,
-                "top_p": self.top_p,
-                "top_k": self.top_k,
-                "do_sample": self.do_sample,
-                "strip_thinking": self.remove_think_prefix,
-            },
+            self.model_name_or_path, defaults={**self._defaults, "do_sample": self.do_sample}
         )
 
 
-class VLLMLLMConfig(BaseModel):
+class VLLMLLMConfig(_LLMConfig):
     """A model on a vLLM server, and how it generates: see `VLLMEngine`. MemOS samples there; 0 is greedy."""
 
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-    model_name_or_path: str
     api_base: str = "http://localhost:8088/v1"
     api_key: str = ""
     temperature: float = Field(default=0.7, ge=0)
-    max_tokens: int = Field(default=512, ge=1)
-    top_p: float = 0.95
-    top_k: int = 20
-    remove_think_prefix: bool = False
     enable_thinking: bool | None = None
     """Passed to the chat template, where it is set."""
-    model_schema: str | None = None
-    """As for `HFLLMConfig`."""
 
     def engine(self) -> VLLMEngine:
         """The server, with these settings as the engine's defaults. It need not run yet."""
@@ -76,13 +73,7 @@ class VLLMLLMConfig(BaseModel):
             self.model_name_or_path,
             api_key=self.api_key or None,
             template_variables=thinking,
-            defaults={
-                "temperature": self.temperature,
-                "max_new_tokens": self.max_tokens,
-                "top_p": self.top_p,
-                "top_k": self.top_k,
-                "strip_thinking": self.remove_think_prefix,
-            },
+            defaults=self._defaults,
         )
 
 

@@ -48,8 +48,7 @@ from kvcag.engines.vllm.blocks import (
 from kvcag.errors import CorruptItemError, InvalidInputError, KVCAGError, TokenMismatchError, UnsupportedModelError
 from kvcag.fingerprint import KVCacheRecords, ModelFingerprint
 from kvcag.stores.base import KVStore
-from kvcag.stores.disk import DiskStore
-from kvcag.stores.remote import FsspecStore
+from kvcag.stores.remote import open_at
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -134,12 +133,8 @@ class KVCAGConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """The store of a namespace, which is known by its salt."""
         if space not in self._stores:
             given = self._kv_transfer_config.kv_connector_extra_config
-            where = str(given["store"])
-            self._stores[space] = (
-                FsspecStore(where, namespace=space, **given.get("storage_options", {}))
-                if "://" in where
-                else DiskStore(where, given.get("max_bytes"), namespace=space)
-            )
+            options = given.get("storage_options", {})
+            self._stores[space] = open_at(str(given["store"]), space, given.get("max_bytes"), **options)
         return self._stores[space]
 
     def _has(self, space: str, id: str) -> bool:

@@ -80,16 +80,20 @@ ConstraintLike: TypeAlias = (
 """The values that `constraint=` takes. A mapping is a JSON schema."""
 
 
+def as_json_schema(constraint: Any) -> Any:
+    """A pydantic model or a mapping as a `JsonSchema`; anything else as it is."""
+    if isinstance(constraint, type) and issubclass(constraint, BaseModel):
+        return JsonSchema(constraint.model_json_schema(), closed=True)
+    return JsonSchema(constraint) if isinstance(constraint, Mapping) else constraint
+
+
 def to_lark(constraint: ConstraintLike) -> str:
     """A constraint as a grammar in Lark's syntax.
 
     Raises:
         ConstraintError: the value is not a constraint, or not well formed.
     """
-    if isinstance(constraint, type) and issubclass(constraint, BaseModel):
-        constraint = JsonSchema(constraint.model_json_schema(), closed=True)
-    if isinstance(constraint, Mapping):
-        constraint = JsonSchema(constraint)
+    constraint = as_json_schema(constraint)
     if isinstance(constraint, JsonSchema):
         return f"start: {lark_json(constraint)}"
     if isinstance(constraint, Regex):

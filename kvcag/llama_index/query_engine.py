@@ -38,39 +38,6 @@ class CAGQueryEngine(RetrieverQueryEngine):
     """A `RetrieverQueryEngine` over caches; see `from_documents`, `from_retriever` and `from_memory`."""
 
     @classmethod
-    def from_documents(
-        cls,
-        documents: object,
-        llm: LLM | None = None,
-        *,
-        node_postprocessors: list[BaseNodePostprocessor] | None = None,
-        callback_manager: CallbackManager | None = None,
-        **synthesizer: Any,
-    ) -> CAGQueryEngine:
-        """Over a whole corpus: every question is answered from all documents, in the same order.
-
-        By default they are one document, and the answer is that of a full prefill. With `exact=False` each document is
-        kept by itself, so that an edit encodes only the edited document again.
-
-        Args:
-            documents: documents, nodes or texts that fit into the model's context together. A str is one document.
-            llm: a `KVCacheLLM`; `Settings.llm` by default.
-            node_postprocessors: applied to every question's documents.
-            callback_manager: where events go.
-            **synthesizer: further arguments of `CAGSynthesizer`.
-
-        Raises:
-            InvalidInputError: there are no documents.
-        """
-        corpus = WholeCorpus(documents, callback_manager)
-        if not corpus.documents:
-            raise InvalidInputError("there are no documents: pass at least one")
-        synthesizer = {"exact": True, **synthesizer}
-        return cls.from_retriever(
-            corpus, llm, node_postprocessors=node_postprocessors, callback_manager=callback_manager, **synthesizer
-        )
-
-    @classmethod
     def from_retriever(
         cls,
         retriever: BaseRetriever,
@@ -80,7 +47,15 @@ class CAGQueryEngine(RetrieverQueryEngine):
         callback_manager: CallbackManager | None = None,
         **synthesizer: Any,
     ) -> CAGQueryEngine:
-        """Over any retriever. Arguments as for `from_documents`."""
+        """Over any retriever.
+
+        Args:
+            retriever: finds the nodes for a question.
+            llm: a `KVCacheLLM`; `Settings.llm` by default.
+            node_postprocessors: applied to every question's nodes.
+            callback_manager: where events go.
+            **synthesizer: further arguments of `CAGSynthesizer`.
+        """
         return cls(
             retriever=retriever,
             response_synthesizer=CAGSynthesizer(llm, callback_manager=callback_manager, **synthesizer),
@@ -89,15 +64,28 @@ class CAGQueryEngine(RetrieverQueryEngine):
         )
 
     @classmethod
+    def from_documents(cls, documents: object, llm: LLM | None = None, **settings: Any) -> CAGQueryEngine:
+        """Over a whole corpus: every question is answered from all documents, in the same order.
+
+        By default they are one document, and the answer is that of a full prefill. With `exact=False` each document is
+        kept by itself, so that an edit encodes only the edited document again.
+
+        Args:
+            documents: documents, nodes or texts that fit into the model's context together. A str is one document.
+            llm: a `KVCacheLLM`; `Settings.llm` by default.
+            **settings: as for `from_retriever`.
+
+        Raises:
+            InvalidInputError: there are no documents.
+        """
+        corpus = WholeCorpus(documents, settings.get("callback_manager"))
+        if not corpus.documents:
+            raise InvalidInputError("there are no documents: pass at least one")
+        return cls.from_retriever(corpus, llm, **{"exact": True, **settings})
+
+    @classmethod
     def from_memory(
-        cls,
-        memory: MemoryCube,
-        llm: LLM | None = None,
-        *,
-        k: int | None = None,
-        node_postprocessors: list[BaseNodePostprocessor] | None = None,
-        callback_manager: CallbackManager | None = None,
-        **synthesizer: Any,
+        cls, memory: MemoryCube, llm: LLM | None = None, *, k: int | None = None, **settings: Any
     ) -> CAGQueryEngine:
         """Over a `MemoryCube`, which finds the nodes for a question and keeps their caches.
 
@@ -105,19 +93,11 @@ class CAGQueryEngine(RetrieverQueryEngine):
             memory: the cube. With its strategy `"exact"` the nodes of a question are one document.
             llm: a `KVCacheLLM`; by default one over the cube's engine and caches.
             k: the most nodes; None is the cube's setting.
-            node_postprocessors: applied to every question's nodes.
-            callback_manager: where events go.
-            **synthesizer: further arguments of `CAGSynthesizer`.
+            **settings: as for `from_retriever`.
         """
-        retriever = CubeRetriever(memory, k, callback_manager)
-        synthesizer = {"exact": memory.strategy == "exact", **synthesizer}
-        return cls.from_retriever(
-            retriever,
-            llm or KVCacheLLM(memory=memory),
-            node_postprocessors=node_postprocessors,
-            callback_manager=callback_manager,
-            **synthesizer,
-        )
+        retriever = CubeRetriever(memory, k, settings.get("callback_manager"))
+        settings = {"exact": memory.strategy == "exact", **settings}
+        return cls.from_retriever(retriever, llm or KVCacheLLM(memory=memory), **settings)
 
 
 def _node(document: object) -> BaseNode:

@@ -274,12 +274,14 @@ class FsspecStore(KVStore):
             ) from error
 
 
-def open_at(place: str | os.PathLike[str], namespace: str = "") -> KVStore:
-    """The store at an address such as `s3://bucket/kv`, or in a folder, which then holds 64 GiB at most."""
+def open_at(
+    place: str | os.PathLike[str], namespace: str = "", max_bytes: int | None = FOLDER_BYTES, **options: Any
+) -> KVStore:
+    """The store at an address such as `s3://bucket/kv`, which `options` are for, or in a folder of `max_bytes`."""
     address = os.fspath(place)
     if "://" in address:
-        return FsspecStore(address, namespace=namespace)
-    return DiskStore(address, FOLDER_BYTES, namespace=namespace)
+        return FsspecStore(address, namespace=namespace, **options)
+    return DiskStore(address, max_bytes, namespace=namespace)
 
 
 def _manifest_in(head: bytes, name: str) -> Manifest:

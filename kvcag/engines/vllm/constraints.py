@@ -6,9 +6,16 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 
-from pydantic import BaseModel
-
-from kvcag.engines.constrain import Choices, Grammar, JsonSchema, Regex, ServerConstraint, close_objects, to_lark
+from kvcag.engines.constrain import (
+    Choices,
+    Grammar,
+    JsonSchema,
+    Regex,
+    ServerConstraint,
+    as_json_schema,
+    close_objects,
+    to_lark,
+)
 from kvcag.errors import (
     ConstraintError,
     EngineError,
@@ -61,10 +68,7 @@ def server_constraint(constraint: Any, support: ConstraintSupport, thinking: boo
     """
     if isinstance(constraint, ServerConstraint):
         return constraint
-    if isinstance(constraint, type) and issubclass(constraint, BaseModel):
-        constraint = JsonSchema(constraint.model_json_schema(), closed=True)
-    elif isinstance(constraint, Mapping):
-        constraint = JsonSchema(constraint)
+    constraint = as_json_schema(constraint)
     lark = to_lark(constraint)
     if thinking:
         raise ConstraintError(
