@@ -75,12 +75,14 @@ class Call:
         scaling: what scores are multiplied with.
         window: how many tokens, itself included, a query sees; None for all.
         softcap: bound of the scores, as in Gemma 2; None for none.
+        masks: those of the pass.
     """
 
     positions: torch.Tensor
     scaling: float
     window: int | None
     softcap: float | None
+    masks: Masks
 
     def mask(self, queries: slice, keys: int) -> torch.Tensor:
         """Which of the first `keys` keys each query of the slice sees. `(queries, keys)`, bool."""
@@ -88,6 +90,53 @@ class Call:
         key = torch.arange(keys, device=at.device)
         seen = key <= at
         return seen if self.window is None else seen & (key > at - self.window)
+
+    def hidden(self, queries: slice, keys: int) -> tuple[int, torch.Tensor]:
+        """The first key that some query of the slice does not see, and which of those from it on each does not see.
+
+        `(queries, keys - first)`, bool.
+        """
+
+        def make() -> torch.Tensor:
+            return ~self.mask(queries, keys)[:, first:]
+
+        first = 0 if self.window is not None else self.masks.at[queries.start] + 1
+        return first, self.masks.get((queries.start, queries.stop, keys, self.window, self.positions.device), make)
+
+    def additive(self, queries: slice, keys: int, times: int, dtype: torch.dtype) -> torch.Tensor:
+        """The mask as a term that is added to the scores, repeated so many times: `(1, 1, times * queries, keys)`."""
+
+        def make() -> torch.Tensor:
+            return _additive(self.mask(queries, keys), dtype).repeat(times, 1)[None, None]
+
+        return self.masks.get((queries.start, queries.stop, keys, self.window, times, dtype), make)
+
+
+class Masks:
+    """The masks of a pass, which are the same for all its layers. Large ones are made anew for each layer.
+
+    Attributes:
+        at: the positions of the queries.
+    """
+
+    def __init__(self, positions: torch.Tensor) -> None:
+        self.at: list[int] = positions.tolist()
+        self._made: dict[tuple[object, ...], torch.Tensor] = {}
+        self._bytes = 0
+
+    def get(self, key: tuple[object, ...], make: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The mask of this key; `make` makes it."""
+        mask = self._made.get(key)
+        if mask is None:
+            mask = make()
+            if self._bytes + mask.nbytes <= _MASKS:
+                self._made[key] = mask
+                self._bytes += mask.nbytes
+        return mask
+
+
+_MASKS = 64 << 20
+"""Bytes of masks that a pass holds: enough for 700 tokens that are recomputed among 8,000."""
 
 
 Reader: TypeAlias = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, Call], "torch.Tensor | None"]
@@ -107,6 +156,7 @@ class _Pass:
     """Which queries attend together, and to how many keys: read once a pass, not once a layer from the device."""
     reader: Reader | None
     implementation: str
+    masks: Masks
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +219,7 @@ def by_position(model: PreTrainedModel, positions: torch.Tensor, reader: Reader 
     """
     decoder, device = decoder_of(model), device_of(model)
     with _ours(decoder) as own:
-        token = _running.set(_Pass(positions.to(device), _seen(positions, device), reader, own))
+        token = _running.set(_Pass(positions.to(device), _seen(positions, device), reader, own, Masks(positions)))
         try:
             yield
         finally:
@@ -185,8 +235,10 @@ def by_row(model: PreTrainedModel, caches: Sequence[Cache]) -> Iterator[RowsCach
     cache = RowsCache(caches)
     with _ours(decoder_of(model)) as own:
         ends = [held.get_seq_length() for held in caches]
+        at = [torch.tensor([end]) for end in ends]
         passes = [
-            _Pass(torch.tensor([end], device=device_of(model)), [(slice(0, 1), end + 1)], None, own) for end in ends
+            _Pass(each.to(device_of(model)), [(slice(0, 1), end + 1)], None, own, Masks(each))
+            for each, end in zip(at, ends, strict=True)
         ]
         token = _running.set(_Rows(cache, passes))
         try:
@@ -234,8 +286,25 @@ def put_back_attention() -> None:
 def _seen(positions: torch.Tensor, device: torch.device) -> list[tuple[slice, int]]:
     """The blocks of queries at `positions` that attend together, each with the number of keys that it attends to."""
     at = positions.tolist()
-    sizes = _RUN if at and at[-1] - at[0] + 1 == len(at) else _BLOCK
-    return [(block, at[block.stop - 1] + 1) for block in _blocks(len(at), sizes.get(device.type, 512))]
+    has_gaps = bool(at) and at[-1] - at[0] + 1 > len(at)
+    if has_gaps and device.type == "cpu":
+        blocks = _near(at)
+    else:
+        blocks = _blocks(len(at), (_BLOCK if has_gaps else _RUN).get(device.type, 512))
+    return [(block, at[block.stop - 1] + 1) for block in blocks]
+
+
+def _near(at: list[int]) -> list[slice]:
+    """Blocks of queries that stand near each other, so that little is above the diagonal: for a CPU.
+
+    With 16 queries a block takes nearly as little time for each as with more.
+    """
+    blocks, start = [], 0
+    for index, position in enumerate(at):
+        if index - start == _BLOCK["cpu"] or (index - start >= 16 and position - at[start] > 256):
+            blocks.append(slice(start, index))
+            start = index
+    return [*blocks, slice(start, len(at))]
 
 
 def _blocks(queries: int, size: int) -> list[slice]:
@@ -279,12 +348,13 @@ def _attend(
 ) -> torch.Tensor:
     if (queries := query.shape[2]) < len(running.positions):  # Gemma 4: layers that share keys see the last token alone
         last = running.positions[-queries:]
-        running = replace(running, positions=last, blocks=_seen(last, last.device))
+        running = replace(running, positions=last, blocks=_seen(last, last.device), masks=Masks(last))
     call = Call(
         running.positions.to(key.device),
         query.shape[-1] ** -0.5 if scaling is None else scaling,
         kwargs.get("sliding_window"),
         kwargs.get("softcap"),
+        running.masks,
     )
     read = None
     if running.reader is not None:
@@ -296,8 +366,9 @@ def _attend(
     if query.shape[2] == 1 and call.window is None and not own:
         keys = running.blocks[0][1]  # a token that is recomputed alone sees none of those behind it
         return one_query(query, key[:, :, :keys], value[:, :, :keys], call.scaling)
-    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and not own:
-        return _by_products(call, running.blocks, query, key, value)
+    if query.device.type == "cpu" and not own:
+        way = _by_products if query.dtype == torch.bfloat16 else _grouped
+        return way(call, running.blocks, query, key, value)
     outputs = []
     for block, keys in running.blocks:
         q, k, v, mask = query[:, :, block], key[:, :, :keys], value[:, :, :keys], call.mask(block, keys)
@@ -308,12 +379,27 @@ def _attend(
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scaling: float) -> torch.Tensor:
     """KV heads are the batch, so that the keys are broadcast over the query heads that share them, not copied."""
     kv_heads, queries = k.shape[1], q.shape[2]
-    if q.is_cuda:
-        mask = _additive(mask, q.dtype)
+    mask = _additive(mask, q.dtype)
     grouped = q.reshape(kv_heads, -1, queries, q.shape[-1])
     k, v = (t[0, :, None].expand(-1, grouped.shape[1], -1, -1) for t in (k, v))
     out = scaled_dot_product_attention(grouped, k, v, attn_mask=mask[None, None], scale=scaling)
     return out.reshape(1, -1, queries, v.shape[-1]).transpose(1, 2)
+
+
+def _grouped(
+    call: Call, blocks: list[tuple[slice, int]], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> torch.Tensor:
+    """The heads that share a KV head are that head's queries, as in `one_query`."""
+    kv_heads, head_dim = key.shape[1], query.shape[-1]
+    heads, outputs = query.shape[1] // kv_heads, []
+    for block, keys in blocks:
+        mask = call.additive(block, keys, heads, query.dtype)
+        grouped = query[:, :, block].reshape(1, kv_heads, -1, head_dim)
+        out = scaled_dot_product_attention(
+            grouped, key[:, :, :keys], value[:, :, :keys], attn_mask=mask, scale=call.scaling
+        )
+        outputs.append(out.reshape(1, query.shape[1], -1, value.shape[-1]).transpose(1, 2))
+    return torch.cat(outputs, dim=1)
 
 
 def _by_products(
@@ -331,13 +417,12 @@ def _by_products(
     heads = grouped.shape[1]
     scratch = query.new_empty(heads * max((block.stop - block.start) * keys for block, keys in blocks))
     for block, keys in blocks:
-        first = 0 if call.window is not None else int(call.positions[block.start]) + 1
-        hidden = ~call.mask(block, keys)[:, first:].repeat(heads, 1)
+        first, hidden = call.hidden(block, keys)
         for head in range(kv_heads):
             rows = grouped[head, :, block].reshape(-1, head_dim)
             scores = scratch[: len(rows) * keys].view(len(rows), keys)
             torch.mm(rows, key[0, head, :keys].t(), out=scores)
-            scores[:, first:].masked_fill_(hidden, float("-inf"))
+            scores.view(heads, -1, keys)[..., first:].masked_fill_(hidden, float("-inf"))
             torch.softmax(scores, -1, out=scores)
             out[head, :, block] = (scores @ value[0, head, :keys]).view(heads, -1, value.shape[-1])
     return out.view(1, -1, *out.shape[2:]).transpose(1, 2)
@@ -449,6 +534,10 @@ class Rotation:
             out.copy_(keys)
         (a, b), (to_a, to_b) = self._pairs(keys, cos), self._pairs(out, cos)
         a, b = a.float(), b.float()
+        if out is not keys and out.dtype == torch.float32:
+            torch.mul(a, cos, out=to_a).addcmul_(b, sin, value=-1)
+            torch.mul(b, cos, out=to_b).addcmul_(a, sin)
+            return
         turned_a, turned_b = (a * cos).addcmul_(b, sin, value=-1), (b * cos).addcmul_(a, sin)
         to_a.copy_(turned_a)
         to_b.copy_(turned_b)
@@ -514,17 +603,21 @@ class PositionShift:
         self._rotations = rotated
         self._angles: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def turn(self, layer_idx: int, kv: LayerKV, *, back: bool = False) -> None:
-        """Turn keys, and values `(…, seq_len, head_dim)` where they are rotated, in fp32 and in place.
+    def turn(self, layer_idx: int, kv: LayerKV, *, back: bool = False, to: LayerKV | None = None) -> None:
+        """Turn keys, and values `(…, seq_len, head_dim)` where they are rotated, in fp32; in place, or write to `to`.
 
         `back`: from `end` to `start`.
         """
         rotation = self._rotations[layer_idx]
+        if to is not None:
+            for source, target in zip(kv, to, strict=True):
+                if rotation.module is None or source is not kv[rotation.of_values]:
+                    target.copy_(source)
         if rotation.module is None:
             return
-        rotated = kv[rotation.of_values]
+        rotated, target = kv[rotation.of_values], (to or kv)[rotation.of_values]
         cos, sin = self.angles(rotation, rotated.device)
-        rotation.turn(rotated, (cos, -sin if back else sin), rotated)
+        rotation.turn(rotated, (cos, -sin if back else sin), target)
 
     def angles(self, rotation: Rotation, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """`Rotation.angles` between these positions, made once for all layers that share their frequencies."""

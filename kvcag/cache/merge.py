@@ -528,7 +528,6 @@ def _attention_sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Cal
     kv_heads, keys = k.shape[1], k.shape[2]
     grouped = q.reshape(kv_heads, -1, q.shape[2], q.shape[3])
     outputs = []
-    first = keys - q.shape[2] if call.window is None else 0  # every query sees what stands before the first of them
     sums = torch.zeros(kv_heads, keys, device=q.device)
     rows = max(1, _WEIGHTS.get(q.device.type, 2**20) // (q.shape[1] * keys))
     for start in range(0, q.shape[2], rows):
@@ -537,8 +536,8 @@ def _attention_sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Cal
         weights = (part @ k[0].transpose(-1, -2)).float() * call.scaling
         if call.softcap is not None:
             weights = call.softcap * (weights / call.softcap).tanh()
-        hidden = ~call.mask(block, keys)[:, first:].repeat(grouped.shape[1], 1)
-        weights[..., first:].masked_fill_(hidden, float("-inf"))
+        first, hidden = call.hidden(block, keys)
+        weights.view(kv_heads, grouped.shape[1], -1, keys)[..., first:].masked_fill_(hidden, float("-inf"))
         weights = weights.softmax(-1)
         sums += weights.sum(1)
         outputs.append((weights.to(v.dtype) @ v[0]).reshape(kv_heads, grouped.shape[1], -1, v.shape[-1]))
@@ -610,10 +609,11 @@ class DriftCorrection:
     def __init__(self, model: PreTrainedModel, layout: Layout, positions: torch.Tensor) -> None:
         chosen = torch.zeros_like(layout.open)
         chosen[positions] = True
-        rotated = rotations(model)
-        self.chosen = _Tokens.at(rotated, layout, positions.to(device_of(model)))
-        rest = torch.split(_where(layout.open & ~chosen), _BLOCK.get(device_of(model).type, 1024))
-        self.rest = [_Tokens.at(rotated, layout, block.to(device_of(model))) for block in rest if len(block)]
+        rotated, device = rotations(model), device_of(model)
+        self.chosen = _Tokens.at(rotated, layout, positions.to(device))
+        self.rest = []
+        for block in _blocks(layout.open, chosen, layout.part_of, device):
+            self.rest.append(_Tokens.at(rotated, layout, block.to(device), has_gaps=device.type != "cpu"))
         self.averages = averages(self.chosen.part_of, int(layout.part_of[-1]) + 1)
 
     def watch(self, layer_idx: int, held: LayerKV, new: LayerKV) -> None:
@@ -627,8 +627,28 @@ class DriftCorrection:
         drift = _Drift.fit(cached, now - cached, chosen.part_of, self.averages.to(device))
         for block in self.rest:
             rest = block.to(device)
-            features = rest.features(layer_idx, (t[..., rest.positions, :] for t in held))
-            rest.give(layer_idx, held, drift.of(features, rest.part_of)[None])
+            features = rest.features(layer_idx, (t[..., rest.places, :] for t in held))
+            rest.give(layer_idx, held, drift.of(features, rest.parts)[None])
+
+
+def _blocks(
+    is_open: torch.Tensor, chosen: torch.Tensor, part_of: torch.Tensor, device: torch.device
+) -> Iterable[torch.Tensor]:
+    """The positions of open tokens that are not chosen, block by block.
+
+    On a CPU a block is of one part. Where all of it is open, the block has no gaps: the chosen tokens are in it, too,
+    since what is added to them is overwritten. So it is a view, and nothing is gathered.
+    """
+    size = _BLOCK.get(device.type, 1024)
+    if device.type != "cpu":
+        yield from (block for block in torch.split(_where(is_open & ~chosen), size) if len(block))
+        return
+    rest = is_open & ~chosen
+    for part in sorted(set(part_of[rest].tolist())):
+        of_part = part_of == part
+        whole = _where(is_open & of_part)
+        has_gaps = int(whole[-1]) - int(whole[0]) + 1 > len(whole)
+        yield from torch.split(_where(rest & of_part) if has_gaps else whole, size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -639,28 +659,53 @@ class _Tokens:
     part_of: torch.Tensor
     move: PositionShift
     """From position 0 to where they stand."""
+    places: slice | torch.Tensor
+    """The positions, as a slice where they have no gaps."""
+    parts: slice | torch.Tensor
+    """The parts, as a slice where it is one."""
 
     @classmethod
-    def at(cls, rotated: Sequence[Rotation], layout: Layout, positions: torch.Tensor) -> _Tokens:
+    def at(
+        cls, rotated: Sequence[Rotation], layout: Layout, positions: torch.Tensor, *, has_gaps: bool = True
+    ) -> _Tokens:
+        """Tokens of a context. `has_gaps`: do not look for gaps, for which a GPU would be waited for."""
         part_of = layout.part_of.to(positions.device)[positions]
-        return cls(positions, part_of, PositionShift(rotated, torch.zeros_like(positions), positions))
+        move = PositionShift(rotated, torch.zeros_like(positions), positions)
+        places, parts = (positions, part_of) if has_gaps else (_without_gaps(positions), _without_gaps(part_of))
+        return cls(positions, part_of, move, places, parts)
+
+    @classmethod
+    def of_one_part(cls, rotated: Sequence[Rotation], positions: torch.Tensor, start: int = 0) -> _Tokens:
+        """All tokens of some layers, which stand `start` further on than `positions`."""
+        move = PositionShift(rotated, torch.zeros_like(positions), start + positions)
+        part_of = torch.zeros_like(positions)
+        return cls(positions, part_of, move, positions, part_of)
 
     def to(self, device: torch.device) -> _Tokens:
-        return replace(self, positions=self.positions.to(device), part_of=self.part_of.to(device))
+        if self.positions.device == device:
+            return self
+        places, parts = (at if isinstance(at, slice) else at.to(device) for at in (self.places, self.parts))
+        return replace(
+            self, positions=self.positions.to(device), part_of=self.part_of.to(device), places=places, parts=parts
+        )
 
     def features(self, layer_idx: int, kv: Iterable[torch.Tensor]) -> torch.Tensor:
         """Key, as at position 0, and value of each token, side by side: `(kv_heads, tokens, features)`, fp32."""
         keys, values = kv
-        side_by_side = torch.cat([keys, values], dim=-1).float()
-        self.move.turn(layer_idx, _apart(side_by_side, keys.shape[-1]), back=True)
+        size = *keys.shape[:-1], keys.shape[-1] + values.shape[-1]
+        side_by_side = keys.new_empty(size, dtype=torch.float32)
+        self.move.turn(layer_idx, (keys, values), back=True, to=_apart(side_by_side, keys.shape[-1]))
         return side_by_side[0]
 
     def give(self, layer_idx: int, held: LayerKV, change: torch.Tensor) -> None:
         """Add `(1, kv_heads, tokens, features)` to these tokens of `held`, in place; `change` is used up."""
         keys, values = _apart(change, held[0].shape[-1])
         self.move.turn(layer_idx, (keys, values))
-        held[0].index_add_(-2, self.positions, keys.to(held[0].dtype))
-        held[1].index_add_(-2, self.positions, values.to(held[1].dtype))
+        for held_, more in zip(held, (keys, values), strict=True):
+            if isinstance(self.places, slice):
+                held_[..., self.places, :] += more.to(held_.dtype)
+            else:
+                held_.index_add_(-2, self.places, more.to(held_.dtype))
 
 
 @dataclass(frozen=True, slots=True)
@@ -702,7 +747,7 @@ class UsualDrift:
         """
 
         def means(layers: Sequence[LayerKV], at: torch.Tensor) -> list[torch.Tensor]:
-            tokens = _Tokens(at, torch.zeros_like(at), PositionShift(rotated, torch.zeros_like(at), at))
+            tokens = _Tokens.of_one_part(rotated, at)
             return [tokens.features(index, kv).mean(1) for index, kv in enumerate(layers)]
 
         before, after = means(alone, alone_at), means(together, together_at)
@@ -715,20 +760,19 @@ class UsualDrift:
         open_tokens, device = _where(layout.open), layers[0][0].device
         if not self.slopes and self._added_at_once(rotated, layers, open_tokens):
             return
-        for positions in torch.split(open_tokens, _BLOCK.get(device.type, 1024)):
-            self._give(layers, _Tokens.at(rotated, layout, positions.to(device)))
+        for positions in _blocks(layout.open, torch.zeros_like(layout.open), layout.part_of, device):
+            self._give(layers, _Tokens.at(rotated, layout, positions.to(device), has_gaps=device.type != "cpu"))
 
     def give(self, rotated: Sequence[Rotation], layers: Sequence[LayerKV], start: int) -> None:
         """Give it to all tokens of `layers`, the first of which stands at `start`, in place."""
         positions = torch.arange(layers[0][0].shape[-2])
-        move = PositionShift(rotated, torch.zeros_like(positions), start + positions)
-        self._give(layers, _Tokens(positions, torch.zeros_like(positions), move))
+        self._give(layers, _Tokens.of_one_part(rotated, positions, start))
 
     def _give(self, layers: Sequence[LayerKV], block: _Tokens) -> None:
         for index, held in enumerate(layers):
             tokens, offset = block.to(held[0].device), self.layers[index].to(held[0].device)[:, None]
             if self.slopes:
-                features = tokens.features(index, (t[..., tokens.positions, :] for t in held))
+                features = tokens.features(index, (t[..., tokens.places, :] for t in held))
                 change = torch.baddbmm(offset, features, self.slopes[index].to(features.device))
             else:
                 change = offset.repeat(1, len(tokens.positions), 1)
@@ -773,11 +817,7 @@ class DriftSums:
         together_at: torch.Tensor,
     ) -> None:
         """Add tokens that were encoded behind a head alone, and behind other documents. Arguments as for `between`."""
-
-        def tokens_at(at: torch.Tensor) -> _Tokens:
-            return _Tokens(at, torch.zeros_like(at), PositionShift(rotated, torch.zeros_like(at), at))
-
-        was_at, are_at = tokens_at(alone_at), tokens_at(together_at)
+        was_at, are_at = (_Tokens.of_one_part(rotated, at) for at in (alone_at, together_at))
         self.tokens += len(alone_at)
         for index, (was_kv, is_kv) in enumerate(zip(alone, together, strict=True)):
             was, now = was_at.features(index, was_kv).cpu().double(), are_at.features(index, is_kv).cpu().double()
@@ -839,9 +879,17 @@ class _Drift:
         slope = RIDGE * scaled / scale.mT
         return cls(slope, MEAN * mean - centre @ slope)
 
-    def of(self, features: torch.Tensor, part_of: torch.Tensor) -> torch.Tensor:
+    def of(self, features: torch.Tensor, part_of: slice | torch.Tensor) -> torch.Tensor:
         """The drift to give to other tokens, `(kv_heads, tokens, features)`."""
         return torch.baddbmm(self.offset[:, part_of], features, self.slope)
+
+
+def _without_gaps(numbers: torch.Tensor) -> slice | torch.Tensor:
+    """Ascending numbers as a slice, where none is missing; where they are all one, as a slice of that."""
+    if not len(numbers):
+        return numbers
+    first, last = int(numbers[0]), int(numbers[-1])
+    return slice(first, last + 1) if first == last or last - first + 1 == len(numbers) else numbers
 
 
 def averages(part_of: torch.Tensor, parts: int) -> torch.Tensor:

@@ -98,3 +98,24 @@ def test_with_every_token_recomputed_there_is_nothing_to_correct():
     correction = DriftCorrection(tiny_model("llama"), LAYOUT, everything)
     correction.watch(0, held[0], tuple(t[..., everything, :] + 1 for t in held[0]))
     assert equal(held, layers)
+
+
+def test_tokens_among_exact_ones_get_their_drift_and_the_exact_ones_none():
+    """Blocks with gaps are gathered, those without are views: what comes of both is the same."""
+    layers, by = a_cache(), torch.randn(3, HEAD_DIM)
+    is_open = LAYOUT.open.clone()
+    is_open[150:160:2] = False  # within the first document
+    chosen = CHOSEN[is_open[CHOSEN]]
+    held = [contiguous_copy(layers) for _ in range(2)]
+    new = shifted(layers, by)
+    for which, open_ in zip(held, (LAYOUT.open, is_open), strict=True):
+        correction = DriftCorrection(tiny_model("llama"), Layout(LAYOUT.token_ids, PART_OF, open_), chosen)
+        assert any(isinstance(block.places, slice) for block in correction.rest)
+        for index, kv in enumerate(which):
+            correction.watch(index, kv, tuple(t[..., chosen, :] for t in new[index]))
+    same = [i for i in OTHERS.tolist() if is_open[i]]
+    for views, gathered, before in zip(*held, layers, strict=True):
+        for a, b, was in zip(views, gathered, before, strict=True):
+            torch.testing.assert_close(a[..., same, :], b[..., same, :])
+            assert equal([(b[..., 150:160:2, :],) * 2], [(was[..., 150:160:2, :],) * 2])
+            assert not torch.equal(b[..., same, :], was[..., same, :])

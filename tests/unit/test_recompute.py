@@ -119,18 +119,40 @@ def test_a_long_history_behind_the_documents_is_read_in_passes_of_its_own(model,
     assert merge(model, parts, ids(6), strategy="query").read is None
 
 
+@pytest.mark.parametrize("way", [attend._by_products, attend._grouped])
 @pytest.mark.parametrize("window", [None, 7])
 @pytest.mark.parametrize("scattered", [True, False])
-def test_products_attend_as_masked_attention_does(window, scattered):
-    """In fp32, where both can be compared; they are used in bf16."""
+def test_heads_that_share_keys_attend_as_under_a_mask(way, window, scattered):
+    """In fp32, where both can be compared; products are used in bf16."""
     positions = torch.randperm(300)[:90].sort().values if scattered else torch.arange(210, 300)
     query, (key, value) = torch.randn(1, 6, 90, 16), torch.randn(2, 1, 2, 300, 16).unbind()
-    call, blocks = attend.Call(positions, 0.3, window, None), attend._seen(positions, positions.device)
+    call = attend.Call(positions, 0.3, window, None, attend.Masks(positions))
+    blocks = attend._seen(positions, positions.device)
     right = [
         attend._sdpa(query[:, :, block], key[:, :, :n], value[:, :, :n], call.mask(block, n), 0.3)
         for block, n in blocks
     ]
-    torch.testing.assert_close(attend._by_products(call, blocks, query, key, value), torch.cat(right, dim=1))
+    for _ in range(2):  # with masks that are made, and with those that were
+        torch.testing.assert_close(way(call, blocks, query, key, value), torch.cat(right, dim=1))
+
+
+def test_masks_that_take_much_memory_are_not_held(monkeypatch):
+    positions = torch.arange(20, 30)
+    masks = attend.Masks(positions)
+    call = attend.Call(positions, 1.0, None, None, masks)
+    monkeypatch.setattr(attend, "_MASKS", 60)
+    assert call.hidden(slice(0, 5), 25)[1].tolist() == call.hidden(slice(0, 5), 25)[1].tolist()
+    assert masks._bytes == 20
+    call.hidden(slice(0, 10), 30)
+    assert masks._bytes == 20
+
+
+@pytest.mark.parametrize("count", [1, 16, 17, 500])
+def test_blocks_of_scattered_queries_hold_each_once_and_stand_near_each_other(count):
+    at = torch.randperm(8000)[:count].sort().values.tolist()
+    blocks = attend._near(at)
+    assert [i for block in blocks for i in range(block.start, block.stop)] == list(range(count))
+    assert all(b.stop - b.start <= 16 or at[b.stop - 1] - at[b.start] <= 256 for b in blocks)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
