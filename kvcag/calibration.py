@@ -25,6 +25,7 @@ from safetensors.torch import load, save
 from kvcag.cache.attention import rotations
 from kvcag.cache.layers import (
     LayerKV,
+    Layers,
     cache_argument,
     concat,
     count,
@@ -383,11 +384,7 @@ def learn_drift(
     longest = min(_LONGEST, (engine.context_length - start) // documents_per_context)
     for done, group in enumerate(groups, start=1):
         first, *others = (list(documents[name][:longest]) for name in group)
-        alone = concat([cut(_encode(engine, before, ids), start) for ids in others])
-        together = cut(_encode(engine, before, [*first, *chain(*others)]), start + len(first))
-        alone_at = torch.cat([start + torch.arange(len(ids)) for ids in others]).to(engine.device)
-        together_at = start + len(first) + torch.arange(len(alone_at), device=engine.device)
-        sums.add(rotations(engine.model), alone, alone_at, together, together_at)
+        sums.add(rotations(engine.model), *_alone_and_together(engine, before, start, first, others))
         if progress:
             progress(done, len(groups))
     drift = sums.drift()
@@ -500,11 +497,18 @@ def _passages(engine: Engine, room: int) -> list[tuple[int, ...]]:
 def _learn(engine: HFEngine, head_ids: Sequence[int], passages: list[tuple[int, ...]]) -> UsualDrift:
     before, start = (_encode(engine, [], head_ids) if head_ids else []), len(head_ids)
     first, *others = passages
+    return UsualDrift.between(rotations(engine.model), *_alone_and_together(engine, before, start, first, others))
+
+
+def _alone_and_together(
+    engine: HFEngine, before: list[LayerKV], start: int, first: Sequence[int], others: Sequence[Sequence[int]]
+) -> tuple[Layers, torch.Tensor, Layers, torch.Tensor]:
+    """The keys and values of `others`, and their positions: each alone behind `before`, then all behind `first` too."""
     alone = concat([cut(_encode(engine, before, ids), start) for ids in others])
-    together = cut(_encode(engine, before, list(chain(*passages))), start + len(first))
+    together = cut(_encode(engine, before, [*first, *chain(*others)]), start + len(first))
     alone_at = torch.cat([start + torch.arange(len(ids)) for ids in others]).to(engine.device)
     together_at = start + len(first) + torch.arange(len(alone_at), device=engine.device)
-    return UsualDrift.between(rotations(engine.model), alone, alone_at, together, together_at)
+    return alone, alone_at, together, together_at
 
 
 def _encode(engine: HFEngine, before: list[LayerKV], ids: Sequence[int]) -> list[LayerKV]:

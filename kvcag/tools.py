@@ -20,6 +20,7 @@ from jinja2.exceptions import TemplateError
 
 from kvcag.chat_template import ChatTemplate, Document, Message
 from kvcag.engines.constrain import Grammar, JsonSchema, lark_json, lark_literal
+from kvcag.engines.decode import overlap
 from kvcag.errors import InvalidInputError, KVCAGError
 
 
@@ -329,9 +330,7 @@ class CallParser:
             return "" if text.lstrip()[:1] in ("", "{", "[") else text
         before, found, _ = text.partition(marker)
         if not found:
-            overlaps = range(min(len(marker) - 1, len(text)), 0, -1)
-            held = next((size for size in overlaps if text.endswith(marker[:size])), 0)
-            before = text[: len(text) - held]
+            before = text[: len(text) - overlap(text, marker)]
         return before.rstrip()
 
 

@@ -816,11 +816,6 @@ Watch: TypeAlias = Callable[[int, LayerKV, LayerKV], None]
 """Called as `watch(layer_idx, held, new)` before a layer takes new keys and values in."""
 
 
-def with_room(layers: Sequence[LayerKV], tokens: int) -> Layers:
-    """A copy with room for so many more tokens behind it, which hold zeros."""
-    return concat([layers], tokens)
-
-
 def zeros_like(layers: Sequence[LayerKV], tokens: int) -> Layers:
     """Keys and values of zero for so many tokens, in the form of `layers`."""
 

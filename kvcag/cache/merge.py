@@ -42,7 +42,6 @@ from kvcag.cache.layers import (
     position_argument,
     scatter_cache,
     states_of,
-    with_room,
     zeros_like,
 )
 from kvcag.cache.states import behind
@@ -508,7 +507,7 @@ def query(model: PreTrainedModel, layers: Sequence[LayerKV], layout: Layout, tai
         return output
 
     if length_of(layers) == length:
-        layers = with_room(layers, len(tail_ids))
+        layers = concat([layers], len(tail_ids))
     positions = torch.arange(length, length + len(tail_ids))
     attend(model, tail_ids, positions, scatter_cache(layers, positions), read)
     return torch.stack([part.cpu() for part in scores.values()]).sum(0)

@@ -526,7 +526,7 @@ class StopStrings:
         if places:
             self.found, self._held = True, ""
             return text[: min(places)]
-        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        keep = max((overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
@@ -566,7 +566,7 @@ class ThinkingFilter:
             tag = _CLOSE if self._thinking else _OPEN
             before, found, after = self._held.partition(tag)
             if not found:
-                keep = _overlap(self._held, tag)
+                keep = overlap(self._held, tag)
                 before, self._held = (
                     self._held[: len(self._held) - keep],
                     self._held[len(self._held) - keep :],
@@ -592,7 +592,7 @@ class ThinkingFilter:
         return text
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """How many characters at the end of `text` are a proper beginning of `stop`."""
     longest = min(len(stop) - 1, len(text))
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -19,7 +19,6 @@ from kvcag.concurrency import in_thread
 from kvcag.errors import InvalidInputError
 from kvcag.llama_index.messages import to_messages
 from kvcag.llama_index.synthesizer import CAGSynthesizer
-from kvcag.stores.base import DeletionReport
 from kvcag.sync import Context
 
 
@@ -107,11 +106,7 @@ class KVCacheTransform(TransformComponent):
         """`__call__`, in a worker thread."""
         return await in_thread(self, nodes, **kwargs)
 
-    def prune(self, live: Iterable[str]) -> DeletionReport:
-        """Delete the caches of every document whose id is not in `live`."""
-        return self._forget(set(), set(), set(live))
-
-    def _forget(self, kept: set[str], seen: set[str], live: set[str] | None) -> DeletionReport:
+    def _forget(self, kept: set[str], seen: set[str], live: set[str] | None) -> None:
         """Delete what was made from documents that are not `live`, and old texts of the documents `seen` now."""
         memory = self._synthesizer.cag.memory
         made_from: dict[str, str] = {}
@@ -125,7 +120,8 @@ class KVCacheTransform(TransformComponent):
                 gone.add(text)
         gone -= {made_from[key] for key in kept if key in made_from}
         stale = [key for key, text in made_from.items() if text in gone]
-        return memory.delete(stale) if stale else DeletionReport()
+        if stale:
+            memory.delete(stale)
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
         """Another transform over the same model, store and docstore."""

@@ -177,10 +177,6 @@ class TieredStore(KVStore):
             return set[str]().union(*(tier.containing(asked) for tier in self.tiers[:-1]))
         return found | {key for key in asked & self._only_here if self.contains(key)}
 
-    def tier_of(self, key: str) -> int | None:
-        """The index of the fastest tier that has an item; None where no tier has it."""
-        return next((index for index, tier in enumerate(self.tiers) if tier.contains(key)), None)
-
     def keys(self) -> Iterator[str]:
         """The ids of the last tier."""
         yield from self.tiers[-1].keys()
