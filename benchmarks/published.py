@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from kvcag import HFEngine, KVCacheMemory
 from kvcag.cache.attention import Call, EnoughError, attend
-from kvcag.cache.layers import LayerKV, Layers, layers_of, scatter_cache, with_room
+from kvcag.cache.layers import LayerKV, Layers, concat, layers_of, scatter_cache
 from kvcag.cache.merge import Layout, Part, anchor, merge, recompute
 from kvcag.chat_template import as_messages
 from kvcag.core import MergedContext, MergeReport
@@ -50,7 +50,7 @@ def prophetkv(model: PreTrainedModel, layers: Layers, layout: Layout, tail_ids: 
             raise EnoughError
 
     positions = torch.arange(length, length + queries)
-    attend(model, tail_ids, positions, scatter_cache(with_room(layers, queries), positions), read)
+    attend(model, tail_ids, positions, scatter_cache(concat([layers], queries), positions), read)
     return scores
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from kvcag.cache import attention as attend
 from kvcag.cache import merge as merging
-from kvcag.cache.layers import cache_argument, contiguous_copy, cut, generation_cache, layers_of, with_room
+from kvcag.cache.layers import cache_argument, concat, contiguous_copy, cut, generation_cache, layers_of
 from kvcag.cache.merge import Layout, merge, recompute, select
 from kvcag.testing import tiny_model
 from tests.merging import encode, equal, error, ids, parts_of, tokens_of
@@ -81,7 +81,7 @@ def test_long_passes_attend_block_by_block(model, monkeypatch):
 @pytest.mark.parametrize("room", [0, 4])
 def test_choosing_leaves_no_trace(model, room):
     parts = parts_of(model, ids(5), DOCUMENTS)
-    layers = with_room(merge(model, parts, ids(3), strategy="rotate").layers, room)
+    layers = concat([merge(model, parts, ids(3), strategy="rotate").layers], room)
     before = contiguous_copy(layers)
     select(model, layers, layout_of(parts), ids(4), strategy="query", ratio=0.2)
     assert equal(cut(layers, 0, 80), cut(before, 0, 80))
