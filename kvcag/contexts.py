@@ -47,7 +47,7 @@ from kvcag.errors import (
 )
 from kvcag.fingerprint import KVCacheRecords
 from kvcag.stores.base import ENCODED_BEHIND, KVStore, sources_of, stands_behind
-from kvcag.stores.files import INSTRUCTION, Manifest
+from kvcag.stores.files import INSTRUCTION, WORTH_STORING, Manifest
 
 
 def reusable(documents: DocumentCache, prompt: Prompt, settings: MergeSettings) -> Mode | None:
@@ -499,9 +499,6 @@ _SERVED = "served"
 """In the metadata of a stored `VLLMKVCacheItem`: its prompt and its tokens. A store keeps it without tensors."""
 _guard = threading.Lock()
 
-_WORTH_STORING = 256
-"""Tokens of an instruction that is stored, at least. Fewer are read once a process (docs/decisions.md)."""
-
 
 @dataclass(frozen=True, slots=True)
 class DocumentCache:
@@ -642,11 +639,12 @@ class DocumentCache:
     def instruction(self, token_ids: Ids) -> Iterator[None]:
         """Within it, an instruction that the store has is among the recent contexts. At its end the store has it.
 
-        Short ones are not stored. A server keeps its own, and where a model's layers stand on several accelerators, a
-        store cannot say.
+        Short ones are not stored, nor are any in a store that quantises, where they would not be exact. A server keeps
+        its own, and where a model's layers stand on several accelerators, a store cannot say.
         """
         model = cast("HFEngine", self.engine)
-        if len(token_ids) < _WORTH_STORING or not model.merges or not model.keeps(len(token_ids)) or _is_spread(model):
+        is_stored = len(token_ids) >= WORTH_STORING and model.merges and self.store.is_exact
+        if not is_stored or not model.keeps(len(token_ids)) or _is_spread(model):
             yield
             return
         key = f"{INSTRUCTION}{self.key(token_ids)}"

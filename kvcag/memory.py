@@ -672,9 +672,12 @@ class KVCacheMemory:
             sources: paths or URLs of the texts. `purge` finds the context by each source and by each text.
 
         Raises:
+            InvalidInputError: a text or the instruction is not a str.
             EmptyPromptError: there is nothing to encode.
             ContextLengthError: they do not fit into the model's context.
         """
+        if not isinstance(instruction, str):
+            raise InvalidInputError(f"instruction is {instruction!r}: it must be a str. Leave it out for none.")
         shown = [text for text in _as_list(texts) if text.strip()]
         if not shown:
             raise EmptyPromptError("the corpus is empty: there is nothing to encode")

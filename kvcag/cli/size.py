@@ -11,12 +11,16 @@ import typer
 from kvcag.cli import common
 from kvcag.cli.common import Json, Model
 from kvcag.sizing import BreakEven, break_even, kv_geometry
+from kvcag.stores.files import WORTH_STORING
 
 
 def size(
     model: Model = None,
     tokens: Annotated[int, typer.Option(min=1, help="Size documents of this many tokens.")] = 1000,
     documents: Annotated[int, typer.Option(min=1, help="Size this many documents.")] = 1,
+    instruction: Annotated[
+        int, typer.Option("--instruction-tokens", min=0, help="Size an instruction of this many tokens, stored once.")
+    ] = 0,
     dtype: Annotated[str, typer.Option(help="Use float32, float16 or bfloat16; auto is the checkpoint's.")] = "auto",
     prefill: Annotated[
         float | None, typer.Option("--prefill-tokens-per-s", help="Assume this speed of encoding.")
@@ -40,6 +44,9 @@ def size(
     geometry = kv_geometry(model or common.resolve(None)[1])
     per_token = {"kept": geometry.bytes_per_token(dtype), "int8": geometry.bytes_per_token(dtype, int8=True)}
     stored_as, states = geometry.check_dtype(dtype), geometry.state_bytes + geometry.map_bytes
+    totals = {name: (size * tokens + states) * documents for name, size in per_token.items()}
+    if instruction >= WORTH_STORING:  # shorter ones are not stored, nor are any as int8
+        totals["kept"] += per_token["kept"] * instruction + states
     even = {}
     if prefill is not None and load is not None:
         even = {name: break_even(tokens, size, prefill, load, latency / 1000) for name, size in per_token.items()}
@@ -53,8 +60,8 @@ def size(
                 "documents": documents,
                 "bytes_per_token": per_token["kept"],
                 "bytes_per_token_int8": per_token["int8"],
-                "bytes": (per_token["kept"] * tokens + states) * documents,
-                "bytes_int8": (per_token["int8"] * tokens + states) * documents,
+                "bytes": totals["kept"],
+                "bytes_int8": totals["int8"],
                 "computed_again_s": tokens / prefill if prefill else None,
                 "break_even": {name: _finite({"load": made.load, **asdict(made)}) for name, made in even.items()},
             }
@@ -75,9 +82,9 @@ def size(
     labels = {"kept": stored_as, "int8": "int8 at rest"}
     rows = []
     for name, one in per_token.items():
-        document = one * tokens + states
-        rows.append((labels[name], f"{one:,}", common.size(document), common.size(document * documents)))
-    amounts = f">{common.counted(tokens, 'token')}", f">{common.counted(documents, 'document')}"
+        rows.append((labels[name], f"{one:,}", common.size(one * tokens + states), common.size(totals[name])))
+    counted = common.counted(documents, "document") + (" and instruction" if instruction else "")
+    amounts = f">{common.counted(tokens, 'token')}", f">{counted}"
     console.print(common.table(["dtype", ">bytes per token", *amounts], rows))
     for name, made in even.items():
         console.print(f"{labels[name]}: {_verdict(made)}")

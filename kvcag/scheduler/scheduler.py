@@ -214,7 +214,8 @@ class CacheScheduler:
     def metrics(self) -> dict[str, float]:
         """The figures by name.
 
-        Now: `documents` (texts that are counted), `caches`, `cached_bytes`, `budget_bytes`.
+        Now: `documents` (texts that are counted), `caches`, `cached_bytes` (with those of stored instructions),
+        `budget_bytes`.
 
         Since this object was made: `retrieved` and `asked` (texts that retrievers found and that stood in prompts);
         `reused_tokens` (tokens of documents that were found in the store), `encoded_tokens` (tokens that were encoded
@@ -226,7 +227,7 @@ class CacheScheduler:
         reused, tokens = totals["reused_tokens"], totals["reused_tokens"] + totals["encoded_tokens"]
         return {
             "documents": len(self._texts.known),
-            "caches": len(entries),
+            "caches": sum(bool(entry.digest) for entry in entries),
             "cached_bytes": sum(entry.bytes for entry in entries),
             "budget_bytes": self._store.budget_bytes,
             "hit_rate": reused / tokens if tokens else 0.0,

@@ -42,7 +42,7 @@ class Cached:
 
     Attributes:
         key: its item's id, the content key of its tokens.
-        digest: of its text, from `digest_of`.
+        digest: of its text, from `digest_of`; empty for an instruction.
         tokens: its length.
         bytes: of its keys and values.
         managed: False for an item that the caller added under an id or handle of their own. It counts towards the
@@ -97,7 +97,7 @@ class ScheduledStore(KVStore):
     """A store within a byte budget: an item enters if it is worth its bytes, and what it evicts is deleted.
 
     The text of a cache is saved before the cache is deleted, so no text is lost. An item with an id of its own, and a
-    context with a handle, always enters and is never evicted. Instructions enter and are not counted.
+    context with a handle, always enters and is never evicted. So does an instruction, if it fits.
 
     Args:
         inner: where items live.
@@ -140,10 +140,7 @@ class ScheduledStore(KVStore):
             StoreFullError: `force` is set or the item is protected, and it does not fit.
             SchedulerStateError: it evicts caches whose texts cannot be saved. Nothing was changed.
         """
-        if is_instruction(item.id):
-            self.inner.put(item)
-            return True
-        entry = self.entry(item.id, digest_of(item.records.composed_text_memory), len(item.token_ids), item)
+        entry = self.entry(item.id, _digest_of(item), len(item.token_ids), item)
         with self.lock:
             self._remember(entry, item)
             leaving = self.room_for(entry, force=force or not entry.managed)
@@ -153,7 +150,8 @@ class ScheduledStore(KVStore):
             self.evict(leaving, "demoted", "made room for another")
             self.inner.put(item)
             self.entries[entry.key] = entry
-            self.note(action, entry, reason)
+            if entry.digest:
+                self.note(action, entry, reason)
             return True
 
     def delete(self, keys: Iterable[str]) -> None:
@@ -167,6 +165,11 @@ class ScheduledStore(KVStore):
     def forget(self, texts: Iterable[str]) -> None:
         """Forget texts, so that they are not encoded again."""
         self._texts.purge(set(texts))
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the inner store is."""
+        return self.inner.is_exact
 
     @property
     def place(self) -> str:
@@ -287,7 +290,7 @@ class ScheduledStore(KVStore):
     def reconcile(self) -> None:
         """Bring the working set in step with what is in the inner store."""
         with self.lock:
-            stored = {key for key in iter(self.inner.keys()) if not is_instruction(key)}
+            stored = set(self.inner.keys())
             for key in self.entries.keys() - stored:
                 self.note("gone", self.entries.pop(key), "the store evicted it")
             for key in stored - self.entries.keys():
@@ -298,10 +301,10 @@ class ScheduledStore(KVStore):
                 made_by = manifest.fingerprint if manifest else None
                 if manifest is None or made_by is None or not self._engine.fingerprint.matches(made_by):
                     continue
-                entry = self.entry(key, digest_of(manifest.records.composed_text_memory), manifest.tokens, manifest)
+                entry = self.entry(key, _digest_of(manifest), manifest.tokens, manifest)
                 self._remember(entry, manifest)
                 self.entries[key] = entry
-                if not self._texts.stats(entry.digest).is_cached:
+                if entry.digest and not self._texts.stats(entry.digest).is_cached:
                     self.note("found", entry, "it was in the store")
 
     def note(self, action: str, entry: Cached, reason: str) -> None:
@@ -315,5 +318,12 @@ class ScheduledStore(KVStore):
         self._texts.decide(entry.digest, action, reason)
 
     def _remember(self, entry: Cached, made: KVCacheItem | Manifest) -> None:
+        if not entry.digest:
+            return
         sources = {*made.records.text_memories, *sources_of(made.metadata)}
         self._texts.encoded(made.records.composed_text_memory, entry.tokens, entry.key, sources)
+
+
+def _digest_of(made: KVCacheItem | Manifest) -> str:
+    """Empty for an instruction: it is none of the texts that are counted."""
+    return "" if is_instruction(made.id) else digest_of(made.records.composed_text_memory)

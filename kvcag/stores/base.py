@@ -167,6 +167,11 @@ class KVStore(ABC):
     # --- deleting for good ---------------------------------------------------------------------------------------
 
     @property
+    def is_exact(self) -> bool:
+        """Whether keys and values are read as they were put; a store that quantises does not keep them so."""
+        return True
+
+    @property
     def place(self) -> str:
         """What reports call this store."""
         return type(self).__name__

@@ -194,6 +194,11 @@ class DiskStore(KVStore):
             yield from listed(path, partial(self._manifest, path), partial(self._remove, path), size)
 
     @property
+    def is_exact(self) -> bool:
+        """Whether it does not quantise."""
+        return self.quantize is None
+
+    @property
     def place(self) -> str:
         """The directory."""
         return str(self.path)

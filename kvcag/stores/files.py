@@ -189,6 +189,10 @@ INSTRUCTION = "instruction:"
 """How the ids of instructions begin: of what a system message says before documents."""
 
 
+WORTH_STORING = 256
+"""Tokens of an instruction that is stored, at least. Fewer are read once a process (docs/decisions.md)."""
+
+
 def is_instruction(id: str) -> bool:
     """Whether an item is an instruction, and so is none of the user's documents."""
     return id.startswith(INSTRUCTION)

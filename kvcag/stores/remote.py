@@ -149,6 +149,11 @@ class FsspecStore(KVStore):
             yield from listed(name, partial(_manifest_in, head, name), partial(self._remove, path), objects[path])
 
     @property
+    def is_exact(self) -> bool:
+        """Whether it does not quantise."""
+        return self.quantize is None
+
+    @property
     def place(self) -> str:
         """The address."""
         return self.url

@@ -129,6 +129,11 @@ class TieredStore(KVStore):
             raise failures[0]
 
     @property
+    def is_exact(self) -> bool:
+        """Whether the last tier is, which has every item."""
+        return self.tiers[-1].is_exact
+
+    @property
     def place(self) -> str:
         """The tiers' places."""
         return ", ".join(tier.place for tier in self.tiers)

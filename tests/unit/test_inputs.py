@@ -21,6 +21,8 @@ WRONG: dict[str, Callable[[KVCacheMemory], object]] = {
     "half a surrogate pair in a question": lambda memory: memory.ask(HALF),
     "half a surrogate pair in a document": lambda memory: memory.add(HALF),
     "half a surrogate pair in a context": lambda memory: memory.create_context([HALF]),
+    "a number for the instruction of a context": lambda memory: memory.create_context(["text"], instruction=7),
+    "a number for the text of a context": lambda memory: memory.create_context([7]),
     "half a surrogate pair in a stop string": lambda memory: memory.ask("What?", stop=HALF),
     "half a surrogate pair in a text of a cube": lambda memory: MemoryCube(memory.engine).add(HALF),
     "half a surrogate pair for a chat model": lambda memory: ChatKVCAG(memory=memory).invoke(HALF),

@@ -175,6 +175,21 @@ def test_a_store_that_quantises_has_it_read_again(tmp_path: Path) -> None:
     assert encoded() == encoded() > len(INSTRUCTION)
 
 
+@pytest.mark.parametrize("name", ["disk", "remote", "tiered"])
+def test_a_store_that_quantises_has_no_instruction(name: str, tmp_path: Path) -> None:
+    """It is read again there, so its file would be of no use."""
+    opened = {
+        "disk": lambda: DiskStore(tmp_path, quantize="int8"),
+        "remote": lambda: FsspecStore(f"memory://{tmp_path}", quantize="int8"),
+        "tiered": lambda: TieredStore([MemoryStore(), DiskStore(tmp_path, quantize="int8")]),
+    }
+    store = opened[name]()
+    assert not store.is_exact
+    KVCacheMemory(fresh(), store, INSTRUCTION).add(TEXTS)
+    assert instructions(store) == []
+    assert store.stats().items == 2
+
+
 @pytest.mark.skipif(not _CONTINUES, reason="recurrent layers need transformers 5.24")
 def test_recurrent_layers_go_on_from_their_stored_states(tmp_path: Path) -> None:
     def answer(store: Path) -> tuple[str, int]:

@@ -181,6 +181,14 @@ def test_the_command_says_it_in_json_and_to_people(config: Path) -> None:
     assert "5.8 kB" in said
 
 
+@pytest.mark.parametrize(("tokens", "more"), [(0, 0), (255, 0), (256, 256 * 192)])
+def test_the_command_counts_an_instruction_that_a_store_keeps(config: Path, tokens: int, more: int) -> None:
+    sizes = "-m", config, "--tokens", 10, "--documents", 3, "--instruction-tokens", tokens
+    made = json.loads(run(*sizes, "--json")[1])
+    assert (made["bytes"], made["bytes_int8"]) == (5760 + more, 10 * 3 * 3 * 2 * 2 * (8 + 2))  # none is stored as int8
+    assert ("54.9 kB" in run(*sizes)[1]) == bool(more)
+
+
 @pytest.mark.parametrize(
     ("speeds", "says"),
     [

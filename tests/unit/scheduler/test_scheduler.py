@@ -295,6 +295,28 @@ def test_a_context_with_a_handle_outlives_the_process_whatever_is_hot(memory: KV
         assert held_bytes(memory) <= 450 * PER_TOKEN
 
 
+def test_a_stored_instruction_counts_towards_the_budget_and_is_never_evicted(tiny_engine: HFEngine) -> None:
+    store, said = MemoryStore(), "Answer from the documents. " * 12
+    memory = KVCacheMemory(tiny_engine, store, said)
+    head = len(tiny_engine.template.instruction_ids(said))
+    assert head >= 256
+
+    def stored_bytes() -> int:
+        return sum(nbytes(layers_of(store.get(key).memory)) for key in iter(store.keys()))
+
+    with scheduler_of(memory, head + 100) as scheduler:
+        memory.add(TEXTS[:2])
+        assert stored_bytes() == scheduler.metrics()["cached_bytes"] == held_bytes(memory) + head * PER_TOKEN
+        assert scheduler.metrics()["caches"] == 2
+        memory.engine.forget()
+        memory.add(TEXTS[2:])
+        assert stored_bytes() == scheduler.metrics()["cached_bytes"] <= (head + 100) * PER_TOKEN
+        assert scheduler.metrics()["documents"] == 8
+    with scheduler_of(memory, head + 50) as scheduler:  # found in the store at the start
+        assert stored_bytes() == scheduler.metrics()["cached_bytes"] <= (head + 50) * PER_TOKEN
+        assert scheduler.metrics()["cached_bytes"] >= head * PER_TOKEN
+
+
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     steps=st.lists(
