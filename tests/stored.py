@@ -1,7 +1,8 @@
-"""Items to store, and what it means for two to be the same."""
+"""Items to store, what it means for two to be the same, damage to files, and a store of bytes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -79,3 +80,23 @@ def flip(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) * 3 // 4] ^= 0x10
     path.write_bytes(data)
+
+
+class Bytes:
+    """A store of bytes as LangChain's are, over a dict."""
+
+    def __init__(self) -> None:
+        self.data: dict[str, bytes] = {}
+
+    def mget(self, keys: Sequence[str]) -> list[bytes | None]:
+        return [self.data.get(key) for key in keys]
+
+    def mset(self, key_value_pairs: Sequence[tuple[str, bytes]]) -> None:
+        self.data.update(key_value_pairs)
+
+    def mdelete(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self.data.pop(key, None)
+
+    def yield_keys(self, *, prefix: str | None = None) -> Iterator[str]:
+        yield from [key for key in self.data if key.startswith(prefix or "")]

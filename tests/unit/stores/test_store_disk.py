@@ -54,19 +54,6 @@ def test_any_id_is_kept_inside_the_directory(store: DiskStore, id: str) -> None:
     assert not files(store)
 
 
-def test_another_process_finds_what_was_put(store: DiskStore) -> None:
-    store.put(random_item("a", metadata={"source": "x"}))
-    again = DiskStore(store.path)
-
-    assert_same(again.get("a"), random_item("a", metadata={"source": "x"}))
-    manifest = again.manifest("a")
-    assert manifest is not None
-    assert manifest.metadata == {"source": "x"}
-    assert again.manifest("b") is None
-    stats = again.stats()
-    assert (stats.items, stats.bytes, stats.hits, stats.misses) == (1, files(store)[0].stat().st_size, 1, 0)
-
-
 def test_everything_is_for_this_user_alone(store: DiskStore) -> None:
     store.put(random_item("a"))
     store.pin("a")
@@ -173,15 +160,6 @@ def test_names_tell_nothing_without_the_salt(tmp_path: Path) -> None:
     assert not DiskStore(tmp_path, namespace="one", salt=b"guess").contains("guessed")
     assert not DiskStore(tmp_path, namespace="one").contains("guessed")
     assert DiskStore(tmp_path, namespace="one", salt=b"secret").contains("guessed")
-
-
-def test_purge_deletes_everything_made_from_one_text(store: DiskStore) -> None:
-    store.put(random_item("by path", metadata={"source": "a.txt"}))
-    store.put(random_item("by text", text="a.txt"))
-    store.put(random_item("another"))
-
-    assert sorted(store.purge("a.txt").ids) == ["by path", "by text"]
-    assert len(files(store)) == 1
 
 
 # --- damage -----------------------------------------------------------------------------------------------------

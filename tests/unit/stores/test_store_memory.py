@@ -21,28 +21,6 @@ from tests.waits import run_together
 SIZE = nbytes(layers_of(random_item().memory))
 
 
-def test_get_gives_what_put_took_and_none_for_the_rest() -> None:
-    store = MemoryStore()
-    store.put(random_item("a"))
-
-    assert_same(store.get("a"), random_item("a"))
-    assert store.get("b") is None
-    assert store.contains("a")
-    assert not store.contains("b")
-    assert list(store.keys()) == ["a"]
-    stats = store.stats()
-    assert (stats.items, stats.bytes, stats.hits, stats.misses) == (1, SIZE, 1, 1)
-
-
-def test_putting_the_same_id_replaces_it() -> None:
-    store = MemoryStore()
-    store.put(random_item("a"))
-    store.put(random_item("a", seed=1))
-
-    assert_same(store.get("a"), random_item("a", seed=1))
-    assert store.stats().bytes == SIZE
-
-
 def test_the_least_recently_used_leaves_first() -> None:
     store = MemoryStore(max_bytes=3 * SIZE)
     for id in "abc":
@@ -92,13 +70,6 @@ def test_an_item_expires() -> None:
     assert store.get("a") is None
     assert store.manifest("a") is None
     assert store.stats().bytes == 0
-
-
-def test_delete_ignores_what_is_missing() -> None:
-    store = MemoryStore()
-    store.put(random_item("a"))
-    store.delete(["none", "a", "a"])
-    assert list(store.keys()) == []
 
 
 def test_on_a_device_the_item_is_a_copy() -> None:
@@ -197,14 +168,3 @@ def test_many_threads_keep_the_bytes_right() -> None:
     run_together(threads)
     assert not failed
     assert store.stats().bytes == SIZE * len(list(store.keys())) <= 5 * SIZE
-
-
-def test_purge_deletes_everything_made_from_one_text() -> None:
-    store = MemoryStore()
-    store.put(random_item("by path", metadata={"source": "a.txt"}))
-    store.put(random_item("by id", metadata={"doc_id": "a.txt"}))
-    store.put(random_item("by text", text="a.txt"))
-    store.put(random_item("another", metadata={"language": "a.txt"}))
-
-    assert sorted(store.purge("a.txt").ids) == ["by id", "by path", "by text"]
-    assert list(store.keys()) == ["another"]

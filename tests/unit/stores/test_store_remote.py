@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import pytest
@@ -14,27 +14,7 @@ from kvcag.stores.base import KVStore
 from kvcag.stores.format import item_to_bytes
 from kvcag.stores.remote import ByteKVStore, FsspecStore
 from tests.s3_server import s3_server
-from tests.stored import assert_same, random_item
-
-
-class Bytes:
-    """A store of bytes as LangChain's are, over a dict."""
-
-    def __init__(self) -> None:
-        self.data: dict[str, bytes] = {}
-
-    def mget(self, keys: Sequence[str]) -> list[bytes | None]:
-        return [self.data.get(key) for key in keys]
-
-    def mset(self, key_value_pairs: Sequence[tuple[str, bytes]]) -> None:
-        self.data.update(key_value_pairs)
-
-    def mdelete(self, keys: Sequence[str]) -> None:
-        for key in keys:
-            self.data.pop(key, None)
-
-    def yield_keys(self, *, prefix: str | None = None) -> Iterator[str]:
-        yield from [key for key in self.data if key.startswith(prefix or "")]
+from tests.stored import Bytes, assert_same, random_item
 
 
 @pytest.fixture(params=["fsspec", "bytes"])
@@ -45,44 +25,6 @@ def place(request: pytest.FixtureRequest) -> Any:
         return lambda **options: FsspecStore(url, **options)
     data = Bytes()
     return lambda **options: ByteKVStore(data, **options)
-
-
-def test_what_is_got_is_what_was_put(place: Any) -> None:
-    store: KVStore = place()
-    item = random_item("kv:ü/..", metadata={"source": "a.txt"})
-    store.put(item)
-
-    assert_same(place().get("kv:ü/.."), item)
-    assert store.contains("kv:ü/..")
-    assert list(store.keys()) == ["kv:ü/.."]
-    manifest = store.manifest("kv:ü/..")
-    assert manifest is not None
-    assert manifest.metadata == {"source": "a.txt"}
-    assert store.stats().items == 1
-    assert store.stats().bytes == len(item_to_bytes(item))
-
-
-def test_what_is_missing_is_none(place: Any) -> None:
-    store: KVStore = place()
-    assert store.get("a") is None
-    assert store.manifest("a") is None
-    assert not store.contains("a")
-    assert list(store.keys()) == []
-    store.delete(["a"])
-    assert store.stats().items == 0
-    assert store.stats().misses == 1
-
-
-def test_a_put_replaces_and_a_delete_deletes_everything(place: Any) -> None:
-    store: KVStore = place()
-    for seed in range(3):
-        store.put(random_item("a", seed=seed))
-    assert_same(store.get("a"), random_item("a", seed=2))
-    store.delete(["a"])
-
-    assert store.get("a") is None
-    if isinstance(store, ByteKVStore):
-        assert list(store.store.yield_keys(prefix="")) == []
 
 
 def test_int8_and_purge_work_here_too(place: Any) -> None:
