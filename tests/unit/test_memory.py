@@ -34,6 +34,7 @@ from kvcag.errors import (
 )
 from kvcag.stores.disk import DiskStore
 from kvcag.stores.memory import MemoryStore
+from kvcag.stores.remote import open_at
 from kvcag.testing import byte_tokenizer, tiny_model
 
 TEXTS = ["Alice has a red bicycle.", "Bob has a green car.", "Carol has a boat."]
@@ -422,7 +423,7 @@ def test_a_folder_that_is_opened_by_its_path_has_a_byte_budget(
 ) -> None:
     """It grew until the disk was full."""
     budget = 40_000
-    monkeypatch.setattr("kvcag.stores.remote.FOLDER_BYTES", budget)
+    monkeypatch.setattr(open_at, "__defaults__", ("", budget))
     memory = KVCacheMemory(tiny_engine, tmp_path)
     memory.add([f"Text number {number}, of some length." for number in range(20)])
     stats = memory.store.stats()
