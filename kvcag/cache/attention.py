@@ -431,13 +431,22 @@ def _by_products(
 def one_query(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
     """The heads that share a KV head are that head's queries: each key is read once, and needs no mask.
 
-    On a CPU in bf16, PyTorch's kernel takes seven times longer for the same keys repeated once a head
-    (`benchmarks/cpu.py`).
+    On a CPU in bf16, PyTorch's kernel takes seven times longer for the same keys repeated once a head; two products
+    take six tenths of its time over 2,000 keys or 8,000. Their scores are bf16: over 2,000 tokens SmolLM2's logits are
+    1.6% off those in fp32, with the kernel 1.4%.
     """
     batch, heads, _, head_dim = q.shape
     grouped = q.view(batch, k.shape[1], -1, head_dim)
-    out = scaled_dot_product_attention(grouped, k, v, scale=scaling)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and batch == 1 and k.shape[2] >= _MANY_KEYS:
+        scores = torch.bmm(k[0], (grouped[0] * scaling).transpose(1, 2)).transpose(1, 2)
+        out = torch.bmm(scores.contiguous().softmax(-1), v[0])
+    else:
+        out = scaled_dot_product_attention(grouped, k, v, scale=scaling)
     return out.reshape(batch, 1, heads, v.shape[-1])
+
+
+_MANY_KEYS = 1024
+"""From so many keys on, two products of one query are quicker than PyTorch's kernel."""
 
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

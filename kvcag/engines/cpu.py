@@ -101,13 +101,13 @@ class Step:
         cos, sin = (each[0] for each in self._rotary(hidden[None], at))
         half = cos.shape[-1] // 2
         turn = cos, torch.cat([-sin[:, :half], sin[:, half:]], dim=-1)
+        way: Way = _without_onednn if self._alone else _as_it_is
         between = BETWEEN_LAYERS.get()
         for layer, held in zip(self._layers, cache.layers, strict=True):
             if between is not None:
                 between()
-            with _without_onednn if self._alone else _as_it_is:
-                hidden = layer(hidden, turn, held)
-        with _without_onednn if self._alone else _as_it_is:
+            hidden = layer(hidden, turn, held, way)
+        with way:
             return self._head(self._norm(hidden))
 
 
@@ -122,18 +122,31 @@ class _Layer:
         self._act = silu if type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation") else mlp.act_fn
         self._scaling, self._head_dim = attention.scaling, attention.head_dim
 
-    def __call__(self, hidden: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor], held: Any) -> torch.Tensor:
-        """`hidden` is `(1, hidden_size)`, `turn` cosine and signed sine, `(1, head_dim)`; `held` grows by a token."""
-        normed, dim = self._norm(hidden), self._head_dim
-        q, k = self._q(normed).view(-1, dim), self._k(normed).view(-1, dim)
+    def __call__(
+        self, hidden: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor], held: Any, way: Way
+    ) -> torch.Tensor:
+        """A token's hidden state after the layer.
+
+        Args:
+            hidden: `(1, hidden_size)`.
+            turn: cosine and signed sine, `(1, head_dim)` each.
+            held: the layer's cache, which grows by a token.
+            way: how linear layers multiply.
+        """
+        dim = self._head_dim
+        with way:
+            normed = self._norm(hidden)
+            q, k, v = self._q(normed).view(-1, dim), self._k(normed).view(-1, dim), self._v(normed)
         if self._q_norm is not None and self._k_norm is not None:
             q, k = self._q_norm(q), self._k_norm(k)
         cos, sin = turn
         q, k = (torch.addcmul(t * cos, t.roll(dim // 2, -1), sin) for t in (q, k))
-        keys, values = held.update(k.view(1, -1, 1, dim), self._v(normed).view(1, -1, 1, dim))
-        hidden = hidden + self._o(one_query(q.view(1, -1, 1, dim), keys, values, self._scaling).view(1, -1))
-        normed = self._norm_behind(hidden)
-        return hidden + self._down(self._act(self._gate(normed)) * self._up(normed))
+        keys, values = held.update(k.view(1, -1, 1, dim), v.view(1, -1, 1, dim))
+        attended = one_query(q.view(1, -1, 1, dim), keys, values, self._scaling).view(1, -1)
+        with way:
+            hidden = hidden + self._o(attended)
+            normed = self._norm_behind(hidden)
+            return hidden + self._down(self._act(self._gate(normed)) * self._up(normed))
 
 
 def _is_known(layer: Any, family: str) -> bool:
@@ -185,7 +198,7 @@ class _WithoutOneDNN:
     """Within it, PyTorch does not use oneDNN. Several threads may be in it; the last one out restores the setting.
 
     The setting is the process's: products of several rows that another thread begins meanwhile are slower, and no less
-    right. So it holds for a layer of one token at a time, and never while another pass of the engine runs.
+    right. So it holds for the linear layers of one layer at a time, and never while another pass of the engine runs.
     """
 
     def __init__(self) -> None:
@@ -214,6 +227,8 @@ class _AsItIs:
     def __exit__(self, *_: object) -> None: ...
 
 
+Way: TypeAlias = _WithoutOneDNN | _AsItIs
+
 _without_onednn, _as_it_is = _WithoutOneDNN(), _AsItIs()
 
 
@@ -229,7 +244,7 @@ def put_back_onednn() -> None:
 def is_quick_without_onednn() -> bool:
     """Whether PyTorch multiplies one bf16 row faster without oneDNN on this processor. Measured once, in 5 ms."""
     row, weight = torch.ones(1, 1024, dtype=torch.bfloat16), torch.ones(1024, 1024, dtype=torch.bfloat16)
-    ways: tuple[_WithoutOneDNN | _AsItIs, ...] = _without_onednn, _as_it_is
+    ways: tuple[Way, ...] = _without_onednn, _as_it_is
     seconds = [float("inf")] * 2
     for _ in range(8):
         for index, way in enumerate(ways):

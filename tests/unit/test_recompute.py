@@ -136,6 +136,16 @@ def test_heads_that_share_keys_attend_as_under_a_mask(way, window, scattered):
         torch.testing.assert_close(way(call, blocks, query, key, value), torch.cat(right, dim=1))
 
 
+@pytest.mark.parametrize("keys", [40, 1023, 1024, 2001])
+def test_one_query_in_bf16_attends_as_in_fp32(keys):
+    key, value = torch.randn(2, 1, 3, keys + 9, 32).bfloat16().unbind()
+    query = 2 * torch.randn(1, 9, 1, 32).bfloat16()
+    got = attend.one_query(query, key[:, :, :keys], value[:, :, :keys], 0.2)
+    wide = [t.repeat_interleave(3, 1)[:, :, :keys].float() for t in (key, value)]
+    right = torch.nn.functional.scaled_dot_product_attention(query.float(), *wide, scale=0.2).transpose(1, 2)
+    assert (got.float() - right).norm() < 2e-2 * right.norm()  # scores of up to 8 are rounded to 8 bits
+
+
 def test_masks_that_take_much_memory_are_not_held(monkeypatch):
     positions = torch.arange(20, 30)
     masks = attend.Masks(positions)
