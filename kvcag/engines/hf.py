@@ -751,6 +751,10 @@ class HFEngine(Engine):
         try:
             if self.device.type == "cuda":
                 return self._captured_together(tokens, caches)
+            step = self._step_over(caches)
+            if step is not None and step.agrees:
+                stepped = step([int(token) for [token] in tokens], cast("list[GenerationCache]", caches))
+                return [Prediction(row) for row in torch.split(stepped, 1)]
             ids = torch.tensor(tokens, device=self.device)
             with by_row(self.model, caches) as rows:
                 at = torch.tensor(lengths, device=self.device)[:, None]
@@ -821,8 +825,8 @@ class HFEngine(Engine):
         last: dict[str, Any] = {"logits_to_keep": 1} if self._takes_logits_to_keep else {}
         ids = torch.as_tensor(token_ids, device=self.device)[None]
         past = cache.get_seq_length()
-        step = self._step_over(cache) if len(token_ids) == 1 and past else None
-        stepped = None if step is None else step(int(token_ids[0]), cast("GenerationCache", cache))
+        step = self._step_over([cache]) if len(token_ids) == 1 and past else None
+        stepped = None if step is None else step([int(token_ids[0])], [cast("GenerationCache", cache)])
         if step is not None and stepped is not None:
             if step.agrees:
                 return stepped
@@ -838,13 +842,13 @@ class HFEngine(Engine):
             step.compare(stepped, logits[:, -1])
         return logits[:, -1]
 
-    def _step_over(self, cache: Cache) -> Step | None:
+    def _step_over(self, caches: Sequence[Cache]) -> Step | None:
         """The model's `Step`, on a CPU, where it has one that agrees with the model as far as is known."""
         step = self._step
         if step is not None and not step.is_current:  # adapters were loaded or unloaded
             del self._step
             step = self._step
-        return step if step is not None and step.agrees is not False and step.takes(cache) else None
+        return step if step is not None and step.agrees is not False and step.takes(caches) else None
 
     @cached_property
     def _step(self) -> Step | None:

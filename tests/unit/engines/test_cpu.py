@@ -91,6 +91,26 @@ def test_a_step_in_bf16_is_as_near_to_fp32_as_the_models_own(int8: bool, monkeyp
     assert (got - right).norm() <= 1.3 * (own - right).norm() + 5e-3 * right.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_a_token_of_each_of_several_answers_is_as_one_alone(rows: int, int8: bool, dtype: torch.dtype) -> None:
+    model = model_of("qwen3").to(dtype)
+    if int8:
+        quantize_weights(model)
+    engine = engine_of(model)
+    steps(engine)  # compares it with the model
+    prompts = [ids(length).tolist() for length in (20, 55, 31)][:rows]
+    caches = [[generation_cache([engine.prefill(prompt)[0]], room=2) for prompt in prompts] for _ in range(2)]
+    alone = torch.cat([engine.forward([7 + i], cache) for i, cache in enumerate(caches[0])])
+    with engine.exclusive(), torch.no_grad():
+        together = engine._together([[7 + i] for i in range(rows)], caches[1])
+    got = torch.cat([prediction.logits for prediction in together])
+    off = (got - alone).float().norm() / alone.float().norm()
+    assert off < (1e-5 if dtype == torch.float32 and not int8 else 2e-2)
+    assert [cache.get_seq_length() for cache in caches[1]] == [len(prompt) + 1 for prompt in prompts]
+
+
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
