@@ -161,7 +161,8 @@ class _Layer:
 def _is_known(layer: Any, family: str) -> bool:
     attention = layer.self_attn
     norms = ("q_norm", "k_norm") if family == "Qwen3" else ()
-    window = getattr(attention.config, "sliding_window", None) if family == "Mistral" else None
+    config = attention.config
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     return (
         {name for name, _ in layer.named_children()} == set(_OF_LAYER)
         and {name for name, _ in attention.named_children()} == {*_OF_ATTENTION, *norms}
