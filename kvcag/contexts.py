@@ -475,8 +475,11 @@ def _beginning(item: Item, length: int) -> Item:
     return item.model_copy(update={"token_ids": item.token_ids[:length], "memory": cache_of(layers)})
 
 
-def _beside(head: Sequence[LayerKV], layers: Sequence[LayerKV], device: torch.device) -> Layers:
+def _beside(head: Sequence[LayerKV], layers: Layers, device: torch.device) -> Layers:
     """An item's layers where the instruction's are, or on `device`: stores may hold them in the host's memory."""
+    wanted = head.devices if isinstance(head, Layers) and head else {device}
+    if layers.states is None and layers.devices == wanted and len(wanted) == 1:
+        return layers
     places = [keys.device for keys, _ in head] or [device] * len(layers)
     states = states_of(layers)
     beside = ((keys.to(at), values.to(at)) for (keys, values), at in zip(layers, places, strict=True))
@@ -733,11 +736,14 @@ class DocumentCache:
 
     def get(self, id: str) -> Item | None:
         """The item, or None. Generating with its `memory` leaves the stored item as it is."""
+        item = self.stored(id)
+        return item.model_copy(update={"memory": share(item.memory)}) if isinstance(item, KVCacheItem) else item
+
+    def stored(self, id: str) -> Item | None:
+        """The item, or None, to be read: what is generated into its `memory` would be in the store."""
         stored = self.store.get(id)
-        if stored is None:
-            return None
-        if _SERVED not in stored.metadata:
-            return stored.model_copy(update={"memory": share(stored.memory)})
+        if stored is None or _SERVED not in stored.metadata:
+            return stored
         metadata = dict(stored.metadata)
         served = metadata.pop(_SERVED)
         return VLLMKVCacheItem(

@@ -771,7 +771,7 @@ class KVCacheMemory:
         wanted = [given] if isinstance(given, str | EncodedItem) or not isinstance(given, Iterable) else list(given)
         if wrong := [one for one in wanted if not isinstance(one, str | EncodedItem)]:
             raise InvalidInputError(f"pass items or their ids, not {wrong[0]!r:.80}")
-        found = [self.get(one) if isinstance(one, str) else one for one in wanted]
+        found = [self.documents.stored(one) if isinstance(one, str) else one for one in wanted]
         missing = [str(id) for id, item in zip(wanted, found, strict=True) if item is None]
         if missing and not skip_missing:
             raise UnknownItemError(dict.fromkeys(missing))

@@ -36,6 +36,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvcag.cache.layers import (
     BETWEEN_LAYERS,
     LayerKV,
+    Layers,
     RowsCache,
     cache_argument,
     check_cacheable,
@@ -47,6 +48,7 @@ from kvcag.cache.layers import (
     kinds_of,
     layers_of,
     scatter_cache,
+    shifted,
 )
 from kvcag.cache.states import check_affine
 from kvcag.errors import UnsupportedModelError
@@ -636,22 +638,26 @@ class PositionShift:
             self._angles[known] = cos.to(device), sin.to(device)
         return self._angles[known]
 
-    def turn_all(self, layers: Sequence[LayerKV]) -> None:
-        """`turn` all layers; on an NVIDIA GPU with a kernel for those that share their frequencies."""
+    def turn_all(self, layers: Layers, first: int = 0) -> None:
+        """`turn` all layers' tokens from `first` on; on an NVIDIA GPU with a kernel for those that turn alike."""
         groups: dict[Rotation, list[int]] = {}
         for index, rotation in enumerate(self._rotations[: len(layers)]):
             groups.setdefault(rotation, []).append(index)
         for rotation, indices in groups.items():
-            rotated = [layers[index][rotation.of_values] for index in indices]
             if rotation.module is None:
                 continue
-            kernels = kernels_for(rotated)
+            rows = layers.rows
+            if rows is not None:
+                rows = shifted(rows, first, layers)[[2 * index + rotation.of_values for index in indices]]
+            kernels = kernels_for(rows)
             if kernels is not None:
-                cos, sin = self.angles(rotation, rotated[0].device)
-                kernels.turn(rotated, cos, sin, start=rotation.start, interleaved=rotation.interleaved)
+                like = layers[0][0]
+                cos, sin = self.angles(rotation, like.device)
+                kernels.turn(rows, like, cos, sin, start=rotation.start, interleaved=rotation.interleaved)
             else:
                 for index in indices:
-                    self.turn(index, layers[index])
+                    keys, values = layers[index]
+                    self.turn(index, (keys[..., first:, :], values[..., first:, :]))
 
 
 def _check_configuration(model: PreTrainedModel) -> None:

@@ -8,26 +8,18 @@ took 5 ms for 2,000 tokens on an H100.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
 
-
-def reads(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether the kernels can work on these, `(1, kv_heads, seq_len, head_dim)`: of one form, rows without gaps."""
-    first = tensors[0]
-    return first.is_cuda and all(
-        t.device == first.device
-        and t.dtype == first.dtype
-        and t.shape == first.shape
-        and t.shape[0] == 1
-        and t.stride()[-2:] == (t.shape[-1], 1)
-        for t in tensors
-    )
+if TYPE_CHECKING:
+    from kvcag.cache.layers import Layers
 
 
-def fill(whole: torch.Tensor, parts: Sequence[Sequence[torch.Tensor]]) -> bool:
+def fill(whole: torch.Tensor, parts: Sequence[Layers]) -> bool:
     """Copy the tensors of each part, one part after another, into `whole`, with one kernel; False where it cannot.
 
     PyTorch's own copy of several tensors is a kernel for each of them where there are gaps between heads.
@@ -37,59 +29,60 @@ def fill(whole: torch.Tensor, parts: Sequence[Sequence[torch.Tensor]]) -> bool:
         parts: each with a tensor for every one of `whole`, `(1, kv_heads, seq_len, head_dim)`.
     """
     item, (heads, _, dim) = whole.element_size(), whole.shape[2:]
-    form = (whole.shape[1], heads, dim), whole.dtype, whole.device
-    if dim * item % 8 or not all(map(reads, parts)):
-        return False
-    if any(((t[0].shape[0], t[0].shape[1], t[0].shape[3]), t[0].dtype, t[0].device) != form for t in parts):
-        return False
-    rows, start, longest = [], 0, 0
-    for tensors in parts:
-        words = tensors[0].shape[-2] * dim * item // 8
-        first, step = whole.data_ptr() + start * dim * item, whole.stride(0) * item
-        rows += [[t.data_ptr(), t.stride(1) * item, first + i * step, words] for i, t in enumerate(tensors)]
-        start, longest = start + tensors[0].shape[-2], max(longest, words)
-    table = _sent(rows, whole.device)
-    _fill[(triton.cdiv(longest, 1024), heads, len(rows))](table, whole.stride(2) * item, SIZE=1024, num_warps=4)
+    tables, to, longest = [], whole.data_ptr() + np.arange(len(whole)) * whole.stride(0) * item, 0
+    for part in parts:
+        rows, like = part.rows, part[0][0]
+        fits = rows is not None and len(rows) == len(whole) and (rows[:, 2:] == (heads, dim)).all()
+        if dim * item % 8 or not fits or (like.dtype, like.device) != (whole.dtype, whole.device):
+            return False
+        assert rows is not None
+        words = part.tokens * dim * item // 8
+        tables.append(np.stack([rows[:, 0], rows[:, 1] * item, to, np.full(len(rows), words)], axis=1))
+        to, longest = to + part.tokens * dim * item, max(longest, words)
+    table = _sent(np.concatenate(tables), whole.device)
+    _fill[(triton.cdiv(longest, 1024), heads, len(table))](table, whole.stride(2) * item, SIZE=1024, num_warps=4)
     return True
 
 
 def turn(
-    tensors: Sequence[torch.Tensor], cos: torch.Tensor, sin: torch.Tensor, *, start: int, interleaved: bool
+    rows: np.ndarray, like: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, start: int, interleaved: bool
 ) -> None:
     """Turn pairs of components in fp32 and in place, as `kvcag.cache.attention.Rotation.turn` does.
 
     Args:
-        tensors: one a layer, `(1, kv_heads, seq_len, head_dim)`; `reads` them.
+        rows: of `Layers.rows`, one a layer, all of one form.
+        like: has their dtype and device.
         cos: `(seq_len, rotary_dim / 2)` fp32; so is `sin`.
         sin: see there.
         start: the first component that is turned.
         interleaved: components are paired (0, 1), …; else (0, rotary_dim / 2), ….
     """
-    _, heads, tokens, dim = tensors[0].shape
-    half = cos.shape[-1]
-    _turn[(triton.cdiv(tokens, 32), heads, len(tensors))](
-        _table(tensors), cos.contiguous(), sin.contiguous(), tensors[0], tokens, start,
+    (tokens, half), (heads, dim) = cos.shape, rows[0, 2:].tolist()
+    _turn[(triton.cdiv(tokens, 32), heads, len(rows))](
+        _sent(rows[:, :2], like.device), cos.contiguous(), sin.contiguous(), like, tokens, start,
         DIM=dim, HALF=half, SIZE=triton.next_power_of_2(half), ROWS=32, INTERLEAVED=interleaved, num_warps=4,
     )  # fmt: skip
 
 
-def add(tensors: Sequence[torch.Tensor], positions: torch.Tensor, change: torch.Tensor) -> None:
+def add(rows: np.ndarray, like: torch.Tensor, positions: torch.Tensor, change: torch.Tensor) -> None:
     """Add to the tokens at `positions` what is the same for each of them, in place.
 
     Args:
-        tensors: one a layer, `(1, kv_heads, seq_len, head_dim)`; `reads` them.
+        rows: see `turn`; so is `like`.
+        like: see there.
         positions: 1-D int64.
         change: `(layers, kv_heads, head_dim)` fp32.
     """
-    _, heads, _, dim = tensors[0].shape
-    _add[(triton.cdiv(len(positions), 32), heads, len(tensors))](
-        _table(tensors), positions, change.contiguous(), change, change, tensors[0], len(positions),
+    heads, dim = rows[0, 2:].tolist()
+    _add[(triton.cdiv(len(positions), 32), heads, len(rows))](
+        _sent(rows[:, :2], like.device), positions, change.contiguous(), change, change, like, len(positions),
         DIM=dim, SIZE=triton.next_power_of_2(dim), HALF=1, ROWS=32, TURNED=False, INTERLEAVED=False, num_warps=4,
     )  # fmt: skip
 
 
 def add_turned(
-    tensors: Sequence[torch.Tensor],
+    rows: np.ndarray,
+    like: torch.Tensor,
     positions: torch.Tensor,
     change: torch.Tensor,
     cos: torch.Tensor,
@@ -100,29 +93,26 @@ def add_turned(
     """`add`, of a change that is turned to each token's position first; all components of a head are turned.
 
     Args:
-        tensors: see `add`; so are `positions` and `change`.
+        rows: see `add`; so are `like`, `positions` and `change`.
+        like: see there.
         positions: see there.
         change: see there.
         cos: `(len(positions), head_dim / 2)` fp32, from position 0; so is `sin`.
         sin: see there.
         interleaved: see `turn`.
     """
-    _, heads, _, dim = tensors[0].shape
-    _add[(triton.cdiv(len(positions), 32), heads, len(tensors))](
-        _table(tensors), positions, change.contiguous(), cos.contiguous(), sin.contiguous(), tensors[0], len(positions),
+    heads, dim = rows[0, 2:].tolist()
+    _add[(triton.cdiv(len(positions), 32), heads, len(rows))](
+        _sent(rows[:, :2], like.device), positions, change.contiguous(), cos.contiguous(), sin.contiguous(), like,
+        len(positions),
         DIM=dim, SIZE=triton.next_power_of_2(dim // 2), HALF=dim // 2, ROWS=32, TURNED=True, INTERLEAVED=interleaved,
         num_warps=4,
     )  # fmt: skip
 
 
-def _table(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Address and stride between heads of each."""
-    return _sent([[t.data_ptr(), t.stride(1)] for t in tensors], tensors[0].device)
-
-
-def _sent(rows: list[list[int]], device: torch.device) -> torch.Tensor:
+def _sent(rows: np.ndarray, device: torch.device) -> torch.Tensor:
     """Whole numbers on their way to the device."""
-    here = torch.tensor(rows, dtype=torch.long)
+    here = torch.from_numpy(np.ascontiguousarray(rows))
     return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here
 
 

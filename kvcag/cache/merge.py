@@ -27,6 +27,7 @@ from kvcag.cache.layers import (
     LayerKV,
     Layers,
     States,
+    as_layers,
     cache_argument,
     cache_of,
     concat,
@@ -399,11 +400,16 @@ def _place(model: PreTrainedModel, parts: Sequence[Part], room: int) -> Layers:
         first = int(moved[0])
         move = PositionShift(
             rotations(model),
-            torch.from_numpy(stood[first:]).to(device_of(model)),
+            _sent(torch.from_numpy(stood[first:]), device_of(model)),
             torch.arange(first, len(stood), device=device_of(model)),
         )
-        move.turn_all(cut(layers, first, len(stood)))
+        move.turn_all(cut(layers, 0, len(stood)), first)
     return layers
+
+
+def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on its way to the device: nothing waits until it is there."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 STATE_STRATEGIES = ("rotate", "full")
@@ -449,7 +455,7 @@ def select(
         return candidates
     scores = None
     if passes and strategy == "query" and len(tail_ids):
-        scores = passes.scores(Layers(layers), len(layout.token_ids), tail_ids)
+        scores = passes.scores(as_layers(layers), len(layout.token_ids), tail_ids)
     if scores is None:
         scores = _SCORES[strategy](model, layers, layout, tail_ids)
     best = scores[candidates.to(scores.device)].argsort(descending=True, stable=True)[:budget]
@@ -779,20 +785,21 @@ class UsualDrift:
 
     def _added_at_once(self, rotated: Sequence[Rotation], layers: Sequence[LayerKV], positions: torch.Tensor) -> bool:
         """Add it with one kernel for the keys of all layers and one for their values, where there are such kernels."""
-        keys, values = zip(*layers, strict=True)
-        ways = set(rotated)
-        kernels = kernels_for(keys) and kernels_for(values)
-        if kernels is None or len(ways) > 1 or not (whole := ways.pop()).turns_all_of(keys[0].shape[-1]):
+        ways, (like, _) = set(rotated), layers[0]
+        rows = as_layers(layers).rows
+        kernels = kernels_for(rows)
+        if kernels is None or rows is None or len(ways) > 1 or not (whole := ways.pop()).turns_all_of(like.shape[-1]):
             return False
-        device = keys[0].device
-        positions = positions.pin_memory().to(device, non_blocking=True)
+        device = like.device
+        positions = _sent(positions, device)
         if device not in self._stacked:
             self._stacked[device] = torch.stack(self.layers).to(device)
         offsets = self._stacked[device]
         cos, sin = whole.angles(torch.zeros_like(positions), positions)
-        change = offsets[..., : keys[0].shape[-1]]
-        kernels.add_turned(keys, positions, change, cos, sin, interleaved=whole.interleaved)
-        kernels.add(values, positions, offsets[..., keys[0].shape[-1] :])
+        keys, values = rows[::2], rows[1::2]
+        change = offsets[..., : like.shape[-1]]
+        kernels.add_turned(keys, like, positions, change, cos, sin, interleaved=whole.interleaved)
+        kernels.add(values, like, positions, offsets[..., like.shape[-1] :])
         return True
 
 

@@ -308,10 +308,12 @@ def _read(
     else:
         k = tl.load(keys + j[None, :] * DIM + d[:, None])
         v = tl.load(values + j[:, None] * DIM + d[None, :])
-    score = tl.dot(q, k, input_precision="ieee") * scaling
+    score = tl.dot(q, k, input_precision="ieee")
     if CAPPED:
-        score = softcap * (1.0 - 2.0 / (tl.math.exp2(score * (2.0 * LOG2E / softcap)) + 1.0))
-    score = score * LOG2E
+        score = score * scaling
+        score = softcap * LOG2E * (1.0 - 2.0 / (tl.math.exp2(score * (2.0 * LOG2E / softcap)) + 1.0))
+    else:
+        score = score * (scaling * LOG2E)
     if MASKED:
         at = tl.where(j >= fold, j + lift, j)
         seen = there[None, :] & (j[None, :] < limit[:, None]) & (at[None, :] <= position[:, None])
@@ -363,7 +365,8 @@ def _attend(
     SPLITS: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, SUNK: tl.constexpr, WEIGHED: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one KV head, over one share of the keys. `every`: tokens of all sequences."""
-    block, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # the last ones take longest: with them first, none is late
+    kv_head, split = tl.program_id(1), tl.program_id(2)
     kv_heads = tl.num_programs(1)
     dtype = query.dtype.element_ty
 

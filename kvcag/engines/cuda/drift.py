@@ -1,8 +1,8 @@
 """A merge's drift correction (`kvcag.cache.merge.DriftCorrection`) within a captured pass.
 
-The same sums and the same ridge regression, in some fifteen kernels a layer: two of ours read and write the cache, one
-solves the regression by conjugate gradients, and the products between them are PyTorch's. What changes between
-questions (how many tokens were chosen, which are corrected) is read on the device.
+The same sums and the same ridge regression, in nine kernels a layer. Six are ours: they read and write the cache,
+centre and multiply, and solve the regression by conjugate gradients. What changes between questions (how many tokens
+were chosen, which are corrected) is read on the device.
 """
 
 from __future__ import annotations
@@ -28,23 +28,19 @@ class Correction:
     """The inputs of the correction within a pass of `size` tokens, on the device.
 
     Attributes:
-        given: `(5,)` int64: how many tokens of the pass were chosen; how many are corrected; the addresses of their
-            positions, int64, of the part of each token of the context, int64, and of memory for their features,
-            `(kv_heads, corrected, features)` in the cache's dtype.
-        count: `(1,)` fp32: how many were chosen.
+        given: `(5,)` int64: how many tokens of the pass were chosen, which are the first of them; how many are
+            corrected; the addresses of their positions, int64, of the part of each token of the context, int64, and of
+            memory for their features, `(kv_heads, corrected, features)` in the cache's dtype.
         averages: `(PARTS, size)` fp32, see `kvcag.cache.merge.averages`; zero for tokens of the pass that were not
             chosen.
         part_of: `(size,)` int64, of each token of the pass.
-        chosen: `(size, 1)` fp32, 1 for those that were chosen.
         frequencies: for each layer `(head_dim / 2,)` fp32.
         interleaved: how components are paired (`kvcag.cache.attention.Rotation`).
     """
 
     given: torch.Tensor
-    count: torch.Tensor
     averages: torch.Tensor
     part_of: torch.Tensor
-    chosen: torch.Tensor
     frequencies: list[torch.Tensor]
     interleaved: bool
     _held: tuple[torch.Tensor, ...] = ()
@@ -54,10 +50,8 @@ class Correction:
         """For passes of `size` tokens, of which none is chosen yet."""
         return cls(
             torch.zeros(5, dtype=torch.long, device=device),
-            torch.ones(1, device=device),
             torch.zeros(PARTS, size, device=device),
             torch.zeros(size, dtype=torch.long, device=device),
-            torch.zeros(size, 1, device=device),
             frequencies,
             interleaved,
         )
@@ -81,13 +75,9 @@ class Correction:
         memory = torch.empty(len(where) * features, dtype=dtype, device=device)
         given = [count, len(where), at.data_ptr(), every.data_ptr(), memory.data_ptr()]
         self.given.copy_(torch.tensor(given).pin_memory(), non_blocking=True)
-        self.count.fill_(count)
         self.averages.zero_()
         self.averages[:parts, :count] = averages(of_chosen, parts)
-        self.part_of.zero_()
         self.part_of[:count] = of_chosen
-        self.chosen.zero_()
-        self.chosen[:count] = 1
         self._held = (lists, memory)  # the kernels know their addresses alone
 
     def correct(
@@ -117,40 +107,44 @@ class Correction:
             key.stride(1), key.stride(2), value.stride(1), value.stride(2), ROWS=16, **shape, num_warps=4,
         )  # fmt: skip
         means = self.averages @ both
-        centred = (both - means[:, self.part_of]) * self.chosen
-        x, left = centred[..., :wide], centred[..., wide:]
-        scale = (x.square().sum(1, keepdim=True) / self.count).sqrt_().clamp_(min=1e-6)
-        x = x / scale
-        gram = x.mT @ x
-        gram.diagonal(dim1=-2, dim2=-1).add_(PENALTY * self.count)
-        # Half-precision keys are no better than to three digits; neither need the products of the solution be.
-        slope = solve(gram, x.mT @ left, exact=key.dtype == torch.float32).mul_(RIDGE / scale.mT)
+        products = torch.empty(key.shape[1], wide, 2 * wide, device=key.device)
+        tile, exact = 64 if wide > 32 else 32, key.dtype == torch.float32
+        _gram[(triton.cdiv(wide, tile), triton.cdiv(2 * wide, tile), key.shape[1])](
+            both, means, self.part_of, self.given, products, size,
+            WIDE=wide, TILE=tile, ROWS=32, PARTS=PARTS, PRECISION="tf32x3" if exact else "tf32", num_warps=4,
+        )  # fmt: skip
+        slope = solve(products, self.given, exact=exact)
         offset = torch.baddbmm(means[..., wide:], means[..., :wide], slope, beta=MEAN, alpha=-1)
-        slope, on_all = slope.to(key.dtype), (64, key.shape[1])
-        _collect[on_all](key, entry, self.given, frequencies, ROWS=32, **shape, num_warps=4)
-        tile = 32 if key.dtype == torch.float32 else 64
+        slope, tile = slope.to(key.dtype), 32 if exact else 64
+        _collect[256, key.shape[1]](key, entry, self.given, frequencies, ROWS=16, **shape, num_warps=4)
         for of_keys in (True, False):
-            _give[on_all](
+            _give[128, key.shape[1]](
                 key, entry, self.given, frequencies, slope, offset,
-                KEYS=of_keys, ROWS=tile, TILE=tile, PARTS=PARTS, **shape, num_warps=4, num_stages=3,
+                KEYS=of_keys, ROWS=tile, TILE=tile, PARTS=PARTS, **shape, num_warps=4 if of_keys else 8, num_stages=3,
             )  # fmt: skip
 
 
-def solve(gram: torch.Tensor, right: torch.Tensor, *, exact: bool = True) -> torch.Tensor:
-    """`gram⁻¹ @ right` of positive definite matrices, `(heads, n, n)` fp32, by conjugate gradients.
+def solve(products: torch.Tensor, given: torch.Tensor, *, exact: bool = True) -> torch.Tensor:
+    """The slope of the ridge regression, `(heads, n, n)` fp32, as in `kvcag.cache.merge`, by conjugate gradients.
 
-    PyTorch's Cholesky solver waits for the device and cannot be captured. `exact`: to four digits, or to three.
+    PyTorch's Cholesky solver waits for the device and cannot be captured.
+
+    Args:
+        products: `(heads, n, 2 * n)` fp32: of the centred features with themselves and with the centred drift.
+        given: its first entry is the number of tokens.
+        exact: to four digits. Half-precision keys are no better than to three; then neither need this be.
     """
-    heads, size = gram.shape[:2]
+    heads, size = products.shape[:2]
     padded = max(16, triton.next_power_of_2(size))
-    columns = 16 if padded > 256 else 32
-    solution, direction = torch.empty_like(right), torch.empty_like(right)
+    kept = not exact and 64 <= padded <= 256
+    columns = 16 if kept or padded > 256 else 32
+    slope, direction = (torch.empty(heads, size, size, device=products.device) for _ in range(2))
     _solve[(heads, triton.cdiv(size, columns))](
-        gram, right, direction, solution, size, 1e-10 if exact else 1e-7,
-        SIZE=padded, COLUMNS=columns, TILE=min(padded, 64 if padded <= 256 else 32), STEPS=_STEPS,
-        PRECISION="tf32x3" if exact else "tf32", num_warps=8, num_stages=2,
+        products, given, direction, slope, size, 1e-10 if exact else 1e-7, PENALTY, RIDGE,
+        SIZE=padded, COLUMNS=columns, TILE=padded // 4 if kept else min(padded, 64 if padded <= 256 else 32),
+        STEPS=_STEPS, PRECISION="tf32x3" if exact else "tf32", KEPT=kept, num_warps=8, num_stages=2,
     )  # fmt: skip
-    return solution
+    return slope
 
 
 @triton.jit
@@ -211,6 +205,115 @@ def _features(
     written = (row < size)[:, None] & (e < VALUE)
     tl.store(to + 2 * HALF + e, v, mask=written)
     tl.store(to + wide + 2 * HALF + e, dv, mask=written)
+
+
+@triton.jit
+def _gram(
+    both, means, part_of, given, products, size,
+    WIDE: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of the products of centred features with features and drift, over the chosen tokens of one head."""
+    head = tl.program_id(2)
+    count = tl.load(given)
+    i = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    j = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    both += head * size * (2 * WIDE)
+    means += head * PARTS * (2 * WIDE)
+    total = tl.zeros([TILE, TILE], tl.float32)
+    for start in range(0, count, ROWS):
+        row = start + tl.arange(0, ROWS)
+        real = row < count
+        mean = tl.load(part_of + row, mask=real, other=0)[:, None] * (2 * WIDE)
+        left, right = real[:, None] & (i < WIDE)[None, :], real[:, None] & (j < 2 * WIDE)[None, :]
+        at = row[:, None] * (2 * WIDE)
+        x = tl.load(both + at + i[None, :], mask=left, other=0.0)
+        x -= tl.load(means + mean + i[None, :], mask=left, other=0.0)
+        y = tl.load(both + at + j[None, :], mask=right, other=0.0)
+        y -= tl.load(means + mean + j[None, :], mask=right, other=0.0)
+        total = tl.dot(tl.trans(x), y, total, input_precision=PRECISION)
+    to = products + head * WIDE * (2 * WIDE) + i[:, None] * (2 * WIDE) + j[None, :]
+    tl.store(to, total, mask=(i < WIDE)[:, None] & (j < 2 * WIDE)[None, :])
+
+
+@triton.jit
+def _scales(products, count, n, i):
+    """The root mean square of some features."""
+    square = tl.load(products + i * (2 * n + 1), mask=i < n, other=1.0) / count
+    return tl.maximum(tl.sqrt(square), 1e-6)
+
+
+@triton.jit
+def _scaled(products, count, penalty, n, i, j):
+    """A tile of the regression's matrix: features of one mean square, and the penalty on the diagonal."""
+    there = (i < n)[:, None] & (j < n)[None, :]
+    tile = tl.load(products + i[:, None] * (2 * n) + j[None, :], mask=there, other=0.0)
+    tile = tile / (_scales(products, count, n, i)[:, None] * _scales(products, count, n, j)[None, :])
+    return tile / count + tl.where(i[:, None] == j[None, :], penalty, 0.0)
+
+
+@triton.jit
+def _solve(
+    products, given, direction, slope, n, enough, penalty, ridge,
+    SIZE: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
+    KEPT: tl.constexpr,
+):  # fmt: skip
+    """Some columns of one head. `direction` is memory through which a program reads its own columns in tiles.
+
+    KEPT: the matrix stays in registers, in fp16, which has as many digits as TF32. Each column is then solved at
+    length 1, so that fp16 has its range.
+    """
+    products += tl.program_id(0).to(tl.int64) * (2 * n * n)
+    count = tl.maximum(tl.load(given), 1).to(tl.float32)
+    i, c = tl.arange(0, SIZE), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    there = (i < n)[:, None] & (c < n)[None, :]
+    at = tl.program_id(0).to(tl.int64) * n * n + i[:, None] * n + c[None, :]
+    scale = _scales(products, count, n, i)
+    left = tl.load(products + i[:, None] * (2 * n) + n + c[None, :], mask=there, other=0.0)
+    left = left / (scale[:, None] * count)
+    length = tl.sqrt(tl.sum(left * left, 0))
+    length = tl.where(length > 0, length, 1.0)
+    left = left / length[None, :]
+    t = tl.arange(0, TILE)
+    if KEPT:
+        g0 = _scaled(products, count, penalty, n, i, t).to(tl.float16)
+        g1 = _scaled(products, count, penalty, n, i, TILE + t).to(tl.float16)
+        g2 = _scaled(products, count, penalty, n, i, 2 * TILE + t).to(tl.float16)
+        g3 = _scaled(products, count, penalty, n, i, 3 * TILE + t).to(tl.float16)
+    towards = left
+    found = tl.zeros([SIZE, COLUMNS], tl.float32)
+    size = tl.sum(left * left, 0)
+    least = enough * size  # squared, of what is left of each column
+    number = 0
+    own = direction + tl.program_id(0).to(tl.int64) * n * n + c[None, :]
+    while (number < STEPS) & (tl.max(size - least, 0) > 0):
+        number += 1
+        tl.store(direction + at, towards, mask=there)
+        tl.debug_barrier()
+        along = tl.zeros([SIZE, COLUMNS], tl.float32)
+        if KEPT:
+            seen = (c < n)[None, :]
+            p0 = tl.load(own + t[:, None] * n, mask=(t < n)[:, None] & seen, other=0.0)
+            p1 = tl.load(own + (TILE + t)[:, None] * n, mask=(TILE + t < n)[:, None] & seen, other=0.0)
+            p2 = tl.load(own + (2 * TILE + t)[:, None] * n, mask=(2 * TILE + t < n)[:, None] & seen, other=0.0)
+            p3 = tl.load(own + (3 * TILE + t)[:, None] * n, mask=(3 * TILE + t < n)[:, None] & seen, other=0.0)
+            along = tl.dot(g0, p0.to(tl.float16), along)
+            along = tl.dot(g1, p1.to(tl.float16), along)
+            along = tl.dot(g2, p2.to(tl.float16), along)
+            along = tl.dot(g3, p3.to(tl.float16), along)
+        else:
+            for k in range(0, n, TILE):
+                g = _scaled(products, count, penalty, n, i, k + t)
+                p = tl.load(own + (k + t)[:, None] * n, mask=(k + t < n)[:, None] & (c < n)[None, :], other=0.0)
+                along = tl.dot(g, p, along, input_precision=PRECISION)
+        tl.debug_barrier()
+        curvature = tl.sum(towards * along, 0)
+        step = tl.where(curvature > 0, size / curvature, 0.0)
+        found += step[None, :] * towards
+        left -= step[None, :] * along
+        now = tl.sum(left * left, 0)
+        towards = left + tl.where(size > 0, now / size, 0.0)[None, :] * towards
+        size = now
+    tl.store(slope + at, found * length[None, :] * (ridge / scale)[:, None], mask=there)
 
 
 @triton.jit
@@ -301,41 +404,3 @@ def _give(
                 tl.load(entry + 1).to(tl.pointer_type(dtype)) + (head * stride + position)[:, None] * VALUE + e[None, :]
             )
             tl.store(at, (tl.load(at, mask=seen, other=0.0).to(tl.float32) + dv).to(dtype), mask=seen)
-
-
-@triton.jit
-def _solve(
-    gram, right, direction, solution, n, enough,
-    SIZE: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Some columns of one head. `direction` is memory through which a program reads its own columns in tiles."""
-    head = tl.program_id(0).to(tl.int64) * n * n
-    i, c = tl.arange(0, SIZE), tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    there = (i < n)[:, None] & (c < n)[None, :]
-    at = head + i[:, None] * n + c[None, :]
-    left = tl.load(right + at, mask=there, other=0.0)
-    towards = left
-    found = tl.zeros([SIZE, COLUMNS], tl.float32)
-    size = tl.sum(left * left, 0)
-    least = enough * size  # squared, of what is left of each column
-    number = 0
-    while (number < STEPS) & (tl.max(size - least, 0) > 0):
-        number += 1
-        tl.store(direction + at, towards, mask=there)
-        tl.debug_barrier()
-        along = tl.zeros([SIZE, COLUMNS], tl.float32)
-        for k in range(0, n, TILE):
-            j = k + tl.arange(0, TILE)
-            above = (j < n)[:, None]
-            g = tl.load(gram + head + i[:, None] * n + j[None, :], mask=(i < n)[:, None] & (j < n)[None, :], other=0.0)
-            p = tl.load(direction + head + j[:, None] * n + c[None, :], mask=above & (c < n)[None, :], other=0.0)
-            along = tl.dot(g, p, along, input_precision=PRECISION)
-        tl.debug_barrier()
-        curvature = tl.sum(towards * along, 0)
-        step = tl.where(curvature > 0, size / curvature, 0.0)
-        found += step[None, :] * towards
-        left -= step[None, :] * along
-        now = tl.sum(left * left, 0)
-        towards = left + tl.where(size > 0, now / size, 0.0)[None, :] * towards
-        size = now
-    tl.store(solution + at, found, mask=there)
