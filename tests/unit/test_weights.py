@@ -168,6 +168,23 @@ def test_weights_of_bitsandbytes_merge_and_their_scales_are_part_of_the_fingerpr
     assert {t.dtype for kv in layers_of(engine_of(models[0]).build_kv_cache("a")) for t in kv} == {torch.float32}
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("bits", [8, 4])
+def test_on_a_gpu_weights_of_bitsandbytes_are_reused_and_merged(bits: int, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    tiny_model(hidden_size=128, intermediate_size=128, head_dim=32).save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
+    settings: dict[str, Any] = {"quantization_config": config, "device_map": "cuda", "dtype": torch.bfloat16}
+    first, same = (AutoModelForCausalLM.from_pretrained(tmp_path, **settings) for _ in range(2))
+    made_by = engine_of(first).fingerprint
+    assert len(answers(first)) == 3
+    assert [engine_of(model).fingerprint.matches(made_by) for model in (first, same)] == [True, True]
+    memory = KVCacheMemory(engine_of(first))
+    memory.add(TEXTS)
+    first_report, again = (memory.ask("When?", strategy="exact", max_new_tokens=6).report for _ in range(2))
+    assert first_report and again and again.reused_tokens == again.context_tokens
+
+
 def test_packed_weights_that_are_buffers_are_part_of_the_fingerprint(whole: PreTrainedModel) -> None:
     """GPTQ and AWQ keep theirs so."""
     prints = []
