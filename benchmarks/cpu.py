@@ -9,7 +9,7 @@ For each context, in one run, in turns:
 - `cold_s`: the context is read, as nothing of it is known;
 - `first_s`: from a question to its first token over the known context (`HFEngine.stream`);
 - `step_s`: the median time from a token to the next, and `floor_s`: the bytes of weights and cache over the bandwidth;
-- `old_step_s` in fp32: transformers' own attention, which repeats keys once for each query head.
+- `old_step_s` in fp32: the model's own modules and attention, which repeats keys once for each query head.
 
 With `--merging`, `query` over eight documents, against a full prefill of the same prompt, both to the first token
 (`KVCacheMemory`). What stands in `--out` already, of other contexts, stays.
@@ -71,12 +71,12 @@ class Ours:
         return [after - before for before, after in pairwise(times)]
 
     def old_steps(self, context: list[int], tail: list[int]) -> list[float]:
-        by_position = self.engine._by_position
-        self.engine.__dict__["_by_position"] = False
+        now = {name: getattr(self.engine, name) for name in ("_by_position", "_step")}
+        self.engine.__dict__ |= {"_by_position": False, "_step": None}
         try:
             return self.ask(context, tail)[1:]
         finally:
-            self.engine.__dict__["_by_position"] = by_position
+            self.engine.__dict__ |= now
 
     def bytes_of_step(self, tokens: int) -> int:
         model = self.engine.model
