@@ -9,6 +9,7 @@ import random
 import statistics
 import threading
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,7 +42,7 @@ from kvcag.chat_template import as_messages
 from kvcag.core import MergeStrategy, ids_digest
 from kvcag.engines.base import Engine
 from kvcag.engines.hf import HFEngine
-from kvcag.errors import CacheWarning, InvalidInputError, StoreUnavailableError
+from kvcag.errors import CacheWarning, InvalidInputError, StoreError, StoreUnavailableError
 from kvcag.stores.files import atomic_write, checksum, make_private, unavailable
 
 Candidate: TypeAlias = tuple[MergeStrategy, float]
@@ -382,19 +383,25 @@ def learn_drift(
     groups = [group for group in groups if len(group) > 1][:contexts]
     before, start, sums = (_encode(engine, [], head_ids) if head_ids else []), len(head_ids), DriftSums()
     longest = min(_LONGEST, (engine.context_length - start) // documents_per_context)
-    for done, group in enumerate(groups, start=1):
-        first, *others = (list(documents[name][:longest]) for name in group)
-        sums.add(rotations(engine.model), *_alone_and_together(engine, before, start, first, others))
-        if progress:
-            progress(done, len(groups))
-    drift = sums.drift()
     used = tuple(sorted({name for group in groups for name in group}))
+    file, key = _learned_file(engine, namespace), (engine.fingerprint.digest, namespace)
+    claim = _claim(file, used)
+    try:
+        for done, group in enumerate(groups, start=1):
+            first, *others = (list(documents[name][:longest]) for name in group)
+            sums.add(rotations(engine.model), *_alone_and_together(engine, before, start, first, others))
+            if progress:
+                progress(done, len(groups))
+    except BaseException:
+        if claim is not None:
+            claim.unlink(missing_ok=True)
+        raise
+    drift = sums.drift()
     learned = LearnedDrift(drift.digest, used, sums.tokens, drift)
     assert drift.slopes is not None
     tensors = {f"offset.{index}": layer for index, layer in enumerate(drift.layers)}
     tensors |= {f"slope.{index}": layer for index, layer in enumerate(drift.slopes)}
     about = {"documents": json.dumps(used), "tokens": str(sums.tokens)}
-    file, key = _learned_file(engine, namespace), (engine.fingerprint.digest, namespace)
     try:
         write_learned(file, save(tensors, about))
         with _learning:
@@ -408,19 +415,43 @@ def learn_drift(
         )
         with _learning:
             _learned.setdefault(engine, {})[key] = _stamp(file), learned
+    if claim is not None:  # after the file was written: a purge deletes the claim first, then the file
+        try:
+            claim.unlink()
+        except FileNotFoundError:
+            forget_drift(engine, namespace, used)
+            raise StoreError(
+                "a document was deleted while a drift was learned from it, so nothing is kept. Learn it again."
+            ) from None
     return learned
 
 
+def _claim(file: Path, documents: Collection[str]) -> Path | None:
+    """A file that says of which documents a drift is being learned. Who deletes one of them deletes it.
+
+    None where nothing can be written: what is learned is then known to this process alone.
+    """
+    try:
+        return write_learned(file.with_suffix(f".{uuid.uuid4().hex}.claim"), json.dumps(sorted(documents)).encode())
+    except StoreUnavailableError:
+        return None
+
+
 def forget_drift(engine: HFEngine, namespace: str, documents: Collection[str] | None = None) -> None:
-    """Delete what was learned of a namespace's documents, if it was learned from one of these; None for any.
+    """Delete what was or is being learned of a namespace's documents, if it is from one of these; None for any.
 
     Raises:
         StoreUnavailableError: the file cannot be deleted.
     """
+    file = _learned_file(engine, namespace)
+    for claim in file.parent.glob(f"{file.stem}.*.claim"):
+        named = read_learned(claim)
+        if documents is None or not named or not set(documents).isdisjoint(json.loads(named)):
+            with unavailable(claim):
+                claim.unlink(missing_ok=True)
     learned = learned_drift_of(engine, namespace)
     if learned is None or not (documents is None or set(learned.documents).intersection(documents)):
         return
-    file = _learned_file(engine, namespace)
     try:
         with unavailable(file):
             file.unlink(missing_ok=True)

@@ -358,6 +358,7 @@ class KVCacheMemory:
 
         Raises:
             InvalidInputError: fewer than ten documents.
+            StoreError: one of them was purged meanwhile, so nothing is kept.
             UnsupportedModelError: the engine merges no caches, or cannot merge this model's.
         """
         if not self.engine.merges:

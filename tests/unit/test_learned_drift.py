@@ -12,7 +12,7 @@ from kvcag.cache.attention import rotations
 from kvcag.cache.layers import concat, cut, layers_of
 from kvcag.cache.merge import DriftSums, merge
 from kvcag.calibration import learned_drift_of
-from kvcag.errors import InvalidInputError
+from kvcag.errors import InvalidInputError, StoreError
 from kvcag.langchain import ChatKVCAG
 from kvcag.testing import byte_tokenizer, tiny_model
 from tests.merging import encode, equal, ids, parts_of
@@ -138,6 +138,23 @@ def test_purging_a_text_forgets_what_was_learned_from_it(cache_folder: Path) -> 
     memory.purge(TEXTS[0])
     assert memory.drift == ""
     assert not list(cache_folder.rglob("*learned*"))
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_text_that_is_purged_while_it_is_learned_from_leaves_no_drift(cache_folder: Path, elsewhere: bool) -> None:
+    memory = memory_of()
+    purging = memory_of() if elsewhere else memory
+    with pytest.raises(StoreError, match="Learn it again"):
+        memory.learn(TEXTS, contexts=4, progress=lambda done, total: done == 2 and purging.purge(TEXTS[0]))
+    assert memory.drift == ""
+    assert not list(cache_folder.rglob("*learned*"))
+
+
+def test_purging_another_text_does_not_stop_it(cache_folder: Path) -> None:
+    memory = memory_of()
+    learned = memory.learn(TEXTS[:12], contexts=4, progress=lambda done, total: memory.purge(TEXTS[13]))
+    assert memory.drift == learned.digest
+    assert not list(cache_folder.rglob("*.claim"))
 
 
 def test_a_purge_in_another_process_reaches_a_running_one(cache_folder: Path) -> None:
