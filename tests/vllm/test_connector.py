@@ -118,9 +118,13 @@ def test_documents_in_a_new_order_prefill_the_tail_and_a_block(
     assert warm.usage.ttft_s <= 0.35 * cold.usage.ttft_s
 
 
-def logprobs(server: Vllm, body: dict) -> tuple[list[int], list[dict[int, float]]]:
+Logprobs = list[dict[int, float]]
+"""Of the likeliest tokens, or of all, at each place of an answer."""
+
+
+def logprobs(server: Vllm, body: dict, max_tokens: int = 8) -> tuple[list[int], Logprobs]:
     """Greedy tokens, and the likeliest tokens' log-probabilities at each place."""
-    asked = {**body, "max_tokens": 8, "logprobs": 2000, "return_tokens_as_token_ids": True}
+    asked = {**body, "max_tokens": max_tokens, "logprobs": 2000, "return_tokens_as_token_ids": True}
     answer = httpx.post(f"{server.url}/completions", json=asked, timeout=120).raise_for_status().json()
     [choice] = answer["choices"]
 
@@ -131,18 +135,18 @@ def logprobs(server: Vllm, body: dict) -> tuple[list[int], list[dict[int, float]
     return [id_of(token) for token in choice["logprobs"]["tokens"]], likeliest
 
 
-def kl(ours: list[dict[int, float]], theirs: torch.Tensor) -> float:
-    """Nats per token, over the likeliest tokens one by one, and all others as one."""
+def kl(ours: Logprobs, theirs: Logprobs) -> float:
+    """Nats per token, over the tokens that both have one by one, and all others as one."""
     sums = []
-    for mine, row in zip(ours, theirs.log_softmax(-1).double(), strict=True):
-        pairs = [(value, float(row[token])) for token, value in mine.items()]
+    for mine, other in zip(ours, theirs, strict=True):
+        pairs = [(mine[token], other[token]) for token in mine.keys() & other.keys()]
         rest = [max(1e-12, 1 - sum(math.exp(pair[side]) for pair in pairs)) for side in (0, 1)]
         sums.append(sum(math.exp(p) * (p - q) for p, q in pairs) + rest[0] * math.log(rest[0] / rest[1]))
     return sum(sums) / len(sums)
 
 
 @pytest.mark.timeout(600)
-def test_the_answers_logprobs_are_those_of_rotate_in_this_process(
+def test_the_answers_logprobs_are_those_of_rotate(
     server: Vllm, served: VLLMEngine, here: HFEngine, figures: Callable[[str], None]
 ) -> None:
     ask(KVCacheMemory(served), [2, 0, 3, 1, 4], strategy="rotate")  # everything is there
@@ -155,15 +159,24 @@ def test_the_answers_logprobs_are_those_of_rotate_in_this_process(
     reference = KVCacheMemory(here, namespace="usual drift")  # for which this machine has not learned another drift
     context = reference.context_for(prompt, MergeSettings("rotate"))
 
-    def rows(ids: tuple[int, ...], **cache: object) -> torch.Tensor:
+    def rows(ids: tuple[int, ...], **cache: object) -> Logprobs:
         with torch.no_grad():
-            return here.model(torch.tensor([[*ids, *tokens[:-1]]]), **cache).logits[0, -len(tokens) :]
+            logits = here.model(torch.tensor([[*ids, *tokens[:-1]]]), **cache).logits[0, -len(tokens) :]
+        return [dict(enumerate(row.tolist())) for row in logits.double().log_softmax(-1)]
 
     past = cache_argument(here.model, clone(context.cache))
     rotated, full = rows(prompt.tail_ids, **past), rows(prompt.token_ids)
-    off, lost = kl(merged, rotated), kl(merged, full)
-    figures(f"connector, KL: {off:.1e} to rotate in this process, {lost:.3f} to a full prefill")
+    off, lost = kl(merged, rotated), kl(rotated, full)
+
+    def prefilled_by_the_server(answer: list[int]) -> dict[int, float]:
+        asked = {**body, "prompt": [*prompt.token_ids, *answer], "cache_salt": "its own prefill"}
+        return logprobs(server, asked, max_tokens=1)[1][0]
+
+    own = [prefilled_by_the_server(tokens[:count]) for count in range(len(tokens))]
+    lost_there = kl(merged, own)
+    figures(f"connector, KL: {off:.1e} to rotate in this process; to a full prefill {lost_there:.4f}, here {lost:.4f}")
     assert off <= 1e-3
+    assert lost_there == pytest.approx(lost, rel=0.05)
 
 
 def test_namespaces_share_nothing(server: Vllm, served: VLLMEngine) -> None:
