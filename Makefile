@@ -28,7 +28,7 @@ demo: $(VENV)/.installed-demo  ## a real model answers questions over a real cor
 
 test: $(VENV)/.installed-dev  ## the whole test suite, the real model included
 	@$(PY) -m kvcag.demo.model
-	$(PY) -m pytest $(PYTEST) --durations=10 $(ARGS)
+	$(PY) -m pytest $(PYTEST) --no-loadscope-reorder --durations=10 $(ARGS)
 
 test-min: $(VENV)/min/.installed  ## the unit tests with the lowest versions that pyproject.toml allows; torch stays
 	$(MIN) -m pytest $(PYTEST) tests/unit $(ARGS)

@@ -29,7 +29,7 @@ def _line(message: Message) -> str:
 
 
 def documents_of(documents: object) -> list[Any]:
-    """One document or several as a list. A str is one document, and so is whatever has a text of its own.
+    """One document or several as a list. A str is one document, and so is an object that has a text.
 
     Raises:
         InvalidInputError: neither a document nor an iterable of documents.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import shlex
@@ -87,7 +88,12 @@ _running: ContextVar[Any] = ContextVar("_running")
 
 
 class Command(TyperCommand):
-    """A command that `then` knows of while it runs."""
+    """A command that `then` knows of while it runs. Its help has the width of the screen, and not of the source."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        paragraphs = inspect.cleandoc(self.help or "").split("\n\n")
+        self.help = "\n\n".join(each if each.startswith(" ") else each.replace("\n", " ") for each in paragraphs)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""

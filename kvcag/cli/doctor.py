@@ -11,7 +11,7 @@ from kvcag.cli import common
 from kvcag.cli.common import CorpusOption, Json, Model
 from kvcag.errors import InvalidInputError
 
-_QUESTIONS = "Ask the questions in this file, one a line. Ten of your own tell most. Default: about the documents."
+_QUESTIONS = "Ask the questions in this file, one a line; best are ten real ones. Default: about the documents."
 _PROBES = "Compare on this many contexts. Default: one for each question, at most 10; 4 without questions."
 _ITEMS = 4
 """Documents of a context, as many as `kvcag ask PATH` takes."""

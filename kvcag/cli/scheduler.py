@@ -14,7 +14,7 @@ from kvcag.cli.common import Json
 
 
 def scheduler(
-    path: Annotated[Path, typer.Argument(help="The file that CacheScheduler has as state=.")],
+    path: Annotated[Path, typer.Argument(help="The state file of a CacheScheduler: its argument `state`.")],
     text: Annotated[str | None, typer.Argument(help="A text, or the id of its cache.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="Show so many texts, those with the latest decisions.")] = 50,
     as_json: Json = False,

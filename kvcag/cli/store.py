@@ -150,7 +150,7 @@ def rm(
     everything: Annotated[bool, typer.Option("--all", help="Delete every item of this namespace.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
 ) -> None:
-    """Delete items, and the contexts that hold them. Asks before it deletes more than was named.
+    """Delete items, and the contexts that hold them. Asks first if more items would be deleted than you named.
 
     For example:
 
@@ -213,8 +213,8 @@ def purge(
 ) -> None:
     """Delete everything made from a text: its items, larger ones that contain it, and what dumps hold.
 
-    It goes on past what it cannot read or delete, and names that. Exits with 1 if there was such a thing, or nothing
-    was found.
+    An item that cannot be read or deleted is named, and the others are deleted. Exits with 1 if there was one, or if
+    nothing was found.
 
     For example:
 

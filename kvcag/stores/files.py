@@ -194,7 +194,7 @@ WORTH_STORING = 256
 
 
 def is_instruction(id: str) -> bool:
-    """Whether an item is an instruction, and so is none of the user's documents."""
+    """Whether an item is an instruction, and not a document of the user's."""
     return id.startswith(INSTRUCTION)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,16 @@ def put(kvcag: Kvcag, id: str = "an id") -> DiskStore:
     store = DiskStore(kvcag.folder / "kv")
     store.put(random_item(id, text=f"Text {HOSTILE}", metadata={"source": f"/x/{HOSTILE}", "title": HOSTILE}))
     return store
+
+
+def test_help_fills_the_lines_of_the_screen(kvcag: Kvcag) -> None:
+    """Its lines were broken where those of the source are, too."""
+    out = kvcag("ask", "--help").out
+    _, description, *_ = re.split(r"\n\s*\n", out.partition("Answer a question")[2])
+    lines, width = description.split("\n"), max(map(len, out.splitlines())) - 2
+    assert len(lines) > 1
+    for line, following in pairwise(map(str.strip, lines)):
+        assert len(f"{line} {following.split()[0]}") > width
 
 
 @pytest.mark.parametrize("command", ["ls", "ls --json", "inspect an", "inspect an --json"])
