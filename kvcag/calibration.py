@@ -11,6 +11,7 @@ import threading
 import time
 import uuid
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -374,13 +375,7 @@ def learn_drift(
     """
     if len(documents) < _LEAST_DOCUMENTS:
         raise InvalidInputError(f"a drift is learned from at least {_LEAST_DOCUMENTS} documents, not {len(documents)}")
-    draw, names, groups = random.Random(seed), sorted(documents), list[list[str]]()
-    while len(groups) < contexts:  # each document once, before one is used again
-        draw.shuffle(names)
-        groups += [names[at : at + documents_per_context] for at in range(0, len(names) - 1, documents_per_context)]
-        if len(names) * len(groups) >= contexts * documents_per_context:
-            break
-    groups = [group for group in groups if len(group) > 1][:contexts]
+    groups = _found_together(documents, contexts, documents_per_context, random.Random(seed))
     before, start, sums = (_encode(engine, [], head_ids) if head_ids else []), len(head_ids), DriftSums()
     longest = min(_LONGEST, (engine.context_length - start) // documents_per_context)
     used = tuple(sorted({name for group in groups for name in group}))
@@ -424,6 +419,40 @@ def learn_drift(
                 "a document was deleted while a drift was learned from it, so nothing is kept. Learn it again."
             ) from None
     return learned
+
+
+def _found_together(
+    documents: Mapping[str, Sequence[int]], contexts: int, size: int, draw: random.Random
+) -> list[list[str]]:
+    """Groups of documents that are alike, as those that one question finds are.
+
+    One that is drawn, and those that are most similar to it: by the cosine of their tokens' TF-IDF. Each is used once
+    before one is used again.
+    """
+    names = sorted(documents)
+    draw.shuffle(names)
+    names = names[: max(_DRAWN, contexts * size)]
+    found = [Counter(documents[name]) for name in names]
+    places = {token: place for place, token in enumerate(sorted(set().union(*found)))}
+    weights = torch.zeros(len(names), len(places))
+    for row, tokens in zip(weights, found, strict=True):
+        row[[places[token] for token in tokens]] = torch.tensor([*tokens.values()]).log1p()
+    weights *= (len(names) / (weights > 0).sum(0)).log()
+    weights /= weights.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    groups, left = list[list[str]](), list[int]()
+    while len(groups) < contexts:
+        if len(left) < 2:
+            left = draw.sample(range(len(names)), len(names)) if groups else [*range(len(names))]
+        similar = weights[left] @ weights[left[0]]
+        similar[0] = torch.inf  # itself
+        group = [left[index] for index in similar.argsort(descending=True, stable=True)[:size].tolist()]
+        groups.append([names[index] for index in group])
+        left = [index for index in left if index not in group]
+    return groups
+
+
+_DRAWN = 512
+"""Documents among which similar ones are looked for."""
 
 
 def _claim(file: Path, documents: Collection[str]) -> Path | None:

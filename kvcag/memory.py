@@ -353,7 +353,7 @@ class KVCacheMemory:
             documents: as for `add`, at least ten; None: what the memory holds.
             contexts: how many contexts to learn from.
             documents_per_context: how many documents stand in one.
-            seed: which documents stand together.
+            seed: which documents are drawn. Those that are most similar to one stand behind it, as they are found.
             progress: called as `progress(done, total)` after each context.
 
         Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from kvcag import HFEngine, KVCacheMemory
 from kvcag.cache.attention import rotations
 from kvcag.cache.layers import concat, cut, layers_of
 from kvcag.cache.merge import DriftSums, merge
-from kvcag.calibration import learned_drift_of
+from kvcag.calibration import _found_together, learned_drift_of
 from kvcag.errors import InvalidInputError, StoreError
 from kvcag.langchain import ChatKVCAG
 from kvcag.testing import byte_tokenizer, tiny_model
@@ -59,6 +60,20 @@ def test_learned_drift_brings_documents_nearer_than_none() -> None:
         for which in (0, 1):
             was, now = ((layers[index][which] - right[index][which]).norm() for layers in (plain, given))
             assert now < was
+
+
+def test_documents_that_are_alike_are_learned_from_together() -> None:
+    """As one question finds them. Each is used once before one is used again."""
+    draw = random.Random(0)
+    topics = {topic: [draw.randrange(100 * topic, 100 * topic + 100) for _ in range(60)] for topic in range(1, 5)}
+    documents = {
+        f"{topic} {number}": [*draw.sample(words, 40), *draw.choices(range(1000, 1100), k=20)]
+        for topic, words in topics.items()
+        for number in range(3)
+    }
+    groups = _found_together(documents, contexts=6, size=3, draw=draw)
+    assert [len({name[0] for name in group}) for group in groups] == [1] * 6
+    assert sorted(name for group in groups[:4] for name in group) == sorted(documents)
 
 
 def test_it_is_explicit_versioned_and_reported(cache_folder: Path) -> None:
