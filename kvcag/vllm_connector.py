@@ -242,6 +242,10 @@ class KVCAGConnector(KVConnectorBase_V1):  # type: ignore[misc]
         """The server's blocks. A backend whose layout is not known is refused here, before the first request."""
         layers = self._vllm_config.compilation_config.static_forward_context
         names = sorted(kv_caches, key=extract_layer_index)
+        if sizes := {cache.shape[2] for cache in kv_caches.values()} - {self._size}:
+            raise UnsupportedModelError(
+                f"attention splits each block of {self._size} tokens: start the server with --block-size {min(sizes)}"
+            )
         layouts: dict[str, BlockLayout] = {}
         for name in names:
             backend = layers[name].attn_backend.get_name()
