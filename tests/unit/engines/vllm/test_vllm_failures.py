@@ -42,7 +42,7 @@ def engine(server: WireServer) -> Iterator[VLLMEngine]:
         made.check_server()
         server.bodies.clear()
         yield made
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("kvcag")]
+    assert wait_until(lambda: not any(thread.name.startswith("kvcag") for thread in threading.enumerate()))
 
 
 def prompt(engine: VLLMEngine, text: str = "Count.") -> Prompt:
@@ -353,4 +353,4 @@ def test_closing_an_engine_ends_sending_again(server: WireServer) -> None:
     engine.generate("Count.", max_new_tokens=2)
     server.faults.silence = 0.2
     engine.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("kvcag")]
+    assert wait_until(lambda: not any(thread.name.startswith("kvcag") for thread in threading.enumerate()))
