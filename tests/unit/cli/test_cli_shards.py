@@ -118,8 +118,8 @@ def test_four_processes_of_four_shards_give_what_one_gives_also_when_two_are_kil
     one = kvcag("encode", corpus, "--json").json
     assert one["encoded"] == LINES + 1
     processes = {number: start(number) for number in range(1, 5)}
+    wait_for(lambda: opened(place).stats().items > 0)
     for number in (1, 2):
-        wait_for(lambda: opened(place).stats().items > 0)
         os.kill(processes[number][0], signal.SIGKILL)
     parts = [finished(processes[number][1]) for number in (3, 4)]
     parts += [finished(out) for _, out in [start(1), start(2), start(2)]]  # one of them twice
