@@ -383,6 +383,11 @@ def shifted(rows: np.ndarray, start: int, layers: Sequence[LayerKV]) -> np.ndarr
     return rows
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host's on its way to the device: nothing waits until it is there."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def contiguous_copy(layers: Sequence[LayerKV]) -> Layers:
     """The same values in contiguous memory of their own: keeping a slice must not keep what it was cut from."""
     return mapped(layers, functools.partial(torch.clone, memory_format=torch.contiguous_format))
@@ -480,7 +485,7 @@ def _filled(
 
     Layers of one shape are one tensor, filled by a few calls: on a GPU, calls are what a copy of 72 tensors costs.
     """
-    like, *parts = map(as_layers, (like or [*parts, ()][0], *parts))
+    like, *parts = map(as_layers, (like or (parts[0] if parts else ()), *parts))
     length, tensors = sum(map(length_of, parts)), [tensor for kv in like for tensor in kv]
     if not tensors:
         return []

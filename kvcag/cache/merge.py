@@ -42,6 +42,7 @@ from kvcag.cache.layers import (
     length_of,
     position_argument,
     scatter_cache,
+    sent,
     states_of,
     zeros_like,
 )
@@ -400,16 +401,11 @@ def _place(model: PreTrainedModel, parts: Sequence[Part], room: int) -> Layers:
         first = int(moved[0])
         move = PositionShift(
             rotations(model),
-            _sent(torch.from_numpy(stood[first:]), device_of(model)),
+            sent(torch.from_numpy(stood[first:]), device_of(model)),
             torch.arange(first, len(stood), device=device_of(model)),
         )
         move.turn_all(cut(layers, 0, len(stood)), first)
     return layers
-
-
-def _sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on its way to the device: nothing waits until it is there."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 STATE_STRATEGIES = ("rotate", "full")
@@ -791,7 +787,7 @@ class UsualDrift:
         if kernels is None or rows is None or len(ways) > 1 or not (whole := ways.pop()).turns_all_of(like.shape[-1]):
             return False
         device = like.device
-        positions = _sent(positions, device)
+        positions = sent(positions, device)
         if device not in self._stacked:
             self._stacked[device] = torch.stack(self.layers).to(device)
         offsets = self._stacked[device]

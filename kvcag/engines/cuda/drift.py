@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from kvcag.cache.layers import sent
 from kvcag.cache.merge import MEAN, PENALTY, RIDGE, Layout, averages
 
 PARTS = 64
@@ -69,8 +70,7 @@ class Correction:
         rest, part_of, chosen = layout.open.numpy().copy(), layout.part_of.numpy(), positions.numpy()
         rest[chosen] = False
         where, parts = np.flatnonzero(rest), int(part_of[-1]) + 1
-        lists = torch.from_numpy(np.concatenate([where, part_of, part_of[chosen]]))
-        lists = lists.pin_memory().to(device, non_blocking=True)
+        lists = sent(torch.from_numpy(np.concatenate([where, part_of, part_of[chosen]])), device)
         at, every, of_chosen = lists.split([len(where), len(part_of), count])
         memory = torch.empty(len(where) * features, dtype=dtype, device=device)
         given = [count, len(where), at.data_ptr(), every.data_ptr(), memory.data_ptr()]
