@@ -221,7 +221,7 @@ def context_of_items(
     """
     engine, namespace = documents.engine, documents.namespace
     for item in items:
-        engine.check_item(item)
+        documents.check_item(item)
     context_ids = (*head_ids, *same_ids(items))
     known = engine.known_prefix(context_ids, namespace)
     chosen, ratio, reason = _choose(engine, context_ids, known, settings)
@@ -596,6 +596,23 @@ class DocumentCache:
                 "Leave context out: documents are then encoded behind the instruction alone."
             )
 
+    def check_item(self, item: object) -> None:
+        """Refuse an item that the engine did not make.
+
+        Raises:
+            InvalidInputError: it is not an item of the engine's type, or it does not say which model made it.
+            FingerprintMismatchError: another model made it.
+        """
+        engine = self.engine
+        if not isinstance(item, engine.item_type):
+            raise InvalidInputError(
+                f"{engine!r} takes a {engine.item_type.__name__}, not {type(item).__name__}: make one with extract()"
+            )
+        if item.fingerprint is None:
+            raise InvalidInputError(f"item {item.id!r} does not say which model made it: make it with extract()")
+        if not engine.fingerprint.matches(item.fingerprint):
+            raise FingerprintMismatchError(f"item {item.id!r}", engine.fingerprint.differences(item.fingerprint))
+
     def find_or_encode(
         self,
         head_ids: Ids,
@@ -620,7 +637,7 @@ class DocumentCache:
             try:
                 item = self.get(key)
                 if item is not None and self._fits(key, head_ids, token_ids, behind):
-                    self.engine.check_item(item)
+                    self.check_item(item)
                     return item, False
                 replaced = None if behind is None else self.store.manifest(key)
             except (StoreError, FingerprintMismatchError, InvalidInputError) as damaged:
@@ -674,7 +691,7 @@ class DocumentCache:
         item = self.store.get(key) if self.store.contains(key) else None
         if item is None or item.token_ids.tolist() != list(token_ids):
             return False
-        model.check_item(item)
+        self.check_item(item)
         if item.is_exact:
             layers = _beside([], layers_of(item.memory), model.device)
             model.prefixes.insert(token_ids, layers, self.namespace, epoch=epoch)

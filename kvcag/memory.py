@@ -228,7 +228,7 @@ class KVCacheMemory:
         texts = dict[int, Read]()
         for index, document in enumerate(given):
             if isinstance(document, EncodedItem):
-                self.engine.check_item(document)
+                self.documents.check_item(document)
             else:
                 texts[index] = self.read(document)
                 if not texts[index].text.strip():

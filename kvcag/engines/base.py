@@ -20,7 +20,6 @@ from kvcag.engines.constrain import ConstraintLike
 from kvcag.errors import (
     ContextLengthError,
     EmptyPromptError,
-    FingerprintMismatchError,
     InvalidInputError,
     TokenMismatchError,
     UnsupportedModelError,
@@ -238,22 +237,6 @@ class Engine(ABC):
     def begun(self, namespace: str = "") -> AbstractContextManager[None]:
         """Within it, work for an answer is prepared: if the namespace is forgotten meanwhile, nothing of it is kept."""
         return nullcontext()
-
-    def check_item(self, item: object) -> None:
-        """Refuse an item that this engine did not make.
-
-        Raises:
-            InvalidInputError: it is not an item of this engine's type, or it does not say which model made it.
-            FingerprintMismatchError: another model made it.
-        """
-        if not isinstance(item, self.item_type):
-            raise InvalidInputError(
-                f"{self!r} takes a {self.item_type.__name__}, not {type(item).__name__}: make one with extract()"
-            )
-        if item.fingerprint is None:
-            raise InvalidInputError(f"item {item.id!r} does not say which model made it: make it with extract()")
-        if not self.fingerprint.matches(item.fingerprint):
-            raise FingerprintMismatchError(f"item {item.id!r}", self.fingerprint.differences(item.fingerprint))
 
     def _cannot(self, what: str) -> UnsupportedModelError:
         return UnsupportedModelError(

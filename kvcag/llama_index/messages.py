@@ -29,7 +29,6 @@ from pydantic_core import from_json
 from kvcag.chat_template import Document, Message, segment
 from kvcag.concurrency import iterate
 from kvcag.core import Chunk
-from kvcag.documents import documents_of
 from kvcag.tools import CallParser, Parsed, ToolCall
 
 R = TypeVar("R", ChatResponse, CompletionResponse)
@@ -58,7 +57,7 @@ def document_blocks(texts: str | Iterable[str], *, exact: bool = False) -> list[
         texts: the documents. A str is one document.
         exact: make one document of them, in this order.
     """
-    documents = [segment(text) for text in documents_of(texts)]
+    documents = [segment(text) for text in ([texts] if isinstance(texts, str) else texts)]
     if exact and documents:
         documents = ["".join(documents)]
     # joining adds the second line break

@@ -33,7 +33,6 @@ from pydantic import BaseModel
 
 from kvcag.chat_template import segment
 from kvcag.concurrency import in_thread, iterate
-from kvcag.documents import documents_of
 from kvcag.errors import CacheWarning, InvalidInputError
 from kvcag.llama_index.llm import KVCacheLLM
 from kvcag.llama_index.messages import DOCUMENT_END, JOINED, document_blocks
@@ -208,7 +207,7 @@ class CAGSynthesizer(BaseSynthesizer):
         def rendered(shown: str) -> list[ChatMessage]:
             return self.cag._get_messages(template, query_str=query_str, **{context: shown}, **variables)
 
-        texts = documents_of(texts)
+        texts = _listed(texts)
         joined = "\n\n".join(text.strip() for text in texts)
         as_text = rendered(joined)
         if not documents:
@@ -228,7 +227,7 @@ class CAGSynthesizer(BaseSynthesizer):
 
     def _rounds(self, query_str: str, text_chunks: Sequence[str], response_kwargs: dict[str, Any]) -> list[list[str]]:
         """The texts of each round: one round where all fit, none where there are no texts."""
-        texts = [text for text in documents_of(text_chunks) if text.strip()]
+        texts = [text for text in _listed(text_chunks) if text.strip()]
         if self._order == "canonical":
             texts.sort()
         if not texts or self._room(query_str, texts, None, response_kwargs) >= 0:
@@ -338,6 +337,11 @@ def _grouped(sized: list[_Sized], room: int) -> list[list[_Sized]]:
             rounds.append([])
         rounds[-1].append((text, size))
     return rounds
+
+
+def _listed(texts: str | Sequence[str]) -> list[str]:
+    """A str is one text, and not its characters."""
+    return [texts] if isinstance(texts, str) else list(texts)
 
 
 def _said(response: ChatResponse) -> str:
