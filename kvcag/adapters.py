@@ -27,20 +27,21 @@ from kvcag.stores.base import KVStore
 from kvcag.tools import ToolSpec, tool_messages, tool_spec
 
 SAMPLING_SETTINGS = tuple(field.name for field in fields(Sampling) if field.name != "top_logprobs")
-"""Settings of an answer that a call may give, beside `MERGE_SETTINGS`. LangChain alone shows log-probabilities."""
+"""Settings of an answer that a single call may pass, in addition to `MERGE_SETTINGS`. `top_logprobs` is not among them:
+only LangChain returns log-probabilities."""
 
 MERGE_SETTINGS = {"merge_strategy": "strategy", "recompute_ratio": "ratio", "max_kl": "max_kl"}
 """The adapters' names for arguments of `KVCacheMemory.stream`."""
 
 
 def call_settings(engine: Engine, fields: object, given: Mapping[str, Any], **own: Any) -> dict[str, Any]:
-    """The arguments of `KVCacheMemory.stream` for one call: what the call gives, else the adapter's own fields.
+    """Return the arguments of `KVCacheMemory.stream` for one call: the call's settings, or else the adapter's fields.
 
     Args:
-        engine: the engine that answers; its defaults apply where neither gives a value.
+        engine: the engine that answers. Its defaults apply to settings that neither the call nor the adapter has.
         fields: the adapter. Its field for the token budget may be `max_tokens` or `max_new_tokens`.
         given: the call's arguments, by the adapters' names.
-        **own: further settings of `Sampling`, which this adapter alone has.
+        **own: further settings of `Sampling` that only this adapter has.
 
     Raises:
         InvalidInputError: an unknown setting, or a value out of range.
@@ -49,7 +50,7 @@ def call_settings(engine: Engine, fields: object, given: Mapping[str, Any], **ow
     unknown = sorted(given.keys() - {*names, "do_sample"})
     if unknown:
         known = sorted([*names, "do_sample", "tools", "tool_choice", "parallel_tool_calls"])
-        raise InvalidInputError(f"unknown argument {', '.join(unknown)}; known are {', '.join(known)}")
+        raise InvalidInputError(f"unknown argument {', '.join(unknown)}. Known arguments: {', '.join(known)}.")
     defaults = {name: getattr(fields, name) for name in names if hasattr(fields, name)}
     settings = _one_budget(defaults) | _one_budget(given) | own
     settings["stop"] = settings["stop"] or None
@@ -58,13 +59,13 @@ def call_settings(engine: Engine, fields: object, given: Mapping[str, Any], **ow
 
 
 def _one_budget(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings in which `max_tokens` has the name that `Sampling` gives it."""
+    """Rename `max_tokens` to `max_new_tokens`, its name in `Sampling`."""
     return {"max_new_tokens" if name == "max_tokens" else name: value for name, value in settings.items()}
 
 
 @contextmanager
 def checked_fields() -> Iterator[None]:
-    """Raises what pydantic finds wrong with an adapter's fields as an `InvalidInputError`."""
+    """Turn a `ValidationError` of pydantic into an `InvalidInputError`."""
     try:
         yield
     except ValidationError as error:
@@ -73,22 +74,22 @@ def checked_fields() -> Iterator[None]:
 
 
 def _problem(found: ErrorDetails) -> str:
-    """What is wrong with a field, or what an error of ours says."""
+    """Return kvcag's own message if a validator raised one, or else the field and pydantic's message."""
     own = found.get("ctx", {}).get("error")
     return str(own) if own else ": ".join([*map(str, found["loc"][:1]), found["msg"]])
 
 
 def choice_of(tool_choice: object, names: Sequence[str], *, required: bool = False) -> str:
-    """`auto`, `any`, `none` or a tool's name, from any form that LangChain's and LlamaIndex's models accept.
+    """Return `auto`, `any`, `none` or a tool's name, from any form that LangChain's and LlamaIndex's models accept.
 
     Args:
-        tool_choice: one of these, or `required`. True is `any`; False and None are `auto`; a mapping is OpenAI's or
-            Anthropic's.
+        tool_choice: one of these strings, or `required`. True means `any`; False and None mean `auto`; a mapping has
+            the form of OpenAI or Anthropic.
         names: the tools' names.
-        required: a tool must be called, whichever it is: `auto` is `any`.
+        required: the model must call some tool: `auto` then means `any`.
 
     Raises:
-        InvalidInputError: there is no such tool.
+        InvalidInputError: no tool has this name.
     """
     if isinstance(tool_choice, Mapping):
         named = tool_choice.get("function", tool_choice)
@@ -112,7 +113,7 @@ def with_tools(
     choice: str = "auto",
     parallel: bool = True,
 ) -> tuple[list[Message], ToolSpec | None]:
-    """Messages that the template can render, and what `kvcag.tool_spec` makes of the tools, if any are offered.
+    """Return messages that the template can render, and the tools' `ToolSpec`; None if there are no tools.
 
     Raises:
         InvalidInputError: as for `kvcag.tool_spec`.
@@ -128,13 +129,14 @@ def _is_about_a_call(message: Message) -> bool:
 
 
 class LazyMemory:
-    """The memory that an adapter answers from. Nothing is loaded before `memory` is called.
+    """The memory of an adapter. The first call of `memory` loads the model.
 
     Args:
         model: a hub id or a folder. Not needed with `engine` or `memory`.
         engine: a live engine, in place of a model.
         memory: a `KVCacheMemory` or a `MemoryCube`, in place of an engine, a store and a namespace.
-        store: where documents are kept: a `KVStore`, or a folder. None: in memory, shared over the engine.
+        store: where documents are kept: a `KVStore`, or a folder. None: a store in memory, which all adapters with
+            the same engine and namespace share.
         namespace: separates this memory from those of other namespaces.
         **loading: arguments of `HFEngine.from_pretrained`.
 
@@ -166,9 +168,11 @@ class LazyMemory:
             raise InvalidInputError(f"model= is a hub id or a folder, not {type(model).__name__}")
         name = fspath(model)
         if engine is None and not name:
-            raise InvalidInputError("no model: pass model=, a hub id or a folder, or engine=, a live engine")
+            raise InvalidInputError("there is no model. Pass model= (a hub id or a folder) or engine= (a live engine).")
         if engine is not None and name not in ("", engine.model_name):
-            raise InvalidInputError(f"model={name!r}, and an engine of {engine.model_name!r}: pass one of them")
+            raise InvalidInputError(
+                f"model= is {name!r}, but the engine's model is {engine.model_name!r}. Pass one of them."
+            )
         self.model = name if engine is None else engine.model_name
         self.engine = engine
         self.store = store
@@ -178,18 +182,18 @@ class LazyMemory:
         self._opening = threading.Lock()
 
     def drift(self) -> str:
-        """The digest of the drift that was learned, which changes merged answers; empty before the model is loaded."""
+        """Return `KVCacheMemory.drift`, the digest of the learned drift; empty before the model is loaded."""
         return self._memory.drift if self._memory is not None else ""
 
     def __deepcopy__(self, memo: object) -> LazyMemory:
-        """Itself: copies of an adapter answer from one memory."""
+        """Return the object itself: copies of an adapter share one memory."""
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """In another process the model is loaded anew.
+        """Pickle the arguments only: the other process loads the model itself.
 
         Raises:
-            InvalidInputError: it holds a live engine, memory or store.
+            InvalidInputError: a live engine, memory or store was passed.
         """
         if self.engine is not None or isinstance(self.store, KVStore):
             raise InvalidInputError(
@@ -205,7 +209,7 @@ class LazyMemory:
         return self._lazy is None or self._lazy.loaded
 
     def memory(self) -> KVCacheMemory:
-        """The memory. The first call loads the weights, and warns if another model filled the store."""
+        """Return the memory. The first call loads the weights, and warns if another model made the store's items."""
         with self._opening:
             if self._memory is None:
                 engine = self.engine if self.engine is not None else self._lazy_engine.engine()
@@ -215,16 +219,16 @@ class LazyMemory:
             return self._memory
 
     def context_length(self) -> int | None:
-        """The most tokens that the model attends to; None where its configuration is not on this machine yet."""
+        """Return the most tokens, prompt and answer together; None if the configuration was not downloaded yet."""
         return self.engine.context_length if self.engine is not None else self._lazy_engine.context_length()
 
     def template(self) -> ChatTemplate:
-        """The model's chat template, without loading the weights."""
+        """Return the model's chat template, without loading the weights."""
         return self.engine.template if self.engine is not None else self._lazy_engine.template()
 
     @property
     def _lazy_engine(self) -> LazyEngine:
-        assert self._lazy is not None  # there is an engine or a model
+        assert self._lazy is not None  # callers use it only where `engine` is None
         return self._lazy
 
 
@@ -246,7 +250,7 @@ class LazyEngine:
 
     @classmethod
     def of(cls, model: str, **settings: Any) -> LazyEngine:
-        """The same object for the same settings while a caller holds it. A setting of None or `{}` is not set."""
+        """Return the same object for the same settings, as long as a caller holds it. None and `{}` count as unset."""
         given = {name: value for name, value in settings.items() if value is not None and value != {}}
         key = json.dumps([model, given], sort_keys=True, default=repr)
         with _lock:
@@ -261,14 +265,14 @@ class LazyEngine:
         return self._engine is not None
 
     def engine(self) -> HFEngine:
-        """The engine. The first call loads it."""
+        """Return the engine. The first call loads the model."""
         with self._loading:
             if self._engine is None:
                 self._engine = HFEngine.from_pretrained(self.model, **self._settings)
             return self._engine
 
     def context_length(self) -> int | None:
-        """The most tokens that the model attends to; None where its configuration is not on this machine yet."""
+        """Return the most tokens, prompt and answer together; None if the configuration was not downloaded yet."""
         if self._engine is not None:
             return self._engine.context_length
         try:
@@ -279,7 +283,7 @@ class LazyEngine:
         return None if length is None else int(length)
 
     def template(self) -> ChatTemplate:
-        """The chat template, without loading the weights."""
+        """Return the chat template, without loading the weights."""
         if self._engine is not None:
             return self._engine.template
         if self._tokenizer is None:
@@ -292,11 +296,11 @@ _lock = threading.Lock()
 
 
 def _memory_of(memory: KVCacheMemory | MemoryCube, **given: object) -> KVCacheMemory:
-    """The memory that was given as `memory=`; its engine, store and namespace may be given only if they are its own."""
+    """Return the memory passed as `memory=`. Refuses an engine, store or namespace that is not this memory's own."""
     if not isinstance(memory, KVCacheMemory | MemoryCube):
         raise InvalidInputError(f"memory= is a MemoryCube or a KVCacheMemory, not a {type(memory).__name__}")
     found = memory.memory if isinstance(memory, MemoryCube) else memory
     others = [name for name, value in given.items() if value not in (None, "") and value != getattr(found, name)]
     if others:
-        raise InvalidInputError(f"memory= brings {', '.join(given)} with it: leave {', '.join(others)} out")
+        raise InvalidInputError(f"memory= has its own {', '.join(given)}. Leave out {', '.join(others)}.")
     return found

@@ -1,4 +1,7 @@
-"""Measured once per model: how much merging costs in accuracy, and the usual drift of a document."""
+"""Measurements per model: what each merge strategy costs in accuracy and time, and the drift of documents.
+
+The drift of a document is how its keys and values change when other documents stand before it.
+"""
 
 from __future__ import annotations
 
@@ -65,9 +68,11 @@ class Verdict(BaseModel):
     """The result of one strategy, averaged over the probes.
 
     Attributes:
-        kl: KL(full prefill ‖ merged), nats per token, over the greedy tokens of the full prefill.
-        agreement: share of those tokens where the likeliest one is the same.
-        cost: time to first token over that of a full prefill of the same tokens.
+        strategy: the merge strategy.
+        ratio: the recompute ratio, in [0, 1].
+        kl: KL(full prefill ‖ merged), in nats per token, over the greedy tokens of the full prefill.
+        agreement: the share of those tokens at which both predict the same next token.
+        cost: the time to first token, divided by that of a full prefill of the same tokens.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -80,7 +85,14 @@ class Verdict(BaseModel):
 
 
 class Calibration(BaseModel):
-    """The verdicts on one model, on probes made from the user's documents."""
+    """The verdicts on one model, from probes made of the user's documents.
+
+    Attributes:
+        fingerprint: the digest of the model's fingerprint.
+        probes: how many contexts were tried.
+        context_tokens: their mean length.
+        verdicts: one for each candidate.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -90,12 +102,16 @@ class Calibration(BaseModel):
     verdicts: list[Verdict]
 
     def cheapest(self, max_kl: float) -> Verdict | None:
-        """The strategy that costs least, and less than a full prefill, among those within `max_kl`; else None."""
+        """Return the cheapest strategy within `max_kl` that costs less than a full prefill; None if none does.
+
+        Args:
+            max_kl: the largest KL allowed, in nats per token.
+        """
         passing = [verdict for verdict in self.verdicts if verdict.kl <= max_kl and verdict.cost < 1]
         return min(passing, key=lambda verdict: verdict.cost, default=None)
 
     def recommendation(self, max_kl: float) -> str:
-        """What to do, in a sentence: "merge with query at 10%: 0.02 nats per token at 21% of the cost"."""
+        """Return the advice as one sentence: "merge with query at 10%: 0.02 nats per token at 21% of the cost"."""
         best = self.cheapest(max_kl)
         if best is None:
             return f"read the documents: no merge is cheaper than that and within {max_kl:g} nats per token"
@@ -103,12 +119,16 @@ class Calibration(BaseModel):
         return f"merge with {how}: {best.kl:.2g} nats per token at {best.cost:.0%} of the cost"
 
     def save(self) -> Path:
-        """Save it for this model, in place of an earlier one."""
+        """Save the calibration for its model, replacing an earlier one, and return the file's path.
+
+        Raises:
+            StoreUnavailableError: the disk is full, or permission was denied.
+        """
         return write_learned(_file(self.fingerprint), self.model_dump_json(indent=1).encode())
 
     @classmethod
     def load(cls, fingerprint: str) -> Calibration | None:
-        """The calibration that was saved for a model; None if there is none, or it cannot be read."""
+        """Return the calibration that was saved for a model; None if no file exists, or the file is unreadable."""
         try:
             return cls.model_validate_json(read_learned(_file(fingerprint)))
         except ValidationError:
@@ -129,27 +149,27 @@ def calibrate(
     retrieve: Callable[[str], Sequence[str]] | None = None,
     progress: Progress | None = None,
 ) -> Calibration:
-    """Compare merging strategies with a full prefill, on contexts made from your own documents.
+    """Compare merge strategies with a full prefill, on contexts made from your own documents.
 
-    The verdict is kept under the model's fingerprint, for `strategy="auto"` here and in later processes.
+    The result is saved under the model's fingerprint. `strategy="auto"` uses it, in this process and in later ones.
 
     Args:
         engine: the model.
-        documents: at least two; a probe is some of them, in random order.
+        documents: at least two; each probe is a random choice of them.
         questions: asked in turn; without them each probe asks about the beginning of one of its documents.
-        instruction: what will stand before the documents.
+        instruction: the text that will stand before the documents.
         probes: how many contexts to try.
         documents_per_probe: how many documents a context has.
         tokens: how many greedy tokens of the full prefill are compared.
-        candidates: strategies and recompute ratios; by default `CANDIDATES`, of which a model with recurrent layers can
-            do `rotate` and `full`.
-        seed: which documents are drawn.
-        retrieve: finds the documents of one of `questions`, best first, as your application does. Without it, or
-            without questions, they are drawn.
+        candidates: strategies and recompute ratios. The default is `CANDIDATES`, without those that a model with
+            recurrent layers does not support.
+        seed: seeds the random choice of documents.
+        retrieve: returns the documents for one of `questions`, best first, as your application does. Without it, or
+            without questions, documents are chosen at random.
         progress: called after each probe.
 
     Raises:
-        InvalidInputError: fewer than two documents that are not empty.
+        InvalidInputError: fewer than two non-empty documents.
         ContextLengthError: a probe exceeds the model's context.
         UnsupportedModelError: the model's caches cannot be merged.
     """
@@ -170,7 +190,7 @@ def calibrate(
         one = _Probe(engine, chosen, question, instruction, tokens)
         lengths.append(len(one.context_ids))
         for candidate in candidates:
-            if candidate[0] != "full" or probe == 0:  # equal to a full prefill, at its cost: one probe shows it
+            if candidate[0] != "full" or probe == 0:  # `full` is a full prefill: one probe is enough
                 measured[candidate].append(one.measure(*candidate))
         if progress:
             progress(probe + 1, probes)
@@ -199,7 +219,7 @@ def _ended(text: str) -> str:
 
 
 def calibration_of(engine: Engine) -> Calibration | None:
-    """The calibration of this model, from this process or an earlier one; None if there is none."""
+    """Return the calibration of this model, made by this process or an earlier one; None if it is not calibrated."""
     digest, known = engine.fingerprint.digest, _calibrations.setdefault(engine, {})
     if digest not in known:
         known[digest] = Calibration.load(digest)
@@ -207,11 +227,11 @@ def calibration_of(engine: Engine) -> Calibration | None:
 
 
 _calibrations: WeakKeyDictionary[Engine, dict[str, Calibration | None]] = WeakKeyDictionary()
-"""By the digest of the fingerprint: an engine may switch adapters."""
+"""Per engine, by the digest of the fingerprint, since an engine may switch adapters."""
 
 
 class _Probe:
-    """One context and question: its full prefill, and what merging it gives."""
+    """One context and question, with its full prefill as the reference for `measure`."""
 
     def __init__(
         self, engine: HFEngine, texts: Sequence[str], question: str, instruction: str | None, tokens: int
@@ -238,8 +258,8 @@ class _Probe:
         self.reference = torch.stack(rows).log_softmax(-1)
 
     def measure(self, strategy: MergeStrategy, ratio: float) -> tuple[float, float, float]:
-        """KL per token, agreement, and time to first token over that of the full prefill."""
-        drift = usual_drift_of(self.engine)  # before the clock starts: it is found once per model
+        """Merge the context, and return `kl`, `agreement` and `cost` as in `Verdict`."""
+        drift = usual_drift_of(self.engine)  # outside the timing, because it is learned once per model
         begin = time.perf_counter()
         with self.engine.exclusive() as model:
             tail_ids = torch.tensor(self.tail_ids)
@@ -265,13 +285,13 @@ class _Probe:
         return max(float(kl), 0.0), float(agreement), seconds / self.full_s
 
     def _answer(self, layers: list[Any], token_ids: Sequence[int]) -> tuple[Any, torch.Tensor]:
-        """The cache and the logits after the last of `token_ids`: a first token, as `HFEngine.stream` makes it."""
+        """Prefill `token_ids` after `layers`, as `HFEngine.stream` does; return the cache and the last logits."""
         room = len(token_ids) + len(self.context_ids)
         cache = generation_cache([layers] if layers else [], room, kinds_of(self.engine.model))
         return cache, self.engine.forward(token_ids, cache)[0].float()
 
     def _run(self, cache: Any, token_ids: Sequence[int]) -> torch.Tensor:
-        """Logits after each of a few tokens, in fp32, `(tokens, vocabulary)`."""
+        """Continue the cache with a few tokens; return the logits of each, fp32 `(tokens, vocabulary)`."""
         with self.engine.exclusive() as model:
             ids = torch.tensor([list(token_ids)], device=self.engine.device)
             given = {**cache_argument(model, cache), **position_argument(model, cache, len(token_ids))}
@@ -287,14 +307,14 @@ def _file(fingerprint: str) -> Path:
 _INSTRUCTION = "Answer from the documents."
 
 _TOKENS = 128
-"""Of each passage, at most: the passages have about 115 with a vocabulary of words."""
+"""The most tokens that are read of each passage. A passage has about 115 with a usual vocabulary."""
 
 
 def usual_drift_of(engine: HFEngine) -> UsualDrift | None:
-    """How the keys and values of a document usually change behind other documents, for merges that recompute nothing.
+    """Return the usual drift of a document's keys and values, which merges add where they recompute nothing.
 
-    Learned once per model, by encoding some 2,300 tokens, and saved for later processes. None for a model whose
-    context is too short for two of the passages.
+    The drift is learned once per model, by encoding about 2,300 tokens of `PASSAGES`, and saved for later processes.
+    Returns None for a model whose context is too short for two passages.
     """
     with _learning:
         digest, known = engine.fingerprint.digest, _drifts.setdefault(engine, {})
@@ -309,13 +329,13 @@ _learning = threading.RLock()
 
 @dataclass(frozen=True, slots=True)
 class LearnedDrift:
-    """How documents of one corpus change behind each other, for one model and namespace. Made by `KVCacheMemory.learn`.
+    """How documents of one corpus change after each other, for one model and namespace. Made by `KVCacheMemory.learn`.
 
     Attributes:
-        digest: 16 hex digits, the version: the same for the same numbers. `MergeReport.drift` says which was used.
+        digest: 16 hex digits that identify the drift's numbers. `MergeReport.drift` names the drift that was used.
         documents: the ids of the documents that it was learned from.
         tokens: how many tokens it was learned from.
-        drift: what is added to documents of which nothing is recomputed.
+        drift: the numbers, which a merge adds to the keys and values of moved documents.
     """
 
     digest: str
@@ -325,9 +345,10 @@ class LearnedDrift:
 
 
 def learned_drift_of(engine: HFEngine, namespace: str) -> LearnedDrift | None:
-    """What was learned of a namespace's documents, here or in another process; None if nothing was.
+    """Return the learned drift of a namespace, from this or another process; None if no drift was learned.
 
-    The file is read again where another process replaced or deleted it: a text that was purged there is forgotten here.
+    The file is read again after another process replaced or deleted it, so that a text that is purged there is
+    forgotten here too.
     """
     file = _learned_file(engine, namespace)
     stamp = _stamp(file)
@@ -338,15 +359,15 @@ def learned_drift_of(engine: HFEngine, namespace: str) -> LearnedDrift | None:
             known[key] = stamp, _read_drift(file)
         learned = known[key][1]
     if changed:
-        engine.forget(namespace)  # contexts that were merged with the earlier one
+        engine.forget(namespace)  # its recent contexts were merged with the earlier drift
     return learned
 
 
 _Stamp: TypeAlias = tuple[int, int, int] | None
-"""Changes whenever a file is replaced: its inode, time and size; None where there is none."""
+"""A file's inode, modification time and size, which change when the file is replaced; None for a missing file."""
 
 _learned: WeakKeyDictionary[HFEngine, dict[tuple[str, str], tuple[_Stamp, LearnedDrift | None]]] = WeakKeyDictionary()
-"""By the digest of the fingerprint and the namespace: what the file with this stamp held."""
+"""Per engine, by the fingerprint's digest and the namespace: a file's stamp, and the drift that was read from it."""
 
 
 def _stamp(file: Path) -> _Stamp:
@@ -369,12 +390,22 @@ def learn_drift(
     seed: int,
     progress: Progress | None,
 ) -> LearnedDrift:
-    """Learn a namespace's drift, and keep it in place of an earlier one. Arguments and errors: `KVCacheMemory.learn`.
+    """Learn a namespace's drift, and save it in place of an earlier one.
 
-    `documents` are token ids by id.
+    Args:
+        engine: the model.
+        namespace: the namespace of the drift.
+        head_ids: the tokens before the documents.
+        documents: document id → token ids.
+        contexts: as for `KVCacheMemory.learn`; so are the other arguments and the errors.
+        documents_per_context: how many documents a context has.
+        seed: seeds the random choice of documents.
+        progress: called after each context.
     """
     if len(documents) < _LEAST_DOCUMENTS:
-        raise InvalidInputError(f"a drift is learned from at least {_LEAST_DOCUMENTS} documents, not {len(documents)}")
+        raise InvalidInputError(
+            f"learning a drift needs at least {_LEAST_DOCUMENTS} documents; there are {len(documents)}. Add more."
+        )
     groups = _found_together(documents, contexts, documents_per_context, random.Random(seed))
     before, start, sums = (_encode(engine, [], head_ids) if head_ids else []), len(head_ids), DriftSums()
     longest = min(_LONGEST, (engine.context_length - start) // documents_per_context)
@@ -400,23 +431,23 @@ def learn_drift(
     try:
         write_learned(file, save(tensors, about))
         with _learning:
-            _learned.setdefault(engine, {}).pop(key, None)  # read from the file, which others may write too
+            _learned.setdefault(engine, {}).pop(key, None)  # the next use reads the file, with its stamp
     except StoreUnavailableError as error:
         warnings.warn(
-            f"the drift that was learned could not be kept for later processes: {error}. "
-            "Set KVCAG_CACHE to a folder that can be written, and learn it again.",
+            f"the learned drift could not be saved for later processes: {error}. "
+            "Set KVCAG_CACHE to a writable folder, and learn it again.",
             CacheWarning,
             stacklevel=3,
         )
         with _learning:
             _learned.setdefault(engine, {})[key] = _stamp(file), learned
-    if claim is not None:  # after the file was written: a purge deletes the claim first, then the file
+    if claim is not None:  # checked after writing the file, because a purge deletes the claim first, then the file
         try:
             claim.unlink()
         except FileNotFoundError:
             forget_drift(engine, namespace, used)
             raise StoreError(
-                "a document was deleted while a drift was learned from it, so nothing is kept. Learn it again."
+                "a document was deleted while a drift was learned from it, so the drift was not saved. Learn it again."
             ) from None
     return learned
 
@@ -424,10 +455,10 @@ def learn_drift(
 def _found_together(
     documents: Mapping[str, Sequence[int]], contexts: int, size: int, draw: random.Random
 ) -> list[list[str]]:
-    """Groups of documents that are alike, as those that one question finds are.
+    """Return groups of similar documents, like those that a retriever finds for one question.
 
-    One that is drawn, and those that are most similar to it: by the cosine of their tokens' TF-IDF. Each is used once
-    before one is used again.
+    A group is a random document and those most similar to it, by the cosine of their tokens' TF-IDF vectors. Every
+    document is used once before any is used again.
     """
     names = sorted(documents)
     draw.shuffle(names)
@@ -444,7 +475,7 @@ def _found_together(
         if len(left) < 2:
             left = draw.sample(range(len(names)), len(names)) if groups else [*range(len(names))]
         similar = weights[left] @ weights[left[0]]
-        similar[0] = torch.inf  # itself
+        similar[0] = torch.inf  # the document itself comes first
         group = [left[index] for index in similar.argsort(descending=True, stable=True)[:size].tolist()]
         groups.append([names[index] for index in group])
         left = [index for index in left if index not in group]
@@ -452,13 +483,14 @@ def _found_together(
 
 
 _DRAWN = 512
-"""Documents among which similar ones are looked for."""
+"""The number of documents among which similar ones are looked for, at least."""
 
 
 def _claim(file: Path, documents: Collection[str]) -> Path | None:
-    """A file that says of which documents a drift is being learned. Who deletes one of them deletes it.
+    """Write a file that names the documents from which a drift is being learned, and return its path.
 
-    None where nothing can be written: what is learned is then known to this process alone.
+    A process that purges one of the documents deletes the file, so that the learner notices. Returns None if the
+    folder cannot be written; the drift then stays in this process.
     """
     try:
         return write_learned(file.with_suffix(f".{uuid.uuid4().hex}.claim"), json.dumps(sorted(documents)).encode())
@@ -467,7 +499,12 @@ def _claim(file: Path, documents: Collection[str]) -> Path | None:
 
 
 def forget_drift(engine: HFEngine, namespace: str, documents: Collection[str] | None = None) -> None:
-    """Delete what was or is being learned of a namespace's documents, if it is from one of these; None for any.
+    """Delete a namespace's drift, also one that is being learned, if it is learned from one of these documents.
+
+    Args:
+        engine: the model.
+        namespace: the namespace of the drift.
+        documents: document ids; None means all documents.
 
     Raises:
         StoreUnavailableError: the file cannot be deleted.
@@ -502,13 +539,13 @@ def _read_drift(file: Path) -> LearnedDrift | None:
         layers = range(len(kept) // 2)
         drift = UsualDrift([kept[f"offset.{at}"] for at in layers], [kept[f"slope.{at}"] for at in layers])
         return LearnedDrift(drift.digest, tuple(json.loads(header["documents"])), int(header["tokens"]), drift)
-    except (SafetensorError, KeyError, ValueError):  # not there, not to be read, or damaged: as if nothing was learned
+    except (SafetensorError, KeyError, ValueError):  # missing, unreadable or damaged
         return None
 
 
 _LEAST_DOCUMENTS = 10
 _LONGEST = 512
-"""Tokens of a document that are read, at most."""
+"""The most tokens that are read of one document."""
 
 
 def _usual_drift(engine: HFEngine) -> UsualDrift | None:
@@ -521,14 +558,14 @@ def _usual_drift(engine: HFEngine) -> UsualDrift | None:
     try:
         kept = load(read_learned(file))
         return UsualDrift([kept[str(index)] for index in range(len(kept))])
-    except (SafetensorError, KeyError):  # not there, not to be read, or damaged: it can be learned again
+    except (SafetensorError, KeyError):  # missing, unreadable or damaged: learn it again
         drift = _learn(engine, head, passages)
     try:
         write_learned(file, save({str(index): layer.cpu() for index, layer in enumerate(drift.layers)}))
     except StoreUnavailableError as error:
         warnings.warn(
             f"the usual drift of this model's documents could not be saved for later processes: {error}. "
-            "Each process will learn it anew; set KVCAG_CACHE to a folder that can be written.",
+            "Each process will learn it again. Set KVCAG_CACHE to a writable folder.",
             CacheWarning,
             stacklevel=2,
         )
@@ -536,13 +573,13 @@ def _usual_drift(engine: HFEngine) -> UsualDrift | None:
 
 
 def learn_on_server(engine: Engine, namespace: str) -> None:
-    """Have a server that merges learn the usual drift, in the same way, if it has not."""
+    """Let a server that merges learn the usual drift, as `usual_drift_of` does, unless it already has."""
     head = engine.template.instruction_ids(_INSTRUCTION)
     engine.learn_drift(head, _passages(engine, engine.context_length - len(head) - 1), namespace)
 
 
 def _passages(engine: Engine, room: int) -> list[tuple[int, ...]]:
-    """The tokens of as many passages as fit."""
+    """Return the token ids of as many of `PASSAGES` as fit into `room` tokens."""
     passages: list[tuple[int, ...]] = []
     for text in PASSAGES:
         ids = engine.template.encode(f"{text}\n\n")[:_TOKENS]
@@ -563,7 +600,10 @@ def _learn(engine: HFEngine, head_ids: Sequence[int], passages: list[tuple[int, 
 def _alone_and_together(
     engine: HFEngine, before: list[LayerKV], start: int, first: Sequence[int], others: Sequence[Sequence[int]]
 ) -> tuple[Layers, torch.Tensor, Layers, torch.Tensor]:
-    """The keys and values of `others`, and their positions: each alone behind `before`, then all behind `first` too."""
+    """Encode `others` twice: each alone after `before`, then all together after `before` and `first`.
+
+    Returns their keys and values, `(1, kv_heads, seq_len, head_dim)` per layer, and positions, `(seq_len,)`, of both.
+    """
     alone = concat([cut(_encode(engine, before, ids), start) for ids in others])
     together = cut(_encode(engine, before, [*first, *chain(*others)]), start + len(first))
     alone_at = torch.cat([start + torch.arange(len(ids)) for ids in others]).to(engine.device)
@@ -572,7 +612,7 @@ def _alone_and_together(
 
 
 def _encode(engine: HFEngine, before: list[LayerKV], ids: Sequence[int]) -> list[LayerKV]:
-    """Keys and values of what stood before and of `ids`. None of it is kept among the recent contexts."""
+    """Encode `ids` after `before`, and return the keys and values of both. They do not become a recent context."""
     cache = generation_cache([before] if before else [], len(ids), kinds_of(engine.model))
     engine.forward(ids, cache)
     return layers_of(cache)
@@ -644,16 +684,16 @@ PASSAGES = (
 
 
 def learned_file(kind: str, name: str) -> Path:
-    """The path of a learned file: below `KVCAG_CACHE`, or else below the user's cache folder."""
+    """Return the path of a learned file: below `KVCAG_CACHE`, or else below the user's cache folder."""
     root = os.environ.get("KVCAG_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kvcag"
     return Path(root).expanduser() / kind / name
 
 
 def write_learned(path: Path, content: bytes) -> Path:
-    """Write a file under a checksum, for this user alone, in place of an earlier one.
+    """Write a file with a checksum, readable by this user only, in place of an earlier one.
 
     Raises:
-        StoreUnavailableError: the disk is full, permission was denied.
+        StoreUnavailableError: the disk is full, or permission was denied.
     """
     with unavailable(path):
         make_private(path.parent)
@@ -663,7 +703,7 @@ def write_learned(path: Path, content: bytes) -> Path:
 
 
 def read_learned(path: Path) -> bytes:
-    """Read what `write_learned` wrote. Empty if it does not exist, cannot be read, or was cut or changed."""
+    """Read a file that `write_learned` wrote. Returns `b""` if it is missing, unreadable, cut or changed."""
     try:
         data = path.read_bytes()
     except OSError:

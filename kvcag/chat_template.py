@@ -1,8 +1,9 @@
-"""From chat messages to token ids, split where caches begin and end: head │ document … document │ tail.
+"""Turns chat messages into token ids, split where caches begin and end: head │ document … document │ tail.
 
-The chat template is rendered once with sentinels in the place of the documents and split there, so any template
-works unread. Each segment is tokenised by itself, as between line breaks: where documents stand on lines of their own,
-the ids are those of the joined text. From here on the ids are the truth, for the cached and for the uncached run alike.
+The chat template is rendered once, with a sentinel in place of each group of documents, and the text is split at the
+sentinels, so every template works (the idea is from NVIDIA's kvpress). Each segment is tokenised by itself, as if
+between line breaks: documents on lines of their own get the same token ids as in the joined text. All later steps use
+these token ids, with and without caches.
 """
 
 from __future__ import annotations
@@ -25,28 +26,29 @@ if TYPE_CHECKING:
 
 Message: TypeAlias = Mapping[str, Any]
 """`{"role": …, "content": …}`; the content is a str, None, or a list of str, `Document` and
-`{"type": "text", "text": …}` parts. A last message of the assistant with `"prefix": True` begins its answer."""
+`{"type": "text", "text": …}` parts. A last message of the assistant with `"prefix": True` is the beginning of the
+answer, which the model continues."""
 
 Seams: TypeAlias = Literal["endings", "documents", "none"]
 """How the documents of a prompt are joined: see `ChatTemplate.prompt`."""
 
 _SECRET = secrets.token_hex(8)
-"""Part of what marks places in a rendered text. No text can know it."""
+"""Part of every marker in a rendered text. It is random, so that no document can contain a marker."""
 _BREAK = f"kvcag-break-{_SECRET}"
-"""Stands in a rendered text where two tokens must not be joined."""
+"""A marker in a rendered text: the texts before and after it are tokenised separately."""
 _LIKE_CONTROL = (
     r"<[|\uff5c][^|\uff5c<>\s]{1,40}[|\uff5c]>|</?s>|<(?:bos|eos|start_of_turn|end_of_turn)>"
     r"|\[/?(?:INST|[A-Z]+_[A-Z_]+)\]"
 )
-"""What control tokens of the known model families look like."""
+"""Matches control tokens of the known model families."""
 _PROBE = "kvcag-probe-9a41"
 _ANYTHING: dict[str, Any] = {"role": "user", "content": "…"}
 _OPEN_END = f"kvcag-end-{secrets.token_hex(8)}"
-"""Stands in a rendered text at the end of an answer that is to be continued."""
+"""A marker in a rendered text: the end of an answer that the model continues."""
 _LINE, _WORD = "\n\n", "x"
-"""What a segment is tokenised behind, and before."""
+"""The texts before and after a segment while it is tokenised."""
 _SEAM = 24
-"""Characters on each side of a seam that are tokenised to see whether it changes the tokens."""
+"""How many characters on each side of a seam are tokenised to see whether the seam changes the tokens."""
 
 
 SEPARATOR = "\n\n"
@@ -54,22 +56,22 @@ SEPARATOR = "\n\n"
 
 
 def segment(text: str, separator: str = SEPARATOR) -> str:
-    """A document as it stands in a prompt: it ends with the separator, and so has the same tokens everywhere."""
+    """Return a document's text with the separator at its end, so that it has the same tokens in every prompt."""
     return text if text.endswith(separator) else text + separator
 
 
 class Document(str):
-    """A text within a message's content that is a segment of its own: encoded once, under its own content.
+    """A part of a message's content that is cached by itself, by its content.
 
     Attributes:
-        ending: follows the text where the document is kept and not in this prompt: the separator, for the last of
-            several. A prompt uses the cached document as far as it agrees.
+        ending: text that the cached document has after this text, but this prompt does not: the separator, for the
+            last of several documents. The prompt reuses the cached tokens up to the first that differs.
     """
 
     ending: str
 
     def __new__(cls, text: str, ending: str = "") -> Self:
-        """A document, and what it is kept with."""
+        """Make a document of `text`, which is cached with `ending` after it."""
         made = super().__new__(cls, text)
         made.ending = ending
         return made
@@ -80,15 +82,17 @@ class Prompt:
     """A prompt as token ids.
 
     Attributes:
-        head_ids: what stands before the documents. Empty in a prompt without documents.
+        head_ids: the tokens before the documents. Empty in a prompt without documents.
         document_ids: one tuple for each document.
-        tail_ids: what follows them, with the question and the generation prompt.
-        thinking: the generation prompt ends within a thinking block, so the answer begins in its middle.
-        documents: the documents' texts as they are kept, for the records of what was encoded.
-        ending_ids: what follows each document's tokens where it is kept, and not here. Empty where nothing does.
-        between_ids: what stands between each document and the next. Empty where all documents stand together.
-        seams: how many places are tokenised otherwise than in the joined text.
-        instruction_length: how many tokens at the beginning of `head_ids` are of system messages and tools alone.
+        tail_ids: the tokens after the documents: the question and the generation prompt.
+        thinking: the generation prompt opens a thinking block, so the answer begins inside it.
+        documents: the texts of the cached documents, for the records of their items.
+        ending_ids: for each document, the tokens that its cached form has after `document_ids`, and this prompt does
+            not. Empty if no document has any.
+        between_ids: for each document, the tokens between it and the next. Empty if all documents are adjacent.
+        seams: the number of places at which the tokens differ from those of the joined text.
+        instruction_length: the number of tokens at the beginning of `head_ids` that come from system messages and
+            tools only.
     """
 
     head_ids: tuple[int, ...]
@@ -103,12 +107,12 @@ class Prompt:
 
     @property
     def instruction_ids(self) -> tuple[int, ...]:
-        """What the system says before the documents. What users say is not part of it."""
+        """The tokens of `head_ids` that come from system messages and tools, not from other messages."""
         return self.head_ids[: self.instruction_length]
 
     @property
     def kept_ids(self) -> tuple[tuple[int, ...], ...]:
-        """Each document's tokens as they are kept."""
+        """Each document's tokens in its cached form."""
         return tuple(ids + ending for ids, ending in zip_longest(self.document_ids, self.ending_ids, fillvalue=()))
 
     @property
@@ -122,31 +126,31 @@ class Prompt:
 
     @property
     def context_ids(self) -> tuple[int, ...]:
-        """Head and documents, with what stands between them: what can be cached."""
+        """The cacheable part of the prompt: the head, the documents, and the tokens between them."""
         behind = zip_longest(self.document_ids, self.between_ids, fillvalue=())
         return tuple(chain(self.head_ids, *chain.from_iterable(behind)))
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """The whole prompt, as the model reads it."""
+        """All tokens of the prompt."""
         return self.context_ids + self.tail_ids
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, made to accept what people send.
+    """A tokenizer's chat template, which accepts more messages than the template itself.
 
-    System messages at the start are joined into one; where the template has no system role they open the first user
-    turn; where it insists on alternating roles, neighbours of the same role are joined. A tokenizer without a template
-    works as completion: the contents, joined by blank lines.
+    System messages at the start are joined into one. If the template has no system role, their text opens the first
+    user turn. If the template requires alternating roles, consecutive messages of one role are joined. Without a
+    template, the prompt is a plain completion: the contents, joined by blank lines.
 
     Args:
         tokenizer: a Hugging Face tokenizer.
-        variables: passed to every rendering, for what a template asks for: `enable_thinking=False`, or
-            `date_string="21 Nov 2026"`, without which Llama 3's template writes today's date into the head, and caches
-            made yesterday no longer match.
-        control_tokens: texts of documents, users and tools, and definitions of tools, may contain the template's
-            control tokens, such as `<|im_end|>` or `<tool_call>`, and mean them. By default they are text there, so
-            that a document cannot end its turn.
+        variables: variables for every rendering of the template, such as `enable_thinking=False`. Without
+            `date_string="21 Nov 2026"`, Llama 3's template writes today's date into the head, and yesterday's caches
+            no longer match.
+        control_tokens: control tokens such as `<|im_end|>` or `<tool_call>` take effect also in the texts of
+            documents, users and tools, and in tool definitions. By default they are plain text there, so that a
+            document cannot end its turn.
     """
 
     def __init__(
@@ -161,10 +165,10 @@ class ChatTemplate:
         self.control_tokens = control_tokens
 
     def encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of a rendered text, in which control tokens are control tokens; none are added around it.
+        """Return the token ids of a rendered text. Control tokens in it take effect; no special tokens are added.
 
         Raises:
-            InvalidInputError: the text is not Unicode: it holds half of a surrogate pair.
+            InvalidInputError: the text is not Unicode: it contains half of a surrogate pair.
         """
         check_unicode(text)
         pieces = filter(None, text.split(_BREAK))
@@ -175,24 +179,24 @@ class ChatTemplate:
         )
 
     def encode_text(self, text: str) -> tuple[int, ...]:
-        """Token ids of a document or another text that is data: what looks like a control token in it is text.
+        """Return the token ids of a document or other data, as they are between two lines of text.
 
-        They are those that the text has between two other lines.
+        Control tokens in it are plain text.
         """
         return self._between(self._as_data(text), opens=_opens(text), closes=_closes(text))
 
     def _between(self, text: str, *, opens: bool, closes: bool) -> tuple[int, ...]:
-        """Token ids of a rendered text behind a blank line if it `opens` one, and before a word if it `closes` one.
+        """Return the token ids of a rendered text after a blank line (if `opens`) and before a word (if `closes`).
 
-        Many tokenizers read the same line breaks as other tokens at the end of a text than before a word, and some
-        put a space before a text's first word.
+        Many tokenizers make other tokens of line breaks at the end of a text than of line breaks before a word, and
+        some add a space before the first word of a text.
         """
         before, after = self._line_ids if opens else (), self._word_ids if closes else ()
         ids = self.encode(f"{_LINE if before else ''}{text}{_WORD if after else ''}")
         start, end = len(before), len(ids) - len(after)
         if ids[:start] == before and ids[end:] == after:
             return ids[start:end]
-        return self.encode(text)  # the tokenizer joins it with what surrounds it
+        return self.encode(text)  # the tokenizer merges the text with the line or the word
 
     @cached_property
     def _line_ids(self) -> tuple[int, ...]:
@@ -203,12 +207,12 @@ class ChatTemplate:
         return self.encode(_LINE + _WORD)[-1:]
 
     def _as_data(self, text: str, *, said: bool = False) -> str:
-        """A text whose control tokens are broken in two: `encode` tokenises the halves apart, for any tokenizer.
+        """Return a text with a break inside each control token, so that `encode` does not see the token.
 
         Args:
-            text: what a document, a user, a system message or a tool says.
-            said: the model said it: markers of tool calls and thinking are its own. Special tokens are not: they are
-                left out of answers, so the model copied them as text.
+            text: the text of a document, a user, a system message or a tool.
+            said: the text is the model's own answer, in which markers of tool calls and thinking take effect. Special
+                tokens are broken also there: answers leave them out, so the model can only have copied them as text.
         """
         if self.control_tokens:
             return text
@@ -217,14 +221,14 @@ class ChatTemplate:
         return _BREAK.join(map(self._apart, broken.split(_BREAK))) if self._normalizes and not said else broken
 
     def _apart(self, text: str) -> str:
-        """A text with breaks wherever the tokenizer still sees a control token, as after a change of case."""
+        """Add breaks until the tokenizer, which may change the text (such as its case), sees no control token."""
         half = len(text) // 2
         if not half or self.control_ids.isdisjoint(self.tokenizer(text, add_special_tokens=False)["input_ids"]):
             return text
         return f"{self._apart(text[:half])}{_BREAK}{self._apart(text[half:])}"
 
     def _data_in(self, value: Any) -> Any:
-        """A value of a message, or a tool's definition, in which every str is data."""
+        """Apply `_as_data` to every str in a message's value or a tool's definition."""
         if isinstance(value, str):
             return self._as_data(value)
         if isinstance(value, Mapping):
@@ -233,7 +237,7 @@ class ChatTemplate:
 
     @cached_property
     def _added(self) -> dict[str, int]:
-        """The tokens that were added to the vocabulary, and their ids; empty for a server's tokenizer."""
+        """Token → id for the tokens added to the vocabulary; empty for a server's tokenizer."""
         return {str(token): id for id, token in (getattr(self.tokenizer, "added_tokens_decoder", None) or {}).items()}
 
     @cached_property
@@ -244,9 +248,9 @@ class ChatTemplate:
 
     @cached_property
     def _control(self) -> set[str]:
-        """Special tokens, and added ones that the chat template writes or that look like control tokens.
+        """Special tokens, and added tokens that the chat template writes or that look like control tokens.
 
-        Of other added tokens, such as runs of spaces or HTML tags, texts are full.
+        Other added tokens, such as runs of spaces or HTML tags, are common in ordinary texts.
         """
         template, looks = str(self.tokenizer.chat_template or ""), re.compile(_LIKE_CONTROL)
         return self._special | {
@@ -255,12 +259,12 @@ class ChatTemplate:
 
     @cached_property
     def control_ids(self) -> frozenset[int]:
-        """The ids of the tokens at which turns, and what the template writes within them, begin and end."""
+        """The ids of the control tokens, which begin and end turns, tool calls and thinking."""
         return frozenset(id for token, id in self._added.items() if token in self._control)
 
     @cached_property
     def _normalizes(self) -> bool:
-        """Whether the tokenizer finds control tokens in a changed text, such as one in lower case."""
+        """Whether the tokenizer looks for control tokens after it normalised the text, for example to lower case."""
         added = getattr(self.tokenizer, "added_tokens_decoder", None) or {}
         return any(str(token) in self._control and getattr(token, "normalized", False) for token in added.values())
 
@@ -273,7 +277,7 @@ class ChatTemplate:
         return self._any_of(self._control)
 
     def _any_of(self, tokens: set[str]) -> re.Pattern[str]:
-        """Finds any of these; also what looks like a control token, where the tokenizer does not name its tokens."""
+        """Return a pattern that finds these tokens, and lookalikes if the tokenizer does not list its added tokens."""
         longest_first = sorted((token for token in tokens if len(token) > 1), key=len, reverse=True)
         return re.compile("|".join([*map(re.escape, longest_first), "(?!)" if self._added else _LIKE_CONTROL]))
 
@@ -285,20 +289,20 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         seams: Seams = "endings",
     ) -> Prompt:
-        """Messages as ids, split around their documents.
+        """Render and tokenise messages, and split the token ids around the documents.
 
         Args:
-            messages: the conversation. Documents may be in any of them.
-            tools: shown by the template, if it shows tools.
+            messages: the conversation. Any message may contain documents.
+            tools: tool definitions, for templates that show tools.
             add_generation_prompt: open the assistant's turn.
-            seams: `"endings"`: each document is as it is kept, with its ending, also the last one. `"documents"`: the
-                last one of a group ends where the joined text's tokens differ from those that are kept. `"none"`: the
-                text is tokenised as a whole, and all documents are one, with what stands between them.
+            seams: `"endings"`: every document has the tokens of its cached form, including its ending. `"documents"`:
+                the last document of a group ends where the tokens of the joined text differ from the cached ones.
+                `"none"`: the text is tokenised as a whole, and the documents with the text between them are one.
 
         Raises:
             EmptyPromptError: there are no messages.
             UnsupportedContentError: a content part is not text.
-            ChatTemplateError: the template refuses these messages, or does not show its documents just once.
+            ChatTemplateError: the template refuses these messages, or does not show each document exactly once.
         """
         normal = [_normal(message) for message in messages]
         if not normal:
@@ -316,7 +320,7 @@ class ChatTemplate:
             if text.count(sentinel) != 1:
                 raise ChatTemplateError(
                     f"the chat template shows a {role} message {text.count(sentinel)} times, so documents cannot be "
-                    "placed in it. Put them into another message, or set another chat_template."
+                    "placed in that message. Put them into another message, or set another chat_template."
                 )
         texts = re.split("|".join(sentinels), text)
         head_ids = bos + self._between(texts[0], opens=False, closes=_closes(texts[0]))
@@ -337,7 +341,7 @@ class ChatTemplate:
     def _render_open(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, add_generation_prompt: bool
     ) -> str:
-        """`render`, but a last message that is a prefix is left open, and no turn begins behind it."""
+        """`render`, but leave the turn of a last message with `"prefix": True` open, for the model to continue."""
         last = messages[-1]
         if not (add_generation_prompt and last.get("prefix") and last["role"] == "assistant"):
             return self.render(messages, tools=tools, add_generation_prompt=add_generation_prompt)
@@ -346,20 +350,20 @@ class ChatTemplate:
         before, found, _ = text.partition(_OPEN_END)
         if not found:
             raise ChatTemplateError(
-                "the chat template does not show the answer that is to be continued. End with a user message."
+                "the chat template does not show the last message, which has prefix=True. End with a user message."
             )
         return before
 
     def _with_documents(
         self, prompt: Prompt, texts: Sequence[str], groups: Sequence[Sequence[Document]], *, whole: bool
     ) -> Prompt:
-        """A prompt with its documents.
+        """Add the documents to a prompt that has a head and a tail.
 
         Args:
-            prompt: has the head and the tail.
-            texts: what stands before, between and behind the groups, rendered.
-            groups: documents that stand together.
-            whole: the last one of a group ends where the joined text's tokens differ.
+            prompt: the prompt.
+            texts: the rendered texts before, between and after the groups.
+            groups: adjacent documents.
+            whole: end the last document of a group where the tokens of the joined text differ from the cached ones.
         """
         for number, group in enumerate(groups, start=1):
             before, behind = texts[number - 1 : number + 1]
@@ -386,7 +390,7 @@ class ChatTemplate:
         return replace(prompt, between_ids=prompt.between_ids[:-1], tail_ids=prompt.between_ids[-1])
 
     def _seams(self, pieces: Sequence[str]) -> int:
-        """Between how many neighbours of these rendered texts the tokens are not those of the joined text."""
+        """Count the pairs of adjacent texts whose tokens differ from those of the joined text."""
         seams = 0
         for left, right in pairwise(pieces):
             if left.endswith("\n") and _opens(right):
@@ -398,7 +402,7 @@ class ChatTemplate:
         return seams
 
     def verbatim(self, text: str) -> Prompt:
-        """A text that is in the model's own format already, with BOS before it where the model wants one.
+        """Tokenise a text that already has the model's own format; add BOS if the tokenizer does and it is missing.
 
         Raises:
             EmptyPromptError: the text is empty.
@@ -409,12 +413,14 @@ class ChatTemplate:
         return Prompt((), (), token_ids if token_ids[: len(bos)] == bos else bos + token_ids)
 
     def split_system(self, instruction: str | None, messages: Sequence[Message]) -> Prompt:
-        """The prompt in whose system turn documents stand after `instruction`, without the documents.
+        """Return the head and the tail of a prompt whose system turn is: `instruction`, documents, system messages.
 
-        A system message among `messages` stands after the documents, in the same turn.
+        Args:
+            instruction: the text before the documents.
+            messages: the conversation. System messages at its start stand after the documents.
 
         Raises:
-            EmptyPromptError: there is no message but system messages.
+            EmptyPromptError: there are only system messages.
             ChatTemplateError: the template refuses these messages.
         """
         opening = [f"{instruction}\n\n"] if instruction else []
@@ -429,7 +435,7 @@ class ChatTemplate:
         return Prompt(framed.head_ids, (), framed.tail_ids, framed.thinking)
 
     def instruction_ids(self, instruction: str | None) -> tuple[int, ...]:
-        """The tokens that stand before the documents: the opening of the system turn and `instruction`."""
+        """Return the tokens before the documents: the opening of the system turn and `instruction`."""
         return self.split_system(instruction, [_ANYTHING]).head_ids
 
     def render(
@@ -439,10 +445,10 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
     ) -> str:
-        """Messages as one text, for `encode`: control tokens within what users, tools and documents say are broken.
+        """Render messages as one text for `encode`, with breaks inside control tokens of users, tools and documents.
 
         Raises:
-            ChatTemplateError: the template refuses them, also after roles were joined as the class describes.
+            ChatTemplateError: the template refuses the messages, also after consecutive messages of a role are joined.
         """
         joined = _join_leading_system([self._spoken(_normal(message)) for message in messages])
         if not self.has_template:
@@ -460,7 +466,7 @@ class ChatTemplate:
                 ) from refused
 
     def _spoken(self, message: dict[str, Any]) -> dict[str, Any]:
-        """A message that is data. In what the model itself said, markers of tool calls and thinking are its own."""
+        """Apply `_as_data` to a message; in the model's own answers, markers of tool calls and thinking take effect."""
         said = message["role"] == "assistant" and isinstance(message["content"], str)
         own = {"content": self._as_data(message["content"], said=True)} if said else {}
         return {name: own[name] if name in own else self._data_in(value) for name, value in message.items()}
@@ -474,12 +480,12 @@ class ChatTemplate:
 
     @property
     def has_template(self) -> bool:
-        """Whether the tokenizer has a chat template; without one, prompts are plain completions."""
+        """Whether the tokenizer has a chat template. Without one, prompts are plain completions."""
         return bool(self.tokenizer.chat_template)
 
     @cached_property
     def has_system_role(self) -> bool:
-        """Whether a system message is rendered, and before the user's."""
+        """Whether the template renders a system message, exactly once."""
         probe = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "x"}]
         try:
             return self._apply(probe, None, True).count(_PROBE) == 1
@@ -488,12 +494,12 @@ class ChatTemplate:
 
     @cached_property
     def bos_ids(self) -> tuple[int, ...]:
-        """BOS for a completion; a chat template writes its own."""
+        """The BOS token of a plain completion; a chat template writes BOS itself."""
         return () if self.has_template else self._default_bos
 
     @cached_property
     def _default_bos(self) -> tuple[int, ...]:
-        """BOS, where the tokenizer would add it."""
+        """The BOS token, if the tokenizer adds one by default."""
         bos = self.tokenizer.bos_token_id
         return (bos,) if bos is not None and self.tokenizer("x")["input_ids"][:1] == [bos] else ()
 
@@ -514,11 +520,11 @@ class ChatTemplate:
 
 
 def as_messages(prompt: str | Sequence[Message]) -> list[Message]:
-    """A str is one user message.
+    """Return the messages as a list; a str becomes one user message.
 
     Raises:
         EmptyPromptError: the str is empty.
-        InvalidInputError: neither a str nor messages.
+        InvalidInputError: `prompt` is neither a str nor a list of messages.
     """
     if isinstance(prompt, str):
         if not prompt.strip():
@@ -530,16 +536,16 @@ def as_messages(prompt: str | Sequence[Message]) -> list[Message]:
 
 
 def check_unicode(text: str) -> None:
-    """Refuse half of a surrogate pair, which no tokenizer and no file takes.
+    """Refuse a text with half of a surrogate pair, which can be neither tokenised nor written to a file.
 
     Raises:
-        InvalidInputError: as said.
+        InvalidInputError: the text contains one.
     """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise InvalidInputError(
-            f"the text holds half of a surrogate pair at character {error.start}, which is not Unicode. Repair it: "
+            f"the text has half of a surrogate pair at character {error.start}, which is not Unicode. Repair it: "
             'text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").'
         ) from error
 
@@ -551,7 +557,7 @@ def _checked(message: object) -> Message:
 
 
 def _parts(message: Message) -> list[str]:
-    """A content as a list of str; `Document`s among them stay what they are."""
+    """Return a message's content as a list of str, in which `Document`s stay `Document`s."""
     content = message.get("content")
     if content is None:
         return []
@@ -568,38 +574,38 @@ def _parts(message: Message) -> list[str]:
         else:
             kind = part.get("type", part) if isinstance(part, Mapping) else type(part).__name__
             raise UnsupportedContentError(
-                f"a message holds content of type {kind!r}, and a text model reads text alone. "
+                f"a message has content of type {kind!r}, but a text model reads only text. "
                 "Pass {'type': 'text', 'text': …} parts."
             )
     return parts
 
 
 def _normal(message: Message) -> dict[str, Any]:
-    """A message whose content is a str, or a list of str where a `Document` is among them."""
+    """Return the message with its content as a str, or as a list of str if it contains a `Document`."""
     parts = _parts(_checked(message))
     has_document = any(isinstance(part, Document) for part in parts)
     return {**message, "content": parts if has_document else "".join(parts)}
 
 
 def _thinks(text: str, last: Message) -> bool:
-    """Whether the answer behind a rendered prompt begins within a thinking block."""
+    """Whether the answer to a rendered prompt begins inside a thinking block."""
     if last.get("prefix"):
         return "<think>" in last["content"] and "</think>" not in last["content"].rpartition("<think>")[2]
     return text.rstrip().endswith("<think>")
 
 
 def _opens(text: str) -> bool:
-    """Whether a text can begin a line without changing the line break before it."""
+    """Whether a text does not change the tokens of a line break before it."""
     return not text[:1].isspace()
 
 
 def _closes(text: str) -> bool:
-    """Whether what follows a text can change the tokens of its end."""
+    """Whether the tokens at the end of a text may depend on the next text."""
     return text[-1:].isspace()
 
 
 def _split_around(token_ids: tuple[int, ...], apart: Prompt, document: str) -> Prompt:
-    """A whole prompt, split where it stops beginning and begins ending as one that was tokenised in pieces."""
+    """Split a prompt that was tokenised as a whole: the head and the tail are the longest it shares with `apart`."""
     start = common_length(token_ids, apart.head_ids)
     end = max(start, len(token_ids) - common_length(token_ids[::-1], apart.tail_ids[::-1]))
     documents, texts = ((token_ids[start:end],), (document,)) if end > start else ((), ())
@@ -608,17 +614,17 @@ def _split_around(token_ids: tuple[int, ...], apart: Prompt, document: str) -> P
 
 
 def common_length(left: Sequence[int], right: Sequence[int]) -> int:
-    """How many tokens two sequences share at their beginning."""
+    """Return the length of the longest common prefix of two token sequences."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
 
 
 def _sentinel(group: int) -> str:
-    """Stands in a rendered text for a group of documents."""
+    """Return the marker of a group of documents in a rendered text."""
     return f"kvcag-documents-{group}-{_SECRET}"
 
 
 def _take_documents(messages: list[dict[str, Any]]) -> tuple[list[str], list[list[Document]]]:
-    """Put a sentinel in the place of each group of documents, neighbours in one message, and join the contents.
+    """Replace each group of adjacent documents with its sentinel, and join each message's content into a str.
 
     Returns the role of each group's message, and the groups.
     """
@@ -647,7 +653,7 @@ def _join_leading_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]
 
 
 def _fold_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Let what the system says open the next user turn."""
+    """Move the text of system messages to the beginning of the next user turn."""
     folded: list[dict[str, Any]] = []
     for message in messages:
         if folded and folded[-1]["role"] == "system":
@@ -663,7 +669,7 @@ def _fold_system(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _alternate(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Join neighbours of the same role; tool results and tool calls stay single."""
+    """Join consecutive messages of the same role, except tool results and tool calls."""
     joined: list[dict[str, Any]] = []
     for message in messages:
         plain = message["role"] in ("user", "assistant") and not message.get("tool_calls")

@@ -1,4 +1,4 @@
-"""Threads around one model: readers that leave, answers that take turns, work while no question is answered."""
+"""Threads around one model: cancellation, answers that take turns at the model, and work while the model is idle."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _END = object()
 
 
 async def in_thread(function: Callable[..., T], *given: Any, **named: Any) -> T:
-    """Call a blocking function in a thread of its own, and wait for it without blocking the event loop.
+    """Call a blocking function in a new thread, and wait for its result without blocking the event loop.
 
-    Cancelling the caller cancels the work (`Cancellation`), also while it waits for the model.
+    Cancelling the caller cancels the function (`Cancellation`), also while the function waits for the model.
     """
     worker = _Worker()
     try:
@@ -39,9 +39,9 @@ async def in_thread(function: Callable[..., T], *given: Any, **named: Any) -> T:
 
 
 def async_twin(method: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
-    """The asynchronous twin of a blocking method. It runs the method (or its override) in a worker thread."""
+    """Return the asynchronous twin of a blocking method. It runs the method, or its override, in a worker thread."""
 
-    @functools.wraps(method, updated=())  # without `__dict__`: an abstract method's twin is not abstract
+    @functools.wraps(method, updated=())  # not `__dict__`, which would make the twin of an abstract method abstract
     async def twin(*args: P.args, **kwargs: P.kwargs) -> T:
         owner, *rest = args
         result: T = await in_thread(getattr(owner, method.__name__), *rest, **kwargs)
@@ -52,10 +52,10 @@ def async_twin(method: Callable[P, T]) -> Callable[P, Coroutine[Any, Any, T]]:
 
 
 async def iterate(open_stream: Callable[[], Iterator[T]]) -> AsyncGenerator[T, None]:
-    """Open a stream and read it in a thread of its own.
+    """Open a stream and read it in a new thread, which ends with the stream.
 
-    Closing or cancelling stops the work: between two layers of the model, or at once while it waits for the model or
-    for a server. No thread outlives it.
+    Closing or cancelling stops the work between two layers of the model, or at once while the work waits for the model
+    or for a server.
     """
     worker = _Worker()
     step: asyncio.Future[Any] | None = None
@@ -79,9 +79,10 @@ async def iterate(open_stream: Callable[[], Iterator[T]]) -> AsyncGenerator[T, N
 
 
 class _Worker:
-    """One thread, which ends when its work is done, and the way to cancel that work.
+    """One thread, which ends after its work, with a `Cancellation` for that work.
 
-    Not the event loop's own executor: its few threads would all wait for the model where many clients ask at once.
+    The event loop's default executor does not serve: with many clients, all of its few threads would wait for the
+    model.
     """
 
     def __init__(self) -> None:
@@ -100,9 +101,9 @@ class _Worker:
 
 
 def _called(function: Callable[..., T], *given: Any, **named: Any) -> T:
-    """Call a function, and raise its error as one that a future can hold.
+    """Call a function, and turn a `StopIteration` into a `RuntimeError`.
 
-    Python before 3.12 cannot put a `StopIteration` into a future: its awaiter would wait for ever.
+    Before Python 3.12, a future cannot hold a `StopIteration`, and its awaiter would wait for ever.
     """
     try:
         return function(*given, **named)
@@ -111,7 +112,7 @@ def _called(function: Callable[..., T], *given: Any, **named: Any) -> T:
 
 
 def _close(step: asyncio.Future[Any], stream: Iterator[Any] | None) -> None:
-    """Close a stream whose reader has left, and drop what its last step ended with."""
+    """Close a stream whose reader has left, and ignore the result or the error of its last step."""
     if not step.cancelled() and step.exception() is None and stream is None:
         stream = step.result()
     if isinstance(stream, Generator):
@@ -119,14 +120,14 @@ def _close(step: asyncio.Future[Any], stream: Iterator[Any] | None) -> None:
 
 
 class Cancelled(Exception):  # noqa: N818 - a signal; nothing went wrong
-    """The reader of an answer left: the work for it stops."""
+    """Raised in the thread that works on an answer after the answer's reader has left."""
 
 
 class Cancellation:
-    """Tells the thread that works for a reader that the reader has left.
+    """Tells the thread that works on an answer that the answer's reader has left.
 
-    A generator can be closed only between two steps, and a step may take long. So the reader's thread leaves a
-    `Cancellation` in the context in which the steps run.
+    A generator can be closed only between two steps, and a step may take long. So the reader's thread puts a
+    `Cancellation` into the context in which the steps run.
     """
 
     def __init__(self) -> None:
@@ -135,7 +136,7 @@ class Cancellation:
         self._lock = threading.Lock()
 
     def cancel(self) -> None:
-        """Called by the reader: wakes everything that waits, now and from now on."""
+        """Cancel the work, and wake every thread that waits. Called by the reader's thread."""
         with self._lock:
             self._cancelled.set()
             wakers, self._wakers = self._wakers, []
@@ -153,12 +154,12 @@ class Cancellation:
             raise Cancelled
 
     def sleep(self, seconds: float) -> bool:
-        """Sleep until the time is over or the reader leaves. Returns whether the reader has left."""
+        """Sleep for `seconds`, or until the reader leaves. Returns whether the reader has left."""
         return self._cancelled.wait(seconds)
 
     @contextmanager
     def waking(self, wake: Callable[[], None]) -> Iterator[None]:
-        """While this is open, `cancel` calls `wake`, from the reader's thread."""
+        """Within it, `cancel` calls `wake`, in the reader's thread. If the reader has left already, call it now."""
         with self._lock:
             gone = self._cancelled.is_set()
             if not gone:
@@ -174,17 +175,17 @@ class Cancellation:
 
 
 CANCELLATION: ContextVar[Cancellation | None] = ContextVar("kvcag_cancellation", default=None)
-"""The current step's; None where the reader itself waits."""
+"""The cancellation of the current step; None if the step runs in the reader's own thread."""
 
 
 def cancellation() -> Cancellation:
-    """The current step's cancellation, or one that never fires."""
+    """Return the current step's cancellation, or one that never fires."""
     return CANCELLATION.get() or Cancellation()
 
 
 @contextmanager
 def holding(lock: threading.Lock) -> Iterator[None]:
-    """Hold a lock that another answer may hold for long.
+    """Hold a lock. Unlike `with lock`, waiting for it stops when the reader leaves.
 
     Raises:
         Cancelled: the reader left while this thread waited.
@@ -202,10 +203,10 @@ _POLL_SECONDS = 0.02
 
 
 def at_once(calls: Sequence[Callable[[], T]], most: int) -> list[T]:
-    """Make calls, `most` at a time, each in a thread with a copy of the caller's context, and return their results.
+    """Make calls, at most `most` at a time, each in a thread with a copy of the caller's context; return their results.
 
-    The first error is raised, and cancels the other calls (`Cancellation`). They are also cancelled when the caller's
-    reader leaves.
+    The first error is raised, and cancels the other calls (`Cancellation`). All are cancelled when the caller's reader
+    leaves.
     """
     left = Cancellation()
 
@@ -224,19 +225,18 @@ def at_once(calls: Sequence[Callable[[], T]], most: int) -> list[T]:
 
 
 _TURN_SECONDS = 0.05
-"""How long an answer keeps the model before it lets others go first: a short pass is not cut into as many turns as a
-long one has layers."""
+"""How long an answer keeps the model before it lets others go first, so that short passes are not interrupted."""
 
 _QUIET_SECONDS = 0.05
-"""Background work goes on once no answer has used the model for so long, so that it does not come between two steps."""
+"""Background work waits until no answer used the model for this time, so that it does not run between two steps."""
 
 
 class ModelLock:
-    """Hands the model to one thread at a time, in the order in which they ask.
+    """Gives the model to one thread at a time, first come, first served.
 
-    The holder of the model calls `pause` between two layers, where it lets the others go first. So a long prefill
-    delays another answer's step by one layer, and not by the whole prefill. Background work waits until no answer wants
-    the model. A thread whose reader has left (`Cancellation`) stops waiting at once.
+    The thread that holds the model calls `pause` between two layers, and lets waiting threads go first there. So a long
+    prefill delays another answer's step by about one layer, not by the whole prefill. Background work waits until no
+    answer wants the model. A thread whose reader has left (`Cancellation`) stops waiting at once.
     """
 
     def __init__(self) -> None:
@@ -250,10 +250,10 @@ class ModelLock:
 
     @contextmanager
     def acquire(self, *, background: bool = False) -> Iterator[None]:
-        """The model for this thread alone. A thread that has it may acquire it again.
+        """Within it, only this thread uses the model. A thread that holds the model may acquire it again.
 
         Args:
-            background: wait until no answer wants the model, and give it up between two layers when one does.
+            background: wait until no answer wants the model, and give it up between two layers when an answer does.
 
         Raises:
             Cancelled: the reader left while this thread waited.
@@ -268,12 +268,12 @@ class ModelLock:
             self._leave()
 
     def announce(self, seconds: float) -> None:
-        """A question is on its way: background work pauses between two layers, for so long."""
+        """Let background work pause between two layers for `seconds`, because a question is about to need the model."""
         with self._changed:
             self._quiet_until = max(self._quiet_until, time.monotonic() + seconds)
 
     def pause(self) -> None:
-        """Called between two layers: lets the threads that wait go first.
+        """Let waiting threads go first. Called between two layers.
 
         Raises:
             Cancelled: the reader of this thread's answer left.
@@ -305,7 +305,7 @@ class ModelLock:
     def _leave(self) -> None:
         with self._changed:
             if self._holder != threading.get_ident():
-                return  # cancelled while it had paused
+                return  # this thread was cancelled in `pause`, when it did not hold the model
             if not self._holds_in_background:
                 self._quiet_until = max(self._quiet_until, time.monotonic() + _QUIET_SECONDS)
             self._holder = None
@@ -317,7 +317,7 @@ class ModelLock:
         return not self._answers and self._background[0] == me and self._quiet_for() <= 0
 
     def _quiet_for(self) -> float:
-        """Seconds until background work may go on."""
+        """Return the seconds until background work may continue; negative if it may now."""
         return self._quiet_until - time.monotonic()
 
     def _wake(self) -> None:
@@ -332,17 +332,17 @@ Encode: TypeAlias = Callable[[tuple[int, ...], str], None]
 
 
 _EXIT_SECONDS = 5.0
-"""How long the process's end waits for one layer of the model."""
+"""How long the exit of the process waits for the idle thread, which stops after the current layer."""
 
 _MOST_WAITING = 64
-"""Contexts that wait to be encoded. A model that is never idle must not collect them for ever."""
+"""The most contexts in the queue, so that the queue of a model that is never idle does not grow for ever."""
 
 
 class IdleWork:
-    """A queue of contexts and the thread that works on it. Of too many, the one that waits for longest is dropped.
+    """A queue of contexts, and the thread that encodes them. A full queue drops the context that waits longest.
 
-    At exit the work stops between two layers: a thread that still computes while the interpreter goes aborts the
-    process.
+    At exit the work stops between two layers, because a thread that computes while the interpreter shuts down aborts
+    the process.
     """
 
     def __init__(self) -> None:
@@ -351,7 +351,7 @@ class IdleWork:
         self._thread: threading.Thread | None = None
 
     def encode(self, token_ids: tuple[int, ...], namespace: str, encode: Encode) -> None:
-        """Have a context encoded, unless it waits for that already. Returns at once."""
+        """Add a context to the queue, unless it is there already. Returns at once."""
         with self._lock:
             self._queue.setdefault((namespace, token_ids), Cancellation())
             if len(self._queue) > _MOST_WAITING + 1:
@@ -363,7 +363,7 @@ class IdleWork:
                 atexit.register(self._stop)
 
     def cancel(self, namespace: str | None) -> None:
-        """Drop a namespace's contexts; the one that is being encoded stops between two layers."""
+        """Drop the contexts of a namespace; None means all. The one that is being encoded stops between two layers."""
         with self._lock:
             dropped = [work for work in self._queue if namespace in (None, work[0])]
             cancelled = [self._queue.pop(work) for work in dropped]
@@ -387,7 +387,7 @@ class IdleWork:
             except Exception:  # the boundary: no caller waits for this work, so the error goes to the log
                 _log.warning("a context could not be encoded in the background", exc_info=True)
             with self._lock:
-                if self._queue.get((namespace, token_ids)) is cancellation:  # else it was cancelled and asked for again
+                if self._queue.get((namespace, token_ids)) is cancellation:  # else it was cancelled and queued again
                     del self._queue[namespace, token_ids]
 
     def _next(self) -> tuple[tuple[str, tuple[int, ...]], Cancellation] | None:

@@ -1,4 +1,4 @@
-"""MemOS-shaped configuration: the same names, so that a configuration written for it reads the same here."""
+"""Configuration with the field names of MemOS, so that a configuration written for MemOS works with kvcag."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class _LLMConfig(BaseModel):
     top_k: int = 20
     remove_think_prefix: bool = False
     model_schema: str | None = None
-    """MemOS writes its own class's name here; it is accepted and not used."""
+    """The name of MemOS's own configuration class. It is accepted and not used."""
 
     @property
     def _defaults(self) -> dict[str, Any]:
-        """The settings of every answer."""
+        """The default sampling settings of the engine."""
         return {
             "temperature": self.temperature,
             "max_new_tokens": self.max_tokens,
@@ -39,33 +39,37 @@ class _LLMConfig(BaseModel):
 
 
 class HFLLMConfig(_LLMConfig):
-    """A Hugging Face model and how it generates. `do_sample=False` is greedy.
+    """A Hugging Face model, and the sampling settings of its answers. `do_sample=False` decodes greedily.
 
-    `add_generation_prompt` exists because MemOS's configurations carry it; an answer cannot begin without one.
+    `add_generation_prompt` is accepted because MemOS's configurations have it, and must be true.
     """
 
     do_sample: bool = False
     add_generation_prompt: Literal[True] = True
 
     def engine(self) -> HFEngine:
-        """Load the model, with these settings as the engine's defaults."""
+        """Load the model, with these settings as the engine's defaults.
+
+        Raises:
+            KVCAGError: as `HFEngine.from_pretrained`.
+        """
         return HFEngine.from_pretrained(
             self.model_name_or_path, defaults={**self._defaults, "do_sample": self.do_sample}
         )
 
 
 class VLLMLLMConfig(_LLMConfig):
-    """A model on a vLLM server, and how it generates: see `VLLMEngine`. MemOS samples there; 0 is greedy."""
+    """A model on a vLLM server, and the sampling settings of its answers. `temperature=0` decodes greedily."""
 
     api_base: str = "http://localhost:8088/v1"
     api_key: str = ""
     temperature: float = Field(default=0.7, ge=0)
     enable_thinking: bool | None = None
-    """Passed to the chat template, where it is set."""
+    """Passed to the chat template unless it is None."""
 
     def engine(self) -> VLLMEngine:
-        """The server, with these settings as the engine's defaults. It need not run yet."""
-        from kvcag.engines.vllm.engine import VLLMEngine  # an extra, needed by those who have a server
+        """Return an engine over the server, with these settings as its defaults. The server need not run yet."""
+        from kvcag.engines.vllm.engine import VLLMEngine  # not above: it needs the extra `vllm`
 
         thinking = {} if self.enable_thinking is None else {"enable_thinking": self.enable_thinking}
         return VLLMEngine(
@@ -78,7 +82,7 @@ class VLLMLLMConfig(_LLMConfig):
 
 
 class ExtractorLLM(BaseModel):
-    """Which engine encodes. `huggingface_singleton` shares one engine among equal configurations."""
+    """The engine that encodes and answers. `huggingface_singleton` shares one engine among equal configurations."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -92,7 +96,7 @@ class ExtractorLLM(BaseModel):
         return made.model_validate(value)
 
     def engine(self) -> HFEngine | VLLMEngine:
-        """Load the model, or take the engine that an equal configuration loaded; or the server."""
+        """Load the model, or return the engine that an equal configuration loaded, or an engine over the server."""
         if self.backend == "huggingface" or isinstance(self.config, VLLMLLMConfig):
             return self.config.engine()
         key = self.config.model_dump_json()
@@ -104,7 +108,7 @@ class ExtractorLLM(BaseModel):
 
 
 class KVCacheMemoryConfig(BaseModel):
-    """MemOS's configuration of a `KVCacheMemory`, and what it lacks: `instruction`."""
+    """MemOS's configuration of a `KVCacheMemory`, with one more field, `instruction`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -118,5 +122,5 @@ _shared_lock = threading.Lock()
 
 
 def parse(config: KVCacheMemoryConfig | dict[str, Any]) -> KVCacheMemoryConfig:
-    """A configuration from a dict, or as it is."""
+    """Validate a configuration that is a dict; return a `KVCacheMemoryConfig` unchanged."""
     return config if isinstance(config, KVCacheMemoryConfig) else KVCacheMemoryConfig.model_validate(config)

@@ -102,7 +102,9 @@ class Sampling:
         known = {field.name for field in fields(cls)}
         unknown = sorted(settings.keys() - known)
         if unknown:
-            raise InvalidInputError(f"unknown argument {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+            raise InvalidInputError(
+                f"unknown argument {', '.join(unknown)}. Known arguments: {', '.join(sorted(known))}"
+            )
         return cls(**settings)
 
     @classmethod

@@ -134,7 +134,7 @@ class KVCacheLLM(FunctionCallingLLM):
         if unknown:
             known = sorted({*type(self).model_fields, "engine", "memory", "model_kwargs"} - _RENDERING)
             raise InvalidInputError(
-                f"unknown argument {', '.join(unknown)}; known are {', '.join(known)}. Arguments of "
+                f"unknown argument {', '.join(unknown)}. Known arguments: {', '.join(known)}. Arguments of "
                 "HFEngine.from_pretrained and of transformers, such as revision, go into model_kwargs."
             )
         rendering = sorted(name for name in _RENDERING & settings.keys() if settings[name] is not None)

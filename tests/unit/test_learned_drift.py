@@ -141,7 +141,7 @@ def test_it_may_be_learned_from_documents_that_are_not_kept(cache_folder: Path) 
 
 
 def test_few_documents_are_refused(cache_folder: Path) -> None:
-    with pytest.raises(InvalidInputError, match="at least 10 documents, not 3"):
+    with pytest.raises(InvalidInputError, match="at least 10 documents; there are 3"):
         memory_of().learn(TEXTS[:3])
 
 

@@ -203,5 +203,5 @@ def test_thinking_that_was_begun_goes_on() -> None:
 def test_an_answer_that_the_template_drops_cannot_be_continued() -> None:
     forgetful = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
     begun = {"role": "assistant", "content": "It is ", "prefix": True}
-    with pytest.raises(ChatTemplateError, match="does not show the answer that is to be continued"):
+    with pytest.raises(ChatTemplateError, match="does not show the last message, which has prefix=True"):
         template(forgetful).prompt([*as_messages("What?"), begun])

@@ -76,7 +76,7 @@ def test_bad_settings_are_refused(wrong: dict[str, object]) -> None:
 
 
 def test_an_unknown_setting_is_named() -> None:
-    with pytest.raises(InvalidInputError, match=r"unknown argument temprature; known are .*temperature"):
+    with pytest.raises(InvalidInputError, match=r"unknown argument temprature\. Known arguments: .*temperature"):
         Sampling.of(temprature=1)
 
 

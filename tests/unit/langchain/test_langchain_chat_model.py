@@ -78,7 +78,7 @@ def test_a_misspelt_setting_is_refused(tiny_engine: HFEngine) -> None:
 
 
 def test_another_models_engine_is_refused(tiny_engine: HFEngine) -> None:
-    with pytest.raises(ValidationError, match="pass one of them"):
+    with pytest.raises(ValidationError, match="Pass one of them"):
         ChatKVCAG(engine=tiny_engine, model="other/model")
 
 

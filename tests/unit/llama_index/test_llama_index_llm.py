@@ -255,7 +255,7 @@ def test_what_an_llm_cannot_be_made_from_is_refused(echo: EchoEngine) -> None:
             KVCacheLLM(engine=echo, **wrong)
     with pytest.raises(InvalidInputError, match="model= is a hub id or a folder, not int"):
         KVCacheLLM(7)
-    with pytest.raises(InvalidInputError, match=r"revision; known are .*context_window.*model_kwargs.*such as"):
+    with pytest.raises(InvalidInputError, match=r"revision\. Known arguments: .*context_window.*model_kwargs.*such as"):
         KVCacheLLM(engine=echo, revision="main")
 
 
@@ -268,7 +268,7 @@ def test_functions_that_would_take_the_chat_templates_place_are_refused(echo: Ec
 
 def test_an_unknown_setting_is_told_all_that_are_known(llm: KVCacheLLM) -> None:
     known = "max_kl.*max_new_tokens.*max_tokens.*merge_strategy.*recompute_ratio.*stop.*temperature.*tool_choice"
-    with pytest.raises(InvalidInputError, match=f"unknown argument tempo; known are .*{known}"):
+    with pytest.raises(InvalidInputError, match=f"unknown argument tempo. Known arguments: .*{known}"):
         llm.complete("x", tempo=1)
 
 
