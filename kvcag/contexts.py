@@ -1,4 +1,4 @@
-"""Documents → items → one context: found or encoded, then exact, merged, or what `auto` chooses."""
+"""Finds or encodes documents, and makes one context of them: exact, merged, or as `auto` chooses."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ from kvcag.stores.files import INSTRUCTION, WORTH_STORING, Manifest
 
 
 def reusable(documents: DocumentCache, prompt: Prompt, settings: MergeSettings) -> Mode | None:
-    """How the engine's recent contexts hold all that a prompt needs of its documents; None if they do not.
+    """Return whether the prompt's context can be reused from the engine's recent contexts, and how; None if not.
 
-    They do where the context is known exactly, and where the prompt continues a conversation over a context that was
-    merged with the same settings. Under `auto` they also do where the context was merged for this question, or refined
-    for a second one: it is being encoded in the background then, and is exact soon.
+    It can be reused if it is known exactly (`prefix`), or if the prompt continues a conversation over a context that
+    was merged with the same settings (`merged`). `auto` also reuses a context that was merged for this question before,
+    or refined for a second question: by then it is being encoded in the background, and will soon be exact.
 
-    A prompt without documents needs nothing. It is `merged` where more of it is known from a conversation whose history
-    was edited (`with_kept_history`) than exactly.
+    A prompt without documents has an empty context. It is `merged` if a conversation with an edited history
+    (`with_kept_history`) has a longer prefix of it than the exact contexts have.
     """
     engine, namespace, context_ids = documents.engine, documents.namespace, prompt.context_ids
     model = cast("HFEngine", engine)
@@ -82,12 +82,12 @@ def reusable(documents: DocumentCache, prompt: Prompt, settings: MergeSettings) 
 
 
 def context_of_prompt(documents: DocumentCache, prompt: Prompt, settings: MergeSettings) -> MergedContext:
-    """The context of a prompt with documents: reused, merged from cached documents, or encoded and kept.
+    """Return the context of a prompt with documents: reused, merged from cached documents, or encoded and stored.
 
     Args:
-        documents: where its documents are kept.
-        prompt: from `ChatTemplate.prompt`, of messages that hold documents.
-        settings: how they are put together.
+        documents: finds, encodes and stores the documents.
+        prompt: from `ChatTemplate.prompt`, of messages with documents.
+        settings: how to merge.
     """
     with documents.instruction(prompt.instruction_ids):
         return _context_of_prompt(documents, prompt, settings)
@@ -131,23 +131,23 @@ def with_kept_history(
     *,
     accept_merged: bool = False,
 ) -> MergedContext | None:
-    """A context that also holds the messages behind it that stand elsewhere in recent contexts; None if they are few.
+    """Extend a context with messages that are at other positions in recent contexts; None if too few are found.
 
-    When a history is trimmed, summarised or cleared in the middle, the messages that stay are moved to their new
-    positions, and what is new between them is computed there. Under `auto` no moved token is recomputed: the error is
-    small, and recomputing takes half as long as a full prefill (`benchmarks/edited_history.py`). The other strategies
-    do as they say.
+    When a history is trimmed, summarised or cleared in the middle, the remaining messages are moved to their new
+    positions, and new tokens between them are computed. `auto` recomputes no moved token: the error is small, and
+    recomputing takes half as long as a full prefill (`benchmarks/edited_history.py`). The other strategies recompute
+    what they always do.
 
     Args:
-        documents: whose engine and namespace.
+        documents: has the engine and the namespace.
         prompt: the prompt.
-        context: the context of its documents. None: the recent context that it begins with.
-        settings: how documents are put together.
+        context: the context of its documents. None: the longest recent context that the prompt begins with.
+        settings: how to merge.
         accept_merged: that recent context may be a merged one.
     """
     model, namespace, token_ids = cast("HFEngine", documents.engine), documents.namespace, prompt.token_ids
     if model.is_recurrent:
-        return None  # what was read in the middle of a conversation has no maps
+        return None  # tokens in the middle of a conversation have no maps of the recurrent states
     if context is None:
         recent = ReusablePrefix(Layers()).longest(model.prefixes, token_ids[:-1], namespace, merged=accept_merged)
     else:
@@ -162,7 +162,7 @@ def with_kept_history(
     try:
         with model.exclusive() as live:
             check_mergeable(live)
-    except UnsupportedModelError:  # the history is read
+    except UnsupportedModelError:  # the model reads the history again
         return None
     chosen, ratio, _ = _choose(model, token_ids, 0, settings)
     if chosen == "exact":
@@ -184,22 +184,22 @@ def with_kept_history(
 
 
 _WORTH_MOVING = 256
-"""Tokens of a history that are moved, at least, and half of those that would be read. Fewer are read, exactly."""
+"""A history is moved only if at least this many tokens, and half of the unread ones, can be moved. Reading is exact."""
 
 _LEAST_QUESTION = 32
-"""Tokens at the end of a prompt that are always read: by them, `query` chooses."""
+"""How many tokens at the end of a prompt are always read. `query` chooses tokens by their attention."""
 
 
 def is_stored_whole(documents: DocumentCache, prompt: Prompt) -> bool:
-    """Whether the store has the context of a prompt: its one document, encoded behind its instruction.
+    """Whether the store has the whole context of a prompt: one document, encoded after the prompt's instruction.
 
-    A context that is among the recent ones, or a store that cannot be read, counts as no: the engine reads the prompt.
+    False also if the context is among the recent ones, or the store cannot be read: the engine then reads the prompt.
     """
     engine, context_ids = documents.engine, prompt.context_ids
     if not engine.merges or len(prompt.document_ids) != 1:
         return False
     if cast("HFEngine", engine).is_recurrent and context_ids != (*prompt.head_ids, *prompt.kept_ids[0]):
-        return False  # its states are those after the last token that it was encoded with
+        return False  # the item's states follow its last token, and this prompt does not use all of its tokens
     if engine.known_prefix(context_ids, documents.namespace) == len(context_ids):
         return False
     try:
@@ -235,11 +235,11 @@ def context_of_items(
 def _choose(
     engine: Engine, context_ids: Ids, known: int, settings: MergeSettings
 ) -> tuple[MergeStrategy | Literal["exact"], float, str]:
-    """The strategy to use, its recompute ratio, and why, where it is not the one that was asked for."""
+    """Return the strategy, its recompute ratio, and the reason if the caller did not ask for this strategy."""
     strategy, ratio, max_kl = settings.strategy, settings.ratio, settings.max_kl
     if not engine.merges:
         asked = "" if strategy in ("exact", "auto") else f"{strategy!r} was asked for, but "
-        return "exact", 1.0, f"{asked}a server reads a prompt in order and reuses what it knows of its beginning"
+        return "exact", 1.0, f"{asked}a server reads a prompt in order and reuses the longest cached prefix"
     if strategy == "exact":
         return "exact", 1.0, ""
     if known == len(context_ids):
@@ -257,7 +257,7 @@ def _choose(
         return "exact", 1.0, f"auto: {refused}"
     calibration = calibration_of(engine)
     if calibration is None and model.is_recurrent:
-        reason = "not calibrated; kvcag.calibrate(engine, documents) measures whether merging recurrent layers serves"
+        reason = "not calibrated; kvcag.calibrate(engine, documents) measures whether recurrent layers merge well"
         return "exact", 1.0, f"auto: {reason}"
     if calibration is None:
         return "query", ratio, "auto: not calibrated; kvcag.calibrate(engine, documents) measures what merging costs"
@@ -270,15 +270,15 @@ def _choose(
 
 @dataclass(frozen=True, slots=True)
 class _Start:
-    """What a context begins with.
+    """The beginning of a context, and the counts of its report so far.
 
     Attributes:
-        token_ids: its tokens.
-        layers: their keys and values, to be read.
-        is_exact: they are what the model computes for these tokens.
-        recomputed: tokens of the context that were cached, and computed again, so far.
-        encoded: tokens of the context that were not cached, so far.
-        in_context: tokens of the documents behind it that were encoded behind another document.
+        token_ids: the tokens of the beginning.
+        layers: their keys and values, `(1, kv_heads, seq_len, head_dim)` per layer; read only.
+        is_exact: the keys and values are those that the model computes for these tokens.
+        recomputed: cached tokens of the context that were computed again.
+        encoded: tokens of the context that were not cached.
+        in_context: tokens of later documents that were encoded after another document.
     """
 
     token_ids: Ids
@@ -290,25 +290,26 @@ class _Start:
 
     @classmethod
     def prefilled(cls, engine: HFEngine, token_ids: Ids, namespace: str) -> _Start:
-        """Exact, and from now on among the recent contexts."""
+        """Prefill `token_ids`, which become a recent context."""
         known, pieces = engine.prefixes.match(token_ids, namespace)
         if known == len(token_ids) and len(pieces) == 1 and not engine.is_recurrent:
-            return cls(token_ids, pieces[0])  # it is only read
+            return cls(token_ids, pieces[0])  # no copy, because `layers` are only read
         layers, reused = engine.prefill(token_ids, namespace=namespace) if token_ids else ([], 0)
         return cls(token_ids, layers, encoded=len(token_ids) - reused)
 
     def paid(self, recomputed: int = 0, encoded: int = 0) -> _Start:
-        """The same, for which more was paid."""
+        """Return the same beginning with higher counts."""
         return replace(self, recomputed=self.recomputed + recomputed, encoded=self.encoded + encoded)
 
 
 def _recent_start(
     engine: HFEngine, prompt: Prompt, known: int, namespace: str, settings: MergeSettings
 ) -> tuple[int, list[Layers]]:
-    """How much of a context, at least its head, is used as it is, and its keys and values where they were merged.
+    """Return how many tokens at the beginning of a context are reused unchanged, and their layers if they were merged.
 
-    Of `known` tokens, which are exact, documents that they hold in part are left out. Where a conversation goes on over
-    documents that were merged with the same settings, what stands before its last group of documents is used as it is.
+    The head is always among them, and no document is cut: of the `known` exact tokens, a partial document is left out.
+    If the prompt continues a conversation over documents that were merged with the same settings, the merged tokens
+    before the last group of documents are reused. Exact tokens have no layers here: the caller prefills them.
     """
     places = prompt.document_places
 
@@ -318,7 +319,7 @@ def _recent_start(
 
     last_group = max((index for index, between in enumerate(prompt.between_ids, start=1) if between), default=0)
     if engine.is_recurrent:
-        return whole(known), []  # what goes on in the middle of a merged context has no states
+        return whole(known), []  # a merged context has recurrent states only at its end
     if last_group and engine.merge_history.continues(
         namespace, prompt.token_ids, settings, behind=len(prompt.head_ids)
     ):
@@ -332,12 +333,15 @@ def _recent_start(
 def _parts(
     engine: HFEngine, start: _Start, head_ids: Ids, found: Sequence[Item | Ids], namespace: str
 ) -> tuple[_Start, list[Part]]:
-    """Documents, and texts between them, as parts behind `start`, which may then hold the first document, too."""
+    """Return documents and the texts between them as parts after `start`.
+
+    Also returns `start`, which includes the first document if that document had to be computed again.
+    """
     digest = ids_digest(start.token_ids)
     if start.token_ids == head_ids and not isinstance(found[0], tuple) and found[0].prefix_digest != digest:
-        # Encoded behind another instruction, or behind another document. Nearly all that this costs in accuracy is the
-        # first document's exactness (benchmarks/instruction_key.py), so it is computed behind this instruction alone,
-        # and is then a recent context.
+        # The first document was encoded after another instruction or document. Nearly all of the accuracy that this
+        # costs is lost in the first document (benchmarks/instruction_key.py), so it is computed again after this
+        # instruction, and becomes a recent context.
         start_ids = (*head_ids, *found[0].token_ids.tolist())
         layers, known = engine.prefill(start_ids, namespace=namespace)
         start = replace(start, token_ids=start_ids, layers=layers)
@@ -361,7 +365,7 @@ def _parts(
 
 
 def _composes(layers: Layers, behind_the_head: bool, exact: bool) -> bool:
-    """Whether a document's states can be put behind others: not if it was cut, or encoded behind another head."""
+    """Whether a document's recurrent states can follow others: not if it was cut or encoded after another head."""
     return behind_the_head and layers.states is not None and (exact or layers.states.is_map)
 
 
@@ -380,15 +384,15 @@ def _merged(
     reason: str,
     settings: MergeSettings,
 ) -> MergedContext:
-    """Move each part to its position behind `start`, and recompute what the strategy chooses.
+    """Move each part to its position after `start`, and recompute the tokens that the strategy chooses.
 
-    Where `start` was merged before, `ratio` is the share of the tokens behind it. `exact` is for a document that stands
-    behind its instruction already.
+    If `start` is a merged context, `ratio` is the share of the tokens after it. The strategy `exact` is for one
+    document that was encoded after this instruction, which needs no change.
     """
     context_ids = (*start.token_ids, *chain.from_iterable(part.token_ids.tolist() for part in parts))
     if not start.is_exact:
         ratio *= 1 - len(start.token_ids) / len(context_ids)
-    drift = learned = None  # before the model is taken: they are found under a lock of their own
+    drift = learned = None  # looked up before the model's lock is taken, because they have their own lock
     if strategy != "full" and any(part.is_alone and not part.is_exact for part in parts):
         learned = learned_drift_of(engine, namespace)
         if learned is None and (strategy == "rotate" or int(ratio * len(context_ids)) == 0):
@@ -415,7 +419,7 @@ def _merged(
     if engine.prefixes.epoch(namespace) == epoch:
         engine.merge_history.put(namespace, context_ids, MergedBefore(merged.layout, [tuple(tail_ids)], settings))
         engine.prefixes.replace_merged(context_ids, merged.layers, namespace)
-    if engine.prefixes.epoch(namespace) != epoch:  # forgotten meanwhile
+    if engine.prefixes.epoch(namespace) != epoch:  # `forget` was called in the meantime
         engine.merge_history.clear(namespace)
     recomputed = len(merged.recomputed) + start.recomputed
     encoded = start.encoded + sum(len(part.token_ids) for part in parts if part.layers is None)
@@ -437,9 +441,9 @@ def _merged(
 def _refined(
     engine: HFEngine, context_ids: Ids, tail_ids: Ids, ratio: float, namespace: str, settings: MergeSettings
 ) -> MergedContext | None:
-    """A context that was merged for one question, refined for another; None where it is not among the recent ones.
+    """Refine a context that was merged for another question; None if it is not among the recent contexts.
 
-    From the next question on it is reused as it is, and it is encoded as a whole when the model is idle.
+    Later questions reuse the refined context unchanged. It is encoded as a whole when the model is idle.
     """
     before = engine.merge_history.get(namespace, context_ids)
     if before is None or before.settings != settings:
@@ -467,7 +471,7 @@ def _refined(
 
 
 def _beginning(item: Item, length: int) -> Item:
-    """An item's first tokens, which do not depend on those behind them."""
+    """Return the first `length` tokens of an item. They do not depend on later tokens."""
     if length == len(item.token_ids):
         return item
     assert isinstance(item, KVCacheItem)
@@ -476,7 +480,7 @@ def _beginning(item: Item, length: int) -> Item:
 
 
 def _beside(head: Sequence[LayerKV], layers: Layers, device: torch.device) -> Layers:
-    """An item's layers where the instruction's are, or on `device`: stores may hold them in the host's memory."""
+    """Move an item's layers to the devices of `head`'s layers, or else to `device`, as a store may have them on CPU."""
     wanted = head.devices if isinstance(head, Layers) and head else {device}
     if layers.states is None and layers.devices == wanted and len(wanted) == 1:
         return layers
@@ -487,7 +491,7 @@ def _beside(head: Sequence[LayerKV], layers: Layers, device: torch.device) -> La
 
 
 def _is_spread(engine: HFEngine) -> bool:
-    """Whether the model's layers are on several accelerators: where, a store does not know."""
+    """Whether the model's layers are on several accelerators. A store does not record on which."""
     places = set(getattr(engine.model, "hf_device_map", {}).values())
     return len(places - {"cpu", "disk"}) > 1
 
@@ -499,23 +503,23 @@ def _because(context: MergedContext, reason: str) -> MergedContext:
 Ids: TypeAlias = tuple[int, ...]
 
 _SERVED = "served"
-"""In the metadata of a stored `VLLMKVCacheItem`: its prompt and its tokens. A store keeps it without tensors."""
+"""A metadata key of a stored `VLLMKVCacheItem`, with the item's prompt and token ids. The item has no tensors."""
 _guard = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
 class DocumentCache:
-    """Finds, encodes and keeps the documents of one namespace. An item's id is its content key.
+    """Finds, encodes and stores the documents of one namespace. An item's id is its content key.
 
     Attributes:
         engine: the model that encodes.
-        store: where items live.
-        namespace: whose recent contexts the engine may reuse.
-        since: what the store's `deletions` were before texts were read from it: what was deleted since is not put back.
-            None: the texts come from elsewhere.
-        encoding: a lock for each document that is being looked up or encoded, by its id.
-        notices: what was said about the store.
-        instructions: ids of those of which this process has seen that the store has them.
+        store: where items are stored.
+        namespace: the namespace whose recent contexts the engine may reuse.
+        since: the value of the store's `deletions` before texts were read from the store, so that a text that is
+            deleted later is not put back. None: the texts do not come from the store.
+        encoding: a lock per document that is being looked up or encoded, by id.
+        notices: the warnings about the store that were given.
+        instructions: ids of instructions that this process has found in the store.
     """
 
     engine: Engine
@@ -527,11 +531,11 @@ class DocumentCache:
     instructions: set[str] = field(default_factory=set)
 
     def key(self, token_ids: Iterable[int]) -> str:
-        """The id under which a document is kept."""
+        """Return the id of a document, its content key."""
         return content_key(self.engine.fingerprint.digest, token_ids)
 
     def contains(self, head_ids: Ids, token_ids: Ids, behind: Behind = None) -> bool:
-        """Whether a document can be used without encoding it. A store that fails counts as no, with a warning."""
+        """Whether a document can be used without encoding it. False, with a warning, if the store fails."""
         try:
             return self._holds(head_ids, token_ids, behind)
         except StoreError as error:
@@ -539,7 +543,7 @@ class DocumentCache:
             return False
 
     def containing(self, head_ids: Ids, documents: Mapping[str, Read]) -> set[str]:
-        """Those of several documents, by id, of which `contains` is true: by a few requests to a remote store."""
+        """Return the ids of those documents for which `contains` is true, with few requests to a remote store."""
         try:
             kept = self.store.containing(documents)
             return {key for key in kept if self._fits(key, head_ids, documents[key].token_ids, documents[key].behind)}
@@ -552,7 +556,7 @@ class DocumentCache:
         return self.store.contains(key) and self._fits(key, head_ids, token_ids, behind)
 
     def _fits(self, key: str, head_ids: Ids, token_ids: Ids, behind: Behind) -> bool:
-        """Whether an item that the store has can be used without encoding it."""
+        """Whether an item in the store was encoded as needed, and a server, if there is one, still has its caches."""
         if not self.engine.still_holds((*head_ids, *token_ids), self.namespace):
             return False
         manifest = None if behind is None else self.store.manifest(key)
@@ -566,9 +570,9 @@ class DocumentCache:
         metadata: Mapping[str, Any] | None = None,
         behind: Behind = None,
     ) -> Item:
-        """Encode a document behind `head_ids` and the documents `behind`, the end of them if they are long.
+        """Encode a document after `head_ids` and the documents `behind`, of which the end is used if they are long.
 
-        It is not kept.
+        The item is not stored.
         """
         self.check_context(behind)
         room = self.engine.context_length - len(head_ids) - len(token_ids)
@@ -584,16 +588,16 @@ class DocumentCache:
         return item
 
     def check_context(self, context: object) -> None:
-        """Refuse `context` if documents of this engine that stand behind other ones are of no use elsewhere.
+        """Refuse `context` if this engine can reuse a document only after the same tokens.
 
         Raises:
-            UnsupportedModelError: as said.
+            UnsupportedModelError: `context` with a server, or with a model that has recurrent layers.
         """
         if context and (not self.engine.merges or cast("HFEngine", self.engine).is_recurrent):
             what = "a model with recurrent layers" if self.engine.merges else "a server"
             raise UnsupportedModelError(
-                f"{what} reads a document again wherever other tokens stand before it than when it was encoded. "
-                "Leave context out: documents are then encoded behind the instruction alone."
+                f"{what} encodes a document again after other tokens than those before it at first, so context is of "
+                "no use. Leave context out: documents are then encoded after the instruction only."
             )
 
     def check_item(self, item: object) -> None:
@@ -621,14 +625,14 @@ class DocumentCache:
         metadata: Mapping[str, Any] | None = None,
         behind: Behind = None,
     ) -> tuple[Item, bool]:
-        """The document's item, and whether this call encoded and kept it.
+        """Return the document's item, and whether this call encoded it.
 
-        An item serves whatever it was encoded behind, unless `behind` is given: then one that was encoded behind
-        something else is encoded again, in its place.
+        Without `behind`, a stored item is used no matter what it was encoded after. With `behind`, an item that was
+        encoded after something else is encoded again and replaced.
 
-        Of several threads that need a document at once, the first encodes it. An item that is damaged, foreign or out
-        of reach is encoded again, and one that cannot be stored is used all the same, with one `CacheWarning` about it.
-        One that is deleted meanwhile is used and not kept.
+        If several threads need a document at once, the first encodes it. If the stored item is damaged, unreachable or
+        of another model, the document is encoded again; if an item cannot be stored, it is used all the same. Either
+        case gives one `CacheWarning`. An item that is deleted in the meantime is used and not stored.
         """
         key = self.key(token_ids)
         trouble: list[tuple[str, Exception]] = []
@@ -642,7 +646,7 @@ class DocumentCache:
                 replaced = None if behind is None else self.store.manifest(key)
             except (StoreError, FingerprintMismatchError, InvalidInputError) as damaged:
                 trouble.append(("encoding a document again", damaged))
-            if replaced is not None:  # a corpus may have labelled it
+            if replaced is not None:  # keep the labels that `sync` wrote
                 metadata = {**replaced.metadata, **(metadata or {})}
             with self.keeping(token_ids, text, with_names(metadata or {}, behind)):
                 item = self.encode(head_ids, token_ids, text, metadata, behind)
@@ -657,10 +661,10 @@ class DocumentCache:
 
     @contextmanager
     def instruction(self, token_ids: Ids) -> Iterator[None]:
-        """Within it, an instruction that the store has is among the recent contexts. At its end the store has it.
+        """Make a stored instruction a recent context on entry, and store the instruction on exit.
 
-        Short ones are not stored, nor are any in a store that quantises, where they would not be exact. A server keeps
-        its own, and where a model's layers stand on several accelerators, a store cannot say.
+        Nothing is stored if the instruction is short, if the store quantises (the instruction would not be exact), if
+        the engine is a server, or if the model's layers are on several accelerators, which a store does not record.
         """
         model = cast("HFEngine", self.engine)
         is_stored = len(token_ids) >= WORTH_STORING and model.merges and self.store.is_exact
@@ -683,7 +687,7 @@ class DocumentCache:
             self.warn("an instruction was read and not kept", full)
 
     def _recall(self, model: HFEngine, key: str, token_ids: Ids) -> bool:
-        """Take an instruction from the store if it is not among the recent contexts. Returns whether it is there."""
+        """Load an instruction from the store unless it is a recent context. Returns whether the store has it."""
         epoch = model.epoch(self.namespace)
         if model.known_prefix(token_ids, self.namespace) == len(token_ids) and key in self.instructions:
             return True
@@ -709,23 +713,23 @@ class DocumentCache:
     def keeping(
         self, token_ids: Ids, text: str, metadata: Mapping[str, Any] | None = None
     ) -> AbstractContextManager[None]:
-        """Within it, a document is encoded and put. If it is deleted meanwhile, it does not come back."""
+        """Within it, a document is encoded and put. If it is deleted in the meantime, `put` does not store it."""
         records = KVCacheRecords(text_memories=[text], composed_text_memory=text)
         metadata = {"source_text": text, **(metadata or {})}
         item = EncodedItem(id=self.key(token_ids), records=records, metadata=metadata)
         return self.store.keeping(item, self.since)
 
     def warn(self, what: str, error: Exception) -> None:
-        """Say that a store failed, once about each damaged item, and once about a store that is gone."""
+        """Warn that a store failed: once per damaged item, and once per store that is unreachable."""
         is_gone = isinstance(error, StoreUnavailableError)
         self.notices.once(f"{what}: {error}", CacheWarning, f"{self.store.place} is gone" if is_gone else str(error))
 
     def _lock_of(self, key: str) -> threading.Lock:
         with _guard:
-            return self.encoding.setdefault(f"{os.getpid()} {key}", threading.Lock())  # not the lock before a fork
+            return self.encoding.setdefault(f"{os.getpid()} {key}", threading.Lock())  # after a fork, another lock
 
     def put(self, item: Item) -> None:
-        """Keep an item. Its owner may go on writing to it."""
+        """Store an item. The caller may continue to write to its `memory`: the store has its own cache object."""
         if isinstance(item, KVCacheItem):
             self.store.put(item.model_copy(update={"memory": share(item.memory)}))
             return
@@ -742,7 +746,7 @@ class DocumentCache:
         )
 
     def update(self, id: str, metadata: Mapping[str, Any]) -> None:
-        """Change an item's metadata, if the item is there."""
+        """Add metadata to a stored item. Does nothing if the item is missing."""
         manifest = self.store.manifest(id)
         if manifest is None:
             return
@@ -752,12 +756,12 @@ class DocumentCache:
                 self.store.put(stored.model_copy(update={"metadata": {**stored.metadata, **metadata}}))
 
     def get(self, id: str) -> Item | None:
-        """The item, or None. Generating with its `memory` leaves the stored item as it is."""
+        """Return the item, or None. Generating with its `memory` does not change the stored item."""
         item = self.stored(id)
         return item.model_copy(update={"memory": share(item.memory)}) if isinstance(item, KVCacheItem) else item
 
     def stored(self, id: str) -> Item | None:
-        """The item, or None, to be read: what is generated into its `memory` would be in the store."""
+        """Return the stored item itself, or None, for reading only: generating with its `memory` would change it."""
         stored = self.store.get(id)
         if stored is None or _SERVED not in stored.metadata:
             return stored
@@ -775,9 +779,9 @@ class DocumentCache:
         )
 
     def warn_if_foreign(self) -> None:
-        """Warn if another model made what the store holds: it stays as it is and is not used.
+        """Warn if the store's items were made by another model, since they are not used then.
 
-        Looks at a few items, and is silent where one of them fits: models may share a store.
+        Looks at 8 items, and does not warn if one of them fits, because models may share a store.
         """
         own = self.engine.fingerprint
         try:
@@ -796,11 +800,11 @@ class DocumentCache:
 
 
 Behind: TypeAlias = "Sequence[Read] | None"
-"""What a document is encoded behind, after the instruction. Empty: nothing. None: it does not matter."""
+"""The documents between the instruction and a document while it is encoded. Empty: none. None: any are accepted."""
 
 
 class Read(NamedTuple):
-    """A document, and what it is to be encoded behind."""
+    """A document, and the documents after which it is to be encoded."""
 
     token_ids: Ids
     text: str
@@ -809,16 +813,16 @@ class Read(NamedTuple):
 
 
 def _names(behind: Behind) -> list[str]:
-    """The text and the sources of what a document is encoded behind."""
+    """Return the texts and the sources of the documents in `behind`."""
     return [name for one in behind or () for name in (one.text.strip(), *sorted(sources_of(one.metadata)))]
 
 
 def with_names(metadata: Mapping[str, Any], behind: Behind) -> dict[str, Any]:
-    """Metadata of a document that is encoded behind other ones: `purge` reaches it by them."""
+    """Add the names of the documents in `behind` to a document's metadata, so that `purge` finds it by them."""
     kept = {name: value for name, value in metadata.items() if name != ENCODED_BEHIND or behind is None}
     return {**kept, ENCODED_BEHIND: _names(behind)} if behind else kept
 
 
 def same_ids(items: Sequence[Item]) -> Ids:
-    """The items' tokens, one after another."""
+    """Return the concatenated token ids of items."""
     return tuple(chain.from_iterable(item.token_ids.tolist() for item in items))
