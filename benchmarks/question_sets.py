@@ -13,6 +13,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -40,15 +41,16 @@ class Question:
 def musique(data: Path, docs: int, words: int) -> list[Question]:
     """From a JSON list of {"question": …, "answers": […], "ctxs": [{"text": …}, …]}: the first passages of each.
 
-    Before a passage stands the first passage of the next question, as some other passage of the collection.
+    Where a question has fewer, those of the next questions follow. Before a passage stands the first passage of the
+    next question, as some other passage of the collection.
     """
     rows = json.loads(data.read_text())
-    passages = [[" ".join(ctx["text"].split()[:words]) for ctx in row["ctxs"][:docs]] for row in rows]
+    passages = [[" ".join(ctx["text"].split()[:words]) for ctx in row["ctxs"]] for row in rows]
     return [
         Question(
             f"Summarize the passages, then answer: {row['question']}",
             row["answers"],
-            passages[number],
+            list(islice(chain(*passages[number:], *passages), docs)),
             [passages[(number + 1) % len(rows)][0]] * docs,
         )
         for number, row in enumerate(rows)

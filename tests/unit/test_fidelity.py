@@ -78,6 +78,17 @@ def test_questions_over_pythons_reference_come_with_chunks_of_it(sets: Any) -> N
     assert questions == sets.reference(4, 60)
 
 
+def test_a_question_with_too_few_passages_gets_those_of_the_next_questions(sets: Any, tmp_path: Path) -> None:
+    rows = [
+        {"question": f"{name}?", "answers": [name], "ctxs": [{"text": f"{name} one"}, {"text": f"{name} two"}]}
+        for name in ("Ada", "Eve")
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    first, last = sets.musique(tmp_path / "data.json", 3, 2)
+    assert first.documents == ["Ada one", "Ada two", "Eve one"]
+    assert last.documents == ["Eve one", "Eve two", "Ada one"]
+
+
 def test_a_chunk_knows_what_stands_before_it_in_its_source(sets: Any) -> None:
     source = "One is first.\n\nTwo is second.\n\nThree is third."
     [question] = sets.over([source, "Nothing."], [("three third", "third")], 2, 3)
