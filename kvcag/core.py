@@ -1,4 +1,4 @@
-"""The data that flows: items, contexts, reports and answers. Read this first."""
+"""The data types: items, contexts, reports and answers. Read this first."""
 
 from __future__ import annotations
 
@@ -24,12 +24,18 @@ def _new_id() -> str:
 
 
 def ids_digest(token_ids: Iterable[int]) -> str:
-    """SHA-256, in hex, of a sequence of token ids."""
+    """Return the SHA-256, in hex, of a sequence of token ids."""
     return hashlib.sha256(b"".join(int(i).to_bytes(4, "little") for i in token_ids)).hexdigest()
 
 
 class ActivationMemoryItem(BaseModel):
-    """A memory in the form in which a model uses it."""
+    """The base of items, named after MemOS's class: a memory in the form in which a model uses it.
+
+    Attributes:
+        id: a UUID, unless another id is given.
+        memory: the form for the model, such as a cache.
+        metadata: free, and must be JSON to be stored.
+    """
 
     model_config = _Memory
 
@@ -39,14 +45,15 @@ class ActivationMemoryItem(BaseModel):
 
 
 class EncodedItem(ActivationMemoryItem):
-    """One text as a model keeps it. `id` is the content key unless another id is given.
+    """One encoded text. `id` is the content key unless another id is given.
 
     Attributes:
-        records: the texts it was made from.
-        token_ids: 1-D int64, the text's tokens, in order.
-        fingerprint: the model that made it; None for an empty item.
-        base_position: the position of its first token: how many tokens stood before it.
-        prefix_digest: `ids_digest` of those tokens. Behind the same prefix, the first document of a context is exact.
+        records: the texts that the item was made from.
+        token_ids: the text's tokens, int64 `(seq_len,)`.
+        fingerprint: the model that made the item; None for an empty item.
+        base_position: the position of the first token, which is the length of the prefix.
+        prefix_digest: `ids_digest` of the prefix, the tokens before the text while it was encoded. The first document
+            of a context is exact if the context has the same prefix.
     """
 
     records: KVCacheRecords = Field(default_factory=KVCacheRecords)
@@ -65,7 +72,7 @@ class EncodedItem(ActivationMemoryItem):
 
     @property
     def content_key(self) -> str:
-        """`content_key` of its tokens under its model."""
+        """`content_key` of the item's tokens and model."""
         return content_key(self.fingerprint.digest if self.fingerprint else "", self.token_ids.tolist())
 
     def __repr__(self) -> str:
@@ -79,12 +86,12 @@ class EncodedItem(ActivationMemoryItem):
 
 
 class KVCacheItem(EncodedItem):
-    """One text's keys and values.
+    """The keys and values of one text.
 
     Attributes:
-        memory: the keys and values of the text alone, `(1, kv_heads, seq_len, head_dim)` a layer, in the model's
-            dtype. What stood before it while it was encoded is not in it.
-        is_exact: `memory` is bit for bit what the model computed; False once it was quantised at rest.
+        memory: the keys and values of the text, without its prefix: `(1, kv_heads, seq_len, head_dim)` per layer, in
+            the model's dtype.
+        is_exact: `memory` is bit for bit what the model computed; False if a store quantised it.
     """
 
     memory: DynamicCache = Field(default_factory=DynamicCache)
@@ -94,15 +101,15 @@ class KVCacheItem(EncodedItem):
     def _check_lengths(self) -> Self:
         length = self.memory.get_seq_length()
         if length != len(self.token_ids):
-            raise ValueError(f"memory holds {length} tokens and token_ids {len(self.token_ids)}: they must agree")
+            raise ValueError(f"memory has {length} tokens and token_ids {len(self.token_ids)}: they must be equal")
         return self
 
 
 class VLLMKVCacheItem(EncodedItem):
-    """One text whose keys and values a server keeps: what is needed to send it again.
+    """One text whose keys and values a server has. The item has the prompt, to send it again.
 
     Attributes:
-        memory: the prompt that the server was sent: what stood before the text, and the text.
+        memory: the prompt that was sent to the server: the prefix and the text.
     """
 
     memory: str = ""
@@ -113,7 +120,13 @@ Item: TypeAlias = KVCacheItem | VLLMKVCacheItem
 
 
 class TextualMemoryItem(BaseModel):
-    """A memory as plain text: what caches are made from, and what they go back to."""
+    """A memory as plain text, named after MemOS's class: the source of an item.
+
+    Attributes:
+        id: a UUID, unless another id is given.
+        memory: the text.
+        metadata: a dict or a pydantic model. The item takes it over.
+    """
 
     model_config = _Memory
 
@@ -123,10 +136,10 @@ class TextualMemoryItem(BaseModel):
 
 
 def content_key(model_digest: str, token_ids: Iterable[int]) -> str:
-    """`kv:sha256:…`: the same for the same tokens under the same model, whatever stood before them.
+    """Return `kv:sha256:…`, which depends on the model and the tokens, and not on the prefix.
 
-    What stood before them is in `prefix_digest`, which decides whether a use of the item is exact. Leaving it out of
-    the key lets every door find what another one encoded (`benchmarks/instruction_key.py` has what that costs).
+    The prefix is in `prefix_digest`, which decides whether a use of the item is exact. Without it in the key, all
+    entry points find each other's items (`benchmarks/instruction_key.py` measures what that costs in accuracy).
     """
     return "kv:sha256:" + hashlib.sha256(f"{model_digest}{ids_digest(token_ids)}".encode()).hexdigest()
 
@@ -137,29 +150,31 @@ def _shortened(text: str, length: int = 40) -> str:
 
 
 MergeStrategy: TypeAlias = Literal["rotate", "anchor", "deviation", "query", "full"]
-"""Which tokens a merge recomputes. `rotate`: none. `anchor`: the first ones of each document. `deviation`: those whose
-keys and values change most. `query`: those that the question attends to most. `full`: all."""
+"""Which tokens a merge recomputes. `rotate`: none. `anchor`: the first tokens of each document (as in EPIC).
+`deviation`: the tokens whose keys and values change most (as in CacheBlend). `query`: the tokens that the question
+attends to most. `full`: all."""
 
 Strategy: TypeAlias = Literal["auto", "exact"] | MergeStrategy
-"""How documents are put together: see `KVCacheMemory.merge`."""
+"""How documents are merged: see `KVCacheMemory.merge`."""
 
 STRATEGIES: tuple[str, ...] = ("auto", "exact", *get_args(MergeStrategy))
 
 DEFAULT_RATIO = 0.2
-"""The recompute ratio of `query`: the share of context tokens that a merge computes again."""
+"""The default recompute ratio: the share of context tokens that a merge recomputes."""
 
 MAX_KL = 0.05
-"""Nats per token that `auto` lets a merged context be off, on the calibration's probes."""
+"""The default limit of `auto`: the largest KL divergence from a full prefill on the calibration's probes, in nats per
+token."""
 
 
 @dataclass(frozen=True, slots=True)
 class MergeSettings:
-    """How the documents of a question are to be put together.
+    """How to merge the documents of a question.
 
     Attributes:
         strategy: see `KVCacheMemory.merge`.
         ratio: the recompute ratio, in [0, 1].
-        max_kl: what `auto` allows, in nats per token.
+        max_kl: the limit of `auto`, in nats per token.
 
     Raises:
         InvalidInputError: an unknown strategy, or a value out of range.
@@ -180,26 +195,27 @@ class MergeSettings:
 
 
 Mode = Literal["prefix", "merged", "encoded"]
-"""`prefix`: the context begins as an earlier one did, and that part was reused. `merged`: documents encoded one by one
-were put together. `encoded`: nothing could be reused."""
+"""`prefix`: the longest known prefix was reused, exactly. `merged`: documents that were encoded separately were merged.
+`encoded`: nothing could be reused."""
 
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """What was reused and what was paid for. All counts are tokens of the context: instruction and documents.
+    """How a context was made. All counts are tokens of the context: instruction and documents.
 
     `reused_tokens + recomputed_tokens + encoded_tokens == context_tokens`.
 
     Attributes:
-        mode: how the context was made.
+        mode: see `Mode`.
         strategy: the strategy that was used.
         context_tokens: the length of the context.
-        reused_tokens: taken from caches.
-        recomputed_tokens: cached, and computed again for this question.
-        encoded_tokens: not cached before.
+        reused_tokens: tokens taken from caches.
+        recomputed_tokens: cached tokens that were computed again for this question.
+        encoded_tokens: tokens that were not cached before.
         reason: why this strategy was used, if the caller did not ask for it.
         drift: the digest of the learned drift that was added (`KVCacheMemory.learn`); empty if none was.
-        in_context_tokens: of documents that were encoded behind another document and could not stay exact.
+        in_context_tokens: tokens of merged documents that were encoded after another document (`context` of
+            `KVCacheMemory.add`).
     """
 
     mode: Mode
@@ -214,26 +230,26 @@ class MergeReport:
 
     @property
     def is_exact(self) -> bool:
-        """The context is what a full prefill computes."""
+        """Whether the context equals that of a full prefill."""
         return self.mode != "merged"
 
     @property
     def paid_tokens(self) -> int:
-        """Tokens that went through the model."""
+        """The tokens that the model computed."""
         return self.recomputed_tokens + self.encoded_tokens
 
     def as_dict(self) -> dict[str, Any]:
-        """The report for JSON: its attributes and `is_exact`."""
+        """Return the report for JSON: its attributes and `is_exact`."""
         return {**asdict(self), "is_exact": self.is_exact}
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class ReadTail:
-    """A question that was read behind a context.
+    """The tail of a prompt, prefilled after a context.
 
     Attributes:
-        cache: its keys and values alone, rotated to their positions.
-        logits: after its last token, `(1, vocabulary)`.
+        cache: the tail's keys and values, without the context: `(1, kv_heads, tail_len, head_dim)` per layer.
+        logits: the logits of the last token, `(1, vocabulary)`.
     """
 
     cache: DynamicCache
@@ -242,16 +258,17 @@ class ReadTail:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class MergedContext:
-    """Instruction and documents as one cache, and what remains to be prefilled.
+    """Instruction and documents as one cache, and the tail of the prompt, which remains to be prefilled.
 
     Attributes:
-        cache: keys and values of instruction and documents; the caller's own, it shares no memory with the store.
-        token_ids: 1-D int64, every token in `cache`, in order.
-        tail_ids: 1-D int64, the rest of the template: it closes the documents' turn and holds the question and the
+        cache: keys and values of instruction and documents, `(1, kv_heads, seq_len, head_dim)` per layer, in the
+            model's dtype. The caller owns it: it shares no memory with the store.
+        token_ids: the tokens in `cache`, int64 `(seq_len,)`.
+        tail_ids: the tokens after the documents, int64 `(tail_len,)`: the end of their turn, the question and the
             generation prompt.
-        report: how it was made.
-        fingerprint: the model it belongs to.
-        read: `tail_ids` behind the context, where they were read when it was merged: then nothing remains.
+        report: how the context was made.
+        fingerprint: the model that made it.
+        read: the prefilled tail, if the merge prefilled it; else None.
     """
 
     cache: DynamicCache
@@ -271,7 +288,7 @@ class MergedContext:
 
 @dataclass(frozen=True, slots=True, repr=False)
 class ServedContext(MergedContext):
-    """Instruction and documents as the prompt of a server, which keeps the keys and values itself: `cache` is empty.
+    """Instruction and documents as a prompt for a server, which has the keys and values. `cache` is empty.
 
     Attributes:
         prompt: the text of `token_ids`: instruction and documents, in order.
@@ -281,12 +298,12 @@ class ServedContext(MergedContext):
 
 
 class ContextPrompt(str):
-    """A context as text, for a server that keeps its keys and values. It knows its tokens, as a `ContextCache` does.
+    """A context as text, for a server that has its keys and values: a server's `ContextCache`.
 
     Attributes:
-        token_ids: 1-D int64, the tokens that the server is sent; the text is for people.
-        fingerprint: the model it belongs to.
-        messages: the chat messages it is the closed turns of; None where its last turn is open.
+        token_ids: the tokens that are sent to the server, int64 `(seq_len,)`. The text is for people.
+        fingerprint: the server's model.
+        messages: the chat messages that make the context, if each of them is a complete turn; else None.
     """
 
     token_ids: torch.Tensor
@@ -301,7 +318,7 @@ class ContextPrompt(str):
         fingerprint: ModelFingerprint,
         messages: list[dict[str, Any]] | None = None,
     ) -> Self:
-        """A text with its tokens."""
+        """Make a context of a text and its tokens."""
         made = cls(text)
         made.token_ids = torch.tensor(token_ids, dtype=torch.long)
         made.fingerprint = fingerprint
@@ -315,16 +332,16 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What one answer took. Counts are tokens; times are seconds.
+    """The tokens and the time of one answer. Counts are tokens; times are seconds.
 
     Attributes:
-        prompt_tokens: the whole logical prompt, cached or not.
-        cached_tokens: those whose keys and values were reused.
-        created_tokens: those encoded in this call and kept for the next.
-        completion_tokens: generated, with the end-of-sequence token.
+        prompt_tokens: tokens of the whole prompt, cached or not.
+        cached_tokens: prompt tokens whose keys and values were reused.
+        created_tokens: prompt tokens that were encoded in this call and cached for later calls.
+        completion_tokens: generated tokens, including the end-of-sequence token.
         ttft_s: from the call to the first token.
-        total_s: from the call to the end.
-        context: how the documents' context was made, where there were documents.
+        total_s: from the call to the end of the answer.
+        context: how the documents' context was made; None without documents.
     """
 
     prompt_tokens: int
@@ -337,11 +354,11 @@ class Usage:
 
     @property
     def total_tokens(self) -> int:
-        """Prompt and answer."""
+        """Tokens of prompt and answer."""
         return self.prompt_tokens + self.completion_tokens
 
     def as_dict(self) -> dict[str, Any]:
-        """The usage for JSON: its attributes and `total_tokens`; `context` as `MergeReport.as_dict`."""
+        """Return the usage for JSON: its attributes and `total_tokens`; `context` as `MergeReport.as_dict`."""
         context = self.context and self.context.as_dict()
         return {**asdict(self), "total_tokens": self.total_tokens, "context": context}
 
@@ -356,10 +373,16 @@ class TokenScore:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A piece of an answer. The last one has `finish_reason` and `usage`, and whatever text was held back.
+    """A piece of an answer.
 
-    `thinking` is the piece of `<think>…</think>` that `strip_thinking` left out of the text. `scores` has the token's
-    log-probability, and then those of the likeliest tokens at its place, if `Sampling.top_logprobs` asked for them.
+    Attributes:
+        text: the text of this piece. Text that may become a stop string is held back for a later piece.
+        token_ids: the tokens that were generated for this piece.
+        finish_reason: set in the last piece only.
+        usage: set in the last piece only.
+        thinking: the part of `<think>…</think>` that `strip_thinking` left out of `text`.
+        scores: the log-probability of the token, then those of the likeliest tokens in its place, if
+            `Sampling.top_logprobs` asks for them.
     """
 
     text: str
@@ -378,9 +401,9 @@ class Answer:
     """A whole answer. `str(answer)` is its text.
 
     Attributes:
-        text: what the model said.
-        usage: what it took.
-        finish_reason: why it ended.
+        text: the text that the model generated.
+        usage: the tokens and the time of the answer.
+        finish_reason: why the answer ended.
     """
 
     text: str
@@ -389,7 +412,7 @@ class Answer:
 
     @classmethod
     def of(cls, chunks: Iterable[Chunk]) -> Answer:
-        """The answer whose pieces these are."""
+        """Join the pieces of an answer."""
         text, last = "", None
         for last in chunks:
             text += last.text

@@ -1,4 +1,4 @@
-"""Texts of documents: of a str, several, a conversation, or another library's document."""
+"""Reads the text and the metadata of a str, a conversation, or a document of another library."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Texts: TypeAlias = str | Sequence[str] | Sequence[Message]
 
 
 def texts_of(text: Texts) -> list[str]:
-    """The texts, one for each message of a conversation."""
+    """Return a list of texts; a chat message becomes `role: content`."""
     if isinstance(text, str):
         return [text]
     return [part if isinstance(part, str) else _line(part) for part in text]
@@ -29,10 +29,10 @@ def _line(message: Message) -> str:
 
 
 def documents_of(documents: object) -> list[Any]:
-    """One document or several as a list. A str is one document, and so is an object that has a text.
+    """Return one or several documents as a list. A str is one document, and so is an object that has a text.
 
     Raises:
-        InvalidInputError: neither a document nor an iterable of documents.
+        InvalidInputError: `documents` is neither a document nor an iterable.
     """
     if isinstance(documents, str | EncodedItem | Mapping) or _has_text(documents):
         return [documents]
@@ -42,10 +42,12 @@ def documents_of(documents: object) -> list[Any]:
 
 
 def text_and_metadata(memory: object) -> tuple[str, dict[str, Any]]:
-    """The text and the metadata of a str, a `Document`, a textual memory, or a node as LlamaIndex shows it to an LLM.
+    """Return the text and the metadata of a str, a LangChain `Document`, a textual memory or a LlamaIndex node.
+
+    The text of a node is the one that LlamaIndex shows to an LLM.
 
     Raises:
-        InvalidInputError: it has no text, or one that is not Unicode.
+        InvalidInputError: the object has no text, or the text is not Unicode.
     """
     text = _text_of(memory)
     check_unicode(text)
@@ -69,10 +71,10 @@ def _text_of(memory: object) -> str:
 
 
 def as_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Metadata in the types of JSON; dates and paths become str.
+    """Convert metadata to JSON types; dates and paths become str.
 
     Raises:
-        InvalidInputError: a key is not a str or a number, or a value contains itself.
+        InvalidInputError: a key is neither a str nor a number, or a value contains itself.
     """
     try:
         return dict(json.loads(json.dumps(metadata, default=str)))
@@ -81,11 +83,11 @@ def as_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _TEXT_FIELDS = ("page_content", "memory")
-"""Where LangChain's documents, and MemOS's and our own textual memories, have their text."""
+"""The attributes with the text: of LangChain's documents, and of textual memories of MemOS and kvcag."""
 
 
 def _has_text(value: object) -> bool:
-    """LlamaIndex's nodes have `get_content`."""
+    """Whether an object has a text. LlamaIndex's nodes have the method `get_content`."""
     return callable(getattr(value, "get_content", None)) or any(hasattr(value, field) for field in _TEXT_FIELDS)
 
 

@@ -4,39 +4,39 @@
 KVCAGError
 ├── InvalidInputError (ValueError)          a wrong argument
 │   └── EmptyPromptError                    nothing to encode
-├── PromptError                             this model cannot take this prompt; no ValueError: LlamaIndex swallows those
+├── PromptError                             this model cannot take this prompt
 │   ├── ContextLengthError                  prompt + max_new_tokens exceed the model's context
 │   │   └── CorpusLengthError               … because of the texts that a cube put into it
 │   ├── ChatTemplateError                   the chat template cannot render these messages
 │   ├── UnsupportedContentError             images, audio, … in a message
 │   └── ConstraintError                     a schema, regex or grammar that cannot be used
 │       └── ConstraintBudgetError           its shortest completion does not fit max_new_tokens
-├── CacheMismatchError (ValueError)         a cache was used with something it was not made for
+├── CacheMismatchError (ValueError)         a cache does not fit the model or the prompt
 │   ├── FingerprintMismatchError            … another model, dtype, adapter or template
 │   └── TokenMismatchError                  … other token ids
 ├── UnsupportedModelError                   this model's cache cannot be reused or merged
 ├── UnknownItemError (LookupError)          no item with these ids
-├── StoreError                              where items live
-│   ├── CorruptItemError                    cut, flipped or half written
-│   ├── FormatError                         not a file of ours, or of a newer version
-│   │   └── UnsafePickleError               a pickle that calls something unknown
-│   ├── StoreFullError                      larger than the store's budget
-│   ├── StoreUnavailableError (OSError)     disk full, permission denied, remote gone
+├── StoreError                              a store failed
+│   ├── CorruptItemError                    an item was cut, changed or half written
+│   ├── FormatError                         not a file of kvcag, or of a newer version
+│   │   └── UnsafePickleError               a pickle calls something that no cache needs
+│   ├── StoreFullError                      an item is larger than the store's budget
+│   ├── StoreUnavailableError (OSError)     disk full, permission denied, remote unreachable
 │   └── SchedulerStateError                 a scheduler's database is damaged, locked or not one
 ├── EngineError                             the model, or the server that runs it, failed
-│   ├── DeviceMemoryError                   the device has no memory left
-│   ├── ServerError                         the server refused a request, or failed at it
-│   ├── ServerUnavailableError (ConnectionError)  down, restarting, overloaded, or gone while it answered
-│   └── ServerTimeoutError (TimeoutError)   it took too long to respond
+│   ├── DeviceMemoryError                   the device is out of memory
+│   ├── ServerError                         the server refused a request, or failed while it handled one
+│   ├── ServerUnavailableError (ConnectionError)  down, restarting, overloaded, or disconnected during an answer
+│   └── ServerTimeoutError (TimeoutError)   the server took too long to respond
 ├── ModelFetchError                         the embedded model could not be fetched or converted
 └── MissingExtraError (ImportError)         an optional dependency is not installed
 
-CacheWarning (UserWarning)                  a cache could not be used; the answer is right and took longer
-└── ServerWarning                           a server lacks something, or forgot a preloaded prompt
+CacheWarning (UserWarning)                  a cache could not be used; the answer is right, but took longer
+└── ServerWarning                           a server lacks a feature, or dropped a preloaded prompt
 ```
 
-Each message says what was wrong and what to do about it. Where a built-in exception fits, the class is one too, so
-that `except ValueError` goes on working.
+Each message says what was wrong and what to do about it. Where a built-in exception fits, the class also derives from
+it, so that `except ValueError` works. `PromptError` is not a `ValueError`, because LlamaIndex swallows those.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from os import PathLike
 
 
 class KVCAGError(Exception):
-    """The root: `except KVCAGError` catches everything that kvcag raises on purpose."""
+    """The base class: `except KVCAGError` catches every error that kvcag raises on purpose."""
 
 
 class InvalidInputError(KVCAGError, ValueError):
@@ -69,10 +69,10 @@ class ContextLengthError(PromptError):
     """The prompt and the tokens to generate do not fit into the model's context.
 
     Attributes:
-        prompt_tokens: tokens of the whole prompt, cached ones included.
-        max_new_tokens: tokens that were asked for.
-        limit: tokens that the model can attend to.
-        excess: by how many tokens the two exceed the limit.
+        prompt_tokens: the length of the whole prompt, including cached tokens.
+        max_new_tokens: the number of tokens to generate.
+        limit: the model's context length.
+        excess: by how many tokens prompt and answer exceed the limit.
     """
 
     def __init__(self, prompt_tokens: int, max_new_tokens: int, limit: int) -> None:
@@ -81,16 +81,16 @@ class ContextLengthError(PromptError):
         self.limit = limit
         self.excess = prompt_tokens + max_new_tokens - limit
         super().__init__(
-            f"the prompt has {prompt_tokens} tokens; with max_new_tokens={max_new_tokens} that is {self.excess} more "
+            f"the prompt has {prompt_tokens} tokens; with max_new_tokens={max_new_tokens}, that is {self.excess} more "
             f"than the model's context of {limit}. Pass fewer documents, or lower max_new_tokens."
         )
 
 
 class CorpusLengthError(ContextLengthError):
-    """The texts that a cube answers from do not fit into the model's context.
+    """The texts that a cube puts into the prompt do not fit into the model's context.
 
     Attributes:
-        texts: how many there are.
+        texts: the number of these texts.
     """
 
     def __init__(self, texts: int, found: bool, error: ContextLengthError) -> None:
@@ -101,8 +101,8 @@ class CorpusLengthError(ContextLengthError):
             if found
             else (
                 f"all {texts} texts of the cube",
-                "Give the cube texts that can be searched (texts=…, such as kvcag.langchain.VectorStoreTexts or "
-                "kvcag.llama_index.IndexTexts), or divide them among several cubes.",
+                "Give the cube searchable texts (texts=…, such as kvcag.langchain.VectorStoreTexts or "
+                "kvcag.llama_index.IndexTexts), or divide the texts among several cubes.",
             )
         )
         self.args = (
@@ -116,19 +116,19 @@ class ChatTemplateError(PromptError):
 
 
 class UnsupportedContentError(PromptError):
-    """A message holds content that a text model cannot read."""
+    """A message has content that a text model cannot read, such as an image."""
 
 
 class ConstraintError(PromptError):
-    """A schema, regex, list of choices or grammar that cannot constrain a generation."""
+    """A schema, regex, list of choices or grammar is invalid, or cannot be enforced with this model."""
 
 
 class ConstraintBudgetError(ConstraintError):
     """No output that satisfies the constraint fits into the token budget.
 
     Attributes:
-        needed_tokens: tokens of the shortest valid completion.
-        max_new_tokens: the budget it did not fit.
+        needed_tokens: the length of the shortest valid output.
+        max_new_tokens: the token budget.
     """
 
     def __init__(self, needed_tokens: int, max_new_tokens: int) -> None:
@@ -141,7 +141,7 @@ class ConstraintBudgetError(ConstraintError):
 
 
 class CacheMismatchError(KVCAGError, ValueError):
-    """A cache was used with something it was not made for."""
+    """A cache does not fit the model or the prompt that it was used with."""
 
 
 class FingerprintMismatchError(CacheMismatchError):
@@ -160,11 +160,11 @@ class FingerprintMismatchError(CacheMismatchError):
 
 
 class TokenMismatchError(CacheMismatchError):
-    """A cache holds other tokens than it says, or than the prompt begins with."""
+    """A cache's tokens differ from its own record of them, or from the beginning of the prompt."""
 
 
 class UnsupportedModelError(KVCAGError):
-    """The model keeps a state that cannot be reused, cut or merged as keys and values can."""
+    """The model's cache cannot be reused, cut or merged, or the engine does not support an operation."""
 
 
 class UnknownItemError(KVCAGError, LookupError):
@@ -182,14 +182,14 @@ class UnknownItemError(KVCAGError, LookupError):
 
 
 class StoreError(KVCAGError):
-    """The place where items live failed."""
+    """A store failed."""
 
 
 class CorruptItemError(StoreError):
     """A stored item was cut, changed or only half written.
 
     Attributes:
-        path: the file, or the store's key, that is damaged.
+        path: the damaged file, or the item's key.
     """
 
     def __init__(self, path: str | PathLike[str], reason: str) -> None:
@@ -198,38 +198,38 @@ class CorruptItemError(StoreError):
 
 
 class FormatError(StoreError):
-    """Something that is not a file of ours, or of a version that this release cannot read."""
+    """A file was not written by kvcag, or has a version that this release cannot read."""
 
 
 class UnsafePickleError(FormatError):
-    """A pickle calls something that no dump of caches needs. It was not run."""
+    """A pickle calls a function that no dump of caches needs. The pickle was not run."""
 
 
 class StoreFullError(StoreError):
-    """An item does not fit into a store's budget, however much else leaves.
+    """An item does not fit into a store's budget, even after every unpinned item is evicted.
 
     Attributes:
-        item_id: which item.
-        needed, max_bytes, pinned: bytes of the item, of the budget, and of what may not leave.
+        item_id: the item's id.
+        needed, max_bytes, pinned: bytes of the item, of the budget, and of the pinned items.
     """
 
     def __init__(self, item_id: str, needed: int, max_bytes: int, pinned: int = 0) -> None:
         self.item_id, self.needed, self.max_bytes, self.pinned = item_id, needed, max_bytes, pinned
         super().__init__(
-            f"item {item_id!r} takes {needed} bytes, and the store has max_bytes={max_bytes} with {pinned} of them "
-            "pinned. Raise max_bytes, unpin something, or split the text."
+            f"item {item_id!r} takes {needed} bytes, but the store has max_bytes={max_bytes}, of which {pinned} are "
+            "pinned. Raise max_bytes, unpin items, or split the text."
         )
 
 
 class StoreUnavailableError(StoreError, OSError):
-    """The disk is full, permission was denied, or a remote did not answer. Nothing that was kept is lost."""
+    """The disk is full, permission was denied, or a remote did not answer. Stored items are not lost."""
 
 
 class SchedulerStateError(StoreError):
-    """The database of a `CacheScheduler` is damaged, in use by another scheduler, or not a scheduler's.
+    """The database of a `CacheScheduler` is damaged, in use by another scheduler, or of another program.
 
     Attributes:
-        path: the database.
+        path: the database file.
     """
 
     def __init__(self, path: str | PathLike[str], reason: str) -> None:
@@ -242,15 +242,15 @@ class EngineError(KVCAGError):
 
 
 class DeviceMemoryError(EngineError):
-    """The device has too little memory for the keys and values of this prompt. Nothing that was kept is lost."""
+    """The device has too little memory for the keys and values of this prompt. Stored items are not lost."""
 
 
 class ServerError(EngineError):
-    """A server refused a request, or failed at it.
+    """A server refused a request, or failed while it handled one.
 
     Attributes:
         status: the HTTP status.
-        detail: what the server said.
+        detail: the server's error message.
     """
 
     def __init__(self, what: str, status: int, detail: str) -> None:
@@ -259,10 +259,10 @@ class ServerError(EngineError):
 
 
 class ServerUnavailableError(EngineError, ConnectionError):
-    """A server cannot be reached, is starting or overloaded, or went away while it answered.
+    """A server cannot be reached, is starting or overloaded, or disconnected during an answer.
 
     Attributes:
-        retry_after: seconds after which the server asked to be asked again; 0 where it did not say.
+        retry_after: the seconds to wait before a retry, as the server says; 0 if it says nothing.
     """
 
     retry_after = 0.0
@@ -284,18 +284,18 @@ class MissingExtraError(KVCAGError, ImportError):
 
 
 class CacheWarning(UserWarning):
-    """A cache could not be used, and its text was encoded again. The answer is right; it took longer."""
+    """A cache could not be used, and its text was encoded again. The answer is right, but took longer."""
 
 
 class ServerWarning(CacheWarning):
-    """A server lacks something, or forgot a preloaded prompt: the message says what the answer does without."""
+    """A server lacks a feature, or dropped a preloaded prompt. The message says what the answer lacks."""
 
 
 class WarnOnce(set[str]):
-    """Warns once per message, or once about a thing that several messages are about; it holds what was warned about."""
+    """Warns once per message, or once per subject that several messages share. The set has what was warned about."""
 
     def once(self, message: str, category: type[Warning] = ServerWarning, about: str = "") -> None:
-        """Warn, unless this message, or another one about the same thing, was given before."""
+        """Warn, unless a warning with this message, or about the same subject, was given before."""
         if (about or message) not in self:
             self.add(about or message)
             warnings.warn(message, category, stacklevel=4)
