@@ -1,4 +1,7 @@
-"""What made a cache: a model, and texts. A cache works only with the model that produced it. Imported without torch."""
+"""Records which model and which texts made a cache. A cache works only with the model that produced it.
+
+Importing this module does not load torch.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +23,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _DESCRIPTIVE = {"model_name", "revision"}
-"""Fields for people: the same weights under another path, or copied to another machine, are the same model."""
+"""Fields that are not compared: the same weights under another path or on another machine are the same model."""
 
 _NOT_COMPUTED_WITH = {
     *("transformers_version", "architectures", "dtype", "torch_dtype", "auto_map", "tokenizer_class", "problem_type"),
     *("id2label", "label2id", "use_cache", "return_dict", "output_attentions", "output_hidden_states"),
     *("initializer_range", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop"),
 }
-"""Settings of a configuration that keys and values do not depend on, beside private ones and the ids of tokens."""
+"""Configuration settings that do not change keys and values. Private settings and token ids do not either."""
 
 
 class KVCacheRecords(BaseModel):
-    """Which texts a cache was made from, and how they were put together."""
+    """The texts that a cache was made from. The name and the fields are MemOS's.
+
+    Attributes:
+        text_memories: the texts.
+        composed_text_memory: the text that was encoded, made of them.
+        timestamp: when the record was made, in UTC.
+    """
 
     text_memories: list[str] = Field(default_factory=list)
     composed_text_memory: str = ""
@@ -39,9 +48,9 @@ class KVCacheRecords(BaseModel):
 
 
 class ModelFingerprint(BaseModel):
-    """Facts about a model that must be equal for a cache to be usable: two models match if their `digest` is equal.
+    """The properties of a model that must be equal for a cache to be usable. Models match if their `digest` is equal.
 
-    `model_name` and `revision` are for people. They are not compared: `weights` identifies the model.
+    `model_name` and `revision` are for people and are not compared: `weights` identifies the model.
     """
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())
@@ -53,20 +62,20 @@ class ModelFingerprint(BaseModel):
     geometry: str
     """`layers x kv_heads x head_dim` of the decoder."""
     config: str = "{}"
-    """The configuration as canonical JSON, without what does not change keys and values."""
+    """The configuration as canonical JSON, without settings that do not change keys and values."""
     adapter: str | None = None
     """The names of the active adapters that are not merged into the weights."""
     weights: str
-    """SHA-256 over all weights and persistent buffers (adapters: those that are active)."""
+    """SHA-256 over all weights and persistent buffers, including active adapters."""
     tokenizer: str
-    """SHA-256 over the vocabulary, the special tokens and the normaliser."""
+    """SHA-256 over the tokenizer (vocabulary, normaliser …) and its special tokens."""
     template: str
     """SHA-256 over the chat template; empty without one."""
 
     @classmethod
     def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ModelFingerprint:
-        """Take the fingerprint of live objects. Reads every weight where it is."""
-        base: Any = getattr(model, "get_base_model", lambda: model)()  # PEFT wraps it
+        """Compute the fingerprint of a loaded model. Reads every weight once, on the weight's own device."""
+        base: Any = getattr(model, "get_base_model", lambda: model)()  # a PEFT model is a wrapper
         config = base.config.get_text_config(decoder=True)
         kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -87,15 +96,15 @@ class ModelFingerprint(BaseModel):
 
     @property
     def digest(self) -> str:
-        """SHA-256, in hex, over everything that must be equal."""
+        """SHA-256, in hex, over all compared fields."""
         return _digest_of(self)
 
     def matches(self, other: ModelFingerprint) -> bool:
-        """Whether a cache made under `other` may be used under this one."""
+        """Return whether caches made by the model of `other` may be used with this model."""
         return self.digest == other.digest
 
     def differences(self, other: ModelFingerprint) -> list[str]:
-        """One line for each compared field in which `other` differs: `dtype: float32, not bfloat16`."""
+        """Return one line for each compared field in which `other` differs: `dtype: float32, not bfloat16`."""
         mine, theirs = (each.model_dump(exclude=_DESCRIPTIVE) for each in (self, other))
         for fields in (mine, theirs):
             fields |= _settings(fields.pop("config"))
@@ -112,7 +121,7 @@ def _digest_of(fingerprint: ModelFingerprint) -> str:
 
 
 def _settings(config: str) -> dict[str, Any]:
-    """The settings by name. One that was read from a file may be anything."""
+    """Return the settings by name. The text may come from a file, and may not be JSON."""
     try:
         return {f"config.{name}": value for name, value in json.loads(config).items()}
     except (ValueError, AttributeError, RecursionError):
@@ -120,7 +129,7 @@ def _settings(config: str) -> dict[str, Any]:
 
 
 def _computed_with(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings that keys and values may depend on. An unknown one counts."""
+    """Return the settings that may change keys and values, which includes all unknown settings."""
     return {
         name: _computed_with(value) if isinstance(value, dict) else value
         for name, value in config.items()
@@ -136,27 +145,27 @@ def _canonical(value: Any) -> str:
 # --- weights -------------------------------------------------------------------------------------------------------
 
 _ROW, _ROWS = 64, {"cpu": 1 << 13}
-"""Words of eight bytes that are summed together, and how many of such rows at a time: on a CPU as many as its cache
-holds."""
+"""The number of 8-byte words that are summed as one row, and how many rows are summed at a time. On a CPU, so many rows
+fit into the CPU's cache."""
 
 _MASK = hashlib.shake_256(b"kvcag").digest(8 * _ROW)
-"""Each word of a row is XORed with its word of this before the sum, so that swapping two words changes the sum."""
+"""Each word of a row is XORed with the mask's word at the same place, so that swapping two words changes the sum."""
 
 
 _ADAPTERS = {"_active_adapter", "merged_adapters"}
-"""Attributes of the layers in which PEFT wraps a model's own."""
+"""Attributes by which PEFT's wrapper layers are recognised."""
 _WRAPPED = {"base_layer", "original_module", ""}
-"""The names under which such a layer holds the model's own."""
+"""The attribute names under which a wrapper layer has the model's original layer."""
 
 
 _VERSION, _ADDRESS = attrgetter("_version"), methodcaller("data_ptr")
 
 
 class WeightsWatch:
-    """Sees when weights are replaced or edited, or adapters loaded, switched, merged or unloaded.
+    """Detects whether weights were replaced or edited, or adapters were loaded, switched, merged or unloaded.
 
-    It remembers how the model was when it was made. Looking takes 0.1 ms for a model of 36 layers: each question looks,
-    and on a GPU it waits for that.
+    The state of the model is recorded in the constructor and compared by `sees_change`, which every question calls. It
+    takes 0.1 ms for a model of 36 layers, which matters on a GPU.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -166,12 +175,12 @@ class WeightsWatch:
         self._objects, self._state = self._now()
 
     def sees_change(self) -> bool:
-        """Whether the model is another one now."""
+        """Whether the model changed since this object was made."""
         objects, state = self._now()
         return len(objects) != len(self._objects) or any(map(is_not, objects, self._objects)) or state != self._state
 
     def _now(self) -> tuple[list[object], list[object]]:
-        """Modules and tensors, which must be compared by identity, and what must be equal of them."""
+        """Return modules and tensors, to be compared by identity, and a state, to be compared by equality."""
         children = chain.from_iterable([parts["_modules"].values() for parts in self._parents])
         weights = [
             parts["_parameters"].values()
@@ -184,14 +193,14 @@ class WeightsWatch:
         for parts in [parts for parts in self._parents if "_active_adapter" in parts or "merged_adapters" in parts]:
             names = ("_active_adapter", "_disable_adapters", "merged_adapters")
             state.append([[str(parts.get(name)) for name in names], dict(parts.get("scaling", {}))])
-        if "peft" in sys.modules:  # it merges through `.data`, which no version counts
+        if "peft" in sys.modules:  # PEFT merges through `.data`, which does not change a tensor's `_version`
             state.append(_middles(tensors))
         return [*children, *tensors], state
 
 
 def _middles(tensors: Iterable[Any]) -> list[list[float]]:
-    """One value of each weight: an adapter that is merged changes them all."""
-    import torch  # not above: commands that only list items read fingerprints, and need no torch
+    """Return one value of each weight, all of which change when an adapter is merged."""
+    import torch  # not above, because commands that only list items read fingerprints and need no torch
 
     values: dict[torch.device, list[torch.Tensor]] = {}
     for tensor in tensors:
@@ -202,7 +211,7 @@ def _middles(tensors: Iterable[Any]) -> list[list[float]]:
 
 
 def _active_adapters(module: torch.nn.Module) -> list[str]:
-    """The adapters that a layer of PEFT computes with, beside its weights."""
+    """Return the names of a PEFT layer's active adapters; none if they are disabled or merged into the weights."""
     merged, disabled = getattr(module, "merged_adapters", ()), getattr(module, "_disable_adapters", False)
     if not _ADAPTERS & module.__dict__.keys() or disabled or merged:
         return []
@@ -211,9 +220,9 @@ def _active_adapters(module: torch.nn.Module) -> list[str]:
 
 
 def _weights_digest(model: torch.nn.Module) -> str:
-    """SHA-256 over every weight that the model computes with.
+    """Return the SHA-256 over every weight that the model computes with.
 
-    An adapter that is loaded and not active, or merged, does not count, so that switching back finds the model again.
+    An inactive or merged adapter does not count, so that the digest is the same again after switching adapters back.
     """
     lines: list[str] = []
     scratch: dict[torch.device, torch.Tensor] = {}
@@ -235,10 +244,10 @@ def _weights_digest(model: torch.nn.Module) -> str:
 
 
 def _scales(module: torch.nn.Module) -> dict[str, torch.Tensor | None]:
-    """What bitsandbytes multiplies its codes with, and keeps neither as a parameter nor as a buffer."""
+    """Return the scales of a bitsandbytes layer, which are neither parameters nor buffers."""
     weight = module._parameters.get("weight")
     of_4_bits, of_8_bits = getattr(weight, "quant_state", None), getattr(module, "state", None)
-    scale = getattr(weight, "SCB", None)  # of 8 bits: from the first pass on it is the module's
+    scale = getattr(weight, "SCB", None)  # int8: the first pass moves the scale to the module
     return {
         "weight.scale": getattr(of_8_bits, "SCB", None) if scale is None else scale,
         "weight.absmax": getattr(of_4_bits, "absmax", None),
@@ -248,7 +257,7 @@ def _scales(module: torch.nn.Module) -> dict[str, torch.Tensor | None]:
 
 
 def _is_used(model: torch.nn.Module, path: str, name: str) -> bool:
-    """Whether the model computes with a parameter. It does not with those of inactive adapters."""
+    """Whether the model computes with a parameter: not if the parameter belongs to an inactive adapter."""
     above, parts = model, [*path.split("."), name] if path else [name]
     for depth, part in enumerate(parts[:-1]):
         if _ADAPTERS & above.__dict__.keys() and part not in _WRAPPED:
@@ -258,12 +267,12 @@ def _is_used(model: torch.nn.Module, path: str, name: str) -> bool:
 
 
 def _tensor_digest(tensor: torch.Tensor, scratch: dict[torch.device, torch.Tensor]) -> str:
-    """XXH3-128 over the sums of rows of 512 bytes: the same on every device, and as fast as memory is read."""
+    """Return the XXH3-128 over the sums of rows of 512 bytes: equal on all devices, and as fast as reading memory."""
     import torch
 
-    if tensor.is_meta:  # name and shape are all there is to read
+    if tensor.is_meta:  # the tensor has no values
         return ""
-    if hasattr(tensor, "__tensor_flatten__"):  # a quantised one
+    if hasattr(tensor, "__tensor_flatten__"):  # a quantised tensor, made of other tensors
         return " ".join(_tensor_digest(getattr(tensor, part), scratch) for part in tensor.__tensor_flatten__()[0])
     data: Any = tensor.reshape(-1)
     data = (data if data.storage_offset() == 0 else data.clone()).view(torch.uint8)
@@ -272,7 +281,7 @@ def _tensor_digest(tensor: torch.Tensor, scratch: dict[torch.device, torch.Tenso
     words = data[:whole].view(torch.int64).view(-1, _ROW)
     most = _ROWS.get(data.device.type, 1 << 20)
     mask = torch.frombuffer(bytearray(_MASK), dtype=torch.int64).to(data.device)
-    masked = scratch.get(data.device)  # new memory for each part takes longer than the sums
+    masked = scratch.get(data.device)  # reused, since allocating memory takes longer than the sums
     if masked is None:
         masked = scratch[data.device] = torch.empty((most, _ROW), dtype=torch.int64, device=data.device)
     for rows in words.split(most):

@@ -1,4 +1,4 @@
-"""KVCacheMemory: MemOS's activation memory over an engine and a store, and the front door of kvcag."""
+"""`KVCacheMemory`, the main class of kvcag: MemOS's activation memory, over an engine and a store."""
 
 from __future__ import annotations
 
@@ -81,11 +81,11 @@ _INSTRUCTION = "instruction"
 
 
 class KVCacheMemory:
-    """Texts that are encoded once each and put together per question.
+    """Encodes each text once, and merges the encoded texts per question.
 
-    Each text is encoded behind the instruction, so that the instruction's tokens stand before it as they will in the
-    prompt, and only the text's own keys and values are kept. Put together, they are re-rotated to their true
-    positions. Safe to use from several threads.
+    Each text is encoded after the instruction, since the instruction precedes it in the prompt, and only the text's own
+    keys and values are stored. A merge re-rotates them to their positions in the prompt. Safe to use from several
+    threads.
 
     ```python
     memory = KVCacheMemory("Qwen/Qwen3-0.6B", store="kv/")
@@ -94,18 +94,17 @@ class KVCacheMemory:
     ```
 
     Args:
-        engine: the model that encodes and answers: a hub id, a folder, or an engine. A `VLLMEngine` is sent documents
-            ahead and keeps their keys and values itself: its items are prompts, and a merge is the prompt of all of
-            them, in order.
-        store: where items live: a store, an address such as `s3://bucket/kv`, or a folder, which then holds 64 GiB at
-            most. In memory by default.
-        instruction: stands before the documents, in the system turn.
-        namespace: separates what this memory encodes from other namespaces' recent contexts, and its files where
-            `store` is a folder.
+        engine: the model that encodes and answers: a hub id, a folder, or an engine. With a `VLLMEngine`, the server
+            has the keys and values: items are prompts, and a merge is the prompt of all items, in order.
+        store: where items are stored: a store, an address such as `s3://bucket/kv`, or a folder, which is then limited
+            to 64 GiB. In memory by default.
+        instruction: a text before the documents, in the system turn.
+        namespace: separates this memory's recent contexts, and its files if `store` is a folder, from those of other
+            namespaces.
         memory_filename: the name of the manifest that `dump` writes.
 
     Raises:
-        InvalidInputError: `engine` is neither a name nor an engine.
+        InvalidInputError: `engine` is neither a hub id, a folder nor an engine.
     """
 
     def __init__(
@@ -128,14 +127,14 @@ class KVCacheMemory:
         self.instruction = instruction
         self.namespace = namespace
         self.memory_filename = memory_filename
-        self.watchers: list[Callable[[Prompt], None]] = []  # told of each prompt whose documents are looked for
+        self.watchers: list[Callable[[Prompt], None]] = []  # called with each prompt whose documents are looked up
         self.documents = DocumentCache(engine, opened, namespace)
         self._contexts: dict[str, str] = {}
         self._contexts_at: Hashable = 0
 
     @property
     def store(self) -> KVStore:
-        """Where items live. Another store may be set at any time."""
+        """Where items are stored. It may be set to another store at any time."""
         return self.documents.store
 
     @store.setter
@@ -145,7 +144,11 @@ class KVCacheMemory:
 
     @classmethod
     def from_config(cls, config: KVCacheMemoryConfig | dict[str, Any]) -> KVCacheMemory:
-        """From a MemOS-shaped configuration. Loads the model."""
+        """Make a memory from a configuration of MemOS's form. Loads the model.
+
+        Raises:
+            pydantic.ValidationError: the configuration is invalid.
+        """
         parsed = parse(config)
         return cls(
             parsed.extractor_llm.engine(), instruction=parsed.instruction, memory_filename=parsed.memory_filename
@@ -166,13 +169,13 @@ class KVCacheMemory:
     # --- encoding ----------------------------------------------------------------------------------------------
 
     def extract(self, text: Texts) -> Item:
-        """Encode a text. The item is not added. Its id is its content key: the same text has the same id.
+        """Encode a text as an item, without adding it. Its id is its content key: the same text has the same id.
 
         Args:
-            text: a str; a list of str, which is joined into one; or chat messages, which become a transcript.
+            text: a str; a list of str, which is joined by blank lines; or chat messages, which become a transcript.
 
         Raises:
-            EmptyPromptError: there is nothing to encode.
+            EmptyPromptError: the text is empty.
             ContextLengthError: the text does not fit into the model's context.
         """
         texts = texts_of(text)
@@ -184,10 +187,16 @@ class KVCacheMemory:
         return item
 
     def from_textual_memory(self, memory: object, behind: object = None) -> Item:
-        """Encode a str, a LangChain `Document`, a LlamaIndex node, or anything with `.memory` and `.metadata`.
+        """Encode a document as an item with the document's metadata, without adding it.
 
-        The item has the memory's metadata, and is not added. `behind` is a document that stands before it while it is
-        encoded, as with `context` of `add`.
+        Args:
+            memory: a str, a LangChain `Document`, a LlamaIndex node, or an object with `.memory` and `.metadata`.
+            behind: a document that precedes it while it is encoded, as `context` of `add` chooses one.
+
+        Raises:
+            InvalidInputError: `memory` has no text.
+            EmptyPromptError: the text is empty.
+            ContextLengthError: the text does not fit into the model's context.
         """
         read = self.read(memory)
         if behind is None:
@@ -201,26 +210,27 @@ class KVCacheMemory:
     # --- keeping -----------------------------------------------------------------------------------------------
 
     def add(self, documents: object, *, context: Context | None = None) -> list[str]:
-        """Keep items, or encode documents and keep them. A document that the memory has is not encoded again.
+        """Store items, or encode and store documents. A document that is stored already is not encoded again.
 
-        With `context`, each document is encoded behind another one, so that its keys and values are nearer to what
-        they are behind the other documents of a prompt: merged answers are nearer to a full prefill's, and encoding
-        takes twice as long. The first document of a prompt is then computed behind the instruction when it is needed,
-        and stays among the recent contexts. Documents that were encoded behind something else are encoded again.
+        With `context`, each document is encoded after another document. Its keys and values are then closer to those in
+        a prompt with several documents, so merged answers are closer to those of a full prefill; encoding takes twice
+        as long. The first document of a prompt is computed again, after the instruction only, and becomes a recent
+        context. Stored documents that were encoded after something else are encoded again.
 
         Args:
             documents: an item, a text, a LangChain `Document`, a LlamaIndex node, or several of them. A str is one
                 document.
-            context: `"previous"`: the document before it of the same source, for chunks of longer texts. A retriever,
-                or a function from a text to documents: the first other document that it finds, for short texts that
-                are independent of each other.
+            context: chooses the document after which each document is encoded. `"previous"`: the previous document of
+                the same source, for chunks of longer texts. A retriever, or a function from a text to documents: the
+                first other document that it returns, for short, independent texts.
 
         Returns:
             The ids, in order.
 
         Raises:
             FingerprintMismatchError: an item was made by another model. Nothing was added.
-            InvalidInputError: something of which no text can be read. Nothing was added.
+            InvalidInputError: a document has no text. Nothing was added.
+            EmptyPromptError: a document is empty.
             UnsupportedModelError: `context` with a server, or with a model that has recurrent layers.
         """
         self.documents.check_context(context)
@@ -246,44 +256,48 @@ class KVCacheMemory:
         return ids
 
     def get(self, id: str) -> Item | None:
-        """The item, or None. It is to be read; generating with its `memory` leaves the stored item as it is."""
+        """Return the item, or None if it is missing. Generating with its `memory` does not change the stored item."""
         return self.documents.get(id)
 
     def get_by_ids(self, ids: Iterable[str]) -> list[Item | None]:
-        """The items in the order of `ids`, None for each that is missing."""
+        """Return the items in the order of `ids`, with None for each missing item."""
         return [self.get(id) for id in _as_list(ids)]
 
     def get_all(self) -> list[Item]:
-        """Every item, oldest first."""
+        """Return every item, oldest first."""
         keys = [key for key in iter(self.store.keys()) if not is_instruction(key)]
         items = [item for key in keys if (item := self.get(key)) is not None]
         return sorted(items, key=lambda item: (item.records.timestamp, item.id))
 
     def delete(self, ids: str | Iterable[str]) -> DeletionReport:
-        """Delete items, and forget this namespace's recent contexts, which may hold them. Missing ids are ignored.
+        """Delete items, and drop this namespace's recent contexts, which may contain them. Missing ids are ignored.
 
         Returns:
-            What was deleted where, and what could not be. Nothing is raised for a store that fails.
+            What was deleted, where, and what could not be deleted. A store that fails raises nothing.
         """
         listed = _as_list(ids)
         return self.erased(lambda: self.store.erase(listed))
 
     def delete_all(self) -> DeletionReport:
-        """Delete every item, also those that cannot be read, and forget this namespace's recent contexts."""
+        """Delete every item, also unreadable ones, this namespace's recent contexts, and its learned drift."""
         return self.erased(self.store.clear) + self._forget_drift(None)
 
     def dump(self, dir: str | PathLike[str]) -> None:
-        """Write every item to a folder. What stood there before is replaced in one step, or not at all."""
+        """Write every item to a folder, replacing an earlier dump atomically.
+
+        Raises:
+            StoreUnavailableError: the disk is full, or permission was denied.
+        """
         stored = (item for key in list(self.store.keys()) if (item := self.store.get(key)) is not None)
         write_dump(dir, self.memory_filename, stored)
 
     def load(self, dir: str | PathLike[str]) -> None:
-        """Add every item of a folder that `dump` wrote. A folder that holds nothing adds nothing.
+        """Add every item of a folder that `dump` wrote. An empty folder adds nothing.
 
-        Everything is read and checked first: when this raises, the memory is as it was.
+        All files are read and checked first: after one of these errors, the memory is unchanged.
 
         Raises:
-            CorruptItemError: a file was cut, changed or is missing.
+            CorruptItemError: a file was cut or changed, or is missing.
             FormatError: the manifest is missing, is a pickle, or is of a newer version.
             FingerprintMismatchError: the items were made by another model.
         """
@@ -298,12 +312,16 @@ class KVCacheMemory:
         *,
         context: Context | None = None,
     ) -> list[str]:
-        """Encode the documents of messages before a question comes, and return their ids, in order.
+        """Encode and store the documents in messages ahead of a question, and return their ids, in order.
 
         Args:
             messages: as for `stream`.
-            metadata: one for each document, for what is encoded now.
+            metadata: one mapping for each document. Documents that are stored already keep their own.
             context: as for `add`.
+
+        Raises:
+            PromptError: as for `stream`.
+            UnsupportedModelError: as for `add`.
         """
         self.documents.check_context(context)
         prompt = self.engine.template.prompt(messages)
@@ -321,9 +339,9 @@ class KVCacheMemory:
         """Make the items match a corpus: encode new texts, keep unchanged ones, delete removed ones.
 
         Args:
-            documents: whatever `from_textual_memory` takes. Two with the same text are one. A str is one document.
-            corpus: its name. What other corpora brought here stays as it is.
-            context: as for `add`. A document before which another one stands now is encoded again.
+            documents: as for `add`, without items. Documents with the same text are one document.
+            corpus: the corpus's name. The documents of other corpora are not changed.
+            context: as for `add`. A document whose context changed is encoded again.
 
         Raises:
             EmptyPromptError: a document is empty. Nothing was changed.
@@ -343,23 +361,25 @@ class KVCacheMemory:
         seed: int = 0,
         progress: Progress | None = None,
     ) -> LearnedDrift:
-        """Learn how these documents change behind each other, so that merged answers are nearer to a full prefill's.
+        """Learn the drift of these documents, so that merged answers are closer to those of a full prefill.
 
-        All that `contexts` hold is encoded twice. What was learned is kept for this model and namespace, also for later
-        processes, and used until it is learned again: call this after a corpus has changed much. Recent contexts are
-        forgotten. `MergeReport.drift` is its digest.
+        The drift is how keys and values of documents change after each other. It is saved for this model and namespace,
+        for later processes too, and used until it is learned again: call this again when the corpus has changed much.
+        All documents of the `contexts` are encoded twice. Recent contexts are dropped. `MergeReport.drift` has the
+        digest of the drift.
 
         Args:
-            documents: as for `add`, at least ten; None: what the memory holds.
+            documents: as for `add`, at least ten; None: all documents in the memory.
             contexts: how many contexts to learn from.
-            documents_per_context: how many documents stand in one.
-            seed: which documents are drawn. Those that are most similar to one stand behind it, as they are found.
+            documents_per_context: how many documents each context has.
+            seed: seeds the random choice of each context's first document. The documents most similar to the first
+                one follow it, as they would be retrieved together.
             progress: called as `progress(done, total)` after each context.
 
         Raises:
             InvalidInputError: fewer than ten documents.
-            StoreError: one of them was purged meanwhile, so nothing is kept.
-            UnsupportedModelError: the engine merges no caches, or cannot merge this model's.
+            StoreError: a document was purged in the meantime, so the drift was not saved.
+            UnsupportedModelError: the engine is a server, or the model's caches cannot be merged.
         """
         if not self.engine.merges:
             raise UnsupportedModelError("a server merges no caches, so there is no drift to learn. Use an HFEngine.")
@@ -386,7 +406,7 @@ class KVCacheMemory:
 
     @property
     def drift(self) -> str:
-        """The digest of what was learned of these documents; empty if nothing was. It changes merged answers."""
+        """The digest of the drift that merges use, as learned by `learn`; empty if no drift was learned."""
         learned = learned_drift_of(cast("HFEngine", self.engine), self.namespace) if self.engine.merges else None
         return learned.digest if learned else ""
 
@@ -399,16 +419,19 @@ class KVCacheMemory:
         return DeletionReport()
 
     def purge(self, source: str, dumps: Iterable[str | PathLike[str]] = ()) -> DeletionReport:
-        """Delete everything made from one text, for a request to delete.
+        """Delete everything made from one text, for example after a request to erase personal data.
 
-        From every tier of the store, and this namespace's recent contexts as a whole, since they may hold it too. What
-        is being encoded from it does not come back; contexts by id, and a drift that was learned from it, are
-        forgotten. It goes on past what it cannot read or delete: the report names that, and so does a `CacheWarning`.
+        Deletes items in every tier of the store, all recent contexts of this namespace, contexts made by
+        `create_context`, and a drift that was learned from the text. An item that is being encoded from the text is not
+        stored. Files that cannot be read or deleted do not stop the purge: the report and a `CacheWarning` name them.
 
         Args:
-            source: the text itself, or what an item's metadata names as its source: a path, a URL, a document's id.
-                Of more than two words, it is also found within larger texts.
-            dumps: folders that `dump` of a memory or of a cube wrote, to delete it there too.
+            source: the text itself, or the source that an item's metadata names: a path, a URL, a document's id. A
+                source of more than two words is also found within larger texts.
+            dumps: folders written by `dump` of a memory or of a cube, in which to delete too.
+
+        Returns:
+            What was deleted, where, and what could not be deleted.
         """
         keys = self._keys_of(source)
         report = self.erased(lambda: self.store.erase(keys) + self.store.purge(source))
@@ -416,28 +439,39 @@ class KVCacheMemory:
         return sum((purge_dump(folder, source) for folder in _folders(dumps)), report)
 
     def erased(self, erase: Callable[[], DeletionReport]) -> DeletionReport:
-        """Delete from the store by calling `erase`, and drop copies outside the store before and after."""
+        """Delete from the store by calling `erase`, and drop copies outside the store before and after.
+
+        Returns:
+            The report of `erase`. A `CacheWarning` names what could not be deleted.
+        """
         self._forget()
         report = erase()
-        report += self.store.erase(report.ids)  # what was put in the meantime
-        self._forget()  # what a question that ran meanwhile has left
+        report += self.store.erase(report.ids)  # items that another thread put back in the meantime
+        self._forget()  # recent contexts that a concurrent question made in the meantime
         if report.failed:
             warnings.warn(f"not everything could be deleted: {report}", CacheWarning, stacklevel=3)
         return report
 
     def _keys_of(self, text: str) -> list[str]:
-        """The ids that a text has here: by them, a file is found that is too damaged to say what it holds."""
+        """Return the ids that a text may have, to find also damaged files, whose texts cannot be read."""
         if not self.engine.merges:
             return []
         forms = dict.fromkeys([text, segment(text)])
         return [self.documents.key(self.engine.template.encode_text(form)) for form in forms]
 
-    # --- putting together --------------------------------------------------------------------------------------
+    # --- merging -----------------------------------------------------------------------------------------------
 
     def get_cache(self, ids: str | Iterable[str], *, skip_missing: bool = False) -> ContextCache | ContextPrompt | None:
-        """Instruction and items as one cache, the caller's own, re-rotated, nothing recomputed; or a server's prompt.
+        """Return instruction and items as one cache, re-rotated without recomputing; for a server, as a prompt.
 
-        Continue it by `engine.generate(messages, past_key_values=cache)`. None if there are no items.
+        The caller owns the cache. Continue it by `engine.generate(messages, past_key_values=cache)`.
+
+        Args:
+            ids: the items' ids, in the order of the context.
+            skip_missing: leave out unknown ids.
+
+        Returns:
+            The cache, with keys and values `(1, kv_heads, seq_len, head_dim)` per layer; None if there are no items.
 
         Raises:
             UnknownItemError: an id is not in the memory, unless it may be skipped.
@@ -464,20 +498,21 @@ class KVCacheMemory:
         canonical: bool = False,
         skip_missing: bool = False,
     ) -> MergedContext:
-        """Put items together for a question.
+        """Merge items into one context for a question.
 
         Args:
-            items: items or their ids, in the order in which they shall stand, best first.
+            items: items or their ids, in the order of the context, best first.
             query: the question, or chat messages that end with it.
-            strategy: `"auto"` reuses a known context exactly, encodes documents as a whole when they are asked for
-                together again, and merges by what `kvcag.calibrate` found, or by `"query"`; `"exact"` encodes
-                instruction and documents in this order; `"rotate"` recomputes nothing; `"anchor"`, `"deviation"` and
-                `"query"` recompute `ratio` of the tokens, chosen by that criterion; `"full"` recomputes all.
-            ratio: the recompute ratio, recomputed over context tokens, in [0, 1].
-            max_kl: what `"auto"` allows, in nats per token.
-            canonical: put the items into an order of their own, so that the same items are the same context every
-                time, whatever order they were retrieved in.
-            skip_missing: leave unknown ids out.
+            strategy: `"auto"` reuses a known context exactly, merges documents by the strategy that `kvcag.calibrate`
+                found (or by `"query"`), and encodes them as a whole when they are asked for together again. `"exact"`
+                encodes instruction and documents in this order. `"rotate"` recomputes nothing. `"anchor"`,
+                `"deviation"` and `"query"` recompute the share `ratio` of the tokens, chosen as `MergeStrategy` says.
+                `"full"` recomputes all tokens.
+            ratio: the recompute ratio: recomputed tokens divided by context tokens, in [0, 1].
+            max_kl: the limit of `"auto"`: the largest KL divergence that calibration may have found, in nats per token.
+            canonical: sort the items by their content keys, so that the same items always make the same context, in
+                whatever order they were retrieved.
+            skip_missing: leave out unknown ids.
 
         Raises:
             InvalidInputError: no items, an unknown strategy, or a ratio out of range.
@@ -497,14 +532,14 @@ class KVCacheMemory:
             return context_of_items(self.documents, prompt.head_ids, found, prompt.tail_ids, settings)
 
     def context_for(self, prompt: Prompt, settings: MergeSettings | None = None) -> MergedContext:
-        """The context of a prompt with documents: reused, merged from stored items, or encoded and stored.
+        """Return the context of a prompt with documents: reused, merged from stored items, or encoded and stored.
 
-        Documents are found by their content. One that cannot be read is encoded again, with a `CacheWarning`. Of
-        questions that are asked at once, the first encodes what they share.
+        Documents are found by their content. An unreadable item is encoded again, with a `CacheWarning`. If several
+        questions are asked at once, each shared document is encoded once.
 
         Args:
-            prompt: from `engine.template.prompt`, of messages that hold documents.
-            settings: how documents are put together; by default as by `stream`.
+            prompt: from `engine.template.prompt`, of messages with documents.
+            settings: how to merge; the default is that of `stream`.
 
         Raises:
             ContextLengthError: the prompt exceeds the model's context; nothing was encoded.
@@ -517,7 +552,7 @@ class KVCacheMemory:
     # --- answering ---------------------------------------------------------------------------------------------
 
     def ask(self, messages: str | Sequence[Message], ids: Iterable[str] | None = None, **answering: Any) -> Answer:
-        """Answer from the items. `str(answer)` is the text; `.report` and `.usage` say how it was made.
+        """Answer a question from the items. `str(answer)` is the text; `.report` and `.usage` describe its cost.
 
         Arguments and errors are those of `stream`.
         """
@@ -529,25 +564,25 @@ class KVCacheMemory:
         ids: Iterable[str] | None = None,
         **answering: Any,
     ) -> list[Answer]:
-        """`ask` several questions at a time, and return the answers in order.
+        """Answer several questions at the same time, and return the answers in order.
 
-        The answers take their steps together, which is faster than one after another. On a GPU, a context that they
-        share is held once and read once a step for all of them.
+        The answers are decoded as a batch, which is faster than one after another. On a GPU, a context that they share
+        is in memory once, and is read once per step for all answers.
 
         Args:
-            questions: as `messages` of `stream`.
-            ids: as for `stream`, the same for all.
+            questions: each as `messages` of `stream`.
+            ids: as for `stream`, the same for all questions.
             **answering: as for `stream`.
 
         Raises:
-            KVCAGError: the first error of one of them; the others stop.
+            KVCAGError: the first error. The other answers stop.
         """
         wanted = None if ids is None else list(ids)
         streams = [partial(self.stream, question, wanted, **answering) for question in questions]
         if not streams:
             return []
         first = streams[0]()
-        begun = next(first)  # the others find the context that it made
+        begun = next(first)  # the first answer makes the context, which the others then reuse
         calls = [lambda: Answer.of(chain([begun], first))]
         calls += [lambda stream=stream: Answer.of(stream()) for stream in streams[1:]]  # type: ignore[misc]
         return at_once(calls, self.engine.answers_at_once)
@@ -565,26 +600,27 @@ class KVCacheMemory:
         constraint: ConstraintLike | None = None,
         **settings: Any,
     ) -> Generator[Chunk, None, None]:
-        """Answer piece by piece; `str(chunk)` is its text. What both adapters call.
+        """Answer a question piece by piece; `str(chunk)` is a piece's text. Both adapters call this method.
 
-        Without documents, the longest prefix that was encoded before is reused.
+        Without documents, the longest cached prefix of the prompt is reused.
 
         Args:
-            messages: a question, or chat messages, whose content may hold `kvcag.Document` parts; or a prompt.
+            messages: a question, or chat messages, whose content may include `kvcag.Document` parts; or a prompt.
             ids: the items to answer from, in this order. None: the documents in the messages, or every item if there
                 are none. An empty list: no items.
-            strategy: how documents are put together, as for `merge`; so are `ratio` and `max_kl`.
+            strategy: how documents are merged: see `merge`, also for `ratio` and `max_kl`.
             ratio: the recompute ratio, in [0, 1].
-            max_kl: what `"auto"` allows, in nats per token.
-            tools: shown by the chat template, if it shows tools.
-            sampling: from `engine.sampling(…)`; the engine's defaults where None.
-            constraint: what the answer must be.
-            **settings: settings of `Sampling`, such as `max_new_tokens`, where `sampling` is not given.
+            max_kl: the limit of `"auto"`, in nats per token.
+            tools: tool definitions, for chat templates that show tools.
+            sampling: from `engine.sampling(…)`. None: the engine's defaults with `settings`.
+            constraint: the form of the answer: a JSON schema, a regex, choices or a grammar.
+            **settings: settings of `Sampling`, such as `max_new_tokens`, if `sampling` is None.
 
         Raises:
+            InvalidInputError: an unknown setting, or a value out of range.
             UnknownItemError: an id is not in the memory.
-            ContextLengthError: the prompt and the answer exceed the model's context; nothing was encoded.
-            ConstraintError: the constraint cannot be used, or does not fit the budget; nothing was encoded.
+            ContextLengthError: the prompt and the answer exceed the model's context. Nothing was encoded.
+            ConstraintError: the constraint cannot be used, or does not fit the budget. Nothing was encoded.
         """
         started = time.perf_counter()
         merging = MergeSettings(strategy, ratio, max_kl)
@@ -618,9 +654,9 @@ class KVCacheMemory:
         settings: MergeSettings,
         started: float,
     ) -> Generator[Chunk, None, None]:
-        """The answer to a prompt, over its context."""
+        """Make or reuse the prompt's context, and start the answer."""
         context: MergedContext | None = None
-        known: Mode | None = None  # the engine finds the longest known prefix by itself
+        known: Mode | None = None  # None: the engine looks for the longest known prefix itself
         if settings.strategy == "exact":
             if is_stored_whole(documents, prompt):
                 context = context_of_prompt(documents, prompt, settings)
@@ -648,7 +684,7 @@ class KVCacheMemory:
     async def astream(
         self, messages: str | Sequence[Message], ids: Iterable[str] | None = None, **answering: Any
     ) -> AsyncGenerator[Chunk, None]:
-        """`stream`, in worker threads: the event loop keeps ticking, and leaving the loop stops the model."""
+        """`stream` in a worker thread, without blocking the event loop. Closing the generator stops the model."""
         async for chunk in iterate(lambda: self.stream(messages, ids, **answering)):
             yield chunk
 
@@ -658,24 +694,24 @@ class KVCacheMemory:
     amerge = async_twin(merge)
     apurge = async_twin(purge)
 
-    # --- a corpus by a short name ------------------------------------------------------------------------------
+    # --- contexts with ids -------------------------------------------------------------------------------------
 
     def create_context(self, texts: Iterable[str], instruction: str = "", sources: Iterable[str] = ()) -> str:
-        """Encode an instruction and texts, in this order, as one document, and return its id, `kv:sha256:…`.
+        """Encode an instruction and texts as one document, and return its id, `kv:sha256:…`.
 
-        The id is short, so it can stand in bound arguments, traces and checkpoints, like the `cached_content` of hosted
-        models. It changes with the instruction, the texts and the model. The store holds text and caches, so the id
-        can be used after a restart.
+        The short id stands for the texts in bound arguments, traces and checkpoints, like `cached_content` of hosted
+        models. It depends on the instruction, the texts and the model. The store has the texts and the caches, so the
+        id is valid after a restart.
 
         Args:
             texts: joined by blank lines. A str is one text.
-            instruction: stands before them, in the same system turn.
+            instruction: the text before them, in the same system turn.
             sources: paths or URLs of the texts. `purge` finds the context by each source and by each text.
 
         Raises:
             InvalidInputError: a text or the instruction is not a str.
-            EmptyPromptError: there is nothing to encode.
-            ContextLengthError: they do not fit into the model's context.
+            EmptyPromptError: all texts are empty.
+            ContextLengthError: the texts do not fit into the model's context.
         """
         if not isinstance(instruction, str):
             raise InvalidInputError(f"instruction is {instruction!r}: it must be a str. Leave it out for none.")
@@ -689,16 +725,16 @@ class KVCacheMemory:
         return id
 
     def with_context(self, id: str, messages: Sequence[Message]) -> list[Message]:
-        """Messages behind a context. A system message at their start stands after it, in the same turn.
+        """Return messages with a context before them, in the system turn. Their own system messages follow it.
 
         Args:
             id: from `create_context`, or the id of any item.
             messages: the conversation.
 
         Raises:
-            InvalidInputError: no such context, here or in the store.
+            InvalidInputError: the store has no such item, or it cannot be read.
         """
-        if (deletions := self.store.deletions()) != self._contexts_at:  # by another memory over the store, too
+        if (deletions := self.store.deletions()) != self._contexts_at:  # another memory may delete from the store
             self._contexts.clear()
             self._contexts_at = deletions
         return insert_documents("", [self._contexts.get(id) or self._stored_context(id)], messages)
@@ -710,14 +746,14 @@ class KVCacheMemory:
             raise InvalidInputError(f"context {id!r} cannot be read: {damaged}") from damaged
         if manifest is None:
             raise InvalidInputError(
-                f"there is no context {id!r}, here or in the store: it was never made, or it left the store. "
+                f"there is no context {id!r} in the store: it was never made, or the store dropped it. "
                 "Make it with create_context(documents), which returns its id."
             )
         own = self.engine.fingerprint
         if manifest.fingerprint is not None and not own.matches(manifest.fingerprint):
             differences = "; ".join(own.differences(manifest.fingerprint))
             warnings.warn(
-                f"context {id!r} was made by another model ({differences}): its text is encoded again for this one. "
+                f"context {id!r} was made by another model ({differences}), so its text is encoded again. "
                 "Make a context with each model.",
                 CacheWarning,
                 stacklevel=5,
@@ -728,7 +764,7 @@ class KVCacheMemory:
     # --- inside ------------------------------------------------------------------------------------------------
 
     def _forget(self) -> None:
-        """Forget everything outside the store: recent contexts, work under way, and the texts of contexts by id."""
+        """Drop all copies outside the store: recent contexts, work in progress, and the texts of `create_context`."""
         self.engine.forget(self.namespace)
         self._contexts.clear()
 
@@ -737,7 +773,11 @@ class KVCacheMemory:
         return self.engine.template.instruction_ids(self.instruction)
 
     def read(self, document: object) -> Read:
-        """A document's tokens, text and metadata."""
+        """Return a document's tokens, text and metadata.
+
+        Raises:
+            InvalidInputError: the document has no text.
+        """
         text, metadata = text_and_metadata(document)
         return Read(self._segment(text), text, metadata)
 
@@ -765,7 +805,7 @@ class KVCacheMemory:
         return engine.template.prompt(messages, tools=tools, seams=seams)
 
     def _kept(self) -> list[KVCacheRecords]:
-        """The texts of every document."""
+        """Return the texts of all stored documents."""
         return [manifest.records for key, manifest in self.store.manifests() if not is_instruction(key)]
 
     def _items(self, given: str | Item | Iterable[str | Item], skip_missing: bool) -> list[Item]:
@@ -780,10 +820,11 @@ class KVCacheMemory:
 
 
 def open_store(store: KVStore | str | PathLike[str] | None, engine: Engine, namespace: str = "") -> KVStore:
-    """A store as it is; one at a path or an address; for None one in memory, for all of a namespace's over this engine.
+    """Return the store that is passed, a store at a path or an address, or for None a store in memory.
 
-    At a path it holds `FOLDER_BYTES` (64 GiB), in memory `DEFAULT_STORE_BYTES` (4 GiB), and forgets what was not used
-    for longest; pass a `DiskStore` or a `MemoryStore` for another budget.
+    The store in memory is shared by all callers with the same engine and namespace. A store at a path is limited to
+    `FOLDER_BYTES` (64 GiB), one in memory to `DEFAULT_STORE_BYTES` (4 GiB); a full store evicts the least recently used
+    items. Pass a `DiskStore` or a `MemoryStore` for another budget.
     """
     if isinstance(store, KVStore):
         return store
@@ -799,9 +840,10 @@ def is_context(metadata: Mapping[str, Any]) -> bool:
 
 
 def insert_documents(instruction: str, documents: Sequence[str], messages: Sequence[Message]) -> list[Message]:
-    """Messages behind documents, each of which ends with a blank line.
+    """Return messages after a system turn with an instruction and documents.
 
-    What a system message at the start of `messages` says stands after the documents, in the same turn.
+    System messages at the start of `messages` follow the documents, in the same turn. The instruction and each
+    document end with a blank line.
     """
     if not instruction and not documents:
         return list(messages)
@@ -819,7 +861,7 @@ def _has_documents(message: Message) -> bool:
 
 
 def _documents_in(messages: Iterable[Message]) -> set[str]:
-    """The texts of the documents in messages."""
+    """Return the texts of the documents in messages."""
     parts = (content for message in messages if isinstance(content := message.get("content"), list | tuple))
     return {str(part) for part in chain.from_iterable(parts) if isinstance(part, Document)}
 
@@ -829,10 +871,10 @@ def _folders(dumps: Iterable[str | PathLike[str]]) -> list[str | PathLike[str]]:
 
 
 def _as_list(texts: str | Iterable[str]) -> list[str]:
-    """A str is one text or id, and not its characters.
+    """Return one or several str as a list.
 
     Raises:
-        InvalidInputError: neither a str nor several.
+        InvalidInputError: `texts` is neither a str nor an iterable of str.
     """
     if isinstance(texts, str):
         return [texts]
