@@ -1,7 +1,7 @@
-"""Computes the memory of keys and values, and when loading them is faster than encoding. Reads configurations only.
+"""Computes the memory of keys and values, and when loading them is faster than encoding, from the configuration only.
 
-KV heads are counted, not query heads: with grouped-query attention several query heads share one KV head. Layers with a
-sliding window count in full, because caches that are cut, moved and merged keep every token in every layer.
+KV heads are counted, not query heads: with grouped-query attention, several query heads share one KV head. Layers with
+a sliding window count in full, because caches that are cut, moved and merged have every token in every layer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ class LayerGeometry:
     """The shape of one token's keys `(kv_heads, key_dim)` and values `(kv_heads, value_dim)` in one layer.
 
     Attributes:
-        window: how many tokens the layer attends to; None: all. The cache keeps all tokens in either case.
+        kv_heads: the number of KV heads.
+        key_dim: numbers per key.
+        value_dim: numbers per value.
+        window: how many tokens the layer attends to; None: all. The cache has all tokens in either case.
     """
 
     kv_heads: int
@@ -47,11 +50,11 @@ class KVGeometry:
     """The shape of one token's keys and values in a model. Made by `kv_geometry`.
 
     Attributes:
-        model: its name, for messages.
-        layers: one for each layer that has keys and values of its own.
-        state_bytes: bytes of the states of recurrent layers, at each place where a prompt may go on; 0 without such
-            layers. Their convolutions' part is counted as in bfloat16.
-        map_bytes: bytes of a document's maps of these states (`kvcag.cache.states`), which are kept with it.
+        model: the model's name, for messages.
+        layers: one for each layer that has its own keys and values.
+        state_bytes: bytes of the recurrent layers' states at one position, from which a prompt can continue; 0 without
+            such layers. Convolution states are counted in bfloat16.
+        map_bytes: bytes of a document's maps of these states (`kvcag.cache.states`), which are stored with its item.
         attention_heads: query heads; `attention_heads / kv_heads` of them share one KV head.
         dtype: the checkpoint's, such as `"bfloat16"`; None if the configuration names none.
         context_length: the most tokens, prompt and answer together; None if the configuration names none.
@@ -75,7 +78,7 @@ class KVGeometry:
 
         Args:
             dtype: `"float32"`, `"float16"` or `"bfloat16"`; `"auto"` is the checkpoint's own.
-            int8: as a store with `quantize="int8"` writes them: one byte per number, and the scales. Loading
+            int8: count the bytes in a store with `quantize="int8"`: one byte per number, and the scales. Loading
                 converts them back to `dtype`.
 
         Raises:
@@ -117,7 +120,7 @@ class BreakEven:
 
     @property
     def load(self) -> bool:
-        """Loading is faster, or as fast."""
+        """Whether loading is at least as fast as encoding."""
         return self.load_s <= self.encode_s
 
 
@@ -159,7 +162,7 @@ def kv_geometry(model: str | PathLike[str] | Mapping[str, Any] | Any) -> KVGeome
     """Read the shape of one token's keys and values from a model's configuration. Loads no weights.
 
     Args:
-        model: a folder with a `config.json`, that file, its content, a `PreTrainedConfig`, or a hub id, whose
+        model: a folder with a `config.json`, that file, its content as a dict, a `PreTrainedConfig`, or a hub id, whose
             configuration is downloaded.
 
     Raises:
@@ -171,7 +174,7 @@ def kv_geometry(model: str | PathLike[str] | Mapping[str, Any] | Any) -> KVGeome
     text = config.get_text_config(decoder=True)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(
-            f"{name} is an encoder-decoder, whose caches cannot be kept. Use a decoder-only model."
+            f"{name} is an encoder-decoder, whose caches cannot be reused. Use a decoder-only model."
         )
     count = getattr(text, "num_hidden_layers", None)
     if not count:
@@ -196,9 +199,10 @@ def kv_geometry(model: str | PathLike[str] | Mapping[str, Any] | Any) -> KVGeome
 
 
 def _recurrent(config: Any, name: str) -> tuple[list[bool], int, int]:
-    """Which layers attend, in a model that has recurrent layers, and the bytes of their states and maps; else none, 0.
+    """Return which layers have attention, and the bytes of the recurrent layers' states and maps.
 
-    The model is made without weights and run once, since only its code knows the shapes of its states.
+    For a model without recurrent layers: an empty list, 0 and 0. The model is made on the meta device and run once,
+    because only its code knows the shapes of its states.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -209,7 +213,7 @@ def _recurrent(config: Any, name: str) -> tuple[list[bool], int, int]:
     if not kinds:
         if any(word in config.model_type for word in ("rwkv", "xlstm", "mamba")):
             raise UnsupportedModelError(
-                f"{name} keeps a state that transformers does not put into a cache, so it cannot be kept. Use another."
+                f"{name} has a recurrent state that transformers does not put into a cache. Use another model."
             )
         return [], 0, 0
     with torch.device("meta"), torch.no_grad():
@@ -220,7 +224,7 @@ def _recurrent(config: Any, name: str) -> tuple[list[bool], int, int]:
     states = layers_of(cache).states
     assert states is not None
     delta = [t for row in states.tensors for t in row[len(row) // 2 :] if t is not None and t.ndim == 4]
-    is_delta = hasattr(config, "linear_key_head_dim")  # a matrix per head; others have a number, which is nothing here
+    is_delta = hasattr(config, "linear_key_head_dim")  # a matrix per head; others have one number
     maps = sum(4 * t.shape[1] * t.shape[2] ** 2 for t in delta) if is_delta else 0
     return [attends for attends, _ in kinds], nbytes(Layers((), states)), maps
 
@@ -261,7 +265,7 @@ def _of_mapping(described: Mapping[str, Any], where: str) -> Any:
         return AutoConfig.for_model(kind, **settings)
     except ValueError as unknown:
         raise InvalidInputError(
-            f"{where} is of model_type {kind!r}, which this transformers does not know"
+            f"{where} is of model_type {kind!r}, which this version of transformers does not know. Upgrade it."
         ) from unknown
 
 

@@ -1,4 +1,4 @@
-"""Corpora: the document that each document is encoded behind, and stores that follow a corpus's texts."""
+"""Corpora: chooses the document after which each document is encoded, and makes a store match a corpus."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ if TYPE_CHECKING:
     from kvcag.contexts import DocumentCache, Ids, Read
 
 Context: TypeAlias = Literal["previous"] | object
-"""What each document is encoded behind, after the instruction. `"previous"`: the one before it of the same source. A
-retriever (a function, or what has `invoke` or `retrieve`): the first other document that it finds for the text."""
+"""How to choose the document between the instruction and each document. `"previous"`: the previous document of the same
+source. A retriever (a function, or an object with `invoke` or `retrieve`): the first other document that it returns for
+the text."""
 
 
 def in_context(
     documents: Sequence[Read], context: Context | None, read: Callable[[object], Read] | None = None
 ) -> list[Read]:
-    """The documents, each with what it is to be encoded behind; as they are for None.
+    """Set `behind` of each document, the document after which it is to be encoded. None changes nothing.
 
     Args:
-        documents: in the order in which they stand in their sources.
+        documents: in the order of their sources.
         context: see `Context`.
-        read: makes a `Read` of what a retriever returns; not needed for `"previous"`.
+        read: makes a `Read` of a retriever's result; not needed for `"previous"`.
 
     Raises:
         InvalidInputError: `context` is neither `"previous"` nor a retriever.
@@ -55,10 +56,10 @@ def in_context(
 
 
 _ASKED = ("invoke", "retrieve")
-"""How retrievers are called: LangChain's and LlamaIndex's."""
+"""The methods that call a retriever, of LangChain and of LlamaIndex."""
 _SOURCES = tuple(field for field in SOURCE_FIELDS if field != "source_text")
 _CORPORA = "corpora"
-"""In the metadata of an item that `sync` keeps: the names of the corpora that it belongs to."""
+"""A metadata key of the items that `sync` stores, with the names of the corpora that the item belongs to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +67,11 @@ class SyncReport:
     """The result of `KVCacheMemory.sync`.
 
     Attributes:
-        encoded: documents that were encoded.
-        kept: documents that were in the store already.
-        dropped: documents that left the corpus.
+        encoded: the number of documents that were encoded.
+        kept: the number of documents that were in the store already.
+        dropped: the number of documents that left the corpus.
         ids: the ids of the corpus's documents.
-        failed: items that could not be read or deleted, and why: they may still hold what the corpus dropped.
+        failed: id → reason, for items that could not be read or deleted. They may still have dropped texts.
     """
 
     encoded: int
@@ -86,8 +87,8 @@ class SyncDiff:
 
     Attributes:
         wanted: id → token ids, text and metadata of each document, in the corpus's order.
-        new: ids that are not in the store yet.
-        gone: ids of items of this corpus whose texts are gone.
+        new: ids of documents that are not in the store yet.
+        gone: ids of items of this corpus whose documents left the corpus.
     """
 
     wanted: dict[str, Read]
@@ -101,10 +102,10 @@ def diff(
     """Compare a corpus with the stored items. Nothing is changed.
 
     Args:
-        documents: where documents are kept.
-        head_ids: the tokens that stand before them.
-        corpus: token ids, text and metadata of each document. Two with the same text are one.
-        is_mine: whether a stored item belongs to this corpus. No other item counts as gone. None: none is looked for.
+        documents: finds, encodes and stores documents.
+        head_ids: the tokens before the documents.
+        corpus: token ids, text and metadata of each document. Documents with the same text are one document.
+        is_mine: whether a stored item belongs to this corpus; other items are never `gone`. None: `gone` is empty.
 
     Raises:
         EmptyPromptError: a document is empty.
@@ -126,16 +127,16 @@ def _wanted(documents: DocumentCache, corpus: Iterable[Read]) -> dict[str, Read]
 
 
 def sync(documents: DocumentCache, head_ids: Ids, corpus: Iterable[Read], name: str) -> SyncReport:
-    """Encode what is new, keep what is the same, drop what is gone.
+    """Encode new documents of a corpus, keep unchanged ones, and delete those that left it.
 
-    A document of several corpora stays until the last of them drops it. One that another door keeps, such as
-    `KVCacheMemory.add`, belongs to no corpus, and stays.
+    A document of several corpora is deleted when it has left all of them. A document that was stored in another way,
+    such as by `KVCacheMemory.add`, belongs to no corpus and is not deleted.
 
     Args:
-        documents: where documents are kept.
-        head_ids: the tokens that stand before them.
+        documents: finds, encodes and stores documents.
+        head_ids: the tokens before the documents.
         corpus: token ids, text and metadata of each document.
-        name: the corpus's name; no other corpus's documents are dropped.
+        name: the corpus's name. Documents of other corpora are not deleted.
 
     Raises:
         EmptyPromptError: a document is empty. Nothing was changed.
@@ -181,5 +182,5 @@ def sync(documents: DocumentCache, head_ids: Ids, corpus: Iterable[Read], name: 
     failed |= documents.store.erase([key for key in gone if key not in shared]).failed
     for what, why in failed.items():
         if what != documents.store.place:
-            documents.notices.once(f"{what} may hold what a corpus dropped: {why}", CacheWarning, why)
+            documents.notices.once(f"{what} may still have a text that a corpus dropped: {why}", CacheWarning, why)
     return SyncReport(encoded, len(wanted) - encoded, len(gone), list(wanted), failed)

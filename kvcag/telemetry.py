@@ -1,7 +1,7 @@
-"""OpenTelemetry: a span and metrics for each answer, after its semantic conventions for generative AI.
+"""OpenTelemetry: a span and metrics per answer, by OpenTelemetry's semantic conventions for generative AI.
 
-kvcag calls OpenTelemetry's API, where it is installed. The program that sets up an SDK decides what becomes of spans
-and metrics (docs/operations.md); without one, nothing is recorded.
+kvcag calls OpenTelemetry's API if it is installed. The application sets up an SDK, which exports spans and metrics
+(docs/operations.md); without an SDK, nothing is recorded.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _TOKENS = [4.0**n for n in range(14)]
 def observed(
     chunks: Generator[Chunk, None, None], model: str, sampling: Sampling, started: float
 ) -> Generator[Chunk, None, None]:
-    """The same chunks. When they end, a span has the answer's usage, and metrics have counted it.
+    """Pass an answer's chunks through, and record a span and metrics with the answer's usage at their end.
 
     Args:
-        chunks: an answer.
+        chunks: the answer.
         model: the model's name.
         sampling: the settings of the answer.
-        started: when it was asked for, by `time.perf_counter`.
+        started: the time of the call, by `time.perf_counter`.
     """
     if not _IS_INSTALLED:
         return chunks

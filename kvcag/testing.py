@@ -1,8 +1,7 @@
 """Stand-ins for tests: an engine without weights, a byte tokenizer and tiny random models.
 
-`EchoEngine` takes the place of a model only: prompts pass through a real tokenizer and a real chat template, answers
-through stop strings and the token budget, and usage is counted. `tiny_model` and `byte_tokenizer` make an `HFEngine`
-in milliseconds:
+`EchoEngine` replaces only the model: it uses a real tokenizer and a real chat template, stop strings and the token
+budget, and counts usage. `tiny_model` and `byte_tokenizer` make an `HFEngine` in milliseconds:
 
 ```python
 engine = HFEngine(tiny_model(), byte_tokenizer())
@@ -59,7 +58,7 @@ SMALL: dict[str, Any] = {
 _TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>\n", re.DOTALL)
 
 Answer = Callable[[str], str]
-"""Takes the prompt as text, in ChatML, and returns the answer."""
+"""A function from the prompt's text, in ChatML, to the answer."""
 
 
 def byte_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
@@ -104,14 +103,17 @@ def whole_prompt(prompt: str) -> str:
 
 
 class EchoEngine(Engine):
-    """An engine without weights, for tests: it answers with the last user message, or with what `answer` returns.
+    """An engine without weights, for tests. By default it answers with the last user message.
 
     One token is one byte. The engine records its prompts: the prefix that a prompt shares with an earlier prompt counts
     as cached, as it does with a model. Safe to use from several threads.
 
     Args:
-        answer: returns the answer to a prompt: `last_user_message`, `whole_prompt`, or a function of your own.
+        answer: returns the answer to a prompt: `last_user_message`, `whole_prompt`, or your own function.
         context_length: the most tokens, prompt and answer together.
+
+    Attributes:
+        prompts: the namespace and the token ids of each prompt.
     """
 
     item_type = EncodedItem

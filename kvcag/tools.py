@@ -1,8 +1,8 @@
 """Tool calls: offered in a chat template's own format, enforced by a grammar, and parsed from the answer.
 
 The format is read from the chat template: a probe call is rendered, and the rendered text shows how the model writes
-calls (`<tool_call>` for Hermes and Qwen, bare JSON for Llama 3, `[TOOL_CALLS]` for Mistral). If the template renders no
-tools, or calls that are not JSON, an instruction in the system message lists the tools, and a call is
+calls (`<tool_call>` for Hermes and Qwen, bare JSON for Llama 3, `[TOOL_CALLS]` for Mistral). If the template does not
+render tools, or renders calls that are not JSON, an instruction in the system message lists the tools, and a call is
 `{"name": …, "arguments": {…}}`.
 """
 
@@ -25,7 +25,7 @@ from kvcag.errors import InvalidInputError, KVCAGError
 
 
 def _new_id() -> str:
-    """Nine letters and digits, as Mistral's template requires."""
+    """Return a random id of nine letters and digits, as Mistral's template requires."""
     return "".join(secrets.choice(string.ascii_lowercase + string.digits) for _ in range(9))
 
 
@@ -39,7 +39,7 @@ class Tool:
 
     @classmethod
     def of(cls, tool: Mapping[str, Any]) -> Tool:
-        """From OpenAI's shape, or from the function alone.
+        """Read a tool from a dict in OpenAI's form, or from its `function` part only.
 
         Raises:
             InvalidInputError: the tool has no name, or its parameters are not a JSON schema of an object.
@@ -55,14 +55,14 @@ class Tool:
 
     @property
     def shown(self) -> dict[str, Any]:
-        """The tool as chat templates take it."""
+        """The tool in the form that chat templates expect, which is OpenAI's."""
         function = {"name": self.name, "description": self.description, "parameters": dict(self.parameters)}
         return {"type": "function", "function": function}
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call of a known tool. The constraint makes sure that the arguments satisfy the tool's schema."""
+    """A call of a known tool. The constraint ensures that the arguments satisfy the tool's schema."""
 
     name: str
     arguments: dict[str, Any]
@@ -74,10 +74,10 @@ class InvalidToolCall:
     """A call that was cut off, is not JSON, or names no known tool.
 
     Attributes:
-        text: what the model wrote.
-        error: what is wrong with it.
+        text: the call as the model wrote it.
+        error: what is wrong with the call.
         id: a new id.
-        name: the tool's name, if it could be read.
+        name: the tool's name; None if it could not be read.
     """
 
     text: str
@@ -88,7 +88,7 @@ class InvalidToolCall:
 
 @dataclass(frozen=True, slots=True)
 class Parsed:
-    """An answer: its text without calls, its calls, and what looks like a call but is not valid."""
+    """An answer: its text without calls, its valid calls, and its invalid calls."""
 
     content: str
     calls: tuple[ToolCall, ...] = ()
@@ -117,7 +117,7 @@ class CallFormat:
 
     @property
     def marker(self) -> str:
-        """The text that tells calls from prose; empty if a call is bare JSON."""
+        """The text that begins every group of calls; empty if a call is bare JSON."""
         return self.opening.strip() if self.opening.strip(" \n[") else ""
 
     @property
@@ -127,13 +127,13 @@ class CallFormat:
         return name, arguments
 
     def write(self, name: str, arguments: Mapping[str, Any]) -> str:
-        """One call."""
+        """Return the text of one call."""
         written = json.dumps(arguments, ensure_ascii=False)
         return f"{self.before_name}{json.dumps(name)}{self.before_arguments}{written}{self.after_arguments}"
 
 
 _PLAIN = CallFormat()
-"""The format for templates that render no tools, or calls that are not JSON."""
+"""The format for templates that render no tools, or render calls that are not JSON."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +162,7 @@ class ToolSpec:
         return None if self.format is _PLAIN else [tool.shown for tool in self.offered]
 
     def messages(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages as the template can render them, with an instruction if the template renders no tools."""
+        """Return messages that the template can render, with an instruction if the template renders no tools."""
         shown = tool_messages(self.template, messages)
         if self.format is not _PLAIN:
             return shown
@@ -176,7 +176,7 @@ class ToolSpec:
 
     @property
     def constraint(self) -> Grammar:
-        """Only calls if they are forced; else text, or valid calls."""
+        """A grammar that allows only calls if they are forced; else text, or valid calls."""
         return Grammar("\n".join(self._rules()))
 
     def parse(self, text: str) -> Parsed:
@@ -189,20 +189,20 @@ class ToolSpec:
         return Parsed(text)
 
     def parser(self) -> CallParser:
-        """`parse` for an answer that arrives in pieces."""
+        """Return a parser for an answer that arrives in pieces."""
         return CallParser(self)
 
     @property
     def _instruction(self) -> str:
         tools = "\n".join(json.dumps(tool.shown["function"], ensure_ascii=False) for tool in self.offered)
-        several = " Several calls stand on lines of their own." if self.parallel else ""
+        several = " Write each call on its own line." if self.parallel else ""
         return (
             f"These tools can be called:\n{tools}\nTo call one, answer with nothing but JSON: "
             f'{{"name": the tool\'s name, "arguments": {{its arguments}}}}.{several}'
         )
 
     def _rules(self) -> list[str]:
-        """The grammar's rules, `start` first."""
+        """Return the grammar's rules, `start` first."""
         form, tools = self.format, list(enumerate(self.callable))
         rules = ["call: " + " | ".join(f"call_{index}" for index, _ in tools)]
         for index, tool in tools:
@@ -228,7 +228,7 @@ class ToolSpec:
         opening += f"{lark_literal(form.opening)} " if form.opening else ""
         if self.forced:
             return [f"start: {opening}{calls}", *rules]
-        # Without a marker, text is what does not begin like JSON.
+        # Without a marker, an answer that does not begin with `{` is text.
         return ["start: text | calls", "text: /([^{\\s](.|\\n)*)?/", f"calls: {opening}{calls}", *rules]
 
     def _parse_marked(self, text: str) -> Parsed:
@@ -244,7 +244,7 @@ class ToolSpec:
         return Parsed(content, tuple(calls), tuple(invalid))
 
     def _calls(self, text: str) -> tuple[list[ToolCall], list[InvalidToolCall]]:
-        """The calls in a text, whatever is between them."""
+        """Return the valid and the invalid calls in a text, with any text between them."""
         calls, invalid, at = list[ToolCall](), list[InvalidToolCall](), 0
         while (start := text.find("{", at)) >= 0:
             try:
@@ -267,7 +267,7 @@ class ToolSpec:
         name, arguments = value.get(name_key), value.get(arguments_key, {})
         known = [tool.name for tool in self.offered]
         if not isinstance(name, str) or name not in known:
-            error = f"no tool is called {name!r}; the tools are {', '.join(known)}"
+            error = f"no tool has the name {name!r}; the tools are {', '.join(known)}"
             return InvalidToolCall(text, error, name=name if isinstance(name, str) else None)
         if isinstance(arguments, str):
             try:
@@ -280,7 +280,7 @@ class ToolSpec:
 
 
 class CallParser:
-    """Parses an answer that arrives in pieces. Output what `push` returns; then call `close` and output `rest`.
+    """Parses an answer that arrives in pieces: output the result of each `push`, then call `close` and output `rest`.
 
     Attributes:
         rest: after `close`, the end of the content that `push` held back.
@@ -300,7 +300,7 @@ class CallParser:
         return new
 
     def written(self) -> list[tuple[str, str]]:
-        """The name, and the arguments' JSON as far as it is written, of each call that has begun."""
+        """Return the name of each call that has begun, and the JSON of its arguments as far as it was generated."""
         form, marker = self._spec.format, self._spec.format.marker
         at = self._text.find(marker) if marker else 0
         if at < 0 or not (marker or self._spec.forced or re.match(r"\s*\[?\s*\{", self._text)):
@@ -316,13 +316,13 @@ class CallParser:
         return calls
 
     def close(self) -> Parsed:
-        """The whole answer, parsed."""
+        """Parse the whole answer, and set `rest`."""
         parsed = self._spec.parse(self._text)
         self.rest = parsed.content[self._given :]
         return parsed
 
     def _prose(self) -> str:
-        """The beginning of the answer that is certainly not part of a call."""
+        """Return the beginning of the answer that is certainly not part of a call."""
         text, marker = self._text, self._spec.format.marker
         if self._spec.forced:
             return ""
@@ -341,12 +341,13 @@ def tool_spec(
 
     Args:
         template: the model's chat template.
-        tools: dicts with `name`, `description` and `parameters` (a JSON schema), or the same in OpenAI's shape.
-        choice: `"auto"`: text or calls; `"any"` or `"required"`: calls; a tool's name: one call of that tool; `"none"`.
+        tools: dicts with `name`, `description` and `parameters` (a JSON schema), or the same in OpenAI's form.
+        choice: `"auto"`: text or calls; `"any"` or `"required"`: calls; a tool's name: one call of that tool;
+            `"none"`: no calls.
         parallel: the answer may have several calls.
 
     Returns:
-        None if there are no tools, or the choice is `"none"`.
+        The specification; None if there are no tools, or the choice is `"none"`.
 
     Raises:
         InvalidInputError: a malformed tool, two tools of the same name, or a choice that is not a tool's name.
@@ -365,10 +366,10 @@ def tool_spec(
 
 
 def tool_messages(template: ChatTemplate, messages: Sequence[Message]) -> list[Message]:
-    """A history that the template can render: as it is, or with calls and results written into the contents.
+    """Return a history that the template can render: if it renders no calls or results, they become message text.
 
-    Each result has its tool's name. Ids become numbers of calls: random ones would make every run's prompt another, and
-    some templates refuse those of other models.
+    Each result gets its tool's name. The ids of calls become numbers, because random ids would make each run's prompt
+    different, and some templates refuse the ids of other models.
     """
     numbered = _numbered(messages)
     if call_format(template) is not _PLAIN and _renders_results(template):
@@ -377,7 +378,7 @@ def tool_messages(template: ChatTemplate, messages: Sequence[Message]) -> list[M
 
 
 def _numbered(messages: Sequence[Message]) -> list[Message]:
-    """The messages, with the calls' ids counted, and each result under its call's number and its tool's name."""
+    """Number the calls of messages, and give each result the number of its call and the name of its tool."""
     shown = list[Message]()
     answers = dict[str, dict[str, str]]()
     count = 0
@@ -398,7 +399,7 @@ def _numbered(messages: Sequence[Message]) -> list[Message]:
 
 
 def _as_text(message: Message) -> Message:
-    """A message with its calls, or its tool's result, as text in the content."""
+    """Return a message whose calls, or whose tool result, are text in the content."""
     content = message.get("content") or ""
     name = message.get("name") or message.get("tool_call_id")
     if message["role"] == "tool" and any(isinstance(part, Document) for part in content):
@@ -431,7 +432,7 @@ _PROBE_CALL = re.compile(
 
 
 def call_format(template: ChatTemplate) -> CallFormat:
-    """The format in which a template writes calls. Plain, if it renders no tools, or calls that are not JSON."""
+    """Return the format in which a template renders calls; `_PLAIN` if it renders no tools, or calls without JSON."""
     known = template.__dict__.get("_call_format")
     if known is None:
         known = template.__dict__["_call_format"] = _read_format(template)
@@ -450,7 +451,7 @@ def _read_format(template: ChatTemplate) -> CallFormat:
         separator = two[call.end() : second] if second > 0 else None
     marker_id = None
     for token in template.tokenizer.all_special_tokens:
-        if opening.lstrip().startswith(token):  # not part of the answer's text
+        if opening.lstrip().startswith(token):  # an answer's text does not include special tokens
             marker_id = template.tokenizer.added_tokens_encoder[token]
             opening = opening.lstrip()[len(token) :].lstrip()
             break
@@ -458,14 +459,14 @@ def _read_format(template: ChatTemplate) -> CallFormat:
 
 
 def _assistant(count: int) -> Message:
-    """An assistant message with `count` probe calls."""
+    """Return an assistant message with `count` probe calls."""
     function = {"name": _NAME, "arguments": {_KEY: _VALUE}}
     calls = [{"type": "function", "id": f"probe000{i}", "function": function} for i in range(count)]
     return {"role": "assistant", "content": "", "tool_calls": calls}
 
 
 def _rendered_calls(template: ChatTemplate, count: int) -> str:
-    """An assistant turn with `count` calls as the template renders it; empty if it renders no tools or no calls."""
+    """Render an assistant turn with `count` calls; empty if the template renders no tools or no calls."""
     try:
         before = template.render([_QUESTION], tools=[_PROBE.shown])
         text = template.render([_QUESTION, _assistant(count)], tools=[_PROBE.shown], add_generation_prompt=False)
@@ -478,7 +479,7 @@ def _rendered_calls(template: ChatTemplate, count: int) -> str:
     if "</think>" in turn:
         turn = turn.rpartition("</think>")[2].lstrip()
     special = template.tokenizer.all_special_tokens
-    ends = [token for token in special if not re.search("tool|python", token, re.IGNORECASE)]  # those do not end a turn
+    ends = [token for token in special if not re.search("tool|python", token, re.IGNORECASE)]  # these do not end a turn
     cut = [turn.find(end) for end in ends if end in turn]
     return turn[: min(cut)] if cut else turn.rstrip()
 

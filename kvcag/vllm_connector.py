@@ -1,7 +1,8 @@
-"""The connector that vLLM loads by `--kv-transfer-config`: a server's keys and values from and to a store of ours.
+"""The connector that vLLM loads by `--kv-transfer-config`, which moves keys and values between a server and a store.
 
-vLLM makes one object beside its scheduler, which says what is in the store, and one in its worker, which moves keys and
-values between the store and the server's blocks. Imports vLLM; `kvcag.engines.vllm.blocks` has what does not need it.
+vLLM makes two objects of it: one in the scheduler, which tells what the store has, and one in the worker, which copies
+keys and values between the store and the server's blocks. This module imports vLLM; code that does not need vLLM is in
+`kvcag.engines.vllm.blocks`.
 """
 
 from __future__ import annotations
@@ -60,14 +61,14 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("vllm.kvcag")
 _UNWRITTEN = 64
-"""Prompts whose keys and values wait in memory to be written; a further one waits for the first of them."""
+"""The most prompts whose keys and values wait in memory to be written. With more, the server waits for the oldest."""
 _ROTARY = {"RotaryEmbedding": "base", "Llama3RotaryEmbedding": "base", "YaRNScalingRotaryEmbedding": "scaling_factor"}
-"""The rotary classes of vLLM that turn a pair by position × frequency, and what their frequencies are computed from."""
+"""The rotary classes of vLLM that rotate a pair by position × frequency, and the attribute for their frequencies."""
 
 
 @dataclass
 class _Load:
-    """Tokens `start` to `stop` of a request's prompt, to be written into its blocks."""
+    """Tokens `start` to `stop` of a request's prompt, which the worker loads into the request's blocks."""
 
     space: str
     token_ids: list[int]
@@ -79,7 +80,12 @@ class _Load:
 
 @dataclass
 class _Save:
-    """What of a prompt that is computed by the end of this step is to be kept."""
+    """A prompt whose prefill ends in this step, and the pieces of it that the worker stores.
+
+    Attributes:
+        learn: documents from which to learn the usual drift, instead of storing `pieces`.
+        at_once: wait until the pieces are written, because the client needs them.
+    """
 
     space: str
     token_ids: list[int]
@@ -96,14 +102,15 @@ class _Step(KVConnectorMetadata):  # type: ignore[misc]
 
 
 class KVCAGConnector(KVConnectorBase_V1):  # type: ignore[misc]
-    """Loads what a prompt begins with, and documents in any order, from a store; keeps what was prefilled.
+    """Loads the prefix of a prompt, or documents in any order, from a store, and stores the prompts that are prefilled.
 
-    `kv_connector_extra_config` holds `store`, a folder or an fsspec URL, and may hold `max_bytes` (of a folder, for
-    each namespace) and `storage_options` (of a URL). What a request may say is in `kvcag.engines.vllm.blocks.Asked`.
+    `kv_connector_extra_config` has `store`, a folder or an fsspec URL, and may have `max_bytes` (of a folder, per
+    namespace) and `storage_options` (of a URL). The fields of a request are those of
+    `kvcag.engines.vllm.blocks.Asked`.
 
     Raises:
-        InvalidInputError: the configuration lacks the store, or would serve what could not be loaded.
-        UnsupportedModelError: the model, its cache or its parallelism is one whose blocks cannot be read and written.
+        InvalidInputError: the configuration names no store, or blocks that failed to load would be used.
+        UnsupportedModelError: the connector cannot read and write the blocks of this model, cache or parallelism.
     """
 
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
@@ -115,8 +122,8 @@ class KVCAGConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._fingerprint = _fingerprint_of(vllm_config, self._spec, len(group.layer_names))
         self._digest = self._fingerprint.digest
         self._stores: dict[str, KVStore] = {}
-        self._store("")  # a store that cannot be opened is refused at start
-        # Beside the scheduler:
+        self._store("")  # to refuse a store that cannot be opened when the server starts
+        # In the scheduler:
         self._open: dict[str, Request] = {}
         self._loads: dict[str, _Load] = {}
         self._reused: dict[str, int] = {}
@@ -130,7 +137,7 @@ class KVCAGConnector(KVConnectorBase_V1):  # type: ignore[misc]
     # --- the store -----------------------------------------------------------------------------------------------
 
     def _store(self, space: str) -> KVStore:
-        """The store of a namespace, which is known by its salt."""
+        """Return the store of a namespace. `space` is the namespace's salt."""
         if space not in self._stores:
             given = self._kv_transfer_config.kv_connector_extra_config
             options = given.get("storage_options", {})
@@ -138,7 +145,7 @@ class KVCAGConnector(KVConnectorBase_V1):  # type: ignore[misc]
         return self._stores[space]
 
     def _has(self, space: str, id: str) -> bool:
-        """A store that fails has nothing: the server prefills."""
+        """Whether the store has an item. False if the store fails, so that the server prefills."""
         try:
             return self._store(space).contains(id)
         except KVCAGError as error:
@@ -156,10 +163,10 @@ class KVCAGConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def _learned_id(self) -> str:
         return f"kv:learned:{self._digest}"
 
-    # --- beside the scheduler ------------------------------------------------------------------------------------
+    # --- in the scheduler ----------------------------------------------------------------------------------------
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int, bool]:
-        """How many tokens behind `num_computed_tokens` are in the store."""
+        """Return how many tokens after `num_computed_tokens` are in the store."""
         self._loads.pop(request.request_id, None)
         self._reused[request.request_id] = num_computed_tokens
         token_ids = _plain_ids(request)
@@ -183,7 +190,7 @@ class KVCAGConnector(KVConnectorBase_V1):  # type: ignore[misc]
         return stop - num_computed_tokens, False
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
-        """The blocks are there: load in the next step."""
+        """Let the next step load into the blocks that were allocated."""
         self._open[request.request_id] = request
         if num_external_tokens:
             self._reused[request.request_id] += num_external_tokens
@@ -192,7 +199,7 @@ class KVCAGConnector(KVConnectorBase_V1):  # type: ignore[misc]
             self._loads.pop(request.request_id, None)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        """What this step loads, and what is kept at its end: prompts that it computes to their end."""
+        """Tell the worker what to load in this step, and which prompts, whose prefill ends in it, to store."""
         again = scheduler_output.scheduled_cached_reqs
         computed = dict(zip(again.req_ids, again.num_computed_tokens, strict=True))
         computed |= {new.req_id: new.num_computed_tokens for new in scheduler_output.scheduled_new_reqs}
@@ -205,7 +212,7 @@ class KVCAGConnector(KVConnectorBase_V1):  # type: ignore[misc]
         return step
 
     def _kept_of(self, request: Request) -> list[_Save]:
-        """Nothing of a request that merges: what it computes stands behind an approximation."""
+        """Return what to store of a request: nothing if it merges, since its keys and values are approximate then."""
         token_ids = _plain_ids(request)
         (space, is_merged), asked = space_of(request.cache_salt), _asked(request)
         if is_merged or not token_ids:
@@ -217,7 +224,7 @@ class KVCAGConnector(KVConnectorBase_V1):  # type: ignore[misc]
         return [_Save(space, token_ids, list(block_ids), pieces if not learn else [], learn, bool(spans or learn))]
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
-        """What the answer says of a request that said something to us."""
+        """Return the fields of the response to a request that has fields for the connector."""
         self._open.pop(request.request_id, None)
         self._loads.pop(request.request_id, None)
         reused = self._reused.pop(request.request_id, 0)
@@ -239,12 +246,17 @@ class KVCAGConnector(KVConnectorBase_V1):  # type: ignore[misc]
     # --- in the worker -------------------------------------------------------------------------------------------
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """The server's blocks. A backend whose layout is not known is refused here, before the first request."""
+        """Take the server's blocks. An unknown layout is refused here, before the first request.
+
+        Raises:
+            UnsupportedModelError: the layout of the attention backend's blocks is unknown, or it splits blocks.
+        """
         layers = self._vllm_config.compilation_config.static_forward_context
         names = sorted(kv_caches, key=extract_layer_index)
         if sizes := {cache.shape[2] for cache in kv_caches.values()} - {self._size}:
             raise UnsupportedModelError(
-                f"attention splits each block of {self._size} tokens: start the server with --block-size {min(sizes)}"
+                f"the attention backend splits each block of {self._size} tokens. "
+                f"Start the server with --block-size {min(sizes)}."
             )
         layouts: dict[str, BlockLayout] = {}
         for name in names:
@@ -254,11 +266,11 @@ class KVCAGConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._layers = [(kv_caches[name], layouts[layers[name].attn_backend.get_name()]) for name in names]
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
-        """Write what this step's requests need into their blocks. What cannot be loaded, the server computes."""
+        """Load this step's tokens into their blocks. The server computes tokens that cannot be loaded."""
         for load in self._get_connector_metadata().loads:
             try:
                 self._write(load)
-            except Exception as error:  # whatever it was, the server computes these tokens
+            except Exception as error:  # after any error, the server computes these tokens
                 _log.warning("%d tokens are prefilled, since they cannot be loaded: %s", load.stop - load.start, error)
                 self._failed.update(load.block_ids[load.start // self._size : load.stop // self._size])
 
@@ -279,7 +291,7 @@ class KVCAGConnector(KVConnectorBase_V1):  # type: ignore[misc]
             layout.write(cache, blocks, kv)
 
     def _get(self, space: str, id: str) -> KVCacheItem | None:
-        """A damaged item is deleted, so that it is encoded again."""
+        """Return an item. A damaged item is deleted, so that it is encoded again."""
         try:
             return self._store(space).get(id)
         except CorruptItemError:
@@ -287,15 +299,15 @@ class KVCAGConnector(KVConnectorBase_V1):  # type: ignore[misc]
             raise
 
     def wait_for_layer_load(self, layer_name: str) -> None:
-        """All layers were loaded before the first."""
+        """Do nothing: `start_load_kv` loaded all layers."""
 
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: Any, **kwargs: Any) -> None:
-        """Layers are kept together at the end of the step, since a graph that is replayed does not come by here."""
+        """Do nothing: `wait_for_save` stores all layers, since a replayed CUDA graph does not call this method."""
 
     def wait_for_save(self) -> None:
-        """Copy what is to be kept out of the blocks. A thread writes it; documents are waited for.
+        """Copy prompts out of the blocks, for a thread that writes them to the store. Wait until documents are written.
 
-        After a load failed, all that this step computed may stand on blocks without keys: none of it is kept.
+        After a load failed in this step, nothing is stored, since this step may have computed with empty blocks.
         """
         for save in self._get_connector_metadata().saves if not self._failed else ():
             layers = self._read(save.block_ids, len(save.token_ids))
@@ -329,8 +341,8 @@ class KVCAGConnector(KVConnectorBase_V1):  # type: ignore[misc]
                     prefix_digest=ids_digest(save.token_ids[: piece.start]),
                 )
                 store.put(item)
-        except Exception as error:  # of a thread without a caller: an answer does not depend on it
-            _log.warning("a prompt's keys and values were not kept: %s", error)
+        except Exception as error:  # the boundary of the thread: no answer depends on it
+            _log.warning("a prompt's keys and values were not stored: %s", error)
 
     def _learn(self, save: _Save, layers: Layers) -> None:
         try:
@@ -340,7 +352,7 @@ class KVCAGConnector(KVConnectorBase_V1):  # type: ignore[misc]
             first, *others = save.learn
             items = [store.get(piece.id) for piece in others]
             if not items or any(item is None for item in items):
-                raise TokenMismatchError("the documents to learn from were not kept")
+                raise TokenMismatchError("the documents to learn from are not in the store")
             found = [item for item in items if item is not None]
             alone = concat([layers_of(item.memory) for item in found])
             alone_at = torch.cat([item.base_position + torch.arange(len(item.token_ids)) for item in found])
@@ -348,14 +360,14 @@ class KVCAGConnector(KVConnectorBase_V1):  # type: ignore[misc]
             together = cut(layers, first.stop, others[-1].stop)
             learned = Learned.between(self._candidates, alone, alone_at, together, at)
             store.put(learned.to_item(self._learned_id, self._candidates, self._fingerprint))
-        except Exception as error:  # of a thread without a caller: nothing is merged until it is learned
-            _log.warning("the server merges no documents: %s", error)
+        except Exception as error:  # the boundary of the thread: the server merges nothing until the drift is learned
+            _log.warning("the server merges no documents, since the usual drift was not learned: %s", error)
 
     def _learned_in(self, space: str) -> Learned:
         if space not in self._learned:
             item = self._store(space).get(self._learned_id)
             if item is None:
-                raise TokenMismatchError("what documents usually drift by is not in the store")
+                raise TokenMismatchError("the usual drift of documents is not in the store")
             self._learned[space] = Learned.of_item(item, self._candidates)
         return self._learned[space]
 
@@ -364,7 +376,8 @@ class KVCAGConnector(KVConnectorBase_V1):  # type: ignore[misc]
         kinds = {type(rotary).__name__ for rotary in _ROPE_DICT.values()}
         if len(_ROPE_DICT) != 1 or not kinds <= _ROTARY.keys():
             raise UnsupportedModelError(
-                f"the model rotates its keys by {sorted(kinds)}, and {sorted(_ROTARY)} are known"
+                f"merging needs one rotary embedding, of {', '.join(_ROTARY)}; this model has {len(_ROPE_DICT)}, of "
+                f"{', '.join(sorted(kinds)) or 'none'}. Use strategy='exact'."
             )
         [rotary] = _ROPE_DICT.values()
         frequencies = rotary._compute_inv_freq(getattr(rotary, _ROTARY[kinds.pop()]))
@@ -377,48 +390,66 @@ class KVCAGConnector(KVConnectorBase_V1):  # type: ignore[misc]
         return AutoTokenizer.from_pretrained(self._vllm_config.model_config.tokenizer)
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        """Blocks of this step that could not be loaded."""
+        """Return this step's blocks that could not be loaded."""
         failed, self._failed = self._failed, set()
         return failed
 
     def shutdown(self) -> None:
-        """Write what waits to be written."""
+        """Wait until all prompts are written."""
         self._writer.shutdown()
 
 
-# --- what it works with ------------------------------------------------------------------------------------------
+# --- configuration and model -------------------------------------------------------------------------------------
 
 
 def _check(config: VllmConfig, cache: KVCacheConfig) -> None:
-    """Refuse, at start, what could not be loaded or kept right."""
+    """Refuse, when the server starts, a configuration or a model whose blocks cannot be loaded or stored correctly."""
     given, parallel = config.kv_transfer_config, config.parallel_config
     if not given.kv_connector_extra_config.get("store"):
-        raise InvalidInputError('name the store: "kv_connector_extra_config": {"store": "/a/folder or s3://a/bucket"}')
+        raise InvalidInputError(
+            "the configuration names no store. Add "
+            '"kv_connector_extra_config": {"store": "/a/folder or s3://a/bucket"}.'
+        )
     if given.kv_load_failure_policy != "recompute":
-        raise InvalidInputError('set "kv_load_failure_policy": "recompute", or a damaged file would fail its request')
+        raise InvalidInputError(
+            'a damaged file would fail its request. Set "kv_load_failure_policy": "recompute", so that the server '
+            "computes these tokens."
+        )
     if config.max_concurrent_batches > 1:
         raise InvalidInputError(
-            "start the server with --no-async-scheduling: a step that is scheduled before a load is known to have "
-            "failed would read blocks without keys"
+            "with asynchronous scheduling, a step could read blocks whose load has failed. Start the server with "
+            "--no-async-scheduling."
         )
     if config.shutdown_timeout == 0:
         _log.warning("without --shutdown-timeout 30, a server that is stopped loses the last prompts' keys and values")
     if parallel.world_size > 1:
-        raise UnsupportedModelError("a worker of several holds a part of the heads or layers: use one GPU a server")
+        raise UnsupportedModelError(
+            f"each of {parallel.world_size} workers has only a part of the heads or layers. Use one GPU per server."
+        )
     if config.speculative_config is not None:
-        raise UnsupportedModelError("a draft model has blocks of its own: start the server without speculation")
+        raise UnsupportedModelError("a draft model has its own blocks. Start the server without speculative decoding.")
     specs = [group.kv_cache_spec for group in cache.kv_cache_groups]
     if len(specs) != 1 or type(specs[0]) is not FullAttentionSpec:
-        raise UnsupportedModelError(f"only models of full attention keep every token's keys; this one has {specs}")
+        kinds = ", ".join(type(spec).__name__ for spec in specs)
+        raise UnsupportedModelError(
+            f"the connector supports only models whose layers all have full attention; this model has {kinds}. "
+            "Start the server without KVCAGConnector."
+        )
     [spec] = specs
     if (
         spec.sliding_window
         or spec.attention_chunk_size
         or spec.head_size != getattr(spec, "head_size_v", spec.head_size)
     ):
-        raise UnsupportedModelError("layers with a window, or with values of another size, cannot be loaded")
+        raise UnsupportedModelError(
+            "the connector does not support layers with a window, or with values of another size than keys. "
+            "Start the server without KVCAGConnector."
+        )
     if spec.dtype != config.model_config.dtype:
-        raise UnsupportedModelError(f"the cache holds {spec.dtype}: use --kv-cache-dtype auto")
+        raise UnsupportedModelError(
+            f"the cache's dtype {spec.dtype} is not the model's {config.model_config.dtype}. "
+            "Start the server with --kv-cache-dtype auto."
+        )
 
 
 def _layout_of(backend: str, cache: torch.Tensor) -> BlockLayout:
@@ -436,7 +467,7 @@ def _layout_of(backend: str, cache: torch.Tensor) -> BlockLayout:
     if backend == FlashAttentionLayout.backend:
         return FlashAttentionLayout()
     raise UnsupportedModelError(
-        f"how {backend} lays out its blocks is not known. Start the server with --attention-backend FLASH_ATTN."
+        f"the block layout of {backend} is unknown. Start the server with --attention-backend FLASH_ATTN."
     )
 
 
@@ -466,11 +497,13 @@ def _folder_of(model: str, revision: str | None) -> Path:
 
 @lru_cache(maxsize=4)
 def _digest_of_files(folder: Path) -> str:
-    """Over the files that hold the weights: two servers with equal files share a store, whatever the folder's name."""
+    """Return a digest of the weight files, so that servers with equal files share a store under any folder name."""
     digest = xxhash.xxh3_128()
     files = [path for path in sorted(folder.iterdir()) if path.suffix in (".safetensors", ".bin", ".pt", ".gguf")]
     if not files:
-        raise UnsupportedModelError(f"{folder} has no file with weights, so it cannot be told from another model's")
+        raise UnsupportedModelError(
+            f"{folder} has no file with weights, by which models are told apart. Pass a folder with the weights."
+        )
     for path in files:
         with path.open("rb") as file:
             while block := file.read(1 << 24):
@@ -479,13 +512,13 @@ def _digest_of_files(folder: Path) -> str:
 
 
 def _plain_ids(request: Request) -> list[int]:
-    """The prompt, where its keys depend on its tokens alone; else nothing is loaded or kept."""
+    """Return the prompt's tokens; empty, so that nothing is loaded or stored, if keys depend on more than tokens."""
     depends = request.mm_features or request.lora_request or request.prompt_embeds is not None
     return [] if depends or request.prompt_token_ids is None else list(request.prompt_token_ids)
 
 
 def _asked(request: Request) -> Asked | None:
-    """A request that says something unreadable is answered as if it had said nothing."""
+    """Return the request's fields for the connector; None, with a log message, if they cannot be read."""
     try:
         return Asked.of(request.kv_transfer_params, request.num_prompt_tokens)
     except InvalidInputError as error:

@@ -149,10 +149,10 @@ def test_parse_separates_text_from_calls():
     ("text", "error", "name"),
     [
         ('{"name": "weather", "arguments": {"city": "K', "not JSON", "weather"),
-        ('{"name": "wether", "arguments": {}}', "no tool is called 'wether'", "wether"),
+        ('{"name": "wether", "arguments": {}}', "no tool has the name 'wether'", "wether"),
         ('{"name": "weather", "arguments": [1]}', "not a JSON object", "weather"),
         ('{"name": "weather", "arguments": "{"}', "not JSON", "weather"),
-        ('{"name": 3}', "no tool is called 3", None),
+        ('{"name": 3}', "no tool has the name 3", None),
         ("{", "not JSON", None),
     ],
 )

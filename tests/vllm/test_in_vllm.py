@@ -12,16 +12,16 @@ import pytest
 from tests.vllm.vllm_process import ENVIRONMENT, PYTHON, ROOT
 
 REFUSED = {
-    "no store": ("InvalidInputError", "name the store"),
+    "no store": ("InvalidInputError", "names no store"),
     "a store that cannot be opened": ("StoreUnavailableError", "Not a directory"),
     "failed loads fail": ("InvalidInputError", "kv_load_failure_policy"),
     "asynchronous scheduling": ("InvalidInputError", "--no-async-scheduling"),
-    "several GPUs": ("UnsupportedModelError", "use one GPU a server"),
-    "a draft model": ("UnsupportedModelError", "without speculation"),
-    "a sliding window": ("UnsupportedModelError", "only models of full attention"),
+    "several GPUs": ("UnsupportedModelError", "one GPU per server"),
+    "a draft model": ("UnsupportedModelError", "without speculative decoding"),
+    "a sliding window": ("UnsupportedModelError", "all have full attention"),
     "a window within full attention": ("UnsupportedModelError", "layers with a window"),
-    "windows beside full attention": ("UnsupportedModelError", "only models of full attention"),
-    "recurrent layers": ("UnsupportedModelError", "only models of full attention"),
+    "windows beside full attention": ("UnsupportedModelError", "all have full attention"),
+    "recurrent layers": ("UnsupportedModelError", "all have full attention"),
     "values of another size": ("UnsupportedModelError", "values of another size"),
     "a quantised cache": ("UnsupportedModelError", "--kv-cache-dtype auto"),
     "another attention backend": ("UnsupportedModelError", "--attention-backend FLASH_ATTN"),

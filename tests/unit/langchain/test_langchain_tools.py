@@ -172,7 +172,7 @@ def test_a_call_that_was_cut_or_names_no_tool_is_invalid(llm: ChatKVCAG, written
     assert (message.tool_calls, message.text) == ([], "")
     [invalid] = message.invalid_tool_calls
     assert '{"days": [1,' in invalid["args"] or written in invalid["args"]
-    assert "not JSON" in invalid["args"] or "no tool is called 'sleep'" in invalid["args"]
+    assert "not JSON" in invalid["args"] or "no tool has the name 'sleep'" in invalid["args"]
     assert message.response_metadata["finish_reason"] == "length"
 
 
