@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kvcag.errors import MissingExtraError
 
 try:
-    import langchain_core  # noqa: F401 - only to say what is missing
+    import langchain_core  # noqa: F401 - imported only to name the missing extra
 except ModuleNotFoundError:
     raise MissingExtraError("kvcag.langchain", "langchain") from None
 

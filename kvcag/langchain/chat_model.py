@@ -61,7 +61,7 @@ from kvcag.sync import Context
 _SAMPLING = tuple("max_tokens" if name == "max_new_tokens" else name for name in SAMPLING_SETTINGS if name != "stop")
 _TOOLS = ("tools", "tool_choice", "parallel_tool_calls", "response_format")
 _CALL = ("model", "cached_content", "n", "logprobs", "top_logprobs", *_SAMPLING, *MERGE_SETTINGS, *_TOOLS)
-"""What a call takes, beside `stop`."""
+"""The keyword arguments of a call, in addition to `stop`."""
 
 _TRACING_ONLY = ("stream", "ls_structured_output_format", "structured_output_format")
 
@@ -76,19 +76,19 @@ _NOT_TEXT = ("image_inputs", "audio_inputs", "pdf_inputs", "video_inputs", "imag
 
 
 class KeepsContext(RunnableSerializable[LanguageModelInput, AIMessage]):
-    """A `ChatKVCAG`, or a runnable around one, whose `bind(cached_content=id)` sets the model's field.
+    """A `ChatKVCAG` or a runnable that wraps one. `bind(cached_content=id)` sets the field of the model.
 
-    LangChain drops bound arguments in `bind_tools`, `with_structured_output` and agents (langchain#30983); a field
-    stays. So the methods below return runnables of this class, too.
+    LangChain drops bound arguments in `bind_tools`, `with_structured_output` and agents (langchain#30983), but it keeps
+    fields. The methods below return runnables of this class, so that wrapping a model keeps this behaviour.
     """
 
     @classmethod
     def lc_id(cls) -> list[str]:
-        """What `langchain_core.load.dumps` writes: the name of LangChain's own class."""
+        """The id that `langchain_core.load.dumps` writes: for a wrapper, that of LangChain's own class."""
         return next((core.lc_id() for core, ours in _OURS.items() if issubclass(cls, ours)), super().lc_id())
 
     def _with_context(self, context: str | None) -> Any:
-        """A copy that answers from a context of `create_context`."""
+        """A copy that answers from the context with this id, from `create_context`."""
         return self.model_copy(update={"cached_content": context})
 
     def bind(self, **kwargs: Any) -> Any:
@@ -132,11 +132,11 @@ class KeepsContext(RunnableSerializable[LanguageModelInput, AIMessage]):
 
 
 class ChatKVCAG(KeepsContext, BaseChatModel):
-    """A chat model whose documents are encoded once.
+    """A chat model that encodes each document once.
 
-    Text blocks of a message are documents, which are found by their content in any order (`kvcag.langchain.messages`
-    says which blocks). A prompt without documents reuses the longest prefix that was encoded before, so every turn of
-    a chat reuses the turns before it. The constructor loads no weights and needs no network.
+    Text blocks of a message are documents (`kvcag.langchain.messages.to_messages` says which blocks). Their caches are
+    found by content, in any order. A prompt without documents reuses the longest prefix that was encoded before, so
+    every turn of a chat reuses the turns before it. The constructor loads no weights and needs no network.
 
     ```python
     llm = ChatKVCAG(model="HuggingFaceTB/SmolLM2-135M-Instruct", store="kv/", max_tokens=200)
@@ -144,28 +144,29 @@ class ChatKVCAG(KeepsContext, BaseChatModel):
     ```
 
     Raises:
-        pydantic.ValidationError: a wrong or unknown field, as with every chat model of LangChain.
+        pydantic.ValidationError: a field is wrong or unknown, as with every LangChain chat model.
     """
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True, protected_namespaces=())
 
     model: str = ""
-    """A hub id or a folder. Not needed with `engine` or `memory`."""
+    """A Hugging Face hub id or a folder. Not needed with `engine` or `memory`."""
     engine: SkipValidation[Engine | None] = Field(default=None, exclude=True)
-    """A live engine, which other chat models and memories may share."""
+    """A loaded engine. Other chat models and memories may share it."""
     fingerprint: str | None = None
-    """The digest of the expected model; a model with another digest is refused. With `engine`, the engine's own."""
+    """The digest of the expected model; a model with another digest is refused. By default, the digest of `engine`."""
     dtype: str = "auto"
     device: str = "auto"
     revision: str | None = None
     model_kwargs: dict[str, Any] = Field(default_factory=dict, exclude=True)
     """Further arguments of `HFEngine.from_pretrained`. A `token` among them is neither serialised nor traced."""
     template_variables: dict[str, Any] = Field(default_factory=dict)
-    """Passed to the chat template, such as `enable_thinking=False`. An `engine` has its own."""
+    """Variables for the chat template, such as `{"enable_thinking": False}`. An `engine` has its own."""
 
     temperature: float | None = None
-    """0 or None is greedy, unless the engine's defaults give another value."""
+    """0 is greedy. None takes the engine's default, which is greedy unless the engine sets another value."""
     max_tokens: int | None = None
+    """The maximum number of tokens in an answer. None takes the engine's default."""
     top_p: float | None = None
     top_k: int | None = None
     min_p: float | None = None
@@ -173,32 +174,32 @@ class ChatKVCAG(KeepsContext, BaseChatModel):
     seed: int | None = None
     stop: list[str] | None = None
     strip_thinking: bool | None = None
-    """Leave `<think>…</think>` out of the answer."""
+    """Remove `<think>…</think>` from the answer."""
     n: int = 1
-    """How many answers `generate` gives for each prompt; they are made together, and have seeds of their own."""
+    """The number of answers that `generate` gives for each prompt, with the seeds `seed`, `seed + 1`, …"""
     logprobs: bool = False
     """Put each token's log-probability into `response_metadata`, in OpenAI's form."""
     top_logprobs: int | None = None
-    """And those of so many of the likeliest tokens at its place, up to 20."""
+    """Add the log-probabilities of this many of the likeliest tokens at each position, 0 to 20."""
     streaming: bool = False
-    """True: `invoke` also passes tokens to callbacks as they come. False, if given: `stream` yields one piece."""
+    """True: `invoke` passes each token to callbacks at once. If set to False explicitly, `stream` yields one chunk."""
 
     kept: SkipValidation[KVCacheMemory | MemoryCube | None] = Field(default=None, alias="memory", exclude=True)
-    """Given as `memory`: a `MemoryCube` or a `KVCacheMemory` that answers, with its engine, store and namespace."""
+    """Passed as `memory`: a `MemoryCube` or a `KVCacheMemory`, whose engine, store and namespace are used."""
     store: SkipValidation[KVStore | str | PathLike[str] | None] = Field(default=None, exclude=True)
-    """Where documents are kept: a store, or a folder. None: in memory, up to 4 GiB, shared over the same engine."""
+    """Stores the caches: a store, or a folder. None: in memory, up to 4 GiB, shared by all users of the engine."""
     cached_content: str | None = None
-    """The id of a context from `create_context`: every answer is given from it. Tools, structured output and agents
-    made from this model keep it, as `bind(cached_content=id)` does."""
+    """The id of a context from `create_context`. Every answer uses this context. Tools, structured output and agents
+    made from this model use it, too; so do those of `bind(cached_content=id)`."""
     merge_strategy: Strategy = "auto"
-    """How cached documents are put together: see `KVCacheMemory.merge`."""
+    """How cached documents are merged: see `KVCacheMemory.merge`."""
     recompute_ratio: float = Field(default=DEFAULT_RATIO, ge=0, le=1)
-    """The share of context tokens that a merge computes again."""
+    """The share of context tokens that a merge recomputes, 0 to 1."""
     max_kl: float = Field(default=MAX_KL, ge=0)
     """The error that `merge_strategy="auto"` allows, in nats per token: see `kvcag.calibrate`."""
     namespace: str = ""
-    """Separates the recent contexts and the files of one user or corpus from those of others, so that timing does not
-    reveal what others read. A `KVStore` is used as it is: give each namespace its own."""
+    """Separates the recent contexts and the files of one user or corpus from those of others, so that the time of an
+    answer does not reveal what others read. A `KVStore` is not separated: give each namespace its own store."""
 
     _memories: dict[tuple[object, ...], LazyMemory] = PrivateAttr(default_factory=dict)
 
@@ -223,10 +224,10 @@ class ChatKVCAG(KeepsContext, BaseChatModel):
     # --- the model and its memory ------------------------------------------------------------------------------
 
     def memory(self, model: str | None = None) -> KVCacheMemory:
-        """The memory that answers. The first call loads the weights.
+        """The memory that this chat model answers from. The first call loads the weights.
 
         Args:
-            model: a model other than this object's own.
+            model: the name of another model, in place of this object's own.
 
         Raises:
             FingerprintMismatchError: the loaded model's digest is not `fingerprint`.
@@ -237,7 +238,7 @@ class ChatKVCAG(KeepsContext, BaseChatModel):
         engine = memory.engine
         if name == self.model and self.fingerprint not in (None, engine.fingerprint.digest):
             wanted = f"fingerprint {engine.fingerprint.digest}, not {self.fingerprint}"
-            raise FingerprintMismatchError(f"what this ChatKVCAG expects of {name!r}", [wanted])
+            raise FingerprintMismatchError(f"the fingerprint that this ChatKVCAG expects of {name!r}", [wanted])
         if not engine.template.has_template:
             raise ChatTemplateError(
                 f"{name!r} has no chat template, so it cannot tell system, human and AI messages apart. Use an "
@@ -246,7 +247,7 @@ class ChatKVCAG(KeepsContext, BaseChatModel):
         return memory
 
     def _lazy_memory(self, model: str | None = None) -> LazyMemory:
-        """The memory of a model, this object's own by default, without loading anything."""
+        """The memory of a model, by default of this object's own. Loads nothing."""
         own = model in (None, self.model)
         key = (model or self.model, self.namespace, id(self.store) if isinstance(self.store, KVStore) else self.store)
         if key not in self._memories:
@@ -270,7 +271,7 @@ class ChatKVCAG(KeepsContext, BaseChatModel):
         shared = (self.engine, self.kept, self.store, self.cache, self.rate_limiter, self._memories)
         return super().__deepcopy__({**(memo or {}), **{id(one): one for one in shared if one is not None}})
 
-    # --- what LangChain asks about it --------------------------------------------------------------------------
+    # --- LangChain's hooks -------------------------------------------------------------------------------------
 
     @property
     def _llm_type(self) -> str:
@@ -283,13 +284,13 @@ class ChatKVCAG(KeepsContext, BaseChatModel):
 
     @property
     def lc_attributes(self) -> dict[str, Any]:
-        """Further attributes to serialise: a store that is a folder, and `model_kwargs` without the token."""
+        """Further attributes to serialise: `store` if it is a folder, and `model_kwargs` without the token."""
         folder = {"store": str(self.store)} if isinstance(self.store, str | PathLike) else {}
         return {**folder, **({"model_kwargs": self._shown_model_kwargs} if self._shown_model_kwargs else {})}
 
     @property
     def _identifying_params(self) -> dict[str, Any]:
-        """Everything that can change an answer: LangChain's response cache uses it as its key."""
+        """Everything that can change an answer. LangChain's response cache uses these parameters as its key."""
         own = type(self).model_fields.keys() - BaseChatModel.model_fields.keys() - _NOT_IN_ANSWERS
         params = {name: getattr(self, name) for name in sorted(own)}
         return {**params, "model_kwargs": self._shown_model_kwargs, "drift": self._lazy_memory().drift()}
@@ -307,7 +308,7 @@ class ChatKVCAG(KeepsContext, BaseChatModel):
         return params
 
     def _resolve_model_profile(self) -> ModelProfile | None:
-        """The profile by the model's configuration, without loading the weights."""
+        """The profile from the model's configuration. Does not load the weights."""
         length = self._lazy_memory().context_length()
         profile = ModelProfile(text_inputs=True, text_outputs=True, temperature=True, open_weights=True)
         profile |= {"tool_calling": True, "tool_choice": True, "structured_output": True}
@@ -315,13 +316,13 @@ class ChatKVCAG(KeepsContext, BaseChatModel):
         return profile | {"max_input_tokens": length, "max_output_tokens": length} if length else profile
 
     def get_token_ids(self, text: str) -> list[int]:
-        """The text's token ids. Loads the tokenizer and not the weights."""
+        """The text's token ids. Loads the tokenizer, but not the weights."""
         if self.custom_get_token_ids is not None:
             return self.custom_get_token_ids(text)
         return list(self._lazy_memory().template().encode(text))
 
     def get_num_tokens_from_messages(self, messages: list[BaseMessage], tools: Sequence[Any] | None = None) -> int:
-        """The number of tokens of the prompt that these messages make, with those of the chat template."""
+        """The number of tokens in the prompt of these messages, including the chat template's own tokens."""
         template = self._lazy_memory().template()
         asked = ask(template, to_messages(messages), {"tools": tools})
         return len(template.prompt(asked.messages, tools=asked.tools).token_ids)
@@ -337,21 +338,21 @@ class ChatKVCAG(KeepsContext, BaseChatModel):
         progress: bool = True,
         **prompt_settings: Any,
     ) -> list[str]:
-        """Encode documents before a question comes, and return the ids of those that are kept, in order.
+        """Encode documents before a question comes, and return the ids of the stored documents, in order.
 
         Args:
-            documents: what a retriever may find: LangChain Documents, or anything that `KVCacheMemory.add` takes as a
-                text. A str is one document. Documents that are kept already are not encoded again. One that is empty,
-                or that exceeds the model's context, is left out with a warning that names it.
-            prompt: the prompt in which they will stand, as for `create_cag_documents_chain`. They are encoded behind
-                the text that it shows before them, which keeps merged answers closer to those of a full prefill.
-                Without it, they are encoded behind the opening of a system turn.
+            documents: the documents that a retriever may find: LangChain Documents, or any text that
+                `KVCacheMemory.add` takes. A str is one document. A document that is stored already is not encoded
+                again. A document that is empty, or that exceeds the model's context, is left out with a warning.
+            prompt: the prompt that will contain the documents, as for `create_cag_documents_chain`. Documents are
+                encoded after the prompt's text before them, which keeps merged answers closer to those of a full
+                prefill. Without a prompt, they are encoded after the opening of a system turn.
             context: as for `KVCacheMemory.add`: `"previous"`, or a retriever.
-            progress: show a progress bar, which counts what is left out.
+            progress: show a progress bar, which counts documents that are left out.
             **prompt_settings: `document_prompt`, `document_separator` and `document_variable_name`, as for the chain.
 
         Raises:
-            InvalidInputError: a variable of the prompt stands before the documents, or a document has no text.
+            InvalidInputError: the prompt has another variable before the documents, or a document has no text.
         """
         listed = read_documents(documents)
         ids: list[str] = []
@@ -365,11 +366,12 @@ class ChatKVCAG(KeepsContext, BaseChatModel):
         return ids
 
     def create_context(self, documents: object, instruction: str = "") -> str:
-        """Encode documents, in this order, as one, and return a short id: `llm.bind(cached_content=id)` uses it.
+        """Encode documents together, in this order, and return a short id for `llm.bind(cached_content=id)`.
 
         Args:
-            documents: as for `precompute`. One that does not fit behind those before it is left out with a warning.
-            instruction: stands before the documents in the system message; a call's own system message follows them.
+            documents: as for `precompute`. A document that no longer fits into the model's context is left out with a
+                warning.
+            instruction: stands before the documents in the system message. The system message of a call follows them.
 
         Raises:
             EmptyPromptError: there is nothing to encode.
@@ -396,20 +398,20 @@ class ChatKVCAG(KeepsContext, BaseChatModel):
         response_format: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, AIMessage]:
-        """A model that can call tools. A grammar makes every call follow its tool's schema.
+        """Return a model that can call tools. A grammar makes every call follow its tool's schema.
 
         Args:
             tools: functions, LangChain tools, pydantic models, or OpenAI's, Anthropic's or JSON-schema dicts.
             tool_choice: `"auto"` (or None, False): the model decides. `"any"` (or `"required"`, True): it calls a
-                tool. A name, or OpenAI's or Anthropic's dict: it calls this tool. `"none"`: it calls none.
-            parallel_tool_calls: allow several calls in one answer. By default only where `tool_choice` is `"auto"`.
-            strict: accepted and ignored: arguments always follow the schema.
-            response_format: OpenAI's, for an answer that calls no tool.
+                tool. A name, or OpenAI's or Anthropic's dict: it calls this tool. `"none"`: it calls no tool.
+            parallel_tool_calls: allow several calls in one answer. By default, only if `tool_choice` is `"auto"`.
+            strict: accepted and ignored, since arguments always follow the schema.
+            response_format: OpenAI's `response_format`, for an answer that calls no tool.
             **kwargs: further arguments of every call, as for `invoke`.
 
         Raises:
-            InvalidInputError: `tool_choice` names no tool, `response_format` has an unknown form, a tool is one that a
-                provider's server runs, or an argument is unknown.
+            InvalidInputError: `tool_choice` names an unknown tool, `response_format` has an unknown form, a tool has
+                an unknown form or runs on a provider's server, or an argument is unknown.
         """
         _check_names(kwargs)
         shown = shown_tools(tools)
@@ -433,23 +435,23 @@ class ChatKVCAG(KeepsContext, BaseChatModel):
         strict: bool | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, Any]:
-        """A model whose answers are objects of a schema. A grammar enforces it.
+        """Return a model whose answers follow a schema. A grammar enforces the schema.
 
         Args:
-            schema: a pydantic model, whose instances are returned; or a TypedDict or a JSON schema, for which dicts
-                are returned. None, with `"json_mode"`: any JSON object.
-            method: with `"json_schema"` and `"json_mode"` the answer is the JSON; with `"function_calling"` it is the
-                arguments of a call, and the prompt shows the schema.
-            include_raw: return `{"raw": message, "parsed": object, "parsing_error": …}`.
-            strict: accepted and ignored: answers always follow the schema.
+            schema: a pydantic model, of which an instance is returned; or a TypedDict or a JSON schema, for which a
+                dict is returned. None, with `"json_mode"`: any JSON object.
+            method: with `"json_schema"` and `"json_mode"`, the answer's text is the JSON. With `"function_calling"`,
+                the JSON is the arguments of a tool call, and the prompt contains the schema.
+            include_raw: return `{"raw": message, "parsed": object, "parsing_error": error or None}`.
+            strict: accepted and ignored, since answers always follow the schema.
             **kwargs: further arguments of every call, as for `invoke`.
 
         Raises:
-            InvalidInputError: an unknown method or argument, or no schema.
+            InvalidInputError: the method or an argument is unknown, or the schema is missing or has an unknown form.
         """
         _check_names(kwargs)
         if method not in ("json_schema", "function_calling", "json_mode"):
-            raise InvalidInputError(f"method {method!r} is neither 'json_schema', 'function_calling' nor 'json_mode'")
+            raise InvalidInputError(f"unknown method {method!r}: use 'json_schema', 'function_calling' or 'json_mode'")
         if schema is None and method != "json_mode":
             raise InvalidInputError(f"method {method!r} needs a schema: pass a pydantic model, a TypedDict or a dict")
         traced = {"kwargs": {"method": method, "strict": strict}, "schema": schema or {"type": "object"}}
@@ -493,7 +495,7 @@ class ChatKVCAG(KeepsContext, BaseChatModel):
         return_exceptions: bool = False,
         **kwargs: Any,
     ) -> list[AIMessage]:
-        """`Runnable.batch`. Without a `max_concurrency`, as many at a time as the engine answers together."""
+        """`Runnable.batch`. `max_concurrency` is by default the number of answers that the engine gives at once."""
         most = self.memory().engine.answers_at_once if len(inputs) > 1 else 1
         configs = get_config_list(config, len(inputs))
         limited = [{**each, "max_concurrency": each.get("max_concurrency") or most} for each in configs]
@@ -525,10 +527,10 @@ class ChatKVCAG(KeepsContext, BaseChatModel):
         return await in_thread(self._generate, messages, stop, **kwargs)
 
     def _answers(self, given: Mapping[str, Any], *, streams: bool = False) -> list[dict[str, Any]]:
-        """The arguments of each of `n` answers, which have seeds of their own.
+        """The arguments of each of the `n` answers. Each answer has its own seed.
 
         Raises:
-            InvalidInputError: there is no answer, or there are several and they are to be streamed.
+            InvalidInputError: `n` is less than 1, or several answers are to be streamed.
         """
         n, seed = given.get("n", self.n), given.get("seed", self.seed)
         if not isinstance(n, int) or n < 1:
@@ -541,7 +543,7 @@ class ChatKVCAG(KeepsContext, BaseChatModel):
     def _open(
         self, messages: Sequence[BaseMessage], stop: list[str] | None, given: dict[str, Any]
     ) -> Generator[ChatGenerationChunk, None, None]:
-        """Check the arguments, make the context, and return the answer's chunks. Closing them stops the model."""
+        """Check the arguments, make the context, and return the answer's chunks. Closing the chunks stops the model."""
         _check_names(given)
         memory = self.memory(given.get("model"))
         settings = {name: given[name] for name in (*_SAMPLING, *MERGE_SETTINGS) if name in given}
@@ -581,7 +583,7 @@ def chat_model_in(model: object) -> ChatKVCAG | None:
     return model
 
 
-# --- runnables around a chat model, which keep its corpus ---------------------------------------------------------
+# --- wrappers of a chat model that set its `cached_content` -------------------------------------------------------
 
 
 class _Binding(KeepsContext, RunnableBinding[LanguageModelInput, AIMessage]):
@@ -618,11 +620,11 @@ _OURS: dict[type[Any], type[Any]] = {
     RunnableConfigurableFields: _Fields,
     RunnableConfigurableAlternatives: _Alternatives,
 }
-"""LangChain's wrappers, and those of this module."""
+"""LangChain's wrapper classes, each with its counterpart in this module."""
 
 
 def _keeping(made: Any) -> Any:
-    """LangChain's wrapper as ours."""
+    """Convert a wrapper of LangChain's class to its counterpart in this module."""
     if isinstance(made, KeepsContext):
         return made
     ours = next((ours for core, ours in _OURS.items() if isinstance(made, core)), None)
@@ -630,7 +632,7 @@ def _keeping(made: Any) -> Any:
 
 
 def _answering_from(runnable: Any, context: str | None) -> Any:
-    """A runnable that answers from the context, where it is around a `ChatKVCAG`. An alternative may be a function."""
+    """The runnable, answering from the context if it wraps a `ChatKVCAG`. An alternative may be a factory function."""
     if isinstance(runnable, KeepsContext):
         return runnable._with_context(context)
     return runnable if isinstance(runnable, Runnable) else partial(_made, runnable, context)

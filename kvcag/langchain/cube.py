@@ -1,4 +1,4 @@
-"""LangChain's places for texts beside a `MemoryCube`, and a cube as a retriever."""
+"""LangChain vector stores and retrievers that hold a `MemoryCube`'s texts, and a cube as a LangChain retriever."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class VectorStoreTexts:
     ```
 
     Args:
-        store: the vector store. Texts that it holds already are found, too.
-        **search: further arguments of its `similarity_search`, such as `k` and `filter`.
+        store: the vector store. Searches also find the documents that it held before.
+        **search: further arguments for its `similarity_search`, such as `k` and `filter`.
     """
 
     def __init__(self, store: VectorStore, **search: Any) -> None:
@@ -41,7 +41,7 @@ class VectorStoreTexts:
         return [read(document) for document in self.store.similarity_search(question, **settings)]
 
     def add(self, texts: Sequence[TextualMemoryItem]) -> None:
-        """Embed and store texts. A text that is stored already, word for word, is not embedded again."""
+        """Embed and store texts. A text that is stored already and has not changed is not embedded again."""
         stored = self._stored([text.id for text in texts]) or []
         new, there = changed(texts, stored), {document.id for document in stored}
         if replaced := [text.id for text in new if text.id in there]:
@@ -50,7 +50,7 @@ class VectorStoreTexts:
             self.store.add_documents([document_of(text) for text in new], ids=[text.id for text in new])
 
     def delete(self, ids: Sequence[str]) -> None:
-        """Delete documents."""
+        """Delete documents by id. Unknown ids are ignored, if the vector store can look up ids."""
         stored = self._stored(ids)
         known = list(ids) if stored is None else [str(document.id) for document in stored]
         if known:
@@ -65,14 +65,14 @@ class VectorStoreTexts:
 
 
 class BuiltRetrieverTexts(BuiltTexts):
-    """Texts that the cube holds, and a retriever that is built from all of them, such as BM25 or TF-IDF.
+    """Holds texts in the cube, and builds a retriever from all of them, such as BM25 or TF-IDF.
 
     ```python
     cube = MemoryCube(engine, BuiltRetrieverTexts(BM25Retriever.from_documents))
     ```
 
     Args:
-        build: builds a retriever from all documents. It is called by the first search after a change.
+        build: builds a retriever from all documents. The first search after a change calls it.
     """
 
     def __init__(self, build: Callable[[list[Document]], BaseRetriever]) -> None:
@@ -82,13 +82,13 @@ class BuiltRetrieverTexts(BuiltTexts):
 class CubeRetriever(DocumentIndex):
     """A cube as a retriever: `create_retrieval_chain(CubeRetriever(cube=cube), …)`.
 
-    A `ChatKVCAG(memory=cube)` at the end of the chain uses and fills the cube's caches. LangChain's `index` takes it as
-    a destination: `index(documents, record_manager, CubeRetriever(cube=cube), cleanup="full")`.
+    A `ChatKVCAG(memory=cube)` at the end of the chain uses and fills the cube's caches. LangChain's `index` can write
+    to it: `index(documents, record_manager, CubeRetriever(cube=cube), cleanup="full")`.
     """
 
     cube: SkipValidation[MemoryCube]
     k: int | None = None
-    """The most documents; None is the cube's own setting."""
+    """The maximum number of documents to return. None: the cube's own setting."""
 
     def _get_relevant_documents(self, query: str, *, run_manager: CallbackManagerForRetrieverRun) -> list[Document]:
         return [document_of(text) for text in self.cube.search(query, self.k)]
@@ -98,13 +98,13 @@ class CubeRetriever(DocumentIndex):
         return UpsertResponse(succeeded=self.cube.add(items), failed=[])
 
     def delete(self, ids: list[str] | None = None, **kwargs: Any) -> DeleteResponse:
-        """Delete documents, and every cache made from them."""
+        """Delete documents, and every cache made from them. Unknown ids are ignored."""
         there = [id for id in ids or () if self.cube.get(id) is not None]
         self.cube.delete(there)
         return DeleteResponse(succeeded=there, num_deleted=len(there), num_failed=0)
 
     def get(self, ids: Sequence[str], /, **kwargs: Any) -> list[Document]:
-        """The documents with these ids; those that are missing are left out."""
+        """The documents with these ids. Unknown ids are skipped."""
         return [document_of(text) for id in ids if (text := self.cube.get(id)) is not None]
 
     async def _aget_relevant_documents(

@@ -1,4 +1,4 @@
-"""Prompts in which each document is a text block, and what can be encoded before a question comes."""
+"""Prompts in which each document is a text block, and functions that encode documents before a question comes."""
 
 from __future__ import annotations
 
@@ -40,18 +40,19 @@ _ANY_PROMPT = ChatPromptTemplate.from_messages([("system", f"{{{DOCUMENTS_KEY}}}
 
 
 class DocumentsPrompt(BasePromptTemplate[PromptValue]):
-    """A prompt with a text block for each document, where the prompt that it wraps has one text.
+    """Wraps a prompt, and replaces its documents variable with one text block per document.
 
-    Each document but the last ends with the separator. Each is kept with it, and so is found in any place.
+    The separator follows each document except the last. The cache of every document includes the separator, so a cached
+    document is found at any position.
 
     Attributes:
-        prompt: shows the documents' variable, as it is, in one of its messages.
+        prompt: the wrapped prompt. One of its messages contains the documents' variable, unchanged.
         document_prompt: renders one document; its variables are `page_content` and metadata keys.
         document_separator: stands between documents.
         document_variable_name: the variable that holds the list of documents.
 
     Raises:
-        InvalidInputError: the prompt has no such variable, or a field is wrong or unknown.
+        InvalidInputError: the prompt has no variable `document_variable_name`, or a field is wrong or unknown.
     """
 
     input_variables: list[str] = Field(default_factory=list)
@@ -84,7 +85,7 @@ class DocumentsPrompt(BasePromptTemplate[PromptValue]):
 
     @classmethod
     def get_lc_namespace(cls) -> list[str]:
-        """The module in which `langchain_core.load` finds it."""
+        """The module from which `langchain_core.load` imports this class."""
         return cls.__module__.split(".")
 
     @property
@@ -92,12 +93,12 @@ class DocumentsPrompt(BasePromptTemplate[PromptValue]):
         return "kvcag-documents"
 
     def invoke(self, input: dict[str, Any], config: RunnableConfig | None = None, **kwargs: Any) -> PromptValue:
-        """`Runnable.invoke`. Warns where arguments were bound to a chain: LangChain gives them to its first step."""
+        """`Runnable.invoke`. Warns if arguments were bound to the chain: only this first step receives them."""
         _warn_not_passed_on(kwargs)
         return super().invoke(input, config)
 
     async def ainvoke(self, input: dict[str, Any], config: RunnableConfig | None = None, **kwargs: Any) -> PromptValue:
-        """`invoke`."""
+        """Asynchronous `invoke`."""
         _warn_not_passed_on(kwargs)
         return await super().ainvoke(input, config)
 
@@ -131,20 +132,20 @@ class DocumentsPrompt(BasePromptTemplate[PromptValue]):
                 )
             return list(documents)
         raise InvalidInputError(
-            f"{self.document_variable_name!r} holds {type(documents).__name__}, and each document is encoded by "
-            "itself. Pass a list of Documents, as a retriever returns it; do not join their texts."
+            f"{self.document_variable_name!r} is a {type(documents).__name__}, not a list, and each "
+            "document is encoded on its own. Pass a list of Documents, as a retriever returns it, without joining them."
         )
 
     def _split(self, value: PromptValue, mark: str, documents: Sequence[str]) -> PromptValue:
-        """Put the documents in the place of the mark."""
+        """Replace the mark with the documents."""
         *others, last = documents or [""]
         texts = [*(f"{document}{self.document_separator}" for document in others), last]
         ending = segment(last, self.document_separator)[len(last) :]
         messages = [_split_message(message, mark, texts, ending) for message in value.to_messages()]
         if messages == value.to_messages():
             raise InvalidInputError(
-                f"the prompt does not show {{{self.document_variable_name}}} as it is: its template changes it, or "
-                "shows it in a message that is not text. Use document_prompt to format the documents."
+                f"the prompt does not contain {{{self.document_variable_name}}} unchanged: its template changes the "
+                "value, or has it in a message that is not text. Use document_prompt to format the documents."
             )
         return ChatPromptValue(messages=messages)
 
@@ -152,15 +153,15 @@ class DocumentsPrompt(BasePromptTemplate[PromptValue]):
 def _warn_not_passed_on(bound: Mapping[str, Any]) -> None:
     if bound:
         warnings.warn(
-            f"{', '.join(sorted(bound))}, bound to the chain, does not reach the model: LangChain gives the arguments "
-            "of a chain to its first step alone, which is the prompt. Bind them to the model: llm.bind(…).",
+            f"{', '.join(sorted(bound))} is bound to the chain and does not reach the model: LangChain passes a "
+            "chain's arguments to its first step only, which is the prompt. Bind them to the model: llm.bind(…).",
             UserWarning,
             stacklevel=3,
         )
 
 
 def _split_message(message: BaseMessage, mark: str, documents: Sequence[str], ending: str) -> BaseMessage:
-    """A message with the documents in the place of the mark; where the mark comes again, with their text."""
+    """The message with the documents as blocks at the first mark, and as plain text at every further mark."""
     if not isinstance(message.content, str):
         if not any(mark in str(block) for block in message.content):
             return message
@@ -184,22 +185,21 @@ def create_cag_documents_chain(
     document_separator: str = SEPARATOR,
     document_variable_name: str = DOCUMENTS_KEY,
 ) -> Runnable[dict[str, Any], Any]:
-    r"""`create_stuff_documents_chain`, with the documents as separate text blocks.
+    r"""LangChain's `create_stuff_documents_chain`, with each document as a text block of its own.
 
-    The arguments and the output are the same. A `ChatKVCAG` finds each document by its content, in whatever order
-    the documents were retrieved, and puts them together as its `merge_strategy` says. Any other chat model reads the
-    blocks as text.
+    The arguments and the output are the same. A `ChatKVCAG` looks up the cache of each document by its content, in any
+    order, and merges the caches by its `merge_strategy`. Any other chat model reads the blocks as text.
 
     Args:
         llm: the chat model.
-        prompt: shows `{context}` (see `document_variable_name`) in one of its messages.
+        prompt: contains `{context}` (see `document_variable_name`) in one of its messages.
         output_parser: `StrOutputParser` by default.
-        document_prompt: renders one document from `page_content` and its metadata; the content alone by default.
+        document_prompt: renders one document from `page_content` and its metadata; by default the content alone.
         document_separator: stands between documents.
         document_variable_name: the variable that holds the list of documents.
 
     Raises:
-        InvalidInputError: the prompt has no such variable.
+        InvalidInputError: the prompt has no variable `document_variable_name`.
 
     Example:
         ```python
@@ -221,10 +221,10 @@ def create_cag_documents_chain(
 
 
 def read_documents(documents: object) -> list[Document]:
-    """One document or several as LangChain's. A str is one document.
+    """Convert one document or several to LangChain Documents. A str is one document.
 
     Raises:
-        InvalidInputError: a document without a text.
+        InvalidInputError: a document has no text.
     """
     found = []
     for document in documents_of(documents):
@@ -242,18 +242,18 @@ def encode_ahead(
     context: Context | None = None,
     **settings: Any,
 ) -> Iterator[str | None]:
-    """Encode and keep documents, one at each step, and yield their ids; None for one that is left out.
+    """Encode and store documents, one per step, and yield the id of each, or None if it is left out.
 
     Args:
-        memory: where they are kept.
-        documents: what a retriever may find. One that is empty, or that exceeds the model's context, is left out with
-            a warning.
-        prompt: the prompt in which they will stand; None: a system message that holds nothing else.
+        memory: stores the caches.
+        documents: the documents that a retriever may find. A document that is empty, or that exceeds the model's
+            context, is left out with a warning.
+        prompt: the prompt that will contain the documents. None: a system message that contains nothing else.
         context: as for `KVCacheMemory.add`.
         **settings: further attributes of `DocumentsPrompt`.
 
     Raises:
-        InvalidInputError: a variable of the prompt stands before the documents.
+        InvalidInputError: the prompt has another variable before the documents.
     """
     shown = DocumentsPrompt(prompt=prompt or _ANY_PROMPT, **settings)
     memory.documents.check_context(context)
@@ -270,7 +270,7 @@ def encode_ahead(
 
 
 def _keep(memory: KVCacheMemory, prompt: DocumentsPrompt, document: Document, behind: Behind) -> str:
-    """Encode and keep a document as the prompt shows it, and return its id."""
+    """Encode and store a document as the prompt renders it, and return its id."""
     given, place = _without_question(prompt, document)
     messages = to_messages(given)
     places = [
@@ -299,7 +299,7 @@ def fitting(memory: KVCacheMemory, documents: Sequence[Document], instruction: s
         if not document.page_content.strip():
             _warn_left_out(number, document, "it is empty")
         elif size > room:
-            why = f"it has {size:,} tokens, and {room:,} of the model's {context_length:,} are left"
+            why = f"it has {size:,} tokens, and only {room:,} of the model's {context_length:,} are left"
             _warn_left_out(number, document, why)
         else:
             room -= size
@@ -313,7 +313,10 @@ def _warn_left_out(number: int, document: Document, why: str) -> None:
 
 
 def _without_question(prompt: DocumentsPrompt, document: Document) -> tuple[list[BaseMessage], tuple[int, int]]:
-    """The prompt with one document and placeholders for its other variables; the document's message and block."""
+    """The messages of the prompt with this document, and the document's place: the indices of its message and block.
+
+    Placeholders stand for the prompt's other variables, whose values only the question brings.
+    """
     unknown = uuid.uuid4().hex
     values: dict[str, Any] = {
         name: [] if "Message" in str(prompt.input_types.get(name, "")) else unknown
@@ -330,8 +333,8 @@ def _without_question(prompt: DocumentsPrompt, document: Document) -> tuple[list
     before = [*messages[:holder], *messages[holder].content[:first]]
     if any(unknown in str(part) for part in before):
         raise InvalidInputError(
-            f"the prompt shows {sorted(values)} before {{{prompt.document_variable_name}}}, so the text before the "
-            "documents depends on the question, and documents cannot be encoded ahead. Move the documents to the "
-            "front of the prompt, best into the system message."
+            f"the prompt has {sorted(values)} before {{{prompt.document_variable_name}}}, so the text before the "
+            "documents depends on the question, and the documents cannot be encoded ahead. Move the documents to the "
+            "front of the prompt, preferably into the system message."
         )
     return messages, places[0]

@@ -1,4 +1,4 @@
-"""LangChain's messages and tools, and ours."""
+"""Conversion between LangChain's messages, tools and answers, and kvcag's."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ from kvcag.errors import InvalidInputError, UnsupportedContentError
 from kvcag.tools import CallParser, Parsed, ToolCall, ToolSpec
 
 _NOTE = "kvcag_documents"
-"""A key in `additional_kwargs`: for each document block a digest of its text, and what ends it where it is kept. Other
-chat models do not send this key to their server; some would refuse a mark within the blocks. Digests and not indices,
-so that the note stays right where `merge_message_runs` joins messages and `trim_messages` cuts them."""
+"""A key in `additional_kwargs`. It holds, for each document block, a digest of its text, and the ending that its cache
+contains after that text. Other chat models do not send this key to their server; some would refuse a mark within the
+blocks. Digests stay right where indices would not: `merge_message_runs` joins messages, `trim_messages` cuts them."""
 
 _OWN_BLOCKS = {
     "tool_use", "tool_call", "tool_call_chunk", "invalid_tool_call", "function_call",  # repeated in tool_calls
@@ -62,7 +62,7 @@ def with_documents(
 ) -> MessageT:
     """A copy of the message whose content is `before`, a text block for each document, and `after`.
 
-    Where the last document is kept, `ending` follows it.
+    The cache of the last document contains `ending` after its text; the message does not.
     """
     texts = [(before, False), *((document, True) for document in documents), (after, False)]
     shown = [(text, is_document) for text, is_document in texts if text]
@@ -78,7 +78,10 @@ def with_documents(
 
 
 def noted_documents(message: BaseMessage) -> dict[int, str] | None:
-    """The endings of the document blocks that `with_documents` wrote, by index; None for any other message."""
+    """The endings of the document blocks that `with_documents` wrote, by block index.
+
+    Returns None for a message that `with_documents` did not write.
+    """
     if _NOTE not in message.additional_kwargs:
         return None
     endings = dict(message.additional_kwargs[_NOTE])
@@ -94,7 +97,11 @@ def _digest(text: str) -> str:
 
 
 def to_messages(messages: Sequence[BaseMessage]) -> list[Message]:
-    """Messages for `KVCacheMemory.stream`.
+    """Convert LangChain messages to the messages that `KVCacheMemory.stream` takes.
+
+    In system, human and tool messages, these blocks are documents: those that `with_documents` wrote, `text-plain`
+    blocks, and blocks with a `cache_control`. If no message has such a block, all blocks of a system message with more
+    than one are documents. In a tool message without such blocks, the documents of its artifact are documents.
 
     Raises:
         UnsupportedContentError: a message holds an image, audio, a file or another block that is not text.
@@ -105,7 +112,7 @@ def to_messages(messages: Sequence[BaseMessage]) -> list[Message]:
 
 
 def _frame(message: BaseMessage) -> dict[str, Any]:
-    """Everything of a message but its content."""
+    """The role, name and tool calls of a message: everything except its content."""
     if isinstance(message, SystemMessage):
         return {"role": "system"}
     if isinstance(message, HumanMessage):
@@ -123,7 +130,7 @@ def _frame(message: BaseMessage) -> dict[str, Any]:
     if isinstance(message, ChatMessage):
         return {"role": message.role}
     raise InvalidInputError(
-        f"a {type(message).__name__} is not a part of a conversation: pass system, human, AI and tool messages"
+        f"a {type(message).__name__} cannot be part of a conversation: pass system, human, AI and tool messages"
     )
 
 
@@ -145,7 +152,7 @@ def _content(message: BaseMessage, marked: bool) -> str | list[str]:
 
 
 def _with_artifact(text: str, artifact: object) -> str | list[str]:
-    """A tool's result, in which the documents of its artifact are documents, as far as it shows them."""
+    """Split a tool's result into text and documents: those documents of its artifact whose text the result contains."""
     found, at = list[str](), 0
     for document in artifact if isinstance(artifact, list | tuple) else ():
         content = document.page_content if isinstance(document, LangChainDocument) else ""
@@ -181,7 +188,7 @@ def _is_marked(block: str | Mapping[str, Any]) -> bool:
 
 
 def _shown(block: str | Mapping[str, Any]) -> str | None:
-    """The text of a block of text; None for any other."""
+    """The text of a text block; None for a block of another type."""
     if isinstance(block, str):
         return block
     text = block.get("text") if block.get("type") in ("text", "text-plain") else None
@@ -194,7 +201,7 @@ def _text(block: str | Mapping[str, Any], message: BaseMessage) -> str:
         return text
     kind = None if isinstance(block, str) else block.get("type")
     raise UnsupportedContentError(
-        f"the {message.type} message holds a block of type {kind!r}, and a text model reads text only. "
+        f"the {message.type} message contains a block of type {kind!r}, and a text model reads text only. "
         'Pass {"type": "text", "text": …} blocks, or use a model that accepts this content.'
     )
 
@@ -205,13 +212,13 @@ def _text(block: str | Mapping[str, Any], message: BaseMessage) -> str:
 def generation_chunks(
     chunks: Generator[Chunk, None, None], model_name: str, plan: ToolSpec | None = None, *, json_answer: bool = False
 ) -> Generator[ChatGenerationChunk, None, None]:
-    """An answer in pieces. Only the last one has usage, the finish reason and the model's name.
+    """An answer as LangChain chunks. Only the last chunk has usage, the finish reason and the model's name.
 
     Args:
-        chunks: the engine's; closed with this generator.
-        model_name: for the metadata.
+        chunks: the engine's chunks. Closing this generator closes them.
+        model_name: written into the last chunk's `response_metadata`.
         plan: the tools that the answer may call.
-        json_answer: an answer that calls no tool is JSON, and not an invalid call.
+        json_answer: read an answer that calls no tool as JSON, and not as an invalid call.
     """
     parser = plan.parser() if plan else None
     streamed = _CallStream(parser, {tool.name for tool in plan.offered}) if parser and plan else None
@@ -222,7 +229,7 @@ def generation_chunks(
             written, shown = written + chunk.text, shown + text
             if chunk.usage is None:
                 begun = streamed.push(shown) if streamed and not json_answer else []
-                # Also where it is empty: the reader can close the stream between any two steps.
+                # An empty chunk is sent, too: the reader can close the stream after every step.
                 message = AIMessageChunk(content=text, tool_call_chunks=begun, response_metadata=_logprobs(chunk))
                 yield ChatGenerationChunk(message=message)
                 continue
@@ -260,7 +267,7 @@ def _last(
 
 
 def _logprobs(chunk: Chunk) -> dict[str, Any]:
-    """A token's log-probability as OpenAI's models have it; empty where none was asked for."""
+    """The log-probabilities of a chunk's token in OpenAI's form; empty if none were requested."""
     if not chunk.scores:
         return {}
     said, *likeliest = ({"token": score.text, "logprob": score.logprob} for score in chunk.scores)
@@ -271,11 +278,11 @@ class _CallStream:
     """Tool calls as chunks: first the name and the id, then the arguments as they are written.
 
     Args:
-        parser: of the answer.
-        names: the tools that were offered.
+        parser: parses the answer.
+        names: the names of the offered tools.
 
     Attributes:
-        begun: there was a call.
+        begun: a chunk of a call was made.
     """
 
     def __init__(self, parser: CallParser, names: Set[str]) -> None:
@@ -286,7 +293,7 @@ class _CallStream:
         self.begun = False
 
     def push(self, shown: str) -> list[ToolCallChunk]:
-        """The calls as far as they were written since the last push."""
+        """The parts of the calls that were written since the last push."""
         chunks = []
         for at, (name, arguments) in enumerate(self._parser.written()):
             if name not in self._names or not arguments.startswith("{"):
@@ -301,14 +308,14 @@ class _CallStream:
         return chunks
 
     def close(self, parsed: Parsed, shown: str) -> list[ToolCallChunk]:
-        """The rest, and the invalid calls."""
+        """The remaining parts of the calls, and the invalid calls."""
         chunks, begun = self.push(shown), len(self._sent)
         invalid = list(parsed.invalid_calls)
-        for at in range(len(parsed.calls), begun):  # the last one, which was cut
+        for at in range(len(parsed.calls), begun):  # at most the last call, if the answer was cut off within it
             error = invalid.pop(0).error if invalid else "cut off"
             chunks.append(self._chunk(at, None, f"{_breaking(self._sent[at])} {error}"))
         rest = [(call.name, json.dumps(call.arguments, ensure_ascii=False), call.id) for call in parsed.calls[begun:]]
-        # The reason stands before an invalid call's text, or LangChain completes it.
+        # The error stands before an invalid call's text: LangChain would complete text that begins as JSON.
         rest += [(call.name or "", f"{call.error}: {call.text}", call.id) for call in invalid]
         self._first = self._first if begun else int(bool(shown))
         return chunks + [self._chunk(at, *call) for at, call in enumerate(rest, start=begun)]
@@ -319,7 +326,7 @@ class _CallStream:
 
 
 def _breaking(text: str) -> str:
-    """An ending that makes cut JSON invalid. LangChain would complete it, and call with half of the arguments."""
+    """An ending that makes cut JSON invalid: LangChain would complete it, and call with half of the arguments."""
     endings = ("]", "}", '"]', '"}', '""]', '""}')
     return next(ending for ending in endings if not isinstance(_completed(text + ending), dict))
 
@@ -341,7 +348,7 @@ def _usage_metadata(usage: Usage) -> UsageMetadata:
 
 
 def _report(usage: Usage) -> dict[str, Any]:
-    """How the answer was made: counts, names and seconds. Without documents the counts are of the whole prompt."""
+    """How the context was made: token counts, names, seconds. Without documents, counts cover the whole prompt."""
     made = (
         usage.context.as_dict()
         if usage.context
@@ -358,7 +365,7 @@ def _report(usage: Usage) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A conversation as the model will see it, and the constraint of its answer."""
+    """A conversation as the model reads it, and the constraint on its answer."""
 
     messages: list[Message]
     tools: list[dict[str, Any]] | None
@@ -367,9 +374,9 @@ class Asked:
 
 
 def ask(template: ChatTemplate, messages: Sequence[Message], given: Mapping[str, Any]) -> Asked:
-    """Prepare messages with what is bound in `tools`, `tool_choice`, `parallel_tool_calls` and `response_format`.
+    """Prepare messages with the bound `tools`, `tool_choice`, `parallel_tool_calls` and `response_format`.
 
-    Where nothing is, a last message of the model is the beginning of its answer.
+    If none is bound and the last message is the model's, the model continues that message.
     """
     tools = shown_tools(given.get("tools") or [])
     choice = choice_of(given.get("tool_choice"), [tool["function"]["name"] for tool in tools])
@@ -387,13 +394,13 @@ def ask(template: ChatTemplate, messages: Sequence[Message], given: Mapping[str,
 
 
 def shown_tools(tools: Sequence[Any]) -> list[dict[str, Any]]:
-    """Tools in OpenAI's shape.
+    """Convert tools to OpenAI's form.
 
     Raises:
-        InvalidInputError: a tool of no known form, or one that a provider's server runs.
+        InvalidInputError: a tool has an unknown form, or runs on a provider's server.
     """
     if not isinstance(tools, Sequence) or isinstance(tools, str):
-        raise InvalidInputError(f"tools are a list of tools, and not {tools!r:.80}")
+        raise InvalidInputError(f"tools is {tools!r:.80}: pass a list of tools")
     shown = []
     for tool in tools:
         try:
@@ -402,7 +409,7 @@ def shown_tools(tools: Sequence[Any]) -> list[dict[str, Any]]:
             raise InvalidInputError(f"{tool!r:.80} is not a tool: {error}") from error
         if "function" not in made:
             raise InvalidInputError(
-                f"{made.get('type')!r} is a tool that runs on a provider's server, and ChatKVCAG runs on this machine. "
+                f"{made.get('type')!r} is a tool that runs on a provider's server, which ChatKVCAG does not have. "
                 "Pass a function, a LangChain tool, a pydantic model or a JSON schema."
             )
         if not isinstance(made["function"], Mapping) or not isinstance(made["function"].get("name"), str):
@@ -412,10 +419,10 @@ def shown_tools(tools: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def schema_of(response_format: Any) -> dict[str, Any] | None:
-    """The JSON schema of OpenAI's `response_format`; None where the answer is free text.
+    """The JSON schema of OpenAI's `response_format`; None if the answer is free text.
 
     Raises:
-        InvalidInputError: it has an unknown form.
+        InvalidInputError: `response_format` has an unknown form.
     """
     kind = response_format.get("type") if isinstance(response_format, Mapping) else None
     if response_format is None or kind == "text":
@@ -434,7 +441,7 @@ def response_format(schema: Any, method: str) -> dict[str, Any]:
     """OpenAI's `response_format` for a pydantic model, a TypedDict or a JSON schema.
 
     Raises:
-        InvalidInputError: a schema of no known form.
+        InvalidInputError: the schema has an unknown form.
     """
     if method == "json_mode" and schema is None:
         return {"type": "json_object"}
@@ -453,13 +460,13 @@ def response_format(schema: Any, method: str) -> dict[str, Any]:
 
 
 def json_parser(schema: Any) -> BaseOutputParser[Any]:
-    """Reads an answer that is JSON: an instance of a pydantic model, else a dict."""
+    """A parser that reads a JSON answer into an instance of a pydantic model, or else into a dict."""
     is_model = isinstance(schema, type) and is_basemodel_subclass(schema)
     return PydanticOutputParser(pydantic_object=schema) if is_model else JsonOutputParser()
 
 
 def call_parser(schema: Any) -> BaseOutputParser[Any]:
-    """Reads the arguments of a call of the tool that a schema makes, as `json_parser`."""
+    """As `json_parser`, for the arguments of a call of the tool that the schema describes."""
     if isinstance(schema, type) and is_basemodel_subclass(schema):
         return PydanticToolsParser(tools=[schema], first_tool_only=True)
     [tool] = shown_tools([schema])
@@ -469,18 +476,18 @@ def call_parser(schema: Any) -> BaseOutputParser[Any]:
 def parsing(
     llm: Runnable[LanguageModelInput, Any], parser: BaseOutputParser[Any], *, include_raw: bool
 ) -> Runnable[LanguageModelInput, Any]:
-    """The model's answer as the parser reads it; with `include_raw` the message and an error beside it."""
+    """Parse the model's answer. With `include_raw`, also return the message and the parsing error."""
     if not include_raw:
         return llm | parser
     parsed = RunnablePassthrough.assign(parsed=itemgetter("raw") | parser, parsing_error=lambda _: None)
     failed = RunnablePassthrough.assign(parsed=lambda _: None)
     parsed_or_not: Runnable[Any, Any] = parsed.with_fallbacks([failed], exception_key="parsing_error")
-    raw = RunnableMap(raw=RunnablePassthrough[Any]())  # behind the model: a map hands no bound arguments on
+    raw = RunnableMap(raw=RunnablePassthrough[Any]())  # after the model: a map does not pass on bound arguments
     return llm | raw | parsed_or_not
 
 
 def _calls_or(answer: JsonSchema, plan: ToolSpec) -> Grammar:
-    """A grammar of tool calls, or of an answer under a schema."""
+    """A grammar that accepts either tool calls or an answer that follows the schema."""
     calls = replace(plan, forced=True).constraint.lark.removeprefix("start:")
     schema = {**close_objects(answer.schema), "x-guidance": {"whitespace_flexible": False}}
     return Grammar(f"start: answer | calls\ncalls:{calls}\nanswer: %json {json.dumps(schema, ensure_ascii=False)}")

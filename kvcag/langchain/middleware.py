@@ -1,4 +1,4 @@
-"""KVCAGMiddleware: an agent that answers from documents, which its checkpoints do not hold."""
+"""KVCAGMiddleware: an agent answers from documents, and its checkpoints do not contain them."""
 
 from __future__ import annotations
 
@@ -27,26 +27,28 @@ class KVCAGMiddleware(AgentMiddleware[Any, Any, Any]):
     """Puts documents into the agent's system message, each as a text block that a `ChatKVCAG` encodes once.
 
     The documents are only in the request to the model, and not in the agent's state, checkpoints or messages. The model
-    may be wrapped: bound, configured, or with fallbacks. Put this middleware behind those that set the system message;
-    it warns if the documents did not reach the model.
+    may be wrapped: bound, configured, or with fallbacks. List this middleware after any middleware that sets the system
+    message. It warns if the documents did not reach the model.
 
     ```python
     agent = create_agent(llm, tools, middleware=[KVCAGMiddleware(corpus=documents)])
     ```
 
     Args:
-        retriever: finds documents for what the user said last.
+        retriever: finds documents for the user's last message.
         corpus: the same documents for every question, as one block in this order. The block and the conversation
-            behind it are reused exactly. A str is one document.
-        memory: a `MemoryCube`, which finds documents for what the user said last; with its strategy `"exact"` they are
-            one block. A `ChatKVCAG(memory=cube)` uses and fills the cube's caches.
-        document_prompt: renders one document; its `page_content` alone by default.
-        document_separator: ends each document that does not end with it.
+            after it are reused exactly. A str is one document.
+        memory: a `MemoryCube` that finds documents for the user's last message. With the cube's strategy `"exact"`
+            they are one block. A `ChatKVCAG(memory=cube)` uses and fills the cube's caches.
+        document_prompt: renders one document; by default its `page_content` alone.
+        document_separator: appended to each document that does not end with it.
         unsupported_model_behavior: what to do with a model that is not a `ChatKVCAG`. `"ignore"` and `"warn"` give it
             the documents as text, without and with a warning; `"raise"` refuses it.
 
     Raises:
-        InvalidInputError: none or several of `retriever`, `corpus` and `memory`, or another behavior.
+        InvalidInputError: not exactly one of `retriever`, `corpus` and `memory` is given, or
+            `unsupported_model_behavior` is unknown.
+        UnsupportedModelError: at a call with `"raise"`, if the model is not a `ChatKVCAG`.
     """
 
     def __init__(
@@ -61,7 +63,7 @@ class KVCAGMiddleware(AgentMiddleware[Any, Any, Any]):
     ) -> None:
         super().__init__()
         if sum(given is not None for given in (retriever, corpus, memory)) != 1:
-            raise InvalidInputError("pass one of retriever, corpus and memory to KVCAGMiddleware")
+            raise InvalidInputError("KVCAGMiddleware needs documents: pass exactly one of retriever, corpus and memory")
         if unsupported_model_behavior not in get_args(Behavior):
             known = ", ".join(get_args(Behavior))
             raise InvalidInputError(f"unsupported_model_behavior {unsupported_model_behavior!r}: use one of {known}")
@@ -105,8 +107,8 @@ class KVCAGMiddleware(AgentMiddleware[Any, Any, Any]):
         if chat_model_in(request.model) is not None:
             return True
         problem = (
-            f"a {type(request.model).__name__} keeps no caches and reads all documents at every call. "
-            "Use a ChatKVCAG, or set unsupported_model_behavior."
+            f"a {type(request.model).__name__} does not cache documents and reads all of them at every call. "
+            'Use a ChatKVCAG, or set unsupported_model_behavior="ignore".'
         )
         if self.unsupported_model_behavior == "raise":
             raise UnsupportedModelError(problem)
@@ -116,11 +118,11 @@ class KVCAGMiddleware(AgentMiddleware[Any, Any, Any]):
 
 
 def _arrived(documents: Sequence[Document], response: ModelResponse[Any]) -> ModelResponse[Any]:
-    """The response, with a warning if its model was asked without the documents."""
+    """Return the response, and warn if the model was asked without the documents."""
     reports = [report for message in response.result if (report := message.response_metadata.get("kvcag"))]
     if documents and reports and not any("context_tokens" in report for report in reports):
         warnings.warn(
-            "the documents of KVCAGMiddleware did not reach the model: a middleware behind it replaced the system "
+            "the documents of KVCAGMiddleware did not reach the model: a later middleware replaced the system "
             "message. Put KVCAGMiddleware at the end of the list of middleware.",
             UserWarning,
             stacklevel=4,

@@ -14,7 +14,7 @@ from kvcag.scheduler import CacheScheduler
 
 
 class SchedulerCallback(BaseCallbackHandler):
-    """Reports what retrievers find, and pauses encoding ahead as soon as a question comes.
+    """Reports retrieved documents to a scheduler, and pauses its encoding as soon as a question comes.
 
     ```python
     chain.invoke({"input": question}, config={"callbacks": [SchedulerCallback(scheduler)]})
@@ -22,11 +22,11 @@ class SchedulerCallback(BaseCallbackHandler):
 
     Args:
         scheduler: the scheduler of the chain's memory.
-        document_prompt: the chain's, if it has one. Without it, documents are encoded ahead only after the first
-            question has shown how the chain renders them.
+        document_prompt: the chain's `document_prompt`. If the chain has one and it is not passed here, the scheduler
+            encodes ahead only after the first question, which shows how the chain renders documents.
     """
 
-    run_inline = True  # also in an asynchronous chain: a thread would take longer than the call
+    run_inline = True  # in asynchronous chains, too: starting a thread would take longer than the call
 
     def __init__(
         self, scheduler: CacheScheduler, *, document_prompt: BasePromptTemplate[str] = DOCUMENT_PROMPT
@@ -43,11 +43,11 @@ class SchedulerCallback(BaseCallbackHandler):
         self.scheduler.step_aside()
 
     def on_chat_model_start(self, *args: Any, **kwargs: Any) -> None:
-        """Pause encoding ahead: the model is asked."""
+        """Pause encoding ahead: the model answers now."""
         self.scheduler.step_aside()
 
     def on_retriever_end(self, documents: Sequence[Document], **kwargs: Any) -> None:
-        """Report the documents as prompts show them."""
+        """Report the documents, rendered as the chain's prompt renders them."""
         if self.document_prompt is DOCUMENT_PROMPT:
             self.scheduler.observe(documents)
             return

@@ -1,4 +1,4 @@
-"""The two chat engines of LlamaIndex that answer from retrieved nodes, over cached documents."""
+"""LlamaIndex's two chat engines that answer from retrieved nodes, with cached documents."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kvcag.llama_index.synthesizer import CAGSynthesizer
 
 
 class CAGContextChatEngine(ContextChatEngine):
-    """`ContextChatEngine` over cached documents. The arguments are the same; the llm is a `KVCacheLLM`."""
+    """`ContextChatEngine` with cached documents. The arguments are the same; the llm is a `KVCacheLLM`."""
 
     def _get_response_synthesizer(  # type: ignore[override]  # core declares its own class
         self, chat_history: list[ChatMessage], streaming: bool = False
@@ -21,7 +21,7 @@ class CAGContextChatEngine(ContextChatEngine):
 
 
 class CAGCondensePlusContextChatEngine(CondensePlusContextChatEngine):
-    """`CondensePlusContextChatEngine` over cached documents. The arguments are the same; the llm is a `KVCacheLLM`."""
+    """`CondensePlusContextChatEngine` with cached documents. The arguments are the same; the llm is a `KVCacheLLM`."""
 
     def _get_response_synthesizer(  # type: ignore[override]  # core declares its own class
         self, chat_history: list[ChatMessage], streaming: bool = False
@@ -30,7 +30,7 @@ class CAGCondensePlusContextChatEngine(CondensePlusContextChatEngine):
 
 
 def _cached(plain: CompactAndRefine) -> CAGSynthesizer:
-    """A `CAGSynthesizer` with the prompts of core's synthesizer."""
+    """A `CAGSynthesizer` with the prompts and settings of LlamaIndex's synthesizer."""
     prompts: dict[str, Any] = plain.get_prompts()
     return CAGSynthesizer(
         plain._llm,

@@ -1,6 +1,6 @@
-"""LlamaIndex's places for texts beside a `MemoryCube`, and a cube as a retriever.
+"""LlamaIndex indices, docstores and retrievers that hold a `MemoryCube`'s texts, and a cube as a LlamaIndex retriever.
 
-The text of a node is what the LLM reads, metadata included, so that the cube encodes what a synthesizer asks for.
+The cube takes the text of a node as the LLM reads it, including metadata: a synthesizer later looks up that same text.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class IndexTexts:
     ```
 
     Args:
-        index: the index. Texts that it holds already are found, too.
-        **retriever: further arguments of its `as_retriever`, such as `similarity_top_k` and `filters`.
+        index: the index. Searches also find the nodes that it held before.
+        **retriever: further arguments for its `as_retriever`, such as `similarity_top_k` and `filters`.
     """
 
     def __init__(self, index: BaseIndex[Any], **retriever: Any) -> None:
@@ -43,7 +43,7 @@ class IndexTexts:
         return [read(found.node) for found in self.index.as_retriever(**settings).retrieve(question)][:k]
 
     def add(self, texts: Sequence[TextualMemoryItem]) -> None:
-        """Insert texts. A text that the docstore holds already, word for word, is not embedded again."""
+        """Insert texts. A text that the docstore holds already and that has not changed is not embedded again."""
         docstore = self.index.docstore
         stored = docstore.get_nodes([text.id for text in texts if docstore.document_exists(text.id)])
         new = changed(texts, stored)
@@ -52,7 +52,7 @@ class IndexTexts:
             self.index.insert_nodes([node_of(text) for text in new])
 
     def delete(self, ids: Sequence[str]) -> None:
-        """Delete nodes."""
+        """Delete nodes by id. Unknown ids are ignored."""
         vectors = getattr(self.index, "vector_store", None)
         elsewhere = vectors is not None and vectors.stores_text  # the docstore of such an index is empty
         known = [id for id in ids if elsewhere or self.index.docstore.document_exists(id)]
@@ -61,7 +61,7 @@ class IndexTexts:
 
 
 class DocstoreTexts:
-    """Texts in a document store, all of them for every question. The cube follows changes that others make.
+    """Texts in a document store. Every question gets all of them. The cube follows changes made directly in the store.
 
     Args:
         docstore: the document store.
@@ -75,7 +75,7 @@ class DocstoreTexts:
         self.docstore.add_documents([node_of(text) for text in texts])
 
     def delete(self, ids: Sequence[str]) -> None:
-        """Delete texts."""
+        """Delete texts by id. Unknown ids are ignored."""
         for id in ids:
             self.docstore.delete_document(id, raise_error=False)
 
@@ -86,14 +86,14 @@ class DocstoreTexts:
 
 
 class BuiltRetrieverTexts(BuiltTexts):
-    """Texts that the cube holds, and a retriever that is built from all of them, such as BM25.
+    """Holds texts in the cube, and builds a retriever from all of them, such as BM25.
 
     ```python
     cube = MemoryCube(engine, BuiltRetrieverTexts(lambda nodes: BM25Retriever.from_defaults(nodes=nodes)))
     ```
 
     Args:
-        build: builds a retriever from all nodes. It is called by the first search after a change.
+        build: builds a retriever from all nodes. The first search after a change calls it.
     """
 
     def __init__(self, build: Callable[[list[BaseNode]], BaseRetriever]) -> None:
@@ -105,7 +105,7 @@ class CubeRetriever(BaseRetriever):
 
     Args:
         cube: the cube.
-        k: the most nodes; None is the cube's own setting.
+        k: the maximum number of nodes to return. None: the cube's own setting.
         callback_manager: receives the events.
     """
 
@@ -123,7 +123,7 @@ class CubeRetriever(BaseRetriever):
 
 
 def node_of(text: TextualMemoryItem) -> TextNode:
-    """A text of a cube as a node whose metadata are hidden from the LLM and from embeddings."""
+    """A text of a cube as a node. Its metadata are excluded from what the LLM and the embedding model read."""
     _, metadata = text_and_metadata(text)
     hidden = list(metadata)
     return TextNode(

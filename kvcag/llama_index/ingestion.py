@@ -23,30 +23,30 @@ from kvcag.sync import Context
 
 
 class KVCacheTransform(TransformComponent):
-    """The last step of an `IngestionPipeline`: encodes and keeps the nodes' texts, and returns the nodes unchanged.
+    """The last step of an `IngestionPipeline`: encodes the nodes' texts, stores the caches, and returns the same nodes.
 
     The step is optional: a text that is not in the store is encoded when a question needs it. When an edited document
     is ingested again, the caches of its old texts are deleted. With `docstore`, the pipeline's cache does not skip this
-    step, and the caches of documents that were deleted there are deleted too. A text that two documents share is
-    deleted with either.
+    step, and the caches of documents that were deleted from the docstore are deleted, too. If two documents share a
+    text, deleting either document deletes the cache of that text.
 
     Args:
         llm: the `KVCacheLLM` that will answer. The step fills its store.
-        synthesizer: the `CAGSynthesizer` that will ask, if it is not the default one. A document is encoded behind the
-            text that the synthesizer's template shows before the documents.
+        synthesizer: the `CAGSynthesizer` that will answer, if it is not the default one. A document is encoded after
+            the text that the synthesizer's template has before the documents.
         docstore: the pipeline's document store.
-        collection: a name for these documents, where several pipelines fill one store.
-        context: what each node is encoded behind, as for `KVCacheMemory.add`: `"previous"` is the node before it of the
-            same document.
+        collection: a name for these documents. Give each pipeline its own if several fill one store.
+        context: the text before each node while it is encoded, as for `KVCacheMemory.add`. `"previous"`: the previous
+            node of the same document.
 
     Raises:
-        InvalidInputError: the synthesizer is exact, and so makes one document of all texts.
+        InvalidInputError: the synthesizer is exact, and encodes all nodes of a question as one document.
     """
 
-    fingerprint: str = Field(description="The model: its weights, dtype and chat template.")
-    template: str = Field(description="The prompt that will show the documents.")
+    fingerprint: str = Field(description="The digest of the model: its weights, dtype and chat template.")
+    template: str = Field(description="The prompt that will contain the documents.")
     collection: str = Field(description="The name of these documents.")
-    context: str = Field(description="What a node is encoded behind; empty for the instruction alone.")
+    context: str = Field(description="The kind of text before each node; empty for the instruction alone.")
 
     _synthesizer: CAGSynthesizer = PrivateAttr()
     _docstore: BaseDocumentStore | None = PrivateAttr()
@@ -64,7 +64,8 @@ class KVCacheTransform(TransformComponent):
         synthesizer = synthesizer or CAGSynthesizer(llm)
         if synthesizer.exact:
             raise InvalidInputError(
-                "an exact synthesizer makes one document of all nodes, so they cannot be encoded one by one"
+                "an exact CAGSynthesizer encodes all nodes of a question as one document, so KVCacheTransform cannot "
+                "encode them one by one. Pass a synthesizer with exact=False, or leave this step out."
             )
         fields = {
             "fingerprint": synthesizer.cag.engine.fingerprint.digest,
@@ -83,11 +84,11 @@ class KVCacheTransform(TransformComponent):
         return "KVCacheTransform"
 
     def to_dict(self, **kwargs: Any) -> dict[str, Any]:
-        """The key of `IngestionCache`. With a docstore it differs in each run, so that no deletion is skipped."""
+        """The key of `IngestionCache`. With a docstore, the key differs in each run, so that no deletion is skipped."""
         return {**super().to_dict(**kwargs), "run": uuid.uuid4().hex if self._docstore else ""}
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
-        """Encode new texts of these nodes, and delete the caches of texts that are gone from their documents."""
+        """Encode new texts of these nodes, and delete the caches of texts that their documents no longer contain."""
         texts = [node.get_content(metadata_mode=MetadataMode.LLM) for node in nodes]
         sources = [node.ref_doc_id or node.node_id for node in nodes]
         said = [(text, source) for text, source in zip(texts, sources, strict=True) if text.strip()]
@@ -107,7 +108,7 @@ class KVCacheTransform(TransformComponent):
         return await in_thread(self, nodes, **kwargs)
 
     def _forget(self, kept: set[str], seen: set[str], live: set[str] | None) -> None:
-        """Delete what was made from documents that are not `live`, and old texts of the documents `seen` now."""
+        """Delete the caches of documents that are not `live`, and those of old texts of the documents just `seen`."""
         memory = self._synthesizer.cag.memory
         made_from: dict[str, str] = {}
         gone: set[str] = set()
@@ -124,11 +125,11 @@ class KVCacheTransform(TransformComponent):
             memory.delete(stale)
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        """Another transform over the same model, store and docstore."""
+        """Another transform with the same model, store and docstore."""
         return self._again(deepcopy(self._synthesizer, memo))()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A worker process loads the model itself; one that has a live engine is refused: `LazyMemory.__reduce__`."""
+        """A worker process loads the model itself. A loaded engine is refused: see `LazyMemory.__reduce__`."""
         return self._again(self._synthesizer), ()
 
     def _again(self, synthesizer: CAGSynthesizer) -> partial[Self]:
@@ -142,10 +143,14 @@ class KVCacheTransform(TransformComponent):
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], **kwargs: Any) -> Self:
-        """From what `to_dict` wrote, and the `llm` or the `synthesizer`, and the `context`, which are not part of it.
+        """Make a transform from the dict that `to_dict` wrote.
+
+        Args:
+            data: the dict.
+            **kwargs: `llm` or `synthesizer`, and `docstore` and `context`: the dict does not contain them.
 
         Raises:
-            InvalidInputError: the model or the template is another one.
+            InvalidInputError: the model, the template or the context is not the one in `data`.
         """
         made = cls(**{"collection": data["collection"], **kwargs})
         if (made.fingerprint, made.template) != (data["fingerprint"], data["template"]):

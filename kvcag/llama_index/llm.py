@@ -1,4 +1,4 @@
-"""KVCacheLLM: a local model as a LlamaIndex LLM whose documents are encoded once."""
+"""KVCacheLLM: a local model as a LlamaIndex LLM that encodes each document once."""
 
 from __future__ import annotations
 
@@ -62,18 +62,18 @@ from kvcag.memory import KVCacheMemory
 from kvcag.stores.base import KVStore
 
 _RENDERING = {"messages_to_prompt", "completion_to_prompt"}
-"""Fields of LlamaIndex's `LLM` that take the chat template's place in models that have none."""
+"""Fields of LlamaIndex's `LLM` that format prompts for models without a chat template."""
 
 _REACT = {"react_chat_formatter", "output_parser"}
-"""Arguments of `predict_and_call` that are for a step of ReAct, which models without tools take."""
+"""Arguments of `predict_and_call` for a ReAct step: LlamaIndex uses ReAct for models that cannot call tools."""
 
 
 class KVCacheLLM(FunctionCallingLLM):
-    """An LLM whose documents are encoded once.
+    """An LLM that encodes each document once.
 
-    Every prompt reuses the longest prefix that was encoded before. The text that a `CachePoint` closes is kept in
-    `store` and found there after a restart. Documents (`kvcag.llama_index.DOCUMENT_END`) are found one by one and put
-    together. `raw["usage"]` of a response counts what was reused and encoded. The constructor loads no weights.
+    Every prompt reuses the longest prefix that was encoded before. The text before a `CachePoint` is cached in `store`,
+    and found there after a restart. Documents (`kvcag.llama_index.DOCUMENT_END`) are cached one by one, and their
+    caches are merged. `raw["usage"]` of a response counts reused and encoded tokens. The constructor loads no weights.
 
     ```python
     llm = KVCacheLLM(model="HuggingFaceTB/SmolLM2-135M-Instruct", store="kv/")
@@ -81,11 +81,11 @@ class KVCacheLLM(FunctionCallingLLM):
     ```
 
     Args:
-        model: a hub id or a folder. The weights are loaded on first use, once for all LLMs with the same settings.
-            Not needed with `engine` or `memory`.
-        engine: a live `kvcag.engines.base.Engine`: an `HFEngine`, a `VLLMEngine`, an `EchoEngine`.
-        memory: a `MemoryCube` or a `KVCacheMemory` that answers, with its engine, store and namespace.
-        store: where documents are kept: a `KVStore`, or a folder. None: in memory, shared over the same engine.
+        model: a Hugging Face hub id or a folder. The weights are loaded on first use, once for all LLMs with the same
+            settings. Not needed with `engine` or `memory`.
+        engine: a loaded `kvcag.engines.base.Engine`: an `HFEngine`, a `VLLMEngine` or an `EchoEngine`.
+        memory: a `MemoryCube` or a `KVCacheMemory`, whose engine, store and namespace are used.
+        store: stores the caches: a `KVStore`, or a folder. None: in memory, shared by all users of the engine.
         model_kwargs: further arguments of `HFEngine.from_pretrained`. They are not serialised.
         **settings: the fields below, and those of LlamaIndex's `LLM`.
 
@@ -94,28 +94,32 @@ class KVCacheLLM(FunctionCallingLLM):
             range.
     """
 
-    model: str = Field(default="", description="A hub id or a folder.")
+    model: str = Field(default="", description="A Hugging Face hub id or a folder.")
     dtype: str = Field(default="auto", description="The weights' dtype; `auto` is the checkpoint's own.")
     device: str = Field(default="auto", description="Where the model runs; `auto` is CUDA, then MPS, then the CPU.")
-    store: str | None = Field(default=None, description="The folder where documents are kept, if it is one.")
-    merge_strategy: Strategy = Field(default="auto", description="How cached documents are put together.")
+    store: str | None = Field(default=None, description="The folder of the caches, if the store is a folder.")
+    merge_strategy: Strategy = Field(default="auto", description="How the caches of documents are merged.")
     recompute_ratio: float = Field(
-        default=DEFAULT_RATIO, ge=0, le=1, description="The share of context tokens that a merge computes again."
+        default=DEFAULT_RATIO, ge=0, le=1, description="The share of context tokens that a merge recomputes."
     )
     max_kl: float = Field(default=MAX_KL, ge=0, description="The error that 'auto' allows, in nats per token.")
-    max_new_tokens: int | None = Field(default=None, description="The most to generate; None: the engine's.")
-    temperature: float | None = Field(default=None, description="0 is greedy; None: the engine's.")
+    max_new_tokens: int | None = Field(default=None, description="The most tokens to generate; None: engine's default.")
+    temperature: float | None = Field(default=None, description="0 is greedy; None: the engine's default.")
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
     stop: list[str] | None = Field(default=None, description="Strings that end the answer.")
-    strip_thinking: bool | None = Field(default=None, description="Leave thinking out; else it is a `ThinkingBlock`.")
-    context_window: int | None = Field(
-        default=None, ge=1, description="What LlamaIndex may fill with prompt and answer; None: the model's context."
+    strip_thinking: bool | None = Field(
+        default=None, description="Remove the model's thinking. Otherwise it is a `ThinkingBlock` of the message."
     )
-    namespace: str = Field(default="", description="Separates its recent contexts and files from other namespaces'.")
+    context_window: int | None = Field(
+        default=None, ge=1, description="The tokens that a prompt and its answer may have; None: the model's context."
+    )
+    namespace: str = Field(
+        default="", description="Separates recent contexts and cache files from those of other namespaces."
+    )
 
     _memory: LazyMemory = PrivateAttr()
 
@@ -129,7 +133,7 @@ class KVCacheLLM(FunctionCallingLLM):
         model_kwargs: dict[str, Any] | None = None,
         **settings: Any,
     ) -> None:
-        settings.pop("class_name", None)  # of what `model_dump` wrote
+        settings.pop("class_name", None)  # `model_dump` writes it
         unknown = sorted(settings.keys() - type(self).model_fields.keys())
         if unknown:
             known = sorted({*type(self).model_fields, "engine", "memory", "model_kwargs"} - _RENDERING)
@@ -140,8 +144,8 @@ class KVCacheLLM(FunctionCallingLLM):
         rendering = sorted(name for name in _RENDERING & settings.keys() if settings[name] is not None)
         if rendering:
             raise InvalidInputError(
-                f"{', '.join(rendering)}: the model's own chat template makes the prompt, so leave this out. For "
-                "another template, save the model's tokenizer with another chat_template."
+                f"{', '.join(rendering)} would not be used: the model's own chat template makes the prompt. Leave it "
+                "out. For another template, save the model's tokenizer with another chat_template."
             )
         folder = None if store is None or isinstance(store, KVStore) else str(store)
         Sampling.of(**{name: value for name, value in settings.items() if name in SAMPLING_SETTINGS})
@@ -160,7 +164,7 @@ class KVCacheLLM(FunctionCallingLLM):
         self.model, self.namespace = self._memory.model, self._memory.namespace
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in SAMPLING_SETTINGS:  # here and not in a query, where core's `Refine` swallows a ValueError
+        if name in SAMPLING_SETTINGS:  # checked here: at a query, LlamaIndex's `Refine` would swallow the ValueError
             Sampling.of(**{name: value})
         if name in MERGE_SETTINGS:
             with checked_fields():
@@ -168,7 +172,7 @@ class KVCacheLLM(FunctionCallingLLM):
         super().__setattr__(name, value)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """In another process the model is loaded anew. Callbacks stay here. See `LazyMemory.__reduce__`."""
+        """Another process loads the model again. Callbacks are not copied. See `LazyMemory.__reduce__`."""
         return partial(type(self).from_dict, self.to_dict()), (), {"_memory": self._memory}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -181,12 +185,15 @@ class KVCacheLLM(FunctionCallingLLM):
 
     @property
     def memory(self) -> KVCacheMemory:
-        """The memory that answers. The first access loads the weights, and warns if another model filled the store."""
+        """The memory that this LLM answers from.
+
+        The first access loads the weights, and warns if another model filled the store.
+        """
         return self._memory.memory()
 
     @property
     def engine(self) -> Engine:
-        """The engine that answers."""
+        """The engine that this LLM answers with. The first access loads the weights."""
         return self.memory.engine
 
     @property
@@ -203,44 +210,44 @@ class KVCacheLLM(FunctionCallingLLM):
         )
 
     def count_tokens(self, messages: Sequence[ChatMessage]) -> int:
-        """The number of tokens of the prompt that these messages make."""
+        """The number of tokens in the prompt of these messages, including the chat template's own tokens."""
         return len(self.engine.template.prompt(to_messages(messages)).token_ids)
 
-    # --- the eight methods -------------------------------------------------------------------------------------
+    # --- LlamaIndex's eight methods that answer ----------------------------------------------------------------
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer messages.
 
         Args:
-            messages: with text only.
+            messages: the conversation. Its blocks are text.
             **kwargs: settings for this call: `max_new_tokens` (or `max_tokens`), `temperature`, `top_k`, `top_p`,
                 `min_p`, `repetition_penalty`, `seed`, `stop`, `strip_thinking`, `merge_strategy`,
                 `recompute_ratio`, `max_kl`.
 
         Raises:
-            InvalidInputError: an unknown setting or no messages.
+            InvalidInputError: a setting is unknown or out of range, or there are no messages.
             ContextLengthError: the prompt and the answer exceed the model's context.
-            UnsupportedContentError: a message holds an image or audio.
+            UnsupportedContentError: a message contains an image, audio or other content that is not text.
         """
         opener, answer = self._call(to_messages(messages), kwargs)
         return last(each(opener(), answer.chat))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
-        """`chat`, piece by piece. Closing the stream stops the model."""
+        """`chat`, as a stream. Closing the stream stops the model."""
         opener, answer = self._call(to_messages(messages), kwargs)
         return each(opener(), answer.chat)
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        """`chat`, in worker threads. Cancelling stops the model."""
+        """Asynchronous `chat`. Cancelling it stops the model."""
         opener, answer = self._call(to_messages(messages), kwargs)
         return await alast(aeach(opener, answer.chat))
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
-        """`stream_chat`, in worker threads."""
+        """Asynchronous `stream_chat`."""
         opener, answer = self._call(to_messages(messages), kwargs)
         chunks = await in_thread(opener)
         return aeach(lambda: chunks, answer.chat)
@@ -250,39 +257,43 @@ class KVCacheLLM(FunctionCallingLLM):
         """Answer a prompt.
 
         Args:
-            prompt: a user message, or, for a model without a chat template, the beginning of a text.
-            formatted: the prompt is in the model's own format and is used as it is.
+            prompt: a user message; for a model without a chat template, a text that the model continues.
+            formatted: the prompt has the model's own format already, so the chat template is not applied.
             **kwargs: as for `chat`.
+
+        Raises:
+            InvalidInputError: a setting is unknown or out of range, or the prompt is not a str.
+            ContextLengthError: the prompt and the answer exceed the model's context.
         """
         opener, answer = self._call(self._asked(prompt, formatted), kwargs)
         return last(each(opener(), answer.completion))
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
-        """`complete`, piece by piece."""
+        """`complete`, as a stream. Closing the stream stops the model."""
         opener, answer = self._call(self._asked(prompt, formatted), kwargs)
         return each(opener(), answer.completion)
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        """`complete`, in worker threads."""
+        """Asynchronous `complete`. Cancelling it stops the model."""
         opener, answer = self._call(self._asked(prompt, formatted), kwargs)
         return await alast(aeach(opener, answer.completion))
 
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
-        """`stream_complete`, in worker threads."""
+        """Asynchronous `stream_complete`."""
         opener, answer = self._call(self._asked(prompt, formatted), kwargs)
         chunks = await in_thread(opener)
         return aeach(lambda: chunks, answer.completion)
 
     def stream(self, prompt: BasePromptTemplate, **prompt_args: Any) -> TokenGen:
-        """`predict`, piece by piece. No piece is empty."""
+        """`predict`, as a stream of texts. No text is empty."""
         pieces = super().stream(prompt, **prompt_args)
         return (piece for piece in pieces if piece)
 
     async def astream(self, prompt: BasePromptTemplate, **prompt_args: Any) -> TokenAsyncGen:
-        """`stream`, in worker threads."""
+        """Asynchronous `stream`."""
         pieces = await super().astream(prompt, **prompt_args)
         return (piece async for piece in pieces if piece)
 
@@ -311,13 +322,13 @@ class KVCacheLLM(FunctionCallingLLM):
         }
 
     def predict_and_call(self, *args: Any, **kwargs: Any) -> AgentChatResponse:
-        """Call the tools that the model chooses: by a step of ReAct where its formatter or parser is given."""
+        """Call the tools that the model chooses. If a ReAct formatter or parser is given, take one step of ReAct."""
         if kwargs.keys() & _REACT:
             return super(FunctionCallingLLM, self).predict_and_call(*args, **kwargs)
         return super().predict_and_call(*args, **kwargs)
 
     async def apredict_and_call(self, *args: Any, **kwargs: Any) -> AgentChatResponse:
-        """`predict_and_call`, in worker threads."""
+        """Asynchronous `predict_and_call`."""
         if kwargs.keys() & _REACT:
             return await super(FunctionCallingLLM, self).apredict_and_call(*args, **kwargs)
         return await super().apredict_and_call(*args, **kwargs)
@@ -325,10 +336,10 @@ class KVCacheLLM(FunctionCallingLLM):
     def get_tool_calls_from_response(
         self, response: ChatResponse, error_on_no_tool_call: bool = True, **kwargs: Any
     ) -> list[ToolSelection]:
-        """The calls in a response.
+        """The tool calls in a response.
 
         Raises:
-            InvalidInputError: there is none, and `error_on_no_tool_call` is True.
+            InvalidInputError: the response has no tool call, and `error_on_no_tool_call` is True.
         """
         calls = selections(response)
         if not calls and error_on_no_tool_call:
@@ -346,15 +357,15 @@ class KVCacheLLM(FunctionCallingLLM):
         return await program.astream_call(llm_kwargs=llm_kwargs, **prompt_args)
 
     def _forced_program(self, output_cls: Any, prompt: Any) -> Any:
-        """Core's program, with a required call: core requires it only for answers that are not streamed."""
+        """LlamaIndex's program with a required tool call. LlamaIndex requires the call only if it does not stream."""
         forced = {"tool_choice": "any"} if self.metadata.is_function_calling_model else {}
         return get_program_for_llm(output_cls, prompt, self, self.pydantic_program_mode, **forced)
 
-    # --- inside ------------------------------------------------------------------------------------------------
+    # --- private -----------------------------------------------------------------------------------------------
 
     def _asked(self, prompt: str, formatted: bool) -> list[Message] | Prompt:
         if not isinstance(prompt, str):
-            raise InvalidInputError(f"a prompt is a str, not {type(prompt).__name__}")
+            raise InvalidInputError(f"the prompt is a {type(prompt).__name__}: pass a str")
         return self.engine.template.verbatim(prompt) if formatted else [{"role": "user", "content": prompt}]
 
     def _call(self, messages: list[Message] | Prompt, kwargs: dict[str, Any]) -> tuple[Opener, Answer]:
@@ -388,6 +399,6 @@ class KVCacheLLM(FunctionCallingLLM):
 
 _COUNTED = "Forty-two unmistakable words, counted in tokens: 3.14159, naïveté."
 _HINT = (
-    "If a synthesizer or a splitter of LlamaIndex cut the texts: it counts with Settings.tokenizer, which is not this "
-    "model's. Set Settings.tokenizer = llm.engine.template.encode, or answer with a CAGSynthesizer."
+    "LlamaIndex's synthesizers and splitters count tokens with Settings.tokenizer, which is not this model's. If one "
+    "of them cut the texts, set Settings.tokenizer = llm.engine.template.encode, or answer with a CAGSynthesizer."
 )

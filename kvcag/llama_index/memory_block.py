@@ -25,17 +25,15 @@ class CAGMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
     await agent.run("When was it built?", memory=memory)
     ```
 
-    The documents do not change, so they are encoded together, in their order, and are exact: the second turn reuses
-    them. Those that a cube finds differ from turn to turn, and are merged.
+    With `documents`, every turn has the same documents. They are encoded together, in their order, and later turns
+    reuse them exactly. With `memory`, a `MemoryCube` finds the documents for the last user message. They differ from
+    turn to turn, so their caches are merged. A block is serialised without its cube: pass the cube again afterwards.
 
-    Its priority is 0, so `Memory` does not cut it to fit `token_limit`. Messages that leave the short-term memory do
-    not enter it.
-
-    With `memory`, a `MemoryCube` finds the documents for the last user message. The cube is not serialised with the
-    block: pass it again after reading a block back.
+    The block's priority is 0, so `Memory` does not cut it to fit `token_limit`. Messages that leave the short-term
+    memory do not enter the block.
 
     Raises:
-        InvalidInputError: neither or both of `documents` and `memory`, or a document without a text.
+        InvalidInputError: neither or both of `documents` and `memory` are given, or a document has no text.
     """
 
     name: str = Field(default="Documents", description="The name of the block.")
@@ -46,10 +44,10 @@ class CAGMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
     memory: SkipValidation[MemoryCube | None] = Field(
         default=None, exclude=True, description="The cube that finds the documents."
     )
-    k: int | None = Field(default=None, description="The most documents to take from `memory`.")
+    k: int | None = Field(default=None, description="The maximum number of documents from `memory`.")
     instruction: str = Field(
         default="Answer from the documents below.",
-        description="Stands before the documents; may be empty. With `memory`, the cube's instruction by default.",
+        description="Stands before the documents; may be empty. The default with `memory` is the cube's instruction.",
     )
 
     def __init__(self, **fields: Any) -> None:
@@ -64,18 +62,18 @@ class CAGMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         if (self.documents is None) == (self.memory is None):
-            raise InvalidInputError("pass either documents or memory, a MemoryCube, to CAGMemoryBlock")
+            raise InvalidInputError("CAGMemoryBlock needs a source: pass either documents or memory, a MemoryCube")
         if self.memory is not None and self.memory.memory.instruction and "instruction" not in self.model_fields_set:
             self.instruction = self.memory.memory.instruction
         return self
 
     def __deepcopy__(self, memo: dict[int, Any] | None = None) -> Self:
-        """A block with settings of its own. The cube is shared."""
+        """A copy with its own settings. The copy shares the cube."""
         return super().__deepcopy__({**(memo or {}), **({id(self.memory): self.memory} if self.memory else {})})
 
     def __reduce__(self) -> Any:
         if self.memory is not None:
-            raise InvalidInputError("a CAGMemoryBlock with a cube cannot be pickled: pass the cube again instead")
+            raise InvalidInputError("a CAGMemoryBlock with a cube cannot be pickled: make a new block from the cube")
         return super().__reduce__()
 
     async def _aget(self, messages: list[ChatMessage] | None = None, **block_kwargs: Any) -> list[ChatMessage]:
@@ -89,7 +87,7 @@ class CAGMemoryBlock(BaseMemoryBlock[list[ChatMessage]]):
         return [ChatMessage(role=MessageRole.SYSTEM, blocks=[*opening, *document_blocks(texts, exact=exact)])]
 
     async def _aput(self, messages: list[ChatMessage]) -> None:
-        """Documents do not change with the conversation."""
+        """Does nothing: documents do not change with the conversation."""
 
 
 def _asked(messages: Sequence[ChatMessage]) -> str:

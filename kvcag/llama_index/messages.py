@@ -1,4 +1,4 @@
-"""LlamaIndex's messages and tools, and ours."""
+"""Conversion between LlamaIndex's messages, tools and answers, and kvcag's."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from kvcag.tools import CallParser, Parsed, ToolCall
 R = TypeVar("R", ChatResponse, CompletionResponse)
 Chunks: TypeAlias = Generator[Chunk, None, None]
 Opener: TypeAlias = Callable[[], Chunks]
-"""Prepares the context, which can take seconds, and returns the answer's chunks."""
+"""A function that prepares the context, which can take seconds, and returns the answer's chunks."""
 
 DOCUMENT_END = CachePoint(cache_control=CacheControl(type="document"))
-"""Closes a document: the text block just before it."""
+"""A content block that marks the text block just before it as a document."""
 
 JOINED = CachePoint(cache_control=CacheControl(type="joined"))
-"""No line break follows the text before it."""
+"""A content block that joins the blocks before and after it without a line break."""
 
 _ROLES = {
     MessageRole.DEVELOPER: "system",
@@ -51,26 +51,26 @@ _ROLES = {
 
 
 def document_blocks(texts: str | Iterable[str], *, exact: bool = False) -> list[ContentBlock]:
-    """Content blocks in which each text is a document, with a blank line after it.
+    """Content blocks in which each text is a document, followed by a blank line.
 
     Args:
         texts: the documents. A str is one document.
-        exact: make one document of them, in this order.
+        exact: join the texts into one document, in this order, so that it is reused exactly.
     """
     documents = [segment(text) for text in ([texts] if isinstance(texts, str) else texts)]
     if exact and documents:
         documents = ["".join(documents)]
-    # joining adds the second line break
+    # to_messages adds the second line break when it joins the blocks
     return [block for text in documents for block in (TextBlock(text=text.removesuffix("\n")), DOCUMENT_END)]
 
 
 def to_messages(messages: Sequence[ChatMessage]) -> list[Message]:
-    """Messages for `KVCacheMemory.stream`."""
+    """Convert LlamaIndex messages to the messages that `KVCacheMemory.stream` takes."""
     return [{**_frame(message), "content": _content(message)} for message in messages]
 
 
 def _frame(message: ChatMessage) -> dict[str, Any]:
-    """Everything of a message but its content."""
+    """The role, tool calls and names of a message: everything except its content."""
     frame: dict[str, Any] = {"role": _ROLES.get(message.role, message.role.value)}
     calls = [block for block in message.blocks if isinstance(block, ToolCallBlock)]
     if calls:
@@ -86,7 +86,7 @@ def _frame(message: ChatMessage) -> dict[str, Any]:
 
 
 _CARRIED = {"tool_call_id", "name"}
-"""What chat templates read of a message beside its role, content and tool calls."""
+"""The further fields of a message that chat templates read, in addition to role, content and tool calls."""
 
 
 def _content(message: ChatMessage) -> Any:
@@ -111,7 +111,7 @@ def _content(message: ChatMessage) -> Any:
         last = documents[-1]
         lines = [part + "\n" * ((at in ends or at in documents) and at not in joined) for at, part in enumerate(parts)]
         shown = [Document(line) if at in documents else line for at, line in enumerate(lines)]
-        if last in joined or not parts[last].endswith("\n"):  # the line break is not the document's
+        if last in joined or not parts[last].endswith("\n"):  # the line break after the document is not part of it
             shown[last] = Document(parts[last], segment(parts[last])[len(parts[last]) :])
             shown[last + 1 :] = [lines[last][len(parts[last]) :] * (last in ends), *shown[last + 1 :]]
         return shown
@@ -129,7 +129,7 @@ def _read(block: ContentBlock) -> list[Any]:
         return [part for inner in block.content for part in _read(inner)]
     if isinstance(block, CitationBlock):
         return _read(block.cited_content)
-    if isinstance(block, ThinkingBlock | ToolCallBlock):  # not text; calls go into the frame
+    if isinstance(block, ThinkingBlock | ToolCallBlock):  # not text; `_frame` reads the calls
         return []
     return [{"type": block.block_type}]
 
@@ -138,12 +138,12 @@ def _read(block: ContentBlock) -> list[Any]:
 
 
 class Answer:
-    """An answer as it grows.
+    """Builds LlamaIndex responses from an answer's chunks. Each response has the answer so far.
 
     Args:
-        model: what `raw["model"]` says.
-        parser: separates tool calls from text; None where no tool may be called.
-        thinks: whether the responses have the model's thinking.
+        model: the model's name, for `raw["model"]`.
+        parser: separates tool calls from text. None: the answer cannot call tools.
+        thinks: put the model's thinking into the responses.
     """
 
     def __init__(self, model: str, parser: CallParser | None = None, *, thinks: bool = True) -> None:
@@ -156,9 +156,10 @@ class Answer:
         self._before: ChatResponse | CompletionResponse | None = None
 
     def chat(self, chunk: Chunk) -> ChatResponse | None:
-        """The answer up to this chunk, with the tool calls as far as they are written; None where nothing is new.
+        """The answer up to this chunk, including tool calls that are still being written; None if nothing is new.
 
-        The last response has the usage in `raw`. It gets it when the answer ends, which may be after it was sent.
+        The `raw` of the last response has the usage. It is set when the answer ends, which may be after that response
+        was sent.
         """
         delta, parsed = self._read(chunk)
         self._text += delta
@@ -169,7 +170,7 @@ class Answer:
         blocks: list[ContentBlock] = [ThinkingBlock(content=self._thinking)] if self._thinking else []
         blocks += [TextBlock(text=self._text)] if self._text or not calls else []
         blocks += calls
-        # core's streamed structured prediction looks for calls here, and not in the blocks
+        # LlamaIndex's streamed structured prediction looks for calls here, and not in the blocks
         known = {"tool_calls": [{"id": call.tool_call_id, "name": call.tool_name} for call in calls]} if calls else {}
         response = ChatResponse(
             message=ChatMessage(role=MessageRole.ASSISTANT, blocks=blocks, additional_kwargs=known),
@@ -181,7 +182,7 @@ class Answer:
         return response
 
     def completion(self, chunk: Chunk) -> CompletionResponse | None:
-        """As `chat`, as a completion."""
+        """As `chat`, but returns a completion."""
         self._text += chunk.text
         thought, raw = self._thought(chunk), self._raw(chunk)
         if not (chunk.text or thought or self._is_first(raw)):
@@ -191,7 +192,7 @@ class Answer:
         return response
 
     def _is_first(self, raw: dict[str, Any] | None) -> bool:
-        """Whether the answer ends with no response before. Else the one before is the last, and `raw` is its."""
+        """Whether the answer ends without any earlier response. If there was one, it is the last: set its `raw`."""
         if raw is not None and self._before is not None:
             self._before.raw = raw
         return raw is not None and self._before is None
@@ -215,7 +216,7 @@ class Answer:
         ]
 
     def _read(self, chunk: Chunk) -> tuple[str, Parsed | None]:
-        """The text that this chunk adds, and with the last chunk the calls. An invalid call stays text."""
+        """The text that this chunk adds; with the last chunk, also the calls. An invalid call stays text."""
         if self._parser is None:
             return chunk.text, None
         delta = self._parser.push(chunk.text)
@@ -236,7 +237,7 @@ class Answer:
 
 
 def _so_far(arguments: str) -> dict[str, Any]:
-    """Arguments whose JSON may be cut off anywhere."""
+    """Parse a call's arguments, whose JSON may be cut off anywhere."""
     try:
         found = from_json(arguments, allow_partial="trailing-strings")
     except ValueError:  # within a word such as `true`
@@ -245,7 +246,7 @@ def _so_far(arguments: str) -> dict[str, Any]:
 
 
 def each(chunks: Chunks, respond: Callable[[Chunk], R | None]) -> Generator[R, None, None]:
-    """The responses, one for each chunk that brings something new."""
+    """Yield a response for each chunk that adds something to the answer."""
     with closing(chunks):
         for chunk in chunks:
             response = respond(chunk)
@@ -254,7 +255,7 @@ def each(chunks: Chunks, respond: Callable[[Chunk], R | None]) -> Generator[R, N
 
 
 async def aeach(opener: Opener, respond: Callable[[Chunk], R | None]) -> AsyncGenerator[R, None]:
-    """`each`, in worker threads."""
+    """Asynchronous `each`. The model runs in worker threads."""
     async with aclosing(iterate(opener)) as chunks:
         async for chunk in chunks:
             response = respond(chunk)
@@ -263,23 +264,23 @@ async def aeach(opener: Opener, respond: Callable[[Chunk], R | None]) -> AsyncGe
 
 
 def last(responses: Generator[R, None, None]) -> R:
-    """The whole answer."""
+    """Read all responses, and return the last one, which has the whole answer."""
     *_, whole = responses
     return whole
 
 
 async def alast(responses: AsyncGenerator[R, None]) -> R:
-    """The whole answer."""
+    """Asynchronous `last`."""
     return [response async for response in responses][-1]
 
 
 def tool_specs(tools: Sequence[BaseTool]) -> list[dict[str, Any]]:
-    """The tools' specifications, as JSON, so that events that carry them can be serialised."""
+    """The tools in OpenAI's form. They are JSON, so that LlamaIndex's events with these tools can be serialised."""
     return [tool.metadata.to_openai_tool(skip_length_check=True) for tool in tools]
 
 
 def selections(response: ChatResponse) -> list[ToolSelection]:
-    """The calls in a response."""
+    """The tool calls in a response."""
     return [
         ToolSelection(tool_id=block.tool_call_id or "", tool_name=block.tool_name, tool_kwargs=_arguments(block))
         for block in response.message.blocks

@@ -35,7 +35,10 @@ class WholeCorpus(BaseRetriever):
 
 
 class CAGQueryEngine(RetrieverQueryEngine):
-    """A `RetrieverQueryEngine` over caches; see `from_documents`, `from_retriever` and `from_memory`."""
+    """A `RetrieverQueryEngine` that answers from cached documents.
+
+    Make one with `from_documents`, `from_retriever` or `from_memory`.
+    """
 
     @classmethod
     def from_retriever(
@@ -47,14 +50,17 @@ class CAGQueryEngine(RetrieverQueryEngine):
         callback_manager: CallbackManager | None = None,
         **synthesizer: Any,
     ) -> CAGQueryEngine:
-        """Over any retriever.
+        """A query engine over any retriever.
 
         Args:
             retriever: finds the nodes for a question.
             llm: a `KVCacheLLM`; `Settings.llm` by default.
-            node_postprocessors: applied to every question's nodes.
-            callback_manager: where events go.
+            node_postprocessors: applied to the nodes of every question.
+            callback_manager: receives the events.
             **synthesizer: further arguments of `CAGSynthesizer`.
+
+        Raises:
+            InvalidInputError: the llm is not a `KVCacheLLM`.
         """
         return cls(
             retriever=retriever,
@@ -65,10 +71,11 @@ class CAGQueryEngine(RetrieverQueryEngine):
 
     @classmethod
     def from_documents(cls, documents: object, llm: LLM | None = None, **settings: Any) -> CAGQueryEngine:
-        """Over a whole corpus: every question is answered from all documents, in the same order.
+        """A query engine over a whole corpus: it answers every question from all documents, in the same order.
 
-        By default they are one document, and the answer is that of a full prefill. With `exact=False` each document is
-        kept by itself, so that an edit encodes only the edited document again.
+        By default the documents are encoded together as one, and the answer is that of a full prefill. With
+        `exact=False` each document is encoded on its own, so that after an edit only the edited document is encoded
+        again.
 
         Args:
             documents: documents, nodes or texts that fit into the model's context together. A str is one document.
@@ -76,7 +83,7 @@ class CAGQueryEngine(RetrieverQueryEngine):
             **settings: as for `from_retriever`.
 
         Raises:
-            InvalidInputError: there are no documents.
+            InvalidInputError: there are no documents, or the llm is not a `KVCacheLLM`.
         """
         corpus = WholeCorpus(documents, settings.get("callback_manager"))
         if not corpus.documents:
@@ -87,12 +94,12 @@ class CAGQueryEngine(RetrieverQueryEngine):
     def from_memory(
         cls, memory: MemoryCube, llm: LLM | None = None, *, k: int | None = None, **settings: Any
     ) -> CAGQueryEngine:
-        """Over a `MemoryCube`, which finds the nodes for a question and keeps their caches.
+        """A query engine over a `MemoryCube`, which finds the nodes for a question and stores their caches.
 
         Args:
-            memory: the cube. With its strategy `"exact"` the nodes of a question are one document.
-            llm: a `KVCacheLLM`; by default one over the cube's engine and caches.
-            k: the most nodes; None is the cube's setting.
+            memory: the cube. With the cube's strategy `"exact"`, the nodes of a question are one document.
+            llm: a `KVCacheLLM`; by default one with the cube's engine and caches.
+            k: the maximum number of nodes per question. None: the cube's own setting.
             **settings: as for `from_retriever`.
         """
         retriever = CubeRetriever(memory, k, settings.get("callback_manager"))

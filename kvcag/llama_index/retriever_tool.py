@@ -1,4 +1,4 @@
-"""CAGRetrieverTool: what an agent's tool retrieves, encoded once."""
+"""CAGRetrieverTool: a retriever tool for agents whose documents are encoded once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kvcag.llama_index.messages import document_blocks
 
 
 class CAGRetrieverTool(RetrieverTool):
-    """A `RetrieverTool` whose result has a block for each document, which a `KVCacheLLM` finds by its content.
+    """A `RetrieverTool` whose result has a block per document, so that a `KVCacheLLM` finds each document's cache.
 
     ```python
     agent = FunctionAgent(tools=[CAGRetrieverTool.from_defaults(retriever, description="Finds notes.")], llm=llm)
@@ -19,11 +19,11 @@ class CAGRetrieverTool(RetrieverTool):
     """
 
     def call(self, *args: Any, **kwargs: Any) -> ToolOutput:
-        """Retrieve documents."""
+        """Retrieve documents, and return a block for each."""
         return _with_documents(super().call(*args, **kwargs))
 
     async def acall(self, *args: Any, **kwargs: Any) -> ToolOutput:
-        """Retrieve documents."""
+        """Asynchronous `call`."""
         return _with_documents(await super().acall(*args, **kwargs))
 
 

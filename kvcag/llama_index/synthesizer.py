@@ -43,23 +43,26 @@ CONTEXT = "kvcag-context-7d2f90c1"
 """Stands for the documents while a template is rendered."""
 
 _LABEL = re.compile(r"Source \d+:\n")
-"""What core's `CitationQueryEngine` writes before each passage: not part of it, so that it is found at every rank."""
+"""LlamaIndex's `CitationQueryEngine` writes this label before each passage. The cached document does not contain the
+label, so that a passage's cache is found at every rank."""
 
 _GENERATED = re.compile(r"Sub question: .*?\nResponse: |\nQuestion: .*?\nAnswer: ", re.DOTALL)
-"""How answers begin that core's `SubQuestionQueryEngine` and `MultiStepQueryEngine` have joined: they are not kept."""
+"""LlamaIndex's `SubQuestionQueryEngine` and `MultiStepQueryEngine` begin texts that they make from answers like
+this. Such texts are not cached, since they do not come again."""
 
 dispatcher = get_dispatcher(__name__)
 
 
 class RoundsWarning(UserWarning):
-    """The documents do not fit into the model's context at once, and are read in several rounds."""
+    """The documents do not fit into the model's context together, so the model reads them in several rounds."""
 
 
 class CAGSynthesizer(BaseSynthesizer):
-    """Answers from the nodes of a retriever. Each text is a document, encoded once and found by its content.
+    """Answers from the nodes of a retriever. Each node's text is a document that is encoded once.
 
-    Documents that do not fit into the context at once are read in several rounds. Each round refines the answer of the
-    round before, and a `RoundsWarning` is issued. The llm's `merge_strategy` says how documents are put together.
+    If the documents do not fit into the context together, the model reads them in several rounds. Each round refines
+    the answer of the previous round, and a `RoundsWarning` is issued. The llm's `merge_strategy` says how caches are
+    merged.
 
     ```python
     engine = index.as_query_engine(llm=llm, response_synthesizer=CAGSynthesizer(llm=llm))
@@ -67,19 +70,19 @@ class CAGSynthesizer(BaseSynthesizer):
 
     Args:
         llm: a `KVCacheLLM`, or its `as_structured_llm`; `Settings.llm` by default.
-        text_qa_template: the prompt of the first round, with `context_str` and `query_str`.
-        refine_template: the prompt of later rounds, with `context_msg`, `existing_answer` and `query_str`.
+        text_qa_template: the prompt of the first round. Its variables are `context_str` and `query_str`.
+        refine_template: the prompt of later rounds. Its variables are `context_msg`, `existing_answer` and `query_str`.
         order: `"retrieval"` keeps the order of the nodes, best first, which gives the best merged answers.
             `"canonical"` sorts the texts, so that the same nodes in any order make the same context.
-        exact: make one document of the documents of a question. The answer is that of a full prefill, and only the
-            same documents in the same order are found again.
+        exact: encode all documents of a question as one document. The answer is that of a full prefill, but the cache
+            is reused only for the same documents in the same order.
         streaming: answer with a `StreamingResponse`.
         output_cls: answer with an object of this class.
-        empty_response: the answer where there are no nodes.
-        callback_manager: where events go.
+        empty_response: the answer if there are no nodes.
+        callback_manager: receives the events.
 
     Raises:
-        InvalidInputError: the llm is not a `KVCacheLLM`, or there is no such order.
+        InvalidInputError: the llm is not a `KVCacheLLM`, or `order` is unknown.
     """
 
     def __init__(
@@ -98,7 +101,7 @@ class CAGSynthesizer(BaseSynthesizer):
         llm = llm or Settings.llm
         inner = llm.llm if isinstance(llm, StructuredLLM) else llm
         if not isinstance(inner, KVCacheLLM):
-            raise InvalidInputError(f"a CAGSynthesizer answers with a KVCacheLLM, not with a {type(inner).__name__}")
+            raise InvalidInputError(f"llm is a {type(inner).__name__}: CAGSynthesizer needs a KVCacheLLM")
         if order not in get_args(Order):
             raise InvalidInputError(f"order {order!r}: use one of {', '.join(get_args(Order))}")
         super().__init__(
@@ -115,7 +118,7 @@ class CAGSynthesizer(BaseSynthesizer):
         self.exact = exact
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Made anew from its arguments: core's own tokenizer, which it does not use, may need the network elsewhere."""
+        """Makes the copy from the arguments: copying LlamaIndex's tokenizer, which is unused, may need the network."""
         made = partial(
             type(self),
             self._llm,
@@ -138,15 +141,15 @@ class CAGSynthesizer(BaseSynthesizer):
 
     @property
     def _streams(self) -> bool:
-        """Whether the answer comes in pieces. A structured answer does not."""
+        """Whether the answer is streamed. A structured answer is not."""
         return self._streaming and not isinstance(self._llm, StructuredLLM)
 
     def synthesize(self, *args: Any, **kwargs: Any) -> RESPONSE_TYPE:
-        """Answer a question from nodes, whose texts are documents."""
+        """Answer a question from nodes. Each node's text is a document."""
         return super().synthesize(*args, **kwargs, documents=True)
 
     async def asynthesize(self, *args: Any, **kwargs: Any) -> RESPONSE_TYPE:
-        """`synthesize`, in worker threads."""
+        """Asynchronous `synthesize`."""
         return await super().asynthesize(*args, **kwargs, documents=True)
 
     def get_response(
@@ -157,8 +160,8 @@ class CAGSynthesizer(BaseSynthesizer):
         Args:
             query_str: the question.
             text_chunks: the texts.
-            documents: the texts are documents, and are kept. By default they are not: core's engines call this method
-                themselves with answers that they join.
+            documents: cache the texts as documents. False by default, since LlamaIndex's engines also call this method
+                with earlier answers.
             **response_kwargs: further variables of the template.
         """
         dispatcher.event(GetResponseStartEvent(query_str=query_str, text_chunks=list(text_chunks)))
@@ -177,7 +180,7 @@ class CAGSynthesizer(BaseSynthesizer):
     async def aget_response(
         self, query_str: str, text_chunks: Sequence[str], documents: bool = False, **response_kwargs: Any
     ) -> RESPONSE_TEXT_TYPE:
-        """`get_response`, in worker threads."""
+        """Asynchronous `get_response`."""
         response = await in_thread(self.get_response, query_str, text_chunks, documents, **response_kwargs)
         return iterate(lambda: cast("Generator[str, None, None]", response)) if self._streams else response
 
@@ -194,8 +197,8 @@ class CAGSynthesizer(BaseSynthesizer):
         Args:
             query_str: the question.
             texts: the texts of this round.
-            answer: the answer of the round before; None in the first round.
-            documents: False makes none of the texts a document.
+            answer: the answer of the previous round; None in the first round.
+            documents: mark each text as a document. False: the texts are plain text.
             **response_kwargs: further variables of the template.
         """
         if answer is None:
@@ -215,8 +218,8 @@ class CAGSynthesizer(BaseSynthesizer):
         marked = rendered(CONTEXT)
         if [_replaced(message, joined) for message in marked] != as_text:
             warnings.warn(
-                f"the template changes {{{context}}}, by a function or a filter, so the documents are read as one text "
-                "and not from caches. Change the documents before they are ingested instead, or the template.",
+                f"the template changes {{{context}}} by a function or a filter, so the caches of the documents cannot "
+                "be used. Remove the function or filter, and change the documents before they are ingested.",
                 CacheWarning,
                 stacklevel=2,
             )
@@ -226,7 +229,7 @@ class CAGSynthesizer(BaseSynthesizer):
     # --- rounds ------------------------------------------------------------------------------------------------
 
     def _rounds(self, query_str: str, text_chunks: Sequence[str], response_kwargs: dict[str, Any]) -> list[list[str]]:
-        """The texts of each round: one round where all fit, none where there are no texts."""
+        """The texts of each round: one round if all texts fit, no round if there are no texts."""
         texts = [text for text in _listed(text_chunks) if text.strip()]
         if self._order == "canonical":
             texts.sort()
@@ -238,24 +241,24 @@ class CAGSynthesizer(BaseSynthesizer):
             self._room(query_str, [], "", response_kwargs) - answer_tokens,
         )
         if room <= 0:
-            return [texts]  # the question alone is too long; the engine's error says by how much
+            return [texts]  # the question alone is too long: the engine raises an error with the token counts
         rounds = _grouped(self._split(texts, room), room)
         warnings.warn(
             f"{len(texts)} documents do not fit into the model's context of {self.cag.metadata.context_window} tokens "
-            f"at once and are read in {len(rounds)} rounds. Retrieve fewer, or lower max_new_tokens.",
+            f"together and are read in {len(rounds)} rounds. Retrieve fewer documents, or lower max_new_tokens.",
             RoundsWarning,
             stacklevel=5,
         )
         return [[text for text, _ in each] for each in rounds]
 
     def _room(self, query_str: str, texts: list[str], answer: str | None, response_kwargs: dict[str, Any]) -> int:
-        """How many tokens of the context these texts and the answer leave free."""
+        """The number of tokens that remain free in the context. Negative if the texts and the answer do not fit."""
         messages = self.messages(query_str, texts, answer, **response_kwargs)
         about = self.cag.metadata
         return about.context_window - about.num_output - self.cag.count_tokens(messages)
 
     def _split(self, texts: list[str], room: int) -> list[tuple[str, int]]:
-        """Texts and their token counts. A text that is longer than a round is cut between words."""
+        """The texts with their token counts. A text that is longer than a round is cut between words."""
         encode = self.cag.engine.template.encode
         sized = [(text, len(encode(segment(text)))) for text in texts]
         if all(size <= room for _, size in sized):
@@ -266,9 +269,9 @@ class CAGSynthesizer(BaseSynthesizer):
 
 
 def _place(messages: Sequence[ChatMessage], texts: Sequence[str], *, exact: bool = False) -> list[ChatMessage]:
-    """The messages with a block for each document in the place of `CONTEXT`; where it comes again, with their text.
+    """Replace the first `CONTEXT` with a block for each document, and every further `CONTEXT` with their plain text.
 
-    The text is core's: documents with a blank line between them. With `exact` they are one document.
+    The plain text is that of LlamaIndex: documents with a blank line between them. With `exact` they are one document.
     """
     shown = "\n\n".join(text.strip() for text in texts)
     documents = [shown] if exact and not any(map(_GENERATED.match, texts)) else list(texts)
@@ -292,8 +295,8 @@ def _place(messages: Sequence[ChatMessage], texts: Sequence[str], *, exact: bool
 
 
 def _blocks(before: str, documents: Sequence[str], after: str, exact: bool) -> list[ContentBlock]:
-    """Content blocks whose text is that of `before`, the documents and `after`, with a cache point at each document."""
-    if exact:  # a space belongs to the first word
+    """Content blocks with the text of `before`, the documents and `after`, and a cache point after each document."""
+    if exact:  # tokenizers join a space with the word after it, so the space must be in the document
         stripped = before.rstrip(" ")
         documents, before = [before[len(stripped) :] + documents[0], *documents[1:]], stripped
     blocks: list[ContentBlock] = []
@@ -318,7 +321,7 @@ def _blocks(before: str, documents: Sequence[str], after: str, exact: bool) -> l
 
 
 def _replaced(message: ChatMessage, context: str) -> ChatMessage:
-    """A message with the context in the place of `CONTEXT`."""
+    """The message with `CONTEXT` replaced by the context."""
     blocks = [
         TextBlock(text=block.text.replace(CONTEXT, context)) if isinstance(block, TextBlock) else block
         for block in message.blocks
@@ -330,7 +333,7 @@ _Sized: TypeAlias = tuple[str, int]
 
 
 def _grouped(sized: list[_Sized], room: int) -> list[list[_Sized]]:
-    """Texts in rounds, each with as many as fit, in order."""
+    """Group the texts into rounds, in order. Each round has as many texts as fit."""
     rounds: list[list[_Sized]] = [[]]
     for text, size in sized:
         if rounds[-1] and sum(size for _, size in rounds[-1]) + size > room:

@@ -17,7 +17,7 @@ from kvcag.scheduler import CacheScheduler
 
 
 class SchedulerEventHandler(BaseEventHandler):
-    """Reports what retrievers find, and pauses encoding ahead as soon as a question comes.
+    """Reports retrieved documents to a scheduler, and pauses its encoding as soon as a question comes.
 
     ```python
     get_dispatcher().add_event_handler(SchedulerEventHandler(scheduler))
@@ -39,7 +39,7 @@ class SchedulerEventHandler(BaseEventHandler):
         return "SchedulerEventHandler"
 
     def handle(self, event: BaseEvent, **kwargs: Any) -> None:
-        """Pause encoding ahead when a question starts, and report what retrievers found."""
+        """Pause encoding ahead when a question starts, and report the nodes that a retriever found."""
         if isinstance(event, QueryStartEvent | RetrievalStartEvent | LLMChatStartEvent):
             self._scheduler.step_aside()
         elif isinstance(event, RetrievalEndEvent):

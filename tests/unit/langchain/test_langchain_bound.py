@@ -83,7 +83,7 @@ async def test_a_context_bound_to_a_chain_that_begins_with_our_prompt_is_said_to
     prompt = ChatPromptTemplate.from_messages([("system", "Use:\n\n{context}"), ("human", "{input}")])
     chain = create_cag_documents_chain(llm, prompt)
     given = {"context": [Document("It is red.")], "input": "How tall?"}
-    with pytest.warns(UserWarning, match="cached_content, bound to the chain, does not reach the model.*llm.bind"):
+    with pytest.warns(UserWarning, match="cached_content is bound to the chain and does not reach the model.*llm.bind"):
         chain.bind(cached_content=context).invoke(given)
     with pytest.warns(UserWarning, match="does not reach the model"):
         await chain.bind(stop=["x"]).ainvoke(given)

@@ -114,12 +114,14 @@ def test_documents_that_the_chain_put_there_are_found_by_its_note() -> None:
     ids=lambda block: block["type"],
 )
 def test_what_is_no_text_is_refused_by_name(block: dict) -> None:
-    with pytest.raises(UnsupportedContentError, match=rf"human message holds a block of type '{block['type']}'.*Pass"):
+    with pytest.raises(
+        UnsupportedContentError, match=rf"human message contains a block of type '{block['type']}'.*Pass"
+    ):
         to_messages([HumanMessage([text("look"), block])])
 
 
 def test_a_message_that_is_no_part_of_a_conversation_is_refused() -> None:
-    with pytest.raises(InvalidInputError, match="RemoveMessage is not a part of a conversation"):
+    with pytest.raises(InvalidInputError, match="RemoveMessage cannot be part of a conversation"):
         to_messages([RemoveMessage(id="1")])
 
 

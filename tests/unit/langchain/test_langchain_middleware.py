@@ -114,7 +114,7 @@ def test_a_foreign_model_answers_from_the_text() -> None:
 
     assert ask(agent("ignore"), "How tall?").text == "fine"
     assert seen[0][0].content == "Be brief.\n\nThe tower is tall.\n\nIt is red.\n\n"
-    with pytest.warns(UserWarning, match="Foreign keeps no caches and reads all documents"):
+    with pytest.warns(UserWarning, match="Foreign does not cache documents and reads all of them"):
         assert ask(agent("warn"), "How tall?").text == "fine"
     with pytest.raises(UnsupportedModelError, match="Use a ChatKVCAG, or set unsupported_model_behavior"):
         ask(agent("raise"), "How tall?")

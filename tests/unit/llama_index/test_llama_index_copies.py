@@ -89,7 +89,7 @@ async def test_a_memory_block_is_copied_with_its_cube(tiny_engine: HFEngine) -> 
     for made in (copy(block), deepcopy(block), block.model_copy(deep=True)):
         assert made.memory is cube
         assert await made.aget() == await block.aget()
-    with pytest.raises(InvalidInputError, match="pass the cube again"):
+    with pytest.raises(InvalidInputError, match="make a new block from the cube"):
         pickle.dumps(block)
     of_texts = CAGMemoryBlock(documents=TEXTS)
     for made in (deepcopy(of_texts), pickle.loads(pickle.dumps(of_texts)), CAGMemoryBlock(**of_texts.model_dump())):

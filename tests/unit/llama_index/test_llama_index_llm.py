@@ -261,7 +261,7 @@ def test_what_an_llm_cannot_be_made_from_is_refused(echo: EchoEngine) -> None:
 
 @pytest.mark.parametrize("name", ["messages_to_prompt", "completion_to_prompt"])
 def test_functions_that_would_take_the_chat_templates_place_are_refused(echo: EchoEngine, name: str) -> None:
-    with pytest.raises(InvalidInputError, match=f"{name}: the model's own chat template"):
+    with pytest.raises(InvalidInputError, match=f"{name} would not be used: the model's own chat template"):
         KVCacheLLM(engine=echo, **{name: str})
     assert KVCacheLLM(engine=echo, **{name: None}).complete("Hi").text == "Hi"
 

@@ -140,7 +140,7 @@ async def test_without_anything_to_read_the_response_is_empty(
 
 
 def test_an_llm_that_keeps_no_caches_is_refused() -> None:
-    with pytest.raises(InvalidInputError, match="not with a MockLLM"):
+    with pytest.raises(InvalidInputError, match="llm is a MockLLM"):
         CAGSynthesizer(MockLLM())
 
 
