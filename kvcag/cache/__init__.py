@@ -1,1 +1,1 @@
-"""Tensors only: caches cut, merged, recomputed and kept. Knows no prompts, stores or frameworks."""
+"""Operations on cache tensors: cut, merge, recompute, reuse. Knows nothing of prompts, stores or frameworks."""

@@ -1,17 +1,16 @@
-"""Where tokens stand: forward passes over a cache by position, and keys that move to other positions.
+"""Positions of tokens: forward passes over a cache by position, and re-rotation of keys to other positions.
 
-**By position.** transformers' masks are made from indices, so scattered tokens cannot be recomputed with them. Where
-several tokens go on over a cache, `sdpa` takes a 4-D mask: it then copies keys and values once for each query head that
-shares them, and multiplies what the mask hides. So such passes run under an attention function of ours, registered with
-transformers (`AttentionInterface`): each token attends by its true position, wherever it stands in the batch. The
-function masks block of queries by block, over the keys up to the block's last position, and neither the mask nor the
-weights of a whole context are ever held.
+**By position.** transformers makes masks from indices, so its masks do not work for tokens at scattered positions. For
+several tokens over a cache, its `sdpa` attention takes a 4-D mask, copies keys and values once per query head, and
+computes masked scores too. So such passes use kvcag's own attention function, registered with transformers
+(`AttentionInterface`), in which each token attends by its position. The function works on one block of queries at a
+time, over the keys up to the block's last position, and never makes the mask or the weights of a whole context.
 
-**Re-rotation.** RoPE turns each pair of a key's components by `position * frequency`, so a key moves from one position
-to another by turning it by the difference. How a model does it (which components, paired how, with which frequencies,
-in which layers) is not read from its configuration but measured once on the model itself: the same tokens are encoded
-at two offsets, and what moves the one's keys onto the other's is how this layer rotates. A model for which nothing does
-is refused, so an architecture without a test is right or refused.
+**Re-rotation.** RoPE (Su et al., 2021) rotates each pair of a key's components by the angle `position * frequency`, so
+a key moves to another position by a rotation by the difference of the angles. Which components, pairs, frequencies and
+layers a model rotates is not read from its configuration but measured once on the model: the same tokens are encoded at
+two offsets, and the rotation that maps one layer's keys onto the other's is that layer's rotation. A model without such
+a rotation is refused, so an untested architecture is either handled correctly or refused.
 """
 
 from __future__ import annotations
@@ -57,27 +56,28 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _NAME, OVER_SDPA = "kvcag", "kvcag_sdpa"
-"""Ours, by the model's own implementation. Where that is `sdpa`, a pass of others at the same time is
-given `sdpa`. In other models such a pass fails."""
+"""The names of kvcag's attention function: `OVER_SDPA` if the model's own implementation is `sdpa`, else `_NAME`. Under
+`OVER_SDPA`, another program's pass over the model at the same time gets `sdpa`; under `_NAME` such a pass fails."""
 
 _BLOCK = {"cpu": 64, "cuda": 1024}
-"""Queries that attend at a time, to the keys up to the last one's position. Their mask is one byte a key and query: 0.5
-and 8 MiB over 8,192 keys. Small blocks save work above the diagonal, large ones save kernel launches."""
+"""The number of queries that attend as one block, to the keys up to the last query's position. The block's mask takes
+one byte per key and query: 0.5 and 8 MiB for 8,192 keys. Small blocks compute fewer masked scores; large blocks need
+fewer kernel launches."""
 
 _RUN = {"cpu": 256, "cuda": 1024}
-"""The same of queries that stand one behind another, where a large block has little above its diagonal."""
+"""`_BLOCK` for queries at consecutive positions, where a large block has few masked scores."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """How one layer attends.
+    """The parameters of one layer's attention.
 
     Attributes:
-        positions: 1-D int64, where the queries stand, ascending; key `i` stands at position `i`.
-        scaling: what scores are multiplied with.
-        window: how many tokens, itself included, a query sees; None for all.
-        softcap: bound of the scores, as in Gemma 2; None for none.
-        masks: those of the pass.
+        positions: the positions of the queries, ascending, int64 `(queries,)`. Key `i` is at position `i`.
+        scaling: the factor of the scores.
+        window: how many tokens a query sees, including its own; None: all.
+        softcap: the bound of the scores, as in Gemma 2; None: unbounded.
+        masks: the masks of the pass.
     """
 
     positions: torch.Tensor
@@ -87,16 +87,16 @@ class Call:
     masks: Masks
 
     def mask(self, queries: slice, keys: int) -> torch.Tensor:
-        """Which of the first `keys` keys each query of the slice sees. `(queries, keys)`, bool."""
+        """Return which of the first `keys` keys each query of the slice sees: bool `(queries, keys)`."""
         at = self.positions[queries, None]
         key = torch.arange(keys, device=at.device)
         seen = key <= at
         return seen if self.window is None else seen & (key > at - self.window)
 
     def hidden(self, queries: slice, keys: int) -> tuple[int, torch.Tensor]:
-        """The first key that some query of the slice does not see, and which of those from it on each does not see.
+        """Return the first key that some query of the slice does not see, and the mask from that key on.
 
-        `(queries, keys - first)`, bool.
+        The mask is bool `(queries, keys - first)`, True for keys that the query does not see.
         """
 
         def make() -> torch.Tensor:
@@ -106,7 +106,7 @@ class Call:
         return first, self.masks.get((queries.start, queries.stop, keys, self.window, self.positions.device), make)
 
     def additive(self, queries: slice, keys: int, times: int, dtype: torch.dtype) -> torch.Tensor:
-        """The mask as a term that is added to the scores, repeated so many times: `(1, 1, times * queries, keys)`."""
+        """Return the mask as a term to add to the scores, repeated `times` times: `(1, 1, times * queries, keys)`."""
 
         def make() -> torch.Tensor:
             return _additive(self.mask(queries, keys), dtype).repeat(times, 1)[None, None]
@@ -115,7 +115,7 @@ class Call:
 
 
 class Masks:
-    """The masks of a pass, which are the same for all its layers. Large ones are made anew for each layer.
+    """A cache of masks for all layers of a pass. Masks beyond `_MASKS` bytes are made again in each layer.
 
     Attributes:
         at: the positions of the queries.
@@ -127,7 +127,7 @@ class Masks:
         self._bytes = 0
 
     def get(self, key: tuple[object, ...], make: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """The mask of this key; `make` makes it."""
+        """Return the mask with this key. Calls `make` if the mask is not cached."""
         mask = self._made.get(key)
         if mask is None:
             mask = make()
@@ -138,24 +138,24 @@ class Masks:
 
 
 _MASKS = 64 << 20
-"""Bytes of masks that a pass holds: enough for 700 tokens that are recomputed among 8,000."""
+"""The most bytes of masks that a pass caches, enough for 700 recomputed tokens among 8,000."""
 
 
 Reader: TypeAlias = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, Call], "torch.Tensor | None"]
-"""Called as `reader(layer_idx, query, key, value, call)` before a layer attends: `query` is `(1, heads, queries,
-head_dim)`; `key` and `value` hold all keys that the layer sees. A reader that made the attention's output on its way,
-`(1, queries, heads, head_dim)`, returns it, and it is not made again. It may raise `EnoughError`."""
+"""Called as `reader(layer_idx, query, key, value, call)` before a layer attends. `query` is `(1, heads, queries,
+head_dim)`; `key` and `value` are all that the layer sees, `(1, kv_heads, keys, head_dim)`. A reader may return the
+attention's output, `(1, queries, heads, head_dim)`, if it computed the output anyway, or raise `EnoughError`."""
 
 
 class EnoughError(Exception):
-    """Raised by a reader that has what it needs: the rest of the pass is not run."""
+    """Raised by a reader that needs no further layers. It ends the pass."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Pass:
     positions: torch.Tensor
     blocks: list[tuple[slice, int]]
-    """Which queries attend together, and to how many keys: read once a pass, not once a layer from the device."""
+    """Each block of queries with its number of keys, as Python numbers, so that no layer waits for the device."""
     reader: Reader | None
     implementation: str
     masks: Masks
@@ -163,7 +163,7 @@ class _Pass:
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """A pass of one token for each of several generations: how each attends to its own cache."""
+    """A pass with one token of each of several generations, each of which attends to its own cache."""
 
     cache: RowsCache
     passes: list[_Pass]
@@ -180,10 +180,16 @@ def attend(
     cache: Cache,
     reader: Reader | None = None,
 ) -> None:
-    """Run `token_ids` at `positions` (1-D int64 each, positions ascending) through every layer, over `cache`.
+    """Run tokens at given positions through every layer, over a cache.
 
-    The keys that the cache hands out must stand at positions 0, 1, 2, …. The model's attention implementation is
-    ours for the time of the pass only, and is put back when it raises, too. `EnoughError` ends the pass quietly.
+    The model's own attention function is restored after the pass, also after an error.
+
+    Args:
+        model: a model that `check_mergeable` accepts.
+        token_ids: int64 `(seq_len,)`.
+        positions: their positions, ascending, int64 `(seq_len,)`.
+        cache: its `update` must return keys at the positions 0, 1, 2, ….
+        reader: called in each layer. Its `EnoughError` ends the pass without an error.
     """
     with suppress(EnoughError), by_position(model, positions, reader):
         decoder = decoder_of(model)
@@ -197,7 +203,7 @@ def attend(
 
 @torch.no_grad()
 def predict(model: PreTrainedModel, token_ids: torch.Tensor, positions: torch.Tensor, cache: Cache) -> torch.Tensor:
-    """`attend`, and the logits after the last token, `(1, vocabulary)`."""
+    """Run `attend`, and return the logits of the last token, `(1, vocabulary)`."""
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     device = device_of(model)
     with by_position(model, positions):
@@ -215,9 +221,9 @@ def predict(model: PreTrainedModel, token_ids: torch.Tensor, positions: torch.Te
 def by_position(model: PreTrainedModel, positions: torch.Tensor, reader: Reader | None = None) -> Iterator[None]:
     """Within it, a forward pass of `model` over a cache attends by position.
 
-    Its tokens stand at `positions` (1-D int64, ascending), and the keys that the cache hands out, theirs included, at
-    0, 1, 2, …. For a model that `check_mergeable` does not refuse: it attends through transformers'
-    interface alone.
+    The pass's tokens are at `positions` (int64 `(seq_len,)`, ascending), and the keys that the cache returns, including
+    new ones, at 0, 1, 2, …. `check_mergeable` must accept the model: it then uses transformers' `AttentionInterface`
+    in every layer.
     """
     decoder, device = decoder_of(model), device_of(model)
     with _ours(decoder) as own:
@@ -230,9 +236,9 @@ def by_position(model: PreTrainedModel, positions: torch.Tensor, reader: Reader 
 
 @contextmanager
 def by_row(model: PreTrainedModel, caches: Sequence[Cache]) -> Iterator[RowsCache]:
-    """Within it, a forward pass of one token for each of `caches`, over the cache that this gives, goes on in each.
+    """Yields a cache for a forward pass with one new token for each of `caches`, at the end of each.
 
-    For a model that `by_position` is for. The tokens stand where the caches end.
+    The model must be one that `by_position` accepts.
     """
     cache = RowsCache(caches)
     with _ours(decoder_of(model)) as own:
@@ -251,9 +257,9 @@ def by_row(model: PreTrainedModel, caches: Sequence[Cache]) -> Iterator[RowsCach
 
 @contextmanager
 def _ours(decoder: torch.nn.Module) -> Iterator[str]:
-    """Within it, the decoder uses our attention function. Several passes may be inside at a time.
+    """Within it, the decoder uses kvcag's attention function. Several passes may run at the same time.
 
-    Yields the name of the decoder's own implementation, which the end of the last pass restores.
+    Yields the name of the decoder's own implementation, which is restored after the last of them.
     """
     config: Any = decoder.config
     with _swapping:
@@ -272,12 +278,12 @@ def _ours(decoder: torch.nn.Module) -> Iterator[str]:
 
 
 _swapped: WeakKeyDictionary[torch.nn.Module, tuple[str, int]] = WeakKeyDictionary()
-"""For each decoder that uses our attention function now: its own implementation, and the number of passes."""
+"""For each decoder that uses kvcag's attention function now: its own implementation, and the number of passes."""
 _swapping = threading.Lock()
 
 
 def put_back_attention() -> None:
-    """Give every decoder its own attention back, in a forked process: the passes under way are not in it."""
+    """Restore every decoder's own attention function in a forked process, in which no pass runs."""
     global _swapping
     _swapping = threading.Lock()
     for decoder, (own, _) in list(_swapped.items()):
@@ -286,7 +292,7 @@ def put_back_attention() -> None:
 
 
 def _seen(positions: torch.Tensor, device: torch.device) -> list[tuple[slice, int]]:
-    """The blocks of queries at `positions` that attend together, each with the number of keys that it attends to."""
+    """Divide the queries at `positions` into blocks; return each block with the number of keys that it sees."""
     at = positions.tolist()
     has_gaps = bool(at) and at[-1] - at[0] + 1 > len(at)
     if has_gaps and device.type == "cpu":
@@ -297,9 +303,9 @@ def _seen(positions: torch.Tensor, device: torch.device) -> list[tuple[slice, in
 
 
 def _near(at: list[int]) -> list[slice]:
-    """Blocks of queries that stand near each other, so that little is above the diagonal: for a CPU.
+    """Divide queries into blocks of nearby positions, which have few masked scores, for a CPU.
 
-    With 16 queries a block takes nearly as little time for each as with more.
+    A block of 16 queries takes hardly more time per query than a larger block.
     """
     blocks, start = [], 0
     for index, position in enumerate(at):
@@ -310,7 +316,7 @@ def _near(at: list[int]) -> list[slice]:
 
 
 def _blocks(queries: int, size: int) -> list[slice]:
-    """Blocks of queries that attend together. Avoids blocks of 32k + 1 queries, except a single query.
+    """Divide queries into blocks of `size`. Avoids blocks of 32k + 1 queries, except a single query.
 
     In such a block, PyTorch's memory-efficient kernel uses a wrong stride for broadcast keys, and the last query's
     output is wrong (pytorch#191937, seen with 2.11 on an H100).
@@ -331,7 +337,10 @@ def _attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The function that transformers calls. Returns `(batch, queries, heads, head_dim)`. `attention_mask` is None."""
+    """Attend as transformers' `AttentionInterface` requires; `attention_mask` is None.
+
+    Returns `(batch, queries, heads, head_dim)`.
+    """
     running = _running.get()
     if isinstance(running, _Pass):
         return _attend(running, module, query, key, value, scaling, kwargs), None
@@ -348,7 +357,7 @@ def _attend(
     scaling: float | None,
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
-    if (queries := query.shape[2]) < len(running.positions):  # Gemma 4: layers that share keys see the last token alone
+    if (queries := query.shape[2]) < len(running.positions):  # Gemma 4: layers that share keys get the last ones
         last = running.positions[-queries:]
         running = replace(running, positions=last, blocks=_seen(last, last.device), masks=Masks(last))
     call = Call(
@@ -361,12 +370,12 @@ def _attend(
     read = None
     if running.reader is not None:
         read = running.reader(int(module.layer_idx), query, key, value, call)  # type: ignore[arg-type]
-    # Only a model's own eager function knows its attention sinks and soft caps, which sdpa cannot do.
+    # sdpa supports neither attention sinks nor soft caps, so the model's own eager function attends.
     own = running.implementation == "eager" or bool({"softcap", "s_aux"} & {k for k in kwargs if kwargs[k] is not None})
     if read is not None and not own:
         return read
     if query.shape[2] == 1 and call.window is None and not own:
-        keys = running.blocks[0][1]  # a token that is recomputed alone sees none of those behind it
+        keys = running.blocks[0][1]  # a single recomputed token must not see later tokens
         return one_query(query, key[:, :, :keys], value[:, :, :keys], call.scaling)
     if query.device.type == "cpu" and not own:
         way = _by_products if query.dtype == torch.bfloat16 else _grouped
@@ -379,7 +388,7 @@ def _attend(
 
 
 def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scaling: float) -> torch.Tensor:
-    """KV heads are the batch, so that the keys are broadcast over the query heads that share them, not copied."""
+    """Attend with `sdpa`, with KV heads as the batch, so that keys are broadcast over query heads and not copied."""
     kv_heads, queries = k.shape[1], q.shape[2]
     mask = _additive(mask, q.dtype)
     grouped = q.reshape(kv_heads, -1, queries, q.shape[-1])
@@ -391,7 +400,7 @@ def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor,
 def _grouped(
     call: Call, blocks: list[tuple[slice, int]], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> torch.Tensor:
-    """The heads that share a KV head are that head's queries, as in `one_query`."""
+    """Attend with `sdpa`, with all query heads that share a KV head as queries of that head, as in `one_query`."""
     kv_heads, head_dim = key.shape[1], query.shape[-1]
     heads, outputs = query.shape[1] // kv_heads, []
     for block, keys in blocks:
@@ -407,11 +416,11 @@ def _grouped(
 def _by_products(
     call: Call, blocks: list[tuple[slice, int]], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> torch.Tensor:
-    """Attention as two products and a softmax, a block of queries and a KV head at a time.
+    """Attend with two matrix products and a softmax, for one block of queries and one KV head at a time.
 
     On a CPU in bf16 this takes half to two thirds of the time of PyTorch's masked attention (`benchmarks/cpu.py`), in
-    fp32 a little more. The scores of a block are written to the same memory each time, which stays in the processor's
-    cache, and only keys that some of its queries do not see are masked.
+    fp32 a little more. All blocks write their scores to the same memory, which stays in the CPU's cache, and only keys
+    that some query of the block does not see are masked.
     """
     kv_heads, head_dim = key.shape[1], query.shape[-1]
     grouped = (query * call.scaling).view(kv_heads, -1, *query.shape[2:])
@@ -431,11 +440,20 @@ def _by_products(
 
 
 def one_query(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float) -> torch.Tensor:
-    """The heads that share a KV head are that head's queries: each key is read once, and needs no mask.
+    """Attend with one query per head, which needs no mask; each key is read once for all heads that share it.
 
-    On a CPU in bf16, PyTorch's kernel takes seven times longer for the same keys repeated once a head; two products
-    take six tenths of its time over 2,000 keys or 8,000. Their scores are bf16: over 2,000 tokens SmolLM2's logits are
-    1.6% off those in fp32, with the kernel 1.4%.
+    The query heads of a KV head become that head's queries. On a CPU in bf16, PyTorch's kernel takes seven times longer
+    for keys that are repeated once per head. From `_MANY_KEYS` keys on, two matrix products take 0.6 of the kernel's
+    time. Their scores are bf16: over 2,000 tokens, SmolLM2's logits are 1.6% off those in fp32, with the kernel 1.4%.
+
+    Args:
+        q: `(batch, heads, 1, head_dim)`.
+        k: `(batch, kv_heads, keys, head_dim)`; so is `v`.
+        v: the values.
+        scaling: the factor of the scores.
+
+    Returns:
+        `(batch, 1, heads, head_dim)`.
     """
     batch, heads, _, head_dim = q.shape
     grouped = q.view(batch, k.shape[1], -1, head_dim)
@@ -448,14 +466,14 @@ def one_query(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scaling: float)
 
 
 _MANY_KEYS = 1024
-"""From so many keys on, two products of one query are quicker than PyTorch's kernel."""
+"""The number of keys from which two matrix products are faster than PyTorch's kernel, for one query."""
 
 
 def _additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The mask as a term that is added to the scores, with rows at multiples of 16, as CUDA's fused kernels need.
+    """Return the mask as a term to add to the scores, with a row stride of a multiple of 16, as fused kernels need.
 
-    Given a bool mask, PyTorch makes this itself in each call, copied once more for the rows: half the call's time over
-    32,855 keys on an H100 (2.9 ms against 1.6).
+    From a bool mask, PyTorch would make this term in each call, with a copy for the stride, which takes half of the
+    call's time over 32,855 keys on an H100 (2.9 ms instead of 1.6).
     """
     queries, keys = mask.shape
     rows = torch.zeros(queries, keys + -keys % 16, dtype=dtype, device=mask.device)[:, :keys]
@@ -502,12 +520,12 @@ class Rotation:
     """How one layer rotates its keys.
 
     Attributes:
-        module: the rotary module, whose live frequencies are read at each use; None where the layer rotates nothing.
+        module: the rotary module, whose frequencies are read at each use; None if the layer rotates nothing.
         name: the attribute of `module` with the frequencies, `(rotary_dim / 2,)`.
         interleaved: components are paired (0, 1), (2, 3), …, as in GLM and Cohere; else (0, d/2), (1, d/2 + 1), ….
-        start: the first component that is rotated; those before it are not.
-        of_values: what is cached in the place of values is rotated, and nothing else. So it is in latent attention
-            (MLA): the latents have the place of keys, and the keys' rotated part that of values.
+        start: the first rotated component.
+        of_values: the second tensor of the cache layer is rotated, not the first. Latent attention (MLA) caches the
+            latents as `keys`, and the rotated part of the keys as `values`.
     """
 
     module: torch.nn.Module | None = None
@@ -518,28 +536,26 @@ class Rotation:
 
     @property
     def frequencies(self) -> torch.Tensor:
-        """`(rotary_dim / 2,)`, fp32, as they are now: `model.to(bfloat16)` changes them."""
+        """The current frequencies, fp32 `(rotary_dim / 2,)`. They change with `model.to(bfloat16)`."""
         frequencies: torch.Tensor = getattr(self.module, self.name)
         return frequencies.float()
 
     def turns_all_of(self, head_dim: int) -> bool:
-        """Whether every component of a key is turned."""
+        """Whether every component of a key is rotated."""
         return self.module is not None and not self.of_values and 2 * len(self.frequencies) == head_dim
 
     def angles(self, start: torch.Tensor, end: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What turns keys at the positions `start` (1-D) to the positions `end`: cosine and sine, fp32.
+        """Return cosine and sine of the rotation from the positions `start` to the positions `end`, `(seq_len,)` each.
 
-        `(seq_len, rotary_dim / 2)` each.
-
-        The difference is taken between the angles, each rounded to fp32 as the model rounds it: at position 100,000
-        rounding the difference of the positions instead would be off by 1e-3.
+        Both results are fp32 `(seq_len, rotary_dim / 2)`. They come from the difference of the two angles, each rounded
+        to fp32 as in the model. `frequency * (end - start)` would be off by 1e-3 at position 100,000.
         """
         f = self.frequencies
         angle = (end[:, None].to(f) * f).double() - (start[:, None].to(f) * f).double()
         return angle.cos().float(), angle.sin().float()
 
     def turn(self, keys: torch.Tensor, by: tuple[torch.Tensor, torch.Tensor], out: torch.Tensor) -> None:
-        """Write `keys`, `(…, seq_len, head_dim)`, turned in fp32, to `out`, which may be `keys`."""
+        """Rotate `keys`, `(…, seq_len, head_dim)`, in fp32, and write them to `out`, which may be `keys`."""
         cos, sin = by
         if out is not keys and 2 * cos.shape[-1] < keys.shape[-1]:
             out.copy_(keys)
@@ -567,7 +583,7 @@ _measured: WeakKeyDictionary[Any, list[Rotation]] = WeakKeyDictionary()
 
 
 def rotations(model: PreTrainedModel) -> list[Rotation]:
-    """How each layer rotates, measured once per model.
+    """Return the rotation of each layer, which is measured once per model.
 
     Raises:
         UnsupportedModelError: see `check_mergeable`.
@@ -581,13 +597,13 @@ def rotations(model: PreTrainedModel) -> list[Rotation]:
 
 
 def check_mergeable(model: PreTrainedModel) -> None:
-    """Refuse a model whose caches cannot be moved to other positions and put beside each other.
+    """Refuse a model whose caches cannot be moved to other positions and merged.
 
-    The first call runs three forward passes of a dozen tokens, later ones nothing.
+    The first call runs three forward passes of 12 tokens; later calls return the first result.
 
     Raises:
-        UnsupportedModelError: positions are learned, ALiBi, or of a RoPE whose frequencies change with the length;
-            layers keep a state or attend in chunks; or nothing that we know moves its keys.
+        UnsupportedModelError: positions are learned or ALiBi, or RoPE's frequencies change with the length; layers have
+            a state that cannot be composed, or attend in chunks; or no known rotation moves the keys.
     """
     rotations(model)
     if kinds_of(model):
@@ -595,18 +611,23 @@ def check_mergeable(model: PreTrainedModel) -> None:
 
 
 def attends_to_its_own(model: PreTrainedModel) -> bool:
-    """Whether each layer attends to the very keys and values that it caches.
+    """Whether each layer attends to the same keys and values that it caches.
 
-    Not so with latent attention, which makes keys of what is cached, nor in layers that take another layer's keys.
+    False with latent attention, which computes keys from cached latents, and if a layer uses another layer's keys.
     """
     found = rotations(model)
     return len(found) == decoder_of(model).config.num_hidden_layers and not any(each.of_values for each in found)
 
 
 class PositionShift:
-    """Tokens on their way from the positions `start` to the positions `end` (1-D int64), in any layer.
+    """Moves tokens from the positions `start` to the positions `end`, in any layer.
 
-    `rotated` says how each layer rotates. The angles are computed once for all layers that share their frequencies.
+    The angles are computed once for all layers with the same frequencies.
+
+    Args:
+        rotated: the rotation of each layer.
+        start: int64 `(seq_len,)`; so is `end`.
+        end: the new positions.
     """
 
     def __init__(self, rotated: Sequence[Rotation], start: torch.Tensor, end: torch.Tensor) -> None:
@@ -615,9 +636,13 @@ class PositionShift:
         self._angles: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def turn(self, layer_idx: int, kv: LayerKV, *, back: bool = False, to: LayerKV | None = None) -> None:
-        """Turn keys, and values `(…, seq_len, head_dim)` where they are rotated, in fp32; in place, or write to `to`.
+        """Rotate one layer's keys (or values, see `Rotation.of_values`), `(…, seq_len, head_dim)`, in fp32.
 
-        `back`: from `end` to `start`.
+        Args:
+            layer_idx: the layer's index.
+            kv: keys and values.
+            back: rotate from `end` to `start`.
+            to: write the result to these tensors. None: rotate in place.
         """
         rotation = self._rotations[layer_idx]
         if to is not None:
@@ -631,7 +656,7 @@ class PositionShift:
         rotation.turn(rotated, (cos, -sin if back else sin), target)
 
     def angles(self, rotation: Rotation, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """`Rotation.angles` between these positions, made once for all layers that share their frequencies."""
+        """Return `Rotation.angles` between these positions, computed once for all layers with the same frequencies."""
         known = (id(rotation.module), rotation.name, device)
         if known not in self._angles:
             cos, sin = rotation.angles(self.start, self.end)
@@ -639,7 +664,7 @@ class PositionShift:
         return self._angles[known]
 
     def turn_all(self, layers: Layers, first: int = 0) -> None:
-        """`turn` all layers' tokens from `first` on; on an NVIDIA GPU with a kernel for those that turn alike."""
+        """`turn` the tokens of all layers from `first` on; on an NVIDIA GPU, one kernel per kind of rotation."""
         groups: dict[Rotation, list[int]] = {}
         for index, rotation in enumerate(self._rotations[: len(layers)]):
             groups.setdefault(rotation, []).append(index)
@@ -669,7 +694,7 @@ def _check_configuration(model: PreTrainedModel) -> None:
             f"the length of the context, so a cached key cannot be moved. {_INSTEAD} "
             "Or load it with another rope_type (yarn and llama3 are fine)."
         )
-    if "mrope" in kinds and not kinds_of(model):  # where text alone is read, `_measure` sees what it comes to
+    if "mrope" in kinds and not kinds_of(model):  # these read text only, and `_measure` finds its rotation
         raise UnsupportedModelError(
             f"{name} uses multimodal RoPE, whose positions depend on the images before them. {_INSTEAD} "
             "Or use a text model of its family."
@@ -689,11 +714,11 @@ def _rope_kinds(model: PreTrainedModel, config: Any) -> Iterator[str]:
 
 _TOKENS = 12
 _OFFSET = 57
-"""Far enough that the slowest frequencies of two layer types (θ 10,000 and 1,000,000) still tell."""
+"""The distance of the two offsets, large enough to tell apart the slowest frequencies of θ 10,000 and 1,000,000."""
 
 
 def _measure(model: PreTrainedModel) -> list[Rotation]:
-    token = BETWEEN_LAYERS.set(None)  # a few tokens, once per model: the caller holds a lock on the result
+    token = BETWEEN_LAYERS.set(None)  # no pause between layers: the pass is short, and the caller holds a lock
     try:
         return _probe(model)
     finally:
@@ -710,10 +735,10 @@ def _probe(model: PreTrainedModel) -> list[Rotation]:
         raise UnsupportedModelError(
             f"{type(model).__name__} does not keep one key and one value per token in each layer. {_INSTEAD}"
         )
-    # Half precision rounds cosines and sines by 1e-2; a wrong rotation is off by about 1.
+    # In half precision, cosines and sines have errors of 1e-2; a wrong rotation has an error of about 1.
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
     found = [_rotation(model, old, new, tolerance) for old, new in zip(here, there, strict=True)]
-    if kinds:  # single tokens are not recomputed, and the recurrent layers know the order without positions
+    if kinds:  # with recurrent layers, single tokens are not recomputed, and keys without RoPE are allowed
         return found
     if all(rotation is UNROTATED for rotation in found):
         raise UnsupportedModelError(
@@ -777,19 +802,22 @@ def _candidates(model: PreTrainedModel, head_dim: int) -> Iterator[Rotation]:
 
 
 def _error(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Relative error of the median token: in half precision, a router's near tie may send one token elsewhere."""
+    """Return the relative error of the median token.
+
+    In half precision, an MoE router may send a few tokens to other experts, which would spoil the mean.
+    """
     difference, size = ((t.float().square().sum(dim=(0, 1, 3))) for t in (a - b, b))
     return float((difference / size).sqrt().median())
 
 
 def _hides_a_window(config: Any) -> bool:
-    """Whether all layers have a window by the configuration, so that each of them must attend with it."""
+    """Whether the configuration gives every layer a sliding window, which each layer's attention must then use."""
     slides = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     return bool(slides) and not getattr(config, "layer_types", None)
 
 
 def _check_scatter(model: PreTrainedModel, ids: torch.Tensor, right: list[LayerKV], tolerance: float) -> None:
-    """Recompute every other token over a cache where it is missing: unknown attention arguments would show here."""
+    """Recompute every second token over a cache without it, to refuse models whose attention has unknown arguments."""
     config = decoder_of(model).config
     types = getattr(config, "layer_types", None)
     odd = torch.arange(1, _TOKENS, 2)

@@ -1,9 +1,9 @@
 """Keys and values as int8 at rest: half the bytes of bfloat16.
 
-The quantisation is symmetric, with one scale per token and head. A value is read back within half a step, 1/254 of the
-largest value of its token and head. Measured in decode on SmolLM2-135M (benchmarks/int8.py), it costs 3e-4 nats per
-token in float32 arithmetic, and in bfloat16 arithmetic no more than random last bits. One scale per channel for the
-keys (as in KIVI, 2024) was no better at eight bits.
+The quantisation is symmetric, with one scale per token and head. The error of a value is at most half a step, 1/254 of
+the largest value of its token and head. In decode on SmolLM2-135M (benchmarks/int8.py), the KL divergence is 3e-4 nats
+per token in float32 arithmetic, and not above rounding noise in bfloat16 arithmetic. One scale per channel for the keys
+(as in KIVI, 2024) was no better at eight bits.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import torch
 from kvcag.errors import InvalidInputError
 
 _ROUND_UP = 1 + 2**-8
-"""bfloat16 holds eight bits of the scale. Enlarged by 1/256, the scale is never rounded below its true value, so no
-value is clipped."""
+"""bfloat16 has eight bits of precision. Scales are enlarged by 1/256, so that rounding never makes a scale too small,
+which would clip a value."""
 
 
 def quantize_int8(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes and scales of keys or values.
+    """Quantise keys or values to codes and scales.
 
     Args:
         states: `(batch, kv_heads, seq_len, head_dim)`, any floating dtype.
@@ -33,7 +33,7 @@ def quantize_int8(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     largest = wide.abs().amax(dim=-1, keepdim=True)
     if not bool(largest.isfinite().all()):
         raise InvalidInputError(
-            "the cache holds infinite values or NaN, which have no int8 code. Store it with quantize=None, and check "
+            "the cache has infinite values or NaN, which have no int8 code. Store it with quantize=None, and check "
             "the model's dtype: float16 overflows where bfloat16 does not."
         )
     scales = (largest / 127 * _ROUND_UP).to(torch.bfloat16)
@@ -42,7 +42,7 @@ def quantize_int8(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def dequantize_int8(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Keys or values from the result of `quantize_int8`.
+    """Convert the result of `quantize_int8` back to keys or values.
 
     Args:
         codes: int8, `(batch, kv_heads, seq_len, head_dim)`.

@@ -1,8 +1,8 @@
-"""Keys copied, moved and given their drift on an NVIDIA GPU, in one kernel for all layers.
+"""Triton kernels for NVIDIA GPUs that copy keys, re-rotate them and add the drift, in one launch for all layers.
 
-Needs Triton: imported on CUDA alone. Each kernel reads the addresses of the layers' tensors from a table, so that one
-launch serves all of them. Launches are what such work costs: with a few of PyTorch's kernels for each of 36 layers it
-took 5 ms for 2,000 tokens on an H100.
+This module needs Triton and is imported only with CUDA. Each kernel reads the addresses of the layers' tensors from a
+table, so that one launch serves all layers. Launches dominate the cost: with a few PyTorch kernels for each of 36
+layers, the work took 5 ms for 2,000 tokens on an H100.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 def fill(whole: torch.Tensor, parts: Sequence[Layers]) -> bool:
-    """Copy the tensors of each part, one part after another, into `whole`, with one kernel; False where it cannot.
+    """Copy the parts one after another into `whole` with one kernel. Returns False if the kernel does not support them.
 
-    PyTorch's own copy of several tensors is a kernel for each of them where there are gaps between heads.
+    PyTorch would launch one kernel per tensor if there are gaps between heads.
 
     Args:
         whole: `(tensors, 1, kv_heads, capacity, head_dim)`, contiguous.
-        parts: each with a tensor for every one of `whole`, `(1, kv_heads, seq_len, head_dim)`.
+        parts: each has as many tensors as `whole`, `(1, kv_heads, seq_len, head_dim)`.
     """
     item, (heads, _, dim) = whole.element_size(), whole.shape[2:]
     tables, to, longest = [], whole.data_ptr() + np.arange(len(whole)) * whole.stride(0) * item, 0
@@ -47,14 +47,14 @@ def fill(whole: torch.Tensor, parts: Sequence[Layers]) -> bool:
 def turn(
     rows: np.ndarray, like: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, start: int, interleaved: bool
 ) -> None:
-    """Turn pairs of components in fp32 and in place, as `kvcag.cache.attention.Rotation.turn` does.
+    """Rotate pairs of components in fp32 and in place, as `kvcag.cache.attention.Rotation.turn` does.
 
     Args:
-        rows: of `Layers.rows`, one a layer, all of one form.
-        like: has their dtype and device.
-        cos: `(seq_len, rotary_dim / 2)` fp32; so is `sin`.
-        sin: see there.
-        start: the first component that is turned.
+        rows: rows of `Layers.rows`, one per layer, with equal numbers and sizes of heads.
+        like: a tensor with the layers' dtype and device.
+        cos: fp32 `(seq_len, rotary_dim / 2)`; so is `sin`.
+        sin: as `cos`.
+        start: the first rotated component.
         interleaved: components are paired (0, 1), …; else (0, rotary_dim / 2), ….
     """
     (tokens, half), (heads, dim) = cos.shape, rows[0, 2:].tolist()
@@ -65,13 +65,13 @@ def turn(
 
 
 def add(rows: np.ndarray, like: torch.Tensor, positions: torch.Tensor, change: torch.Tensor) -> None:
-    """Add to the tokens at `positions` what is the same for each of them, in place.
+    """Add the same vector to each of the tokens at `positions`, in place.
 
     Args:
-        rows: see `turn`; so is `like`.
-        like: see there.
-        positions: 1-D int64.
-        change: `(layers, kv_heads, head_dim)` fp32.
+        rows: as for `turn`.
+        like: as for `turn`.
+        positions: int64 `(tokens,)`.
+        change: fp32 `(layers, kv_heads, head_dim)`.
     """
     heads, dim = rows[0, 2:].tolist()
     _add[(triton.cdiv(len(positions), 32), heads, len(rows))](
@@ -90,16 +90,16 @@ def add_turned(
     *,
     interleaved: bool,
 ) -> None:
-    """`add`, of a change that is turned to each token's position first; all components of a head are turned.
+    """`add` with `change` rotated to each token's position first. All components of a head are rotated.
 
     Args:
-        rows: see `add`; so are `like`, `positions` and `change`.
-        like: see there.
-        positions: see there.
-        change: see there.
-        cos: `(len(positions), head_dim / 2)` fp32, from position 0; so is `sin`.
-        sin: see there.
-        interleaved: see `turn`.
+        rows: as for `add`.
+        like: as for `add`.
+        positions: as for `add`.
+        change: as for `add`.
+        cos: the rotation from position 0, fp32 `(len(positions), head_dim / 2)`; so is `sin`.
+        sin: as `cos`.
+        interleaved: as for `turn`.
     """
     heads, dim = rows[0, 2:].tolist()
     _add[(triton.cdiv(len(positions), 32), heads, len(rows))](
@@ -111,14 +111,14 @@ def add_turned(
 
 
 def _sent(rows: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Whole numbers on their way to the device."""
+    """Copy integers to the device without waiting for the copy."""
     here = torch.from_numpy(np.ascontiguousarray(rows))
     return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here
 
 
 @triton.jit
 def _fill(table, stride, SIZE: tl.constexpr):
-    """One tensor's row: its address, its bytes between two heads, where it goes, and words of eight bytes a head."""
+    """A row of `table`: source address, bytes between two heads, target address, and 8-byte words per head."""
     head, row = tl.program_id(1), table + 4 * tl.program_id(2)
     source = (tl.load(row) + head * tl.load(row + 1)).to(tl.pointer_type(tl.int64))
     target = (tl.load(row + 2) + head.to(tl.int64) * stride).to(tl.pointer_type(tl.int64))

@@ -1,8 +1,8 @@
-"""The one module that touches transformers' cache classes.
+"""The only module that uses the internals of transformers' cache classes.
 
-Everything else in kvcag sees a cache as a list with one `(keys, values)` per attention layer, each
-`(batch, kv_heads, seq_len, head_dim)`, the keys already rotated to their positions. Where a model has recurrent layers
-(gated delta nets, Mamba, short convolutions), the list is a `Layers` that carries their states after its last token.
+In the rest of kvcag, a cache is a list with one `(keys, values)` per attention layer, each
+`(batch, kv_heads, seq_len, head_dim)`, with keys rotated to their positions. For a model with recurrent layers (gated
+delta nets, Mamba, short convolutions), the list is a `Layers`, which also has their states after its last token.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LayerKV: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
 
 class _Missing:
-    """Stands for a class that this transformers does not have."""
+    """A placeholder for a class that this version of transformers lacks."""
 
     def lazy_initialization(self) -> None: ...
 
@@ -41,25 +41,25 @@ class _Missing:
 _Linear: Any = getattr(cache_utils, "LinearAttentionLayer", _Missing)
 _Dummy: Any = getattr(cache_utils, "DummyLayer", _Missing)
 _CONTINUES = "conv_kernel_size" in inspect.signature(_Linear.lazy_initialization).parameters
-"""Whether this transformers runs several tokens over a recurrent state. Before 5.24 it ignored the state."""
+"""Whether transformers continues from a recurrent state with several tokens. Before 5.24 it ignored the state."""
 
 _LATENT = tuple(map(int, __version__.split(".")[:2])) >= (5, 15)
 """Whether latent attention (MLA) caches latents. Before 5.15 it cached the keys and values of every head."""
 
 Kinds: TypeAlias = tuple[tuple[bool, int], ...]
-"""For each layer of a model that has recurrent layers: whether it attends, and how many recurrent states it has."""
+"""For each layer: whether it has attention, and its number of recurrent states. Empty without recurrent layers."""
 
 
 @dataclass(frozen=True, slots=True)
 class States:
-    """The states of a model's recurrent layers after some tokens. They cannot be cut: only the end has one.
+    """The states of a model's recurrent layers after the last of some tokens. Earlier tokens have no states.
 
     Attributes:
         kinds: the layers of the model.
-        tensors: for each recurrent layer, in the model's order, the last inputs of its convolutions and then its
-            recurrent states, in the model's own shapes and dtypes; None where it has none.
-        maps: of a document, for each recurrent layer what the state before it is multiplied with on its way to the
-            state after it (`kvcag.cache.states`); None where it has no recurrent state. Empty where it is not known.
+        tensors: for each recurrent layer, in the model's order: the last inputs of its convolutions, then its recurrent
+            states, in the model's own shapes and dtypes; None for a state that the layer lacks.
+        maps: for each recurrent layer, the document's map: the state before the document times the map is its share in
+            the state after it (`kvcag.cache.states`). None for a layer without recurrent state. Empty if unknown.
     """
 
     kinds: Kinds
@@ -67,24 +67,24 @@ class States:
     maps: tuple[torch.Tensor | None, ...] = ()
 
     def mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> States:
-        """The states with each tensor changed."""
+        """Return the states with `change` applied to each tensor."""
         maps = tuple(t if t is None else change(t) for t in self.maps)
         return replace(self.restored(change), maps=maps)
 
     def restored(self, change: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.clone) -> States:
-        """States of its own, for a generation to write to. Maps, which nothing writes to, are shared."""
+        """Return a copy that a generation may write to. Maps are shared, since they are never written to."""
         return replace(self, tensors=tuple(tuple(t if t is None else change(t) for t in row) for row in self.tensors))
 
     @property
     def is_map(self) -> bool:
-        """Whether each recurrent state has its map, so that the document may stand behind others."""
+        """Whether each recurrent state has a map, so that the document can follow other documents."""
         maps = self.maps or (None,) * len(self.tensors)
         recurrent = (any(t is not None for t in row[len(row) // 2 :]) for row in self.tensors)
         return all(known is not None or not recurs for recurs, known in zip(recurrent, maps, strict=True))
 
     @property
     def flat(self) -> list[torch.Tensor]:
-        """Every tensor."""
+        """All tensors, maps included."""
         return [tensor for row in (*self.tensors, self.maps) for tensor in row if tensor is not None]
 
 
@@ -92,8 +92,8 @@ class Layers(list[LayerKV]):
     """Keys and values of a model's attention layers, and the states of its recurrent layers after the last token.
 
     Attributes:
-        states: None for a model without recurrent layers, and where the end is not the end of what was read.
-        tokens: how many there are.
+        states: None for a model without recurrent layers, and if the last token is not the last that was read.
+        tokens: the number of tokens.
     """
 
     def __init__(self, layers: Iterable[LayerKV] = (), states: States | None = None, tokens: int = 0) -> None:
@@ -102,20 +102,20 @@ class Layers(list[LayerKV]):
         self.tokens = self[0][0].shape[-2] if len(self) else tokens
 
     def __bool__(self) -> bool:
-        """Whether there are tokens; a model without attention layers has no keys of them."""
+        """Whether there are tokens, also for a model without attention layers, whose list is empty."""
         return self.tokens > 0
 
     @functools.cached_property
     def devices(self) -> set[torch.device]:
-        """Where the keys and values are."""
+        """The devices of the keys and values."""
         return {tensor.device for kv in self for tensor in kv}
 
     @functools.cached_property
     def rows(self) -> np.ndarray | None:
-        """What kernels know of them, `(2 * layers, 4)` int64, the keys' row and then the values' row of each layer.
+        """The tensors' addresses for kernels: int64 `(2 * layers, 4)`, for each layer a row of keys, then of values.
 
-        A tensor's address, elements between two of its heads, its heads, and their size. None unless all of them are on
-        one NVIDIA GPU, of one dtype, and without gaps between tokens. Found once: for 36 layers that takes 0.1 ms.
+        A row has the address, the elements between two heads, the number of heads, and `head_dim`. None unless all
+        tensors are on one NVIDIA GPU, with one dtype and no gaps between tokens. Cached, since 36 layers take 0.1 ms.
         """
         tensors = [tensor for kv in self for tensor in kv]
         if not tensors or not tensors[0].is_cuda:
@@ -128,22 +128,22 @@ class Layers(list[LayerKV]):
 
 
 def as_layers(layers: Iterable[LayerKV]) -> Layers:
-    """The layers themselves, which know their `rows` already, or new ones of them."""
+    """Convert to `Layers`. An argument that is a `Layers` is returned itself, with its cached `rows`."""
     return layers if isinstance(layers, Layers) else Layers(layers)
 
 
 def states_of(layers: Iterable[LayerKV]) -> States | None:
-    """The states of recurrent layers after the last of these tokens, if they are there."""
+    """Return the states of recurrent layers after the last token; None if there are none."""
     return getattr(layers, "states", None)
 
 
 def length_of(layers: Sequence[LayerKV]) -> int:
-    """Tokens whose keys and values, or states, these are."""
+    """Return the number of tokens."""
     return layers[0][0].shape[-2] if len(layers) else getattr(layers, "tokens", 0)
 
 
 def kinds_of(model: PreTrainedModel) -> Kinds:
-    """The layers of a model that has recurrent layers; empty for a model without them. Looked at once per model."""
+    """Return the kinds of a model's layers; empty for a model without recurrent layers. Cached per model."""
     if model not in _kinds:
         _kinds[model] = kinds_of_config(model.config.get_text_config(decoder=True))
     return _kinds[model]
@@ -153,18 +153,18 @@ _kinds: WeakKeyDictionary[Any, Kinds] = WeakKeyDictionary()
 
 
 def latent_shape(config: Any) -> tuple[int, int, int] | None:
-    """KV heads, and the dimensions of a key and of a value as cached, of a model with latent attention; else None."""
+    """Return the KV heads and the cached key and value dimensions of a model with latent attention; else None."""
     latent = getattr(config, "kv_lora_rank", None)
     if not latent:
         return None
-    if _LATENT:  # latents, and one rotated key for all heads
+    if _LATENT:  # the latents as keys, and one rotated key for all heads as value
         return 1, int(latent), int(config.qk_rope_head_dim)
     heads, key_dim = int(config.num_attention_heads), int(config.qk_nope_head_dim + config.qk_rope_head_dim)
     return heads, key_dim, int(config.v_head_dim)
 
 
 def kinds_of_config(config: PretrainedConfig) -> Kinds:
-    """`kinds_of` a model with this configuration of its decoder."""
+    """Return `kinds_of` for a model whose decoder has this configuration."""
     layers = _own_layers(config)
     if not any(isinstance(layer, _Linear) for layer in layers):
         return ()
@@ -176,7 +176,7 @@ def _is_cache_of(each: Any, module: str) -> bool:
 
 
 def _own_layers(config: PretrainedConfig) -> list[Any]:
-    """The cache layers that transformers itself would use; none where it has no cache for a model."""
+    """Return the cache layers that transformers would make; none if it has no cache for the model."""
     try:
         return list(DynamicCache(config=config).layers)
     except (AttributeError, KeyError, TypeError):
@@ -184,20 +184,19 @@ def _own_layers(config: PretrainedConfig) -> list[Any]:
 
 
 def _is_plain(layer: Any) -> bool:
-    """Whether a layer keeps keys and values, of all tokens or of a window, recurrent states, both, or nothing."""
+    """Whether a cache layer is of a known class: with keys and values, recurrent states, both, or nothing."""
     return isinstance(layer, (_Linear, _Dummy)) or type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
 
 
 class ContextCache(DynamicCache):
-    """A `DynamicCache` that knows which tokens are in it and which model made it.
+    """A `DynamicCache` with its tokens and the fingerprint of its model.
 
     Attributes:
-        token_ids: 1-D int64, every token in the cache when it was made.
-        fingerprint: the model that made it.
-        messages: the chat messages it holds, where their turns are closed. None where it ends within the turn that
-            carries the documents, so that a continuation has to close that turn first.
-        is_exact: it is what the model computes for these tokens; False where documents were merged without being
-            recomputed.
+        token_ids: the tokens in the cache when it was made, int64 `(seq_len,)`.
+        fingerprint: the model that made the cache.
+        messages: the chat messages in the cache, if each of them is a complete turn. None if the cache ends inside the
+            turn with the documents, which a continuation closes first.
+        is_exact: the cache equals that of a full prefill; False if documents were merged without recomputing all.
     """
 
     token_ids: torch.Tensor
@@ -215,14 +214,14 @@ class ContextCache(DynamicCache):
         *,
         is_exact: bool = True,
     ) -> ContextCache:
-        """A cache over `layers`, which it takes as they are.
+        """Make a cache over `layers` without copying them.
 
         Args:
             layers: keys and values of each layer, `(1, kv_heads, seq_len, head_dim)`, keys rotated to their positions.
-            token_ids: 1-D int64, `(seq_len,)`: the tokens that they were made from.
-            fingerprint: of the model that made them, `engine.fingerprint`.
-            messages: the chat messages they hold, where their turns are closed.
-            is_exact: they are what the model computes for these tokens.
+            token_ids: their tokens, int64 `(seq_len,)`.
+            fingerprint: `engine.fingerprint` of the model that made them.
+            messages: the chat messages of these tokens, if each of them is a complete turn.
+            is_exact: the keys and values equal those of a full prefill.
         """
         cache = cls()
         cache.layers.extend(cache_of(layers).layers)
@@ -232,9 +231,10 @@ class ContextCache(DynamicCache):
 
 
 def device_of(model: PreTrainedModel) -> torch.device:
-    """Where the model's inputs go. Its first weights may be elsewhere, with accelerate's CPU or disk offload.
+    """Return the device for the inputs of a model or of its decoder.
 
-    Of a model or of its decoder, to which `accelerate.cpu_offload` adds no hook, while its weights are on `meta`.
+    With accelerate's CPU or disk offload, the first weights may be on another device or on `meta`, also in a decoder
+    that has no hook itself, as after `accelerate.cpu_offload`.
     """
     if not hasattr(model, "_hf_hook") and model.device.type != "meta":
         return model.device
@@ -244,7 +244,7 @@ def device_of(model: PreTrainedModel) -> torch.device:
 
 
 def cache_argument(module: torch.nn.Module, cache: Cache) -> dict[str, Cache]:
-    """The keyword argument under which `module.forward` takes a cache.
+    """Return the keyword argument by which `module.forward` takes a cache.
 
     transformers 5.24 renamed `past_key_values` to `cache`, warns about the old name, and removes it in 5.40.
     """
@@ -252,9 +252,9 @@ def cache_argument(module: torch.nn.Module, cache: Cache) -> dict[str, Cache]:
 
 
 def position_argument(module: torch.nn.Module, cache: Cache, new: int) -> dict[str, torch.Tensor]:
-    """The keyword argument that tells `module.forward` where `new` tokens over `cache` stand.
+    """Return `position_ids` for `new` tokens over `cache`, for models with recurrent layers that take them; else `{}`.
 
-    Given where the model has recurrent layers and takes it: some of them count from 0 over a cache (Bamba).
+    Some of these models (Bamba) would count positions from 0 over a cache.
     """
     if not isinstance(cache, _RecurrentCache) or not _takes_positions(type(module).forward):
         return {}
@@ -273,11 +273,11 @@ def _cache_name(forward: Callable[..., Any]) -> str:
 
 
 def layers_of(cache: Cache) -> Layers:
-    """The keys and values of each layer, not copied. Empty for a cache that holds nothing.
+    """Return the keys and values of each layer without copying them. Empty for an empty cache.
 
     Raises:
-        UnsupportedModelError: a layer is quantised, static or windowed: what it holds is not one key and one value for
-            each token.
+        UnsupportedModelError: a layer is quantised, static or windowed, so it does not have one key and one value per
+            token.
     """
     if isinstance(cache, _CacheOfLayers) and cache.still_holds():
         return cache.held
@@ -289,7 +289,7 @@ def layers_of(cache: Cache) -> Layers:
             continue
         if type(layer) is not DynamicLayer and not isinstance(layer, _AppendLayer):
             raise UnsupportedModelError(
-                f"the cache has a {type(layer).__name__}, which does not hold one key and one value for each token. "
+                f"the cache has a {type(layer).__name__}, which does not have one key and one value for each token. "
                 "Use a plain DynamicCache(), made without a config."
             )
         if layer.keys is not None and layer.values is not None and layer.get_seq_length():
@@ -299,11 +299,10 @@ def layers_of(cache: Cache) -> Layers:
 
 
 def cache_of(layers: Iterable[LayerKV]) -> DynamicCache:
-    """A `DynamicCache` over the given tensors, which it takes as they are.
+    """Make a `DynamicCache` over the given tensors without copying them.
 
-    It copies nothing: `DynamicCache.update` concatenates, so a generation never writes into keys and
-    values. States of recurrent layers are written to. Where the result is handed to a caller, who may write into it,
-    give it tensors of its own (`clone`).
+    A generation does not write into the keys and values, since `DynamicCache.update` concatenates, but it writes into
+    the states of recurrent layers. Use `clone` for a cache whose owner may write into its tensors.
     """
     states = states_of(layers)
     if states is not None:
@@ -320,12 +319,12 @@ def cache_of(layers: Iterable[LayerKV]) -> DynamicCache:
 
 
 class _CacheOfLayers(DynamicCache):
-    """A cache that remembers the layers that it was made of, and with them their `rows`."""
+    """A cache that has the `Layers` it was made of, with their cached `rows`."""
 
     held = Layers()
 
     def still_holds(self) -> bool:
-        """Whether nothing was generated into it, or cut from it."""
+        """Whether the cache is unchanged since it was made: nothing was generated into it or cut from it."""
         layers = cast("list[DynamicLayer]", self.layers)
         same = (
             one.keys is keys and one.values is values for one, (keys, values) in zip(layers, self.held, strict=False)
@@ -340,21 +339,21 @@ def _initialize(layer: DynamicLayer, like: torch.Tensor) -> None:
 
 
 def clone(cache: Cache) -> DynamicCache:
-    """A copy that shares no memory with `cache`."""
+    """Return a copy that shares no memory with `cache`."""
     return cache_of(mapped(layers_of(cache), torch.Tensor.clone))
 
 
 def mapped(layers: Sequence[LayerKV], change: Callable[[torch.Tensor], torch.Tensor]) -> Layers:
-    """The layers with each tensor changed: copied, or moved to another device."""
+    """Return the layers with `change` applied to each tensor, such as a copy to another device."""
     states = states_of(layers)
     kept = states.mapped(change) if states else None
     return Layers(((change(keys), change(values)) for keys, values in layers), kept, length_of(layers))
 
 
 def share(cache: DynamicCache) -> DynamicCache:
-    """Another cache over the same tensors: generating with it, which concatenates, leaves `cache` as it is.
+    """Return another cache over the same keys and values. Generating with it does not change `cache`.
 
-    States of recurrent layers, which generating changes, are copied.
+    States of recurrent layers are copied, since a generation writes into them.
     """
     layers = layers_of(cache)
     if layers.states is None:
@@ -363,7 +362,7 @@ def share(cache: DynamicCache) -> DynamicCache:
 
 
 def cut(layers: Sequence[LayerKV], start: int, end: int | None = None) -> Layers:
-    """Views of the tokens `start:end` of each layer. States stay only where the end stays."""
+    """Return views of the tokens `start:end` of each layer. The states are kept only if `end` is the last token's."""
     length = length_of(layers)
     end = length if end is None else min(end, length)
     if isinstance(layers, Layers) and (start, end) == (0, length):
@@ -377,26 +376,26 @@ def cut(layers: Sequence[LayerKV], start: int, end: int | None = None) -> Layers
 
 
 def shifted(rows: np.ndarray, start: int, layers: Sequence[LayerKV]) -> np.ndarray:
-    """`Layers.rows` of the tokens from `start` on; `layers` has their dtype."""
+    """Return `Layers.rows` for the tokens from `start` on; `layers` has their dtype."""
     rows = rows.copy()
     rows[:, 0] += start * layers[0][0].element_size() * rows[:, 3]
     return rows
 
 
 def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the host's on its way to the device: nothing waits until it is there."""
+    """Copy a CPU tensor to the device without waiting for the copy."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def contiguous_copy(layers: Sequence[LayerKV]) -> Layers:
-    """The same values in contiguous memory of their own: keeping a slice must not keep what it was cut from."""
+    """Copy to contiguous memory, so that a stored slice does not keep the whole tensor in memory."""
     return mapped(layers, functools.partial(torch.clone, memory_format=torch.contiguous_format))
 
 
 def concat(parts: Sequence[Sequence[LayerKV]], room: int = 0) -> Layers:
-    """The parts one after another, layer by layer, in fresh memory. The states are those of the last part.
+    """Concatenate parts, layer by layer, in new memory, with zeros for `room` more tokens at the end.
 
-    Behind them is room for so many more tokens, which holds zeros.
+    The states are those of the last part.
     """
     states = states_of(parts[-1]) if parts else None
     length = sum(map(length_of, parts)) + room
@@ -404,7 +403,7 @@ def concat(parts: Sequence[Sequence[LayerKV]], room: int = 0) -> Layers:
 
 
 def nbytes(layers: Iterable[LayerKV]) -> int:
-    """Bytes of the keys and values, and of the states."""
+    """Return the bytes of the keys, values and states."""
     states = states_of(layers)
     tensors = [*(tensor for kv in layers for tensor in kv), *(states.flat if states else ())]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -413,19 +412,17 @@ def nbytes(layers: Iterable[LayerKV]) -> int:
 def generation_cache(
     parts: Sequence[Sequence[LayerKV]], room: int, kinds: Kinds = (), *, lent: bool = False
 ) -> DynamicCache:
-    """The cache of one generation: a copy of `parts`, one after another, with room for `room` more tokens.
+    """Make the cache of one generation: a copy of `parts`, one after another, with room for `room` more tokens.
 
-    New tokens are written in place instead of concatenating the whole context for each token, so a decode step costs
-    the same after 10,000 tokens of context as after ten. It grows by doubling where the room does not suffice, and is
-    released with its last reference.
+    New tokens are written in place, without concatenating the whole context for each token, so writing a token costs
+    the same after 10,000 tokens of context as after ten. A full buffer is replaced by one of twice the size.
 
     Args:
-        parts: keys and values, to be read; the last has the states that the next token needs, if the model has
-            recurrent layers.
-        room: for how many more tokens.
+        parts: keys and values, only read. For a model with recurrent layers, the last part has the states.
+        room: the number of further tokens.
         kinds: `kinds_of` the model.
-        lent: the longest part is not copied but read where it lies. Captured passes read it there, for all
-            generations over it at a time; anything else copies it first.
+        lent: do not copy the longest part. Captured CUDA graphs read it in place, once for all generations over it;
+            other code copies it before the first use.
     """
     lengths = [length_of(part) for part in parts]
     if kinds:
@@ -443,17 +440,17 @@ def generation_cache(
         start, length = sum(lengths[:longest]), sum(lengths) - lengths[longest]
         for layer, buffers in zip(parts[longest], _filled(copied, room, like=parts[longest]), strict=True):
             cache.layers.append(_AppendLayer(room, buffers, length, _Lent(layer, start)))
-    if not cache.layers:  # transformers makes a layer when the model first writes to it
+    if not cache.layers:  # transformers makes each layer at its first update
         cache.layer_class_to_replicate = cast("Any", functools.partial(_AppendLayer, room))
     return cache
 
 
 _WORTH_LENDING = 256
-"""Tokens of a part that is worth a second loop in the attention over it."""
+"""The least tokens of a lent part. For fewer, copying is cheaper than a second loop in the attention."""
 
 
 def readable(layers: Sequence[LayerKV]) -> bool:
-    """Whether kernels that know one stride, that between heads, can read these keys and values where they lie."""
+    """Whether kernels can read these keys and values in place, with the stride between heads as the only stride."""
     rows = as_layers(layers).rows
     if rows is None:
         return False
@@ -463,7 +460,7 @@ def readable(layers: Sequence[LayerKV]) -> bool:
 
 
 def kernels_for(rows: np.ndarray | None) -> ModuleType | None:
-    """`kvcag.cache.kernels` where they can work on these `Layers.rows`: tensors of one form."""
+    """Return the module `kvcag.cache.kernels` if it supports these `Layers.rows`; else None."""
     if rows is None or not _has_triton() or (rows[:, 2:] != rows[0, 2:]).any():
         return None
     from kvcag.cache import kernels
@@ -479,11 +476,16 @@ def _has_triton() -> bool:
 def _filled(
     parts: Sequence[Sequence[LayerKV]], room: int, *, like: Sequence[LayerKV] = (), zeroed: bool = False
 ) -> list[LayerKV]:
-    """Buffers of each layer that begin with `parts`, one after another, and have room for `room` more tokens.
+    """Make buffers for each layer: `parts`, one after another, and room for `room` more tokens.
 
-    `like` has their form; by default, the first part. The room holds zeros if `zeroed`.
+    If all layers have one shape, their buffers are views of one tensor, which few calls fill. On a GPU, the calls
+    dominate the cost of copying 72 tensors.
 
-    Layers of one shape are one tensor, filled by a few calls: on a GPU, calls are what a copy of 72 tensors costs.
+    Args:
+        parts: keys and values to copy.
+        room: the number of further tokens.
+        like: layers with the buffers' heads, sizes and dtypes; by default the first part.
+        zeroed: fill the room with zeros.
     """
     like, *parts = map(as_layers, (like or (parts[0] if parts else ()), *parts))
     length, tensors = sum(map(length_of, parts)), [tensor for kv in like for tensor in kv]
@@ -510,8 +512,8 @@ def _filled(
 
 
 BETWEEN_LAYERS: ContextVar[Callable[[], None] | None] = ContextVar("kvcag_between_layers", default=None)
-"""Called before each layer of a forward pass writes to its cache. An error that it raises ends the pass there, and
-`crop` puts the cache right again."""
+"""Called before each layer of a forward pass writes to its cache. An error that it raises ends the pass, after which
+`crop` must restore the cache."""
 
 
 class _PausingCache(DynamicCache):
@@ -529,11 +531,11 @@ class GenerationCache(_PausingCache):
     _known: tuple[int, int, np.ndarray] | None = None
 
     def addresses(self, new: int) -> np.ndarray | None:
-        """Where kernels find what is held, with room for `new` more tokens: `(layers, 8)` int64.
+        """Return the addresses of the layers for kernels, with room for `new` more tokens: int64 `(layers, 8)`.
 
-        Address of the keys, of the values, tokens between two heads of both; the same three of what is lent; the
-        position of its first token, and how many tokens it has. None if the cache is empty. After writing
-        tokens there, call `advance`.
+        A row has the address of the keys, the address of the values, and the tokens between two heads; the same three
+        numbers of the lent part; and the lent part's first position and length. None if the cache is empty. After
+        writing tokens to these addresses, call `advance`.
         """
         if not self.layers or not self.layers[0].is_initialized:
             return None
@@ -546,27 +548,27 @@ class GenerationCache(_PausingCache):
         return self._known[2]
 
     def shapes(self) -> list[tuple[int, int]]:
-        """KV heads and head size of each layer."""
+        """Return the number of KV heads and `head_dim` of each layer."""
         return [layer.shape()[:2] for layer in self.layers]
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the keys and values."""
+        """The dtype of the keys and values."""
         return self.layers[0].shape()[2]
 
     def advance(self, new: int) -> None:
-        """Count `new` more tokens as held, which were written where `addresses` says."""
+        """Count `new` more tokens, which a kernel wrote to the `addresses`."""
         for layer in self.layers:
             layer.length += new
 
     def behind(self, start: int) -> Layers:
-        """The tokens from `start` on: views, unless what is lent is among them."""
+        """Return the tokens from `start` on, as views unless lent tokens are among them."""
         return Layers((layer.behind(start) for layer in self.layers), tokens=self.get_seq_length() - start)
 
 
 @dataclass(frozen=True, slots=True)
 class _Lent:
-    """Keys and values of another cache, `(1, kv_heads, seq_len, head_dim)`, and the position of the first of them."""
+    """Keys and values of another cache, `(1, kv_heads, seq_len, head_dim)`, and their position in this cache."""
 
     kv: LayerKV
     start: int
@@ -581,13 +583,13 @@ class _Lent:
 
 
 class _AppendLayer(DynamicLayer):
-    """A `DynamicLayer` that writes into a buffer with spare room. `keys` and `values` are views of what is filled.
+    """A `DynamicLayer` that writes into a buffer with spare room. `keys` and `values` are views of the filled part.
 
     Args:
-        room: tokens that a buffer of its own has room for.
+        room: the room for further tokens in a new buffer.
         buffers: `(1, kv_heads, capacity, head_dim)` each.
-        own: how many tokens they hold.
-        lent: stands among these tokens, and is not in the buffers.
+        own: the number of tokens in the buffers.
+        lent: tokens between those of the buffers, which stay in another cache until they are copied.
     """
 
     _keys: torch.Tensor
@@ -602,7 +604,7 @@ class _AppendLayer(DynamicLayer):
             self.take(buffers, self.length)
 
     def take(self, buffers: LayerKV, length: int) -> None:
-        """Hold the first tokens of `buffers`, `length` with what is lent, and write what comes behind them."""
+        """Use these buffers. With the lent tokens, the layer then has `length` tokens, and appends after them."""
         _initialize(self, buffers[0])
         self._keys, self._values = buffers
         self.length = length
@@ -610,33 +612,33 @@ class _AppendLayer(DynamicLayer):
 
     @property
     def own(self) -> int:
-        """Tokens in the buffers."""
+        """The number of tokens in the buffers."""
         return self.length - (self._lent.length if self._lent else 0)
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """All that are held."""
+        """All keys, `(batch, kv_heads, seq_len, head_dim)`."""
         return self._whole()[0] if self.is_initialized else None
 
     @keys.setter
-    def keys(self, none: torch.Tensor | None) -> None: ...  # transformers begins with None
+    def keys(self, none: torch.Tensor | None) -> None: ...  # transformers' constructor assigns None
 
     @property
     def values(self) -> torch.Tensor | None:
-        """All that are held."""
+        """All values, `(batch, kv_heads, seq_len, head_dim)`."""
         return self._whole()[1] if self.is_initialized else None
 
     @values.setter
     def values(self, none: torch.Tensor | None) -> None: ...
 
     def get_seq_length(self) -> int:
-        """Tokens that are held."""
+        """Return the number of tokens, lent ones included."""
         return self.length
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append `(batch, kv_heads, new_tokens, head_dim)` and return all that is held."""
+        """Append keys and values, `(batch, kv_heads, new_tokens, head_dim)` each, and return all keys and values."""
         new = key_states.shape[-2]
         if not self.is_initialized:
             _initialize(self, key_states)
@@ -650,18 +652,18 @@ class _AppendLayer(DynamicLayer):
         return self._whole()
 
     def make_room(self, new: int) -> None:
-        """Have buffers that are large enough for `new` more tokens."""
+        """Enlarge the buffers if they have no room for `new` more tokens."""
         if self.own + new > self._keys.shape[-2]:
             self._reserve((self._keys, self._values), 2 * (self.own + new))
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens (a negative number, as in transformers 5)."""
+        """Remove the last `-tokens_to_remove` tokens (a negative number, as in transformers 5)."""
         if self._lent and self.length + tokens_to_remove < self._lent.end:
             self._whole()
         self.length += tokens_to_remove
 
     def behind(self, start: int) -> LayerKV:
-        """The tokens from `start` on: views, unless what is lent is among them."""
+        """Return the tokens from `start` on, as views unless lent tokens are among them."""
         if self._lent is not None and start < self._lent.end:
             keys, values = self._joined(self.own)
         else:
@@ -670,11 +672,11 @@ class _AppendLayer(DynamicLayer):
         return keys[..., start:, :], values[..., start:, :]
 
     def shape(self) -> tuple[int, int, torch.dtype]:
-        """KV heads, head size, and their type."""
+        """Return the number of KV heads, `head_dim` and the dtype."""
         return self._keys.shape[1], self._keys.shape[-1], self._keys.dtype
 
     def address(self) -> tuple[int, ...]:
-        """A row of `GenerationCache.addresses`."""
+        """Return the layer's row of `GenerationCache.addresses`."""
         own = self._keys.data_ptr(), self._values.data_ptr(), self._keys.shape[-2]
         if self._lent is None:
             return *own, 0, 0, 0, 0, 0
@@ -683,7 +685,7 @@ class _AppendLayer(DynamicLayer):
         return *own, keys.data_ptr(), values.data_ptr(), between, self._lent.start, self._lent.length
 
     def _whole(self) -> LayerKV:
-        """Keys and values as one: from now on, what is lent is copied among the own."""
+        """Return all keys and values. The first call copies the lent tokens into the buffers."""
         if self._lent is not None:
             self._keys, self._values = self._joined(self._keys.shape[-2])
             self._lent = None
@@ -691,7 +693,7 @@ class _AppendLayer(DynamicLayer):
         return self._keys[..., : self.length, :], self._values[..., : self.length, :]
 
     def _joined(self, capacity: int) -> LayerKV:
-        """A copy of all that is held, with room for so many own tokens."""
+        """Return a copy of all tokens in buffers with room for `capacity` tokens besides the lent ones."""
         assert self._lent is not None
         start, length, own = self._lent.start, self._lent.length, self.own
         joined = []
@@ -713,15 +715,15 @@ class _AppendLayer(DynamicLayer):
 
 
 class _RecurrentCache(_PausingCache):
-    """The cache of a model with recurrent layers. It counts its tokens (`count`), since a state does not say how many.
+    """The cache of a model with recurrent layers. `count` counts its tokens, since a state does not tell their number.
 
     Args:
         kinds: the model's layers.
-        tokens: how many were read.
-        buffers: keys and values of each attention layer, taken as they are; they may have room for more tokens.
-        states: of the recurrent layers. None for an empty cache.
-        room: for how many tokens an empty layer makes room.
-        copied: the states are the cache's own, instead of being taken as they are.
+        tokens: the number of tokens that were read.
+        buffers: keys and values of each attention layer, not copied; they may have room for more tokens.
+        states: the states of the recurrent layers; None for an empty cache.
+        room: the room for tokens in a new buffer.
+        copied: copy the states.
     """
 
     def __init__(
@@ -750,7 +752,7 @@ class _RecurrentCache(_PausingCache):
 
     @property
     def states(self) -> States | None:
-        """The states of its recurrent layers, not copied; None if it is empty."""
+        """The states of the recurrent layers, not copied; None if the cache is empty."""
         if not self.tokens:
             return None
         recurrent = [layer for layer in self.layers if isinstance(layer, _Linear)]
@@ -759,24 +761,24 @@ class _RecurrentCache(_PausingCache):
         return States(self.kinds, rows, maps if tokens == self.tokens else ())
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens that were read."""
+        """Return the number of tokens that were read."""
         return self.tokens
 
 
 def count(cache: Cache, tokens: int) -> None:
-    """Note that a pass of so many tokens over `cache` is complete."""
+    """Record that a pass of `tokens` tokens over `cache` is complete."""
     if isinstance(cache, _RecurrentCache):
         cache.tokens += tokens
 
 
 def row_of(cache: Cache, layer_idx: int) -> tuple[torch.Tensor | None, ...]:
-    """The states of one recurrent layer, not copied: convolutions' inputs, then recurrent states. None if not there."""
+    """Return one recurrent layer's states without copying: inputs of convolutions, then recurrent states, or None."""
     layer: Any = cache.layers[layer_idx]
     return (*layer.conv_states.values(), *layer.recurrent_states.values())
 
 
 def lone_cache(layer_idx: int, conv: torch.Tensor, state: torch.Tensor) -> DynamicCache:
-    """A cache for one recurrent layer alone, which goes on from these states; it takes them as they are."""
+    """Make a cache for one recurrent layer only, which continues from these states. They are not copied."""
     cache = DynamicCache()
     cache.layers.extend(_Linear(number_of_states=1) for _ in range(layer_idx + 1))
     _restore(cache.layers[layer_idx], (conv, state), copied=False)
@@ -784,7 +786,7 @@ def lone_cache(layer_idx: int, conv: torch.Tensor, state: torch.Tensor) -> Dynam
 
 
 def _restore(layer: Any, tensors: tuple[torch.Tensor | None, ...], *, copied: bool) -> None:
-    """Have a recurrent layer go on from its states."""
+    """Set the states from which a recurrent layer continues."""
     half = len(tensors) // 2
     for index, state in enumerate(tensors):
         if state is None:
@@ -799,23 +801,23 @@ def _restore(layer: Any, tensors: tuple[torch.Tensor | None, ...], *, copied: bo
 
 
 def behind(cache: Cache, start: int) -> Layers:
-    """The tokens of a cache from `start` on, to be read."""
+    """Return the tokens of a cache from `start` on, for reading only."""
     return cache.behind(start) if isinstance(cache, GenerationCache) else cut(layers_of(cache), start)
 
 
 def crop(cache: Cache, length: int) -> None:
-    """Keep the first `length` tokens of a generation's cache."""
-    for layer in cache.layers:  # after an error in the middle of a step they differ in length
+    """Remove all but the first `length` tokens of a generation's cache."""
+    for layer in cache.layers:  # after an error in the middle of a pass, the layers' lengths differ
         excess = layer.get_seq_length() - length  # type: ignore[union-attr]
         if excess > 0:
             layer.crop(-excess)  # type: ignore[union-attr]
 
 
 class RowsCache(_PausingCache):
-    """The cache of a pass with one new token for each of several generations: each token goes into its own cache.
+    """The cache of a pass with one new token for each of several generations, each with its own cache.
 
     Attributes:
-        held: of the layer that runs now: keys and values of each generation, the new token's included.
+        held: the keys and values of each generation in the current layer, including those of the new token.
     """
 
     def __init__(self, caches: Sequence[Cache]) -> None:
@@ -826,7 +828,7 @@ class RowsCache(_PausingCache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take the keys and values of new tokens in, `(generations, kv_heads, 1, head_dim)`, and return them."""
+        """Append each new token, `(generations, kv_heads, 1, head_dim)`, to its own cache; return the arguments."""
         between = BETWEEN_LAYERS.get()
         if between is not None:
             between()
@@ -838,11 +840,11 @@ class RowsCache(_PausingCache):
 
 
 def check_cacheable(model: PreTrainedModel) -> None:
-    """Refuse a model whose past cannot be kept.
+    """Refuse a model whose cache cannot be stored and reused.
 
     Raises:
-        UnsupportedModelError: an encoder-decoder; a model with recurrent layers whose states transformers does not keep
-            in a `DynamicCache`, or not in this version.
+        UnsupportedModelError: the model is an encoder-decoder, has its own cache class, or has recurrent layers whose
+            states are not in a `DynamicCache` in this version of transformers.
     """
     config = model.config
     name = type(model).__name__
@@ -854,7 +856,7 @@ def check_cacheable(model: PreTrainedModel) -> None:
     own = _own_layers(config.get_text_config(decoder=True))
     if beside := sorted({type(layer).__name__ for layer in own if not _is_plain(layer)}):
         raise UnsupportedModelError(
-            f"{name} keeps more of a token than a key and a value ({', '.join(beside)}), and only these can be kept. "
+            f"{name} caches more per token than a key and a value ({', '.join(beside)}), which kvcag cannot store. "
             "Use another model."
         )
     module = sys.modules[type(model).__module__]
@@ -873,11 +875,11 @@ def check_cacheable(model: PreTrainedModel) -> None:
 
 
 Watch: TypeAlias = Callable[[int, LayerKV, LayerKV], None]
-"""Called as `watch(layer_idx, held, new)` before a layer takes new keys and values in."""
+"""Called as `watch(layer_idx, held, new)` before a layer writes new keys and values."""
 
 
 def zeros_like(layers: Sequence[LayerKV], tokens: int) -> Layers:
-    """Keys and values of zero for so many tokens, in the form of `layers`."""
+    """Return zeros for `tokens` tokens, with the heads, sizes, dtypes and devices of `layers`."""
 
     def zeros(of: torch.Tensor) -> torch.Tensor:
         return of.new_zeros((*of.shape[:-2], tokens, of.shape[-1]))
@@ -886,9 +888,9 @@ def zeros_like(layers: Sequence[LayerKV], tokens: int) -> Layers:
 
 
 def scatter_cache(layers: Sequence[LayerKV], positions: torch.Tensor, watch: Watch | None = None) -> DynamicCache:
-    """A cache over `layers` that writes the tokens it is given in place, at `positions`, instead of at the end.
+    """Make a cache over `layers` that writes new tokens in place, at `positions` (int64, 1-D), not at the end.
 
-    A forward pass over it recomputes those tokens' keys and values for every layer. `layers` is written to.
+    A forward pass over the cache recomputes the keys and values of these tokens in every layer, inside `layers`.
     """
     return _cache(_ScatterLayer(index, kv, positions, watch) for index, kv in enumerate(layers))
 
@@ -900,7 +902,7 @@ def _cache(layers: Iterable[DynamicLayer]) -> DynamicCache:
 
 
 class _RecurrentAppendLayer(_Linear, _AppendLayer):  # type: ignore[misc]  # mypy does not see the class
-    """A layer that attends and keeps recurrent states as well (Falcon-H1)."""
+    """A layer with both attention and recurrent states (Falcon-H1)."""
 
     def __init__(self, room: int, number_of_states: int) -> None:
         _AppendLayer.__init__(self, room)
@@ -935,6 +937,6 @@ class _ScatterLayer(_HeldLayer):
 
 
 def decoder_of(model: PreTrainedModel) -> Any:
-    """The module that holds the layers: without the language modelling head, whose logits are not needed here."""
+    """Return the module with the layers, without the language modelling head."""
     decoder = model.get_decoder()
-    return decoder if hasattr(decoder, "config") else model.base_model  # ModernBERT calls its head a decoder
+    return decoder if hasattr(decoder, "config") else model.base_model  # ModernBERT's `get_decoder` returns its head
