@@ -16,7 +16,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from kvcag.cache.layers import LayerKV, Layers, cache_of, concat, cut, layers_of, length_of, share, states_of
-from kvcag.cache.merge import Merged, MergedBefore, Part, check_merge, check_mergeable, merge, refine
+from kvcag.cache.merge import Merged, MergedBefore, Part, check_merge, merge, refine
 from kvcag.calibration import calibration_of, learned_drift_of, usual_drift_of
 from kvcag.chat_template import Prompt
 from kvcag.concurrency import holding
@@ -34,7 +34,7 @@ from kvcag.core import (
     ids_digest,
 )
 from kvcag.engines.base import Engine
-from kvcag.engines.decode import FoundPrefix, ReusablePrefix
+from kvcag.engines.decode import KnownPrefix
 from kvcag.engines.hf import HFEngine
 from kvcag.errors import (
     CacheWarning,
@@ -149,9 +149,9 @@ def with_kept_history(
     if model.is_recurrent:
         return None  # tokens in the middle of a conversation have no maps of the recurrent states
     if context is None:
-        recent = ReusablePrefix(Layers()).longest(model.prefixes, token_ids[:-1], namespace, merged=accept_merged)
+        recent = KnownPrefix().longest(model.prefixes, token_ids[:-1], namespace, merged=accept_merged)
     else:
-        recent = FoundPrefix(len(context.token_ids), [layers_of(context.cache)], context.report.mode == "merged")
+        recent = KnownPrefix(len(context.token_ids), [layers_of(context.cache)], context.report.mode == "merged")
     at = recent.length
     if len(token_ids) - at < _WORTH_MOVING:
         return None
@@ -159,10 +159,7 @@ def with_kept_history(
     moved = sum(run.length for run in runs)
     if moved < max(_WORTH_MOVING, (len(token_ids) - at) / 2):
         return None
-    try:
-        with model.exclusive() as live:
-            check_mergeable(live)
-    except UnsupportedModelError:  # the model reads the history again
+    if not model.is_mergeable:  # the model reads the history again
         return None
     chosen, ratio, _ = _choose(model, token_ids, 0, settings)
     if chosen == "exact":
@@ -251,8 +248,7 @@ def _choose(
                 check_merge(live, strategy)
         return strategy, ratio, ""
     try:
-        with model.exclusive() as live:
-            check_mergeable(live)
+        model.check_mergeable()
     except UnsupportedModelError as refused:
         return "exact", 1.0, f"auto: {refused}"
     calibration = calibration_of(engine)

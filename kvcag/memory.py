@@ -23,7 +23,6 @@ from os import PathLike, fspath
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
-from kvcag.cache.attention import check_mergeable
 from kvcag.cache.layers import ContextCache, layers_of
 from kvcag.calibration import LearnedDrift, Progress, forget_drift, learn_drift, learn_on_server, learned_drift_of
 from kvcag.chat_template import Document, Message, Prompt, as_messages, segment
@@ -384,8 +383,7 @@ class KVCacheMemory:
         if not self.engine.merges:
             raise UnsupportedModelError("a server merges no caches, so there is no drift to learn. Use an HFEngine.")
         engine = cast("HFEngine", self.engine)
-        with engine.exclusive() as model:
-            check_mergeable(model)
+        engine.check_mergeable()
         if documents is None:
             texts = [records.composed_text_memory for records in self._kept()]
         else:

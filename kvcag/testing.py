@@ -27,7 +27,7 @@ from kvcag.chat_template import ChatTemplate, Prompt, common_length
 from kvcag.core import Chunk, ContextPrompt, EncodedItem, FinishReason, MergedContext, Usage
 from kvcag.engines.base import Engine, Sampling
 from kvcag.engines.constrain import Constraint, ConstraintCompiler, ConstraintLike
-from kvcag.engines.decode import Account, Detokenizer, FoundPrefix, StopStrings, ThinkingFilter
+from kvcag.engines.decode import Account, Detokenizer, KnownPrefix, StopStrings, ThinkingFilter
 from kvcag.errors import EmptyPromptError, UnsupportedModelError
 from kvcag.fingerprint import ModelFingerprint
 
@@ -209,7 +209,7 @@ class EchoEngine(Engine):
         detokenizer, stop = Detokenizer(self.tokenizer), StopStrings(sampling.stop)
         thinking = ThinkingFilter(prompt.thinking, strips=sampling.strip_thinking)
         first_at, said = time.perf_counter(), 0
-        context = Account.of(prompt, None, FoundPrefix(cached, [], is_merged=False), 0, started).context
+        context = Account.of(prompt, None, KnownPrefix(cached), 0, started).context
 
         def usage() -> Usage:
             created = len(prompt.token_ids) - cached

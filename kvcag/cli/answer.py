@@ -204,9 +204,7 @@ class Corpus:
 
     def _prefers(self, whole: Prompt) -> bool:
         """Whether `auto` answers from the context of the whole store: it is kept, or `auto` would not merge."""
-        from kvcag.cache.attention import check_mergeable
         from kvcag.calibration import calibration_of
-        from kvcag.errors import UnsupportedModelError
 
         engine = cast("HFEngine", self.memory.engine)
 
@@ -214,11 +212,7 @@ class Corpus:
             return False
         if self.memory.store.contains(self.memory.documents.key(whole.document_ids[0])):
             return True
-        try:
-            check_mergeable(engine.model)
-        except UnsupportedModelError:
-            return True
-        return engine.is_recurrent and calibration_of(engine) is None
+        return not engine.is_mergeable or (engine.is_recurrent and calibration_of(engine) is None)
 
     def _keep(self, whole: Prompt) -> bool:
         """Keep the whole store as one document. Return whether it was encoded; the context it replaces is deleted."""

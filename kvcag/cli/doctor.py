@@ -52,11 +52,9 @@ def doctor(
     if len(documents) < 2:
         raise InvalidInputError("one document cannot be merged with others: give --corpus at least two.")
     engine = common.load_engine(model)
-    from kvcag.cache.merge import check_mergeable
     from kvcag.calibration import calibrate
 
-    with engine.exclusive() as live:
-        check_mergeable(live)
+    engine.check_mergeable()
     with common.progress("probing", probes, "contexts") as advance:
         calibration = calibrate(
             engine,

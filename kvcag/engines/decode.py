@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 from weakref import WeakSet
 
@@ -89,7 +89,7 @@ class Account:
     context: MergeReport | None = None
 
     @classmethod
-    def of(cls, prompt: Prompt, report: MergeReport | None, prefix: FoundPrefix, kept: int, started: float) -> Account:
+    def of(cls, prompt: Prompt, report: MergeReport | None, prefix: KnownPrefix, kept: int, started: float) -> Account:
         """Of a prompt that begins with `prefix`, and `kept` of whose other tokens are encoded and kept.
 
         Making the context may have paid for some of the prefix. Without a report, the documents are read in this
@@ -602,60 +602,38 @@ def overlap(text: str, stop: str) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class ReusablePrefix:
-    """The part of a context that a prompt begins with.
-
-    Attributes:
-        layers: its keys and values, to be read.
-        is_exact: they are what the model computes for these tokens, so what is generated after them may be kept.
-        report: how the context was made, if it says so.
-        read: the rest of the prompt, where it was read behind the context.
-    """
-
-    layers: Layers
-    is_exact: bool = True
-    report: MergeReport | None = None
-    read: ReadTail | None = None
-
-    @property
-    def length(self) -> int:
-        """Tokens in it."""
-        return length_of(self.layers)
-
-    def longest(self, prefixes: PrefixCache, token_ids: Sequence[int], namespace: str, *, merged: bool) -> FoundPrefix:
-        """This context, or a longer recent one that `token_ids` begin with; merged ones count if `merged`."""
-        best = FoundPrefix(self.length, [self.layers] if self.length else [], is_merged=not self.is_exact)
-        if self.is_exact:
-            best = best.or_longer(FoundPrefix(*prefixes.match(token_ids, namespace), is_merged=False))
-        if merged:
-            best = best.or_longer(FoundPrefix(*prefixes.match(token_ids, namespace, merged=True), is_merged=True))
-        return best
-
-
-@dataclass(frozen=True, slots=True)
-class FoundPrefix:
+class KnownPrefix:
     """The beginning of a prompt that need not be prefilled.
 
     Attributes:
         length: how many tokens at its beginning.
         pieces: their keys and values, one piece after another, to be read.
-        is_merged: they are an approximation.
+        is_merged: they are an approximation, and so is what is generated after them.
+        report: how the context was made, for one that was given and says so.
+        read: the rest of the prompt, where it was read behind the context.
     """
 
-    length: int
-    pieces: list[Layers]
-    is_merged: bool
+    length: int = 0
+    pieces: list[Layers] = field(default_factory=list)
+    is_merged: bool = False
+    report: MergeReport | None = None
+    read: ReadTail | None = None
 
-    def or_longer(self, other: FoundPrefix) -> FoundPrefix:
-        """The other one only if it is longer."""
-        return other if other.length > self.length else self
+    def longest(self, prefixes: PrefixCache, token_ids: Sequence[int], namespace: str, *, merged: bool) -> KnownPrefix:
+        """This one, or a longer recent context that `token_ids` begin with; merged ones count if `merged`."""
+        known = [self]
+        if not self.is_merged:
+            known.append(KnownPrefix(*prefixes.match(token_ids, namespace)))
+        if merged:
+            known.append(KnownPrefix(*prefixes.match(token_ids, namespace, merged=True), is_merged=True))
+        return max(known, key=lambda prefix: prefix.length)  # the first of equals
 
 
 def reusable_prefix(
     past_key_values: Cache | MergedContext | ContextPrompt | None,
     token_ids: Sequence[int],
     fingerprint: ModelFingerprint,
-) -> ReusablePrefix:
+) -> KnownPrefix:
     """A context, cut to what the prompt begins with and to what leaves a token to run.
 
     Raises:
@@ -664,7 +642,7 @@ def reusable_prefix(
             differently.
     """
     if past_key_values is None:
-        return ReusablePrefix(Layers())
+        return KnownPrefix()
     if isinstance(past_key_values, ContextPrompt):
         raise UnsupportedModelError("a context of a server holds no keys and values: pass it to that server's engine")
     report, exact, read = None, True, None
@@ -674,7 +652,7 @@ def reusable_prefix(
         if np.array_equal(torch.cat([held, past_key_values.tail_ids]).cpu().numpy(), token_ids):
             read = past_key_values.read
     elif past_key_values.get_seq_length() == 0:
-        return ReusablePrefix(Layers())
+        return KnownPrefix()
     else:
         own = with_tokens(past_key_values)
         cache, held, made_by, exact = own, own.token_ids, own.fingerprint, own.is_exact
@@ -694,8 +672,8 @@ def reusable_prefix(
     layers = layers_of(cache)
     usable = cut(layers, 0, min(common, len(token_ids) - 1))
     if states_of(layers) is not None and states_of(usable) is None:  # recurrent layers cannot go on from its middle
-        usable = Layers()
-    return ReusablePrefix(usable, exact, report, read)
+        return KnownPrefix(is_merged=not exact, report=report)
+    return KnownPrefix(length_of(usable), [usable] if usable else [], not exact, report, read)
 
 
 class Sampler:

@@ -324,6 +324,24 @@ class HFEngine(Engine):
         """Whether the model has recurrent layers, which go on from the end of what they read, and from nowhere else."""
         return bool(self._kinds)
 
+    def check_mergeable(self) -> None:
+        """Refuse a model whose caches cannot be merged. The first call runs a few short passes.
+
+        Raises:
+            UnsupportedModelError: as said (`kvcag.cache.attention.check_mergeable`).
+        """
+        with self.exclusive() as model:
+            check_mergeable(model)
+
+    @property
+    def is_mergeable(self) -> bool:
+        """Whether the model's caches can be merged."""
+        try:
+            self.check_mergeable()
+        except UnsupportedModelError:
+            return False
+        return True
+
     def keeps(self, tokens: int) -> bool:
         """Whether a context of so many tokens fits among the recent ones."""
         return tokens * self.bytes_per_token <= self.prefixes.max_bytes
@@ -575,14 +593,7 @@ class HFEngine(Engine):
 
     @cached_property
     def _has_maps(self) -> bool:
-        if not self._kinds:
-            return False
-        try:
-            with self.exclusive() as model:
-                check_mergeable(model)
-        except UnsupportedModelError:
-            return False
-        return True
+        return bool(self._kinds) and self.is_mergeable
 
     # --- answering ---------------------------------------------------------------------------------------------
 
@@ -617,7 +628,7 @@ class HFEngine(Engine):
 
         def run() -> Generator[Chunk, None, None]:
             def known(token_ids: Sequence[int], namespace: str) -> int:
-                if not given.is_exact or not self.keeps(len(token_ids)):
+                if given.is_merged or not self.keeps(len(token_ids)):
                     return len(token_ids)  # another prompt's prefill would not be used
                 return max(given.length, self.known_prefix(token_ids, namespace, merged=accept_merged))
 
@@ -883,13 +894,7 @@ class HFEngine(Engine):
 
     @cached_property
     def _by_position(self) -> bool:
-        if not self._attends_by_sdpa or self._kinds:
-            return False
-        try:
-            check_mergeable(self.model)
-        except UnsupportedModelError:
-            return False
-        return True
+        return self._attends_by_sdpa and not self._kinds and self.is_mergeable
 
 
 def _segment_ends(prompt: Prompt) -> list[int]:

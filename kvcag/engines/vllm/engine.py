@@ -35,7 +35,7 @@ from kvcag.core import (
 )
 from kvcag.engines.base import Engine, Sampling, context_ids
 from kvcag.engines.constrain import ConstraintLike, ServerConstraint
-from kvcag.engines.decode import Account, FoundPrefix, StopStrings, ThinkingFilter
+from kvcag.engines.decode import Account, KnownPrefix, StopStrings, ThinkingFilter
 from kvcag.engines.vllm.client import Card, Cards, Choice, Counts, HTTPClient
 from kvcag.engines.vllm.constraints import ConstraintSupport, constraint_support, server_constraint
 from kvcag.engines.vllm.documents import ServedDocuments
@@ -467,7 +467,7 @@ class VLLMEngine(Engine):
             if context - reused > _SHOULD_HIT:
                 self._documents.missed(prompt, namespace)
         found = max(reused, len(prompt.context_ids)) if report else reused
-        account = Account.of(prompt, report, FoundPrefix(found, [], is_merged=False), kept, started)
+        account = Account.of(prompt, report, KnownPrefix(found), kept, started)
         usage = Usage(
             prompt_tokens=size,
             cached_tokens=account.cached_tokens,
