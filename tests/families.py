@@ -236,19 +236,21 @@ def reason(refusal: UnsupportedModelError) -> str:
 
 INTRODUCTION = """# Which models
 
-What works with each type of decoder that transformers {version} has, found by a tiny random model of each
-(`python -m tests.families` writes this page; `tests/unit/test_every_family.py` holds it).
+This page says which types of decoder models work with kvcag. To check your own model:
 
-- **Exact**: documents, chats and agents reuse the longest beginning that was encoded before, and the answer is the
+```sh
+kvcag doctor --model MODEL
+```
+
+- **Exact**: documents, chats and agents reuse the longest prefix that was encoded before, and the answer is the
   model's own.
-- **Merged**: documents that were encoded one by one are put together in any order ([merging](merging.md)).
+- **Merged**: kvcag can combine documents that were encoded one by one, in any order ([merging](merging.md)).
 
-A checkpoint's `config.json` names its `model_type`. Where text is a part of a larger model, as in `gemma3`, `gemma4`,
-`llama4` or `qwen3_5`, look for the type of its text: `gemma3_text`, `gemma4_text`, `llama4_text`, `qwen3_5_text`.
-No small model of some types can be made by a configuration alone, and they have no row.
-`kvcag doctor --model MODEL` tells for your own model.
+A checkpoint's `config.json` names its `model_type`. If text is only a part of a model, as in `gemma3`, `gemma4`,
+`llama4` or `qwen3_5`, look for the type of the text model: `gemma3_text`, `gemma4_text`, `llama4_text`,
+`qwen3_5_text`.
 
-| people say | model type |
+| name | model type |
 | --- | --- |
 | Qwen3.5, Qwen3.6 (dense; mixture of experts) | `qwen3_5_text`; `qwen3_5_moe_text` |
 | Qwen3-Next | `qwen3_next` |
@@ -258,37 +260,42 @@ No small model of some types can be made by a configuration alone, and they have
 | DeepSeek-V3 and R1, Kimi K2; GLM-4.7-Flash | `deepseek_v3`; `glm4_moe_lite` |
 | Ministral 3 | `ministral3` |
 
+`python -m tests.families` writes this page: it tries a tiny random model of each type in transformers {version}.
+`tests/unit/test_every_family.py` checks the page. Types without a row need more than a configuration to make a small
+model.
+
 ## Weights, adapters and devices
 
-Keys and values have the dtype that the model computes in. A fingerprint is over the weights as they are, with their
-scales. Where it says yes, exact reuse and merging work, on a CPU (`tests/unit/test_weights.py`).
+Keys and values have the dtype that the model computes in. The fingerprint covers the weights as they are stored,
+including their scales. "Yes" means that exact reuse and merging work, on a CPU (`tests/unit/test_weights.py`).
 
 | weights | works |
 | --- | --- |
 | torchao: int8, int4 and FP8, weight-only | yes |
-| bitsandbytes: 8 and 4 bits | yes |
-| GPTQ, AWQ | not run; packed weights in buffers are part of the fingerprint |
-| FP8 in blocks (`FineGrainedFP8Config`) | not run: transformers asks for a GPU |
-| GGUF | unpacked, as in `kvcag demo`; not run packed, which asks for a kernel from the hub |
+| bitsandbytes: 8 and 4 bits | yes, and on a GPU |
+| GPTQ, AWQ | not tried; packed weights in buffers are part of the fingerprint |
+| FP8 in blocks (`FineGrainedFP8Config`) | not tried: transformers needs a GPU and a kernel from the hub |
+| GGUF | yes if unpacked, as in `kvcag demo`; not tried packed, which needs a kernel from the hub |
 | LoRA through peft | yes: active, switched, merged and unloaded |
 | offloaded to memory or disk | yes, by a `device_map` or by `accelerate.cpu_offload` |
-| layers on two GPUs | has a test, and was not run |
+| layers on two GPUs | yes |
 
-With torchao's int8 weights, SmolLM2 does the whole demo; the KL of its own merges over that of its float32 weights is
-1.05 with `rotate`, 1.09 with `query` at 10% and 0.99 at 20%, on 50 questions of five documents
-(`benchmarks/results/fidelity/int8-weights.json`; save a quantised checkpoint, and give it to `benchmarks/fidelity.py`
-as `--model`).
+SmolLM2 with torchao's int8 weights was measured on 50 questions of five documents. The KL of its merges, divided by
+the KL with float32 weights, is 1.05 with `rotate`, 1.09 with `query` at 10% and 0.99 at 20%
+(`benchmarks/results/fidelity/int8-weights.json`). To repeat this, save a quantised checkpoint and pass it to
+`benchmarks/fidelity.py` as `--model`.
 
 ## Recurrent layers
 
-They are merged by `rotate` and `full`. The other strategies compute single tokens again, and a state knows no token in
-the middle. Jamba, Mamba, FalconMamba and Zaya are exact only: in transformers {version} their pass over several tokens
-starts from zero, whatever the state before it, so no map of a document can be measured. What is new in a prompt is read
-token by token there.
+Models with recurrent layers are merged by `rotate` and `full` ([how](merging.md#recurrent-layers)). The other
+strategies recompute single tokens, but a recurrent layer has no state for a token in the middle. Jamba, Mamba,
+FalconMamba and Zaya have only exact reuse: in transformers {version} a pass over several tokens starts from zero and
+ignores the earlier state, so kvcag cannot measure the effect of a document. These models read new text in a prompt
+token by token.
 
 ## Every type
 
-{exact} types work exactly, {merged} of them can be merged too.
+{exact} types work exactly, and {merged} of them can also be merged.
 
 | model type | exact | merged | why not |
 | --- | --- | --- | --- |
