@@ -1,4 +1,4 @@
-"""Where items live: in memory, on disk, in a remote, and in tiers of these."""
+"""Stores hold items: in memory, on disk, in a remote, or in tiers of several stores."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ _HOMES = {
     "read_item": "kvcag.stores.format",
     "write_item": "kvcag.stores.format",
 }
-"""Names that need torch. They are imported when they are first used, since listing a store needs none."""
+"""Names whose modules import torch. They are imported on first use, since listing a store does not need torch."""
 
 __all__ = [
     "ByteKVStore",

@@ -1,4 +1,4 @@
-"""The contract of a store."""
+"""The interface of every store, and the deletion of everything that was made from a text."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ if TYPE_CHECKING:
     from kvcag.core import EncodedItem, KVCacheItem
 
 SOURCE_FIELDS = ("source", "source_text", "file_path", "doc_id", "ref_doc_id")
-"""Metadata fields that name what an item was made from: ours, LangChain's and LlamaIndex's."""
+"""Metadata fields that name the source of an item's text: those of kvcag, LangChain and LlamaIndex."""
 
 MADE_OF = "made_of"
 """Metadata field of a context of several documents: a list of their texts and of the names of their sources."""
 
 ENCODED_BEHIND = "encoded_behind"
-"""Metadata field of a document that was encoded behind another one: a list of that one's text and of its sources."""
+"""Metadata field of a document that was encoded after another document: a list of that text and of its sources."""
 
 Described: TypeAlias = "Manifest | EncodedItem"
-"""What says what an item was made from: its manifest, or an item whose keys and values are not made yet."""
+"""An object that has an item's records and metadata: its manifest, or the item before its keys and values are made."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoreStats:
-    """What a store holds now, and how often this object was asked for an item.
+    """The contents of a store now, and counts of this object's calls.
 
     Attributes:
-        items: number of items, without instructions.
-        bytes: bytes of all items.
-        max_bytes: the budget; None for no limit.
+        items: number of items. Instructions are not counted.
+        bytes: bytes of all items, including instructions.
+        max_bytes: the budget in bytes; None for no limit.
         hits: calls of `get` that found an item.
-        misses: calls of `get` that found none.
-        evictions: items that were deleted to keep the budget.
+        misses: calls of `get` that found no item.
+        evictions: items that were deleted to stay within the budget.
     """
 
     items: int
@@ -66,11 +66,11 @@ class StoreStats:
 
 @dataclass(frozen=True, slots=True)
 class DeletionReport:
-    """What a deletion reached, and what it did not. It is true if anything was deleted, or failed.
+    """The result of a deletion. It is true if anything was deleted, or could not be deleted.
 
     Attributes:
-        deleted: the ids of the items that were deleted, by the place where they were: a folder, an address, a dump.
-        failed: what could not be read or deleted, and why: it may hold the text.
+        deleted: the ids of the deleted items, by place: a folder, an address or a dump.
+        failed: for each item or place that could not be read or deleted, the reason. It may still contain the text.
     """
 
     deleted: dict[str, list[str]] = field(default_factory=dict)
@@ -78,7 +78,7 @@ class DeletionReport:
 
     @property
     def ids(self) -> list[str]:
-        """The ids of the items that were deleted, each once."""
+        """The ids of the deleted items, without duplicates."""
         return list(dict.fromkeys(chain.from_iterable(self.deleted.values())))
 
     def __bool__(self) -> bool:
@@ -95,94 +95,97 @@ class DeletionReport:
     def __str__(self) -> str:
         counts = {place: len(ids) for place, ids in self.deleted.items() if ids}
         said = [f"{count} {'item' if count == 1 else 'items'} deleted from {place}" for place, count in counts.items()]
-        said += [f"{what} may hold the text: {why}" for what, why in self.failed.items()]
+        said += [f"{what} may still hold the text: {why}" for what, why in self.failed.items()]
         return "; ".join(said) or "there was nothing to delete"
 
     def as_dict(self) -> dict[str, Any]:
-        """The report for JSON: its attributes."""
+        """The attributes as a dict for JSON."""
         return asdict(self)
 
 
 class KVStore(ABC):
-    """Items by their id.
+    """Stores items by their ids.
 
-    Every method may be called from several threads at once. A reader gets an item whole or not at all. An item stays
-    readable after it was deleted or replaced in the store. Do not write to its tensors: copy them first
+    Every method may be called from several threads at once. A reader gets a complete item or none. An item stays
+    readable after it is deleted or replaced in the store. Do not write to an item's tensors: copy them first
     (`kvcag.cache.layers.clone`). A store with a budget or a time to live may delete an item at any time, so a missing
     item is not an error.
 
-    All methods raise `StoreUnavailableError` when the disk, the remote or the connection fails. Items that were stored
-    before are not lost by that.
+    All methods raise `StoreUnavailableError` if the disk, the remote or the connection fails. Stored items are not lost
+    by such a failure.
     """
 
     @abstractmethod
     def get(self, key: str) -> KVCacheItem | None:
-        """The item, or None. Its tensors are verified.
+        """The item with this id, or None. Its tensors are verified.
 
         Raises:
             CorruptItemError: the item is damaged. `delete` it and encode its text again.
-            FormatError: kvcag did not write it, or a newer release did.
+            FormatError: another program wrote the item, or a newer release of kvcag.
         """
 
     @abstractmethod
     def put(self, item: KVCacheItem) -> None:
-        """Store an item under its id, in place of an earlier one. When this returns, the item is stored.
+        """Store an item under its id, and replace an earlier item with this id. The item is stored on return.
 
         Raises:
-            InvalidInputError: its metadata is not JSON, and the store needs JSON.
+            InvalidInputError: the item's metadata is not JSON, and the store needs JSON.
             StoreFullError: the item is larger than the budget, or pinned items leave too little room.
         """
 
     @abstractmethod
     def delete(self, keys: Iterable[str]) -> None:
-        """Delete items. Missing ones are ignored."""
+        """Delete items by id. Unknown ids are ignored."""
 
     @abstractmethod
     def contains(self, key: str) -> bool:
         """Whether the item is stored. Its content is not verified."""
 
     def containing(self, keys: Iterable[str]) -> set[str]:
-        """Those of several items that are stored, as `contains` says."""
+        """The ids, among `keys`, of items that `contains`."""
         return {key for key in keys if self.contains(key)}
 
     @abstractmethod
     def keys(self) -> Iterator[str]:
-        """The ids of all items, in no particular order, one by one, those of instructions too."""
+        """Yield the ids of all items, including instructions, in no particular order."""
 
     @abstractmethod
     def manifest(self, key: str) -> Manifest | None:
-        """Everything about an item except its tensors, or None. Raises as `get`."""
+        """Everything about an item except its tensors; None if it is not stored. Raises the errors of `get`."""
 
     @abstractmethod
     def stats(self) -> StoreStats:
         """Number and bytes of the items, and counts of hits, misses and evictions."""
 
     def prefetch(self, keys: Iterable[str]) -> object:
-        """Begin to move items to the fastest tier, and return at once. Does nothing where there is one tier."""
+        """Begin to copy items to the fastest tier, and return at once. Does nothing if the store has no tiers."""
         return None
 
     def forget(self, texts: Iterable[str]) -> None:  # noqa: B027 - most stores have nothing to forget
-        """Forget texts whose items were deleted. Does nothing in a store that keeps texts in its items alone."""
+        """Forget texts whose items were deleted. Does nothing in a store that has texts only in its items."""
 
     # --- deleting for good ---------------------------------------------------------------------------------------
 
     @property
     def is_exact(self) -> bool:
-        """Whether keys and values are read as they were put; a store that quantises does not keep them so."""
+        """Whether `get` returns keys and values bit for bit as they were put. False in a store that quantises."""
         return True
 
     @property
     def place(self) -> str:
-        """What reports call this store."""
+        """The name of this store in reports."""
         return type(self).__name__
 
     @property
     def places(self) -> frozenset[object]:
-        """What this store shares with others over the same items: work under way is told of deletions by it."""
+        """Identifies the stored items: equal for two store objects over the same items.
+
+        A deletion through one object reaches work that puts items through the other (`keeping`).
+        """
         return frozenset({self})
 
     def erase(self, keys: Iterable[str]) -> DeletionReport:
-        """Delete items, go on after a failure, and report. Work under way does not bring them back (`keeping`)."""
+        """Delete items, continue after a failure, and report. Running work does not put them back (`keeping`)."""
         chosen = dict.fromkeys(keys)
         report = DeletionReport({self.place: []})
         with self._announced(lambda item: item.id in chosen, chosen):
@@ -196,7 +199,7 @@ class KVStore(ABC):
         return report
 
     def purge(self, source: str) -> DeletionReport:
-        """Delete every item that was made from one text, alone or with others, go on after a failure, and report.
+        """Delete every item made from one text, alone or with other texts; continue after a failure, and report.
 
         Args:
             source: the text itself, or a value of one of the metadata fields in `SOURCE_FIELDS`: a path, a URL, a
@@ -205,20 +208,21 @@ class KVStore(ABC):
         return self.erase_where(lambda item: made_from(item, source))
 
     def clear(self) -> DeletionReport:
-        """Delete every item, also those that cannot be read, and report."""
+        """Delete every item, including those that cannot be read, and report."""
         return self.erase_where(lambda item: True, unreadable=True)
 
     def deletions(self) -> Hashable:
-        """Changes with every `erase`, `purge` and `clear`, where possible those of other processes too."""
+        """A value that changes with every `erase`, `purge` and `clear`; if possible, with those of other processes."""
         return self._erasures
 
     _erasures = 0
 
     @contextmanager
     def _announced(self, chosen: Callable[[Described], bool], keys: Iterable[str] | None = None) -> Iterator[None]:
-        """Announce a deletion before items are looked for and when they are gone.
+        """Announce a deletion twice: before the items are searched, and after they are deleted.
 
-        Before: what work under way puts later would not be found. After: others may have read an item in between.
+        Before, because the search does not find what running work puts later. After, because other work may have read
+        an item in the meantime.
         """
         self._announce(chosen, keys)
         try:
@@ -227,7 +231,7 @@ class KVStore(ABC):
             self._announce(chosen, keys)
 
     def _announce(self, chosen: Callable[[Described], bool], keys: Iterable[str] | None) -> None:
-        """Count a deletion of `keys`, or for None of what is found, and tell work under way of it."""
+        """Count a deletion, and mark running work on a `chosen` item as deleted. `keys` is None for a search."""
         self._erasures += 1
         with _working:
             for work in _under_way:
@@ -235,11 +239,12 @@ class KVStore(ABC):
                     work.is_deleted = True
 
     def erase_where(self, chosen: Callable[[Described], bool], *, unreadable: bool = False) -> DeletionReport:
-        """Delete the items that `chosen` accepts, go on after a failure, and report.
+        """Delete the items that `chosen` accepts, continue after a failure, and report.
 
         Args:
-            chosen: is given an item's manifest, and each item that is being made, which has no keys and values yet.
-            unreadable: delete items that cannot be read, too. By default the report says that they failed.
+            chosen: called with the manifest of each stored item, and with each item that is being made, which has no
+                keys and values yet.
+            unreadable: also delete items that cannot be read. By default, the report lists them as failed.
         """
         report = DeletionReport({self.place: []})
         with self._announced(chosen):
@@ -259,11 +264,11 @@ class KVStore(ABC):
 
     @contextmanager
     def keeping(self, item: Described, since: Hashable = None) -> Iterator[None]:
-        """Work that encodes and puts an item. If the item is deleted meanwhile, it is deleted again at the end.
+        """Wrap work that encodes and puts an item. If the item is deleted meanwhile, delete it again at the end.
 
         Args:
-            item: has at least the item's id, its records and its metadata.
-            since: what `deletions` returned before the item was read from this store; None: it comes from elsewhere.
+            item: the item's id, records and metadata.
+            since: the value of `deletions` from before the item was read from this store; None if it was not read here.
         """
         work, since = _Work(self.places, item), self._moment() if since is None else since
         with _working:
@@ -281,30 +286,34 @@ class KVStore(ABC):
             self.delete([item.id])
             self.forget([*item.records.text_memories, item.records.composed_text_memory])
         except StoreError as error:
-            warnings.warn(f"{item.id} was deleted while it was made, and is there: {error}", CacheWarning, 4)
+            warnings.warn(
+                f"item {item.id} was deleted while it was made, but it may be stored again ({error}). Delete it again.",
+                CacheWarning,
+                4,
+            )
 
     def _moment(self) -> Hashable:
-        """Now, for `_deleted_since`. This process's own deletions from now on do not count: work is told of them."""
+        """The present, for `_deleted_since`, which then ignores this process's deletions: `_announce` handles those."""
         return None
 
     def _deleted_since(self, key: str, since: Hashable) -> bool:
-        """Whether an item was, or may have been, deleted after a `_moment`, or after `deletions` returned `since`."""
+        """Whether an item was deleted, or may have been, after `_moment` or `deletions` returned `since`."""
         return since is not None and self.deletions() != since
 
     def _used(self, key: str) -> None:  # noqa: B027 - most stores evict nothing
-        """Count a use of an item that was read from a faster tier."""
+        """Count a use of an item that was read from a faster tier, so that eviction sees the use."""
 
     # --- looking -------------------------------------------------------------------------------------------------
 
     def listing(self) -> Iterator[Listed]:
-        """Every item, also those that cannot be read."""
+        """Every item, including those that cannot be read."""
         for key in self.keys():
             yield from listed(key, partial(self.manifest, key), partial(self.delete, [key]))
 
     def manifests(self) -> Iterator[tuple[str, Manifest]]:
         """The id and the manifest of every item.
 
-        A damaged item cannot say what it was made from. It is left out, and named in a `CacheWarning`.
+        Items that cannot be read are left out, and named in a `CacheWarning`.
         """
         damaged: list[str] = []
         for item in self.listing():
@@ -314,7 +323,7 @@ class KVStore(ABC):
                 yield item.manifest.id, item.manifest
         if damaged:
             warnings.warn(
-                f"{len(damaged)} items of {self!r} cannot be read, so what they were made from is unknown. "
+                f"{len(damaged)} items of {self!r} cannot be read, so their texts are unknown. "
                 f"`kvcag verify --repair` deletes them: {'; '.join(damaged[:5])}",
                 CacheWarning,
                 stacklevel=2,
@@ -334,14 +343,14 @@ class KVStore(ABC):
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """An item as a store lists it.
+    """An item in a store's listing.
 
     Attributes:
-        name: its id; the file or object of one that cannot be read.
-        manifest: None if it cannot be read.
-        error: why it cannot be read; empty if it can.
-        delete: deletes it where it stands.
-        bytes: the size of its file or object; 0 where there are none.
+        name: the item's id; if it cannot be read, the path of its file or object.
+        manifest: the item's manifest; None if it cannot be read.
+        error: why the item cannot be read; empty if it can.
+        delete: deletes the item's file, object or entry.
+        bytes: the size of the item's file or object in bytes; 0 if it has none.
     """
 
     name: str
@@ -354,7 +363,7 @@ class Listed:
 def listed(
     name: str, read: Callable[[], Manifest | None], delete: Callable[[], None], bytes: int = 0
 ) -> Iterator[Listed]:
-    """An item whose manifest `read` gives; nothing if it was deleted in the meantime."""
+    """Yield the item whose manifest `read` returns. Yields nothing if the item was deleted in the meantime."""
     try:
         manifest = read()
     except StoreError as error:
@@ -366,7 +375,7 @@ def listed(
 
 @dataclass(eq=False)
 class _Work:
-    """The making of an item that will be put into a store."""
+    """Running work that makes an item and will put it into a store."""
 
     places: frozenset[object]
     item: Described
@@ -379,21 +388,21 @@ _working = threading.Lock()
 
 def made_from(item: Described, source: str) -> bool:
     """Whether an item was made from `source`, alone or together with other texts."""
-    known = item.metadata.get(ENCODED_BEHIND, ())  # by its keys and values
+    known = item.metadata.get(ENCODED_BEHIND, ())  # the keys and values of the item depend on these texts
     sources = sources_of(item.metadata).union(known)
     texts = (*item.records.text_memories, item.records.composed_text_memory, *sources)
     return source in sources or any(says(text, source) for text in texts)
 
 
 def stands_behind(manifest: Manifest) -> list[str]:
-    """The text that an item was encoded behind, if any."""
+    """The text that an item was encoded after, as a list of one; empty if the item was encoded without such a text."""
     return list(manifest.metadata.get(ENCODED_BEHIND, ()))[:1]
 
 
 def says(text: str, source: str) -> bool:
-    """Whether a text is `source`, or contains it: as lines of its own, or anywhere if it is more than two words.
+    """Whether a text contains `source`: anywhere if it has more than two words, or else as a whole line.
 
-    A document is kept as it stood in its prompt: with the separator that ended it, within a template, between others.
+    An item's text is a document as it stood in its prompt: with its separator, within a template or between others.
     """
     wanted = source.strip()
     if not wanted or wanted not in text:
@@ -402,6 +411,6 @@ def says(text: str, source: str) -> bool:
 
 
 def sources_of(metadata: Mapping[str, Any]) -> set[str]:
-    """What a document's or an item's metadata names as its sources."""
+    """The sources that the metadata of a document or an item name."""
     named = [metadata.get(field) for field in (*SOURCE_FIELDS, MADE_OF)]
     return {str(source) for name in named for source in (name if isinstance(name, list) else [name]) if source}

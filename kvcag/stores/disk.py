@@ -1,9 +1,9 @@
-"""Items in a directory that several processes and threads may share.
+"""A store in a directory that several processes and threads may share.
 
-There is no index besides the files. A file's name is a hash of its item's id, so a look-up is one `open`. A file's
-access time is the time of its last use, and its modification time the time of its `put`. A put is a rename and a delete
-is an unlink. Both are atomic, so readers take no lock. The one lock, on a file, prevents an eviction from deleting a
-file that another process has just replaced.
+There is no index: a file's name is a hash of its item's id, so a look-up is one `open`. A file's access time is the
+time of its last use, and its modification time is the time of its `put`. A put is a rename and a delete is an unlink. Both
+are atomic, so readers take no lock. The only lock, on a file, prevents an eviction from deleting a file that another
+process has just replaced.
 """
 
 from __future__ import annotations
@@ -43,38 +43,38 @@ if TYPE_CHECKING:
 
 _PIN = ".pin"
 FOLDER_BYTES = 64 << 30
-"""The budget of a store that is opened by a path alone, in bytes of its files."""
+"""The budget of a store that is opened with only a path, in bytes of its files."""
 _DELETIONS = ".deletions"
-"""A file with a mark of two bytes for each deletion: of the item's name, or zeros where items are still looked for."""
+"""A file that gets a mark of two bytes for each deletion: bytes of the item's file name, or zeros for a search."""
 _announced: Counter[str] = Counter()
-"""Marks of zeros that this process has written for a directory."""
+"""The number of zero marks that this process wrote for each directory."""
 _announcing = threading.Lock()
 _ANY = b"\0\0"
 _RECOUNT_SECONDS = 5.0
-"""How long, at least, this process relies on its own count of the bytes. Other processes may write in the meantime."""
+"""The minimum time between two counts of the files. In between, this process does not see what others write."""
 _RECOUNT_SHARE = 0.05
-"""The share of its time that a process spends on counting, at most: a million files take seconds."""
+"""The maximum share of its time that a process spends on counting: a million files take seconds."""
 _CLOCKS_DIFFER_SECONDS = 60
-"""By how much the clocks of machines that share a directory may differ."""
+"""The maximum difference between the clocks of machines that share a directory."""
 
 
 class DiskStore(KVStore):
-    """Items in a directory.
+    """Stores items in a directory.
 
     Args:
         path: the directory. It is created with mode 0700 if it is missing.
-        max_bytes: bytes that the files of this namespace may take. The least recently used are evicted first. With
-            several writers, the files that the others wrote in the last five seconds may exceed it, or in twenty times
-            as long as counting the files takes.
+        max_bytes: the budget for the files of this namespace, in bytes; None for no limit. The least recently used
+            files are evicted first. A process recounts the files every five seconds, or less often if counting takes
+            more than a quarter of a second. What other processes write in between may exceed the budget.
         ttl: seconds after a `put` until the item expires; None for never.
         quantize: `"int8"` halves the files of a bfloat16 model. Items are read in the model's dtype.
-        namespace: whose items these are. Two namespaces share no file, and neither finds an item of the other.
-        salt: a secret of the server, part of every file name. Without it, the names do not reveal which texts are
-            stored. Use the same salt to find the items again. None: the environment variable `KVCAG_SALT`, which so
-            reaches every store that adapters, cubes and commands open by a path.
+        namespace: separates items. Two namespaces share no file, and a look-up in one never finds an item of the other.
+        salt: a secret of the server that is part of every file name. To someone without the salt, the names do not
+            reveal which texts are stored. Use the same salt to find the items again. None: the environment variable
+            `KVCAG_SALT`, which also reaches the stores that adapters, cubes and commands open by a path.
 
     Attributes:
-        evictions: items that this object deleted to keep the budget.
+        evictions: number of items that this object deleted to stay within the budget.
 
     Raises:
         StoreUnavailableError: the directory cannot be created.
@@ -101,7 +101,7 @@ class DiskStore(KVStore):
         with unavailable(self.path):
             make_private(self.directory)
         for folder in (self.path, self.directory):
-            with contextlib.suppress(OSError):  # a folder that may only be read: `verify` names what is in it
+            with contextlib.suppress(OSError):  # a read-only folder keeps its leftovers; `verify` lists them
                 leftovers(folder, remove=True)
 
     def __repr__(self) -> str:
@@ -111,7 +111,7 @@ class DiskStore(KVStore):
             return f"<DiskStore {self.path} unavailable>"
 
     def get(self, key: str) -> KVCacheItem | None:
-        """The item, its tensors mapped from its file. It becomes the most recently used."""
+        """The item, with tensors memory-mapped from its file; None if it is not stored. Counts as a use."""
         from kvcag.stores.format import item_from_file  # not above: listing a store needs no torch
 
         path = self.file(key)
@@ -127,11 +127,11 @@ class DiskStore(KVStore):
             self._hits += item is not None
             self._misses += item is None
         if item is not None and item.id != key:
-            raise CorruptItemError(path, f"it should hold item {key!r} and holds {item.id!r}")
+            raise CorruptItemError(path, f"it should contain item {key!r} but contains {item.id!r}")
         return item
 
     def put(self, item: KVCacheItem) -> None:
-        """Write the item's file, then delete the least recently used files that exceed the budget."""
+        """Write the item's file, then delete the least recently used files until the rest fits into the budget."""
         from kvcag.cache.layers import layers_of, nbytes
         from kvcag.stores.format import write_item
 
@@ -159,7 +159,7 @@ class DiskStore(KVStore):
                 sync_directory(directory)
 
     def contains(self, key: str) -> bool:
-        """Whether the item has a file that has not expired. The content is not read."""
+        """Whether the item has a file that has not expired. Does not read the content."""
         path = self.file(key)
         with unavailable(path):
             try:
@@ -169,7 +169,7 @@ class DiskStore(KVStore):
                 return False
 
     def keys(self) -> Iterator[str]:
-        """The ids, from the headers of the files. Damaged files are left out; `verify` lists them."""
+        """Yield the ids from the heads of the files. Skips damaged files; `verify` lists them."""
         for entry in self._entries():
             try:
                 yield read_id(entry.path)
@@ -180,11 +180,11 @@ class DiskStore(KVStore):
                     raise
 
     def manifest(self, key: str) -> Manifest | None:
-        """From the file's header. Does not count as a use."""
+        """The item's manifest, from the head of its file; None if it is not stored. Does not count as a use."""
         return self._manifest(self.file(key)) if self.contains(key) else None
 
     def listing(self) -> Iterator[Listed]:
-        """By file: a damaged file does not say its id."""
+        """List the files. A damaged file is named by its path, since its id cannot be read."""
         for entry in self._entries():
             try:
                 size = entry.stat().st_size
@@ -195,7 +195,7 @@ class DiskStore(KVStore):
 
     @property
     def is_exact(self) -> bool:
-        """Whether it does not quantise."""
+        """True if the store does not quantise."""
         return self.quantize is None
 
     @property
@@ -205,18 +205,18 @@ class DiskStore(KVStore):
 
     @property
     def places(self) -> frozenset[object]:
-        """The namespace's directory, which other stores may be opened over."""
+        """The absolute path of the namespace's directory."""
         return frozenset({str(self.directory.absolute())})
 
     def deletions(self) -> int:
-        """Counts the bytes of all processes' marks, in a file that only grows."""
+        """The size, in bytes, of a file that only grows: every process appends a mark for each deletion."""
         with contextlib.suppress(OSError):
             self._erasures = (self.directory / _DELETIONS).stat().st_size
         return self._erasures
 
     def _announce(self, chosen: Callable[[Described], bool], keys: Iterable[str] | None) -> None:
         marks = _ANY if keys is None else b"".join(map(self._mark, keys))
-        with _announcing, contextlib.suppress(OSError):  # a store that is gone: the deletion says so
+        with _announcing, contextlib.suppress(OSError):  # if the directory is gone, the deletion itself raises
             descriptor = os.open(self.directory / _DELETIONS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             with contextlib.closing(os.fdopen(descriptor, "wb")) as file:
                 file.write(marks)
@@ -224,7 +224,7 @@ class DiskStore(KVStore):
         super()._announce(chosen, keys)
 
     def _mark(self, key: str) -> bytes:
-        """Sixteen bits of an item's file name: too few to tell which text it was, and rarely those of another."""
+        """The first 16 bits of an item's file name: too few to identify a text, and rarely equal for two items."""
         digest = bytes.fromhex(self.file(key).stem[:4])
         return digest if digest != _ANY else b"\0\1"
 
@@ -265,7 +265,7 @@ class DiskStore(KVStore):
             raise
 
     def stats(self) -> StoreStats:
-        """Counts the files, also expired ones that were not deleted yet."""
+        """The contents, from a listing of the files, and counts. Includes expired files that were not deleted yet."""
         files = list(self._files())
         items = sum(not file.path.name.endswith(INSTRUCTION_SUFFIX) for file in files)
         return StoreStats(
@@ -277,12 +277,12 @@ class DiskStore(KVStore):
         return self.directory / self._names.file(key)
 
     def size(self, key: str) -> int:
-        """The bytes of an item's file."""
+        """The size of an item's file in bytes."""
         with unavailable(path := self.file(key)):
             return path.stat().st_size
 
     def pin(self, key: str) -> None:
-        """Keep this item from eviction and expiry until `unpin` or `delete`, in all processes."""
+        """Exempt an item from eviction and expiry by any process, until `unpin` or `delete`."""
         path = self.file(key).with_suffix(_PIN)
         with unavailable(path):
             make_private(path.parent)
@@ -310,7 +310,7 @@ class DiskStore(KVStore):
                     yield from (entry for entry in os.scandir(shard) if entry.name.endswith(SUFFIX))
 
     def _files(self) -> Iterator[_File]:
-        """The items' files with their sizes and times. Files that are deleted in the meantime are left out."""
+        """The items' files with their sizes and times. Skips files that are deleted in the meantime."""
         for entry in self._entries():
             with contextlib.suppress(FileNotFoundError):
                 yield _File.of(entry)
@@ -327,7 +327,7 @@ class DiskStore(KVStore):
         return True
 
     def _keep_budget(self, item_id: str, path: Path, size: int) -> None:
-        """Delete the least recently used files until the rest fits, the file just put last."""
+        """Delete the least recently used files until the rest fits. The new file, `path`, is deleted last."""
         assert self.max_bytes is not None
         with self._counters:
             self._counted += size
@@ -365,7 +365,7 @@ class _File:
 
 
 def _past(nanoseconds: int) -> int:
-    """A time, or 0 for one in the future, which would keep an item for ever."""
+    """A time, or 0 if it is in the future: a time in the future would never expire."""
     return nanoseconds if nanoseconds < time.time_ns() + _CLOCKS_DIFFER_SECONDS * 10**9 else 0
 
 
@@ -377,7 +377,7 @@ def _unlink(path: Path, inode: int) -> None:
 
 
 def _use(file: BinaryIO) -> None:
-    """Set the access time. A reader without write permission leaves it as it is."""
+    """Set the access time of a file to now. Does nothing without write permission."""
     try:
         os.utime(file.fileno(), ns=(time.time_ns(), os.fstat(file.fileno()).st_mtime_ns))
     except OSError as error:

@@ -1,13 +1,13 @@
-"""Dumps: several items, and other files, that are replaced together.
+"""Dumps: folders of several items and other files that are replaced together, in one step.
 
 ```
 folder/
-├── kv_cache_memories.json          the manifest: which directory counts, and what is in it
+├── kv_cache_memories.json          the manifest: the current directory, and its items and files
 └── kv_cache_memories.json-3f9c…/   a directory of a DiskStore, one for each dump
 ```
 
-The manifest is renamed last, so a crash at any point leaves the old dump or the new one, whole. The next
-process that opens the folder, or dumps into it, deletes what a crash left (`kvcag.stores.verify`).
+The manifest is renamed last, so a crash at any point leaves the complete old dump or the complete new one. The next
+process that opens the folder, or dumps into it, deletes the leftovers of a crash (`kvcag.stores.verify`).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _DIRECTORY = re.compile(r"(.+)-[0-9a-f]{32}")
 
 @dataclass(frozen=True, slots=True)
 class Dump:
-    """A dump that was read and verified. The items' tensors are mapped from their files."""
+    """A dump that was read and verified. The items' tensors are memory-mapped from their files."""
 
     items: list[KVCacheItem] = field(default_factory=list)
     files: dict[str, bytes] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class Dump:
 
 
 class _Contents(BaseModel):
-    """The content of a manifest. `files` maps the name of each file to its checksum."""
+    """The content of a dump's manifest. `files` maps the name of each other file to its checksum."""
 
     directory: str
     items: list[str]
@@ -77,19 +77,20 @@ def write_dump(
     files: Mapping[str, bytes] | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a dump, in place of an earlier one of the same `filename`. Other processes wait.
+    """Write a dump, and replace an earlier dump of the same `filename`. Other processes that dump to it wait.
 
     Args:
-        folder: where. It may hold other files, and dumps under other names.
+        folder: the folder. It may contain other files, and dumps with other manifest names.
         filename: the name of the manifest.
         items: the items to write.
-        kind: what the dump is, for its reader to check.
+        kind: the kind of dump, which the reader checks.
         files: other files of the dump, by name.
-        about: JSON to keep in the manifest.
+        about: JSON for the manifest.
 
     Raises:
         InvalidInputError: an item's metadata is not JSON. The earlier dump is unchanged.
-        StoreUnavailableError: the disk is full, permission was denied. The earlier dump is unchanged.
+        StoreUnavailableError: the folder cannot be written, for example because the disk is full. The earlier dump is
+            unchanged.
     """
     root, manifest = Path(folder), Path(folder, filename)
     with unavailable(root):
@@ -98,11 +99,11 @@ def write_dump(
             _clear(root, filename)
             name = ""
             try:
-                # The temporary manifest is there from the beginning: if this process is killed, it tells whose
+                # The temporary manifest exists from the beginning: if this process is killed, it shows that the
                 # directory is unfinished.
                 with atomic_write(manifest) as temporary:
                     name = _directory_of(filename, temporary)
-                    store = DiskStore(root / name, salt=b"")  # a dump is read where the salt is another
+                    store = DiskStore(root / name, salt=b"")  # a reader of the dump may have another salt
                     contents = _Contents(directory=name, items=[], about=dict(about or {}))
                     for item in items:
                         store.put(item)
@@ -120,12 +121,12 @@ def write_dump(
 
 
 def purge_dump(folder: str | os.PathLike[str], source: str) -> DeletionReport:
-    """Delete what was made from one text from every dump in a folder, of memories and of cubes, and report.
+    """Delete every item made from one text from all dumps in a folder, of memories and cubes, and report.
 
-    Each dump is replaced, in one step, by one without the text. Files that stay are linked and not copied.
+    Each dump is replaced, in one step, by a dump without the text. Files without it are linked and not copied.
 
     Args:
-        folder: where the dumps are.
+        folder: the folder of the dumps.
         source: as for `KVStore.purge`; also the id of a cube's text.
     """
     root = Path(folder)
@@ -136,7 +137,7 @@ def purge_dump(folder: str | os.PathLike[str], source: str) -> DeletionReport:
     except StoreError as error:
         return report + DeletionReport({}, {str(root): str(error)})
     if not made:
-        report.failed[str(root)] = "it holds no dump: give the folder that dump() wrote"
+        report.failed[str(root)] = "it contains no dump: give the folder that dump() wrote"
     for filename in sorted(set(made)):
         try:
             report += _purge(root, filename, source)
@@ -190,7 +191,7 @@ def _of_any_kind(manifest: Path) -> tuple[str, _Contents]:
 
 
 def _without(data: bytes, source: str) -> bytes:
-    """A file of texts, JSON line by line, without those that are or contain `source`, or name it."""
+    """A file of texts, one JSON object per line, without the texts that contain `source` or name it as their source."""
     lines = data.splitlines(keepends=True)
     return b"".join(line for line in lines if not _is_of(json.loads(line), source))
 
@@ -200,7 +201,7 @@ def _is_of(text: Mapping[str, Any], source: str) -> bool:
 
 
 def _link(old: Path, new: Path) -> None:
-    if old.is_file():  # else it is missing, and reading the dump says so
+    if old.is_file():  # a missing file stays missing, and `read_dump` reports it
         make_private(new.parent)
         try:
             os.link(old, new)
@@ -220,24 +221,25 @@ def read_dump(
     kind: str = "kvcag-memory",
     expected: ModelFingerprint | None = None,
 ) -> Dump | None:
-    """Read and verify a dump. Returns None where the folder is missing or holds no items.
+    """Read and verify a dump. Returns None if the folder is missing or contains no items.
 
-    A dump that is replaced while it is read is read again.
+    If another process replaces the dump meanwhile, the new dump is read.
 
     Args:
-        folder: where it is.
-        filename: the name of its manifest.
-        kind: what the dump must be.
-        expected: the model that made the items; None accepts any model.
+        folder: the folder of the dump.
+        filename: the name of the manifest.
+        kind: the expected kind of dump.
+        expected: the model that must have made the items; None accepts any model.
 
     Raises:
-        CorruptItemError: the manifest or a file was cut or changed, or a file is missing.
-        FormatError: there are items and no manifest; the manifest is a pickle, of another kind, or of a newer version.
+        CorruptItemError: the manifest or a file was truncated or changed, or a file is missing.
+        FormatError: there are items but no manifest; or the manifest is a pickle, of another kind, or of a newer
+            version.
         FingerprintMismatchError: another model made the items.
         StoreUnavailableError: the folder cannot be read.
     """
     root = Path(folder)
-    with contextlib.suppress(OSError):  # a folder that may only be read
+    with contextlib.suppress(OSError):  # a read-only folder keeps its leftovers
         leftovers(root, remove=True)
     while True:
         try:
@@ -247,8 +249,8 @@ def read_dump(
                 raise
             if any(root.rglob(f"*{SUFFIX}")):
                 raise FormatError(
-                    f"{root} holds items and no manifest {filename!r}: it was written under another file name, or its "
-                    "manifest was lost. Pass that name (memory_filename=…), or write the dump again."
+                    f"{root} contains items but no manifest {filename!r}: the dump was written with another file name, "
+                    "or its manifest was lost. Pass the right name (memory_filename=…), or write the dump again."
                 ) from None
             return None
         try:
@@ -265,7 +267,7 @@ def _read(root: Path, filename: str, contents: _Contents, expected: ModelFingerp
     located = [(key, store.file(key) if store else directory) for key in contents.items]
     for path in (*paths.values(), *(path for _, path in located)):
         if not path.is_file():
-            raise CorruptItemError(path, f"the manifest {filename} names it, and it is missing")
+            raise CorruptItemError(path, f"the manifest {filename} names this file, but it is missing")
     files = {}
     for name, path in paths.items():
         with unavailable(path):
@@ -275,7 +277,7 @@ def _read(root: Path, filename: str, contents: _Contents, expected: ModelFingerp
     items = [read_item(path, expected=expected) for _, path in located]
     for item, (key, path) in zip(items, located, strict=True):
         if item.id != key:
-            raise CorruptItemError(path, f"it should hold item {key!r} and holds {item.id!r}")
+            raise CorruptItemError(path, f"it should contain item {key!r} but contains {item.id!r}")
     return Dump(items, files, contents.about)
 
 
@@ -290,7 +292,7 @@ def _contents(path: Path, kind: str) -> _Contents:
 
 
 def _directory(path: Path, kind: str) -> str | None:
-    """The directory that a manifest names; None where the manifest is missing or damaged."""
+    """The directory that a manifest names; None if the manifest is missing or damaged."""
     with contextlib.suppress(StoreError):
         return _contents(path, kind).directory
     return None
@@ -301,6 +303,6 @@ def _is_directory(name: str, filename: str) -> bool:
 
 
 def _clear(root: Path, filename: str) -> None:
-    """Delete what replaced and killed dumps of this name left. The caller holds the lock."""
+    """Delete the leftovers of replaced and killed dumps with this name. The caller holds the lock."""
     for path in leftover_dumps(root, filename):
         shutil.rmtree(path) if path.is_dir() else path.unlink()

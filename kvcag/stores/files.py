@@ -1,6 +1,7 @@
-"""Files of a store, without their tensors: names, whole writes, locks, and what a file says of its item.
+"""Files of a store, without their tensors: file names, atomic writes, locks, and the manifest in a file's head.
 
-The head of a file is sealed by a checksum, and verified before it is read (docs/file-format.md). Imports no torch.
+The head of a file contains a checksum of itself, and is verified before it is parsed (docs/file-format.md). This module
+does not import torch.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ from kvcag.fingerprint import KVCacheRecords, ModelFingerprint
 
 try:
     import fcntl
-except ImportError:  # Windows has no flock: the age of a temporary file shows whether its writer died
+except ImportError:  # Windows has no flock; there, the age of a temporary file shows whether its writer died
     _HAS_FLOCK = False
 else:
     _HAS_FLOCK = True
 
 SUFFIX = ".safetensors"
 INSTRUCTION_SUFFIX = f".instruction{SUFFIX}"
-"""Of instructions, so that documents are counted without opening files."""
+"""The suffix of instructions' files. It differs, so that documents are counted without opening files."""
 TEMPORARY = ".tmp"
 _STALE_SECONDS = 3600.0
 _SALT = "KVCAG_SALT"
@@ -52,7 +53,7 @@ _ADVICE = {
 
 @contextlib.contextmanager
 def unavailable(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn an `OSError` into a `StoreUnavailableError` with the same errno that says what to do."""
+    """Turn an `OSError` into a `StoreUnavailableError` with the same errno and with advice."""
     try:
         yield
     except StoreUnavailableError:
@@ -71,16 +72,17 @@ def atomic_write(
 ) -> Iterator[Path]:
     """Yield a temporary path, and rename it to `path` when the block succeeds.
 
-    The content is synced before the rename, and the directory after it. A reader sees the old file or the new one,
-    whole, also after a crash at any point. The file has mode 0600. When the block fails, the temporary file is deleted.
+    The content is synced to disk before the rename, and the directory after it. A reader sees the complete old file or
+    the complete new one, even after a crash at any point. The file has mode 0600. If the block fails, the temporary
+    file is deleted.
 
     Args:
         path: the file to write.
-        guard: entered for the rename only, not while the block writes.
-        beside: the directory of the temporary file, on the same disk; by default the file's own.
+        guard: a context that is entered for the rename only, not while the block writes.
+        beside: the directory of the temporary file, on the same disk; by default the directory of `path`.
 
     Raises:
-        StoreUnavailableError: the disk is full, permission was denied, …
+        StoreUnavailableError: the file cannot be written: the disk is full, permission is denied, or similar.
     """
     target = Path(path)
     with unavailable(target):
@@ -99,7 +101,7 @@ def atomic_write(
 
 
 def _create(name: str, directory: Path) -> tuple[Path, int]:
-    """Create a file under a random name, locked while its descriptor is open."""
+    """Create a file with a random name. It is locked while its descriptor is open."""
     while True:
         temporary = directory / f"{name}.{secrets.token_hex(16)}{TEMPORARY}"
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
@@ -108,11 +110,11 @@ def _create(name: str, directory: Path) -> tuple[Path, int]:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         if os.fstat(descriptor).st_nlink:
             return temporary, descriptor
-        os.close(descriptor)  # a repair deleted it between its creation and the lock
+        os.close(descriptor)  # a repair deleted the file between its creation and the lock: try again
 
 
 def sync_directory(directory: Path) -> None:
-    """Sync a directory's entries, so that a rename or a deletion survives a power cut."""
+    """Sync a directory's entries to disk, so that a rename or a deletion survives a power cut."""
     if os.name == "nt":  # Windows cannot open a directory
         return
     descriptor = os.open(directory, os.O_RDONLY)
@@ -123,10 +125,10 @@ def sync_directory(directory: Path) -> None:
 
 
 def unnoticed(path: str | os.PathLike[str], flags: int) -> int:
-    """An `opener` that leaves the access time as it is, where the system allows that.
+    """An `opener` for `open` that does not change the file's access time, if the system allows it.
 
     Raises:
-        CorruptItemError: it is not a file. Reading a pipe would wait for its writer.
+        CorruptItemError: the path is not a regular file. Reading a pipe would wait for its writer.
     """
     flags |= getattr(os, "O_NONBLOCK", 0)
     try:
@@ -136,7 +138,7 @@ def unnoticed(path: str | os.PathLike[str], flags: int) -> int:
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor
     os.close(descriptor)
-    raise CorruptItemError(path, "it is not a file")
+    raise CorruptItemError(path, "it is not a regular file")
 
 
 def make_private(directory: Path) -> None:
@@ -151,12 +153,12 @@ def make_private(directory: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold a lock on a file against other threads and processes. It is released when its holder dies.
+    """Hold a lock on a file against other threads and processes. The system releases it if the holder dies.
 
     On Windows there is no lock.
 
     Raises:
-        BlockingIOError: with `wait=False`, another holds the lock, or there are no locks.
+        BlockingIOError: `wait` is False, and another thread or process holds the lock, or the system has no locks.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -170,7 +172,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
 
 
 def is_abandoned(temporary: Path, *, remove: bool = False) -> bool:
-    """Whether the writer of a temporary file died before it finished. With `remove`, such a file is deleted."""
+    """Whether the writer of a temporary file died before it finished. With `remove`, delete such a file."""
     try:
         with open(temporary, "rb") as file:
             if not _HAS_FLOCK:
@@ -186,27 +188,27 @@ def is_abandoned(temporary: Path, *, remove: bool = False) -> bool:
 
 
 INSTRUCTION = "instruction:"
-"""How the ids of instructions begin: of what a system message says before documents."""
+"""The prefix of the ids of instructions. An instruction is the text of a system message before the documents."""
 
 
 WORTH_STORING = 256
-"""Tokens of an instruction that is stored, at least. Fewer are read once a process (docs/decisions.md)."""
+"""The minimum number of tokens of a stored instruction. Each process encodes a shorter one once (docs/decisions.md)."""
 
 
 def is_instruction(id: str) -> bool:
-    """Whether an item is an instruction, and not a document of the user's."""
+    """Whether an item with this id is an instruction, and not one of the user's documents."""
     return id.startswith(INSTRUCTION)
 
 
 class Names:
-    """File names of one namespace: HMAC-SHA256 of an item's id under the salt and the namespace.
+    """The file names of one namespace: the HMAC-SHA256 of an item's id, keyed with the salt and the namespace.
 
-    An id is often the hash of a text, so an id used as a name would let a reader test whether a text is stored. Without
-    the salt, these names reveal nothing. Equal ids of two namespaces have different names.
+    An id is often the hash of a text. If ids were file names, anyone who lists the files could test whether a text is
+    stored. To someone without the salt, these names reveal nothing. The same id has different names in two namespaces.
 
     Args:
-        namespace: whose items these are.
-        salt: a secret of the server; None is the environment variable `KVCAG_SALT`, if it is set.
+        namespace: the namespace of the items.
+        salt: a secret of the server. None: the environment variable `KVCAG_SALT`, or no salt if it is not set.
 
     Attributes:
         space: the name of the namespace, 32 hex digits.
@@ -219,7 +221,7 @@ class Names:
         self.space = self._digest("namespace")[:32]
 
     def file(self, key: str) -> str:
-        """The path of an item below its namespace: one of 256 directories, and a file in it."""
+        """The path of an item's file below the namespace's directory: one of 256 directories, and a file in it."""
         name = self._digest(f"item {key}")
         return f"{name[:2]}/{name[2:]}{INSTRUCTION_SUFFIX if is_instruction(key) else SUFFIX}"
 
@@ -227,13 +229,13 @@ class Names:
         return hmac.digest(self._secret, text.encode("utf-8", "surrogatepass"), "sha256").hex()
 
 
-# --- what a file says of its item --------------------------------------------------------------------------------
+# --- the manifest in a file's head -------------------------------------------------------------------------------
 
 Quantize: TypeAlias = Literal["int8"] | None
 
 FORMAT_VERSION = 2
 UNSEALED = b"0" * 16
-# Strings inside the manifest cannot look like these: their quotes are escaped.
+# A string inside the manifest cannot match these patterns, since its quotes are escaped.
 _SEAL = re.compile(rb'"kvcag\.checksum":"([0-9a-f]{16})"')
 _ID = re.compile(rb'"kvcag\.id":("(?:[^"\\]|\\.)*")')
 MAX_MANIFEST = 32 << 20
@@ -246,20 +248,21 @@ class Manifest(BaseModel):
 
     Attributes:
         id: the item's id.
-        fingerprint: the model that made it; None for an empty item.
-        tokens: number of tokens. Their ids are the tensor `token_ids`.
-        layers: number of layers. Each is the tensors `layers.<i>.keys` and `layers.<i>.values`.
-        dtype: of the keys and values when they are loaded: `bfloat16`.
-        quantize: how the file stores them.
+        fingerprint: the model that made the item; None for an empty item.
+        tokens: number of tokens. The tensor `token_ids` has their ids.
+        layers: number of layers. Each layer has two tensors, `layers.<i>.keys` and `layers.<i>.values`.
+        dtype: dtype of the loaded keys and values, such as `bfloat16`.
+        quantize: how the file stores keys and values: `"int8"`, or None for `dtype`.
         base_position: the position of the first token.
-        prefix_digest: digest of the token ids that stood before it.
-        records: the texts it was made from.
-        metadata: JSON of the user.
-        kinds: the model's layers, if some are recurrent (`kvcag.cache.layers.States`). Their states after the last
-            token are the tensors `states.<recurrent layer>.<n>`, and their maps, where the document can be merged,
+        prefix_digest: digest of the token ids before the first token.
+        records: the texts that the item was made from.
+        metadata: the user's JSON.
+        kinds: the model's layers, if some are recurrent (`kvcag.cache.layers.States`). The states after the last token
+            are the tensors `states.<recurrent layer>.<n>`. If the document can be merged, its maps are the tensors
             `maps.<recurrent layer>`.
-        is_exact: the loaded keys and values are bit for bit what the model computed; False after quantisation.
-        checksums: XXH3-64, in hex, of each tensor's bytes. Empty for an item in memory.
+        is_exact: whether the loaded keys and values are bit for bit those that the model computed. False after
+            quantisation.
+        checksums: XXH3-64 of each tensor's bytes, in hex. Empty for an item in memory.
     """
 
     model_config = ConfigDict(protected_namespaces=())
@@ -280,12 +283,12 @@ class Manifest(BaseModel):
 
 
 def checksum(data: bytes | memoryview) -> str:
-    """XXH3-64, in hex. It is about as fast as reading memory, so that every byte can be verified."""
+    """XXH3-64 of the data, in hex. It is about as fast as reading memory, so every byte can be verified."""
     return xxhash.xxh3_64_hexdigest(data)
 
 
 def seal(head: bytes) -> bytes:
-    """A head with its checksum filled in. The checksum is computed with sixteen zeros in its own place."""
+    """Fill the checksum into a head. The checksum is that of the head with sixteen zeros in the checksum's place."""
     place = _SEAL.search(head)
     if place is None:
         raise ValueError("this head has no place for a checksum")
@@ -299,8 +302,8 @@ class Header:
 
     Attributes:
         manifest: the item's manifest.
-        specs: tensor name → `{"dtype", "shape", "data_offsets": [start, end]}`, in bytes from `start`.
-        start: where the tensors begin in the file, in bytes.
+        specs: for each tensor name, `{"dtype", "shape", "data_offsets": [start, end]}`, in bytes from `start`.
+        start: the offset of the tensors in the file, in bytes.
         size: the length that the file must have, in bytes.
     """
 
@@ -317,11 +320,11 @@ def read_head(file: BinaryIO) -> bytes:
 
 
 def parse_header(head: bytes, name: str) -> Header:
-    """Verify and parse a head. Errors name the file as `name`.
+    """Verify and parse the head of a file. `name` is the file's name in errors.
 
     Raises:
-        CorruptItemError: the head was cut or changed.
-        FormatError: kvcag did not write it, or a newer release did.
+        CorruptItemError: the head was truncated or changed.
+        FormatError: another program wrote the file, or a newer release of kvcag.
     """
     _check_seal(head, name)
     try:
@@ -329,14 +332,14 @@ def parse_header(head: bytes, name: str) -> Header:
         metadata = specs.pop("__metadata__")
         if metadata["kvcag.version"] not in ("1", str(FORMAT_VERSION)):
             raise FormatError(
-                f"{name} is of format version {metadata['kvcag.version']}, and this release reads versions 1 to "
+                f"{name} has format version {metadata['kvcag.version']}, but this release reads only versions 1 to "
                 f"{FORMAT_VERSION}. Upgrade kvcag, or encode its text again."
             )
         described = {"id": json.loads(metadata["kvcag.id"]), **json.loads(metadata["kvcag.manifest"])}
         manifest = Manifest.model_validate(described)
         end = max(spec["data_offsets"][1] for spec in specs.values())
     except (ValidationError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise CorruptItemError(name, f"its manifest cannot be understood ({error!s:.200})") from error
+        raise CorruptItemError(name, f"its manifest cannot be parsed ({error!s:.200})") from error
     return Header(manifest, specs, len(head), len(head) + end)
 
 
@@ -350,7 +353,7 @@ def parse_id(head: bytes, name: str) -> str:
         item_id = json.loads(json.loads(found[1]))
         if isinstance(item_id, str):
             return item_id
-    raise CorruptItemError(name, "its item id cannot be understood")
+    raise CorruptItemError(name, "its item id cannot be parsed")
 
 
 def _check_seal(head: bytes, name: str) -> None:
@@ -363,7 +366,7 @@ def _check_seal(head: bytes, name: str) -> None:
         raise CorruptItemError(name, "it ends within its header, or the header's length was changed")
     if not ours:
         raise FormatError(
-            f"{name} has no kvcag manifest: it is another program's safetensors file. Give the path of a file that "
+            f"{name} has no kvcag manifest: it is a safetensors file of another program. Pass the path of a file that "
             "kvcag wrote."
         )
     if _SEAL.search(head) is None or seal(head) != head:
@@ -373,10 +376,10 @@ def _check_seal(head: bytes, name: str) -> None:
 def _describe(head: bytes) -> str:
     if head[:1] == b"\x80" or head[:2] == b"PK":
         return (
-            "a pickle (or a torch.save archive), which could run any code when it is loaded. kvcag does not unpickle. "
-            "For a dump of MemOS use: kvcag import-memos FILE"
+            "a pickle (or a torch.save archive), which could run any code when it is loaded, so kvcag does not load "
+            "it. To import a dump of MemOS: kvcag import-memos FILE"
         )
-    return "not a file that kvcag wrote. Give the path of one that it wrote"
+    return "not a file of kvcag. Pass the path of a file that kvcag wrote"
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
@@ -390,13 +393,13 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
 
 
 def read_id(path: str | os.PathLike[str]) -> str:
-    """The id of the item in a file, for listing many files. Raises as `read_manifest`."""
+    """The id of the item in a file. Faster than `read_manifest`, and raises the same errors."""
     with unavailable(path), open(path, "rb", buffering=_HEAD, opener=unnoticed) as file:
         return parse_id(read_head(file), str(path))
 
 
 def read_header(file: BinaryIO, name: str) -> Header:
-    """Verify and parse the head of an open file, and compare its length. Raises as `read_manifest`."""
+    """Verify and parse the head of an open file, and check the file's length. Raises the errors of `read_manifest`."""
     header = parse_header(read_head(file), name)
     check_size(header, os.fstat(file.fileno()).st_size, name)
     return header
@@ -405,33 +408,33 @@ def read_header(file: BinaryIO, name: str) -> Header:
 def check_size(header: Header, size: int, name: str) -> None:
     """Raise `CorruptItemError` if a file does not have the length that its header gives."""
     if size != header.size:
-        raise CorruptItemError(name, f"it has {size} bytes and should have {header.size}")
+        raise CorruptItemError(name, f"it has {size} bytes instead of {header.size}")
 
 
 def sealed(kind: str, version: int, content: Mapping[str, Any]) -> str:
-    """A JSON manifest of several files, in ASCII, with its kind, its version and a checksum of everything."""
+    """A JSON manifest of several files, in ASCII, with its kind, its version and a checksum of its whole content."""
     body = {"format": kind, "version": version, **content}
     return json.dumps({**body, "checksum": _seal_of(body)}, indent=1)
 
 
 def read_sealed(path: str | os.PathLike[str], kind: str | None, version: int) -> dict[str, Any]:
-    """Read and verify a file that holds what `sealed` gave.
+    """Read and verify a manifest that `sealed` made.
 
     Args:
-        path: the manifest.
-        kind: its kind; None accepts any.
-        version: the newest version that the caller reads.
+        path: the path of the manifest.
+        kind: the expected kind; None accepts any kind.
+        version: the newest version that the caller can read.
 
     Raises:
-        StoreUnavailableError: it does not exist (`errno.ENOENT`), or cannot be read.
-        CorruptItemError: it was cut or changed.
-        FormatError: it is a pickle, of another kind, or of a newer version.
+        StoreUnavailableError: the file does not exist (`errno.ENOENT`), or cannot be read.
+        CorruptItemError: the file was truncated or changed.
+        FormatError: the file is a pickle, of another kind, or of a newer version.
     """
     with unavailable(path):
         data = Path(path).read_bytes()
     if data[:1] == b"\x80":
         raise FormatError(
-            f"{path} is a pickle, which could run code when it is read. If MemOS wrote it, convert it once with "
+            f"{path} is a pickle, which could run code when it is loaded. If MemOS wrote it, convert it once with "
             f"`kvcag import-memos {Path(path).name}`."
         )
     try:
@@ -441,10 +444,10 @@ def read_sealed(path: str | os.PathLike[str], kind: str | None, version: int) ->
         raise CorruptItemError(path, f"it is not a manifest ({error})") from error
     if kind is not None and found != kind:
         raise FormatError(
-            f"{path} is of the kind {found!r}, not the kind {kind!r}. Give the path of the right manifest."
+            f"{path} is a manifest of kind {found!r}, not of kind {kind!r}. Pass the path of the right manifest."
         )
     if number > version:
-        raise FormatError(f"{path} is of version {number}, and this release reads up to {version}. Upgrade kvcag.")
+        raise FormatError(f"{path} has version {number}, but this release reads only up to {version}. Upgrade kvcag.")
     if seal_found != _seal_of({"format": found, "version": number, **body}):
         raise CorruptItemError(path, "its checksum does not match")
     return dict(body)

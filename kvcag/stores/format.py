@@ -1,4 +1,4 @@
-"""The tensors of the file format: an item as a safetensors file (docs/file-format.md). `manifest` has its head."""
+"""Reads and writes an item as a safetensors file (docs/file-format.md). `kvcag.stores.files` reads its head."""
 
 from __future__ import annotations
 
@@ -55,8 +55,13 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 def manifest_of(item: KVCacheItem, quantize: Quantize = None, *, for_file: bool = True) -> Manifest:
     """The manifest of an item in memory.
 
+    Args:
+        item: the item.
+        quantize: how the file will store keys and values.
+        for_file: require metadata that a file can hold.
+
     Raises:
-        InvalidInputError: it is for a file, and the metadata is not JSON.
+        InvalidInputError: `for_file` is True, and the item's metadata is not JSON.
     """
     layers = layers_of(item.memory)
     return Manifest(
@@ -76,7 +81,7 @@ def manifest_of(item: KVCacheItem, quantize: Quantize = None, *, for_file: bool 
 
 
 def _json_only(metadata: dict[str, Any], item_id: str) -> dict[str, Any]:
-    """Refuse values that JSON changes: a tuple becomes a list, the key 1 becomes "1"."""
+    """Refuse values that JSON would change: a tuple would become a list, the key 1 would become "1"."""
     for key, value in metadata.items():
         try:
             same = json.loads(json.dumps({key: value}, allow_nan=False)) == {key: value}
@@ -84,38 +89,38 @@ def _json_only(metadata: dict[str, Any], item_id: str) -> dict[str, Any]:
             same = False
         if not same:
             raise InvalidInputError(
-                f"metadata[{key!r}] of item {item_id!r} is a {type(value).__name__} that JSON cannot hold. Use str, "
+                f"metadata[{key!r}] of item {item_id!r} is a {type(value).__name__} that JSON cannot store. Use str, "
                 "int, float, bool, None, and lists and dicts with str keys of these."
             )
     return metadata
 
 
 def make_head(manifest: Manifest, tensors: dict[str, torch.Tensor]) -> bytes:
-    """The head of a file that holds `tensors` in this order. Sets the manifest's `checksums`.
+    """The head of a file with `tensors` in this order. Sets the manifest's `checksums`.
 
     Raises:
         InvalidInputError: the manifest is too large, or a dtype has no name in safetensors.
     """
     manifest.checksums = {name: checksum(bytes_of(tensor)) for name, tensor in tensors.items()}
-    unused = {"id"} if manifest.kinds else {"id", "kinds"}  # releases that know no recurrent layers read such a file
+    unused = {"id"} if manifest.kinds else {"id", "kinds"}  # so that releases before recurrent layers can read the file
     text = json.dumps(manifest.model_dump(mode="json", exclude=unused), separators=(",", ":"))
     if len(text) > MAX_MANIFEST:
         raise InvalidInputError(
-            f"the metadata and records of item {manifest.id!r} take {len(text)} bytes, and a file holds at most "
+            f"the metadata and records of item {manifest.id!r} take {len(text)} bytes, but a file can store at most "
             f"{MAX_MANIFEST}. Leave large values out of the metadata."
         )
     header: dict[str, Any] = {
         "__metadata__": {
             "kvcag.version": str(FORMAT_VERSION if manifest.kinds else 1),
             "kvcag.checksum": UNSEALED.decode(),
-            "kvcag.id": json.dumps(manifest.id),  # listing files reads this without the manifest
+            "kvcag.id": json.dumps(manifest.id),  # apart from the manifest, so that listing files is fast
             "kvcag.manifest": text,
         }
     }
     start = 0
     for name, tensor in tensors.items():
         if tensor.dtype not in _NAMES:
-            raise InvalidInputError(f"{name} is {tensor.dtype}, which a file cannot hold. Convert it to bfloat16.")
+            raise InvalidInputError(f"{name} is {tensor.dtype}, which a file cannot store. Convert it to bfloat16.")
         end = start + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
         start = end
@@ -148,12 +153,13 @@ def write_item(
         path: the file. Its directory must exist.
         item: the item.
         quantize: `"int8"` halves the bytes of bfloat16 (`kvcag.cache.int8`).
-        guard: entered while the new file replaces the old one.
-        beside: the directory of the temporary file; by default the file's own.
+        guard: a context that is entered while the new file replaces the old one.
+        beside: the directory of the temporary file; by default the directory of `path`.
 
     Raises:
         InvalidInputError: the metadata is not JSON, or a value cannot be quantised. Nothing was written.
-        StoreUnavailableError: the disk is full, permission was denied. An earlier file is unchanged.
+        StoreUnavailableError: the file cannot be written, for example because the disk is full. An earlier file is
+            unchanged.
     """
     pieces = _pieces(item, quantize)
     with atomic_write(path, guard, beside=beside) as temporary, open(temporary, "wb") as file:
@@ -163,12 +169,16 @@ def write_item(
 
 
 def item_to_bytes(item: KVCacheItem, *, quantize: Quantize = None) -> bytearray:
-    """The bytes that `write_item` writes. Raises `InvalidInputError` as it does."""
+    """The bytes that `write_item` would write.
+
+    Raises:
+        InvalidInputError: the metadata is not JSON, or a value cannot be quantised.
+    """
     return bytearray().join(_pieces(item, quantize))
 
 
 def read_item(path: str | os.PathLike[str], *, expected: ModelFingerprint | None = None) -> KVCacheItem:
-    """Read and verify an item. Its tensors are mapped from the file, and processes share the mapped pages.
+    """Read and verify an item. Its tensors are memory-mapped from the file, and processes share the mapped pages.
 
     Writing to the tensors changes neither the file nor another reader's tensors. Replacing or deleting the file does
     not change the tensors.
@@ -178,24 +188,24 @@ def read_item(path: str | os.PathLike[str], *, expected: ModelFingerprint | None
         expected: the model that must have made the item; None accepts any model.
 
     Raises:
-        CorruptItemError: the file was cut or changed.
-        FormatError: kvcag did not write it, or a newer release did.
-        FingerprintMismatchError: another model than `expected` made it.
-        StoreUnavailableError: it does not exist, or cannot be read.
+        CorruptItemError: the file was truncated or changed.
+        FormatError: another program wrote the file, or a newer release of kvcag.
+        FingerprintMismatchError: another model than `expected` made the item.
+        StoreUnavailableError: the file does not exist, or cannot be read.
     """
     with unavailable(path), open(path, "rb", opener=unnoticed) as file:
         return item_from_file(file, expected=expected)
 
 
 def item_from_file(file: BinaryIO, *, expected: ModelFingerprint | None = None) -> KVCacheItem:
-    """`read_item` of a file that is open at its beginning. It may be closed afterwards."""
+    """As `read_item`, from a file that is open at its beginning. The file may be closed afterwards."""
     name = str(file.name)
     header = read_header(file, name)
     return _Reader(header, _map(file, header.size), name).item(expected)
 
 
 def item_from_bytes(data: bytearray, name: str, *, expected: ModelFingerprint | None = None) -> KVCacheItem:
-    """The item in the bytes of `item_to_bytes`, verified. Its tensors are views of `data`. Errors name it as `name`.
+    """Verify and read the item in the bytes that `item_to_bytes` made. Its tensors are views of `data`.
 
     Raises:
         CorruptItemError, FormatError, FingerprintMismatchError: as `read_item`.
@@ -208,8 +218,8 @@ def item_from_bytes(data: bytearray, name: str, *, expected: ModelFingerprint | 
 def _pieces(item: KVCacheItem, quantize: Quantize) -> list[bytes | memoryview]:
     """The head and the bytes of the tensors.
 
-    safetensors' `save_file` is not used: it writes and renames a temporary file of its own, so that ours would be
-    neither synced nor locked.
+    safetensors' `save_file` is not used: it writes and renames its own temporary file, which is neither synced nor
+    locked.
     """
     manifest = manifest_of(item, quantize)
     tensors = {"token_ids": item.token_ids.cpu().contiguous()}
@@ -222,7 +232,7 @@ def _pieces(item: KVCacheItem, quantize: Quantize) -> list[bytes | memoryview]:
     for index, (keys, values) in enumerate(layers):
         tensors |= _pack(f"layers.{index}.keys", keys, quantize)
         tensors |= _pack(f"layers.{index}.values", values, quantize)
-    # The widest elements first, so that each tensor begins at a multiple of its element size and can be mapped.
+    # The widest elements come first, so that each tensor begins at a multiple of its element size and can be mapped.
     tensors = dict(sorted(tensors.items(), key=lambda entry: -entry[1].element_size()))
     return [make_head(manifest, tensors), *map(bytes_of, tensors.values())]
 
@@ -235,9 +245,9 @@ def _pack(name: str, states: torch.Tensor, quantize: Quantize) -> dict[str, torc
 
 
 def _map(file: BinaryIO, size: int) -> torch.Tensor:
-    """The bytes of an open file, `(size,)` uint8, in a private mapping that holds no descriptor.
+    """Map the bytes of an open file privately, `(size,)` uint8. The mapping does not keep the descriptor open.
 
-    It is opened through its descriptor, since another file may have taken its path.
+    The file is opened again by its descriptor, since its path may have another file by now.
     """
     source = f"{_DEV_FD}/{file.fileno()}" if os.path.isdir(_DEV_FD) else str(file.name)
     try:
@@ -248,7 +258,7 @@ def _map(file: BinaryIO, size: int) -> torch.Tensor:
 
 
 class _Reader:
-    """Reads and verifies the tensors of a file whose header is verified."""
+    """Reads and verifies the tensors of a file whose header was verified already."""
 
     def __init__(self, header: Header, data: torch.Tensor, name: str) -> None:
         self.header, self.manifest, self.data, self.name = header, header.manifest, data, name
@@ -263,7 +273,7 @@ class _Reader:
                 memory=memory,
                 metadata=manifest.metadata,
                 records=manifest.records,
-                token_ids=self.tensor("token_ids").clone(),  # small, and read often
+                token_ids=self.tensor("token_ids").clone(),  # small, and read too often to leave it in the mapping
                 fingerprint=manifest.fingerprint,
                 base_position=manifest.base_position,
                 prefix_digest=manifest.prefix_digest,
@@ -273,14 +283,14 @@ class _Reader:
             raise CorruptItemError(self.name, f"its parts do not fit together ({error})") from error
 
     def _layers(self) -> list[LayerKV]:
-        """All layers. Large items are verified in several threads: one core cannot use the whole memory bandwidth."""
+        """All layers. A large item is verified in several threads: one core cannot use the whole memory bandwidth."""
         if self.header.size < _PARALLEL:
             return [self._layer(index) for index in range(self.manifest.layers)]
         with ThreadPoolExecutor(_THREADS, "kvcag-verify") as pool:
             return list(pool.map(self._layer, range(self.manifest.layers)))
 
     def _recurrent(self) -> States | None:
-        """The states of recurrent layers, the reader's own: a generation writes to them."""
+        """The states of recurrent layers, copied, since a generation writes to them. None if no layer is recurrent."""
         kinds = self.manifest.kinds
         if not kinds:
             return None
@@ -295,11 +305,11 @@ class _Reader:
         """Keys and values of one layer, `(1, kv_heads, seq_len, head_dim)` each."""
         keys, values = self._states(f"layers.{index}.keys"), self._states(f"layers.{index}.values")
         if keys.shape[-2:-1] != (self.manifest.tokens,) or values.shape[-2:-1] != (self.manifest.tokens,):
-            raise CorruptItemError(self.name, f"layer {index} does not hold {self.manifest.tokens} keys and values")
+            raise CorruptItemError(self.name, f"layer {index} does not have {self.manifest.tokens} keys and values")
         return keys, values
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A view of the file's bytes, after a comparison with their checksum."""
+        """A tensor as a view of the file's bytes, which were compared with their checksum."""
         try:
             spec = self.header.specs[name]
             start, end = spec["data_offsets"]
@@ -322,11 +332,11 @@ class _Reader:
         if expected is None or not (self.manifest.tokens or self.manifest.fingerprint):
             return
         if self.manifest.fingerprint is None:
-            raise FingerprintMismatchError(self.name, ["it names no model"])
+            raise FingerprintMismatchError(self.name, ["the item has no fingerprint"])
         if not expected.matches(self.manifest.fingerprint):
             raise FingerprintMismatchError(self.name, expected.differences(self.manifest.fingerprint))
 
 
 def _counts(kinds: Kinds) -> list[int]:
-    """How many states each recurrent layer has."""
+    """The number of states of each recurrent layer."""
     return [count for _, count in kinds if count]

@@ -1,4 +1,4 @@
-"""Items in the memory of the host or of an accelerator."""
+"""A store in the memory of the host or of an accelerator."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class _Entry:
 
 
 class MemoryStore(KVStore):
-    """Items in memory. The least recently used is evicted first.
+    """Stores items in memory, and evicts the least recently used item first.
 
     Args:
-        max_bytes: bytes that keys and values may take together; None for no limit.
+        max_bytes: the budget for all keys and values, in bytes; None for no limit.
         ttl: seconds after a `put` until the item expires; None for never.
-        device: the device to which `put` copies. None stores each item without copying.
+        device: the device to which `put` copies. None stores each item without copying it.
         pin_memory: copy items to page-locked host memory, which an accelerator reads several times faster.
 
     Raises:
@@ -49,7 +49,7 @@ class MemoryStore(KVStore):
         if pin_memory and (not torch.cuda.is_available() or torch.device(device or "cpu").type != "cpu"):
             raise InvalidInputError('pin_memory needs a CUDA device, and device=None or "cpu". Leave it out.')
         self.max_bytes, self.ttl, self.device, self.pin_memory = max_bytes, ttl, device, pin_memory
-        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # the least recently used first
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # in order of use, the least recent first
         self._pinned: set[str] = set()
         self._bytes = self._hits = self._misses = self._evictions = 0
         self._lock = threading.RLock()
@@ -59,11 +59,11 @@ class MemoryStore(KVStore):
 
     @property
     def place(self) -> str:
-        """`memory`."""
+        """The str `"memory"`."""
         return "memory"
 
     def get(self, key: str) -> KVCacheItem | None:
-        """The item that was put, or its copy on `device`."""
+        """The item that was put, or its copy on `device`; None if it is not stored."""
         with self._lock:
             entry = self._live(key)
             if entry is None:
@@ -74,7 +74,7 @@ class MemoryStore(KVStore):
             return entry.item
 
     def put(self, item: KVCacheItem) -> None:
-        """Store an item, and evict others where the budget needs it."""
+        """Store an item. If it does not fit into the budget, evict others first."""
         size = nbytes(layers_of(item.memory))
         self._check_room(item, size)
         stored = self._copied(item)
@@ -108,19 +108,19 @@ class MemoryStore(KVStore):
             return iter([key for key in list(self._entries) if self._live(key)])
 
     def manifest(self, key: str) -> Manifest | None:
-        """Made from the item. Its `checksums` are empty."""
+        """The manifest of an item, with empty `checksums`; None if it is not stored."""
         with self._lock:
             entry = self._live(key)
         return None if entry is None else manifest_of(entry.item, for_file=False)
 
     def stats(self) -> StoreStats:
-        """Counts the items. `bytes` are those of keys and values."""
+        """The contents and counts. `bytes` counts keys and values only."""
         with self._lock:
             held = sum(not is_instruction(key) for key in iter(self.keys()))
             return StoreStats(held, self._bytes, self.max_bytes, self._hits, self._misses, self._evictions)
 
     def pin(self, key: str) -> None:
-        """Keep this item from eviction and expiry until `unpin` or `delete`. It may be put later."""
+        """Exempt an item from eviction and expiry until `unpin` or `delete`. The item may be put later."""
         with self._lock:
             self._pinned.add(key)
 
@@ -163,7 +163,7 @@ class MemoryStore(KVStore):
 
     @property
     def copies(self) -> bool:
-        """Whether `put` copies. If not, the store holds the tensors that it was given."""
+        """Whether `put` copies tensors. If not, the store holds the tensors that were passed to it."""
         return self.device is not None or self.pin_memory
 
     def _copied(self, item: KVCacheItem) -> KVCacheItem:

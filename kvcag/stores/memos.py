@@ -1,9 +1,9 @@
 """Reads dumps of MemOS without running code from them.
 
-A pickle is a program that names functions and calls them. This reader interprets that program itself and calls nothing:
+A pickle is a program that names functions and calls them. This reader interprets the program without calling anything:
 names stay names, calls and objects become inert records, and containers become lists. Tensors, dates and caches are
-made from those records afterwards. So a refused file has changed nothing in the process, and reading takes time and
-memory in proportion to the file. Neither MemOS nor transformers' code for caches runs.
+made from the records afterwards. So a refused file has no effect on the process, and reading takes time and memory in
+proportion to the file. No code of MemOS, and no code of transformers' caches, runs.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from kvcag.stores.files import unavailable
 
 @dataclass(frozen=True, slots=True)
 class MemosItem:
-    """An item of MemOS's KVCacheMemory. It does not hold its token ids or its model.
+    """An item of MemOS's KVCacheMemory. MemOS does not store its token ids or its model.
 
     Attributes:
         id: the item's id.
-        memory: its keys and values, `(1, kv_heads, seq_len, head_dim)` per layer. Positions begin at 0.
-        records: the texts it was made from. The safest way to import an item is to encode these again.
-        metadata: its metadata, with dates as ISO strings.
+        memory: the keys and values, `(1, kv_heads, seq_len, head_dim)` per layer. Positions begin at 0.
+        records: the texts that the item was made from. The safest way to import an item is to encode them again.
+        metadata: the item's metadata, with dates as ISO strings.
     """
 
     id: str
@@ -47,19 +47,19 @@ class MemosItem:
     metadata: dict[str, Any]
 
     def to_item(self, token_ids: Sequence[int], fingerprint: ModelFingerprint) -> KVCacheItem:
-        """A kvcag item, for a caller who knows the tokens and the model.
+        """Convert to a kvcag item. The caller must know the tokens and the model.
 
         Args:
-            token_ids: the tokens that the item was made from.
-            fingerprint: the model that made it.
+            token_ids: the token ids that the item was made from.
+            fingerprint: the model that made the item.
 
         Raises:
-            TokenMismatchError: the number of tokens differs. Whether the tokens are the same cannot be checked.
+            TokenMismatchError: the number of tokens differs. Different tokens of the same number are not detected.
         """
         length = self.memory.get_seq_length()
         if length != len(token_ids):
             raise TokenMismatchError(
-                f"item {self.id!r} holds {length} tokens, not {len(token_ids)}: it was made from another text or with "
+                f"item {self.id!r} has {length} tokens, not {len(token_ids)}: it was made from another text or with "
                 "another template. Encode its text again."
             )
         return KVCacheItem(
@@ -76,15 +76,15 @@ def read_memos_pickle(path: str | os.PathLike[str]) -> list[MemosItem]:
     """The items of a file that MemOS's `KVCacheMemory.dump` wrote, in either of its layouts.
 
     Raises:
-        UnsafePickleError: the file names a function that no such dump needs. It was not called.
-        FormatError: it is not a pickle, or not one of a KVCacheMemory.
-        CorruptItemError: it was cut or changed, or asks for more work than its size explains.
-        StoreUnavailableError: it does not exist, or cannot be read.
+        UnsafePickleError: the file names a function that no such dump needs. The function was not called.
+        FormatError: the file is not a pickle, or not the pickle of a KVCacheMemory.
+        CorruptItemError: the file was truncated or changed, or asks for more work than its size explains.
+        StoreUnavailableError: the file does not exist, or cannot be read.
     """
     name = os.fspath(path)
     with unavailable(path), open(path, "rb") as file, _understood(name):
         if file.peek(1)[:1] != b"\x80":
-            raise FormatError(f"{name} is not a pickle. Give the file that MemOS's KVCacheMemory.dump wrote.")
+            raise FormatError(f"{name} is not a pickle. Pass a file that MemOS's KVCacheMemory.dump wrote.")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:  # its `read` allocates only what is there
             items = _items(_Pickle(mapped, name).load(), name)
             values = _Values(len(mapped))
@@ -95,16 +95,16 @@ def read_memos_pickle(path: str | os.PathLike[str]) -> list[MemosItem]:
 
 
 class _Dict(list[Any]):
-    """A dict as its keys and values in turn: hashing chosen keys can take quadratic time."""
+    """A dict as a list of alternating keys and values: hashing keys that an attacker chose can take quadratic time."""
 
     def get(self, key: str) -> Any:
-        """The last value under a key; None without one."""
+        """The last value of a key; None if the key is missing."""
         return next((value for name, value in zip(self[-2::-2], self[::-2], strict=True) if name == key), None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Call:
-    """A name that the pickle uses, and what it would be called with: None for the name alone."""
+    """A name that the pickle uses, and the arguments of its call; None for a name that is not called."""
 
     name: str
     args: Any = None
@@ -112,7 +112,7 @@ class _Call:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Object:
-    """An object of MemOS or transformers: the fields that were pickled."""
+    """An object of MemOS or transformers, as its pickled fields."""
 
     fields: _Dict = field(default_factory=_Dict)
 
@@ -147,11 +147,11 @@ _STORAGES = {
 _PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # the names in protocols below 3
 
 _MOST_STEPS = 2_000_000
-"""Instructions of a file. Each makes at most one small object beside what the file holds."""
+"""The maximum number of instructions of a file. Each makes at most one small object in addition to the file's data."""
 
 
 class _Pickle:
-    """Interprets the pickles of a file, one after another, which may use `names`."""
+    """Interprets the pickles of a file one after another. Refuses every name that is not in `names`."""
 
     def __init__(self, file: Any, name: str, names: Collection[str] = _NAMES) -> None:
         self.file, self.name, self.names, self.steps = file, name, names, 0
@@ -238,7 +238,7 @@ class _Pickle:
                 case "BINPERSID":
                     if self.names is not _STORAGES:
                         raise UnsafePickleError(
-                            f"{self.name} refers to an outside object, and no dump does. Encode the texts again."
+                            f"{self.name} refers to an outside object, which no dump does. Encode the texts again."
                         )
                     stack.append(_Call("storage", stack.pop()))
                 case literal if literal in _LITERALS:
@@ -265,7 +265,7 @@ _LITERALS = {
 
 
 def _called(name: str, args: tuple[Any, ...]) -> Any:
-    """What a call makes, as far as it is a container or an object; else a record of it."""
+    """The container or object that a call makes; a record of any other call."""
     match name, args:
         case "copyreg._reconstructor", (_Call(name=cls, args=None), *_) if cls in _OBJECTS:
             return _Object()
@@ -275,7 +275,7 @@ def _called(name: str, args: tuple[Any, ...]) -> Any:
             return list(values)
         case "torch.Size", (tuple() as size,):
             return size
-        case "_codecs.encode", (str() as text, "latin1"):  # protocols below 3 hold bytes so
+        case "_codecs.encode", (str() as text, "latin1"):  # bytes, in protocols below 3
             return text.encode("latin1")
     return _Object() if name in _OBJECTS else _Call(name, args)
 
@@ -284,23 +284,23 @@ def _called(name: str, args: tuple[Any, ...]) -> Any:
 
 
 class _Values:
-    """Makes tensors and JSON values of one file's records.
+    """Makes tensors and JSON values from the records of one file.
 
-    A record may be used in several places, so that a short file can describe more than memory holds: what is made is
-    limited to `MOST` values, and to the file's size in tensors.
+    A record may be used in several places, so a short file can describe more than fits into memory. Therefore at most
+    `MOST` values are made, and tensors of at most the file's size.
     """
 
     MOST = 1_000_000
 
     def __init__(self, file_bytes: int) -> None:
         self.left, self.bytes_left = self.MOST, file_bytes
-        self.storages: dict[int, torch.Tensor] = {}  # by the id of their bytes, which the records hold
+        self.storages: dict[int, torch.Tensor] = {}  # by the id() of their bytes, which the records keep alive
 
     def plain(self, value: Any) -> Any:
-        """A JSON value. What JSON cannot hold becomes a str."""
+        """Convert to a JSON value. A value that JSON does not have becomes a str."""
         self.left -= 1 + (len(value) // 64 if isinstance(value, str | bytes) else 0)
         if self.left < 0:
-            raise ValueError(f"its texts and metadata hold more than {self.MOST:,} values")
+            raise ValueError(f"its texts and metadata have more than {self.MOST:,} values")
         match value:
             case _Dict():
                 keys = (key if isinstance(key, str | int | float | None) else "object" for key in value[::2])
@@ -314,7 +314,7 @@ class _Values:
         return str(value) if isinstance(value, bytes) else "object"
 
     def tensor(self, value: Any) -> torch.Tensor | None:
-        """The tensor of a call of `_rebuild_tensor_v2`, a copy; None for anything else."""
+        """A copy of the tensor that a call of `_rebuild_tensor_v2` describes; None for any other value."""
         match value:
             case _Call(
                 name="torch._utils._rebuild_tensor_v2", args=(_Call(args=(bytes() as data,)), offset, size, stride, *_)
@@ -332,22 +332,22 @@ class _Values:
 
 
 def _storage(data: bytes) -> torch.Tensor:
-    """The values in the bytes of a pickled storage: torch's format before archives, of five pickles and the values."""
+    """The values of a pickled storage, in torch's format before archives: five pickles, then the values."""
     file = io.BytesIO(data)
     pickles = _Pickle(file, "a storage", _STORAGES)
     _magic, _protocol, _system, described, _keys = (pickles.load() for _ in range(5))
     match described:
         case _Call(name="storage", args=("storage", _Call(name=kind), _, _, int() as count, *_)):
-            values = data[file.tell() + 8 :]  # after the number of values
+            values = data[file.tell() + 8 :]  # the values follow their number, which takes 8 bytes
             if len(values) != count * _STORAGES[kind].itemsize:
-                raise ValueError("a storage has another length than it says")
+                raise ValueError("the length of a storage differs from its description")
             return torch.frombuffer(bytearray(values or 8), dtype=_STORAGES[kind])[:count]
     raise ValueError("a storage is not described")
 
 
 def _date(call: _Call) -> datetime.datetime | None:
     """The date that a call of `datetime` would make; None for other calls."""
-    unpacked: Callable[..., datetime.datetime] = datetime.datetime  # its stubs do not know what it pickles
+    unpacked: Callable[..., datetime.datetime] = datetime.datetime  # its stubs do not declare the pickled form
     match call:
         case _Call(name="datetime.datetime", args=(bytes() as packed,)):
             return unpacked(packed)
@@ -368,7 +368,7 @@ def _date(call: _Call) -> datetime.datetime | None:
 
 @contextlib.contextmanager
 def _understood(name: str) -> Iterator[None]:
-    """Turn every error of the interpretation into a `CorruptItemError`: the file is damaged."""
+    """Turn every error of the interpretation into a `CorruptItemError`: such a file is damaged."""
     try:
         yield
     except (FormatError, CorruptItemError, OSError):
@@ -381,7 +381,10 @@ def _items(dumped: Any, name: str) -> list[_Object]:
     held = dumped.get("kv_cache_memories") if isinstance(dumped, _Dict) else dumped
     items = held[1::2] if isinstance(held, _Dict) else held
     if not isinstance(items, list) or not all(isinstance(item, _Object) for item in items):
-        raise FormatError(f"{name} is a pickle, but not one of a KVCacheMemory: it has no kv_cache_memories.")
+        raise FormatError(
+            f"{name} is a pickle, but not of a KVCacheMemory: it has no kv_cache_memories. Pass a file that MemOS's "
+            "KVCacheMemory.dump wrote."
+        )
     return items
 
 
@@ -408,7 +411,7 @@ def _records(fields: _Dict, values: _Values) -> KVCacheRecords:
 
 
 def _layers(cache: _Dict, values: _Values) -> list[LayerKV]:
-    """The keys and values of a DynamicCache of transformers 5, or of transformers 4 before it had layers."""
+    """The keys and values of a DynamicCache of transformers 5, or of an early transformers 4 without `layers`."""
     layers = cache.get("layers")
     if layers is not None:
         pairs = [(layer.fields.get("keys"), layer.fields.get("values")) for layer in layers]

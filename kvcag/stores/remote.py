@@ -1,4 +1,4 @@
-"""Items in a remote: any file system that fsspec supports, or a LangChain `ByteStore`."""
+"""Stores in a remote: in any file system that fsspec supports, or in a LangChain `ByteStore`."""
 
 from __future__ import annotations
 
@@ -27,29 +27,30 @@ if TYPE_CHECKING:
     from kvcag.core import KVCacheItem
 
 _WITH_BUCKETS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "oss", "ossfs", "cos", "obs", "tos"}
-"""Protocols whose addresses begin with a bucket that has to exist. In others a folder exists once it holds a file."""
+"""Protocols whose addresses begin with a bucket that must exist. Elsewhere, a put creates missing folders."""
 _HEAD = 64 << 10  # bytes of the first request for a head; most heads are smaller
 _REQUESTS = 32
-"""Requests that are under way at once."""
+"""The maximum number of concurrent requests."""
 
 
 class FsspecStore(KVStore):
-    """Items in any file system that fsspec supports, such as `s3://`, `gs://`, `az://` or `memory://`.
+    """Stores items in any file system that fsspec supports, such as `s3://`, `gs://`, `az://` or `memory://`.
 
-    An item is an object in the format of files (docs/file-format.md). Where a remote does not replace an object in one
-    step, a `get` during a `put` may read parts of both; the checksums detect that, and it raises `CorruptItemError`.
-    The remote's own policy decides how long objects live (a bucket's lifecycle rules).
+    Each item is an object in the file format (docs/file-format.md). If a remote does not replace objects atomically, a
+    `get` during a `put` may read parts of both; the checksums detect this, and `get` raises `CorruptItemError`. The
+    remote's own policy (a bucket's lifecycle rules) decides how long objects live.
 
     Args:
-        url: where: `s3://bucket/kv`.
+        url: the address, such as `s3://bucket/kv`.
         quantize: `"int8"` halves the objects of a bfloat16 model.
-        namespace: whose items these are, as for `DiskStore`.
+        namespace: separates these items from those of other namespaces, as for `DiskStore`.
         salt: a secret of the server, as for `DiskStore`.
-        storage_options: for the file system: credentials, endpoints, timeouts.
+        **storage_options: arguments of the file system: credentials, endpoints, timeouts.
 
     Raises:
-        MissingExtraError: fsspec, or the package of this protocol, is not installed.
-        InvalidInputError: the url is a local path, for which `DiskStore` is safer, or fsspec does not know it.
+        MissingExtraError: fsspec, or the package for this protocol, is not installed.
+        InvalidInputError: the url is a local path, for which `DiskStore` is safer, or fsspec does not know the address.
+        StoreUnavailableError: at the first use, if the remote fails or the bucket does not exist.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class FsspecStore(KVStore):
 
     @property
     def _fs(self) -> Any:
-        """The file system. A forked child gets one of its own: it cannot share its parent's connection and threads."""
+        """The file system. A forked process makes its own: it cannot share its parent's connection and threads."""
         if self._connected[0] != os.getpid():
             self._connected = os.getpid(), self._connect()
         return self._connected[1]
@@ -87,7 +88,7 @@ class FsspecStore(KVStore):
         return f"<{type(self).__name__} {self.url}>"
 
     def get(self, key: str) -> KVCacheItem | None:
-        """The item, verified, in memory of its own."""
+        """The item, verified, in newly allocated memory; None if it is not stored."""
         from kvcag.stores.format import item_from_bytes  # not above: listing a store needs no torch
 
         path = self._path(key)
@@ -123,26 +124,26 @@ class FsspecStore(KVStore):
         return found
 
     def containing(self, keys: Iterable[str]) -> set[str]:
-        """Those that have an object. Many requests are under way at once."""
+        """The ids, among `keys`, of items that have an object. Sends up to 32 requests at once."""
         asked = list(keys)
         with ThreadPoolExecutor(_REQUESTS, thread_name_prefix="kvcag-remote") as threads:
             return {key for key, found in zip(asked, threads.map(self.contains, asked), strict=True) if found}
 
     def keys(self) -> Iterator[str]:
-        """The ids, from the heads of the objects, one request each, many at once. Damaged objects are left out."""
+        """Yield the ids from the heads of the objects: one request each, up to 32 at once. Skips damaged objects."""
         for path, head in self._heads(list(self._objects())):
             with contextlib.suppress(CorruptItemError, FormatError):
                 yield parse_id(head, self._shown(path))
 
     def manifest(self, key: str) -> Manifest | None:
-        """From the object's head. The tensors are not transferred."""
+        """The item's manifest, from the head of its object; None if it is not stored. Does not transfer tensors."""
         manifest = self._manifest(self._path(key))
         if manifest is not None:
             self._check_id(key, manifest.id)
         return manifest
 
     def listing(self) -> Iterator[Listed]:
-        """By object: a damaged object does not say its id."""
+        """List the objects. A damaged object is named by its path, since its id cannot be read."""
         objects = self._objects()
         for path, head in self._heads(list(objects)):
             name = self._shown(path)
@@ -150,7 +151,7 @@ class FsspecStore(KVStore):
 
     @property
     def is_exact(self) -> bool:
-        """Whether it does not quantise."""
+        """True if the store does not quantise."""
         return self.quantize is None
 
     @property
@@ -160,17 +161,17 @@ class FsspecStore(KVStore):
 
     @property
     def places(self) -> frozenset[object]:
-        """The directory at the address."""
+        """The address and the namespace's directory."""
         return frozenset({f"{self.url}/{self.directory}"})
 
     def deletions(self) -> int:
-        """A random number, in an object, that each deletion of any process replaces. One request."""
+        """A random number in a marker object, which every deletion by any process replaces. Sends one request."""
         with contextlib.suppress(StoreError):
             self._erasures = int.from_bytes((self._read(self._marker) or b"")[8:], "big")
         return self._erasures
 
     def _announce(self, chosen: Callable[[Described], bool], keys: Iterable[str] | None) -> None:
-        with contextlib.suppress(StoreError), self._reached():  # a remote that is gone: the deletion says so
+        with contextlib.suppress(StoreError), self._reached():  # if the remote failed, the deletion itself raises
             self._fs.pipe_file(self._marker, bytes(8) + secrets.token_bytes(8))
         super()._announce(chosen, keys)
 
@@ -183,7 +184,7 @@ class FsspecStore(KVStore):
         return self._shown(self._path(key))
 
     def size(self, key: str) -> int:
-        """The bytes of an item's object."""
+        """The size of an item's object in bytes."""
         with self._reached():
             return int(self._fs.size(self._path(key)))
 
@@ -196,7 +197,7 @@ class FsspecStore(KVStore):
             self._fs.rm_file(path)
 
     def stats(self) -> StoreStats:
-        """Lists the objects."""
+        """The contents, from a listing of the objects, and counts."""
         objects = self._objects()
         items = sum(not path.endswith(INSTRUCTION_SUFFIX) for path in objects)
         return StoreStats(items, sum(objects.values()), None, self._hits, self._misses)
@@ -206,10 +207,11 @@ class FsspecStore(KVStore):
 
     def _check_id(self, key: str, found: str) -> None:
         if found != key:
-            raise CorruptItemError(self._shown(self._path(key)), f"it should hold item {key!r} and holds {found!r}")
+            path = self._shown(self._path(key))
+            raise CorruptItemError(path, f"it should contain item {key!r} but contains {found!r}")
 
     def _check_bucket(self) -> None:
-        """Tell a miss from a bucket that does not exist, at the first miss."""
+        """At the first missing object, check that the bucket exists: a wrong address must not look like a miss."""
         if not self._unseen_bucket:
             return
         with self._reached():
@@ -234,14 +236,14 @@ class FsspecStore(KVStore):
         return None if start is None else self._whole_head(path, start)
 
     def _whole_head(self, path: str, start: bytes) -> bytes | None:
-        """The head of an object, whose first `_HEAD` bytes were read."""
+        """The head of an object whose first `_HEAD` bytes, `start`, were read already."""
         if len(start) < 8:
             return start
         size = 8 + int.from_bytes(start[:8], "little")
         return start[:size] if size <= len(start) or len(start) < _HEAD else self._read(path, size)
 
     def _heads(self, paths: list[str]) -> Iterator[tuple[str, bytes]]:
-        """Paths and heads, `_REQUESTS` at a time. Objects that are deleted in the meantime are left out."""
+        """Yield paths and heads, `_REQUESTS` at a time. Skips objects that are deleted in the meantime."""
         for at in range(0, len(paths), _REQUESTS):
             some = paths[at : at + _REQUESTS]
             with self._reached():
@@ -255,7 +257,7 @@ class FsspecStore(KVStore):
                     yield path, head
 
     def _objects(self) -> dict[str, int]:
-        """Path → bytes of each object."""
+        """The path of each object, and its size in bytes."""
         with self._reached():
             self._fs.invalidate_cache()
             found: dict[str, Any] = {}
@@ -267,7 +269,7 @@ class FsspecStore(KVStore):
 
     @contextlib.contextmanager
     def _reached(self) -> Iterator[None]:
-        """Turn every error of the remote into a `StoreUnavailableError`: each backend has exceptions of its own."""
+        """Turn every error of the remote into a `StoreUnavailableError`: each backend has its own exceptions."""
         try:
             yield
         except Exception as error:
@@ -282,7 +284,14 @@ class FsspecStore(KVStore):
 def open_at(
     place: str | os.PathLike[str], namespace: str = "", max_bytes: int | None = FOLDER_BYTES, **options: Any
 ) -> KVStore:
-    """The store at an address such as `s3://bucket/kv`, which `options` are for, or in a folder of `max_bytes`."""
+    """Open the store at an address such as `s3://bucket/kv`, or in a folder.
+
+    Args:
+        place: an address with `://`, or the path of a folder.
+        namespace: as for `DiskStore`.
+        max_bytes: the budget in bytes. Used for a folder only.
+        **options: the `storage_options` of `FsspecStore`. Used for an address only.
+    """
     address = os.fspath(place)
     if "://" in address:
         return FsspecStore(address, namespace=namespace, **options)
@@ -297,7 +306,7 @@ def _open(url: str, options: dict[str, Any]) -> tuple[Any, str]:
     try:
         from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 
-        # without its cache of listings: by one, an object that another process put later would not exist
+        # without fsspec's cache of listings, which would hide objects that another process puts later
         fs, root = url_to_fs(url, use_listings_cache=False, **options)
     except ImportError as error:  # fsspec's own message names the package of a protocol
         raise MissingExtraError(f"{url} ({error})", "store") from None
@@ -316,11 +325,11 @@ class ByteStore(Protocol):
 
 
 class ByteKVStore(FsspecStore):
-    """Items in a store of bytes by key, such as a LangChain `ByteStore` over Redis. An item is two values.
+    """Stores items in a key-value store of bytes, such as a LangChain `ByteStore` on Redis. Each item is two values.
 
     Args:
-        store: where the bytes go, or a function that connects to it. A forked child calls the function again, and so
-            gets a connection of its own; a store without a function is used as it is there.
+        store: the key-value store, or a function that connects to it. A forked process calls the function again to get
+            its own connection; if a store is passed, the forked process uses that store object.
         quantize: as for `DiskStore`.
         namespace: as for `DiskStore`.
         salt: as for `DiskStore`.
@@ -340,19 +349,22 @@ class ByteKVStore(FsspecStore):
 
     @property
     def store(self) -> ByteStore:
-        """Where the bytes go."""
+        """The key-value store."""
         files: _ByteFiles = self._fs
         return files.store
 
 
 class _ByteFiles:
-    """The methods of an fsspec file system that `FsspecStore` calls. The head of a file is a value of its own."""
+    """The methods of an fsspec file system that `FsspecStore` calls, on a `ByteStore`.
+
+    The head of a file is one value and its tensors are another, so that a head can be read alone.
+    """
 
     def __init__(self, store: ByteStore) -> None:
         self.store = store
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None) -> bytes:
-        """The whole file; with `end`, its head."""
+        """The whole file; with any `end`, its head alone."""
         head, *tensors = self.store.mget([path] if end is not None else [path, _tensors(path)])
         if head is None:
             raise FileNotFoundError(path)
@@ -366,7 +378,7 @@ class _ByteFiles:
         self.store.mdelete([path, _tensors(path)])
 
     def cat_ranges(self, paths: list[str], starts: list[int], ends: list[int], on_error: str) -> list[object]:
-        """The heads, by one request."""
+        """The heads of the files, by one request. `starts` and `ends` are ignored."""
         heads = zip(paths, self.store.mget(paths), strict=True)
         return [FileNotFoundError(path) if head is None else head for path, head in heads]
 
@@ -392,7 +404,7 @@ class _ByteFiles:
         return path
 
     def invalidate_cache(self) -> None:
-        """Nothing is cached."""
+        """Does nothing, since nothing is cached."""
 
 
 def _tensors(path: str) -> str:

@@ -1,4 +1,4 @@
-"""Several stores as one, the fastest first."""
+"""A store made of several stores, the fastest first."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ T = TypeVar("T")
 
 
 class StoreWarning(UserWarning):
-    """A tier failed and another tier was used. No item is lost; it was slower, or there is one copy fewer."""
+    """A tier failed, and another tier was used. No item is lost, but reading was slower or a copy is missing."""
 
 
 _PREFETCHED_AT_ONCE = 4
 
 
 class TieredStore(KVStore):
-    """Stores in tiers, such as accelerator memory, host memory, disk and a remote.
+    """Combines stores in tiers, such as accelerator memory, host memory, disk and a remote.
 
         TieredStore([
             MemoryStore(4 << 30, device="cuda"),
@@ -43,17 +43,18 @@ class TieredStore(KVStore):
         ])
 
     A put writes to every tier, so an item that one tier evicts is still in the next. An item that is found in a slow
-    tier is copied into the faster ones. Each tier keeps its own budget.
+    tier is copied into the faster tiers. Each tier has its own budget.
 
-    The last tier says what is stored. Several processes may share it, each with faster tiers of its own: what one of
-    them deletes or replaces there, the others no longer use, whatever their faster tiers hold. So a look-up reads the
-    head of the item in the last tier, one request to a remote. If that fails, the faster tiers are used as they are.
+    The last tier decides which items are stored. Several processes may share the last tier, each with its own faster
+    tiers. If one process deletes or replaces an item there, the others stop using their copies of the old item. For
+    this, each look-up reads the head of the item in the last tier: one request to a remote. If that request fails, the
+    faster tiers are used without the check.
 
     Args:
-        tiers: stores, the fastest first. A path is a `DiskStore` of 64 GiB, an address with `://` an `FsspecStore`.
+        tiers: stores, the fastest first. A path makes a `DiskStore` of 64 GiB, an address with `://` an `FsspecStore`.
 
     Raises:
-        InvalidInputError: there is no tier.
+        InvalidInputError: `tiers` is empty.
     """
 
     def __init__(self, tiers: Sequence[KVStore | str | os.PathLike[str]]) -> None:
@@ -64,17 +65,17 @@ class TieredStore(KVStore):
         self._coming: dict[str, Future[KVCacheItem | None]] = {}
         self._lock = threading.Lock()
         self._stripes = [threading.Lock() for _ in range(64)]
-        self._only_here = set[str]()  # what the last tier could not store
+        self._only_here = set[str]()  # the ids of items that the last tier could not store
         self._hits = self._misses = 0
 
     def __repr__(self) -> str:
         return f"<TieredStore {', '.join(map(repr, self.tiers))}>"
 
     def get(self, key: str) -> KVCacheItem | None:
-        """The item from the fastest tier that has it. Waits for a prefetch of it that is running.
+        """The item from the fastest tier that has it. Waits for a running prefetch of this item.
 
         Raises:
-            StoreError: no tier gave the item, and at least one failed: the error of the first one.
+            StoreError: no tier returned the item, and at least one tier failed. This is the first tier's error.
         """
         with self._lock:
             coming = self._coming.get(key)
@@ -87,16 +88,16 @@ class TieredStore(KVStore):
     def prefetch(self, keys: Iterable[str]) -> list[Future[KVCacheItem | None]]:
         """Begin to copy items into the fastest tier, in background threads, and return at once.
 
-        Call it with the ids that a retriever found, while the prompt is built. A `get` of one of them waits for it,
-        and raises its error: the futures may be ignored.
+        Call it with the ids that a retriever found, while the prompt is built. A `get` waits for the prefetch of its
+        item and raises the error of the prefetch, so the futures may be ignored.
         """
         return [self._fetch(key) for key in dict.fromkeys(keys)]
 
     def put(self, item: KVCacheItem) -> None:
-        """Write to every tier. A tier that fails is skipped with a `StoreWarning`, and a full one silently.
+        """Write to every tier. A tier that fails is skipped with a `StoreWarning`; a full tier is skipped silently.
 
         Raises:
-            StoreError: no tier stored the item, or a tier that failed still holds an older item under this id.
+            StoreError: no tier stored the item, or a tier that failed may still hold an older item with this id.
         """
         failures: list[StoreError] = []
         with self._changing(item.id):
@@ -105,7 +106,7 @@ class TieredStore(KVStore):
                 try:
                     tier.put(item)
                 except StoreError as error:
-                    tier.delete([item.id])  # it may hold an older item under this id; if this fails too, it raises
+                    tier.delete([item.id])  # the tier may hold an older item with this id; if this fails too, raise
                     failures.append(error)
                     if tier is self.tiers[-1]:
                         self._only_here.add(item.id)
@@ -116,10 +117,10 @@ class TieredStore(KVStore):
                 self._warn(failure)
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Delete from every tier, also when one fails.
+        """Delete from every tier, and continue if a tier fails.
 
         Raises:
-            StoreError: the error of the first tier that failed. It may still hold the items.
+            StoreError: the error of the first tier that failed. That tier may still hold the items.
         """
         failures: list[StoreError] = []
         for key in keys:
@@ -130,21 +131,21 @@ class TieredStore(KVStore):
 
     @property
     def is_exact(self) -> bool:
-        """Whether the last tier is, which has every item."""
+        """Whether the last tier, which has every item, is exact."""
         return self.tiers[-1].is_exact
 
     @property
     def place(self) -> str:
-        """The tiers' places."""
+        """The places of the tiers, separated by commas."""
         return ", ".join(tier.place for tier in self.tiers)
 
     @property
     def places(self) -> frozenset[object]:
-        """The tiers' places."""
+        """The `places` of all tiers."""
         return frozenset().union(*(tier.places for tier in self.tiers))
 
     def erase(self, keys: Iterable[str]) -> DeletionReport:
-        """Delete from every tier, also when one fails, and report each tier."""
+        """Delete from every tier, continue if a tier fails, and report on each tier."""
         chosen = list(keys)
         with ExitStack() as changing:
             for stripe in self._stripes:
@@ -152,13 +153,13 @@ class TieredStore(KVStore):
             return sum((tier.erase(chosen) for tier in self.tiers), DeletionReport())
 
     def erase_where(self, chosen: Callable[[Described], bool], *, unreadable: bool = False) -> DeletionReport:
-        """Delete from every tier, also when one fails, and report each tier."""
+        """Delete from every tier, continue if a tier fails, and report on each tier."""
         erased = (tier.erase_where(chosen, unreadable=unreadable) for tier in self.tiers)
         report = sum(erased, DeletionReport())
-        return report + self.erase(report.ids)  # a prefetch may have copied one from a tier that was cleared later
+        return report + self.erase(report.ids)  # a prefetch may have copied an item from a tier that was cleared later
 
     def deletions(self) -> Hashable:
-        """Those of the tiers."""
+        """The `deletions` of each tier."""
         return tuple(tier.deletions() for tier in self.tiers)
 
     def _moment(self) -> Hashable:
@@ -169,11 +170,11 @@ class TieredStore(KVStore):
         return any(tier._deleted_since(key, each) for tier, each in zip(self.tiers, since, strict=True))
 
     def contains(self, key: str) -> bool:
-        """Whether the last tier has the item."""
+        """Whether the last tier has the item, or a faster tier if the last one fails or could not store it."""
         return bool(self._from_last(key, lambda tier: tier.contains(key)))
 
     def containing(self, keys: Iterable[str]) -> set[str]:
-        """Those that the last tier has."""
+        """The ids, among `keys`, of items that the store has, as `contains`."""
         asked = set(keys)
         try:
             found = self.tiers[-1].containing(asked)
@@ -183,12 +184,12 @@ class TieredStore(KVStore):
         return found | {key for key in asked & self._only_here if self.contains(key)}
 
     def keys(self) -> Iterator[str]:
-        """The ids of the last tier."""
+        """Yield the ids of the items in the last tier, and of those that it could not store."""
         yield from self.tiers[-1].keys()
         yield from filter(self.contains, sorted(self._only_here))
 
     def listing(self) -> Iterator[Listed]:
-        """What the last tier lists. An item that is deleted is deleted from every tier."""
+        """The items that the last tier lists. Deleting a listed item deletes it from every tier."""
         for item in self.tiers[-1].listing():
             name = item.name
             yield item if item.manifest is None else replace(item, delete=partial(self.delete, [name]))
@@ -196,11 +197,11 @@ class TieredStore(KVStore):
             yield from listed(key, partial(self.manifest, key), partial(self.delete, [key]))
 
     def manifest(self, key: str) -> Manifest | None:
-        """From the last tier."""
+        """The item's manifest, from the last tier if possible; None if it is not stored."""
         return self._from_last(key, lambda tier: tier.manifest(key))
 
     def _from_last(self, key: str, ask: Callable[[KVStore], T]) -> T:
-        """What the last tier says; where it fails or could not store the item, what the others say."""
+        """The answer of the last tier; if that fails or could not store the item, the answer of a faster tier."""
         *faster, last = self.tiers
         if key not in self._only_here:
             try:
@@ -214,13 +215,13 @@ class TieredStore(KVStore):
         return next(filter(None, map(ask, faster)), None) or ask(last)
 
     def stats(self) -> StoreStats:
-        """The items of the tier that has most, the bytes of all tiers, and hits and misses of this store."""
+        """The items of the tier with the most, bytes and evictions of all tiers, and this store's hits and misses."""
         all_stats = [tier.stats() for tier in self.tiers]
         items, used = max(s.items for s in all_stats), sum(s.bytes for s in all_stats)
         return StoreStats(items, used, None, self._hits, self._misses, sum(s.evictions for s in all_stats))
 
     def close(self) -> None:
-        """Wait for prefetches that are running, and close the tiers."""
+        """Wait for running prefetches, and close the tiers."""
         self._pool.shutdown(cancel_futures=True)
         for tier in self.tiers:
             tier.close()
@@ -262,7 +263,7 @@ class TieredStore(KVStore):
         return None
 
     def _is_current(self, item: KVCacheItem, found: int) -> bool:
-        """Whether the last tier has this item, as it is. One that it lacks is deleted from the others."""
+        """Whether the last tier has the same version of this item. If it lacks the item, delete it from the others."""
         *faster, last = self.tiers
         if found == len(faster) or item.id in self._only_here:
             return True
@@ -275,20 +276,20 @@ class TieredStore(KVStore):
             for tier in faster:
                 tier.delete([item.id])
             return False
-        last._used(item.id)  # or it would evict first what is used most, since the faster tiers have that
+        last._used(item.id)  # otherwise the last tier would evict items that only the faster tiers were asked for
         return _version(item) == _version(manifest)
 
     def _promote(self, item: KVCacheItem, found: int) -> KVCacheItem:
-        """Copy an item into the tiers above the one where it was found, and return the copy of the fastest tier.
+        """Copy an item into all tiers faster than the one that had it, and return the copy of the fastest tier.
 
-        It is copied tier by tier upward, so that an accelerator reads from pinned host memory. A damaged copy in a
-        faster tier is replaced.
+        Each tier copies from the next slower one, so that an accelerator reads from pinned host memory. A damaged copy
+        in a faster tier is replaced.
         """
         if found == 0:
             return item
         for tier in reversed(self.tiers[:found]):
             copy = item
-            if isinstance(tier, MemoryStore) and not tier.copies:  # or it would hold the mapping of a file
+            if isinstance(tier, MemoryStore) and not tier.copies:  # otherwise memory would hold the mapping of a file
                 copy = item.model_copy(update={"memory": cache_of(contiguous_copy(layers_of(item.memory)))})
             try:
                 tier.put(copy)
@@ -303,7 +304,7 @@ class TieredStore(KVStore):
         return self._stripes[hash(key) % len(self._stripes)]
 
     def _everywhere(self, act: Callable[[KVStore], object]) -> list[StoreError]:
-        """Call `act` with every tier, also after one failed. Returns the errors."""
+        """Call `act` with every tier, continue if it fails, and return the errors."""
         failures: list[StoreError] = []
         for tier in self.tiers:
             try:
@@ -322,5 +323,5 @@ class TieredStore(KVStore):
 
 
 def _version(item: KVCacheItem | Manifest) -> tuple[object, ...]:
-    """What differs between an item and one that replaced it: its text's tokens are the same, since its id is."""
+    """The parts of an item that can differ between versions. The token ids cannot: the id is made from them."""
     return item.records, item.prefix_digest, json.dumps(item.metadata, default=repr)

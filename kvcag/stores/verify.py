@@ -1,8 +1,9 @@
-"""Looks through a folder: sound items, damaged ones, what killed writers left, and files of other programs.
+"""Checks a folder: finds sound items, damaged items, leftovers of killed writers, and files of other programs.
 
-A file is an item of ours by its place, `<32 hex digits>/<2>/<62>.safetensors`, and by its content. A temporary file is
-ours by its name and its place, and left over if its writer holds no lock on it. The directory of a dump is left over if
-the manifest beside it names another one, or if the dump's temporary file is left over. Nothing else is ever deleted.
+A file is recognised as an item by its path, `<32 hex digits>/<2>/<62>.safetensors`, and by its content. A temporary
+file is recognised by its name and path; it is a leftover if its writer holds no lock on it. The directory of a dump is
+a leftover if the manifest beside it names another directory, or if the dump's temporary file is a leftover. No other
+file is ever deleted.
 """
 
 from __future__ import annotations
@@ -29,12 +30,13 @@ class VerifyReport:
     """The result of `verify`.
 
     Attributes:
-        sound: number of items whose every byte matches its checksum.
-        bytes: bytes of their files.
-        damaged: items that were cut or changed, or are under another item's name, each with the reason. A repair
+        sound: number of items whose bytes all match their checksums.
+        bytes: size of the files of sound items, in bytes.
+        damaged: items that were truncated or changed, or have another item's file name, each with the reason. A repair
             deletes them.
-        abandoned: temporary files and directories of dumps, of writers that were killed. A repair deletes them.
-        foreign: safetensors files of other programs or newer releases, each with the reason. A repair keeps them.
+        abandoned: temporary files and dump directories of killed writers. A repair deletes them.
+        foreign: safetensors files of other programs or newer releases, each with the reason. A repair does not delete
+            them.
     """
 
     sound: int = 0
@@ -50,16 +52,16 @@ class VerifyReport:
 
 
 def verify(path: str | os.PathLike[str], *, repair: bool = False, names: Iterable[Names] = ()) -> VerifyReport:
-    """Read every item below a directory and compare every byte with its checksum.
+    """Read every item below a directory, and compare all bytes with their checksums.
 
     Other processes may read and write meanwhile: files that a running writer has not finished are skipped. Files are
-    read, not mapped, so that a disk error raises instead of ending the process with a signal. Links are not followed.
+    read, not memory-mapped, so that a disk error raises instead of killing the process. Links are not followed.
 
     Args:
         path: the directory.
-        repair: delete damaged items and what killed writers left.
-        names: namespaces with a name or a salt. Only with its name and its salt can be seen whether an item of a
-            namespace is under another item's name; the default namespace is known.
+        repair: delete damaged items and the leftovers of killed writers.
+        names: the namespaces whose file names are also checked; the default namespace always is. Checking whether an
+            item has another item's file name needs the namespace's name and salt.
 
     Raises:
         StoreUnavailableError: the directory cannot be read.
@@ -96,7 +98,7 @@ def _check(file: Path, known: dict[str, Names], report: VerifyReport, repair: bo
             data = bytearray(opened.read())
         item = item_from_bytes(data, str(file))
         if place and space in known and known[space].file(item.id) != place[1]:
-            raise CorruptItemError(file, f"it has another item's name and holds {item.id!r}")
+            raise CorruptItemError(file, f"it has another item's file name but contains {item.id!r}")
     except (CorruptItemError, FormatError) as error:
         if not place or isinstance(error, FormatError):
             report.foreign.append((file, str(error)))
@@ -110,14 +112,14 @@ def _check(file: Path, known: dict[str, Names], report: VerifyReport, repair: bo
 
 
 def leftovers(folder: Path, *, remove: bool = False) -> list[Path]:
-    """Leftovers of killed writers directly in a folder: temporary files of items, and dumps that no manifest names."""
+    """The leftovers of killed writers directly in a folder: temporary files, and dumps that no manifest names."""
     entries = {each.name: Path(each.path) for each in os.scandir(folder) if not each.is_symlink()}
     found = []
     if _SPACE.fullmatch(folder.absolute().name):
         items = [path for name, path in entries.items() if _TEMPORARY.fullmatch(name)]
         found += [path for path in items if is_abandoned(path, remove=remove)]
     for lock, filename in [(path, made[1]) for name, path in entries.items() if (made := _LOCK.fullmatch(name))]:
-        if leftover_dumps(folder, filename):  # else it may be another program's lock
+        if leftover_dumps(folder, filename):  # a lock without such leftovers may belong to another program
             with contextlib.suppress(BlockingIOError), locked(lock, wait=False):
                 dumps = leftover_dumps(folder, filename)
                 found += dumps
@@ -127,9 +129,9 @@ def leftovers(folder: Path, *, remove: bool = False) -> list[Path]:
 
 
 def leftover_dumps(folder: Path, filename: str) -> list[Path]:
-    """What dumps of one name left that were replaced or killed. The caller holds the lock of that name.
+    """The leftovers of dumps with this name that were replaced or killed. The caller holds the lock of that name.
 
-    Where the manifest is missing or damaged, only the directories of killed dumps are left over.
+    If the manifest is missing or damaged, only the directories of killed dumps are leftovers.
     """
     temporary = re.compile(rf"\.{re.escape(filename)}\.([0-9a-f]{{32}})\.tmp")
     directory = re.compile(rf"{re.escape(filename)}-([0-9a-f]{{32}})")

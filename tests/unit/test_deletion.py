@@ -210,7 +210,7 @@ def test_a_report_is_not_empty_looking_when_something_failed(tiny_engine: HFEngi
     assert report
     assert not report.ids
     assert list(report.failed) == [str(path)]
-    assert "may hold the text" in str(report)
+    assert "may still hold the text" in str(report)
     assert not DeletionReport()
 
 

@@ -185,7 +185,7 @@ def test_two_files_joined_are_not_a_file() -> None:
     [
         (pickle.dumps({"kv_cache_memories": {}}), "import-memos"),
         (b"PK\x03\x04 and so on, as torch.save writes it", "import-memos"),
-        (b"once upon a time", "not a file that kvcag wrote"),
+        (b"once upon a time", "not a file of kvcag"),
     ],
 )
 def test_what_is_not_ours_is_named_and_not_loaded(tmp_path: Path, content: bytes, says: str) -> None:
@@ -251,7 +251,7 @@ def test_the_same_model_under_another_name_is_accepted(file: Path) -> None:
 
 def test_an_item_that_names_no_model_is_refused_where_one_is_expected(tmp_path: Path) -> None:
     write_item(tmp_path / "item", random_item().model_copy(update={"fingerprint": None}))
-    with pytest.raises(FingerprintMismatchError, match="names no model"):
+    with pytest.raises(FingerprintMismatchError, match="the item has no fingerprint"):
         read_item(tmp_path / "item", expected=FINGERPRINT)
 
 

@@ -132,7 +132,7 @@ def test_persistent_objects_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [{"something": 1}, 7, ["text"], {"kv_cache_memories": [1]}])
 def test_another_pickle_is_not_a_dump(tmp_path: Path, content: object) -> None:
-    with pytest.raises(FormatError, match="not one of a KVCacheMemory"):
+    with pytest.raises(FormatError, match="not of a KVCacheMemory"):
         read_memos_pickle(dump(tmp_path / "other", content))
 
 

@@ -221,7 +221,7 @@ def test_what_is_in_the_way_is_a_typed_error_and_loses_nothing(store: DiskStore)
 
     with pytest.raises(StoreUnavailableError):
         store.put(random_item("b"))
-    with pytest.raises(CorruptItemError, match="it is not a file"):
+    with pytest.raises(CorruptItemError, match="it is not a regular file"):
         store.get("b")
     assert_same(store.get("a"), random_item("a"))
     assert not list(store.path.rglob("*.tmp"))

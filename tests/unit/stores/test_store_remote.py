@@ -165,7 +165,7 @@ def test_an_item_under_another_item_s_name_is_not_served(place: Any) -> None:
     store = place()
     store._fs.pipe_file(store._path("b"), bytes(item_to_bytes(random_item("a"))))
     for read in (store.get, store.manifest):
-        with pytest.raises(CorruptItemError, match="it should hold item 'b' and holds 'a'"):
+        with pytest.raises(CorruptItemError, match="it should contain item 'b' but contains 'a'"):
             read("b")
 
 
