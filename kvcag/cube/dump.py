@@ -1,8 +1,8 @@
-"""A cube in a folder: a dump (`kvcag.stores.dump`) of its items, beside a file with its texts.
+"""A cube in a folder: a dump (`kvcag.stores.dump`) of its items, with a file of its texts.
 
 ```
 dump/
-├── cube.json               the manifest: which directory counts, what is in it, and the cube's settings
+├── cube.json               the manifest: the current directory, its items and files, and the cube's settings
 └── cube.json-3f9c…/        a directory of a DiskStore, one for each dump
     └── texts.jsonl         one text per line: id, memory, metadata
 ```
@@ -25,7 +25,7 @@ _MANIFEST, _TEXTS, _KIND = "cube.json", "texts.jsonl", "kvcag-cube"
 
 @dataclass(frozen=True, slots=True)
 class CubeDump:
-    """A cube as it was dumped. The items' tensors are mapped from their files."""
+    """The content of a cube's dump. Items that were read have tensors memory-mapped from their files."""
 
     namespace: str
     instruction: str | None
@@ -34,10 +34,11 @@ class CubeDump:
 
 
 def write_dump(dir: str | os.PathLike[str], cube: CubeDump) -> None:
-    """Write a cube, in place of an earlier dump.
+    """Write a cube to a folder, and replace an earlier dump.
 
     Raises:
-        StoreUnavailableError: the disk is full, permission was denied. The earlier dump is unchanged.
+        StoreUnavailableError: the folder cannot be written, for example because the disk is full. The earlier dump is
+            unchanged.
     """
     lines = "".join(json.dumps(text.model_dump(mode="json")) + "\n" for text in cube.texts)
     about = {"namespace": cube.namespace, "instruction": cube.instruction}
@@ -48,12 +49,14 @@ def read_dump(dir: str | os.PathLike[str]) -> CubeDump:
     """Read and verify the dump of a cube.
 
     Raises:
-        StoreUnavailableError: there is no dump, or it cannot be read.
-        CorruptItemError: a file was cut, changed or is missing.
-        FormatError: a newer release wrote it, or it is no dump of a cube.
+        StoreUnavailableError: the folder has no dump, or cannot be read.
+        CorruptItemError: a file was truncated or changed, or is missing.
+        FormatError: a newer release wrote the dump, or it is not the dump of a cube.
     """
     read = dump.read_dump(dir, _MANIFEST, kind=_KIND)
     if read is None:
-        raise StoreUnavailableError(errno.ENOENT, f"it holds no {_MANIFEST}: give the folder of a dump", os.fspath(dir))
+        raise StoreUnavailableError(
+            errno.ENOENT, f"it contains no {_MANIFEST}: pass the folder of a dump", os.fspath(dir)
+        )
     texts = [TextualMemoryItem.model_validate_json(line) for line in read.files[_TEXTS].splitlines()]
     return CubeDump(**read.about, texts=texts, items=read.items)

@@ -1,7 +1,7 @@
 """MemoryCube: texts and the caches made from them, as one memory.
 
 The idea comes from MemOS, whose cube holds a plaintext memory and an activation memory. Here the caches follow the
-texts: a text that is edited or deleted loses its caches, and a text without a cache is read by the model.
+texts: editing or deleting a text deletes its caches, and the model encodes a text that has no cache.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ _QUESTION: Message = {"role": "user", "content": "…"}
 
 @dataclass(frozen=True, slots=True)
 class CubeAnswer(Answer):
-    """An answer, the texts it was made from, and which of them came from caches.
+    """An answer, the texts in its prompt, and which of them were cached.
 
     Attributes:
         sources: the texts in the prompt, in order.
-        cached: ids of the texts that came from caches.
-        encoded: ids of the texts that the model read for this answer.
+        cached: the ids of the texts that came from caches.
+        encoded: the ids of the texts that were encoded for this answer.
     """
 
     sources: list[TextualMemoryItem] = field(default_factory=list)
@@ -76,10 +76,10 @@ class CubeAnswer(Answer):
 
     @property
     def side(self) -> Mode:
-        """Which side of the cube answered.
+        """How the texts got into the context.
 
-        `encoded`: the model read at least one text, or there were no texts. `prefix`: all texts came from caches,
-        exactly as a full prefill computes them. `merged`: all came from caches, some of their tokens recomputed.
+        `encoded`: at least one text was encoded for this answer, or there were no texts. `prefix`: all texts came from
+        caches that equal a full prefill. `merged`: all texts came from caches that were merged.
         """
         if self.encoded or not self.sources:
             return "encoded"
@@ -88,7 +88,7 @@ class CubeAnswer(Answer):
 
 @dataclass(frozen=True, slots=True)
 class _Opened:
-    """An answer that was prepared and not yet generated. `held`: for each document, whether it was cached before."""
+    """An answer that is prepared, but not generated. `held` says for each document whether it was cached before."""
 
     sources: list[TextualMemoryItem]
     prompt: Prompt
@@ -100,11 +100,11 @@ class _Opened:
         """Generate the answer."""
         whole, held, ids = Answer.of(self.chunks), self.held, [text.id for text in self.sources]
         report = whole.report
-        if report is not None and report.strategy == "exact" and self.merges:  # encoded in order, as far as not reused
+        if report is not None and report.strategy == "exact" and self.merges:  # documents after the prefix were encoded
             held = [place.stop <= report.reused_tokens for place in self.prompt.document_places]
         elif report is not None and self.merges and all(held) and report.encoded_tokens > len(self.prompt.head_ids):
-            held = [False] * len(held)  # a cache was damaged, or left the store meanwhile
-        if len(held) != len(ids):  # the texts are one document
+            held = [False] * len(held)  # a cache was damaged, or evicted meanwhile
+        if len(held) != len(ids):  # with strategy "exact" all texts are one document
             held = [all(held)] * len(ids)
         cached = tuple(id for id, was_held in zip(ids, held, strict=True) if was_held)
         encoded = tuple(id for id, was_held in zip(ids, held, strict=True) if not was_held)
@@ -112,7 +112,7 @@ class _Opened:
 
 
 class MemoryCube:
-    """Texts, and caches that follow them. Safe to use from several threads.
+    """Holds texts, and keeps their caches in step with them. Thread-safe.
 
     ```python
     cube = MemoryCube("Qwen/Qwen3-0.6B", instruction="Answer from the notes.")
@@ -122,20 +122,20 @@ class MemoryCube:
     ```
 
     Args:
-        engine: the model that encodes and answers: a hub id, a folder, or an engine.
+        engine: the model that encodes and answers: a Hugging Face hub id, a folder, or an engine.
         texts: the place that finds texts, such as `kvcag.langchain.VectorStoreTexts` or
             `kvcag.llama_index.IndexTexts`. Without it, every question is answered from all texts.
-        store: where caches are kept: a store that only this cube uses, or a folder. In memory by default.
+        store: stores the caches: a folder, or a store that only this cube uses. In memory by default.
         instruction: stands before the texts, in the system turn.
-        namespace: the user or corpus that the cube belongs to. Namespaces share no file, no cache and no recent
-            context. A store that is passed as an object must be of this namespace.
-        strategy: how the caches of several texts are combined, as for `KVCacheMemory.merge`. `"exact"` keeps the
-            texts of a question together as one cache: the answer is that of a full prefill, and an edit encodes all
-            of them again. Every other strategy keeps one cache per text.
-        ratio: the recompute ratio, in [0, 1].
+        namespace: the user or corpus of the cube. Two namespaces share no file, no cache and no recent context. A
+            store that is passed as an object must have this namespace.
+        strategy: how the caches of several texts are merged, as for `KVCacheMemory.merge`. With `"exact"`, the texts
+            of a question have one cache together: the answer is that of a full prefill, and after an edit all of them
+            are encoded again. With every other strategy, each text has its own cache.
+        ratio: the recompute ratio, 0 to 1.
 
     Attributes:
-        memory: the activation side, a `KVCacheMemory`.
+        memory: the `KVCacheMemory` of the caches.
         texts: the place that finds texts, or None.
 
     Raises:
@@ -160,7 +160,7 @@ class MemoryCube:
         self.ratio = ratio
         self._known: dict[str, TextualMemoryItem] = {}
         self._changes = 0
-        self._undeleted: set[str] = set()  # texts of which a store that failed may still have caches: tried again
+        self._undeleted: set[str] = set()  # texts whose caches a failed store may still have; deleted again later
         self._lock = threading.RLock()
 
     @classmethod
@@ -174,7 +174,15 @@ class MemoryCube:
     ) -> MemoryCube:
         """Make a cube from a dump, with the dump's instruction and namespace.
 
-        Arguments are those of the class; errors are those of `load`.
+        Args:
+            dir: the folder of the dump.
+            engine: as for the class.
+            texts: as for the class.
+            store: as for the class.
+            **settings: further arguments of the class.
+
+        Raises:
+            StoreUnavailableError, CorruptItemError, FormatError, InvalidInputError: as `load`.
         """
         dumped = read_dump(dir)
         settings = {"instruction": dumped.instruction, "namespace": dumped.namespace, **settings}
@@ -189,17 +197,17 @@ class MemoryCube:
     # --- texts ---------------------------------------------------------------------------------------------------
 
     def add(self, documents: object) -> list[str]:
-        """Add texts and return their ids, in order. Nothing is encoded yet; see `encode`.
+        """Add texts, and return their ids in order. Does not encode them; see `encode`.
 
-        A text replaces an earlier one with the same id, and the caches of the earlier one are deleted.
+        A text replaces an earlier text with the same id, and the caches of the earlier text are deleted.
 
         Args:
-            documents: one or several: a str, a LangChain `Document`, a LlamaIndex node (its text as the LLM would
-                read it) or a `TextualMemoryItem`. A document without an id gets one from its text.
+            documents: one or several of these: a str, a LangChain `Document`, a LlamaIndex node (its text as the LLM
+                reads it) or a `TextualMemoryItem`. A document without an id gets an id made from its text.
 
         Raises:
             EmptyPromptError: a text is empty. Nothing was added.
-            InvalidInputError: no text can be read from a document, or `texts` cannot be written to.
+            InvalidInputError: a document has no text, or `texts` is read-only.
         """
         texts = read_all(documents)
         with self._lock:
@@ -211,12 +219,12 @@ class MemoryCube:
         return [text.id for text in texts]
 
     def edit(self, id: str, text: str, metadata: Mapping[str, Any] | None = None) -> None:
-        """Change a text. Its caches are deleted; the caches of other texts stay.
+        """Change a text. Deletes its caches, and keeps those of other texts.
 
         Args:
             id: the id of the text.
             text: the new text.
-            metadata: the new metadata; None keeps the present ones.
+            metadata: the new metadata; None keeps the old metadata.
 
         Raises:
             UnknownItemError: the cube has no text with this id.
@@ -232,11 +240,11 @@ class MemoryCube:
     def delete(self, ids: str | Sequence[str]) -> DeletionReport:
         """Delete texts, here and in `texts`, and every cache made from them, in every tier of the store.
 
-        Ids that are missing are ignored.
+        Unknown ids are ignored.
 
         Returns:
-            What was deleted where, and what could not be. Nothing is raised for a store that fails; the next deletion
-            tries again.
+            What was deleted where, and what could not be deleted. A store that fails does not raise: its failure is in
+            the report, and the next deletion tries again.
         """
         listed = [ids] if isinstance(ids, str) else list(ids)
         failed = {}
@@ -244,7 +252,7 @@ class MemoryCube:
             if self.texts is not None:
                 try:
                     self.texts.delete(listed)
-                except Exception as error:  # of whatever database it is; the caches are deleted all the same
+                except Exception as error:  # any database may raise here, and the caches must still be deleted
                     failed[type(self.texts).__name__] = f"{type(error).__name__}: {error}"
                     warnings.warn(f"texts could not be deleted from {failed}", CacheWarning, stacklevel=2)
             report = self._follow([], gone=listed)
@@ -253,10 +261,16 @@ class MemoryCube:
             return report + DeletionReport({}, failed)
 
     def sync(self, documents: object) -> DeletionReport:
-        """Make these documents the cube's texts: add new ones, edit changed ones, delete the others.
+        """Make these documents the cube's texts: add new ones, edit changed ones, and delete the others.
 
-        Every cache made from anything else is deleted from the store, also those of an earlier process. Nothing is
-        encoded. Arguments and errors are those of `add`.
+        Also deletes every cache in the store that was made from other texts, even by an earlier process. Encodes
+        nothing.
+
+        Args:
+            documents: as for `add`.
+
+        Raises:
+            EmptyPromptError, InvalidInputError: as `add`.
         """
         texts = read_all(documents)
         ids, live = {text.id for text in texts}, live_of(texts)
@@ -268,13 +282,13 @@ class MemoryCube:
             )
 
     def purge(self, text: str, dumps: Iterable[str | PathLike[str]] = ()) -> DeletionReport:
-        """Delete every cache made from a text that the cube does not hold, and the text from dumps.
+        """Delete every cache made from a text that the cube no longer holds, and delete the text from dumps.
 
-        `delete` deletes the caches of a text that the cube holds.
+        For a text that the cube holds, call `delete`.
 
         Args:
             text: the text.
-            dumps: folders that `dump` wrote, to delete the text and its caches there too.
+            dumps: folders that `dump` wrote. The text and its caches are deleted from them, too.
 
         Raises:
             InvalidInputError: the cube holds the text.
@@ -282,30 +296,30 @@ class MemoryCube:
         with self._lock:
             live = live_of(self._known.values())
             if stripped(text) in live:
-                raise InvalidInputError("the cube holds this text. Delete the text by its id: that deletes its caches.")
+                raise InvalidInputError("the cube holds this text. Call delete(id), which also deletes its caches.")
             report = self._drop({text}, live)
         folders = [dumps] if isinstance(dumps, str | PathLike) else dumps
         return sum((purge_dump(folder, text) for folder in folders), report)
 
     def get(self, id: str) -> TextualMemoryItem | None:
-        """A text, or None."""
+        """The text with this id, or None."""
         self._look()
         return self._known.get(id)
 
     def get_all(self) -> list[TextualMemoryItem]:
-        """Every text that the cube knows, oldest first."""
+        """All texts of the cube, oldest first."""
         self._look()
         with self._lock:
             return list(self._known.values())
 
     def search(self, question: str, k: int | None = None) -> list[TextualMemoryItem]:
-        """The texts that answer a question: those that `texts` finds, best first; all texts if it cannot search.
+        """The texts for a question: those that `texts` finds, best first, or all texts if the cube cannot search.
 
-        A text that is found and is new, or has changed, becomes the cube's text.
+        If `texts` finds a new or changed text, the cube takes it over.
 
         Args:
-            question: what to search for.
-            k: the most texts; None leaves the number to `texts`.
+            question: the question.
+            k: the maximum number of texts. None: `texts` decides.
 
         Raises:
             InvalidInputError: `k` was given and the cube cannot search.
@@ -313,29 +327,29 @@ class MemoryCube:
         if not isinstance(self.texts, SearchableTexts):
             if k is not None:
                 raise InvalidInputError(
-                    f"k={k}, and this cube cannot search its texts. Give the cube texts that can be searched "
-                    "(texts=…), or leave k out to answer from all texts."
+                    f"k={k} needs a search, but this cube cannot search its texts. Pass searchable texts (texts=…) to "
+                    "the cube, or leave k out to answer from all texts."
                 )
             return self.get_all()
         while True:
             changes = self._changes
             found = distinct(self.texts.search(question, k))
             with self._lock:
-                if changes == self._changes:  # else a text that was found may have been deleted meanwhile
+                if changes == self._changes:  # otherwise a found text may have been deleted: search again
                     self._follow(found)
                     return found
 
     # --- answers -------------------------------------------------------------------------------------------------
 
     def encode(self) -> int:
-        """Encode texts that have no cache yet, ahead of a question, and return how many caches were made.
+        """Encode texts that have no cache yet, ahead of questions, and return the number of new caches.
 
-        Other threads can ask questions between two texts. Under strategy `"exact"` all texts become one cache; if
-        `texts` can search, it is not known which texts will stand together, and nothing is encoded.
+        Other threads can ask questions between two texts. With strategy `"exact"`, all texts get one cache together;
+        but if `texts` can search, nothing is encoded, since only a question determines which texts stand together.
 
         Raises:
             UnsupportedModelError: the engine cannot encode documents ahead of a question.
-            ContextLengthError: a text, or under `"exact"` all texts together, exceed the model's context.
+            ContextLengthError: a text exceeds the model's context; with `"exact"`, all texts together exceed it.
         """
         texts = self.get_all()
         groups = [[text] for text in texts]
@@ -344,9 +358,9 @@ class MemoryCube:
         return sum([self._encode(group) for group in groups])
 
     def ask(self, question: str | Sequence[Message], k: int | None = None, **answering: Any) -> CubeAnswer:
-        """Answer a question from the cube. If no text is found, the model answers without texts.
+        """Answer a question from the cube's texts. If no text is found, the model answers without texts.
 
-        `str(answer)` is the text. Arguments and errors are those of `stream`.
+        `str(answer)` is the answer's text. The arguments and errors are those of `stream`.
         """
         opened = self._open(question, k, **answering)
         with closing(opened.chunks):
@@ -363,20 +377,20 @@ class MemoryCube:
         constraint: ConstraintLike | None = None,
         **sampling: Any,
     ) -> Generator[Chunk, None, None]:
-        """Answer a question from the cube, piece by piece. Closing the stream stops the model.
+        """Answer a question from the cube's texts, as a stream of chunks. Closing the stream stops the model.
 
         Args:
             question: a str, or chat messages that end with the question.
-            k: the most texts to answer from, if `texts` can search.
-            strategy: see the class; None is the cube's.
-            ratio: the recompute ratio, in [0, 1]; None is the cube's.
+            k: the maximum number of texts to answer from, if `texts` can search.
+            strategy: as for the class; None: the cube's.
+            ratio: the recompute ratio, 0 to 1; None: the cube's.
             max_kl: the error that strategy `"auto"` allows, in nats per token.
-            constraint: what the answer must be: a pydantic model, a JSON schema, `Regex`, `Choices` or `Grammar`.
+            constraint: a constraint on the answer: a pydantic model, a JSON schema, `Regex`, `Choices` or `Grammar`.
             **sampling: settings of `Sampling`, such as `max_new_tokens`.
 
         Raises:
             CorpusLengthError: the texts do not fit into the model's context. Nothing was encoded.
-            InvalidInputError: an unknown setting or strategy, or `k` without texts that can be searched.
+            InvalidInputError: a setting or strategy is unknown, or `k` is given and `texts` cannot search.
             ConstraintError: the constraint cannot be used.
         """
         return self._open(question, k, strategy, ratio, max_kl, constraint, **sampling).chunks
@@ -386,25 +400,26 @@ class MemoryCube:
     def dump(self, dir: str | PathLike[str]) -> None:
         """Write texts and caches to a folder. An earlier dump is replaced in one step, or not at all.
 
-        A cache that was made from any text outside the cube is left out.
+        Caches made from texts that the cube does not hold are left out.
 
         Raises:
-            StoreUnavailableError: the disk is full, permission was denied. The earlier dump is unchanged.
+            StoreUnavailableError: the folder cannot be written, for example because the disk is full. The earlier dump
+                is unchanged.
         """
         texts = self.get_all()
         write_dump(dir, CubeDump(self.namespace, self.memory.instruction, texts, self._items_of(live_of(texts))))
 
     def load(self, dir: str | PathLike[str]) -> None:
-        """Add the texts and caches of a dump. A text replaces one with the same id. `texts` gets what it lacks.
+        """Add the texts and caches of a dump. A text replaces the cube's text with the same id.
 
-        Caches of this cube's model are used. If another model made the caches, one `CacheWarning` says so, and texts
-        are encoded again when they are first needed, or by `encode`. Everything is read and verified first: if this
-        raises, the cube is unchanged.
+        New texts are also added to `texts`. Only caches of this cube's model are used: if another model made them, a
+        `CacheWarning` says so, and the texts are encoded again when they are first needed, or by `encode`. The whole
+        dump is read and verified first, so the cube is unchanged if this raises.
 
         Raises:
-            StoreUnavailableError: there is no dump, or it cannot be read.
-            CorruptItemError: a file was cut, changed or is missing; the error names the file.
-            FormatError: a newer release wrote the dump, or the folder holds something else.
+            StoreUnavailableError: the folder has no dump, or cannot be read.
+            CorruptItemError: a file was truncated or changed, or is missing; the error names the file.
+            FormatError: a newer release wrote the dump, or it is not the dump of a cube.
             InvalidInputError: the dump belongs to another namespace.
         """
         self._load(dir, read_dump(dir))
@@ -413,11 +428,11 @@ class MemoryCube:
         theirs = dumped.namespace
         if theirs != self.namespace:
             raise InvalidInputError(
-                f"{dir} holds the cube of namespace {theirs!r}; the namespace of this cube is {self.namespace!r}. "
-                f"Load it into a MemoryCube(..., namespace={theirs!r})."
+                f"{dir} is the dump of namespace {theirs!r}, but this cube has the namespace {self.namespace!r}. "
+                f"Load the dump into a MemoryCube(..., namespace={theirs!r})."
             )
         with self._lock:
-            if isinstance(self.texts, RetrieverTexts):  # which cannot be written to
+            if isinstance(self.texts, RetrieverTexts):  # read-only: `add` would raise
                 self._follow(dumped.texts)
             else:
                 self.add(dumped.texts)
@@ -445,7 +460,7 @@ class MemoryCube:
     async def astream(
         self, question: str | Sequence[Message], k: int | None = None, **answering: Any
     ) -> AsyncGenerator[Chunk, None]:
-        """`stream`, in worker threads; leaving the loop stops the model."""
+        """Asynchronous `stream`. Leaving the loop stops the model."""
         async with aclosing(iterate(lambda: self.stream(question, k, **answering))) as chunks:
             async for chunk in chunks:
                 yield chunk
@@ -462,12 +477,12 @@ class MemoryCube:
         constraint: ConstraintLike | None = None,
         **sampling: Any,
     ) -> _Opened:
-        """Find texts and prepare their context; the answer is generated as `chunks` are read."""
+        """Find texts and prepare their context. The answer is generated while its `chunks` are read."""
         messages, settings = as_messages(question), self.memory.engine.sampling(**sampling)
         strategy = strategy or self.strategy
         while True:
             sources = self.search(_question_of(messages), k)
-            with self._lock:  # so that no text is deleted while its cache is made
+            with self._lock:  # no text may be deleted while its cache is made
                 if not self._are_current(sources):
                     continue
                 prompt = self._prompt(sources, messages, strategy)
@@ -475,7 +490,7 @@ class MemoryCube:
                 try:
                     chunks = self.memory.stream(
                         prompt,
-                        strategy="full" if strategy == "exact" else strategy,  # the texts are one document then
+                        strategy="full" if strategy == "exact" else strategy,  # with "exact" there is one document
                         ratio=self.ratio if ratio is None else ratio,
                         max_kl=max_kl,
                         sampling=settings,
@@ -488,7 +503,7 @@ class MemoryCube:
                 return _Opened(sources, prompt, held, self.memory.engine.merges, chunks)
 
     def _prompt(self, texts: Sequence[TextualMemoryItem], messages: Sequence[Message], strategy: Strategy) -> Prompt:
-        """Messages behind the texts, of which each is a document, or under `exact` all are one.
+        """The prompt: the texts, then the messages. Each text is a document; with `exact`, all texts are one document.
 
         Each text ends with a blank line, as in the prompts of the adapters.
         """
@@ -499,7 +514,7 @@ class MemoryCube:
         return self.memory.engine.template.prompt(behind)
 
     def _held(self, prompt: Prompt) -> list[bool]:
-        """For each document of a prompt, whether the model need not read it."""
+        """For each document of a prompt, whether it is cached, so that the model need not encode it."""
         engine, documents = self.memory.engine, self.memory.documents
         known = engine.known_prefix(prompt.context_ids, self.namespace)
         if engine.merges and known < len(prompt.context_ids):
@@ -507,7 +522,7 @@ class MemoryCube:
         return [place.stop <= known for place in prompt.document_places]
 
     def _encode(self, texts: Sequence[TextualMemoryItem]) -> bool:
-        """Encode texts as one document, if they have no cache and did not change meanwhile. Whether it was done."""
+        """Encode texts as one document. Returns False if they have a cache already, or changed meanwhile."""
         with self._lock:
             if not self._are_current(texts):
                 return False
@@ -526,7 +541,7 @@ class MemoryCube:
         return all(text.id in self._known and self._known[text.id].memory == text.memory for text in texts)
 
     def _look(self) -> None:
-        """Follow a place whose texts others may change."""
+        """Take over changes from a place whose texts may change without the cube."""
         with self._lock:
             if isinstance(self.texts, ListedTexts):
                 listed = self.texts.listed()
@@ -534,7 +549,7 @@ class MemoryCube:
                 self._follow(listed, gone=[id for id in self._known if id not in ids])
 
     def _follow(self, texts: Iterable[TextualMemoryItem], gone: Iterable[str] = ()) -> DeletionReport:
-        """Add or change texts, forget those that are gone, and delete the caches of what no text says any more."""
+        """Add or change texts, forget those in `gone`, and delete caches whose words are in no text any more."""
         report = DeletionReport()
         known = self._known | {text.id: text for text in texts}
         for id in gone:
@@ -548,22 +563,22 @@ class MemoryCube:
         return report
 
     def _drop(self, gone: set[str], live: set[str]) -> DeletionReport:
-        """Delete what was made from texts that are gone, alone or with others, from every tier.
+        """Delete the caches made from deleted texts, alone or with other texts, from every tier.
 
-        `KVCacheMemory.purge` finds the caches of one text alone. This also finds the text within larger ones, such as
-        a document that a framework rendered, and keeps the caches of live texts. All recent contexts of the namespace
-        are dropped, because any of them may hold such a text.
+        Unlike `KVCacheMemory.purge`, this also finds the text within larger texts, such as a document that a framework
+        rendered, and keeps the caches of live texts. All recent contexts of the namespace are dropped, because each of
+        them may contain such a text.
 
         Args:
-            gone: texts.
-            live: the texts that the cube holds, as `stripped`.
+            gone: the deleted texts.
+            live: the texts that the cube holds, `stripped`.
         """
         gone = gone | self._undeleted
         if not gone:
             return DeletionReport()
         found = {stripped(text) for text in gone}
         template, documents = self.memory.engine.template, self.memory.documents
-        keys = [documents.key(template.encode_text(f"{text}\n\n")) for text in gone]  # also where it is damaged
+        keys = [documents.key(template.encode_text(f"{text}\n\n")) for text in gone]  # reaches damaged items, too
 
         def is_stale(item: Described) -> bool:
             text = _text_of(item)
@@ -575,16 +590,16 @@ class MemoryCube:
         return report
 
     def _erase(self, is_stale: Callable[[Described], bool], keys: Iterable[str] = ()) -> DeletionReport:
-        """Delete the caches that are stale, those that cannot be read, and those of `keys`."""
+        """Delete stale caches, caches that cannot be read, and the caches with these `keys`."""
         store = self.memory.store
         return self.memory.erased(lambda: store.erase(keys) + store.erase_where(is_stale, unreadable=True))
 
     # --- items of a dump -----------------------------------------------------------------------------------------
 
     def _items_of(self, live: set[str]) -> Iterator[KVCacheItem]:
-        """The items made from live texts alone, behind the instruction's own cache, so that none is encoded on load.
+        """The instruction's cache, and the items made from live texts only, so that a load encodes nothing.
 
-        A damaged item is left out, with a `CacheWarning`.
+        A damaged item is left out with a `CacheWarning`.
         """
         engine = self.memory.engine
         head_ids = engine.template.instruction_ids(self.memory.instruction)
@@ -600,7 +615,10 @@ class MemoryCube:
                 warnings.warn(f"a cache was left out of the dump: {damaged}", CacheWarning, stacklevel=5)
 
     def _take(self, items: Iterable[KVCacheItem]) -> list[str]:
-        """Keep the items of this cube's model. Returns how the model of another item differs, if texts need it."""
+        """Store the items of this cube's model.
+
+        Returns how another model differs from the cube's, if a text has only that model's cache; or else an empty list.
+        """
         engine = self.memory.engine
         foreign, taken = dict[str, list[str]](), set[str]()
         for item in items:
@@ -613,7 +631,7 @@ class MemoryCube:
             elif text:
                 self.memory.store.put(item)
                 taken.add(text)
-            elif engine.merges:  # the instruction's own cache belongs to the recent contexts
+            elif engine.merges:  # the instruction's cache belongs to the engine's recent contexts
                 hf = cast("HFEngine", engine)
                 layers = mapped(layers_of(item.memory), methodcaller("to", hf.device))
                 hf.prefixes.insert(item.token_ids.tolist(), layers, self.namespace)

@@ -1,4 +1,4 @@
-"""The texts of a cube: how documents are read, and the places that find texts."""
+"""The texts of a cube: how documents become texts, and the places that hold and find texts."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from kvcag.errors import EmptyPromptError, InvalidInputError
 
 
 class TextSide(Protocol):
-    """A place outside the cube that holds texts. The cube writes its changes there.
+    """A place outside the cube that holds texts, such as `kvcag.langchain.VectorStoreTexts`.
 
-    The cube also holds its texts itself, to answer from, to encode and to dump. `kvcag.langchain.VectorStoreTexts` and
-    `kvcag.llama_index.IndexTexts` are examples.
+    The cube writes its changes to this place, and also has its own copy of the texts for answers, encoding and dumps.
     """
 
     def add(self, texts: Sequence[TextualMemoryItem]) -> None:
-        """Add texts. A text replaces an earlier one with the same id."""
+        """Add texts. A text replaces an earlier text with the same id."""
 
     def delete(self, ids: Sequence[str]) -> None:
-        """Delete texts. Ids that are missing are ignored."""
+        """Delete texts by id. Unknown ids are ignored."""
 
 
 @runtime_checkable
@@ -30,26 +29,26 @@ class SearchableTexts(TextSide, Protocol):
     """A place that can search its texts."""
 
     def search(self, question: str, k: int | None) -> list[TextualMemoryItem]:
-        """At most `k` texts for a question, best first. With None, the place decides how many."""
+        """At most `k` texts for a question, best first. If `k` is None, the place decides how many."""
 
 
 @runtime_checkable
 class ListedTexts(TextSide, Protocol):
-    """A place whose texts others may change, too. It lists them, and the cube follows the changes."""
+    """A place whose texts may also change without the cube. It lists its texts, and the cube follows the changes."""
 
     def listed(self) -> list[TextualMemoryItem]:
-        """All texts."""
+        """All texts of this place."""
 
 
 Search: TypeAlias = Callable[[str, int | None], list[TextualMemoryItem]]
-"""Takes a question and `k`, as `SearchableTexts.search` does."""
+"""A function of a question and `k`, like `SearchableTexts.search`."""
 
 
 class RetrieverTexts:
-    """Texts that a retriever finds and that others maintain. The cube only reads them.
+    """Texts that a retriever finds, and that the cube only reads. They are added and deleted outside the cube.
 
-    `cube.delete` deletes the caches of such a text. If the retriever still finds the text, the text comes back; so
-    delete it where the retriever reads first.
+    `cube.delete` deletes the caches of such a text. If the retriever still finds the text, the text comes back: delete
+    it from the retriever's own data first.
 
     Args:
         retriever: a retriever of LangChain or LlamaIndex, or a function that takes a question and returns documents.
@@ -69,21 +68,19 @@ class RetrieverTexts:
             InvalidInputError: always.
         """
         raise InvalidInputError(
-            f"{len(texts)} texts cannot be added, because the retriever of this cube only reads. Add them to the place "
-            "that the retriever reads, or use texts that can be written: BuiltRetrieverTexts, VectorStoreTexts or "
-            "IndexTexts."
+            f"{len(texts)} texts cannot be added, because the retriever of this cube only reads. Add them to the "
+            "retriever's own data, or make the cube with BuiltRetrieverTexts, VectorStoreTexts or IndexTexts."
         )
 
     def delete(self, ids: Sequence[str]) -> None:
-        """Do nothing: see the class."""
+        """Do nothing, because a retriever only reads."""
 
 
 class BuiltTexts:
-    """Texts that the cube holds, and a retriever that is built from all of them.
+    """Holds texts in the cube, and builds a retriever from all of them.
 
     Args:
-        build: builds a retriever, or a function that searches, from all texts. It is called by the first search after
-            a change.
+        build: builds a retriever, or a search function, from all texts. The first search after a change calls it.
     """
 
     def __init__(self, build: Callable[[list[TextualMemoryItem]], Any]) -> None:
@@ -112,25 +109,25 @@ class BuiltTexts:
 
 
 def search_of(retriever: Any) -> Search:
-    """A LangChain or LlamaIndex retriever, or a function that takes a question and returns documents, as a search."""
+    """Make a `Search` from a LangChain or LlamaIndex retriever, or from a function of a question."""
     find = getattr(retriever, "invoke", None) or getattr(retriever, "retrieve", None) or retriever
     return lambda question, k: [read(document) for document in find(question)][:k]
 
 
 def changed(texts: Iterable[TextualMemoryItem], stored: Iterable[object]) -> list[TextualMemoryItem]:
-    """The texts that a place does not store yet, or stores with other words or metadata."""
+    """The texts that are not among the stored ones, or whose words or metadata differ from the stored ones."""
     there = {text.id: text for text in map(read, stored)}
     return [text for text in texts if there.get(text.id) != text]
 
 
 def read(document: object) -> TextualMemoryItem:
-    """A document as a text: a str, a LangChain `Document`, a LlamaIndex node or a `TextualMemoryItem`.
+    """Convert a document to a text: a str, a LangChain `Document`, a LlamaIndex node or a `TextualMemoryItem`.
 
-    A node's text is what the LLM would read. A document without an id gets one from its text. Metadata are converted to
-    JSON types; dates and paths become str.
+    The text of a node is its content as the LLM reads it. A document without an id gets an id made from its text.
+    Metadata are converted to JSON types; dates and paths become str.
 
     Raises:
-        InvalidInputError: no text can be read from the document.
+        InvalidInputError: the document has no text.
     """
     text, metadata = text_and_metadata(document)
     id = getattr(document, "node_id", None) or getattr(document, "id", None) or _text_id(text)
@@ -138,11 +135,11 @@ def read(document: object) -> TextualMemoryItem:
 
 
 def read_all(documents: object) -> list[TextualMemoryItem]:
-    """One document or several as texts. Of those that share an id, the last one counts.
+    """Convert one document or several to texts. If several share an id, only the last one is returned.
 
     Raises:
         EmptyPromptError: a text is empty.
-        InvalidInputError: no text can be read from a document.
+        InvalidInputError: a document has no text.
     """
     texts = [read(document) for document in documents_of(documents)]
     for number, text in enumerate(texts, start=1):
@@ -152,7 +149,7 @@ def read_all(documents: object) -> list[TextualMemoryItem]:
 
 
 def distinct(texts: Iterable[TextualMemoryItem]) -> list[TextualMemoryItem]:
-    """Each text once, in order. A text that shares the id of an earlier, different text gets a new id."""
+    """The texts in order, without duplicates. A text with the id of an earlier, different text gets a new id."""
     kept: dict[str, TextualMemoryItem] = {}
     for text in texts:
         if kept.get(text.id, text).memory != text.memory:
@@ -162,17 +159,17 @@ def distinct(texts: Iterable[TextualMemoryItem]) -> list[TextualMemoryItem]:
 
 
 def stripped(text: str) -> str:
-    """A text without line breaks at its ends. A prompt adds such line breaks to the texts that the cube was given."""
+    """A text without line breaks at its ends, since a prompt adds line breaks to the cube's texts."""
     return text.strip("\n")
 
 
 def live_of(texts: Iterable[TextualMemoryItem]) -> set[str]:
-    """What texts say, each as `stripped`."""
+    """The words of the texts, `stripped`."""
     return {stripped(text.memory) for text in texts}
 
 
 def is_made_of(text: str, known: set[str]) -> bool:
-    """Whether a text is one of `known` (as `stripped`), or several of them with blank lines between them."""
+    """Whether a text is one of the `known` texts (which are `stripped`), or several of them joined by blank lines."""
     if stripped(text) in known:
         return True
     parts = text.split("\n\n")

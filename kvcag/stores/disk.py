@@ -1,9 +1,9 @@
 """A store in a directory that several processes and threads may share.
 
 There is no index: a file's name is a hash of its item's id, so a look-up is one `open`. A file's access time is the
-time of its last use, and its modification time is the time of its `put`. A put is a rename and a delete is an unlink. Both
-are atomic, so readers take no lock. The only lock, on a file, prevents an eviction from deleting a file that another
-process has just replaced.
+time of its last use, and its modification time is the time of its `put`. A put is a rename and a delete is an unlink.
+Both are atomic, so readers take no lock. The only lock, on a file, prevents an eviction from deleting a file that
+another process has just replaced.
 """
 
 from __future__ import annotations

@@ -214,7 +214,7 @@ def test_other_files_and_facts_are_dumped_too(tmp_path: Path) -> None:
     dump = read_dump(tmp_path, "cube.json", kind="cube")
     assert dump is not None
     assert (dump.files, dump.about) == ({"t": b"one"}, {"n": None})
-    with pytest.raises(FormatError, match="not the kind 'kvcag-memory'"):
+    with pytest.raises(FormatError, match="not of kind 'kvcag-memory'"):
         read_dump(tmp_path, "cube.json")
 
     (text,) = tmp_path.rglob("t")

@@ -176,7 +176,7 @@ def test_every_byte_of_the_head_counts(tmp_path: Path) -> None:
 
 def test_two_files_joined_are_not_a_file() -> None:
     data = item_to_bytes(random_item())
-    with pytest.raises(CorruptItemError, match="should have"):
+    with pytest.raises(CorruptItemError, match="bytes instead of"):
         item_from_bytes(data + data, "joined")
 
 
@@ -350,7 +350,7 @@ def test_each_value_of_a_sealed_manifest_is_under_its_checksum(tmp_path: Path) -
         (b"", CorruptItemError, "not a manifest"),
         (b"[" * 100_000, CorruptItemError, "not a manifest"),
         (pickle.dumps({}), FormatError, "import-memos"),
-        (b'{"format": "another", "version": 1, "checksum": ""}', FormatError, "not the kind 'a kind'"),
+        (b'{"format": "another", "version": 1, "checksum": ""}', FormatError, "not of kind 'a kind'"),
         (b'{"format": "a kind", "version": 4, "checksum": ""}', FormatError, "Upgrade kvcag"),
     ],
 )

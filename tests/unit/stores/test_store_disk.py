@@ -182,7 +182,7 @@ def test_a_file_in_the_place_of_another_item_is_not_taken_for_it(store: DiskStor
     other = next(p for p in files(store) if p != path)
     path.rename(other)
 
-    with pytest.raises(CorruptItemError, match="holds 'a'"):
+    with pytest.raises(CorruptItemError, match="contains 'a'"):
         store.get("b")
 
 

@@ -110,7 +110,7 @@ def test_verify_finds_a_file_under_another_files_key(tmp_path: Path, secret: dic
     assert report.sound == 1
     [(path, reason)] = report.damaged
     assert path == store.file("b")
-    assert "holds 'a'" in reason
+    assert "contains 'a'" in reason
     store.verify(repair=True)
     assert store.get("b") is None
     assert store.get("a") is not None
