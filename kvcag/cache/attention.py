@@ -512,7 +512,7 @@ AttentionMaskInterface.register(OVER_SDPA, _mask_over_sdpa)
 
 # --- re-rotation ------------------------------------------------------------------------------------------------
 
-_INSTEAD = "Merge nothing with it: encode each combination of documents in its order (an exact prefix)."
+_INSTEAD = "Use strategy='exact', which encodes each combination of documents in order."
 
 
 @dataclass(frozen=True, slots=True)
@@ -692,7 +692,7 @@ def _check_configuration(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(
             f"{name} uses {'dynamic-NTK' if 'dynamic' in kinds else 'LongRoPE'} scaling: its frequencies change with "
             f"the length of the context, so a cached key cannot be moved. {_INSTEAD} "
-            "Or load it with another rope_type (yarn and llama3 are fine)."
+            "Or load the model with another rope_type, such as yarn or llama3."
         )
     if "mrope" in kinds and not kinds_of(model):  # these read text only, and `_measure` finds its rotation
         raise UnsupportedModelError(
@@ -701,7 +701,7 @@ def _check_configuration(model: PreTrainedModel) -> None:
         )
     if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
         raise UnsupportedModelError(
-            f"{name} attends in chunks: which tokens see each other depends on where a chunk starts. {_INSTEAD}"
+            f"{name} attends in chunks, so which tokens see each other depends on their positions. {_INSTEAD}"
         )
 
 
@@ -733,7 +733,7 @@ def _probe(model: PreTrainedModel) -> list[Rotation]:
     kinds = kinds_of(model)
     if not (here or kinds) or any(t.ndim != 4 or t.shape[-2] != _TOKENS for kv in here for t in kv):
         raise UnsupportedModelError(
-            f"{type(model).__name__} does not keep one key and one value per token in each layer. {_INSTEAD}"
+            f"{type(model).__name__} does not cache one key and one value per token in each layer. {_INSTEAD}"
         )
     # In half precision, cosines and sines have errors of 1e-2; a wrong rotation has an error of about 1.
     tolerance = 1e-3 if model.dtype == torch.float32 else 0.1
@@ -742,8 +742,8 @@ def _probe(model: PreTrainedModel) -> list[Rotation]:
         return found
     if all(rotation is UNROTATED for rotation in found):
         raise UnsupportedModelError(
-            f"{type(model).__name__} does not rotate its keys: its positions are ALiBi biases, or none, and a token "
-            f"cannot be recomputed at a position of its own. {_INSTEAD}"
+            f"{type(model).__name__} does not rotate its keys: its positions are ALiBi biases, or absent, so a token "
+            f"cannot be recomputed at a given position. {_INSTEAD}"
         )
     _check_scatter(model, ids, here, tolerance)
     return found
@@ -782,7 +782,7 @@ def _rotation(model: PreTrainedModel, old: LayerKV, new: LayerKV, tolerance: flo
     if least > tolerance:
         raise UnsupportedModelError(
             f"{type(model).__name__}'s keys cannot be moved to another position: re-rotated keys differ from keys "
-            f"encoded there by {least:.0%}. Its positions are learned, or rotate in a way we do not know. {_INSTEAD}"
+            f"encoded there by {least:.0%}. Its positions are learned, or its rotation is unknown to kvcag. {_INSTEAD}"
         )
     return best
 
@@ -837,17 +837,17 @@ def _check_scatter(model: PreTrainedModel, ids: torch.Tensor, right: list[LayerK
     ]
     if not windows.keys() >= set(range(len(layers))) or max(errors) > tolerance:
         raise UnsupportedModelError(
-            f"{type(model).__name__} does not attend through transformers' AttentionInterface alone, so single tokens "
+            f"{type(model).__name__} does not use transformers' AttentionInterface in every layer, so single tokens "
             f"cannot be recomputed. {_INSTEAD}"
         )
     if _hides_a_window(config) and not any(windows.values()):
         raise UnsupportedModelError(
-            f"{type(model).__name__} has a sliding window that it does not tell its attention: which tokens it sees is "
-            f"unclear. {_INSTEAD}"
+            f"{type(model).__name__} has a sliding window in its configuration, but does not pass one to its "
+            f"attention, so it is unclear which tokens a token sees. {_INSTEAD}"
         )
     for index, window in windows.items():
         if types and (types[index] == "sliding_attention") != (window is not None):
             raise UnsupportedModelError(
-                f"{type(model).__name__} calls layer {index} {types[index]} and attends with a window of {window}: "
-                f"which tokens it sees is unclear. {_INSTEAD}"
+                f"{type(model).__name__} has {types[index]} in layer {index} by its configuration, but attends with a "
+                f"window of {window}, so it is unclear which tokens a token sees. {_INSTEAD}"
             )

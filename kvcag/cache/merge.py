@@ -1,4 +1,10 @@
-"""Caches that were made one by one, put together: moved to their positions, and a few tokens recomputed."""
+"""Merges caches that were made separately: moves them to their positions, and recomputes a few tokens.
+
+Three things bring a merged cache closer to that of a full prefill. A strategy chooses tokens to recompute (`select`).
+The drift that these tokens show, compared with their cached keys and values, corrects the other tokens of their
+documents (`DriftCorrection`). If no token is recomputed, or a drift was learned from the corpus, a drift that was
+measured before is added (`UsualDrift`).
+"""
 
 from __future__ import annotations
 
@@ -59,17 +65,17 @@ __all__ = ["Merged", "Part", "check_mergeable", "merge"]
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One cached piece of the context.
+    """One piece of a context: the head, a document, or a text between documents.
 
     Attributes:
-        token_ids: 1-D int64.
-        layers: keys, rotated to `base_position`, `base_position + 1`, …, and values. Never written to. None: they are
-            computed where the piece stands, behind the pieces before it.
-        base_position: the position of its first key as stored.
-        is_exact: its keys and values are right where it stands now: the head, and the first document if it was encoded
-            after that head. Nothing is spent on it.
-        is_alone: it was encoded without the pieces that stand before it, as a document is.
-        states_before: the states of recurrent layers that it was encoded behind; None for nothing.
+        token_ids: int64 `(seq_len,)`.
+        layers: keys, rotated to the positions from `base_position` on, and values, `(1, kv_heads, seq_len, head_dim)`
+            per layer. They are only read. None: the merge computes them, after the parts before this one.
+        base_position: the position of the first key in `layers`.
+        is_exact: the keys and values equal those of a full prefill at the part's new position, so that no token is
+            recomputed: the head, and the first document if it was encoded after this head.
+        is_alone: the part was encoded without the parts before it, as documents are.
+        states_before: the states of recurrent layers after which the part was encoded; None for none.
     """
 
     token_ids: torch.Tensor
@@ -82,13 +88,13 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """The merged cache.
+    """A merged cache.
 
     Attributes:
-        layers: fresh memory, `(1, kv_heads, sum of lengths, head_dim)` each.
-        recomputed: 1-D int64, the positions whose keys and values were recomputed, ascending.
-        layout: the tokens; `open` are those that are an approximation.
-        read: the question, where it was read in the pass that recomputed tokens.
+        layers: keys and values in new memory, `(1, kv_heads, sum of lengths, head_dim)` each.
+        recomputed: the positions of the recomputed tokens, ascending, int64 `(recomputed,)`.
+        layout: the tokens; `open` are those that are still approximate.
+        read: the prefilled question, if the pass that recomputed tokens read it too.
     """
 
     layers: Layers
@@ -98,21 +104,21 @@ class Merged:
 
 
 class Passes(Protocol):
-    """Faster passes of a merge, on a device that has them. They return None where they cannot do it."""
+    """Faster passes of a merge for some device. They return None if they do not support the arguments."""
 
     def scores(self, layers: Layers, length: int, tail_ids: torch.Tensor) -> torch.Tensor | None:
-        """How much a question uses each of the first `length` tokens: see `query`.
+        """Return how much a question uses each of the first `length` tokens, fp32 `(length,)`: see `query`.
 
         Args:
-            layers: a merged context, with room for the question behind it, which is written to.
-            length: of the context.
-            tail_ids: 1-D int64, the question.
+            layers: a merged context, with room for the question at its end, which is written to.
+            length: the length of the context.
+            tail_ids: the question, int64 `(tail_len,)`.
         """
 
     def recompute_and_read(
         self, layers: Layers, layout: Layout, positions: torch.Tensor, tail_ids: torch.Tensor
     ) -> ReadTail | None:
-        """See the function of this name."""
+        """See `kvcag.cache.merge.recompute_and_read`."""
 
 
 @torch.no_grad()
@@ -127,29 +133,30 @@ def merge(
     learned_drift: UsualDrift | None = None,
     passes: Passes | None = None,
 ) -> Merged:
-    """Move each part to its place, and recompute the tokens that the strategy picks.
+    """Move each part to its position, and recompute the tokens that the strategy chooses.
 
-    The caller holds the model during the call (`HFEngine.exclusive`).
+    The caller must hold the model (`HFEngine.exclusive`).
 
     Args:
         model: the model that made every part.
-        parts: in the order in which they are to be read; the first is the head.
-        tail_ids: 1-D int64, what is read after the parts: the question. Strategy `query` looks at it; where it is
-            empty there is no question to choose by, and `query` chooses as `deviation` does.
+        parts: the parts in the order of the context; the first is the head.
+        tail_ids: the tokens after the parts, which are the question, int64 `(tail_len,)`. Only `query` depends on
+            them; without them, it chooses as `deviation` does.
         strategy: which tokens are recomputed (`kvcag.core.MergeStrategy`).
-        ratio: how many of them, as a share of all tokens of the parts, rounded down: 0 recomputes nothing, 1
-            everything that is not exact. `rotate` and `full` do not look at it.
-        usual_drift: asked for where nothing is recomputed, and given to what was encoded alone and is not exact.
-            Recomputed tokens show their own documents' drift, which is better.
-        learned_drift: in its place; given before tokens are chosen, so that what is recomputed shows what it leaves.
-        passes: faster ones for the model's device.
+        ratio: how many tokens are recomputed, as a share of all tokens of the parts, rounded down. 0 recomputes
+            nothing; 1 recomputes every token that is not exact. `rotate` and `full` ignore the ratio.
+        usual_drift: returns the usual drift. Called only if no token is recomputed; the drift is added to parts that
+            are alone and not exact. Recomputed tokens show their own document's drift, which is better.
+        learned_drift: replaces `usual_drift`. It is added before tokens are chosen, so that recomputed tokens show the
+            drift that remains.
+        passes: faster passes for the model's device.
 
     Raises:
-        InvalidInputError: an unknown strategy, a ratio outside [0, 1], or a part whose tokens and keys disagree.
+        InvalidInputError: an unknown strategy, a ratio outside [0, 1], or a part with fewer or more keys than tokens.
         UnsupportedModelError: the model's caches cannot be merged (`check_mergeable`), and not all parts are exact.
     """
     _check(parts, strategy, ratio)
-    if not all(part.is_exact for part in parts):  # what is exact stands where it stood, whatever the model
+    if not all(part.is_exact for part in parts):  # exact parts are not moved, so any model can have them
         check_merge(model, strategy)
     length = sum(len(part.token_ids) for part in parts)
     room = 0 if kinds_of(model) or strategy == "rotate" or len(tail_ids) > _LONGEST_TAIL else len(tail_ids)
@@ -181,7 +188,7 @@ def merge(
 
 
 _LONGEST_TAIL = 512
-"""Tokens that are read in the pass that recomputes others. A longer history is read in passes of its own length."""
+"""The longest question that is read in the same pass as the recomputed tokens. A longer one is read by the engine."""
 
 
 def _answer(
@@ -193,7 +200,7 @@ def _answer(
     ratio: float,
     passes: Passes | None,
 ) -> tuple[torch.Tensor, ReadTail | None]:
-    """Choose tokens and recompute them in place; where `layers` have room for the question, it is read in that pass."""
+    """Choose tokens and recompute them in place. If `layers` have room for the question, the same pass reads it."""
     length = len(layout.token_ids)
     has_room = length_of(layers) > length
     passes = passes if has_room else None
@@ -208,23 +215,24 @@ def _answer(
 
 
 def check_merge(model: PreTrainedModel, strategy: str) -> None:
-    """Refuse a model whose caches cannot be merged, or not by this strategy.
+    """Refuse a model whose caches cannot be merged with this strategy.
 
     Raises:
-        UnsupportedModelError: as said.
+        UnsupportedModelError: see `check_mergeable`; or the model has recurrent layers and the strategy is not one of
+            `STATE_STRATEGIES`.
     """
     check_mergeable(model)
     if kinds_of(model) and strategy not in STATE_STRATEGIES:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has recurrent layers, so {strategy!r} cannot compute single tokens again: their "
-            f"states know no token in the middle. Use {' or '.join(map(repr, STATE_STRATEGIES))}, or 'exact'."
+            f"{type(model).__name__} has recurrent layers, which have no state for a token in the middle, so "
+            f"{strategy!r} cannot recompute single tokens. Use {' or '.join(map(repr, STATE_STRATEGIES))}, or 'exact'."
         )
 
 
 def _run_through(model: PreTrainedModel, layers: Layers, parts: Sequence[Part], *, again: bool) -> None:
-    """Set the states of recurrent layers after all parts, each of which goes on from those after the one before.
+    """Set the states of recurrent layers after all parts, by composing the states of the parts in order.
 
-    Parts without keys and values are read where they stand, and so are those that are not exact if `again`.
+    Parts without keys and values are prefilled at their positions; with `again`, so are those that are not exact.
     """
     states, start = None, 0
     for number, part in enumerate(parts):
@@ -237,7 +245,7 @@ def _run_through(model: PreTrainedModel, layers: Layers, parts: Sequence[Part], 
         elif held is None or not (part.is_exact or held.is_map):
             raise InvalidInputError(
                 f"part {number} has no {'maps' if held else 'states'} of the model's recurrent layers. Encode it with "
-                "HFEngine.encode_after, or pass layers=None, and it is read where it stands."
+                "HFEngine.encode_after, or pass layers=None, so that the merge computes it."
             )
         else:
             states = held if part.is_exact else behind(held, states, part.states_before, end - start)
@@ -246,7 +254,7 @@ def _run_through(model: PreTrainedModel, layers: Layers, parts: Sequence[Part], 
 
 
 def _read(model: PreTrainedModel, layers: Layers, states: States | None, ids: torch.Tensor, start: int) -> States:
-    """Prefill tokens at `start` behind what stands there, write their keys and values, and return the new states."""
+    """Prefill tokens after the first `start` tokens of `layers`, write their keys and values, and return the states."""
     decoder = decoder_of(model)
     before = [Layers(cut(layers, 0, start), states, start)] if start else []
     cache = generation_cache(before, len(ids), kinds_of(model))
@@ -263,7 +271,7 @@ def _read(model: PreTrainedModel, layers: Layers, states: States | None, ids: to
 
 
 _READ = 512
-"""Tokens of one pass: their mask over all that stands before them is what it costs in memory."""
+"""The most tokens of one pass, which limits the memory of its mask over all earlier tokens."""
 
 
 @torch.no_grad()
@@ -276,17 +284,17 @@ def refine(
     ratio: float,
     passes: Passes | None = None,
 ) -> Merged:
-    """What another question needs of a context that was merged for an earlier one, recomputed in a copy of it.
+    """Copy a context that was merged for an earlier question, and recompute further tokens for another question.
 
-    The caller holds the model during the call (`HFEngine.exclusive`).
+    The caller must hold the model (`HFEngine.exclusive`).
 
     Args:
         model: the model that made the context.
-        pieces: the merged context, one piece after another.
-        layout: its tokens; `open` are those that no question has had recomputed yet.
-        tail_ids: 1-D int64, the question.
+        pieces: the merged context, in consecutive pieces.
+        layout: its tokens; `open` are those that were not recomputed for any question yet.
+        tail_ids: the question, int64 `(tail_len,)`.
         ratio: how many tokens to recompute, as a share of all.
-        passes: faster ones for the model's device.
+        passes: faster passes for the model's device.
     """
     room = len(tail_ids) if len(tail_ids) <= _LONGEST_TAIL else 0
     layers = concat(pieces, room)
@@ -301,10 +309,10 @@ class MergedBefore:
     """A merged context that is among an engine's recent contexts.
 
     Attributes:
-        layout: its tokens; `open` are those that no question has had recomputed.
-        tails: the token ids that followed it, one tuple for each question.
-        settings: what it was asked for with. A question with other settings gets another context.
-        refining: of questions that are asked at once, one refines the context.
+        layout: its tokens; `open` are those that were not recomputed for any question.
+        tails: the token ids after the context, one tuple per question.
+        settings: the settings of its merge. A question with other settings does not use the context.
+        refining: a lock, so that only one of several concurrent questions refines the context.
     """
 
     layout: Layout
@@ -314,7 +322,7 @@ class MergedBefore:
 
 
 class MergeHistory:
-    """The merged contexts of an engine. Forgets those not used for longest. Safe to use from several threads."""
+    """The recent merged contexts of an engine, least recently used first. Safe to use from several threads."""
 
     def __init__(self, remembered: int = 256) -> None:
         self._remembered = remembered
@@ -322,7 +330,7 @@ class MergeHistory:
         self._lock = threading.Lock()
 
     def get(self, namespace: str, context_ids: tuple[int, ...]) -> MergedBefore | None:
-        """A context, if it was merged before."""
+        """Return a merged context; None if it is not known."""
         with self._lock:
             found = self._contexts.get((namespace, context_ids))
             if found is not None:
@@ -341,31 +349,32 @@ class MergeHistory:
             )
 
     def put(self, namespace: str, context_ids: tuple[int, ...], merged: MergedBefore) -> None:
-        """Remember a context that was merged."""
+        """Add a merged context. When full, drop the oldest one of the namespace with the most contexts."""
         with self._lock:
             self._contexts[namespace, context_ids] = merged
             if len(self._contexts) > self._remembered:
                 counts = Counter(whose for whose, _ in self._contexts)
-                most = max(counts.values())  # a namespace with fewer loses none to another
+                most = max(counts.values())
                 del self._contexts[next(key for key in self._contexts if counts[key[0]] == most)]
 
     def clear(self, namespace: str | None) -> None:
-        """Forget a namespace's contexts; None for all."""
+        """Drop a namespace's contexts; None means all namespaces."""
         with self._lock:
             for key in [key for key in self._contexts if namespace in (None, key[0])]:
                 del self._contexts[key]
 
 
 def _each(parts: Sequence[Part], of_parts: Sequence[int | bool]) -> torch.Tensor:
-    """The value of each part, repeated for each of its tokens: 1-D.
+    """Repeat the value of each part for each of its tokens: `(tokens,)`.
 
-    With NumPy, as other work on a list of the tokens: threads, which PyTorch wakes for it, cost a GPU milliseconds.
+    This and other work on token lists uses NumPy, because PyTorch would wake its CPU threads, which delays work on a
+    GPU by milliseconds.
     """
     return torch.from_numpy(np.repeat(np.array(of_parts), [len(part.token_ids) for part in parts]))
 
 
 def _where(mask: torch.Tensor) -> torch.Tensor:
-    """The places where it is true, 1-D int64."""
+    """Return the indices of the true values, int64 `(count,)`."""
     return torch.from_numpy(np.flatnonzero(mask.numpy()))
 
 
@@ -375,20 +384,18 @@ def _check(parts: Sequence[Part], strategy: str, ratio: float) -> None:
     if not 0 <= ratio <= 1:
         raise InvalidInputError(f"ratio is {ratio}; it is the share of tokens to recompute, from 0 to 1.")
     if not any(len(part.token_ids) and part.layers is not None for part in parts):
-        raise InvalidInputError("there are no tokens to merge. Pass at least one part that has some.")
+        raise InvalidInputError("there are no tokens to merge. Pass at least one part with tokens and layers.")
     for index, part in enumerate(parts):
         lengths = {kv[0].shape[-2] for kv in part.layers or ()} or {length_of(part.layers or ())}
         if len(part.token_ids) and part.layers is not None and lengths != {len(part.token_ids)}:
             raise InvalidInputError(
-                f"part {index} has {len(part.token_ids)} token ids and keys for {sorted(lengths)}: they must agree"
+                f"part {index} has {len(part.token_ids)} token ids, but keys for {sorted(lengths)} tokens. "
+                "Pass one key per token."
             )
 
 
 def _place(model: PreTrainedModel, parts: Sequence[Part], room: int) -> Layers:
-    """All parts one after another in fresh memory, their keys turned once from where they stood to where they stand.
-
-    Behind them is room for so many more tokens.
-    """
+    """Copy all parts, one after another, to new memory with room for `room` more tokens, and re-rotate their keys."""
     parts = [part for part in parts if len(part.token_ids)]
     like = next(part.layers for part in parts if part.layers is not None)
     held = [zeros_like(like, len(part.token_ids)) if part.layers is None else part.layers for part in parts]
@@ -397,7 +404,7 @@ def _place(model: PreTrainedModel, parts: Sequence[Part], room: int) -> Layers:
     bases = [start if part.layers is None else part.base_position for start, part in zip(starts, parts, strict=False)]
     stood = np.concatenate([base + np.arange(len(part.token_ids)) for base, part in zip(bases, parts, strict=True)])
     moved = np.flatnonzero(stood != np.arange(len(stood)))
-    if len(moved):  # what comes first is often the head and its document: not a bit of them changes
+    if len(moved):  # the head and the first document often keep their positions, and must not change by a bit
         first = int(moved[0])
         move = PositionShift(
             rotations(model),
@@ -409,7 +416,7 @@ def _place(model: PreTrainedModel, parts: Sequence[Part], room: int) -> Layers:
 
 
 STATE_STRATEGIES = ("rotate", "full")
-"""For models with recurrent layers."""
+"""The strategies for models with recurrent layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -418,8 +425,8 @@ class Layout:
 
     Attributes:
         token_ids: int64.
-        part_of: int64, ascending, the index of the part that a token belongs to.
-        open: bool, whether the token may be recomputed; the others are exact already.
+        part_of: int64, ascending: the index of the token's part.
+        open: bool: the token is approximate, and may be recomputed.
     """
 
     token_ids: torch.Tensor
@@ -437,9 +444,19 @@ def select(
     ratio: float,
     passes: Passes | None = None,
 ) -> torch.Tensor:
-    """The positions to recompute, ascending, 1-D int64: at most `ratio` of all tokens, and only open ones.
+    """Choose the open tokens to recompute, at most `ratio` of all tokens.
 
-    `layers` may have room for the question behind the context, which is written to then.
+    Args:
+        model: the model that made the context.
+        layers: the moved parts. They may have room for the question at their end, which is then written to.
+        layout: the tokens.
+        tail_ids: the question, int64 `(tail_len,)`.
+        strategy: the criterion.
+        ratio: the recompute ratio, in [0, 1].
+        passes: faster passes for the model's device.
+
+    Returns:
+        Positions, ascending, int64 `(chosen,)`.
     """
     candidates = _where(layout.open)
     budget = min(int(ratio * len(layout.token_ids)), len(candidates))
@@ -459,7 +476,7 @@ def select(
 
 
 def anchor(model: PreTrainedModel, layers: Sequence[LayerKV], layout: Layout, tail_ids: torch.Tensor) -> torch.Tensor:
-    """The earlier a token stands in its document, the higher: the first k tokens of each, as in EPIC (ICML'25)."""
+    """Score tokens by their place in their document: the first tokens of each score highest, as in EPIC (ICML'25)."""
     starts = torch.searchsorted(layout.part_of, layout.part_of)
     return (starts - torch.arange(len(starts))).float()
 
@@ -467,9 +484,9 @@ def anchor(model: PreTrainedModel, layers: Sequence[LayerKV], layout: Layout, ta
 def deviation(
     model: PreTrainedModel, layers: Sequence[LayerKV], layout: Layout, tail_ids: torch.Tensor
 ) -> torch.Tensor:
-    """The distance of a token's key and value in layer 1 from the right ones, as in CacheBlend (EuroSys'25).
+    """Score tokens by the error of their key and value in layer 1, as in CacheBlend (EuroSys'25).
 
-    One layer of attention over all open tokens, and no more: the pass is stopped when layer 1 has its keys.
+    The pass over all open tokens ends after one layer of attention, when the keys of layer 1 are computed.
     """
     last = min(1, len(layers) - 1)
     positions = _where(layout.open)
@@ -483,17 +500,17 @@ def deviation(
             scores[positions] += (right.float() - old[..., at, :].float()).square().sum(dim=(0, 1, 3)).cpu()
         raise EnoughError
 
-    # Layer 0 sees no other token, so what the pass writes there is what stood there already.
+    # Keys and values of layer 0 do not depend on other tokens, so the pass writes the same values there again.
     cache = scatter_cache(cut(layers, 0, len(layout.token_ids)), positions, compare)
     attend(model, layout.token_ids[positions], positions, cache)
     return scores
 
 
 def query(model: PreTrainedModel, layers: Sequence[LayerKV], layout: Layout, tail_ids: torch.Tensor) -> torch.Tensor:
-    """How much the question uses a token: attention weight x norm of the value, over layers, heads, question.
+    """Score tokens by the question's use of them: attention weight x norm of the value, summed over layers and heads.
 
-    The idea of ProphetKV (ICML'26) with a score of our own. Weights are summed as they are made, a block of question
-    tokens at a time, so that no attention map is kept.
+    The idea is ProphetKV's (ICML'26), with another score. Weights are summed for one block of question tokens at a
+    time, so that no attention map is in memory.
     """
     if len(tail_ids) == 0:
         return deviation(model, layers, layout, tail_ids)
@@ -516,15 +533,15 @@ def query(model: PreTrainedModel, layers: Sequence[LayerKV], layout: Layout, tai
 
 
 _WEIGHTS = {"cpu": 2**20, "cuda": 2**25}
-"""Attention weights held at a time: 4 and 128 MiB in fp32, and about as much again three times while they are made.
-Products of a few rows at a time keep a GPU waiting: over 32,855 keys 21 ms per layer with 2**22, 4 with this."""
+"""The number of attention weights per block: 4 and 128 MiB in fp32, and about three times more while they are computed.
+Small blocks leave a GPU idle: over 32,855 keys, a layer takes 21 ms with 2**22 weights, and 4 ms with 2**25."""
 
 
 def _attention_sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-    """The attention that each key gets from all queries and the heads that share it, `(kv_heads, keys)`, fp32.
+    """Sum the attention weights of each key over all queries and query heads that share the key.
 
-    And the attention's output, which takes one product more: `(1, queries, heads, head_dim)`. The queries are the last
-    of the keys.
+    Returns the sums, fp32 `(kv_heads, keys)`, and the attention's output, `(1, queries, heads, head_dim)`, which takes
+    only one more product. The queries belong to the last keys.
     """
     kv_heads, keys = k.shape[1], k.shape[2]
     grouped = q.reshape(kv_heads, -1, q.shape[2], q.shape[3])
@@ -552,17 +569,23 @@ _SCORES: dict[str, _Score] = {"anchor": anchor, "deviation": deviation, "query":
 def recompute(
     model: PreTrainedModel, layers: list[LayerKV], layout: Layout, positions: torch.Tensor, *, correct: bool = True
 ) -> None:
-    """Recompute the keys and values of the tokens at `positions` (1-D int64, ascending), in place.
+    """Recompute the keys and values of some tokens in place, in one forward pass.
 
-    One forward pass: each token attends to all that stands before it, recomputed or not, and a cache layer writes
-    its new key and value where the old ones stood. With every open token at once, this is a prefill. `correct` gives
-    the other open tokens the drift that the recomputed ones show (`kvcag.cache.merge`).
+    Each token attends to all earlier tokens, recomputed or not, and the cache replaces its key and value. With all open
+    tokens, the pass is a prefill.
+
+    Args:
+        model: the model that made the context.
+        layers: keys and values of the context, which are written to.
+        layout: the tokens.
+        positions: the positions to recompute, ascending, int64 `(chosen,)`.
+        correct: add the drift that the recomputed tokens show to the other open tokens (`DriftCorrection`).
     """
     watch = DriftCorrection(model, layout, positions).watch if correct else None
     cache = scatter_cache(layers, positions.to(device_of(model)), watch)
 
     def stop_at_the_last(layer_idx: int, *_: object) -> None:
-        if layer_idx == len(layers) - 1:  # its keys and values are in place, and its output is not used
+        if layer_idx == len(layers) - 1:  # the last keys and values are written, and no output is needed
             raise EnoughError
 
     attend(model, layout.token_ids[positions], positions, cache, stop_at_the_last)
@@ -571,10 +594,17 @@ def recompute(
 def recompute_and_read(
     model: PreTrainedModel, layers: Layers, layout: Layout, positions: torch.Tensor, tail_ids: torch.Tensor
 ) -> ReadTail:
-    """`recompute`, and read `tail_ids` (1-D int64) behind the context, in one pass.
+    """`recompute`, and prefill the question after the context in the same pass.
 
-    A layer's keys and values of the context are as they should be before the layer attends, so the question sees what
-    it would see in a pass after this one. `layers` have room for it at their end.
+    A layer recomputes and corrects the context's keys and values before it attends, so the question sees the same as
+    in a later pass.
+
+    Args:
+        model: the model that made the context.
+        layers: as for `recompute`, with room for the question at their end.
+        layout: as for `recompute`.
+        positions: as for `recompute`.
+        tail_ids: the question, int64 `(tail_len,)`.
     """
     length, device = len(layout.token_ids), device_of(model)
     at = torch.cat([positions, torch.arange(length, length + len(tail_ids))])
@@ -589,23 +619,28 @@ def recompute_and_read(
 
 
 MEAN = 0.6
-"""Share of the estimated mean drift that is given: the tokens it is estimated from are those that change most."""
+"""The share of a document's estimated mean drift that is added. It is below 1 because the tokens that the mean is
+estimated from are those that change most."""
 
 RIDGE = 0.4
-"""Share of the estimated drift of a token beyond its document's mean. At 1 it is worse than nothing."""
+"""The share of a token's estimated deviation from the mean drift that is added. A share of 1 is worse than none."""
 
 _SHRINK = 4.0
-"""A document's mean counts as if it had this many more tokens of the mean of all documents."""
+"""Each document's mean is shrunk as if the document had this many more tokens, with the mean of all documents."""
 
 PENALTY = 1.0
-"""Of the ridge regression, in units of its features' variance."""
+"""The penalty of the ridge regression, in units of the features' variance."""
 
 _BLOCK = {"cpu": 1024, "cuda": 16384}
-"""Tokens that are corrected at a time: their fp32 copies stay small beside the cache; a GPU wants few launches."""
+"""The number of tokens that are corrected at a time, which limits the memory of fp32 copies. Large blocks on a GPU need
+fewer launches."""
 
 
 class DriftCorrection:
-    """Corrects the tokens that are not recomputed. Its `watch` is called by the cache of the scatter pass."""
+    """Corrects the tokens that are not recomputed, by the drift of those that are.
+
+    `watch` is the callback of the pass's cache (`scatter_cache`).
+    """
 
     def __init__(self, model: PreTrainedModel, layout: Layout, positions: torch.Tensor) -> None:
         chosen = torch.zeros_like(layout.open)
@@ -618,7 +653,7 @@ class DriftCorrection:
         self.averages = averages(self.chosen.part_of, int(layout.part_of[-1]) + 1)
 
     def watch(self, layer_idx: int, held: LayerKV, new: LayerKV) -> None:
-        """Estimate layer `layer_idx`'s drift from `new`, and correct the rest of `held` by it, in place."""
+        """Estimate a layer's drift from `new`, its recomputed keys and values, and correct the rest of `held`."""
         if not self.rest:
             return
         device = held[0].device
@@ -635,10 +670,10 @@ class DriftCorrection:
 def _blocks(
     is_open: torch.Tensor, chosen: torch.Tensor, part_of: torch.Tensor, device: torch.device
 ) -> Iterable[torch.Tensor]:
-    """The positions of open tokens that are not chosen, block by block.
+    """Yield the positions of open tokens that are not chosen, in blocks.
 
-    On a CPU a block is of one part. Where all of it is open, the block has no gaps: the chosen tokens are in it, too,
-    since what is added to them is overwritten. So it is a view, and nothing is gathered.
+    On a CPU, each block belongs to one part. If the whole part is open, the block includes the chosen tokens: the pass
+    overwrites them anyway, and a block without gaps is a view, which needs no copy.
     """
     size = _BLOCK.get(device.type, 1024)
     if device.type != "cpu":
@@ -654,22 +689,22 @@ def _blocks(
 
 @dataclass(frozen=True, slots=True)
 class _Tokens:
-    """Some tokens of the context: 1-D int64, where they stand and which part they belong to."""
+    """Some tokens of a context: their positions and the index of each token's part, int64 `(tokens,)`."""
 
     positions: torch.Tensor
     part_of: torch.Tensor
     move: PositionShift
-    """From position 0 to where they stand."""
+    """From position 0 to `positions`."""
     places: slice | torch.Tensor
-    """The positions, as a slice where they have no gaps."""
+    """`positions`, as a slice if they have no gaps."""
     parts: slice | torch.Tensor
-    """The parts, as a slice where it is one."""
+    """`part_of`, as a slice if all tokens belong to one part."""
 
     @classmethod
     def at(
         cls, rotated: Sequence[Rotation], layout: Layout, positions: torch.Tensor, *, has_gaps: bool = True
     ) -> _Tokens:
-        """Tokens of a context. `has_gaps`: do not look for gaps, for which a GPU would be waited for."""
+        """Make tokens of a context. With `has_gaps`, do not look for slices, which would wait for a GPU."""
         part_of = layout.part_of.to(positions.device)[positions]
         move = PositionShift(rotated, torch.zeros_like(positions), positions)
         places, parts = (positions, part_of) if has_gaps else (_without_gaps(positions), _without_gaps(part_of))
@@ -677,7 +712,7 @@ class _Tokens:
 
     @classmethod
     def of_one_part(cls, rotated: Sequence[Rotation], positions: torch.Tensor, start: int = 0) -> _Tokens:
-        """All tokens of some layers, which stand `start` further on than `positions`."""
+        """Make tokens of one part, at `start + positions`."""
         move = PositionShift(rotated, torch.zeros_like(positions), start + positions)
         part_of = torch.zeros_like(positions)
         return cls(positions, part_of, move, positions, part_of)
@@ -691,7 +726,7 @@ class _Tokens:
         )
 
     def features(self, layer_idx: int, kv: Iterable[torch.Tensor]) -> torch.Tensor:
-        """Key, as at position 0, and value of each token, side by side: `(kv_heads, tokens, features)`, fp32."""
+        """Join each token's key, rotated to position 0, and value: fp32 `(kv_heads, tokens, features)`."""
         keys, values = kv
         size = *keys.shape[:-1], keys.shape[-1] + values.shape[-1]
         side_by_side = keys.new_empty(size, dtype=torch.float32)
@@ -699,7 +734,7 @@ class _Tokens:
         return side_by_side[0]
 
     def give(self, layer_idx: int, held: LayerKV, change: torch.Tensor) -> None:
-        """Add `(1, kv_heads, tokens, features)` to these tokens of `held`, in place; `change` is used up."""
+        """Add `change`, `(1, kv_heads, tokens, features)`, to these tokens of `held`, in place. Overwrites `change`."""
         keys, values = _apart(change, held[0].shape[-1])
         self.move.turn(layer_idx, (keys, values))
         for held_, more in zip(held, (keys, values), strict=True):
@@ -711,11 +746,13 @@ class _Tokens:
 
 @dataclass(frozen=True, slots=True)
 class UsualDrift:
-    """How keys and values change, on average, when documents stand before their own.
+    """How a document's keys and values change, on average, when other documents stand before it.
 
     Attributes:
-        layers: for each layer `(kv_heads, key and value features)`, fp32; keys as at position 0.
-        slopes: for each layer `(kv_heads, features, features)`, fp32: what its own key and value add to it.
+        layers: the offset to add in each layer, fp32 `(kv_heads, features)`; the features are those of a key, rotated
+            to position 0, and of a value.
+        slopes: for each layer, fp32 `(kv_heads, features, features)`: a token's features times the slope are added
+            too. None: only the offset is added.
     """
 
     layers: list[torch.Tensor]
@@ -724,7 +761,7 @@ class UsualDrift:
 
     @property
     def digest(self) -> str:
-        """16 hex digits: the same for the same numbers."""
+        """16 hex digits that identify the numbers."""
         tensors = [tensor.cpu() for tensor in (*self.layers, *(self.slopes or ()))]
         return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()[:16]
 
@@ -737,14 +774,15 @@ class UsualDrift:
         together: Sequence[LayerKV],
         together_at: torch.Tensor,
     ) -> UsualDrift:
-        """The mean over tokens that were encoded behind a head alone, and behind other documents too.
+        """Return the mean change of tokens between two encodings: each document after the head, and all in a row.
 
         Args:
-            rotated: how each layer of the model that encoded them rotates.
-            alone: keys and values of the tokens, each document behind the head.
-            alone_at: 1-D int64, the positions at which they were encoded there.
-            together: those of the same tokens, documents one behind another.
-            together_at: 1-D int64, their positions there.
+            rotated: the rotation of each layer of the model.
+            alone: keys and values of the tokens, `(1, kv_heads, seq_len, head_dim)` per layer, with each document
+                encoded after the head only.
+            alone_at: their positions, int64 `(seq_len,)`.
+            together: keys and values of the same tokens, with each document encoded after the previous ones.
+            together_at: their positions, int64 `(seq_len,)`.
         """
 
         def means(layers: Sequence[LayerKV], at: torch.Tensor) -> list[torch.Tensor]:
@@ -755,7 +793,7 @@ class UsualDrift:
         return cls([now - was for was, now in zip(before, after, strict=True)])
 
     def add_to(self, rotated: Sequence[Rotation], layers: Sequence[LayerKV], layout: Layout) -> None:
-        """Give it to every open token of `layers`, in place."""
+        """Add the drift to every open token of `layers`, in place."""
         if len(layers) == 0:  # all layers of the model are recurrent
             return
         open_tokens, device = _where(layout.open), layers[0][0].device
@@ -765,7 +803,7 @@ class UsualDrift:
             self._give(layers, _Tokens.at(rotated, layout, positions.to(device), has_gaps=device.type != "cpu"))
 
     def give(self, rotated: Sequence[Rotation], layers: Sequence[LayerKV], start: int) -> None:
-        """Give it to all tokens of `layers`, the first of which stands at `start`, in place."""
+        """Add the drift to all tokens of `layers`, whose first token is at position `start`, in place."""
         positions = torch.arange(layers[0][0].shape[-2])
         self._give(layers, _Tokens.of_one_part(rotated, positions, start))
 
@@ -780,7 +818,7 @@ class UsualDrift:
             tokens.give(index, held, change[None])
 
     def _added_at_once(self, rotated: Sequence[Rotation], layers: Sequence[LayerKV], positions: torch.Tensor) -> bool:
-        """Add it with one kernel for the keys of all layers and one for their values, where there are such kernels."""
+        """Add the drift with one kernel for all keys and one for all values. Returns False if no kernel supports it."""
         ways, (like, _) = set(rotated), layers[0]
         rows = as_layers(layers).rows
         kernels = kernels_for(rows)
@@ -800,10 +838,10 @@ class UsualDrift:
 
 
 class DriftSums:
-    """What a drift is learned from: sums over tokens of any number of contexts.
+    """Learns a drift from the tokens of any number of contexts, of which it has only sums.
 
-    A ridge regression of what a token's key and value change by on what they were, which is given by halves, as is the
-    mean: with both in full, later documents are worse off than with nothing (docs/merging-experiments.md).
+    The drift is a ridge regression of the change of a token's key and value on their values before. Half of the
+    regression and of the mean is used: in full, they make later documents worse (docs/merging-experiments.md).
     """
 
     def __init__(self) -> None:
@@ -818,7 +856,7 @@ class DriftSums:
         together: Sequence[LayerKV],
         together_at: torch.Tensor,
     ) -> None:
-        """Add tokens that were encoded behind a head alone, and behind other documents. Arguments as for `between`."""
+        """Add tokens of one context. Arguments are those of `UsualDrift.between`."""
         was_at, are_at = (_Tokens.of_one_part(rotated, at) for at in (alone_at, together_at))
         self.tokens += len(alone_at)
         for index, (was_kv, is_kv) in enumerate(zip(alone, together, strict=True)):
@@ -828,7 +866,7 @@ class DriftSums:
             self._sums[index : index + 1] = [self._sums[index] + sums if index < len(self._sums) else sums]
 
     def drift(self) -> UsualDrift:
-        """What was learned."""
+        """Return the learned drift."""
         offsets, slopes = [], []
         for sums in self._sums:
             size, mean = sums.shape[1] - 1, sums[:, -1:] / self.tokens
@@ -845,17 +883,17 @@ class DriftSums:
 
 
 _LEARNED = 0.5
-"""Share of a learned drift that is given, of its mean and of what the regression adds."""
+"""The share of a learned drift that is used, of its mean and of its regression."""
 
 
 def _apart(side_by_side: torch.Tensor, key_dim: int) -> LayerKV:
-    """Views of keys and values that stand side by side in the last dimension."""
+    """Return views of the keys and the values of a tensor that has both in its last dimension."""
     return side_by_side[..., :key_dim], side_by_side[..., key_dim:]
 
 
 @dataclass(frozen=True, slots=True)
 class _Drift:
-    """A linear model of the drift to give to a token, by KV head: `features @ slope + offset` of its part."""
+    """A linear model of the drift to add to a token, per KV head: `features @ slope + offset[part]`."""
 
     slope: torch.Tensor
     """`(kv_heads, features, features)`."""
@@ -864,9 +902,13 @@ class _Drift:
 
     @classmethod
     def fit(cls, features: torch.Tensor, drift: torch.Tensor, part_of: torch.Tensor, averages: torch.Tensor) -> _Drift:
-        """From recomputed tokens: `features` and `drift` are `(kv_heads, tokens, features)`.
+        """Fit the model to recomputed tokens: each part's mean drift, and a ridge regression of the rest.
 
-        A part's mean drift, and a ridge regression of what is left on how a token differs from its part's mean.
+        Args:
+            features: the tokens' cached keys and values, `(kv_heads, tokens, features)`.
+            drift: the changes of these by recomputing, `(kv_heads, tokens, features)`.
+            part_of: the index of each token's part, int64 `(tokens,)`.
+            averages: the matrix from `averages`.
         """
         mean, centre = averages @ drift, averages @ features
         x = features - centre[:, part_of]
@@ -875,19 +917,19 @@ class _Drift:
         gram = x.mT @ x
         gram.diagonal(dim1=-2, dim2=-1).add_(PENALTY * x.shape[1])
         lower = torch.linalg.cholesky(gram)
-        # Solved by hand: torch.cholesky_solve of a batch is 121 kernels on CUDA, these two are 18.
+        # Two solves of triangular systems: torch.cholesky_solve of a batch takes 121 CUDA kernels, these take 18.
         halfway = torch.linalg.solve_triangular(lower, x.mT @ (drift - mean[:, part_of]), upper=False)
         scaled = torch.linalg.solve_triangular(lower.mT, halfway, upper=True)
         slope = RIDGE * scaled / scale.mT
         return cls(slope, MEAN * mean - centre @ slope)
 
     def of(self, features: torch.Tensor, part_of: slice | torch.Tensor) -> torch.Tensor:
-        """The drift to give to other tokens, `(kv_heads, tokens, features)`."""
+        """Return the drift to add to other tokens, `(kv_heads, tokens, features)`."""
         return torch.baddbmm(self.offset[:, part_of], features, self.slope)
 
 
 def _without_gaps(numbers: torch.Tensor) -> slice | torch.Tensor:
-    """Ascending numbers as a slice, where none is missing; where they are all one, as a slice of that."""
+    """Return ascending numbers as a slice if they have no gaps, or if all are equal; else unchanged."""
     if not len(numbers):
         return numbers
     first, last = int(numbers[0]), int(numbers[-1])
@@ -895,6 +937,6 @@ def _without_gaps(numbers: torch.Tensor) -> slice | torch.Tensor:
 
 
 def averages(part_of: torch.Tensor, parts: int) -> torch.Tensor:
-    """A matrix, `(parts, tokens)` fp32, that gives each part's mean over its tokens, shrunk towards the mean of all."""
+    """Return a matrix, fp32 `(parts, tokens)`, that computes each part's mean, shrunk towards the overall mean."""
     member = (torch.arange(parts, device=part_of.device)[:, None] == part_of).float()
     return (member + _SHRINK / len(part_of)) / (member.sum(1, keepdim=True) + _SHRINK)

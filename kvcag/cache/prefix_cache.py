@@ -1,14 +1,14 @@
-"""Recent contexts, kept so that the next prompt that begins like one of them is not encoded again.
+"""A prefix cache of recent contexts, so that the longest known prefix of a prompt is not encoded again.
 
-A radix tree over token ids whose edges hold keys and values, so that contexts which share a beginning share its
-tensors (the idea is SGLang's RadixAttention, Zheng et al. 2024). A match may end anywhere, down to the token. Where a
-model has recurrent layers, it ends where a context was inserted: only there are the layers' states known.
+It is a radix tree over token ids whose nodes have keys and values, so that contexts with a common prefix share its
+tensors (the idea is SGLang's RadixAttention, Zheng et al. 2024). A match may end after any token. For a model with
+recurrent layers, it ends where a context was inserted, because only there the layers' states are known.
 
-Contexts that were merged, and what was generated over them, are in trees of their own: an approximation never stands
-where an exact prefix is looked for.
+Merged contexts, and what was generated over them, are in separate trees, so that an approximation is never found in
+place of an exact prefix.
 
-`runs` finds what a prompt shares with recent contexts elsewhere than at its beginning: the messages that stay when a
-history is trimmed, summarised or cleared in the middle.
+`runs` finds tokens of a prompt that recent contexts have at other positions: messages that remain when a history is
+trimmed, summarised or cleared in the middle.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from kvcag.concurrency import holding
 
 @dataclass(slots=True, eq=False)
 class _Node:
-    """The tokens from its parent to where contexts part, and their keys and values."""
+    """A node of the tree: the tokens from its parent to the next branch, and their keys and values."""
 
     token_ids: np.ndarray
     layers: Layers
@@ -35,40 +35,40 @@ class _Node:
     children: dict[int, _Node] = field(default_factory=dict)
     used: int = 0
     is_exact: bool = True
-    openings: dict[bytes, list[int]] | None = None  # of the turns whose first tokens end in this node: where they stand
+    openings: dict[bytes, list[int]] | None = None  # see `PrefixCache._openings_of`; None: not computed yet
 
     @property
     def nbytes(self) -> int:
         return nbytes(self.layers)
 
     def shares(self, other: _Node) -> bool:
-        """Whether both hold parts of the same memory, as the halves of a split node do."""
+        """Whether both nodes share memory, as the halves of a split node do."""
         return _memory(self) is not None and _memory(self) == _memory(other)
 
 
 def _memory(node: _Node) -> int | None:
-    """The address of its keys and values; None for a model without attention layers."""
+    """Return the address of a node's memory; None for a model without attention layers."""
     if not len(node.layers):
         return None
     return node.layers[0][0].untyped_storage().data_ptr()
 
 
 _SHORTEST_RUN = 32
-"""Tokens that a prompt and a recent context have in common, at least, to be found by `PrefixCache.runs`."""
+"""The least length of a run that `PrefixCache.runs` finds."""
 
 _TRIED = 64
-"""Places with the same 32 tokens that are compared, at most: a chat may say the same a thousand times."""
+"""The most places with the same first 32 tokens that are compared, since a chat may repeat a text many times."""
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Tokens of a prompt that stand, one after another, in a recent context.
+    """Consecutive tokens of a prompt that are also consecutive in a recent context.
 
     Attributes:
-        start: the position of the first one in the prompt.
-        stood: its position in the recent context.
-        length: how many.
-        pieces: their keys and values as they are there, piece after piece, to be read.
+        start: the position of the first token in the prompt.
+        stood: the position of the first token in the recent context.
+        length: the number of tokens.
+        pieces: their keys and values at the positions of the recent context, in consecutive pieces, only to be read.
     """
 
     start: int
@@ -78,20 +78,19 @@ class Run:
 
     @property
     def end(self) -> int:
-        """The position after the last one in the prompt."""
+        """The position after the last token in the prompt."""
         return self.start + self.length
 
 
 class PrefixCache:
-    """Finds the longest encoded prefix of a prompt.
+    """Finds the longest cached prefix of a prompt.
 
-    What is inserted is copied, and what is found is only ever read: no generation sees another's cache. When the budget
-    is full, the least recently used end of a context goes first, a merged one before an exact one of the same age, of
-    the namespaces that hold more than an equal share: none can take what another holds within its share. Safe to use
-    from several threads.
+    Inserted tensors are copied, and returned tensors are only to be read, so generations do not affect each other. When
+    the budget is full, the least recently used leaf is evicted, a merged one before an exact one of the same age. Only
+    namespaces with more than an equal share of the budget lose leaves. Safe to use from several threads.
 
     Args:
-        max_bytes: the most to keep; 0 keeps nothing.
+        max_bytes: the budget in bytes; 0 caches nothing.
         turn_ids: the tokens at which a run may begin: the chat template's control tokens.
         recurrent: the model has recurrent layers.
     """
@@ -109,11 +108,11 @@ class PrefixCache:
         self._lock = threading.Lock()
 
     def match(self, token_ids: Sequence[int], namespace: str = "", *, merged: bool = False) -> tuple[int, list[Layers]]:
-        """How many of `token_ids` are cached, and their keys and values: pieces to be read, not written.
+        """Return the length of the longest cached prefix, and its keys and values in pieces, only to be read.
 
         Args:
-            token_ids: the prompt's.
-            namespace: whose contexts.
+            token_ids: the tokens of a prompt.
+            namespace: the namespace of the contexts.
             merged: look among the merged contexts instead of the exact ones.
         """
         wanted = np.asarray(token_ids, dtype=np.int64)
@@ -127,7 +126,7 @@ class PrefixCache:
             return matched, pieces
 
     def _resumable(self, path: list[tuple[_Node, int]]) -> list[tuple[_Node, int]]:
-        """The path as far as a model can go on from: with recurrent layers, to the last node whose states are known."""
+        """Shorten a path to where the model can continue: with recurrent layers, to the last node with states."""
         while self._recurrent and path:
             node, shared = path[-1]
             if shared == len(node.token_ids) and states_of(node.layers) is not None:
@@ -136,17 +135,17 @@ class PrefixCache:
         return path
 
     def runs(self, token_ids: Sequence[int], start: int, namespace: str = "") -> list[Run]:
-        """The longest runs of `token_ids` that stand in recent contexts, exact or merged, one behind another.
+        """Return the longest runs of a prompt that are in recent contexts, exact or merged, without overlaps, in order.
 
         A run begins where a turn begins or ends, and is at least 32 tokens long.
 
         Args:
-            token_ids: the prompt's.
-            start: the position at which to begin to look.
-            namespace: whose contexts.
+            token_ids: the tokens of the prompt.
+            start: the first position of the prompt to look at.
+            namespace: the namespace of the contexts.
         """
         wanted = np.asarray(token_ids, dtype=np.int64)
-        openings = self._openings(wanted, max(0, start - _SHORTEST_RUN))  # the turn that `start` stands in counts too
+        openings = self._openings(wanted, max(0, start - _SHORTEST_RUN))  # the turn around `start` counts too
         sought = {opening for opening, _ in openings}
         places: dict[bytes, list[tuple[_Node, int]]] = {}
         found: list[Run] = []
@@ -162,7 +161,7 @@ class PrefixCache:
                 begin = max(at, start)
                 tried = places[opening][:_TRIED]
                 runs = [self._run(node, stood + begin - at, wanted, begin) for node, stood in tried]
-                longest = max(runs, key=lambda run: run.length)  # the first of equals: an exact one
+                longest = max(runs, key=lambda run: run.length)  # of equal lengths the first, which is exact
                 if longest.length >= _SHORTEST_RUN:
                     found.append(longest)
         return found
@@ -176,15 +175,15 @@ class PrefixCache:
         merged: bool = False,
         epoch: int | None = None,
     ) -> None:
-        """Keep a context. Only what is new is copied.
+        """Cache a context. Only tokens that are not cached yet are copied.
 
         Args:
-            token_ids: the context's.
-            layers: one key and one value for each token, `(1, kv_heads, seq_len, head_dim)` in each layer; or a
-                function that returns those of the tokens from a position on.
-            namespace: whose it is.
-            merged: it is an approximation, or was generated over one.
-            epoch: `epoch` when the work began; what was cleared since then is not kept.
+            token_ids: the tokens of the context.
+            layers: keys and values of all tokens, `(1, kv_heads, seq_len, head_dim)` per layer; or a function that
+                returns those from a position on.
+            namespace: the namespace of the context.
+            merged: the context is approximate, or was generated over an approximate one.
+            epoch: the value of `epoch` when the work began. If the namespace was cleared since, nothing is cached.
         """
         wanted = np.asarray(token_ids, dtype=np.int64)
         if not len(wanted):
@@ -208,20 +207,20 @@ class PrefixCache:
                 leaf = _Node(wanted[matched:].copy(), kept, node, matched, used=self._clock, is_exact=not merged)
                 node.children[int(wanted[matched])] = leaf
                 self._count(namespace, leaf.nbytes)
-            elif self._recurrent and states_of(node.layers) is None:  # another context went on from here
+            elif self._recurrent and states_of(node.layers) is None:  # the node was made by a split
                 node.layers.states = contiguous_copy(Layers((), states_of(new))).states
                 self._count(namespace, nbytes(Layers((), node.layers.states)))
             self._evict()
 
     def epoch(self, namespace: str = "") -> int:
-        """How often a namespace was cleared. Work that began before must not put its result back."""
+        """Return how often a namespace was cleared. Work that began before must not insert its result."""
         with self._lock:
             return self._epochs.get(namespace, 0) + self._cleared
 
     def replace_merged(self, token_ids: Sequence[int], layers: Sequence[LayerKV], namespace: str = "") -> None:
-        """Put better keys and values in the place of those of a merged context; what follows it stays.
+        """Replace the keys and values of a merged context with better ones. Tokens after the context do not change.
 
-        Where the context is not kept any more, nothing happens.
+        Does nothing if the context is no longer cached.
         """
         wanted = np.asarray(token_ids, dtype=np.int64)
         with self._lock:
@@ -233,13 +232,13 @@ class PrefixCache:
                 node = reached if shared == len(reached.token_ids) else self._split(reached, shared)
                 old = _memory(node)
                 node.layers = contiguous_copy(cut(layers, start, start + shared))
-                for below in _below(node):  # a half of a split node must not keep the memory of the whole
+                for below in _below(node):  # another half of a split node would keep the whole old memory
                     if len(below.layers) and _memory(below) == old:
                         below.layers = contiguous_copy(below.layers)
                 start += shared
 
     def clear(self, namespace: str | None = None) -> None:
-        """Forget everything, or everything of one namespace."""
+        """Drop all contexts of a namespace; None means all namespaces."""
         with self._lock:
             if namespace is None:
                 self._cleared += 1
@@ -249,7 +248,7 @@ class PrefixCache:
                 self._count(root[0], -sum(node.nbytes for node in _below(self._roots.pop(root))))
 
     def _path(self, wanted: np.ndarray, namespace: str, merged: bool) -> list[tuple[_Node, int]]:
-        """The nodes along `wanted`, each with how many of its tokens agree; all but the last agree in full."""
+        """Return the nodes along `wanted`, each with its number of equal tokens. Only the last may differ in some."""
         path: list[tuple[_Node, int]] = []
         node, at = self._roots.get((namespace, merged)), 0
         while node is not None and at < len(wanted):
@@ -264,13 +263,13 @@ class PrefixCache:
         return path
 
     def _openings(self, token_ids: np.ndarray, start: int = 0) -> list[tuple[bytes, int]]:
-        """The 32 tokens behind each place where a turn begins or ends, as bytes, and the position of the first."""
+        """Return the 32 tokens from each control token on, as bytes, and the position of the first."""
         last = max(start, len(token_ids) - _SHORTEST_RUN + 1)
         places = np.flatnonzero(np.isin(token_ids[start:last], self._turn_ids)) + start
         return [(token_ids[at : at + _SHORTEST_RUN].tobytes(), int(at)) for at in places]
 
     def _openings_of(self, node: _Node) -> dict[bytes, list[int]]:
-        """The openings that end in a node; they may begin in nodes above it."""
+        """Return the openings that end in a node, with their positions. They may begin in nodes above it."""
         if node.openings is None:
             token_ids, above = node.token_ids, node.parent
             while above is not None and (missing := len(node.token_ids) + _SHORTEST_RUN - 1 - len(token_ids)) > 0:
@@ -282,7 +281,7 @@ class PrefixCache:
         return node.openings
 
     def _run(self, node: _Node, stood: int, wanted: np.ndarray, start: int) -> Run:
-        """The tokens that `wanted`, from `start` on, and the path through `node`, from position `stood` on, share."""
+        """Return the run from position `start` of `wanted` and from position `stood` of the path through `node`."""
         route = [node]
         while route[0].start > stood:
             above = route[0].parent
@@ -303,9 +302,9 @@ class PrefixCache:
         return Run(start, stood, end - start, pieces)
 
     def _split(self, node: _Node, at: int) -> _Node:
-        """Put a node between `node` and its parent that holds its first `at` tokens, and return it.
+        """Split a node after its first `at` tokens, and return the new upper node.
 
-        Both go on sharing the memory of the one, so that a question over a long corpus does not wait for a copy of it.
+        Both nodes are views of the same memory, so that a question over a long corpus does not wait for a copy.
         """
         assert node.parent is not None
         kept = cut(node.layers, 0, at)
@@ -342,14 +341,14 @@ class PrefixCache:
 
 
 def agreeing(left: np.ndarray, right: np.ndarray) -> int:
-    """How many tokens two sequences have in common at their beginning."""
+    """Return the length of the common prefix of two token arrays."""
     length = min(len(left), len(right))
     differs = np.flatnonzero(left[:length] != right[:length])
     return int(differs[0]) if len(differs) else length
 
 
 def _below(root: _Node | None) -> Iterator[_Node]:
-    """A node and all that hang from it."""
+    """Yield a node and all nodes below it."""
     stack = [root] if root else []
     while stack:
         node = stack.pop()
@@ -358,7 +357,7 @@ def _below(root: _Node | None) -> Iterator[_Node]:
 
 
 _WORTH_WAITING = 32
-"""Tokens that another prompt's prefill has to save this one, at least, and half of what that prefill computes."""
+"""A prefill waits for another one that computes at least this many of its tokens, and half of the other's tokens."""
 
 
 @dataclass(eq=False)
@@ -369,7 +368,7 @@ class _Prefill:
 
 
 class InFlight:
-    """The prefills of one engine that are under way."""
+    """The running prefills of one engine. A prefill may wait for another one that computes tokens it needs."""
 
     def __init__(self) -> None:
         self._prefills: list[_Prefill] = []
@@ -384,13 +383,13 @@ class InFlight:
         *,
         background: bool = False,
     ) -> Iterator[None]:
-        """Register a prefill, after waiting for each earlier one that computes more of these tokens than are known.
+        """Wait for earlier prefills that compute uncached tokens of this one, then register this prefill.
 
         Args:
-            token_ids: the prompt's.
-            namespace: whose prompts may share.
-            known: how many tokens at the beginning are cached.
-            background: others do not wait for this prefill, which waits for them.
+            token_ids: the tokens of the prompt.
+            namespace: the namespace of the prompt. Prefills of other namespaces do not matter.
+            known: returns the length of the longest cached prefix.
+            background: other prefills do not wait for this one.
 
         Raises:
             Cancelled: the reader left while this thread waited.
@@ -409,7 +408,7 @@ class InFlight:
             mine.running.release()
 
     def _worth_waiting_for(self, mine: _Prefill, known: int, register: bool) -> _Prefill | None:
-        """An earlier prefill to wait for. Without one, `mine` is registered for others to wait for."""
+        """Return an earlier prefill to wait for. If there is none, register `mine`."""
         with self._lock:
             for other in self._prefills:
                 saved = agreeing(other.token_ids, mine.token_ids) - known if other.namespace == mine.namespace else 0

@@ -1,9 +1,9 @@
 """Recurrent layers: a document is an affine map of the state before it, `S_after = M · S_before + U`.
 
-`M` and `U` follow from the layer's inputs, so documents are composed in any order (`docs/merging.md`). `M` is measured
-and not read from a kernel: the layer is run once more over the same inputs, from a state to which the identity was
-added, and what its last state differs by is `M`. Which form `M` has is measured too, once per model: a matrix per
-head (gated delta nets), or a number per head (Mamba-2). A model that neither form fits is not merged.
+`M` and `U` depend only on the layer's inputs, so documents can be composed in any order (`docs/merging.md`). `M` is
+measured, not read from a kernel: the layer runs again over the same inputs, from a state to which the identity was
+added, and the change of its last state is `M`. The form of `M` is measured too, once per model: a matrix per head
+(gated delta nets), or a number per head (Mamba-2). A model that fits neither form is not merged.
 """
 
 from __future__ import annotations
@@ -35,44 +35,45 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Form: TypeAlias = Literal["number", "matrix", "ignored", "unknown"]
-"""Of `M`. `ignored`: several tokens at once start from zero, whatever the state (Mamba, Jamba)."""
+"""The form of `M`. `ignored`: a pass of several tokens starts from a zero state (Mamba, Jamba)."""
 
 Row: TypeAlias = tuple[torch.Tensor | None, ...]
 Maps: TypeAlias = tuple[torch.Tensor | None, ...]
-"""`M` of each recurrent layer, `(1, heads, 1, 1)` or `(1, heads, key_dim, key_dim)`, fp32; None where it has none."""
+"""`M` of each recurrent layer, fp32 `(1, heads, 1, 1)` or `(1, heads, key_dim, key_dim)`; None without recurrent
+state."""
 
 _measured: WeakKeyDictionary[Any, dict[int, Form]] = WeakKeyDictionary()
 
 
 def ignores_states(model: PreTrainedModel) -> bool:
-    """Whether a pass of several tokens ignores the states before it, so that only single tokens go on from them."""
+    """Whether a pass of several tokens ignores the states before it, so that only single tokens can continue."""
     return bool(kinds_of(model)) and "ignored" in _forms(model).values()
 
 
 def check_affine(model: PreTrainedModel) -> None:
-    """Refuse a model with recurrent layers whose documents are no maps that we know.
+    """Refuse a model with recurrent layers whose documents are not maps of a known form.
 
     Raises:
-        UnsupportedModelError: as said.
+        UnsupportedModelError: the form of a layer's map is `ignored` or `unknown`.
     """
     forms = set(_forms(model).values())
     if forms & {"ignored", "unknown"}:
         why = (
-            "ignore the state before a pass of several tokens, in this transformers"
+            "ignore the state before a pass of several tokens, in this version of transformers"
             if "ignored" in forms
-            else "change their states in a way that we do not know"
+            else "change their states in a way that kvcag does not support"
         )
         raise UnsupportedModelError(
             f"{type(model).__name__} has recurrent layers that {why}, so its documents cannot be merged. "
-            "strategy='exact', and prompts that begin alike, reuse what they have in common."
+            "Use strategy='exact', which reuses the longest cached prefix."
         )
 
 
 @contextmanager
 def recording(model: PreTrainedModel, cache: Cache) -> Iterator[Callable[[int], Maps]]:
-    """Within it, forward passes over `cache` note what `M` is for all tokens that they read.
+    """Within it, forward passes over `cache` measure `M` for all tokens that they read.
 
-    Gives a function that takes the number of these tokens and returns the maps of the recurrent layers.
+    Yields a function that takes the number of these tokens and returns the maps of the recurrent layers.
 
     Raises:
         UnsupportedModelError: see `check_affine`.
@@ -90,7 +91,7 @@ def recording(model: PreTrainedModel, cache: Cache) -> Iterator[Callable[[int], 
 
     def found(tokens: int) -> Maps:
         if any(seen != tokens for seen in read.values()):
-            return ()  # some passes did not run the model's own modules: the document is read where it stands
+            return ()  # some passes did not run the model's own modules; the document gets no maps
         return tuple(maps.get(index) for index, (_, states) in enumerate(kinds_of(model)) if states)
 
     with _watching(model, cache, set(forms), note):
@@ -98,15 +99,15 @@ def recording(model: PreTrainedModel, cache: Cache) -> Iterator[Callable[[int], 
 
 
 def behind(document: States, before: States | None, alone: States | None, tokens: int) -> States:
-    """The states after a document behind `before`, from those after it behind `alone`.
+    """Return the states after a document at a new place, from those after the document when it was encoded.
 
-    `M · S_before + U` is `S_document + M · (S_before - S_alone)`, so that `U` need not be kept. Of its last inputs, a
-    convolution has those from before where the document has fewer `tokens` than it looks back to.
+    `M · S_before + U` is `S_document + M · (S_before - S_alone)`, so `U` need not be stored. The last inputs of a
+    convolution include inputs before the document if the document is shorter than the convolution's kernel.
 
     Args:
-        document: with its maps.
-        before: None where nothing stands before.
-        alone: what it was encoded behind; None for nothing.
+        document: the states after the document when it was encoded, with its maps.
+        before: the states before the new place; None for none.
+        alone: the states before the document when it was encoded; None for none.
         tokens: the document's length.
     """
     rows = []
@@ -135,7 +136,7 @@ def _through(matrix: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
 
 
 class _LayerCall:
-    """A recurrent layer's pass over some tokens, which can be repeated from another state."""
+    """A recurrent layer's forward call over some tokens, which can be repeated from another state."""
 
     def __init__(
         self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], cache: Cache, before: Row, after: Row
@@ -153,10 +154,10 @@ class _LayerCall:
         self.conv = torch.zeros_like(last) if conv is None else conv
         self.start = torch.zeros_like(end) if start is None else start
         self.size = float(torch.maximum(self.start.abs().max(), end.abs().max()).float()) or 1.0
-        """States grow as they please; what is added to them is of their size, so that little is lost to rounding."""
+        """The size of the states. Tensors of this size are added to them, so that little is lost to rounding."""
 
     def response(self, added: torch.Tensor) -> torch.Tensor:
-        """The change of the last state when `added` is added to the first one, in fp32."""
+        """Return the change of the last state, in fp32, when `added` is added to the first state."""
         cache = lone_cache(self.layer_idx, self.conv.clone(), self.start + added)
         args = tuple(cache if each is self.cache else each for each in self.args)
         kwargs = {name: cache if each is self.cache else each for name, each in self.kwargs.items()}
@@ -166,12 +167,12 @@ class _LayerCall:
         return end.float() - self.end
 
     def map(self, form: Form) -> torch.Tensor:
-        """`M` of this form."""
+        """Measure `M`, assuming this form."""
         if form == "number":
             return (self.response(torch.full_like(self.start, self.size)) / self.size).mean((-1, -2), keepdim=True)
         keys, values = self.start.shape[-2:]
         columns = []
-        for at in range(0, keys, values):  # as many columns of the identity as a state has
+        for at in range(0, keys, values):  # a state has room for `values` columns of the identity
             eye = torch.zeros_like(self.start)
             width = min(values, keys - at)
             eye[..., at : at + width, :width].diagonal(dim1=-2, dim2=-1).fill_(self.size)
@@ -179,14 +180,14 @@ class _LayerCall:
         return torch.cat(columns, dim=-1)
 
     def form(self) -> Form:
-        """The form that predicts the response to a random state."""
+        """Return the form of `M` that predicts the response to a random state."""
         noise = torch.randn(self.start.shape, generator=torch.Generator().manual_seed(0)) * self.size
         added = noise.to(self.start)
         response = self.response(added)
         if not response.any():
             return "ignored"
         if self.start.ndim == 4:
-            rounding = _ROUNDING * added.norm()  # all that is left where a layer forgets at once
+            rounding = _ROUNDING * added.norm()  # the whole response of a layer that forgets at once
             for form, allowed in _FORMS.items():
                 error = _through(self.map(form), added.float()) - response
                 if error.norm() < _TOLERANCE * response.norm() + allowed * rounding:
@@ -195,13 +196,14 @@ class _LayerCall:
 
 
 _FORMS: dict[Form, int] = {"number": 0, "matrix": 1}
-"""A number a head is a matrix, too: where rounding hides which it is, it is taken for a matrix."""
+"""The forms in the order in which they are tried, and whether rounding errors are allowed. A number per head is also a
+matrix, so a response that is all rounding counts as a matrix."""
 _TOLERANCE, _ROUNDING = 0.01, 1e-5
 _TOKENS = 2
 
 
 def _forms(model: PreTrainedModel) -> dict[int, Form]:
-    """The form of `M` of each layer that has a recurrent state, measured once per model in two short passes."""
+    """Return the form of `M` of each layer with a recurrent state, measured once per model in two short passes."""
     found = _measured.get(model)
     if found is None:
         token = BETWEEN_LAYERS.set(None)
@@ -244,13 +246,13 @@ def _recurs(row: Row) -> bool:
 def _watching(
     model: PreTrainedModel, cache: Cache, indices: set[int], note: Callable[[_LayerCall], None]
 ) -> Iterator[None]:
-    """Within it, `note` is called after each of these layers' passes over `cache`; other caches are not looked at."""
+    """Within it, `note` is called after each of these layers' passes over `cache`, but not over other caches."""
     before: dict[int, Row] = {}
 
     def is_ours(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         return any(each is cache for each in (*args, *kwargs.values()))
 
-    # While another thread removes hooks of its own, torch may call ours without the keyword arguments.
+    # While another thread removes its hooks, torch may call these hooks without the keyword arguments.
     def enter(module: Any, args: tuple[Any, ...], *rest: dict[str, Any]) -> None:
         if rest and is_ours(args, rest[0]):
             row = row_of(cache, module.layer_idx)
@@ -274,5 +276,5 @@ def _watching(
 
 
 def _convolves(module: torch.nn.Module) -> bool:
-    """Whether a module is the part of a layer that keeps states: it has a convolution of its own."""
+    """Whether a module is the part of a layer with recurrent states, which is the part with a convolution."""
     return any(isinstance(child, torch.nn.Conv1d) for child in module.children())

@@ -101,7 +101,7 @@ def test_a_rotation_that_nobody_knows_is_refused():
     model = tiny_model("llama")
     forward = model.model.rotary_emb.forward
     model.model.rotary_emb.forward = lambda x, position_ids: forward(x, 2 * position_ids)
-    with pytest.raises(UnsupportedModelError, match="rotate in a way we do not know"):
+    with pytest.raises(UnsupportedModelError, match="its rotation is unknown"):
         check_mergeable(model)
 
 

@@ -143,7 +143,7 @@ def test_a_merged_answer_reads_the_question_alone_from_a_store_too(model: PreTra
 def test_a_token_in_the_middle_cannot_be_computed_again(model: PreTrainedModel) -> None:
     memory = KVCacheMemory(HFEngine(model, byte_tokenizer()))
     memory.add(DOCUMENTS)
-    with pytest.raises(UnsupportedModelError, match="no token in the middle"):
+    with pytest.raises(UnsupportedModelError, match="no state for a token in the middle"):
         memory.ask("When?", strategy="query")
 
 
