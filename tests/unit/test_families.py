@@ -103,7 +103,7 @@ REFUSED = {
     "mpt": ({"d_model": 32, "n_heads": 4, "n_layers": 3}, "ALiBi"),
     "mamba": ({"state_size": 4}, "recurrent layers"),
     "llama4_text": ({"num_local_experts": 2, "intermediate_size_mlp": 48}, "in chunks"),
-    "phimoe": ({"sliding_window": 16, "num_local_experts": 4}, "does not tell its attention"),
+    "phimoe": ({"sliding_window": 16, "num_local_experts": 4}, "does not pass one to its attention"),
 }
 
 
