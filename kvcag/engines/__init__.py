@@ -1,1 +1,1 @@
-"""Models that encode and decode."""
+"""Engines: models that encode text into caches and decode answers."""

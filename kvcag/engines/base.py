@@ -1,6 +1,6 @@
-"""The contract of an engine: a model that encodes text into caches and answers prompts, wherever it runs.
+"""The contract of an engine: a model that encodes text into caches and answers prompts, locally or on a server.
 
-`Sampling` has the settings of an answer, and `Engine` is what memories and adapters know of a model.
+`Sampling` has the settings of an answer. `Engine` is the interface that memories and adapters use.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from kvcag.fingerprint import ModelFingerprint
 DEFAULT_MAX_NEW_TOKENS = 512
 
 _FINE = 1e-6
-"""The smallest temperature and penalty: logits in float32 that are divided by less may become infinite."""
+"""The smallest temperature and penalty. Dividing float32 logits by less may make them infinite."""
 _RANGE = "from 1e-6 to 1e6"
 
 
@@ -39,7 +39,7 @@ class Sampling:
 
     Attributes:
         max_new_tokens: the most tokens to generate. None: 512, or as many as still fit the model's context.
-        temperature: 0 is greedy.
+        temperature: 0 decodes greedily.
         top_k: sample from the k likeliest tokens.
         top_p: sample from the likeliest tokens that together reach this probability.
         min_p: sample from tokens that are at least this likely, relative to the likeliest.
@@ -47,8 +47,8 @@ class Sampling:
         seed: makes a sampled answer repeatable. None: a new seed for each answer.
         stop: strings that end the answer; they are not part of it.
         strip_thinking: leave `<think>…</think>` out of the text.
-        top_logprobs: give each token's log-probability, and those of so many of the likeliest tokens at its place, as
-            the model has them before any of these settings applies. None: give none.
+        top_logprobs: return the log-probability of each token, and those of this many likeliest tokens in its place, as
+            the model predicts them, before any of these settings applies. None: return none.
 
     Raises:
         InvalidInputError: a value is out of range.
@@ -82,7 +82,7 @@ class Sampling:
 
     @classmethod
     def of(cls, **given: Any) -> Sampling:
-        """From keyword arguments, including the spellings of MemOS and transformers.
+        """Make settings from keyword arguments, including the names of MemOS and transformers.
 
         `max_tokens` is `max_new_tokens`. `do_sample=False` sets the temperature to 0; `do_sample=True` sets it to 1
         unless a temperature above 0 is given. `stop` may be one string. None means unset.
@@ -109,7 +109,7 @@ class Sampling:
 
     @classmethod
     def over(cls, defaults: Mapping[str, Any], given: Mapping[str, Any]) -> Sampling:
-        """From keyword arguments, and from defaults for those that are not given.
+        """Make settings from keyword arguments, with defaults for arguments that are not given.
 
         Raises:
             InvalidInputError: an unknown name, or a value out of range.
@@ -134,20 +134,20 @@ def _check(name: str, value: Any, holds: Any, wanted: str, kinds: Any = int | fl
 
 
 class Engine(ABC):
-    """The one contract that memories and adapters know.
+    """The interface that memories and adapters use.
 
-    `HFEngine` runs a model in this process, and its caches can be kept and merged. `VLLMEngine` sends prompts to a
-    server, which keeps its caches to itself. `kvcag.testing.EchoEngine` has no weights. A method that an engine
-    cannot do raises `UnsupportedModelError`.
+    `HFEngine` runs a model in this process, and its caches can be stored and merged. `VLLMEngine` sends prompts to a
+    server, which has the caches. `kvcag.testing.EchoEngine` has no weights. An operation that an engine does not
+    support raises `UnsupportedModelError`.
 
     Attributes:
-        merges: its caches can be put together in any order. Such an engine is an `HFEngine` or behaves as one.
-        has_logprobs: it knows the log-probabilities of an answer's tokens.
-        seams: how the documents of a prompt that is read in order are joined: see `ChatTemplate.prompt`.
-        answers_at_once: how many answers to a list of questions are generated at a time.
-        item_type: what `encode_item` returns.
+        merges: this engine's caches can be merged in any order. Such an engine is an `HFEngine` or behaves as one.
+        has_logprobs: the engine knows the log-probabilities of an answer's tokens.
+        seams: how documents are joined in a prompt that is read in order: see `ChatTemplate.prompt`.
+        answers_at_once: how many answers to a list of questions are generated at the same time.
+        item_type: the type of the result of `encode_item`.
         template: makes prompts of messages.
-        defaults: `Sampling` settings of every call that gives no others.
+        defaults: `Sampling` settings for calls that do not give them.
     """
 
     merges: ClassVar[bool] = False
@@ -158,7 +158,7 @@ class Engine(ABC):
     template: ChatTemplate
     defaults: Mapping[str, Any]
 
-    # --- what it is --------------------------------------------------------------------------------------------
+    # --- the model ---------------------------------------------------------------------------------------------
 
     @property
     @abstractmethod
@@ -168,7 +168,7 @@ class Engine(ABC):
     @property
     @abstractmethod
     def fingerprint(self) -> ModelFingerprint:
-        """Which model this is; every cache carries it."""
+        """The fingerprint of the model, which every cache carries."""
 
     @property
     @abstractmethod
@@ -184,60 +184,78 @@ class Engine(ABC):
         """Encode one document.
 
         Args:
-            head_ids: the tokens that stand before it; may be empty.
-            token_ids: the document's.
-            namespace: whose recent contexts may be reused.
+            head_ids: the tokens before the document; may be empty.
+            token_ids: the tokens of the document.
+            namespace: the namespace whose recent contexts may be reused.
 
         Raises:
-            EmptyPromptError: no tokens.
-            ContextLengthError: more tokens, with those before, than the model's context.
+            EmptyPromptError: `token_ids` is empty.
+            ContextLengthError: both together exceed the model's context.
             UnsupportedModelError: this engine cannot encode documents ahead of a question.
         """
         raise self._cannot("encode documents ahead of a question")
 
     def exact_context(self, context_ids: Sequence[int], tail_ids: Sequence[int], namespace: str = "") -> MergedContext:
-        """The tokens of instruction and documents as one context, encoded in this order as far as they were not yet.
+        """Encode instruction and documents, in this order, as one context. The longest known prefix is reused.
+
+        Args:
+            context_ids: the tokens of instruction and documents.
+            tail_ids: the tokens after them, which the context carries for `stream`.
+            namespace: the namespace whose recent contexts may be reused.
 
         Raises:
-            ContextLengthError: more tokens than the model's context.
-            UnsupportedModelError: this engine cannot hand out a context.
+            ContextLengthError: the tokens exceed the model's context.
+            UnsupportedModelError: this engine cannot return a context.
         """
-        raise self._cannot("hand out a context")
+        raise self._cannot("return a context")
 
     def prompt_of(self, token_ids: Sequence[int], messages: list[dict[str, Any]] | None = None) -> ContextPrompt:
-        """Tokens as the text of a prompt that knows them, for an engine that reads prompts alone."""
+        """Return tokens as a `ContextPrompt`, for an engine whose contexts are prompts.
+
+        Raises:
+            UnsupportedModelError: this engine's contexts are caches.
+        """
         raise self._cannot("turn a context into a prompt")
 
     def serves_merged(self, strategy: str, namespace: str = "") -> bool:
-        """Whether what answers behind this engine, a server, puts documents together by this strategy.
+        """Whether the server of this engine merges documents by this strategy.
 
         Raises:
-            UnsupportedModelError: it merges, and not by this strategy.
+            UnsupportedModelError: the server merges documents, but not by this strategy.
         """
         return False
 
     def learn_drift(self, head_ids: Sequence[int], passages: Sequence[Sequence[int]], namespace: str = "") -> None:
-        """Have a server that merges learn by how much documents usually drift, from passages behind `head_ids`."""
+        """Let a server that merges learn the usual drift of documents.
+
+        Args:
+            head_ids: the tokens before the passages.
+            passages: the token ids of several short texts.
+            namespace: the namespace in which the server stores the drift.
+
+        Raises:
+            UnsupportedModelError: this engine's server does not merge.
+        """
         raise self._cannot("merge on a server")
 
     def known_prefix(self, token_ids: Sequence[int], namespace: str = "") -> int:
-        """How many tokens at the beginning of these were encoded before, in this order."""
+        """Return the length of the longest cached prefix of these tokens."""
         return 0
 
     def still_holds(self, token_ids: Sequence[int], namespace: str = "") -> bool:
         """Whether an item of this engine can be used without encoding it again.
 
         Args:
-            token_ids: the item's, and all that stood before them.
-            namespace: whose.
+            token_ids: the tokens of the item, after those before it.
+            namespace: the item's namespace.
         """
         return True
 
-    def forget(self, namespace: str = "") -> None:  # noqa: B027 - most engines keep nothing
-        """Drop what a namespace's earlier prompts left in this engine."""
+    def forget(self, namespace: str = "") -> None:  # noqa: B027 - most engines have nothing to drop
+        """Drop the recent contexts of a namespace."""
 
     def begun(self, namespace: str = "") -> AbstractContextManager[None]:
-        """Within it, work for an answer is prepared: if the namespace is forgotten meanwhile, nothing of it is kept."""
+        """Within it, an answer is prepared. If the namespace is forgotten in the meantime, nothing of it is cached."""
         return nullcontext()
 
     def _cannot(self, what: str) -> UnsupportedModelError:
@@ -249,11 +267,11 @@ class Engine(ABC):
 
     @abstractmethod
     def constrain(self, constraint: ConstraintLike, max_new_tokens: int, thinking: bool = False) -> ConstraintLike:
-        """A constraint, ready for `stream` and checked as far as possible.
+        """Prepare a constraint for `stream`, and check it as far as possible.
 
         Args:
-            constraint: what the answer must be.
-            max_new_tokens: the budget that it has to fit.
+            constraint: the form of the answer.
+            max_new_tokens: the token budget of the answer.
             thinking: the answer begins within a thinking block; the constraint holds after that block.
 
         Raises:
@@ -272,38 +290,38 @@ class Engine(ABC):
         started: float | None = None,
         accept_merged: bool = False,
     ) -> Generator[Chunk, None, None]:
-        """Answer a prompt. Arguments are checked at once; the model runs as the stream is read; closing stops it.
+        """Answer a prompt. Arguments are checked at once; reading the stream runs the model, and closing it stops it.
 
         Args:
-            prompt: the whole prompt, the context's tokens included; see `build_prompt`.
+            prompt: the whole prompt, including the context's tokens; see `build_prompt`.
             sampling: see `sampling`.
-            past_key_values: a context that the prompt begins with. It is read, never written.
-            constraint: what the answer must be.
-            namespace: whose recent contexts may be reused, and are added to.
-            accept_merged: a recent context that was merged may be reused too; the report says so.
-            started: what times count from (`time.perf_counter()`), where preparing the context belongs to the answer.
+            past_key_values: a context that the prompt begins with. It is only read.
+            constraint: the form of the answer.
+            namespace: the namespace whose recent contexts may be reused, and to which this one is added.
+            accept_merged: a merged recent context may be reused too; the report says so.
+            started: the time from which `Usage` counts (`time.perf_counter()`), to include preparing the context.
 
         Raises:
             EmptyPromptError: the prompt has no tokens.
             ConstraintError: the constraint cannot be used, or no answer that satisfies it fits `max_new_tokens`.
             ContextLengthError: the prompt with `max_new_tokens` exceeds the model's context.
-            CacheMismatchError: the context is another model's, or the prompt does not begin with its tokens.
+            CacheMismatchError: another model made the context, or the prompt does not begin with its tokens.
         """
 
     def sampling(self, **given: Any) -> Sampling:
-        """The settings of one call: what is given, else the engine's defaults. Unknown names are refused.
+        """Return the settings of one call: the given ones, and the engine's defaults for the others.
 
         Raises:
             InvalidInputError: an unknown name, or a value out of range.
-            UnsupportedModelError: log-probabilities are asked for, and this engine has none.
+            UnsupportedModelError: `top_logprobs` is given, and this engine has no log-probabilities.
         """
         made = Sampling.over(self.defaults, given)
         if made.top_logprobs is not None and not self.has_logprobs:
-            raise UnsupportedModelError(f"a {type(self).__name__} gives no log-probabilities. Use an HFEngine.")
+            raise UnsupportedModelError(f"{type(self).__name__} has no log-probabilities. Use an HFEngine.")
         return made
 
     def check_fits(self, prompt_tokens: int, max_new_tokens: int | None) -> int:
-        """How many tokens may be generated.
+        """Return how many tokens may be generated.
 
         Raises:
             ContextLengthError: the prompt and `max_new_tokens` exceed the model's context.
@@ -325,17 +343,17 @@ class Engine(ABC):
         """Answer messages, optionally over a cached context.
 
         Args:
-            messages: chat messages, or a str for one user message. Over a context they continue it. A
-                `MergedContext` alone asks the question that it was merged for.
-            past_key_values: what `build_kv_cache` (a server's `build_vllm_kv_cache`) or `KVCacheMemory.get_cache`
-                returned, or a `MergedContext`. It is read, never written.
-            constraint: what the answer must be: a pydantic model, a JSON schema, `Regex`, `Choices` or `Grammar`.
+            messages: chat messages, or a str for one user message. With a context, the messages continue it. A
+                `MergedContext` without messages answers the question that it was merged for.
+            past_key_values: the result of `build_kv_cache` (for a server, `build_vllm_kv_cache`) or
+                `KVCacheMemory.get_cache`, or a `MergedContext`. It is only read.
+            constraint: the form of the answer: a pydantic model, a JSON schema, `Regex`, `Choices` or `Grammar`.
             **sampling: see `Sampling`.
 
         Raises:
             ConstraintError: the constraint cannot be used, or no answer that satisfies it fits `max_new_tokens`.
-            ContextLengthError: the prompt with `max_new_tokens` exceeds the model's context; nothing was prefilled.
-            CacheMismatchError: the cache is another model's, or does not say which tokens it holds.
+            ContextLengthError: the prompt with `max_new_tokens` exceeds the model's context. Nothing was prefilled.
+            CacheMismatchError: another model made the cache, or the cache has no `token_ids`.
         """
         return "".join(self.generate_stream(messages, past_key_values, constraint=constraint, **sampling))
 
@@ -347,7 +365,7 @@ class Engine(ABC):
         constraint: ConstraintLike | None = None,
         **sampling: Any,
     ) -> Iterator[str]:
-        """`generate`, piece by piece. Arguments are checked at once; closing the stream stops the model."""
+        """Answer as `generate`, piece by piece. Arguments are checked at once; closing the stream stops the model."""
         if isinstance(messages, MergedContext):
             messages, past_key_values = None, messages
         settings = self.sampling(**sampling)
@@ -360,11 +378,11 @@ class Engine(ABC):
         messages: str | Sequence[Message] | None,
         past_key_values: Cache | MergedContext | ContextPrompt | None = None,
     ) -> Prompt:
-        """The whole prompt, the context's tokens included, as `stream` takes it.
+        """Return the whole prompt for `stream`, including the context's tokens.
 
         Raises:
-            TokenMismatchError: the context does not say which tokens it holds.
-            EmptyPromptError: there is nothing to ask.
+            TokenMismatchError: the context has no `token_ids`.
+            EmptyPromptError: there is no question.
         """
         asked = as_messages(messages) if messages else []
         if isinstance(past_key_values, MergedContext):
@@ -386,15 +404,15 @@ class Engine(ABC):
 def context_ids(
     template: ChatTemplate, prompt: str | Sequence[str] | Sequence[Message]
 ) -> tuple[tuple[int, ...], list[dict[str, Any]] | None]:
-    """The tokens of a context to be continued, and the messages whose closed turns it is.
+    """Return the tokens of a context for `build_kv_cache`, and its messages; None if its last turn is open.
 
     Args:
         template: the model's chat template.
-        prompt: a str is an open system turn; a list of str is joined into one by blank lines; chat messages are taken
-            as they are, as closed turns.
+        prompt: a str, or a list of str, which is joined by blank lines, becomes an open system turn; chat messages
+            become complete turns.
 
     Raises:
-        EmptyPromptError: there is nothing to encode.
+        EmptyPromptError: the prompt is empty.
     """
     parts: list[Any] = [prompt] if isinstance(prompt, str) else list(prompt)
     if all(isinstance(part, str) for part in parts):
@@ -407,15 +425,15 @@ def context_ids(
 
 
 def with_tokens(cache: Cache) -> ContextCache:
-    """The cache, if it says which tokens it holds.
+    """Return the cache if it is a `ContextCache`, which has `token_ids`.
 
     Raises:
-        TokenMismatchError: it does not.
+        TokenMismatchError: it is another cache.
     """
     if isinstance(cache, ContextCache):
         return cache
     raise TokenMismatchError(
-        f"a {type(cache).__name__} does not say which tokens it holds, so a wrong answer could go unnoticed. "
+        f"a {type(cache).__name__} has no token_ids, so it cannot be checked that the prompt begins with its tokens. "
         "Pass a cache from build_kv_cache or get_cache, a MergedContext, or wrap it: "
         "ContextCache.of(layers, token_ids, engine.fingerprint)."
     )
@@ -424,11 +442,11 @@ def with_tokens(cache: Cache) -> ContextCache:
 def _continued(
     template: ChatTemplate, context: tuple[int, ...], cached: list[dict[str, Any]], asked: list[Message]
 ) -> Prompt:
-    """The prompt that continues closed turns. `asked` are the new messages, or the conversation as a whole."""
+    """Return the prompt that continues the turns of `cached`. `asked` are new messages, or the whole conversation."""
     everything = asked if asked[: len(cached)] == cached else [*cached, *asked]
     closed = template.render(cached, add_generation_prompt=False)
     text = template.render(everything)
-    if not text.startswith(closed):  # the template rewrites history: the engine reuses what the token ids share
+    if not text.startswith(closed):  # the template changes earlier turns; the engine reuses the common prefix
         return template.prompt(everything)
     tail = template.encode(text[len(closed) :])
     return Prompt(context, (), tail, thinking=text.rstrip().endswith("<think>"))

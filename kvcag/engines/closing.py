@@ -1,6 +1,6 @@
-"""How a grammar can end, so that a constrained answer is complete before its token budget runs out.
+"""Finds texts that end a grammar, so that a constrained answer is complete before its token budget runs out.
 
-A matcher says which symbols may come next. It does not say how far the end is, and it does not show its state. So the
+A matcher tells which symbols may come next. It does not tell how far the end is, and it does not show its state. So the
 search works over bytes, where each step has at most 256 choices:
 
 1. Where only one text can follow, take it.
@@ -38,9 +38,9 @@ _END = 256
 _BY_NUMBER = re.compile(
     r"""<\[(?P<token>[^\]]*)\]>|(?P<limit>\[[^\]"/]*\bmax_tokens\s*=)|"(?:\\.|[^"\\])*"|/(?:\\.|[^/\\])*/"""
 )
-"""A token by number, a limit on a rule's tokens; or a string or regex, which is skipped."""
+"""Matches a token by number, or a limit on a rule's tokens; and strings and regexes, which are skipped."""
 _LONGEST_TOKEN = 24
-"""Longer tokens are not used to spell a text. They are runs of one character, and slow the spelling down."""
+"""Longer tokens are not used to spell a text, because they are runs of one character and slow the spelling down."""
 _CLOSERS = '}])>"'
 _FIRST = _CLOSERS + string.digits + string.ascii_letters
 """The symbols that the search tries first, in this order."""
@@ -51,7 +51,7 @@ _LONGEST_TEXT = 1 << 15
 _EFFORT = 1 << 11
 """The search gives up after this many choices, which take about a second."""
 _OFTEN = 8
-"""After this many visits to states that look the same, other choices come first: `a.a.a` never ends an e-mail."""
+"""After this many visits to states that look the same, other choices are tried first. `a.a.a` never ends an e-mail."""
 
 
 class Alphabet:
@@ -82,11 +82,11 @@ class Alphabet:
         self._single = frozenset(text for text in self._token_of if len(text) == 1)
 
     def text(self, token: int) -> str:
-        """The symbols of one token."""
+        """Return the symbols of one token."""
         return self._special.get(token) or self.tokens.decode_bytes([token]).decode("latin-1")
 
     def translate(self, grammar: str) -> str:
-        """A Lark grammar with symbols in place of the tokens that it names by number, `<[5]>`.
+        """Replace tokens that a Lark grammar names by number, `<[5]>`, with symbols.
 
         Raises:
             ConstraintError: the grammar names ranges of tokens, or limits the tokens of a rule.
@@ -98,8 +98,8 @@ class Alphabet:
                 return " ".join(f"<[{ord(symbol)}]>" for symbol in self.text(int(token)))
             if token or found["limit"]:
                 raise ConstraintError(
-                    f"{found[0]} in a grammar cannot be enforced: a grammar may name single tokens, <[5]>, no ranges; "
-                    "its budget is max_new_tokens."
+                    f"{found[0]} in a grammar cannot be enforced. Name single tokens, <[5]>, instead of ranges, and use "
+                    "max_new_tokens as the budget."
                 )
             return found[0]
 
@@ -113,9 +113,9 @@ class Alphabet:
         return tokens is not None and len(tokens) <= budget
 
     def spell(self, text: str) -> list[int] | None:
-        """The fewest tokens that spell a text; None if the vocabulary cannot spell it."""
+        """Return the fewest tokens that spell a text; None if the vocabulary cannot spell it."""
         size = len(text)
-        best = [(0, 0, size)] * (size + 1)  # from each position: how many tokens, the first of them, where it ends
+        best = [(0, 0, size)] * (size + 1)  # from each position: token count, first token, its end
         for start in reversed(range(size)):
             ends = range(start + 1, min(size, start + _LONGEST_TOKEN) + 1)
             found = ((end, self._token_of.get(text[start:end])) for end in ends)
@@ -158,7 +158,7 @@ def new_matcher(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
 
 
 _Looks: TypeAlias = tuple[str, bytes]
-"""What shows of a state: the text that must follow, and a bit for each symbol that may follow that text."""
+"""The visible part of a state: the text that must follow, and a bit for each symbol that may follow that text."""
 
 
 class Closing:
@@ -179,7 +179,7 @@ class Closing:
         return state.is_accepting() and not state.is_error()
 
     def quick(self, matcher: LLMatcher, after: str = "", effort: Iterator[int] | None = None) -> str | None:
-        """A short text that ends the grammar; None if the search finds none. Takes milliseconds.
+        """Return a short text that ends the grammar; None if the search finds none. Takes milliseconds.
 
         Args:
             matcher: the state to start from.
@@ -201,13 +201,13 @@ class Closing:
                 text += step
                 if len(text) >= _LONGEST_TEXT:
                     return None
-                # One more character changed nothing, and no better choice exists: the text has a minimum length.
+                # A character that changes nothing is repeated, since the text has a minimum length.
                 if len(step) > 1 or _forced(state) or state.compute_bitmask() != before:
                     break
         return text
 
     def shortest(self, matcher: LLMatcher) -> str | None:
-        """The text with the fewest tokens that the search finds; None if it finds none. Takes up to seconds."""
+        """Return the text with the fewest tokens that the search finds; None if it finds none. Takes up to seconds."""
         state, text, effort = matcher.deep_copy(), "", iter(range(_EFFORT))
         while not state.is_accepting():
             step = _forced(state) or self._best_step(state, text, effort)
@@ -219,7 +219,7 @@ class Closing:
         return None if rest is None else text + rest
 
     def _best_step(self, state: LLMatcher, text: str, effort: Iterator[int]) -> str:
-        """The step after which the whole text has the fewest tokens; empty if no step leads to an end."""
+        """Return the step after which the whole text has the fewest tokens; empty if no step leads to an end."""
         ways = list[tuple[int, int, str]]()
         for step in self._steps(state, Counter()):
             rest = self.quick(state, step, effort)
@@ -229,7 +229,7 @@ class Closing:
         return min(ways, default=(0, 0, ""))[2]
 
     def _steps(self, state: LLMatcher, visits: Counter[_Looks]) -> Iterator[str]:
-        """Possible next steps, the best first. Of symbols that lead to states which look the same, only the first."""
+        """Yield possible next steps, the best first; of symbols that lead to states which look the same, only one."""
         allowed = state.compute_bitmask()
         hints = [hint for hint in self._hints if state.validate_tokens(_numbers(hint)) == len(hint)]
         yield from (hint for hint in hints if self.ends(state, hint))
@@ -257,7 +257,7 @@ class Closing:
 
 
 def _after(matcher: LLMatcher, text: str) -> LLMatcher:
-    """A copy of a matcher after a text. It is in an error state if the text is not allowed."""
+    """Return a copy of a matcher after a text. It is in an error state if the text is not allowed."""
     copy = matcher.deep_copy()
     _consume(copy, text)
     return copy
@@ -288,7 +288,7 @@ def _rank(symbol: int) -> tuple[bool, int, int]:
 
 
 def _lengthens(symbol: int) -> bool:
-    """Whether a character that starts with this byte takes several: control characters, UTF-8 sequences, escapes."""
+    """Whether a character that starts with this byte needs several: control characters, UTF-8 sequences, escapes."""
     return symbol < 32 or 128 <= symbol < _END or symbol == ord("\\")
 
 
@@ -305,10 +305,10 @@ _FORMATS = {"email": "a@a.aa", "uri": "a:a"}
 
 
 def hints(grammar: str) -> list[str]:
-    """Texts that a Lark grammar spells out: its strings, what the parts of its regexes and patterns match, formats."""
+    """Return texts that a Lark grammar spells out: its strings, examples of its regexes and patterns, and formats."""
     texts = list[str]()
     for line in grammar.splitlines():
-        key = ""  # of a JSON schema in this line
+        key = ""  # the last key of a JSON schema in this line
         for found in _SPELT.finditer(line):
             text = _unquoted(found["string"] or '""')
             if found["key"]:
@@ -330,7 +330,7 @@ def _unquoted(literal: str) -> str:
 
 
 def examples(pattern: str) -> list[str]:
-    r"""Short texts that match the parts of a regex between groups, dots and bars: `a0x` for `.*[a-f]\d+x`."""
+    r"""Return short texts that match the parts of a regex between groups, dots and bars: `a0x` for `.*[a-f]\d+x`."""
     runs = [""]
     for atom in _ATOM.finditer(pattern):
         if atom["gap"]:

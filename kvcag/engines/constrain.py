@@ -77,18 +77,18 @@ class ServerConstraint:
 ConstraintLike: TypeAlias = (
     "type[BaseModel] | Mapping[str, Any] | JsonSchema | Regex | Choices | Grammar | Constraint | ServerConstraint"
 )
-"""The values that `constraint=` takes. A mapping is a JSON schema."""
+"""The types of `constraint=`. A mapping is a JSON schema."""
 
 
 def as_json_schema(constraint: Any) -> Any:
-    """A pydantic model or a mapping as a `JsonSchema`; anything else as it is."""
+    """Convert a pydantic model or a mapping to a `JsonSchema`; return anything else unchanged."""
     if isinstance(constraint, type) and issubclass(constraint, BaseModel):
         return JsonSchema(constraint.model_json_schema(), closed=True)
     return JsonSchema(constraint) if isinstance(constraint, Mapping) else constraint
 
 
 def to_lark(constraint: ConstraintLike) -> str:
-    """A constraint as a grammar in Lark's syntax.
+    """Convert a constraint to a grammar in Lark's syntax.
 
     Raises:
         ConstraintError: the value is not a constraint, or not well formed.
@@ -97,7 +97,7 @@ def to_lark(constraint: ConstraintLike) -> str:
     if isinstance(constraint, JsonSchema):
         return f"start: {lark_json(constraint)}"
     if isinstance(constraint, Regex):
-        slashes = {"/": "\\/", "\n": "\\n"}  # they would end the regex
+        slashes = {"/": "\\/", "\n": "\\n"}  # escaped, because they would end the regex
         pattern = re.sub(r"(?s)\\.|/|\n", lambda part: slashes.get(part[0], part[0]), constraint.pattern)
         return f"start: /{pattern}/"
     if isinstance(constraint, Choices):
@@ -113,7 +113,7 @@ def to_lark(constraint: ConstraintLike) -> str:
 
 
 def lark_json(constraint: JsonSchema) -> str:
-    """A JSON schema as part of a Lark rule.
+    """Convert a JSON schema to a part of a Lark rule.
 
     Raises:
         ConstraintError: the schema is not JSON.
@@ -127,7 +127,7 @@ def lark_json(constraint: JsonSchema) -> str:
 
 
 def lark_literal(text: str) -> str:
-    """A text as a Lark string."""
+    """Return a text as a Lark string."""
     return json.dumps(text, ensure_ascii=False)
 
 
@@ -167,15 +167,15 @@ class Constraint:
         self.ending, self.shortest = "", tuple[int, ...]()
         if not self._keep(closing.quick(symbols)) and not self._keep(closing.shortest(symbols)):
             raise ConstraintError(
-                "no text satisfies the constraint (none was found): it matches nothing, or never ends. Check for "
+                "no text was found that satisfies the constraint: it matches nothing, or never ends. Check for "
                 "contradictions, and for a rule that only calls itself."
             )
 
     def check_fits(self, max_new_tokens: int) -> None:
-        """Refuse a budget that no valid answer fits.
+        """Refuse a budget that is too small for any valid answer.
 
         Raises:
-            ConstraintBudgetError: it says how many tokens the shortest valid answer needs.
+            ConstraintBudgetError: no valid answer fits; the error has the number of tokens needed.
         """
         if len(self.shortest) > max_new_tokens and not self._searched:
             self._searched = True
@@ -198,7 +198,7 @@ class Constraint:
         return Enforcement(*matchers, self._closing, self._alphabet, self.ending, max_new_tokens)
 
     def _keep(self, ending: str | None) -> bool:
-        """Keep a valid answer if it is the shortest so far."""
+        """Remember a valid answer if it is the shortest so far. Returns whether the vocabulary can spell it."""
         tokens = None if ending is None else self._alphabet.spell(ending)
         if ending is None or tokens is None:
             return False
@@ -227,7 +227,7 @@ class Enforcement:
         self._ending = ending  # ends the grammar from here, within the tokens that are left
         self._left = max_new_tokens
         self._mask = np.zeros((alphabet.tokens.vocab_size + 31) // 32, dtype=np.int32)
-        self._address = self._mask.ctypes.data  # read once: numpy needs as long for it as llguidance for a mask
+        self._address = self._mask.ctypes.data  # read once, since reading it takes as long as a mask
 
     @property
     def complete(self) -> bool:
@@ -249,7 +249,9 @@ class Enforcement:
         """
         self._matcher.unsafe_compute_mask_ptr(self._address, self._mask.nbytes)
         if self._matcher.is_error():
-            raise EngineError(f"the constraint cannot be enforced any longer: {_reason(self._matcher)}")
+            raise EngineError(
+                f"the constraint became too complex to enforce: {_reason(self._matcher)}. Simplify the constraint."
+            )
         bits = np.unpackbits(self._mask.view(np.uint8), bitorder="little", count=self._alphabet.tokens.vocab_size)
         allowed = torch.from_numpy(bits.view(np.bool_))
         beyond = scores.shape[-1] - len(allowed)  # a model may have more logits than the tokenizer has tokens
@@ -281,7 +283,7 @@ class Enforcement:
         return token
 
     def _ending_after(self, token: int) -> str | None:
-        """A text that ends the grammar after a token, within the tokens that are left."""
+        """Return a text that ends the grammar after a token within the remaining budget; None if none is found."""
         text = self._alphabet.text(token)
         if self._ending.startswith(text):
             ending: str | None = self._ending[len(text) :]
@@ -317,10 +319,10 @@ class ConstraintCompiler:
         self._lock = threading.Lock()
 
     def compile(self, constraint: ConstraintLike, *, thinking: bool = False) -> Constraint:
-        """Compile a constraint, or find it among those compiled before.
+        """Compile a constraint, or return it if it was compiled before.
 
         Args:
-            constraint: what the answer must be.
+            constraint: the form of the answer.
             thinking: the answer begins within a thinking block; the constraint holds after that block.
 
         Raises:
@@ -349,12 +351,12 @@ _CACHED = 128
 
 
 def _after_thinking(lark: str) -> str:
-    """A grammar for a thinking block and then an answer, in llguidance's own format."""
+    """Return a grammar for a thinking block and then an answer, in llguidance's own format."""
     opening = "start: think LINES @answer\nthink[lazy]: /(.|\\n)*<\\/think>/\nLINES: /\\n*/"
     grammars = [{"name": "thinking", "lark_grammar": opening}, {"name": "answer", "lark_grammar": lark}]
     return json.dumps({"grammars": grammars})
 
 
 def _reason(matcher: LLMatcher) -> str:
-    """A matcher's error, without the dump of its state."""
+    """Return a matcher's error without the dump of its state."""
     return matcher.get_error().partition("\n<state>")[0].strip()

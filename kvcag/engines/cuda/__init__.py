@@ -1,1 +1,1 @@
-"""Faster passes on an NVIDIA GPU. Its modules need Triton: `kvcag.engines.hf` imports them on CUDA alone."""
+"""Faster passes on an NVIDIA GPU. The modules need Triton, so `kvcag.engines.hf` imports them only with CUDA."""
