@@ -98,7 +98,7 @@ class Alphabet:
                 return " ".join(f"<[{ord(symbol)}]>" for symbol in self.text(int(token)))
             if token or found["limit"]:
                 raise ConstraintError(
-                    f"{found[0]} in a grammar cannot be enforced. Name single tokens, <[5]>, instead of ranges, and use "
+                    f"{found[0]} in a grammar cannot be enforced. Name single tokens, <[5]>, not ranges, and use "
                     "max_new_tokens as the budget."
                 )
             return found[0]

@@ -176,7 +176,7 @@ def test_the_shortest_alternative_is_found_if_the_first_does_not_fit(engine):
         (Grammar('start: "a" )'), "expecting"),
         (Grammar('start: "a" missing'), "unknown name"),
         (Grammar('start: "a" start'), "never ends"),
-        (Grammar("start: <[5-9]>"), "no ranges"),
+        (Grammar("start: <[5-9]>"), "not ranges"),
         (Grammar("start: a\na[max_tokens=5]: /b*/"), "max_tokens"),
         (Choices([]), "one or more"),
         (Choices(["a", ""]), "non-empty"),

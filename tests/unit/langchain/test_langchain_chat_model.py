@@ -373,7 +373,7 @@ def continued(engine: HFEngine, prompt: tuple[int, ...], settings: dict[str, Any
 
 
 def test_log_probabilities_need_an_engine_that_has_them() -> None:
-    with pytest.raises(UnsupportedModelError, match="EchoEngine gives no log-probabilities"):
+    with pytest.raises(UnsupportedModelError, match="EchoEngine has no log-probabilities"):
         ChatKVCAG(engine=EchoEngine(), logprobs=True).invoke("hello")
     with pytest.raises(InvalidInputError, match="top_logprobs must be a whole number, 0 to 20"):
         ChatKVCAG(engine=EchoEngine(), top_logprobs=50).invoke("hello")
