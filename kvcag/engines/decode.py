@@ -710,15 +710,6 @@ class Sampler:
                 self._generator.manual_seed(sampling.seed)
             self._processors.extend(_warpers(sampling))
 
-    def choose(self, logits: torch.Tensor, token_ids: Sequence[int]) -> int:
-        """Choose the next token.
-
-        Args:
-            logits: floating point, `(1, vocabulary)`.
-            token_ids: the prompt and the answer so far.
-        """
-        return self.take(int(self.draw(logits, self.history(token_ids))))
-
     def draw(self, logits: torch.Tensor, history: torch.Tensor | None) -> torch.Tensor:
         """The next token, `(1,)` int64, where the logits are. Nothing waits for the device, without a constraint.
 

@@ -15,7 +15,7 @@ from kvcag.engines.hf import HFEngine
 from kvcag.errors import StoreError, StoreFullError
 from kvcag.memory import is_context
 from kvcag.scheduler.texts import Texts, TextStats, digest_of
-from kvcag.stores.base import DeletionReport, Described, KVStore, StoreStats, sources_of
+from kvcag.stores.base import DeletionReport, Described, KVStore, Listed, StoreStats, sources_of
 from kvcag.stores.files import Manifest, is_instruction
 
 logger = logging.getLogger("kvcag.scheduler")
@@ -230,9 +230,17 @@ class ScheduledStore(KVStore):
         """Whether the inner store holds it."""
         return self.inner.contains(key)
 
+    def containing(self, keys: Iterable[str]) -> set[str]:
+        """Those that the inner store holds."""
+        return self.inner.containing(keys)
+
     def keys(self) -> Iterator[str]:
         """The inner store's keys."""
         return self.inner.keys()
+
+    def listing(self) -> Iterator[Listed]:
+        """The inner store's items."""
+        return self.inner.listing()
 
     def manifest(self, key: str) -> Manifest | None:
         """The inner store's manifest."""

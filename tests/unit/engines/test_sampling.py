@@ -13,9 +13,13 @@ LOGITS = torch.tensor([[2.0, 1.0, 0.5, -1.0, -3.0]])
 CPU = torch.device("cpu")
 
 
+def choose(sampler: Sampler, token_ids: list[int]) -> int:
+    return sampler.take(int(sampler.draw(LOGITS, sampler.history(token_ids))))
+
+
 def draws(sampling: Sampling, count: int = 200) -> list[int]:
     sampler = Sampler(sampling, CPU)
-    return [sampler.choose(LOGITS, [0]) for _ in range(count)]
+    return [choose(sampler, [0]) for _ in range(count)]
 
 
 def test_greedy_takes_the_likeliest() -> None:
@@ -43,8 +47,8 @@ def test_cut_offs_leave_only_what_they_say(settings: dict[str, float], possible:
 
 def test_the_repetition_penalty_reads_the_prompt_too() -> None:
     penalised = Sampler(Sampling(repetition_penalty=3.0), CPU)
-    assert penalised.choose(LOGITS, [0]) == 1
-    assert penalised.choose(LOGITS, [0, 1]) == 0
+    assert choose(penalised, [0]) == 1
+    assert choose(penalised, [0, 1]) == 0
 
 
 def test_memos_spellings() -> None:

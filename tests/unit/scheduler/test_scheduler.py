@@ -18,6 +18,7 @@ from kvcag.cache.layers import layers_of, nbytes
 from kvcag.chat_template import Document
 from kvcag.core import TextualMemoryItem
 from kvcag.errors import (
+    CacheWarning,
     ContextLengthError,
     EmptyPromptError,
     InvalidInputError,
@@ -419,6 +420,31 @@ def test_what_the_caller_deletes_is_gone_and_logged(
     scheduler.run_once()
     assert scheduler.metrics()["caches"] == 0
     assert actions(logged)[-1] == "gone"
+
+
+def test_several_documents_are_looked_for_at_once(tiny_engine: HFEngine) -> None:
+    """As a remote store does, with many requests under way at a time."""
+    asked = []
+
+    class Asked(MemoryStore):
+        def containing(self, keys):
+            asked.append(sorted(keys))
+            return super().containing(keys)
+
+    memory = KVCacheMemory(tiny_engine, Asked())
+    with scheduler_of(memory):
+        assert memory.store.containing(["a", "b"]) == set()
+    assert asked == [["a", "b"]]
+
+
+def test_a_damaged_file_is_listed(tmp_path: Path, tiny_engine: HFEngine) -> None:
+    memory = KVCacheMemory(tiny_engine, DiskStore(tmp_path))
+    with scheduler_of(memory) as scheduler:
+        scheduler.promote(TEXTS[0])
+        [file] = tmp_path.rglob("*.safetensors")
+        file.write_bytes(file.read_bytes()[:-1])
+        with pytest.warns(CacheWarning, match="is damaged"):
+            assert str(file) in memory.sync([TEXTS[1]]).failed
 
 
 # --- figures, errors, ending ------------------------------------------------------------------------------------
