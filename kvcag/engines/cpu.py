@@ -1,10 +1,10 @@
-"""A token of each of several answers, or of one, through a model on a CPU, without the overhead of its modules.
+"""Decode steps on a CPU, for one or several answers, without the overhead of PyTorch's modules.
 
-In a step of SmolLM2 on two cores, 10 ms are spent beside weights and keys: thirty layers are 400 modules and 2,300
-small operations. `Step` computes the same in half the time, for models of the Llama family, whose layers are alike. It
-reads their weights where they are, and calls layers that it does not know, as of adapters.
+In a step of SmolLM2 on two cores, 10 ms are overhead: its thirty layers are 400 modules with 2,300 small operations.
+`Step` computes the same in half the time, for models of the Llama family, whose layers are alike. It reads the weights
+from the model's modules at each use, and calls modules that it does not know, such as those of adapters.
 
-In bf16 it has PyTorch multiply without oneDNN, which takes 24 ms for the products of such a step instead of 9.
+In bf16, PyTorch multiplies without oneDNN: the products of such a step take 9 ms then, and 24 ms with oneDNN.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 mkldnn: Any = torch.backends.mkldnn
 
 _FAMILY = ("Llama", "Mistral", "Qwen2", "Qwen3")
-"""Models whose layers are those of `Step`; Qwen3's norm each head of queries and keys as well."""
+"""Models whose layers `Step` computes. Those of Qwen3 also normalise each head of queries and keys."""
 
 _OF_LAYER = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
 _OF_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -41,10 +41,10 @@ Rows: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Step:
-    """One token over each of some caches. Made by `Step.of`; a pass holds the model (`HFEngine.exclusive`).
+    """Runs one token over each of several caches. Made by `Step.of`. The caller must hold the model.
 
     Attributes:
-        agrees: whether its logits are the model's; None before `compare`.
+        agrees: whether the step's logits equal the model's own; None before `compare`.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -68,7 +68,7 @@ class Step:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Step | None:
-        """The model's step; None where its layers are not known."""
+        """Return a step for the model; None if its layers are not known."""
         family = type(model).__name__.removesuffix("ForCausalLM")
         place = f"transformers.models.{family.lower()}.modeling_{family.lower()}"
         if family not in _FAMILY or type(model).__module__ != place:
@@ -77,27 +77,27 @@ class Step:
 
     @property
     def is_current(self) -> bool:
-        """Whether the model still has the modules that this step was made of."""
+        """Whether the model still has the same modules as when this step was made."""
         return all(owner.get(name) is child for owner, name, child in self._children)
 
     @property
     def is_hooked(self) -> bool:
-        """Whether something has hooked into a module that this step passes over."""
+        """Whether there is a hook on a module whose `forward` this step does not call."""
         return any(self._hooks) or any("forward" in own for own in self._own)
 
     def takes(self, caches: Sequence[Cache]) -> bool:
-        """Whether it can go on over these caches now."""
+        """Whether the step supports these caches, and no module has a hook now."""
         return not self.is_hooked and all(
             type(cache) is GenerationCache and len(cache.layers) == len(self._layers) for cache in caches
         )
 
     def compare(self, logits: torch.Tensor, own: torch.Tensor) -> None:
-        """Set `agrees`, by the logits of the first step and those of the model's own pass in its place."""
+        """Set `agrees`: compare the logits of the first step with those of the model's own pass."""
         error = (logits.float() - own.float()).norm() / own.float().norm()
         self.agrees = bool(error < (1e-4 if own.dtype == torch.float32 else 5e-2))
 
     def __call__(self, tokens: Sequence[int], caches: Sequence[GenerationCache]) -> torch.Tensor:
-        """Logits after a token over each cache, `(caches, vocabulary)`; each cache grows by its token."""
+        """Run a token over each cache, which grows by it; return the logits, `(caches, vocabulary)`."""
         at = torch.tensor([[cache.get_seq_length()] for cache in caches])
         hidden = self._embed(torch.tensor(tokens))
         cos, sin = self._rotary(hidden[:, None], at)  # (caches, 1, head_dim)
@@ -114,7 +114,7 @@ class Step:
 
 
 _FEW_ROWS = 2
-"""So many rows are multiplied faster without oneDNN; four take as long with it."""
+"""Up to this many rows are multiplied faster without oneDNN. Four rows take as long with it."""
 
 
 class _Layer:
@@ -131,13 +131,13 @@ class _Layer:
     def __call__(
         self, hidden: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor], held: Sequence[Any], way: Way
     ) -> torch.Tensor:
-        """The tokens' hidden states after the layer.
+        """Return the tokens' hidden states after the layer, `(caches, hidden_size)`.
 
         Args:
-            hidden: `(caches, hidden_size)`.
+            hidden: the hidden states before the layer, `(caches, hidden_size)`.
             turn: cosine and signed sine, `(caches, 1, head_dim)` each.
-            held: the layer of each cache, which grows by a token.
-            way: how linear layers multiply.
+            held: this layer of each cache, which grows by a token.
+            way: the context in which linear layers multiply.
         """
         rows, dim = len(hidden), self._head_dim
         with way:
@@ -172,13 +172,13 @@ def _is_known(layer: Any, family: str) -> bool:
 
 
 def _norm_of(norm: Any) -> Rows:
-    """RMSNorm of each row, with the weight as it is when it is used."""
+    """Return a function that computes RMSNorm of each row. It reads the module's current weight at each call."""
     weights: dict[str, Any] = norm._parameters
     eps = float(norm.variance_epsilon)
 
     def normed(x: torch.Tensor) -> torch.Tensor:
         wide = x.float()
-        if len(x) == 1:  # a number and not a tensor: two operations less
+        if len(x) == 1:  # with a Python number instead of a tensor, two operations fewer
             size = torch.linalg.vector_norm(wide).item()
             wide = wide * (size * size / wide.shape[-1] + eps) ** -0.5
         else:
@@ -190,7 +190,7 @@ def _norm_of(norm: Any) -> Rows:
 
 
 def _product_of(module: nn.Module) -> Rows:
-    """A linear layer, with the weights as they are when it is used."""
+    """Return a function that computes a linear layer. It reads the module's current weights at each call."""
     held: dict[str, Any] = module._parameters
     if type(module) is nn.Linear:
         product: Rows = lambda x: linear(x, held["weight"])  # noqa: E731
@@ -198,7 +198,7 @@ def _product_of(module: nn.Module) -> Rows:
 
         def product(x: torch.Tensor) -> torch.Tensor:
             if len(x) > 1:
-                return cast("torch.Tensor", module(x))  # adds its bias
+                return cast("torch.Tensor", module(x))  # includes the bias
             out = torch._weight_int8pack_mm(x, held["weight"], held["scale"])
             return out if held.get("bias") is None else out.add_(held["bias"])
 
@@ -212,10 +212,10 @@ def _product_of(module: nn.Module) -> Rows:
 
 
 class _WithoutOneDNN:
-    """Within it, PyTorch does not use oneDNN. Several threads may be in it; the last one out restores the setting.
+    """Within it, PyTorch does not use oneDNN. Several threads may enter it; the last one to leave restores the setting.
 
-    The setting is the process's: products of several rows that another thread begins meanwhile are slower, and no less
-    right. So it holds for the linear layers of one layer at a time, and never while another pass of the engine runs.
+    The setting belongs to the process: it makes products of several rows in other threads slower, but not wrong. So it
+    is used only around linear layers, and never while another pass of the engine runs.
     """
 
     def __init__(self) -> None:
@@ -250,7 +250,7 @@ _without_onednn, _as_it_is = _WithoutOneDNN(), _AsItIs()
 
 
 def put_back_onednn() -> None:
-    """Restore the setting in a forked process: the threads that were within are not in it."""
+    """Restore the setting in a forked process, which has none of the threads that changed it."""
     inside, used = _without_onednn._inside, _without_onednn._used
     _without_onednn.begin()
     if inside:
@@ -259,7 +259,7 @@ def put_back_onednn() -> None:
 
 @cache
 def is_quick_without_onednn() -> bool:
-    """Whether PyTorch multiplies one bf16 row faster without oneDNN on this processor. Measured once, in 5 ms."""
+    """Whether PyTorch multiplies one bf16 row faster without oneDNN on this CPU. Measured once, in 5 ms."""
     row, weight = torch.ones(1, 1024, dtype=torch.bfloat16), torch.ones(1024, 1024, dtype=torch.bfloat16)
     ways: tuple[Way, ...] = _without_onednn, _as_it_is
     seconds = [float("inf")] * 2

@@ -1,10 +1,9 @@
-"""Generations: each prefills what is not cached, and then takes one token a step into a cache of its own.
+"""Generation: each answer prefills its uncached tokens, and then decodes one token per step into its own cache.
 
-A step reads all weights for one token, so answers that are generated at the same time take their steps together
-(`Steps`). An answer asks for its next step and goes on with what it has; when it needs the step, the thread that reads
-it waits for the other answers, and takes the step for all that asked. It waits while others keep coming, and while the
-device is still busy with the step before, which costs nothing: a slow or absent reader delays the others by
-milliseconds.
+A decode step reads all weights for one token, so concurrent answers take their steps as a batch (`Steps`). An answer
+asks for its next step and continues with the text it has. When it needs the step, its reader's thread waits for the
+other answers and takes the step for all that asked. The thread waits as long as more answers ask, or the device is busy
+with the previous step, so a slow or absent reader delays the others only by milliseconds.
 """
 
 from __future__ import annotations
@@ -43,13 +42,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The prediction of what follows the tokens of a pass.
+    """The prediction of the token after those of a pass.
 
     Attributes:
         logits: `(1, vocabulary)`.
-        likeliest: the token with the highest logit, where the pass found it: `(1,)` int64, where the logits are.
-        arriving: the same token on its way to the host, among those of others.
-        row: its place among them.
+        likeliest: the token with the highest logit, int64 `(1,)`, on the logits' device; None if the pass did not
+            compute it.
+        arriving: the same token on its way to the host, in a batch of tokens.
+        row: the token's index in this batch.
     """
 
     logits: torch.Tensor
@@ -59,27 +59,26 @@ class Prediction:
 
     @property
     def is_there(self) -> bool:
-        """Whether the device is done with the pass."""
+        """Whether the device has finished the pass."""
         return self.arriving is None or self.arriving.is_there
 
 
 Forward = Callable[["Sequence[int] | torch.Tensor", Cache], Prediction]
-"""Runs tokens over a cache, which grows by them. A tensor, `(1,)` int64, is a token that was not read from the device
-yet."""
+"""Runs tokens over a cache, which grows by them. A tensor, int64 `(1,)`, is one token that is still on the device."""
 
 Ask = Callable[..., "Pending"]
-"""Asks for a step, `ask(token, cache, now=…)`: a token as in `Forward`, over the generation's own cache. `now`: take it
-now if nothing speaks against it, and not when it is needed."""
+"""Asks for a step: `ask(token, cache, now=…)`, with a token as in `Forward` and the generation's own cache. With `now`,
+the step is launched at once if all running answers have asked, instead of when its result is needed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """The cost of a generation, as far as it is known before it starts.
+    """The part of a generation's usage that is known before it starts.
 
     Attributes:
-        started: `time.perf_counter()` of the call.
+        started: the time of the call, by `time.perf_counter()`.
         cached_tokens: prompt tokens whose keys and values are reused.
-        created_tokens: prompt tokens that are encoded and kept.
+        created_tokens: prompt tokens that are encoded and cached.
         context: how the documents' context was made.
     """
 
@@ -90,10 +89,15 @@ class Account:
 
     @classmethod
     def of(cls, prompt: Prompt, report: MergeReport | None, prefix: KnownPrefix, kept: int, started: float) -> Account:
-        """Of a prompt that begins with `prefix`, and `kept` of whose other tokens are encoded and kept.
+        """Compute the account of a prompt.
 
-        Making the context may have paid for some of the prefix. Without a report, the documents are read in this
-        order or were before; or the prefix was merged for an earlier question.
+        Args:
+            prompt: the prompt.
+            report: how its context was made, which may have computed some of the prefix. None: there are no documents,
+                or they are read in order, or the prefix was merged for an earlier question.
+            prefix: the reused beginning of the prompt.
+            kept: how many of the other prompt tokens are cached afterwards.
+            started: the time of the call.
         """
         reused = prefix.length
         if report is not None:
@@ -111,12 +115,12 @@ class Account:
 
 
 def _with_seams(report: MergeReport, seams: int) -> MergeReport:
-    """A report that says where a prompt's tokens are not those of its text."""
+    """Add to the report's reason that some of the prompt's tokens differ from those of the joined text."""
     if not seams:
         return report
     said = (
         f"{seams} {'place' if seams == 1 else 'places'} between documents tokenised otherwise than in the joined text: "
-        "let each document begin and end a line, or use the strategy 'exact'"
+        "begin and end each document with a line break, or use strategy='exact'"
     )
     return replace(report, reason=f"{report.reason}; {said}" if report.reason else said)
 
@@ -125,14 +129,14 @@ class Decoding:
     """The state of one generation.
 
     Args:
-        forward: the model.
-        ask: asks for a step; it may be taken together with those of other generations.
-        cache: the generation's own cache; it holds the first `cache.get_seq_length()` tokens of the prompt.
+        forward: runs the model.
+        ask: asks for a step, which may be taken as a batch with other generations.
+        cache: the generation's own cache, with the first `cache.get_seq_length()` tokens of the prompt.
         prompt_ids: the whole prompt.
-        max_new_tokens: when to stop.
+        max_new_tokens: the most tokens to generate.
         eos_ids: the tokens that end an answer.
         sampler: chooses each token.
-        account: what it reuses.
+        account: the known part of the usage.
     """
 
     def __init__(
@@ -161,19 +165,19 @@ class Decoding:
 
     @property
     def cached_ids(self) -> list[int]:
-        """The tokens in the cache now: the prompt once it is prefilled, and the answer, often without its last."""
+        """The tokens in the cache: the prompt after the prefill, and the answer, often without its last token."""
         return [*self.prompt_ids, *self.answer_ids][: self.cache.get_seq_length()]
 
     def prefill(self, predicted: Prediction | None = None) -> Prediction:
-        """Run what the cache lacks of the prompt; nothing, where what follows the prompt is known."""
+        """Prefill the prompt's tokens that are not in the cache, unless the prediction after them is passed."""
         self._predicted = predicted or self._forward(self.prompt_ids[self.cache.get_seq_length() :], self.cache)
         return self._predicted
 
     def tokens(self) -> Iterator[int]:
-        """Generate until an end-of-sequence token, which is the last one given, a constraint's or the budget's end.
+        """Yield tokens until an end-of-sequence token, which is included, or until the constraint or budget ends.
 
-        On a GPU the next step is launched before the last token is read, unless a constraint needs the token first.
-        The cache then holds the last token of the answer, too.
+        On a GPU the next step is launched before the last token is read, unless a constraint needs the token first. The
+        cache may then include the last token of the answer.
         """
         predicted = self._predicted or self.prefill()
         history = self._sampler.history(self.prompt_ids)
@@ -208,7 +212,7 @@ class Decoding:
                 step.leave()
 
     def chunks(self, detokenizer: Detokenizer, stop: StopStrings, thinking: ThinkingFilter) -> Iterator[Chunk]:
-        """The answer as text, one chunk per token. The last chunk has the finish reason and the usage."""
+        """Yield the answer as text, one chunk per token. The last chunk has the finish reason and the usage."""
         finish: FinishReason = "length"
         for token in self.tokens():
             if token in self._eos_ids:
@@ -226,7 +230,7 @@ class Decoding:
         yield Chunk(text, (), "stop" if stop.found else finish, self.usage(), thinking.take())
 
     def usage(self) -> Usage:
-        """The usage so far."""
+        """Return the usage so far."""
         now = time.perf_counter()
         account = self._account
         return Usage(
@@ -241,7 +245,7 @@ class Decoding:
 
 
 class Arriving:
-    """Tokens on their way from the device, `(tokens,)` int64. What is launched after them does not delay them."""
+    """Tokens on their way from the device, int64 `(tokens,)`. Later launches do not delay their copy."""
 
     def __init__(self, drawn: torch.Tensor) -> None:
         self._event: torch.cuda.Event | None = None
@@ -255,13 +259,13 @@ class Arriving:
 
     @property
     def is_there(self) -> bool:
-        """Whether they have arrived."""
+        """Whether the tokens have arrived."""
         return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def token(self, row: int = 0) -> int:
-        """Wait for one of them."""
+        """Wait for the tokens, and return one of them."""
         if self._arrived is None:
-            with self._lock:  # one thread keeps asking the device; the others sleep
+            with self._lock:  # one thread polls the device; the others sleep
                 if self._arrived is None:
                     if self._event is not None:
                         self._event.synchronize()
@@ -272,20 +276,20 @@ class Arriving:
 # --- steps of several generations ----------------------------------------------------------------------------------
 
 _PATIENCE = 0.003
-"""Seconds without another answer's request, after which the step is taken."""
+"""The step is taken when no further answer has asked for a step for this many seconds."""
 
 Together: TypeAlias = Callable[[list[Any], list[Cache]], "Sequence[Prediction]"]
-"""Takes one token, as in `Forward`, over each cache. What it raises is dropped: each step is then taken alone."""
+"""Runs one token, as in `Forward`, over each cache, in one pass. After an error, each step is taken alone."""
 
 
 class Alone:
-    """A step that is taken for one answer alone.
+    """A step that is not part of a batch.
 
     Args:
-        forward: the model.
+        forward: runs the model.
         token: as in `Forward`.
-        cache: the answer's.
-        now: take it now, and not when it is needed.
+        cache: the answer's cache.
+        now: take the step now, instead of when its result is needed.
     """
 
     def __init__(self, forward: Forward, token: Any, cache: Cache, *, now: bool) -> None:
@@ -293,15 +297,15 @@ class Alone:
         self._prediction = forward(token, cache) if now else None
 
     def get(self) -> Prediction:
-        """Take it, unless it is taken."""
+        """Return the step's prediction. Takes the step if it was not taken yet."""
         return self._prediction or self._forward(self._token, self._cache)
 
     def leave(self) -> None:
-        """Nothing waits for it."""
+        """Do nothing: no other answer waits for this step."""
 
 
 class _Step:
-    """A step that is taken together with those of other answers."""
+    """A step that is taken in a batch with those of other answers."""
 
     def __init__(self, steps: Steps, token: Any, cache: Cache) -> None:
         self.steps, self.token, self.cache = steps, token, cache
@@ -311,20 +315,24 @@ class _Step:
         self._woken.acquire()
 
     def get(self) -> Prediction:
-        """Take it, unless it is taken. Raises `Cancelled` if the reader left."""
+        """Return the step's prediction. Takes the step if it was not taken yet.
+
+        Raises:
+            Cancelled: the reader left while this thread waited.
+        """
         return self.prediction or self.steps.take(self)
 
     def leave(self) -> None:
-        """The answer needs neither this step nor another one."""
+        """Tell the others that this answer needs no further step."""
         self.steps.leave(self)
 
     def wake(self) -> None:
-        """End `wait`, or the next one."""
-        with suppress(RuntimeError):  # it is awake
+        """End the current `wait`, or the next one."""
+        with suppress(RuntimeError):  # the thread is awake already
             self._woken.release()
 
     def wait(self, seconds: float = -1) -> None:
-        """Wait until `wake` is called, or the time is over."""
+        """Wait until `wake` is called, or for `seconds`."""
         self._woken.acquire(timeout=seconds)
 
 
@@ -333,13 +341,15 @@ Pending: TypeAlias = Alone | _Step
 
 
 class Steps:
-    """Takes one step for several answers. Each may be read in a thread of its own, or several in one, by turns.
+    """Takes the steps of several answers as a batch. Each answer may be read in its own thread, or several in one.
+
+    One of the waiting threads, the leader, takes the step for all.
 
     Args:
-        exclusive: the model for one thread.
-        alone: a step of one answer.
-        together: a step of at least two.
-        most: answers of a step.
+        exclusive: holds the model for one thread.
+        alone: takes the step of one answer.
+        together: takes a step of at least two answers.
+        most: the most answers of a step.
     """
 
     def __init__(
@@ -348,7 +358,7 @@ class Steps:
         self._exclusive, self._alone, self._together, self._most = exclusive, alone, together, most
         self._lock = threading.Lock()
         self._waiting: list[_Step] = []
-        self._missing: WeakSet[Cache] = WeakSet()  # of answers that are generated now, and did not ask for a step
+        self._missing: WeakSet[Cache] = WeakSet()  # caches of running answers that did not ask for a step yet
         self._leader: _Step | None = None  # whose thread takes the next step
         self._last: Prediction | None = None
 
@@ -357,8 +367,8 @@ class Steps:
 
         Args:
             token: as in `Forward`.
-            cache: the answer's.
-            now: take the step now if all that are generated have asked. Else it is taken when one of them needs it.
+            cache: the answer's cache.
+            now: take the step now if all running answers have asked. Else it is taken when an answer needs it.
         """
         mine = _Step(self, token, cache)
         with self._lock:
@@ -378,7 +388,7 @@ class Steps:
         return mine
 
     def take(self, mine: _Step) -> Prediction:
-        """The step, taken by this thread or by another."""
+        """Return the step's prediction, after this thread or another took the step."""
         left = cancellation()
         with left.waking(mine.wake):
             while True:
@@ -397,7 +407,7 @@ class Steps:
         return self._alone(mine.token, mine.cache) if mine.prediction is None else mine.prediction
 
     def leave(self, mine: _Step) -> None:
-        """An answer has ended, or its reader has left."""
+        """Remove an answer that has ended, or whose reader has left."""
         with self._lock:
             self._missing.discard(mine.cache)
             if mine in self._waiting:
@@ -409,7 +419,7 @@ class Steps:
         return not self._missing or len(self._waiting) >= self._most
 
     def _gather(self, mine: _Step, left: Cancellation) -> None:
-        """Wait for the other answers that are generated now."""
+        """Wait for the other running answers to ask for a step, but not much longer than the device is busy."""
         came = 0
         try:
             while True:
@@ -428,7 +438,7 @@ class Steps:
             raise
 
     def _lead(self, mine: _Step) -> None:
-        """Take the step for all that wait."""
+        """Take the step for all waiting answers."""
         try:
             with self._exclusive():
                 with self._lock:
@@ -445,12 +455,12 @@ class Steps:
             self._hand_over(mine)
 
     def _take_together(self, steps: list[_Step]) -> None:
-        token = CANCELLATION.set(Cancellation())  # a reader who leaves does not stop the others' step
+        token = CANCELLATION.set(Cancellation())  # one reader must not cancel the others' step
         try:
             taken = self._together([step.token for step in steps], [step.cache for step in steps])
             for step, prediction in zip(steps, taken, strict=True):
                 step.prediction = self._last = prediction
-        except Exception:  # the boundary: taken alone, each step gives its own answer the error, or none
+        except Exception:  # the boundary: each step is then taken alone, and an error reaches only its own answer
             _log.warning("a step of %d answers failed; each is taken alone", len(steps), exc_info=True)
         finally:
             CANCELLATION.reset(token)
@@ -459,7 +469,7 @@ class Steps:
                 step.wake()
 
     def _hand_over(self, mine: _Step) -> None:
-        """Let another thread lead: those that need their step are asleep, and ask who leads when they wake."""
+        """Wake the waiting threads, one of which becomes the leader."""
         with self._lock:
             self._leader = None
             for step in self._waiting:
@@ -472,20 +482,20 @@ _OPEN, _CLOSE = "<think>", "</think>"
 
 
 class Detokenizer:
-    """Turns tokens into text as they come. A character is given out when all of its bytes are there.
+    """Turns tokens into text one by one. A character is returned when all of its bytes have come.
 
-    Decodes a short window that overlaps what was given out before, since a token's text depends on its neighbours
-    (leading spaces, bytes of one character); the whole answer is never decoded again.
+    It decodes a short window that overlaps the tokens before, since a token's text depends on its neighbours (leading
+    spaces, bytes of one character), and never decodes the whole answer again.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._token_ids: list[int] = []
         self._window = 0  # where decoding starts
-        self._given = 0  # tokens whose text was given out
+        self._given = 0  # tokens whose text was returned
 
     def push(self, token_id: int) -> str:
-        """The text that is complete now; empty while a character is not."""
+        """Add a token, and return the new text; empty while a character is incomplete."""
         self._token_ids.append(token_id)
         text = self._pending()
         if text.endswith("\ufffd"):
@@ -494,11 +504,11 @@ class Detokenizer:
         return text
 
     def text_of(self, token_id: int) -> str:
-        """A token's own text; U+FFFD for a part of a character."""
+        """Return the text of one token by itself; U+FFFD for a part of a character."""
         return self._decode([token_id])
 
     def flush(self) -> str:
-        """The rest of the text when no more tokens come; an unfinished character as U+FFFD."""
+        """Return the rest of the text at the end of the answer; an incomplete character becomes U+FFFD."""
         text = self._pending()
         self._window = self._given = len(self._token_ids)
         return text
@@ -512,7 +522,7 @@ class Detokenizer:
 
 
 class StopStrings:
-    """Cuts a text at the first of several strings, and holds back what may yet become one."""
+    """Cuts a text at the first of several strings, and holds back text that may become one."""
 
     def __init__(self, stop: Sequence[str]) -> None:
         self._stop = tuple(stop)
@@ -520,7 +530,7 @@ class StopStrings:
         self.found = False
 
     def push(self, text: str) -> str:
-        """The text that may be given out. Sets `found` once a stop string was seen; it is never given out."""
+        """Add text, and return the text that is certainly before a stop string. Sets `found` after a stop string."""
         text = self._held + text
         places = [place for stop in self._stop if (place := text.find(stop)) >= 0]
         if places:
@@ -531,17 +541,17 @@ class StopStrings:
         return text[: len(text) - keep]
 
     def flush(self) -> str:
-        """Text that was held back and did not become a stop string."""
+        """Return the text that was held back and did not become a stop string."""
         held, self._held = self._held, ""
         return held
 
 
 class ThinkingFilter:
-    """Takes `<think>…</think>` and the blank lines after it out of a text.
+    """Removes `<think>…</think>` and the blank lines after it from a text.
 
     Args:
-        thinking: the text begins within a thinking block, because the generation prompt opened it.
-        strips: take it out; False leaves the text as it is.
+        thinking: the text begins inside a thinking block, because the generation prompt opened one.
+        strips: False leaves the text unchanged.
     """
 
     def __init__(self, thinking: bool, *, strips: bool = True) -> None:
@@ -552,12 +562,12 @@ class ThinkingFilter:
         self._thought = ""
 
     def take(self) -> str:
-        """The thinking since the last call."""
+        """Return the removed text since the last call."""
         thought, self._thought = self._thought, ""
         return thought
 
     def push(self, text: str) -> str:
-        """The text that is not thinking."""
+        """Add text, and return the part that is not thinking."""
         if not self._strips:
             return text
         self._held += text
@@ -578,7 +588,7 @@ class ThinkingFilter:
             self._trim = not self._thinking
 
     def flush(self) -> str:
-        """Text that was held back and did not become a tag."""
+        """Return the text that was held back and did not become a tag."""
         held, self._held = self._held, ""
         return self._visible(held)
 
@@ -593,7 +603,7 @@ class ThinkingFilter:
 
 
 def overlap(text: str, stop: str) -> int:
-    """How many characters at the end of `text` are a proper beginning of `stop`."""
+    """Return how many characters at the end of `text` are a proper prefix of `stop`."""
     longest = min(len(stop) - 1, len(text))
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
 
@@ -603,14 +613,14 @@ def overlap(text: str, stop: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class KnownPrefix:
-    """The beginning of a prompt that need not be prefilled.
+    """The beginning of a prompt whose keys and values are known.
 
     Attributes:
-        length: how many tokens at its beginning.
-        pieces: their keys and values, one piece after another, to be read.
-        is_merged: they are an approximation, and so is what is generated after them.
-        report: how the context was made, for one that was given and says so.
-        read: the rest of the prompt, where it was read behind the context.
+        length: the number of tokens.
+        pieces: their keys and values, in consecutive pieces, only to be read.
+        is_merged: the keys and values are approximate, and so are those generated after them.
+        report: how the context was made, if a `MergedContext` was passed.
+        read: the prefilled rest of the prompt, if the merge prefilled it.
     """
 
     length: int = 0
@@ -620,13 +630,13 @@ class KnownPrefix:
     read: ReadTail | None = None
 
     def longest(self, prefixes: PrefixCache, token_ids: Sequence[int], namespace: str, *, merged: bool) -> KnownPrefix:
-        """This one, or a longer recent context that `token_ids` begin with; merged ones count if `merged`."""
+        """Return this prefix, or a longer one from the recent contexts; with `merged`, merged contexts count too."""
         known = [self]
         if not self.is_merged:
             known.append(KnownPrefix(*prefixes.match(token_ids, namespace)))
         if merged:
             known.append(KnownPrefix(*prefixes.match(token_ids, namespace, merged=True), is_merged=True))
-        return max(known, key=lambda prefix: prefix.length)  # the first of equals
+        return max(known, key=lambda prefix: prefix.length)  # of equal lengths, the first
 
 
 def reusable_prefix(
@@ -634,17 +644,18 @@ def reusable_prefix(
     token_ids: Sequence[int],
     fingerprint: ModelFingerprint,
 ) -> KnownPrefix:
-    """A context, cut to what the prompt begins with and to what leaves a token to run.
+    """Return the part of a context that the prompt begins with, without the prompt's last token, which must be run.
 
     Raises:
-        FingerprintMismatchError: another model made it.
-        TokenMismatchError: it does not say which tokens it holds, it holds others than it says, or the prompt begins
-            differently.
+        FingerprintMismatchError: another model made the context.
+        TokenMismatchError: the context has no `token_ids` or other tokens than its `token_ids`, or the prompt does not
+            begin with its tokens.
+        UnsupportedModelError: the context is a server's.
     """
     if past_key_values is None:
         return KnownPrefix()
     if isinstance(past_key_values, ContextPrompt):
-        raise UnsupportedModelError("a context of a server holds no keys and values: pass it to that server's engine")
+        raise UnsupportedModelError("a server's context has no keys and values. Pass it to that server's engine.")
     report, exact, read = None, True, None
     if isinstance(past_key_values, MergedContext):
         report, cache, held = past_key_values.report, past_key_values.cache, past_key_values.token_ids
@@ -660,8 +671,8 @@ def reusable_prefix(
         raise FingerprintMismatchError("the cache", fingerprint.differences(made_by))
     if cache.get_seq_length() != len(held):
         raise TokenMismatchError(
-            f"the cache holds {cache.get_seq_length()} tokens and its token_ids {len(held)}: something was "
-            "generated into it, or it was cut. Pass it as it was made; generate() never writes into it."
+            f"the cache has {cache.get_seq_length()} tokens, but its token_ids {len(held)}: something was generated "
+            "into it, or it was cut. Pass the cache as it was made; generate() never writes into it."
         )
     common = agreeing(held.cpu().numpy(), np.asarray(token_ids, dtype=np.int64))
     if common == 0 or (common < len(held) and not exact):
@@ -671,7 +682,7 @@ def reusable_prefix(
         )
     layers = layers_of(cache)
     usable = cut(layers, 0, min(common, len(token_ids) - 1))
-    if states_of(layers) is not None and states_of(usable) is None:  # recurrent layers cannot go on from its middle
+    if states_of(layers) is not None and states_of(usable) is None:  # recurrent layers cannot continue from its middle
         return KnownPrefix(is_merged=not exact, report=report)
     return KnownPrefix(length_of(usable), [usable] if usable else [], not exact, report, read)
 
@@ -711,33 +722,33 @@ class Sampler:
             self._processors.extend(_warpers(sampling))
 
     def draw(self, logits: torch.Tensor, history: torch.Tensor | None) -> torch.Tensor:
-        """The next token, `(1,)` int64, where the logits are. Nothing waits for the device, without a constraint.
+        """Draw the next token, int64 `(1,)`, on the logits' device. Without a constraint, this does not wait for it.
 
         Args:
             logits: `(1, vocabulary)`.
-            history: prompt and answer so far, `(1, tokens)` int64, or None where `history` gave None.
+            history: prompt and answer so far, int64 `(1, tokens)`, or None, from `history`.
         """
         scores = logits.float()
         if self._processors:
             scores = self._processors(history, scores)  # type: ignore[arg-type]
         if self._greedy:
             return scores.argmax(-1)
-        # What torch.multinomial does for one draw, which waits for the device to check its input.
+        # The same as torch.multinomial for one draw, but without its check of the input, which waits for the device.
         probabilities = scores.softmax(-1)
         noise = torch.empty_like(probabilities).exponential_(1, generator=self._generator)
         return (probabilities / noise).argmax(-1)
 
     @property
     def takes_likeliest(self) -> bool:
-        """Whether each token is the likeliest one of the logits as they are."""
+        """Whether each token is the likeliest one of the unchanged logits."""
         return self._greedy and not self._processors
 
     def logprobs(self, logits: torch.Tensor) -> torch.Tensor | None:
-        """Log-probabilities of every token, `(vocabulary,)` float32, where the logits are; None if none are given."""
+        """Return the log-probability of every token, fp32 `(vocabulary,)`; None unless the settings ask for them."""
         return None if self._top_logprobs is None else logits[0].float().log_softmax(-1)
 
     def scored(self, logprobs: torch.Tensor | None, token: int) -> tuple[tuple[int, float], ...]:
-        """The token and its log-probability, and then those of the likeliest tokens."""
+        """Return the token with its log-probability, then the likeliest tokens with theirs."""
         if logprobs is None:
             return ()
         best = logprobs.topk(min(self._top_logprobs or 0, len(logprobs)))
@@ -745,16 +756,16 @@ class Sampler:
         return (token, float(logprobs[token])), *likeliest
 
     def history(self, token_ids: Sequence[int]) -> torch.Tensor | None:
-        """The tokens so far as `draw` takes them: None where the settings do not look at them."""
+        """Return the tokens so far for `draw`, int64 `(1, tokens)`; None if the settings do not depend on them."""
         return torch.tensor([token_ids], dtype=torch.long, device=self._device) if self._reads_history else None
 
     @property
     def waits(self) -> bool:
-        """Whether a token has to be read, and handed to `take`, before the next can be drawn."""
+        """Whether a token must be read from the device and passed to `take` before the next can be drawn."""
         return self._constraint is not None
 
     def take(self, token: int) -> int:
-        """Tell the constraint which token was drawn. Returns the one that it puts in its place, if it does."""
+        """Pass the drawn token to the constraint. Returns this token, or another one that the constraint needs."""
         return token if self._constraint is None else self._constraint.take(token)
 
     @property
@@ -764,7 +775,7 @@ class Sampler:
 
 
 def _warpers(sampling: Sampling) -> list[logits_process.LogitsProcessor]:
-    """Logits processors in the order in which `transformers.generate` applies them."""
+    """Return the logits processors, in the order of `transformers.generate`."""
     warpers: list[logits_process.LogitsProcessor] = []
     if sampling.temperature != 1.0:
         warpers.append(logits_process.TemperatureLogitsWarper(float(sampling.temperature)))

@@ -1,4 +1,4 @@
-"""How `HFEngine.from_pretrained` loads a model: on which device, in which dtype, with which weights."""
+"""Loads models for `HFEngine.from_pretrained`: chooses the device and the dtype, and makes int8 weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from kvcag.errors import InvalidInputError, UnsupportedModelError
 
 HUB_ARGUMENTS = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder")
-"""The arguments of `from_pretrained` that concern the hub: they go to configurations and tokenizers too."""
+"""The arguments of `from_pretrained` about the hub, which configurations and tokenizers need too."""
 
 
 def load(
@@ -25,16 +25,16 @@ def load(
     *,
     int8_weights: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model and its tokenizer: see `HFEngine.from_pretrained`.
+    """Load a model and its tokenizer: see `HFEngine.from_pretrained`.
 
-    `settings` go to the model, those that concern the hub to the tokenizer too.
+    `settings` are passed to the model, and `HUB_ARGUMENTS` among them also to the tokenizer.
     """
     target = None if "device_map" in settings else _best_device() if device == "auto" else torch.device(device)
     on_cpu = target is not None and target.type == "cpu"
     if int8_weights and not on_cpu:
         raise InvalidInputError(
-            f"int8_weights is for a CPU, and the model goes to {target or 'a device_map'}. Pass device='cpu', or a "
-            "quantization_config of transformers."
+            f"int8_weights needs a CPU, but the model goes to {target or 'a device_map'}. Pass device='cpu', or a "
+            "quantization_config of transformers instead."
         )
     hub = {key: settings[key] for key in HUB_ARGUMENTS if key in settings}
     tokenizer = AutoTokenizer.from_pretrained(name, **hub)
@@ -64,9 +64,9 @@ def _best_device() -> torch.device:
 
 @cache
 def is_quick_at_bf16() -> bool:
-    """Whether this processor multiplies in bf16 at least as fast as in fp32. Measured once, in about 20 ms.
+    """Whether this CPU multiplies in bf16 at least as fast as in fp32. Measured once, in about 20 ms.
 
-    With instructions for it (AVX512-BF16, AMX), it takes half the time or less; without, several times as long.
+    With instructions for bf16 (AVX512-BF16, AMX), it takes half the time or less; without, several times as long.
     """
     products = [(torch.ones(128, 1024, dtype=dtype), torch.ones(1024, 512, dtype=dtype)) for dtype in _COMPARED]
     seconds = [float("inf")] * len(products)
@@ -82,12 +82,12 @@ _COMPARED = (torch.bfloat16, torch.float32)
 
 
 class Int8Linear(nn.Module):
-    """A linear layer whose weights are int8, with one scale for each output.
+    """A linear layer with int8 weights and one scale per output.
 
-    The scale is of the inputs' dtype, and the codes are made for the scale as it is rounded to that.
+    The scale has the inputs' dtype. The codes are computed from the scale after it was rounded to this dtype.
 
     Args:
-        linear: the layer whose weights are taken.
+        linear: the layer to convert.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -101,7 +101,7 @@ class Int8Linear(nn.Module):
         self.bias = linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`(…, in_features)` to `(…, out_features)`."""
+        """Multiply `(…, in_features)` by the weights: `(…, out_features)`."""
         rows = x.reshape(-1, self.in_features)
         if len(rows) <= _FEW_ROWS:
             out = torch._weight_int8pack_mm(rows.contiguous(), self.weight, self.scale)
@@ -111,15 +111,15 @@ class Int8Linear(nn.Module):
         return out if self.bias is None else out + self.bias
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows of it."""
+        """Return the layer's text in `print(model)`."""
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
 _FEW_ROWS = 8
-"""With more rows it is quicker to unpack the weights first."""
+"""With more rows, it is faster to unpack the weights first."""
 
 _MULTIPLE = 32
-"""PyTorch's kernel for a few rows reads and writes past the end of other sizes (seen with 2.13)."""
+"""Sizes must be multiples of 32. With others, PyTorch's kernel for a few rows goes out of bounds (seen with 2.13)."""
 
 
 @torch.no_grad()
@@ -127,7 +127,7 @@ def quantize_weights(model: PreTrainedModel) -> None:
     """Replace the linear layers of a model on a CPU, in place, by layers with int8 weights.
 
     Raises:
-        UnsupportedModelError: it has none whose sizes are multiples of 32.
+        UnsupportedModelError: no linear layer has sizes that are multiples of 32.
     """
     found = [
         (module, name, linear)
@@ -140,7 +140,7 @@ def quantize_weights(model: PreTrainedModel) -> None:
     if not found:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no plain linear layer whose sizes are multiples of {_MULTIPLE}, so "
-            "int8_weights changes nothing. Load it without."
+            "int8_weights has no effect. Load the model without it."
         )
     for module, name, linear in found:
         setattr(module, name, Int8Linear(linear))

@@ -97,7 +97,7 @@ def test_int8_weights_take_half_of_the_bytes_of_bf16(folder: Path, monkeypatch: 
 
 
 def test_int8_weights_are_refused_where_they_cannot_be(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match="int8_weights is for a CPU, and the model goes to cuda"):
+    with pytest.raises(InvalidInputError, match="int8_weights needs a CPU, but the model goes to cuda"):
         HFEngine.from_pretrained("no such model", device="cuda", int8_weights=True)
     with pytest.raises(InvalidInputError, match="goes to a device_map"):
         HFEngine.from_pretrained("no such model", device_map="auto", int8_weights=True)
