@@ -1,4 +1,4 @@
-"""The engine over a Hugging Face causal language model."""
+"""`HFEngine`, the engine over a Hugging Face causal language model in this process."""
 
 from __future__ import annotations
 
@@ -87,26 +87,26 @@ _LOG = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _FIRST_CHUNK, _SHORTEST_CHUNK, _LONGEST_CHUNK = 512, 64, 2048
-"""Tokens of one forward pass while encoding. On a CPU the length follows from the last pass's time per layer."""
+"""The number of tokens of one prefill pass. On a CPU it is adapted to the last pass's time per layer."""
 
 _LAYER_SECONDS, _BACKGROUND_LAYER_SECONDS = 0.1, 0.02
-"""How long one layer of a pass may take: other answers, and a reader who leaves, wait for so long."""
+"""How long one layer of a pass may take, since other answers, and a cancellation, wait for the end of the layer."""
 
 _PREFIX_CACHE_BYTES = 2 << 30
 
 _MOST_TOGETHER = 64
-"""Generations whose steps are taken together."""
+"""The most generations whose steps are taken as a batch."""
 
 
 @dataclass(slots=True)
 class _Begun:
-    """Work for an answer that is prepared now.
+    """An answer that is being prepared (`HFEngine.begun`).
 
     Attributes:
-        engine: whose.
-        namespace: for which namespace.
-        epoch: how often that was forgotten before.
-        fingerprint: the model's, once it was asked for.
+        engine: the answer's engine.
+        namespace: the answer's namespace.
+        epoch: the namespace's epoch at the beginning (`PrefixCache.epoch`).
+        fingerprint: the model's fingerprint, after the first access.
     """
 
     engine: HFEngine
@@ -122,27 +122,28 @@ _IN_BACKGROUND: ContextVar[bool] = ContextVar("kvcag_in_background", default=Fal
 class HFEngine(Engine):
     """Encodes text into KV caches, and answers from them.
 
-    Every generation has a cache of its own, made on demand in the model's dtype and released at its end; what is
-    shared between generations is only ever read. Safe to use from several threads: they take turns at the model, and
-    answers that are generated at the same time take their steps together.
+    Each generation has its own cache, in the model's dtype, which is released at its end; tensors that generations
+    share are only read. Safe to use from several threads: they take turns at the model, and concurrent answers take
+    their decode steps as a batch.
 
     Args:
         model: a decoder-only model with attention, recurrent layers or both, also with adapters (peft). It is put into
             evaluation mode.
-        tokenizer: its tokenizer.
-        prefix_cache_bytes: how much of recent contexts to keep, so that a prompt which begins like an earlier one is
-            prefilled only from where it differs; 2 GiB by default. 0 switches that off.
+        tokenizer: the model's tokenizer.
+        prefix_cache_bytes: the budget for recent contexts, of which a prompt reuses the longest known prefix; 2 GiB by
+            default. 0 disables the reuse.
         cuda_graphs: on an NVIDIA GPU, run passes of up to 256 tokens over a cache as CUDA graphs
             (`kvcag.engines.cuda`), 5 to 10 times faster. The first such pass compares a graph's logits with the
             model's own. A model whose logits differ, or that cannot be captured, runs without graphs, and the engine's
-            repr says why. Do not change the model's weights afterwards: a graph reads them where they were.
+            repr says why. Do not replace the model's weights in place: a graph reads them at their old addresses.
         template_variables: passed to the chat template; see `ChatTemplate`.
         control_tokens: documents and messages may contain control tokens; see `ChatTemplate`.
         defaults: settings of `Sampling` for calls that do not give them.
 
     Raises:
-        UnsupportedModelError: the model is an encoder-decoder, keeps its past otherwise than transformers' own cache
-            layers do, or has an adapter that puts tokens before the prompt.
+        UnsupportedModelError: the model is an encoder-decoder, has a cache of another kind than transformers' own cache
+            layers, or has an adapter that puts tokens before the prompt.
+        InvalidInputError: `defaults` has an unknown name, or a value out of range.
     """
 
     merges = True
@@ -163,15 +164,15 @@ class HFEngine(Engine):
     ) -> None:
         if any(config.is_prompt_learning for config in getattr(model, "peft_config", {}).values()):
             raise UnsupportedModelError(
-                "an adapter that puts tokens of its own before the prompt (prompt or prefix tuning) changes what is "
-                "cached. Use an adapter of the weights, such as LoRA."
+                "an adapter that puts its own tokens before the prompt (prompt or prefix tuning) changes the cache. "
+                "Use an adapter of the weights, such as LoRA."
             )
-        model = getattr(model, "get_base_model", lambda: model)()  # with its adapters, where PEFT wraps it
+        model = getattr(model, "get_base_model", lambda: model)()  # unwraps PEFT's wrapper; adapters stay
         check_cacheable(model)
         Sampling.of(**(defaults or {}))
         self.defaults = dict(defaults or {})
         self.model = model.eval()
-        if getattr(model, "is_loaded_in_4bit", False):  # on a CPU, bitsandbytes packs them anew in the first pass
+        if getattr(model, "is_loaded_in_4bit", False):  # on a CPU, bitsandbytes changes the weights in the first pass
             with torch.no_grad():
                 model(torch.zeros(1, 1, dtype=torch.long, device=device_of(model)))
         self.tokenizer = tokenizer
@@ -182,13 +183,13 @@ class HFEngine(Engine):
         self._begin(prefix_cache_bytes)
         _ENGINES.add(self)
         self._chunk_tokens, self._longest_chunk = _FIRST_CHUNK, _LONGEST_CHUNK
-        self._state_distance = 0  # tokens whose keys and values take as many bytes as the states; not known yet
+        self._state_distance = 0  # see `_fill`; 0 until the size of the states is known
         self._cuda_graphs = cuda_graphs
         arguments = inspect.signature(model.forward).parameters
         self._takes_logits_to_keep = "logits_to_keep" in arguments
 
     def _begin(self, prefix_cache_bytes: int) -> None:
-        """Begin without recent contexts and with new locks."""
+        """Make empty caches of recent contexts, and new locks. A forked process calls this again."""
         self.prefixes = PrefixCache(prefix_cache_bytes, self.template.control_ids, recurrent=bool(self._kinds))
         self.lock = ModelLock()
         self.merge_history = MergeHistory()
@@ -216,12 +217,12 @@ class HFEngine(Engine):
         """Load a model and its tokenizer from a hub id or a folder.
 
         Args:
-            model_name_or_path: as transformers takes it.
-            dtype: `"auto"` is the checkpoint's own. On a CPU, 16-bit weights are bfloat16 where the processor is quick
-                at it, which is measured in 20 ms, and float32 where it is not.
-            device: `"auto"` is CUDA, then MPS, then the CPU. With a `device_map` among the rest it is not used.
-            int8_weights: on a CPU, hold the weights of linear layers as int8, one scale for each output: a step reads
-                half as many bytes as in bfloat16. Caches of such a model are its own: its fingerprint is another.
+            model_name_or_path: a hub id or a folder.
+            dtype: `"auto"` is the checkpoint's own. On a CPU, `"auto"` loads 16-bit weights as bfloat16 if the CPU
+                multiplies fast in bfloat16, which is measured in 20 ms, and else as float32.
+            device: `"auto"` is CUDA, else MPS, else the CPU. Ignored with a `device_map`.
+            int8_weights: on a CPU, use int8 weights in linear layers, with one scale per output, so that a step reads
+                half as many bytes as in bfloat16. The model has another fingerprint, and so needs its own caches.
             prefix_cache_bytes: see the class.
             cuda_graphs: see the class.
             template_variables: see the class.
@@ -230,8 +231,8 @@ class HFEngine(Engine):
             **from_pretrained_kwargs: passed to `AutoModelForCausalLM.from_pretrained`.
 
         Raises:
-            InvalidInputError: `int8_weights`, and the model does not go to a CPU.
-            UnsupportedModelError: see the class; or `int8_weights`, and no layer can be int8.
+            InvalidInputError: `int8_weights` with another device than a CPU.
+            UnsupportedModelError: see the class; or `int8_weights` with a model that has no suitable layer.
         """
         model, tokenizer = load(
             str(model_name_or_path), dtype, device, from_pretrained_kwargs, int8_weights=int8_weights
@@ -246,14 +247,14 @@ class HFEngine(Engine):
             defaults=defaults,
         )
 
-    # --- what it is --------------------------------------------------------------------------------------------
+    # --- the model ---------------------------------------------------------------------------------------------
 
     @property
     def fingerprint(self) -> ModelFingerprint:
-        """Which model this is; every cache carries it.
+        """The fingerprint of the model, which every cache carries.
 
-        It is taken again when weights were replaced or edited in place, or adapters loaded, switched, merged or
-        unloaded. What was kept of the model before is forgotten then. Within `begun` the model is looked at once.
+        It is computed again after weights were replaced or edited in place, or adapters loaded, switched, merged or
+        unloaded; recent contexts of the earlier model are dropped then. Within `begun`, the model is checked once.
         """
         begun = _BEGUN.get()
         if begun is not None and begun.engine is self and begun.fingerprint is not None:
@@ -267,12 +268,12 @@ class HFEngine(Engine):
             begun.fingerprint = found
         if taken is not None and not found.matches(taken):
             self.forget(None)
-            self.__dict__.pop("_graphs", None)  # they read the weights where these were
+            self.__dict__.pop("_graphs", None)  # they read the weights at their old addresses
         return found
 
     @property
     def model_name(self) -> str:
-        """The hub id or folder it came from."""
+        """The hub id or the folder of the model."""
         return self.fingerprint.model_name
 
     def __repr__(self) -> str:
@@ -285,18 +286,18 @@ class HFEngine(Engine):
 
     @property
     def device(self) -> torch.device:
-        """Where the model's inputs go."""
+        """The device of the model's inputs."""
         return device_of(self.model)
 
     @cached_property
     def context_length(self) -> int:
-        """The most tokens that the model attends to, prompt and answer together."""
+        """The most tokens, prompt and answer together."""
         config = self.model.config.get_text_config(decoder=True)
         return int(getattr(config, "max_position_embeddings", None) or 1 << 30)
 
     @cached_property
     def eos_ids(self) -> frozenset[int]:
-        """Every token that ends an answer: the generation configuration's, the model's and the tokenizer's."""
+        """The tokens that end an answer, from the generation configuration, the model's and the tokenizer."""
         ids: set[int] = set()
         for source in (self.model.generation_config, self.model.config, self.tokenizer):
             eos = getattr(source, "eos_token_id", None)
@@ -305,12 +306,12 @@ class HFEngine(Engine):
 
     @property
     def answers_at_once(self) -> int:  # type: ignore[override]
-        """How many answers to a list of questions are generated at a time. On a CPU, each has a copy of its context."""
+        """How many answers to a list of questions run at the same time. On a CPU, each copies its context."""
         return 32 if self.device.type == "cuda" else 8
 
     @cached_property
     def bytes_per_token(self) -> int:
-        """Bytes of keys and values that one token takes, over all layers."""
+        """The bytes of one token's keys and values, over all layers."""
         layers, kv_heads, head_dim = map(int, self.fingerprint.geometry.split("x"))
         config = self.model.config.get_text_config(decoder=True)
         if self._kinds:
@@ -321,14 +322,14 @@ class HFEngine(Engine):
 
     @property
     def is_recurrent(self) -> bool:
-        """Whether the model has recurrent layers, which go on from the end of what they read, and from nowhere else."""
+        """Whether the model has recurrent layers, which can continue a cache only from its end."""
         return bool(self._kinds)
 
     def check_mergeable(self) -> None:
         """Refuse a model whose caches cannot be merged. The first call runs a few short passes.
 
         Raises:
-            UnsupportedModelError: as said (`kvcag.cache.attention.check_mergeable`).
+            UnsupportedModelError: see `kvcag.cache.attention.check_mergeable`.
         """
         with self.exclusive() as model:
             check_mergeable(model)
@@ -343,31 +344,31 @@ class HFEngine(Engine):
         return True
 
     def keeps(self, tokens: int) -> bool:
-        """Whether a context of so many tokens fits among the recent ones."""
+        """Whether a context of this many tokens fits into the budget of recent contexts."""
         return tokens * self.bytes_per_token <= self.prefixes.max_bytes
 
     def warn_unless_kept(self, tokens: int) -> None:
-        """Say, once, that a context of so many tokens exceeds the budget of the recent contexts."""
+        """Warn once if a context of this many tokens exceeds the budget of recent contexts."""
         room = self.prefixes.max_bytes
         if room and not self.keeps(tokens):
             self._notices.once(
                 f"a context of more than {room // self.bytes_per_token:,} tokens is larger than prefix_cache_bytes "
-                f"({room / 2**30:.2g} GiB), so it is not kept, and the next question over it reads it again. Make "
-                "prefix_cache_bytes larger, or keep the context yourself: build_kv_cache, or KVCacheMemory.",
+                f"({room / 2**30:.2g} GiB), so it is not cached, and the next question encodes it again. Make "
+                "prefix_cache_bytes larger, or cache the context yourself with build_kv_cache or KVCacheMemory.",
                 CacheWarning,
             )
 
     def constrain(self, constraint: ConstraintLike, max_new_tokens: int, thinking: bool = False) -> Constraint:
-        """Compile a constraint, or find it among those compiled before, and check that it fits the budget.
+        """Compile a constraint, unless it was compiled before, and check that it fits the budget.
 
         Args:
-            constraint: what the answer must be.
-            max_new_tokens: the budget.
-            thinking: the answer begins within a thinking block; the constraint holds after that.
+            constraint: the form of the answer.
+            max_new_tokens: the token budget of the answer.
+            thinking: the answer begins inside a thinking block; the constraint holds after that block.
 
         Raises:
-            ConstraintError: it is malformed or unsupported, or nothing satisfies it.
-            ConstraintBudgetError: nothing that satisfies it fits the budget.
+            ConstraintError: the constraint is malformed or not supported, or no text satisfies it.
+            ConstraintBudgetError: no text that satisfies it fits the budget.
             MissingExtraError: the extra `structured` is not installed.
         """
         compiled = self._compiler.compile(constraint, thinking=thinking)
@@ -381,12 +382,12 @@ class HFEngine(Engine):
 
     @contextmanager
     def exclusive(self) -> Iterator[PreTrainedModel]:
-        """The model for this thread, with gradients off. Between two layers it lets other threads go first.
+        """Hold the model for this thread, without gradients. Between two layers, other threads may go first.
 
         Within `in_background`, it waits until no answer needs the model.
 
         Raises:
-            DeviceMemoryError: within it, the device had too little memory.
+            DeviceMemoryError: the device had too little memory within it.
         """
         with _memory_errors(), self.lock.acquire(background=_IN_BACKGROUND.get()), torch.no_grad():
             token = BETWEEN_LAYERS.set(self.lock.pause if self._attends_by_sdpa else cancellation().check)
@@ -398,29 +399,38 @@ class HFEngine(Engine):
     # --- encoding ----------------------------------------------------------------------------------------------
 
     def build_kv_cache(self, prompt: str | Sequence[str] | Sequence[Message]) -> ContextCache:
-        """Encode a context to be continued by `generate`.
+        """Encode a context that `generate` continues.
 
         Args:
-            prompt: a str becomes the system turn; a list of str is joined into one by blank lines; chat messages are
-                taken as they are, as closed turns.
+            prompt: a str, or a list of str, which is joined by blank lines, becomes the system turn; chat messages
+                become complete turns.
 
         Returns:
-            A `DynamicCache`, the caller's own, that knows its `token_ids`.
+            A `DynamicCache` that the caller owns, with its `token_ids`: keys and values
+            `(1, kv_heads, seq_len, head_dim)` per layer, in the model's dtype.
 
         Raises:
-            EmptyPromptError: there is nothing to encode.
-            ContextLengthError: it is longer than the model's context.
+            EmptyPromptError: the prompt is empty.
+            ContextLengthError: the prompt is longer than the model's context.
         """
         token_ids, messages = context_ids(self.template, prompt)
         layers, _ = self.prefill(token_ids)
         return ContextCache.of(layers, torch.tensor(token_ids), self.fingerprint, messages)
 
     def prefill(self, token_ids: Sequence[int], *, namespace: str = "") -> tuple[Layers, int]:
-        """Keys and values of a prefix, the caller's own, and how many of its tokens were encoded before.
+        """Encode tokens, reusing the longest known prefix, and add them to the recent contexts.
+
+        Args:
+            token_ids: the tokens.
+            namespace: the namespace of the recent contexts.
+
+        Returns:
+            Keys and values that the caller owns, `(1, kv_heads, seq_len, head_dim)` per layer, and how many tokens were
+            reused.
 
         Raises:
-            EmptyPromptError: no tokens.
-            ContextLengthError: more tokens than the model's context.
+            EmptyPromptError: there are no tokens.
+            ContextLengthError: the tokens exceed the model's context.
         """
         if not token_ids:
             raise EmptyPromptError("there are no tokens to encode")
@@ -444,9 +454,10 @@ class HFEngine(Engine):
         merged: bool = False,
         epoch: int | None = None,
     ) -> None:
-        """Prefill up to the last of `ends`, and keep the prefix at each: recurrent layers go on from there alone.
+        """Prefill up to the last of `ends`, and cache the prefix at each end, as recurrent layers continue only there.
 
-        Between the ends a long prompt is kept at distances at which states take no more bytes than keys and values.
+        Between the ends, a long prompt is also cached at distances at which the states take about as many bytes as the
+        keys and values.
         """
         start = cache.get_seq_length()
         for end in sorted({end for end in ends if end > start}):
@@ -461,14 +472,14 @@ class HFEngine(Engine):
                     self._state_distance = max(_FIRST_CHUNK, size // max(1, self.bytes_per_token))
 
     def encode_when_idle(self, token_ids: Sequence[int], namespace: str = "") -> None:
-        """Encode a context in the background and keep it among the recent contexts. Returns at once.
+        """Encode a context in the background, as a recent context. Returns at once.
 
-        `forget` cancels it. An error is logged: the context is then encoded when it is asked for.
+        `forget` cancels it. An error is logged, and the context is encoded when a question needs it.
         """
         epoch = self.epoch(namespace)
         if self.keeps(len(token_ids)):
             self._idle.encode(tuple(token_ids), namespace, self._encode_in_background)
-        if self.prefixes.epoch(namespace) != epoch:  # forgotten meanwhile
+        if self.prefixes.epoch(namespace) != epoch:  # `forget` was called in the meantime
             self._idle.cancel(namespace)
 
     def _encode_in_background(self, token_ids: tuple[int, ...], namespace: str) -> None:
@@ -477,7 +488,7 @@ class HFEngine(Engine):
 
     @contextmanager
     def in_background(self) -> Iterator[None]:
-        """Within it, this thread's work on the model gives way to answers: it waits while one needs the model."""
+        """Within it, this thread waits whenever an answer needs the model."""
         token = _IN_BACKGROUND.set(True)
         try:
             yield
@@ -485,11 +496,11 @@ class HFEngine(Engine):
             _IN_BACKGROUND.reset(token)
 
     def encode_item(self, head_ids: Sequence[int], token_ids: Sequence[int], *, namespace: str = "") -> KVCacheItem:
-        """Encode one document behind `head_ids`, which are kept among the recent contexts."""
+        """Encode one document after `head_ids`, which become a recent context. See `Engine.encode_item`."""
         return self.item_of(self.encode_after(head_ids, token_ids, namespace=namespace), head_ids, token_ids)
 
     def item_of(self, layers: Sequence[LayerKV], head_ids: Sequence[int], token_ids: Sequence[int]) -> KVCacheItem:
-        """The item of a document whose keys and values, encoded behind `head_ids`, are `layers`."""
+        """Make the item of a document from its keys and values, `layers`, which were encoded after `head_ids`."""
         return KVCacheItem(
             memory=cache_of(layers),
             token_ids=torch.tensor(token_ids, dtype=torch.long),
@@ -499,7 +510,7 @@ class HFEngine(Engine):
         )
 
     def exact_context(self, context_ids: Sequence[int], tail_ids: Sequence[int], namespace: str = "") -> MergedContext:
-        """The context, of which the longest prefix that was encoded before is reused."""
+        """Encode a context, reusing the longest known prefix. See `Engine.exact_context`."""
         self.warn_unless_kept(len(context_ids))
         layers, reused = self.prefill(context_ids, namespace=namespace)
         encoded = len(context_ids) - reused
@@ -515,7 +526,7 @@ class HFEngine(Engine):
         report: MergeReport,
         read: ReadTail | None = None,
     ) -> MergedContext:
-        """A context whose keys and values are `layers`, which it takes as they are."""
+        """Make a context from its keys and values, `layers`, without copying them."""
         return MergedContext(
             cache=cache_of(layers),
             token_ids=torch.tensor(context_ids, dtype=torch.long),
@@ -526,20 +537,20 @@ class HFEngine(Engine):
         )
 
     def known_prefix(self, token_ids: Sequence[int], namespace: str = "", *, merged: bool = False) -> int:
-        """How many tokens at the beginning of these are among the recent contexts; merged ones count if `merged`."""
-        _ = self.fingerprint  # forgets what another adapter computed
+        """Return the length of the longest prefix in the recent contexts; with `merged`, merged ones count too."""
+        _ = self.fingerprint  # drops recent contexts if the adapter was switched
         exact = self.prefixes.match(token_ids, namespace)[0]
         return max(exact, self.prefixes.match(token_ids, namespace, merged=True)[0]) if merged else exact
 
     def forget(self, namespace: str | None = "") -> None:
-        """Drop a namespace's recent contexts, and what is encoded for it in the background; None for all."""
-        self.prefixes.clear(namespace)  # first: what ends from now on sees that it came too late
+        """Drop a namespace's recent contexts, and cancel its background encoding; None means all namespaces."""
+        self.prefixes.clear(namespace)  # first, so that work which ends from now on sees the new epoch
         self._idle.cancel(namespace)
         self.merge_history.clear(namespace)
 
     @contextmanager
     def begun(self, namespace: str = "") -> Iterator[None]:
-        """Within it, work for an answer is prepared: if the namespace is forgotten meanwhile, nothing of it is kept."""
+        """Within it, an answer is prepared. If the namespace is forgotten in the meantime, nothing of it is cached."""
         token = _BEGUN.set(_Begun(self, namespace, self.prefixes.epoch(namespace)))
         try:
             yield
@@ -547,27 +558,27 @@ class HFEngine(Engine):
             _BEGUN.reset(token)
 
     def epoch(self, namespace: str = "") -> int:
-        """How often a namespace was forgotten when this work began."""
+        """Return the namespace's epoch (`PrefixCache.epoch`) at the beginning of `begun`, or now outside of it."""
         begun = _BEGUN.get()
         mine = begun is not None and begun.engine is self and begun.namespace == namespace
         return begun.epoch if begun is not None and mine else self.prefixes.epoch(namespace)
 
     def encode_after(self, prefix_ids: Sequence[int], token_ids: Sequence[int], *, namespace: str = "") -> Layers:
-        """Keys and values of `token_ids` alone, encoded after `prefix_ids`; the caller's own.
+        """Encode a document after a prefix, and return the document's keys and values, which the caller owns.
 
-        The prefix is kept among the recent contexts, the tokens are not: they are kept as an item of their own.
+        The prefix becomes a recent context; the document does not, since it is stored as an item.
 
         Args:
-            prefix_ids: what stands before them; may be empty.
-            token_ids: the document's.
-            namespace: whose recent contexts the prefix may come from.
+            prefix_ids: the tokens before the document; may be empty.
+            token_ids: the tokens of the document.
+            namespace: the namespace of the recent contexts.
 
         Returns:
             Keys and values of each layer, `(1, kv_heads, len(token_ids), head_dim)`, keys rotated to their positions.
 
         Raises:
-            EmptyPromptError: no tokens.
-            ContextLengthError: more tokens, with the prefix, than the model's context.
+            EmptyPromptError: `token_ids` is empty.
+            ContextLengthError: both together exceed the model's context.
         """
         if not token_ids:
             raise EmptyPromptError("there are no tokens to encode")
@@ -584,7 +595,7 @@ class HFEngine(Engine):
 
     @contextmanager
     def _maps_of(self, cache: Cache) -> Iterator[Callable[[int], Maps]]:
-        """`kvcag.cache.states.recording`, for a model whose documents it can merge; for others there are no maps."""
+        """`kvcag.cache.states.recording` for a mergeable model with recurrent layers; for others, no maps."""
         if not self._has_maps:
             yield lambda tokens: ()
             return
@@ -608,11 +619,10 @@ class HFEngine(Engine):
         started: float | None = None,
         accept_merged: bool = False,
     ) -> Generator[Chunk, None, None]:
-        """Answer a prompt of token ids, over a context that it begins with, if one is given.
+        """Answer a prompt, over a context that it begins with, if one is passed. See `Engine.stream`.
 
-        Over an exact context, or none, the longest prefix that was encoded before is reused, and the prompt and its
-        answer are kept for the next. A context that agrees with the prompt only at first is reused as far as it agrees.
-        The arguments are checked at once; the work is done as the stream is read, and stops when it is closed.
+        The longest known prefix is reused, and prompt and answer become a recent context. Of an exact context that
+        differs from the prompt at some token, the tokens before are reused.
         """
         started = started or time.perf_counter()
         token_ids = prompt.token_ids
@@ -620,7 +630,7 @@ class HFEngine(Engine):
             raise EmptyPromptError("the prompt has no tokens")
         max_new_tokens = self.check_fits(len(token_ids), sampling.max_new_tokens)
         compiled = None if constraint is None else self.constrain(constraint, max_new_tokens, prompt.thinking)
-        ids: Any = np.asarray(token_ids, dtype=np.int64)  # once: for 32,000 tokens it takes a millisecond
+        ids: Any = np.asarray(token_ids, dtype=np.int64)  # once, as it takes a millisecond for 32,000 tokens
         given = reusable_prefix(past_key_values, ids, self.fingerprint)
         epoch = self.epoch(namespace)
         if past_key_values is None:
@@ -629,7 +639,7 @@ class HFEngine(Engine):
         def run() -> Generator[Chunk, None, None]:
             def known(token_ids: Sequence[int], namespace: str) -> int:
                 if given.is_merged or not self.keeps(len(token_ids)):
-                    return len(token_ids)  # another prompt's prefill would not be used
+                    return len(token_ids)  # do not wait for another prompt's prefill, which would not be used
                 return max(given.length, self.known_prefix(token_ids, namespace, merged=accept_merged))
 
             with self._in_flight.prefill(ids[:-1], namespace, known), _memory_errors():
@@ -658,7 +668,7 @@ class HFEngine(Engine):
                 if self.keeps(len(ids)):
                     self.prefixes.insert(ids, held, namespace, merged=prefix.is_merged, epoch=epoch)
             thinking = ThinkingFilter(prompt.thinking, strips=sampling.strip_thinking)
-            whole = False  # an error in the middle of a step leaves layers of different lengths
+            whole = False  # after an error in the middle of a step, the layers' lengths differ
             try:
                 for chunk in decoding.chunks(Detokenizer(self.tokenizer), StopStrings(sampling.stop), thinking):
                     whole = True
@@ -672,13 +682,13 @@ class HFEngine(Engine):
         return run()
 
     def forward(self, token_ids: Sequence[int] | torch.Tensor, cache: Cache) -> torch.Tensor:
-        """Run tokens over `cache`, which grows by them; logits after the last, `(1, vocabulary)`.
+        """Run tokens over a cache, which grows by them; return the logits of the last token, `(1, vocabulary)`.
 
-        On a GPU the logits are returned before they are there.
+        On a GPU, this returns before the logits are computed.
 
         Args:
-            token_ids: at least one; or one token that is on the device, `(1,)` int64.
-            cache: of `generation_cache`.
+            token_ids: at least one token; or one token on the device, int64 `(1,)`.
+            cache: from `generation_cache`.
 
         Raises:
             DeviceMemoryError: the device has too little memory.
@@ -686,10 +696,13 @@ class HFEngine(Engine):
         return self.predict(token_ids, cache).logits
 
     def predict(self, token_ids: Sequence[int] | torch.Tensor, cache: Cache) -> Prediction:
-        """`forward`, and the likeliest token where the pass finds it.
+        """Run `forward`, and return its logits with the likeliest token, if the pass computes it.
 
-        Where the device has too little memory for a pass, it is tried once more in shorter passes, which later ones
-        then are, too. If that fails, the cache is what it was before the pass.
+        If the device has too little memory for a pass, this and later passes are split into shorter ones. If this
+        fails too, the cache is restored to its state before the pass.
+
+        Raises:
+            DeviceMemoryError: the device has too little memory.
         """
         prediction, start, failed = Prediction(torch.empty(0)), 0, False
         while start < len(token_ids):
@@ -705,7 +718,7 @@ class HFEngine(Engine):
                     captured = self._captured(chunk, cache) if self._cuda_graphs else None
                     prediction = captured or Prediction(self._uncaptured(chunk, cache))
             except DeviceMemoryError:
-                if self._kinds:  # states cannot be put back
+                if self._kinds:  # recurrent states cannot be restored
                     raise
                 crop(cache, past)
                 if failed:
@@ -719,12 +732,12 @@ class HFEngine(Engine):
         return prediction
 
     def with_memory(self, work: Callable[[], T]) -> T:
-        """What `work` returns. Where the device has too little memory, `work` begins again, once.
+        """Call `work` and return its result. If the device has too little memory, call it once more.
 
-        Before that, torch gives back the memory that it holds unused. Merging goes on without captured passes.
+        Before the second call, PyTorch's unused memory is released, and captured passes for merging are switched off.
 
         Raises:
-            DeviceMemoryError: the device has too little memory for it then, too.
+            DeviceMemoryError: the device has too little memory for the second call.
         """
         try:
             return work()
@@ -737,27 +750,27 @@ class HFEngine(Engine):
 
     @cached_property
     def _reads_singly(self) -> bool:
-        """Whether only single tokens go on from the states of this model's recurrent layers."""
+        """Whether only single tokens can continue from the states of this model's recurrent layers."""
         with self.exclusive() as model:
             return ignores_states(model)
 
     def ask(self, token: Sequence[int] | torch.Tensor, cache: Cache, *, now: bool) -> Pending:
-        """Ask for a step: `predict` of one token, together with those that other generations ask for."""
+        """Ask for a step: `predict` for one token, in a batch with the steps that other generations ask for."""
         if self._takes_several and not _IN_BACKGROUND.get():
             return self._steps.ask(token, cache, now=now)
         return Alone(self.predict, token, cache, now=now)
 
     @property
     def _takes_several(self) -> bool:
-        """Whether a pass can take a token for each of several generations. The first step measures it."""
-        graphs = self.__dict__.get("_graphs")  # first: to ask a model for its device takes as long as all else here
+        """Whether a pass can run one token for each of several generations. The first step finds out."""
+        graphs = self.__dict__.get("_graphs")  # checked first, because the model's device takes long to look up
         if graphs is not None:
             return graphs.alone is None
         known = bool(self.__dict__.get("_by_position"))
         return known and self.device.type == "cpu" and self._attends_to_its_own
 
     def _together(self, tokens: list[Any], caches: list[Cache]) -> list[Prediction]:
-        """A step of several generations, in one pass. Where it fails, the caches are what they were."""
+        """Take a step of several generations in one pass. After an error, the caches are restored."""
         lengths = [cache.get_seq_length() for cache in caches]
         try:
             if self.device.type == "cuda":
@@ -793,7 +806,7 @@ class HFEngine(Engine):
         return [predictions[i] for i in range(len(caches))]
 
     def _captured(self, token_ids: Sequence[int] | torch.Tensor, cache: Cache) -> Prediction | None:
-        """Run the pass as a CUDA graph; None if no graph can take it."""
+        """Run a pass as a CUDA graph; None if no graph supports it."""
         past = cache.get_seq_length()
         if past == 0 or self.device.type != "cuda" or self._kinds:
             return None
@@ -808,21 +821,21 @@ class HFEngine(Engine):
 
     @property
     def merge_passes(self) -> Passes | None:
-        """Faster passes for merging, where this model and its device have them."""
+        """Faster passes for merging; None if there are none for this model and device."""
         if not self._cuda_graphs or self.device.type != "cuda" or self._kinds:
             return None
         return self._graphs
 
     @cached_property
     def _graphs(self) -> Graphs | None:
-        """The model's captured passes; None where it has none."""
+        """The model's captured passes; None if it cannot be captured."""
         try:
-            from kvcag.engines.cuda.graphs import Graphs  # needs Triton, which torch brings for CUDA
+            from kvcag.engines.cuda.graphs import Graphs  # needs Triton, which comes with PyTorch for CUDA
 
             return Graphs(self.model)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # whatever a compiler or a driver raises: the model runs without
+        except Exception as error:  # the boundary: after any error of a compiler or driver, run without graphs
             self._give_up_graphs(str(error) or type(error).__name__)
             return None
 
@@ -854,7 +867,7 @@ class HFEngine(Engine):
         return logits[:, -1]
 
     def _step_over(self, caches: Sequence[Cache]) -> Step | None:
-        """The model's `Step`, on a CPU, where it has one that agrees with the model as far as is known."""
+        """Return the model's `Step` on a CPU; None if there is none for it, or its logits differ from the model's."""
         step = self._step
         if step is not None and not step.is_current:  # adapters were loaded or unloaded
             del self._step
@@ -866,7 +879,7 @@ class HFEngine(Engine):
         return Step.of(self.model) if self.device.type == "cpu" and self._by_position else None
 
     def _fit_chunk(self, tokens: int, seconds: float) -> None:
-        """Let the next passes be as long as a layer's time allows; `seconds` is what this one computed."""
+        """Adapt the length of prefill passes to the time per layer; `seconds` is the CPU time of the last pass."""
         if self.device.type != "cpu":
             self._chunk_tokens = self._longest_chunk
         elif tokens == self._chunk_tokens:
@@ -878,14 +891,14 @@ class HFEngine(Engine):
         return int(self.fingerprint.geometry.split("x")[0])
 
     def _attention(self, past: int, new: int) -> AbstractContextManager[None]:
-        """Ours for tokens over a cache. A whole prompt needs no mask, and so does one token on a GPU."""
+        """Use kvcag's attention for tokens over a cache. A whole prompt, or one token on a GPU, needs no mask."""
         if past == 0 or not self._by_position or (new == 1 and self.device.type != "cpu"):
             return nullcontext()
         return by_position(self.model, torch.arange(past, past + new))
 
     @property
     def _attends_by_sdpa(self) -> bool:
-        """Whether passes of several threads may be in the model at a time (`kvcag.cache.attention`)."""
+        """Whether the model attends by `sdpa`, so that passes of several threads may interleave in the model."""
         return decoder_of(self.model).config._attn_implementation in ("sdpa", OVER_SDPA)
 
     @cached_property
@@ -898,7 +911,7 @@ class HFEngine(Engine):
 
 
 def _segment_ends(prompt: Prompt) -> list[int]:
-    """The ends of the instruction, of each document and of the last message before the answer."""
+    """Return the ends of the instruction and of each document, as positions in the prompt."""
     ends = [*accumulate([len(prompt.head_ids), *map(len, prompt.document_ids)])]
     return [end for end in ends if 0 < end < len(prompt.token_ids)]
 
@@ -918,10 +931,11 @@ _ENGINES: WeakSet[HFEngine] = WeakSet()
 
 
 def _in_forked_child() -> None:
-    """Let a forked process use its parent's engines. The threads that held their locks are not in it.
+    """Prepare the parent's engines for use in a forked process.
 
-    Nor are the threads that PyTorch computes with: it would wait for them for ever, so it computes with one. An engine
-    on a GPU says that CUDA cannot be used after a fork.
+    The process has none of the parent's threads. So locks are made new, and PyTorch computes with one thread, because
+    it would wait for its thread pool for ever. With an engine on a GPU, PyTorch raises that CUDA cannot be used after a
+    fork.
     """
     for engine in list(_ENGINES):
         engine._begin(engine.prefixes.max_bytes)
