@@ -1,18 +1,18 @@
 """Attention over caches whose addresses, lengths and positions are read on the device.
 
-A CUDA graph replays the same kernels with the same arguments. So that one graph serves every generation, at any
-length, the kernels here take no pointer to a cache and no length. They read both from two tensors (`Inputs`):
+A CUDA graph replays the same kernels with the same arguments. So that one graph works for every generation, at any
+length, the kernels here take neither a pointer to a cache nor a length. They read both from two tensors (`Inputs`):
 
-- `table`, `(sequences, layers, 8)` int64, of `GenerationCache.addresses`: where a layer's keys and values are, and
-  those that it reads in another cache, which it was lent. Sequences that were lent the same stand one behind another.
-- `positions`, `(sequences, tokens)` int64, ascending: where each new token stands. A query at position `p` sees the
-  keys 0 … p. Position -1 marks a place without a token: it writes nothing, and its output is undefined.
+- `table`, int64 `(sequences, layers, 8)`, of `GenerationCache.addresses`: the addresses of a layer's keys and values,
+  and of those that another cache lent to it. Sequences with the same lent part are adjacent.
+- `positions`, int64 `(sequences, tokens)`, ascending: the position of each new token. A query at position `p` sees the
+  keys 0 … p. Position -1 marks a place without a token: nothing is written for it, and its output is undefined.
 
-How attention is divided among the GPU's processors (Flash-Decoding): each program takes one block of queries of one KV
-head and one share of the keys, and leaves a partial output and the logarithm of its sum of weights; a second kernel
+Attention is divided among the GPU's processors as in Flash-Decoding: each program takes one block of queries of one KV
+head and one share of the keys, and writes a partial output and the logarithm of its sum of weights; a second kernel
 joins the shares. The query heads that share a KV head are rows of the same block, so each key is read once for all of
-them. So are several sequences' tokens: a block reads what they were lent together once (Hydragen, Juravsky et al.
-2024), and each one's own keys for its rows alone. Scores and sums are fp32.
+them. The tokens of several sequences are rows of a block too: a block reads a shared lent part once for all of them
+(Hydragen, Juravsky et al. 2024), and a sequence's own keys for its own rows. Scores and sums are fp32.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from transformers import AttentionInterface
 from kvcag.errors import UnsupportedModelError
 
 NAME = "kvcag_cuda"
-"""Under which `attention` is registered with transformers."""
+"""The name under which `attention` is registered with transformers."""
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -40,10 +40,10 @@ class Inputs:
     """The inputs of a pass on the device; see the module's description.
 
     Attributes:
-        table: `(sequences, layers, 8)` int64.
-        positions: `(sequences, tokens)` int64.
-        scores: `(1,)` int64, the address of `(kv_heads, first position)` fp32, to which each layer adds how much the
-            tokens of the pass use the keys before them (`kvcag.cache.merge.query`); None where that is not asked for.
+        table: int64 `(sequences, layers, 8)`.
+        positions: int64 `(sequences, tokens)`.
+        scores: int64 `(1,)`, the address of fp32 `(kv_heads, first position)`, to which each layer adds how much the
+            tokens of the pass use the keys before them (`kvcag.cache.merge.query`); None: no scores are computed.
     """
 
     table: torch.Tensor
@@ -52,19 +52,19 @@ class Inputs:
 
 
 inputs: ContextVar[Inputs] = ContextVar("kvcag_cuda_inputs")
-"""Of the pass that runs, or is captured, now."""
+"""The inputs of the pass that runs, or is captured, now."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """How one call is divided.
+    """How one call is divided into programs.
 
     Attributes:
-        rows: queries of one program, heads that share a KV head counted each.
-        keys: keys that a program reads at a time.
-        splits: programs that share the keys of one block of queries.
-        warps: of 32 threads, that run one program.
-        stages: tiles of keys that are on their way at a time.
+        rows: the rows of one program; each query head of a token is a row.
+        keys: the number of keys that a program reads at a time.
+        splits: the number of programs that share the keys of one block of queries.
+        warps: the number of warps (32 threads each) of one program.
+        stages: the number of tiles of keys that are loaded ahead.
     """
 
     rows: int
@@ -75,7 +75,7 @@ class Tiles:
 
     @classmethod
     def of(cls, rows: int, kv_heads: int, head_dim: int, dtype: torch.dtype, processors: int) -> Tiles:
-        """For `rows` queries of each KV head, those of all sequences together."""
+        """Choose tiles for `rows` rows per KV head, over all sequences."""
         wide = head_dim > 128
         if dtype == torch.float32:
             size, keys, warps, stages = (16 if rows <= 16 else 32), (16 if wide else 32), 4, 2
@@ -109,20 +109,20 @@ def attend(
     tiles: Tiles | None = None,
     weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of new tokens over the caches in `table`, which hold their keys and values already.
+    """Attend with new tokens over the caches in `table`, which already have the tokens' keys and values.
 
     Args:
         query: `(sequences, heads, tokens, head_dim)`, fp32, fp16 or bf16; the last dimension contiguous.
-        table: one layer's entries, `(sequences, 8)` int64.
-        positions: `(sequences, tokens)` int64, ascending.
-        kv_heads: how many there are; `heads` is a multiple.
-        scaling: what scores are multiplied with.
-        window: how many tokens a query sees, itself included; None for all.
-        softcap: bound of the scores, as in Gemma 2.
-        sinks: `(heads,)`: the logit of an additional key without a value, as in gpt-oss.
-        tiles: how to divide the work; chosen by shape if not given.
-        weights: `(kv_heads, sequences * tokens * group)` fp32, to which the binary logarithm of each query's sum of
-            weights is written.
+        table: one layer's entries, int64 `(sequences, 8)`.
+        positions: int64 `(sequences, tokens)`, ascending.
+        kv_heads: the number of KV heads, which divides `heads`.
+        scaling: the factor of the scores.
+        window: how many tokens a query sees, including its own; None: all.
+        softcap: the bound of the scores, as in Gemma 2; None: unbounded.
+        sinks: the logit of an additional key without a value per head, `(heads,)`, as in gpt-oss.
+        tiles: how to divide the work; None: chosen by shape.
+        weights: fp32 `(kv_heads, sequences * tokens * group)`, with `group = heads / kv_heads`, to which the binary
+            logarithm of each query's sum of weights is written.
 
     Returns:
         `(sequences, tokens, heads, head_dim)`.
@@ -133,7 +133,7 @@ def attend(
     padded = max(16, triton.next_power_of_2(head_dim))
     out = torch.empty(sequences, tokens, heads, head_dim, dtype=query.dtype, device=query.device)
     rows = sequences * heads * tokens
-    partial, sums = out, positions  # not written where nothing is split
+    partial, sums = out, positions  # placeholders, not written without splits
     if tiles.splits > 1:
         partial = torch.empty(tiles.splits, rows, head_dim, dtype=torch.float32, device=query.device)
         sums = torch.empty(tiles.splits, rows, dtype=torch.float32, device=query.device)
@@ -197,18 +197,18 @@ def score(
     window: int | None = None,
     softcap: float | None = None,
 ) -> None:
-    """Add to each key's score the attention that it gets from all queries, times the norm of its value.
+    """Add the attention that each key gets from all queries, times the norm of its value, to the key's score.
 
     Args:
         query: `(1, heads, tokens, head_dim)`, as for `attend`.
-        entry: the layer's entry of the table, `(8,)` int64; nothing is lent.
-        positions: `(tokens,)` int64. Those that repeat the position before them are not counted.
-        kv_heads: how many there are.
-        weights: what `attend` wrote.
-        scores: the address in `Inputs.scores`; the keys before the first position have one.
-        scaling: as for `attend`; so are `window` and `softcap`.
-        window: see there.
-        softcap: see there.
+        entry: the layer's entry of the table, int64 `(8,)`, without a lent part.
+        positions: int64 `(tokens,)`. Tokens that repeat the previous position are padding and do not count.
+        kv_heads: the number of KV heads.
+        weights: the result of `attend`.
+        scores: `Inputs.scores`, the address of the scores of the keys before the first position.
+        scaling: as for `attend`.
+        window: as for `attend`.
+        softcap: as for `attend`.
     """
     _, heads, tokens, head_dim = query.shape
     padded = max(16, triton.next_power_of_2(head_dim))
@@ -266,9 +266,13 @@ def attention(
     s_aux: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The function that transformers calls. `key` and `value` are those of the new tokens, which the cache has, too."""
+    """Attend as transformers' `AttentionInterface` requires.
+
+    `key` and `value` are those of the new tokens; the cache has them already. Returns
+    `(sequences, tokens, heads, head_dim)`.
+    """
     if value.shape[-1] != query.shape[-1]:
-        raise UnsupportedModelError("keys and values have heads of different sizes")
+        raise UnsupportedModelError("its keys and values have different sizes")
     given = inputs.get()
     query = query if query.stride(-1) == 1 else query.contiguous()
     entries = given.table[:, int(module.layer_idx)]  # type: ignore[arg-type]
@@ -295,9 +299,9 @@ def _read(
     DIM: tl.constexpr, PADDED: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """Take the keys n … n + KEYS in. `best`: the largest score so far; `total`: of weights; `acc`: of values.
+    """Attend to the keys n … n + KEYS, and update `best`, the largest score, and the sums of weights and of values.
 
-    A row sees those before `limit`. Key `i` stands at position `i`, from `fold` on at `i + lift`.
+    A row sees the keys before `limit`. Key `i` is at position `i`, or at `i + lift` from `fold` on.
     """
     d = tl.arange(0, PADDED)
     j = n + tl.arange(0, KEYS)
@@ -336,13 +340,13 @@ def _read_share(
     DIM: tl.constexpr, PADDED: tl.constexpr, KEYS: tl.constexpr, SPLITS: tl.constexpr,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """Take a share of the keys begin … last in, those before `common` without masks: every row sees them."""
+    """Attend to a share of the keys begin … last. Those before `common` need no mask, because every row sees them."""
     begin = begin // KEYS * KEYS
     share = tl.cdiv(tl.cdiv(tl.maximum(last - begin, 0), KEYS), SPLITS) * KEYS
     low = begin + split * share
     high = tl.minimum(low + share, last)
     middle = low
-    if q.shape[0] >= 64 and not WINDOWED:  # with few rows, reading takes longer than masks
+    if q.shape[0] >= 64 and not WINDOWED:  # with few rows, masks cost nothing beside reading keys
         middle = low + tl.maximum(tl.minimum(high, common) - low, 0) // KEYS * KEYS
         for n in range(low, middle, KEYS):
             best, total, acc = _read(
@@ -364,8 +368,8 @@ def _attend(
     GROUP: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     SPLITS: tl.constexpr, WINDOWED: tl.constexpr, CAPPED: tl.constexpr, SUNK: tl.constexpr, WEIGHED: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries of one KV head, over one share of the keys. `every`: tokens of all sequences."""
-    block = tl.num_programs(0) - 1 - tl.program_id(0)  # the last ones take longest: with them first, none is late
+    """Attend with one block of queries of one KV head over one share of the keys. `every`: tokens of all sequences."""
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # the last blocks take longest, so they start first
     kv_head, split = tl.program_id(1), tl.program_id(2)
     kv_heads = tl.num_programs(1)
     dtype = query.dtype.element_ty
@@ -403,7 +407,7 @@ def _attend(
         entry = table + s * stride_table
         start, length = tl.load(entry + 6).to(tl.int32), tl.load(entry + 7).to(tl.int32)
         lent = tl.load(entry + 3)
-        if ((lent != before) | (start != began)) & (length > 0):  # the first of those that were lent this
+        if ((lent != before) | (start != began)) & (length > 0):  # the first sequence with this lent part
             mine = real & (lender == lent) & (begins == start)
             limit = tl.where(mine, borrowed, 0)
             offset = kv_head * tl.load(entry + 5) * DIM
@@ -426,7 +430,7 @@ def _attend(
         offset = kv_head * tl.load(entry + 2) * DIM
         keys = tl.multiple_of(tl.load(entry).to(tl.pointer_type(dtype)), 16) + offset
         values = tl.multiple_of(tl.load(entry + 1).to(tl.pointer_type(dtype)), 16) + offset
-        # How many own keys stand before a position: those before what is lent, and those behind it.
+        # The number of own keys before a position: those before the lent part, and those after it.
         last = tl.max(tl.where(mine, position, -1), 0) + 1
         last = tl.minimum(last, start) + tl.maximum(last - start - length, 0)
         common = tl.minimum(lowest + 1, start) + tl.maximum(lowest + 1 - start - length, 0)
@@ -461,7 +465,7 @@ def _join(
     partial, sums, out, weights, every, kv_heads,
     GROUP: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr, WEIGHED: tl.constexpr,
 ):  # fmt: skip
-    """The output of one query of one head: the mean of its shares, by their sums of weights."""
+    """Join the shares of one query of one head: their mean, weighted by their sums of weights."""
     row, rows = tl.program_id(0), tl.num_programs(0)
     split, d = tl.arange(0, SPLITS), tl.arange(0, PADDED)
     total = tl.load(sums + split * rows + row)
@@ -484,7 +488,7 @@ def _append(
     key_sequence, key_head, key_token, value_sequence, value_head, value_token, stride_table,
     DIM: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """One token's key and value of one head."""
+    """Write one token's key and value of one head."""
     sequence, token, head = tl.program_id(0) // tokens, tl.program_id(0) % tokens, tl.program_id(1)
     d = tl.arange(0, PADDED)
     entry = table + sequence * stride_table
@@ -507,7 +511,7 @@ def _score(
     GROUP: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     WINDOWED: tl.constexpr, CAPPED: tl.constexpr,
 ):  # fmt: skip
-    """Some blocks of keys of one KV head."""
+    """Score some blocks of keys of one KV head."""
     kv_head = tl.program_id(1)
     dtype = query.dtype.element_ty
     length = tl.load(positions).to(tl.int32)

@@ -1,8 +1,8 @@
-"""A merge's drift correction (`kvcag.cache.merge.DriftCorrection`) within a captured pass.
+"""The drift correction of a merge (`kvcag.cache.merge.DriftCorrection`) within a captured pass.
 
-The same sums and the same ridge regression, in nine kernels a layer. Six are ours: they read and write the cache,
-centre and multiply, and solve the regression by conjugate gradients. What changes between questions (how many tokens
-were chosen, which are corrected) is read on the device.
+It computes the same sums and the same ridge regression in nine kernels per layer. Six are Triton kernels of this
+module, which read and write the cache, centre and multiply features, and solve the regression by conjugate gradients.
+The kernels read from the device what changes between questions: the number of chosen tokens, and the corrected tokens.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from kvcag.cache.layers import sent
 from kvcag.cache.merge import MEAN, PENALTY, RIDGE, Layout, averages
 
 PARTS = 64
-"""Documents of a merge, with its head, of which a captured pass can take the means."""
+"""The most parts of a merge, head included, that a captured pass supports."""
 
 _STEPS = 48
-"""Of conjugate gradients, at most. The regression is scaled and has its penalty on its diagonal: fewer are enough."""
+"""The most steps of conjugate gradients. Fewer are enough, because features are scaled and the penalty is added."""
 
 
 @dataclass(slots=True)
@@ -29,13 +29,13 @@ class Correction:
     """The inputs of the correction within a pass of `size` tokens, on the device.
 
     Attributes:
-        given: `(5,)` int64: how many tokens of the pass were chosen, which are the first of them; how many are
-            corrected; the addresses of their positions, int64, of the part of each token of the context, int64, and of
-            memory for their features, `(kv_heads, corrected, features)` in the cache's dtype.
-        averages: `(PARTS, size)` fp32, see `kvcag.cache.merge.averages`; zero for tokens of the pass that were not
-            chosen.
-        part_of: `(size,)` int64, of each token of the pass.
-        frequencies: for each layer `(head_dim / 2,)` fp32.
+        given: int64 `(5,)`: the number of chosen tokens, which come first in the pass; the number of corrected tokens;
+            and three addresses: of the positions of the corrected tokens, int64; of the part of each token of the
+            context, int64; and of memory for the features of the corrected tokens, `(kv_heads, corrected, features)`
+            in the cache's dtype.
+        averages: fp32 `(PARTS, size)`, see `kvcag.cache.merge.averages`; 0 for tokens that were not chosen.
+        part_of: the part of each token of the pass, int64 `(size,)`.
+        frequencies: RoPE's frequencies in each layer, fp32 `(head_dim / 2,)`.
         interleaved: how components are paired (`kvcag.cache.attention.Rotation`).
     """
 
@@ -48,7 +48,7 @@ class Correction:
 
     @classmethod
     def of(cls, size: int, frequencies: list[torch.Tensor], device: torch.device, *, interleaved: bool) -> Correction:
-        """For passes of `size` tokens, of which none is chosen yet."""
+        """Make the inputs for passes of `size` tokens. No token is chosen yet."""
         return cls(
             torch.zeros(5, dtype=torch.long, device=device),
             torch.zeros(PARTS, size, device=device),
@@ -58,13 +58,13 @@ class Correction:
         )
 
     def take(self, layout: Layout, positions: torch.Tensor, features: int, dtype: torch.dtype) -> None:
-        """Let the next pass recompute the tokens at `positions` (1-D int64), and correct the other open ones.
+        """Set the tokens that the next pass recomputes. It corrects the other open ones.
 
         Args:
             layout: the tokens of the context.
-            positions: of those that the pass recomputes.
-            features: of a token's keys and values in one layer, all KV heads together, at most.
-            dtype: of the cache.
+            positions: the positions to recompute, ascending, int64 `(chosen,)`.
+            features: the most numbers of a token's keys and values in one layer, over all KV heads.
+            dtype: the cache's dtype.
         """
         device, count = self.given.device, len(positions)
         rest, part_of, chosen = layout.open.numpy().copy(), layout.part_of.numpy(), positions.numpy()
@@ -78,22 +78,22 @@ class Correction:
         self.averages.zero_()
         self.averages[:parts, :count] = averages(of_chosen, parts)
         self.part_of[:count] = of_chosen
-        self._held = (lists, memory)  # the kernels know their addresses alone
+        self._held = (lists, memory)  # keeps the memory alive, since the kernels have only its addresses
 
     def correct(
         self, layer_idx: int, key: torch.Tensor, value: torch.Tensor, entry: torch.Tensor, positions: torch.Tensor
     ) -> None:
-        """Estimate a layer's drift from the chosen tokens, and give it to those that are corrected, in the cache.
+        """Estimate a layer's drift from the chosen tokens, and add it to the corrected tokens in the cache.
 
         Args:
-            layer_idx: the layer.
-            key: new keys of the pass, `(1, kv_heads, size, head_dim)`; the cache still has the old ones.
-            value: so are the values.
-            entry: where the cache is: the layer's row of `Inputs.table`, `(8,)` int64.
-            positions: `(size,)` int64, of the tokens of the pass.
+            layer_idx: the layer's index.
+            key: the new keys of the pass, `(1, kv_heads, size, head_dim)`; the cache still has the old ones.
+            value: the new values, likewise.
+            entry: the layer's row of `Inputs.table`, int64 `(8,)`.
+            positions: the positions of the pass's tokens, int64 `(size,)`.
         """
         size, wide = key.shape[2], key.shape[3] + value.shape[3]
-        both = torch.empty(key.shape[1], size, 2 * wide, device=key.device)  # features and drift, side by side
+        both = torch.empty(key.shape[1], size, 2 * wide, device=key.device)  # features, then drift
         shape = {
             "HALF": key.shape[3] // 2,
             "VALUE": value.shape[3],
@@ -125,14 +125,14 @@ class Correction:
 
 
 def solve(products: torch.Tensor, given: torch.Tensor, *, exact: bool = True) -> torch.Tensor:
-    """The slope of the ridge regression, `(heads, n, n)` fp32, as in `kvcag.cache.merge`, by conjugate gradients.
+    """Solve the ridge regression of `kvcag.cache.merge` by conjugate gradients; return the slope, fp32 `(heads, n, n)`.
 
     PyTorch's Cholesky solver waits for the device and cannot be captured.
 
     Args:
-        products: `(heads, n, 2 * n)` fp32: of the centred features with themselves and with the centred drift.
-        given: its first entry is the number of tokens.
-        exact: to four digits. Half-precision keys are no better than to three; then neither need this be.
+        products: fp32 `(heads, n, 2 * n)`: products of the centred features with themselves and with the centred drift.
+        given: the first entry is the number of tokens.
+        exact: solve to four digits; else to three, which is the precision of keys in half precision.
     """
     heads, size = products.shape[:2]
     padded = max(16, triton.next_power_of_2(size))
@@ -149,7 +149,7 @@ def solve(products: torch.Tensor, given: torch.Tensor, *, exact: bool = True) ->
 
 @triton.jit
 def _places(HALF: tl.constexpr, HALF_SIZE: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Which components of a key are turned together, and which places are there at all."""
+    """Return the first and the second component of each pair of a key, and which pairs exist (the rest is padding)."""
     d = tl.arange(0, HALF_SIZE)
     if INTERLEAVED:
         return 2 * d, 2 * d + 1, d < HALF
@@ -158,7 +158,7 @@ def _places(HALF: tl.constexpr, HALF_SIZE: tl.constexpr, INTERLEAVED: tl.constex
 
 @triton.jit
 def _rotation(position, frequencies, HALF: tl.constexpr, HALF_SIZE: tl.constexpr):
-    """Cosine and sine of each row's position."""
+    """Return cosine and sine of the rotation from position 0 to each row's position."""
     d = tl.arange(0, HALF_SIZE)
     angle = position.to(tl.float32)[:, None] * tl.load(frequencies + d, mask=d < HALF, other=0.0)[None, :]
     return tl.cos(angle), tl.sin(angle)
@@ -171,7 +171,7 @@ def _features(
     ROWS: tl.constexpr, HALF: tl.constexpr, VALUE: tl.constexpr, HALF_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """Key, turned back to position 0, and value of each chosen token as cached, and by what the new ones differ."""
+    """Write each chosen token's cached key, rotated to position 0, and value, and the drift of both, to `both`."""
     head = tl.program_id(1)
     dtype = key.dtype.element_ty
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -212,7 +212,7 @@ def _gram(
     both, means, part_of, given, products, size,
     WIDE: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the products of centred features with features and drift, over the chosen tokens of one head."""
+    """Compute a tile of `products` (see `solve`) over the chosen tokens of one head."""
     head = tl.program_id(2)
     count = tl.load(given)
     i = tl.program_id(0) * TILE + tl.arange(0, TILE)
@@ -237,14 +237,14 @@ def _gram(
 
 @triton.jit
 def _scales(products, count, n, i):
-    """The root mean square of some features."""
+    """Return the root mean square of some features."""
     square = tl.load(products + i * (2 * n + 1), mask=i < n, other=1.0) / count
     return tl.maximum(tl.sqrt(square), 1e-6)
 
 
 @triton.jit
 def _scaled(products, count, penalty, n, i, j):
-    """A tile of the regression's matrix: features of one mean square, and the penalty on the diagonal."""
+    """Return a tile of the regression's matrix: features scaled to mean square 1, and the penalty on the diagonal."""
     there = (i < n)[:, None] & (j < n)[None, :]
     tile = tl.load(products + i[:, None] * (2 * n) + j[None, :], mask=there, other=0.0)
     tile = tile / (_scales(products, count, n, i)[:, None] * _scales(products, count, n, j)[None, :])
@@ -257,10 +257,10 @@ def _solve(
     SIZE: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
     KEPT: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of one head. `direction` is memory through which a program reads its own columns in tiles.
+    """Solve some columns of one head. `direction` is scratch memory, from which a program reads its columns in tiles.
 
-    KEPT: the matrix stays in registers, in fp16, which has as many digits as TF32. Each column is then solved at
-    length 1, so that fp16 has its range.
+    KEPT: the matrix stays in registers in fp16, which is as precise as TF32. Columns are scaled to length 1, so that
+    their numbers are in the range of fp16.
     """
     products += tl.program_id(0).to(tl.int64) * (2 * n * n)
     count = tl.maximum(tl.load(given), 1).to(tl.float32)
@@ -282,7 +282,7 @@ def _solve(
     towards = left
     found = tl.zeros([SIZE, COLUMNS], tl.float32)
     size = tl.sum(left * left, 0)
-    least = enough * size  # squared, of what is left of each column
+    least = enough * size  # a column is solved when its squared residual is at most this
     number = 0
     own = direction + tl.program_id(0).to(tl.int64) * n * n + c[None, :]
     while (number < STEPS) & (tl.max(size - least, 0) > 0):
@@ -322,7 +322,7 @@ def _collect(
     ROWS: tl.constexpr, HALF: tl.constexpr, VALUE: tl.constexpr, HALF_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """The features of the tokens that are corrected: key, turned back to position 0, and value."""
+    """Write the features of the corrected tokens, key rotated to position 0 and value, to the memory in `given`."""
     head = tl.program_id(1)
     dtype = like.dtype.element_ty
     count = tl.load(given + 1)
@@ -356,7 +356,7 @@ def _give(
     HALF: tl.constexpr, VALUE: tl.constexpr, HALF_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """Add `features @ slope + offset` of its part to the key, or to the value, of each token that is corrected."""
+    """Add `features @ slope + offset[part]` to the key, or to the value, of each corrected token."""
     head = tl.program_id(1)
     dtype = like.dtype.element_ty
     count = tl.load(given + 1)

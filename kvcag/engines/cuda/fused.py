@@ -1,9 +1,8 @@
 """RMSNorm, rotary embedding, gated activation and, for one token, linear layers as one kernel each.
 
-The model's own are several small kernels. In a captured pass of one token of Qwen3-8B's geometry, on an H100, these
-pieces took a third of the time (10.2 ms; 7.3 with one kernel each, 6.6 with the linear layers). A piece of a model is
-replaced for the time of a capture only, and only if the kernel computes what the piece computes: each kind is compared
-first.
+The model's own modules launch several small kernels. In a captured pass of one token with Qwen3-8B's shapes, on an
+H100, they took a third of the time (10.2 ms; 7.3 ms with one kernel each, 6.6 ms with the linear layers too). A module
+is replaced only during a capture, and only if the kernel computes the same: each class of module is compared first.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _ROPE = "apply_rotary_pos_emb"
-"""The function of transformers' modeling files that turns queries and keys."""
+"""The function of transformers' modeling files that rotates queries and keys."""
 
 
 @contextmanager
 def fused(model: PreTrainedModel) -> Iterator[None]:
     """Within it, `model` runs with the kernels of this module wherever they compute the same.
 
-    The caller holds the model (`HFEngine.exclusive`).
+    The caller must hold the model (`HFEngine.exclusive`).
     """
     kinds: dict[type, Callable[..., torch.Tensor] | None] = {}
     with ExitStack() as undo:
@@ -53,7 +52,7 @@ def fused(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _replacement(module: Any) -> Callable[..., torch.Tensor] | None:
-    """A forward function that computes what the module's own does, or None."""
+    """Return a forward function with a kernel that computes the same as the module's own; None if there is none."""
     candidates: list[Callable[..., torch.Tensor]] = []
     width = 0
     if type(module).__name__.endswith("RMSNorm") and isinstance(getattr(module, "weight", None), torch.Tensor):
@@ -94,7 +93,7 @@ def _same_rope(original: Callable[..., Any], model: PreTrainedModel) -> bool:
 
 
 def _rotary_before(original: Callable[..., Any]) -> Callable[..., Any]:
-    """`apply_rotary` where a head is turned as a whole, and the model's own function elsewhere."""
+    """Return a function that calls `apply_rotary` if whole heads are rotated, and else the model's own function."""
 
     def turn(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *rest: Any, **named: Any) -> Any:
         plain = not rest and not named and q.ndim == 4 and cos.ndim == 3 and cos.shape[-1] == q.shape[-1]
@@ -104,7 +103,7 @@ def _rotary_before(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _waves(*shape: int) -> torch.Tensor:
-    """Values that look random, and leave the random number generators alone."""
+    """Return values that look random, without changing the state of the random number generators."""
     return (torch.arange(math.prod(shape)) * 1.7).sin().mul(2).reshape(shape)
 
 
@@ -116,7 +115,10 @@ def _close(got: torch.Tensor, own: torch.Tensor) -> bool:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, plus_one: bool = False) -> torch.Tensor:
-    """`x / sqrt(mean(x²) + eps) * weight` over the last dimension, in fp32; `1 + weight` as in Gemma."""
+    """Return `x / sqrt(mean(x²) + eps) * weight` over the last dimension, computed in fp32.
+
+    With `plus_one`, the factor is `1 + weight`, as in Gemma.
+    """
     x = x.contiguous()
     out = torch.empty_like(x)
     width = x.shape[-1]
@@ -128,17 +130,17 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, plus_one: boo
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor, *, gelu: bool = False) -> torch.Tensor:
-    """`silu(gate) * up`, or with GELU's tanh approximation."""
+    """Return `silu(gate) * up`, or with `gelu`, GELU in its tanh approximation in place of SiLU."""
     out = torch.empty_like(gate)
     _gated[(triton.cdiv(gate.numel(), 1024),)](gate, up, out, gate.numel(), GELU=gelu, SIZE=1024, num_warps=4)
     return out
 
 
 def one_row(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`x @ weight.T + bias` of one row, `(…, in_features)` with as many elements; sums are fp32.
+    """Return `x @ weight.T + bias` for one row, `x` of `(…, in_features)` with `in_features` elements; sums are fp32.
 
-    Each program reads one row of the weights as a whole. It reaches the bandwidth of memory where cuBLAS has two thirds
-    of it (4096 to 1024) to nine tenths.
+    Each program reads one row of the weights. This reaches the full memory bandwidth, of which cuBLAS reaches from two
+    thirds (4096 to 1024 features) to nine tenths.
     """
     outputs, width = weight.shape
     out = torch.empty(*x.shape[:-1], outputs, dtype=x.dtype, device=x.device)
@@ -152,9 +154,9 @@ def one_row(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
 def apply_rotary(
     q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn queries and keys, `(batch, heads, tokens, dim)` each, by `cos` and `sin`, `(batch, tokens, dim)`.
+    """Rotate queries and keys, `(batch, heads, tokens, dim)` each, by `cos` and `sin`, `(batch, tokens, dim)`.
 
-    Components are paired (0, dim/2), (1, dim/2 + 1), …. The results lie in memory as `(batch, tokens, heads, dim)`.
+    Components are paired (0, dim/2), (1, dim/2 + 1), …. The results are views of `(batch, tokens, heads, dim)` memory.
     """
     batch, heads, tokens, dim = q.shape
     kv_heads = k.shape[1]
@@ -243,7 +245,7 @@ def _rotary(
     q_batch, q_head, q_token, q_dim, k_batch, k_head, k_token, k_dim,
     HALF: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """One token of one head, of the queries' and then of the keys'."""
+    """Each program rotates one token of one head. The query heads come first, then the KV heads."""
     row, head = tl.program_id(0), tl.program_id(1)
     batch, token = row // tokens, row % tokens
     kv_heads = tl.num_programs(1) - heads

@@ -1,9 +1,9 @@
 """Forward passes over generations' caches, captured as CUDA graphs.
 
-A pass of a few tokens is hundreds of kernels of a few microseconds: launched one by one from Python, they keep the GPU
-waiting. A graph launches all of them at once. It is captured once for each number of new tokens (`SIZES`) and serves
-every generation at any length, since its kernels read the cache's addresses and positions from the device
-(`kvcag.engines.cuda.attention`): the cache of a generation stays its own, and may grow. Other graphs take one token for
+A pass of a few tokens has hundreds of kernels of a few microseconds. If Python launches them one by one, the GPU waits.
+A graph launches all of them at once. It is captured once per number of new tokens (`SIZES`) and works for every
+generation at any length, because its kernels read the cache's addresses and positions from the device
+(`kvcag.engines.cuda.attention`). So each generation has its own cache, which may grow. Other graphs run one token for
 each of several generations (`TOGETHER`).
 """
 
@@ -47,41 +47,41 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SIZES = (1, 16, 32, 64, 128, 256)
-"""New tokens of a pass. Fewer are filled up with copies of the last one, at its position: they compute the same once
-more, and write the same keys and values to the same place."""
+"""The numbers of new tokens for which passes are captured. Fewer tokens are padded with copies of the last one at its
+position, which compute and write the same keys and values again."""
 
 CHOOSING = (16, 32, 64, 128, 256, 512)
-"""Tokens of a question whose pass sums up what they attend to."""
+"""The lengths of questions for which passes are captured that score tokens (`kvcag.cache.merge.query`)."""
 
 RECOMPUTING = (64, 128, 256, 384, 512, 768, 1024)
-"""Tokens of a pass that recomputes some of a merged context and reads the question. Longer passes keep the device busy
-for longer than their launches take: they run without a graph."""
+"""The numbers of tokens, recomputed ones and the question's, for which merging passes are captured. Longer passes take
+the device longer than their launches, and so run without a graph."""
 
 TOGETHER = (8, 16, 32, 64)
-"""Generations of a pass. With fewer, the other places are empty: what a generation computes does not depend on how many
-of up to eight there are."""
+"""The numbers of generations for which passes are captured. Fewer leave places empty, so a generation's result does not
+depend on the number of others, up to eight."""
 
 _PROBE = 24
-"""Tokens on which a model's captured passes are compared with its ordinary ones."""
+"""The number of tokens on which captured passes are compared with the model's own."""
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
-"""The relative error of logits in that comparison that is always rounding; a wrong mask is near 1."""
+"""The relative error of logits that is allowed in this comparison, as rounding; a wrong mask makes errors near 1."""
 
 _ROUNDING = 3.0
-"""How many times the error of the model's own pass over a cache is still rounding. Random weights, and deep models in
-bf16, differ by 0.05 between two passes of their own."""
+"""The allowed error, as a multiple of the error of the model's own pass over a cache. Two passes of models with random
+weights, or of deep models in bf16, differ by 0.05."""
 
 
 class Graphs:
     """The captured passes of one model.
 
-    The caller of its methods holds the model (`HFEngine.exclusive`).
+    Callers of its methods must hold the model (`HFEngine.exclusive`).
 
     Args:
-        model: on one CUDA device, in fp32, fp16 or bf16.
+        model: a model on one CUDA device, in fp32, fp16 or bf16.
 
     Raises:
-        UnsupportedModelError: the model cannot be captured, or computes something else when it is. The message says
+        UnsupportedModelError: the model cannot be captured, or its captured passes give other logits. The message says
             why.
     """
 
@@ -90,24 +90,24 @@ class Graphs:
     def __init__(self, model: PreTrainedModel) -> None:
         devices = {parameter.device for parameter in model.parameters()}
         if len(devices) > 1:
-            raise UnsupportedModelError(f"its weights lie on {len(devices)} devices")
+            raise UnsupportedModelError(f"its weights are on {len(devices)} devices")
         if model.dtype not in _TOLERANCE:
             raise UnsupportedModelError(f"its dtype is {model.dtype}")
         check_mergeable(model)
         if not attends_to_its_own(model):
-            raise UnsupportedModelError("its layers attend to something else than the keys and values that they cache")
+            raise UnsupportedModelError("its layers do not attend to the keys and values that they cache")
         self._model = model
         self._device = devices.pop()
         self._passes: dict[tuple[int, int], _Pass] = {}
         self._merging: dict[tuple[str, int], _Pass] = {}
         self._rotations = rotations(model)
         self.merges = len({each.interleaved for each in self._rotations if each.module is not None}) == 1
-        """Whether it has passes for merging. The engine switches them off where they ran out of memory."""
+        """Whether there are passes for merging. The engine switches them off if the device runs out of memory."""
         self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
         self.alone: str | None = None
-        """Why passes of several generations are not captured; None where they are."""
+        """Why passes of several generations are not captured; None if they are."""
         self._compared = False
-        token = BETWEEN_LAYERS.set(None)  # no other thread comes in between
+        token = BETWEEN_LAYERS.set(None)  # no other thread may run between two layers
         try:
             self._shapes: list[tuple[int, int]] = []
             self._compare()
@@ -115,7 +115,7 @@ class Graphs:
             BETWEEN_LAYERS.reset(token)
 
     def takes(self, tokens: int, cache: Cache) -> bool:
-        """Whether a pass of so many tokens over this cache can be a captured one."""
+        """Whether a captured pass can run this many tokens over this cache."""
         if not 0 < tokens <= SIZES[-1] or not isinstance(cache, GenerationCache) or cache.get_seq_length() == 0:
             return False
         table = cache.addresses(tokens)
@@ -124,11 +124,11 @@ class Graphs:
     @torch.inference_mode(False)
     @torch.no_grad()
     def forward(self, token_ids: Sequence[int] | torch.Tensor, cache: GenerationCache) -> Prediction:
-        """Run tokens over `cache`, which grows by them. Nothing waits for the device.
+        """Run tokens over a cache, which grows by them, without waiting for the device.
 
         Args:
-            token_ids: at most `SIZES[-1]`, or `(1,)` int64 on the device.
-            cache: of `generation_cache`; `takes` said yes.
+            token_ids: at most `SIZES[-1]` tokens, or one token on the device, int64 `(1,)`.
+            cache: from `generation_cache`; `takes` must be true for it.
         """
         size = SIZES[bisect_left(SIZES, len(token_ids))]
         return self._run(1, size, [token_ids], [cache])[0]
@@ -138,15 +138,14 @@ class Graphs:
     def step(
         self, token_ids: Sequence[Sequence[int] | torch.Tensor], caches: Sequence[GenerationCache]
     ) -> list[Prediction]:
-        """Run one token over each cache, in one pass. Nothing waits for the device.
+        """Run one token over each cache, in one pass, without waiting for the device.
 
         Args:
-            token_ids: one token each, as in `forward`; at most `TOGETHER[-1]`.
-            caches: of `generation_cache`; `takes` said yes.
+            token_ids: one token for each cache, as in `forward`; at most `TOGETHER[-1]`.
+            caches: from `generation_cache`; `takes` must be true for each.
 
         Raises:
-            UnsupportedModelError: the model computes something else for several generations; `alone` says so from now
-                on.
+            UnsupportedModelError: the model gives other logits for several generations. `alone` then has the reason.
         """
         if not self._compared:
             self._compare_together()
@@ -219,7 +218,7 @@ class Graphs:
         return _Recomputing(self._model, size, self._shapes, self._pool, correction, captured=captured)
 
     def _takes_merged(self, layers: Layers) -> bool:
-        """Whether each layer turns all of its keys, and the kernels can read what is merged."""
+        """Whether each layer rotates whole keys or none, and the kernels can read these layers in place."""
         return (
             self.merges
             and readable(layers)
@@ -231,7 +230,7 @@ class Graphs:
         )
 
     def _compare(self) -> None:
-        """Refuse the model unless captured passes give what ordinary ones give."""
+        """Refuse the model if its captured passes give other logits than its own passes."""
         model = self._model
         vocabulary = int(model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
         ids = (torch.arange(_PROBE) * 7 + 1) % vocabulary
@@ -255,11 +254,11 @@ class Graphs:
         self._tolerance = max(_TOLERANCE[model.dtype], min(_ROUNDING * own, 0.3))
         if not captured <= self._tolerance:
             raise UnsupportedModelError(
-                f"captured passes change its logits by {captured:.1g}, its own passes over a cache by {own:.1g}"
+                f"captured passes change its logits by {captured:.1g}, but its own passes over a cache by {own:.1g}"
             )
 
     def _compare_together(self) -> None:
-        """Leave several generations alone unless their passes together give what each one's own gives."""
+        """Set `alone` if a pass of several generations gives other logits than a pass for each of them."""
         self._compared = True
         vocabulary = int(self._model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
         ids = ((torch.arange(_PROBE) * 7 + 1) % vocabulary).tolist()
@@ -291,7 +290,7 @@ class Graphs:
 
 
 class _Pass:
-    """A captured pass of `size` new tokens for each of `sequences` generations; either is one."""
+    """A captured pass of `size` new tokens for each of `sequences` generations. One of the two numbers is 1."""
 
     def __init__(
         self,
@@ -317,7 +316,7 @@ class _Pass:
         if not captured:
             return
         heads, width = max(heads for heads, _ in shapes), max(width for _, width in shapes)
-        scratch = torch.zeros(2, heads, size, width, dtype=model.dtype, device=self._device)  # for this method only
+        scratch = torch.zeros(2, heads, size, width, dtype=model.dtype, device=self._device)  # for the capture only
         row = [scratch[0].data_ptr(), scratch[1].data_ptr(), size, 0, 0, 0, 0, 0]
         self._set(np.array([row] * (layers * sequences)), [*range(size)] * sequences, [1] * self._places)
         with self._ready(), _NeverWaiting():
@@ -330,7 +329,7 @@ class _Pass:
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
-        """Within it, the model computes by our kernels, from this pass's inputs."""
+        """Within it, the model computes with kvcag's kernels, from this pass's inputs."""
         with _attending(self._model), fused(self._model):
             token = inputs.set(self._inputs)
             try:
@@ -341,7 +340,7 @@ class _Pass:
     def __call__(
         self, token_ids: Sequence[Sequence[int] | torch.Tensor], caches: Sequence[GenerationCache]
     ) -> list[Prediction]:
-        """The prediction for each generation; see `Graphs.forward`."""
+        """Run the pass, and return the prediction for each generation; see `Graphs.forward`."""
         tables = [cache.addresses(len(tokens)) for tokens, cache in zip(token_ids, caches, strict=True)]
         order = sorted(range(len(caches)), key=lambda i: tables[i][0, 3:7].tolist())  # type: ignore[index]
         positions: list[int] = []
@@ -367,7 +366,7 @@ class _Pass:
     def launch(
         self, table: np.ndarray, positions: list[int], token_ids: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run tokens of one sequence at any ascending positions; logits after the last, and the likeliest token."""
+        """Run tokens of one sequence at ascending positions; return the last logits and their likeliest token."""
         missing = self._size - len(positions)
         self._set(table, [*positions, *positions[-1:] * missing], [*token_ids, *token_ids[-1:] * missing])
         if self._replay is None:
@@ -377,7 +376,7 @@ class _Pass:
         return self._logits.clone(), self._likeliest.clone()
 
     def _set(self, table: np.ndarray, positions: list[int], token_ids: list[int]) -> None:
-        """Copies to the device, which do not wait for it. What the table lacks is left as it is."""
+        """Copy the inputs to the device without waiting. A shorter table leaves the rest of the old one."""
         entries = 8 * len(table)
         behind = np.array([*positions, *token_ids])
         given = torch.empty(entries + len(behind), dtype=torch.long, pin_memory=self._device.type == "cuda")
@@ -401,7 +400,7 @@ class _Pass:
 
 
 class _Choosing(_Pass):
-    """A pass that adds up how much its tokens use those before them."""
+    """A pass that also sums how much its tokens use each earlier token."""
 
     def _inputs_of(self, table: torch.Tensor, positions: torch.Tensor) -> Inputs:
         self.address = torch.zeros(1, dtype=torch.long, device=self._device)
@@ -409,7 +408,7 @@ class _Choosing(_Pass):
 
 
 class _Recomputing(_Pass):
-    """A pass that corrects the cache by what its tokens show, layer by layer, before it attends to it."""
+    """A pass that also corrects the cache, in each layer before it attends, by the drift of its recomputed tokens."""
 
     def __init__(
         self,
@@ -426,8 +425,8 @@ class _Recomputing(_Pass):
 
 
 def _table_of(layers: Layers) -> np.ndarray:
-    """As `GenerationCache.addresses`, of layers that were lent nothing."""
-    assert layers.rows is not None  # `readable` said so
+    """Return the table of `GenerationCache.addresses` for layers without lent parts."""
+    assert layers.rows is not None  # `readable` was true
     keys, values = layers.rows[::2], layers.rows[1::2]
     table = np.zeros((len(layers), 8), dtype=np.int64)
     table[:, 0], table[:, 1], table[:, 2] = keys[:, 0], values[:, 0], keys[:, 1] // keys[:, 3]
@@ -435,23 +434,23 @@ def _table_of(layers: Layers) -> np.ndarray:
 
 
 def _second(model: PreTrainedModel) -> torch.nn.Module | None:
-    """The layer with which the second graph of a pass begins: a launch takes the device a millisecond for 700 kernels.
+    """Return the layer with which the second graph of a pass begins.
 
-    Meanwhile it works on the first graph, which is short.
+    The launch of a graph of 700 kernels takes a millisecond, in which the device works on the first, short graph.
     """
     layers = getattr(decoder_of(model), "layers", ())
     return layers[len(layers) // 9] if len(layers) > 9 else None
 
 
 def capture(run: Any, pool: Any, second: torch.nn.Module | None = None) -> tuple[Any, Any]:
-    """A function that launches `run` as a graph, and the tensors that then hold its result.
+    """Capture `run` as a graph. Returns a function that launches it, and the tensors of its result.
 
-    It is two graphs if `second` is given, a module which `run` calls once: the second begins there.
+    If `second` is given, a module that `run` calls once, there are two graphs, and the second begins with that module.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        run()  # libraries allocate at their first call
+        run()  # libraries allocate memory at their first call
     torch.cuda.current_stream().wait_stream(side)
     graphs: list[torch.cuda.CUDAGraph] = []
 
@@ -462,7 +461,7 @@ def capture(run: Any, pool: Any, second: torch.nn.Module | None = None) -> tuple
         graphs[-1].capture_begin(pool=pool, capture_error_mode="thread_local")
 
     torch.cuda.synchronize()
-    gc.collect()  # graphs that are collected during a capture break it
+    gc.collect()  # collecting another graph during a capture would break the capture
     torch.cuda.empty_cache()
     with torch.cuda.stream(side):
         begin()
@@ -482,7 +481,7 @@ def capture(run: Any, pool: Any, second: torch.nn.Module | None = None) -> tuple
 
 
 class _Writer(DynamicCache):
-    """The cache that a captured pass sees. New keys and values go where the table says."""
+    """The cache of a captured pass. It writes new keys and values to the addresses in the table."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -493,7 +492,7 @@ class _Writer(DynamicCache):
 
 
 class _Corrector(_Writer):
-    """As `_Writer`; the rest of the context is corrected by what new keys and values differ from the old ones."""
+    """A `_Writer` that also corrects the rest of the context by the drift of the new keys and values."""
 
     def __init__(self, correction: Correction) -> None:
         super().__init__()
@@ -511,7 +510,7 @@ class _Corrector(_Writer):
 
 
 class _NeverWaiting(TorchDispatchMode):
-    """Refuses what waits for the device: it cannot be captured, and an attempt would leave CUDA's state broken."""
+    """Refuses operations that wait for the device. They cannot be captured, and trying would break CUDA's state."""
 
     _WAITS = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten._unique2", "aten.bincount")
 
@@ -527,7 +526,7 @@ class _NeverWaiting(TorchDispatchMode):
 
 @contextmanager
 def _attending(model: PreTrainedModel) -> Iterator[None]:
-    """The model attends by `kvcag.engines.cuda.attention`."""
+    """Within it, the model attends by `kvcag.engines.cuda.attention`."""
     config = decoder_of(model).config
     own = config._attn_implementation
     config._attn_implementation = NAME
