@@ -33,22 +33,21 @@ def topics() -> list[str]:
 
 
 @torch.no_grad()
-def greedy_full(engine: HFEngine, token_ids: tuple[int, ...], steps: int) -> tuple[list[int], torch.Tensor]:
-    """Greedy tokens and their logits from transformers alone: one prefill of all ids, then its own cache."""
-    cache = cache_argument(engine.model, DynamicCache())
-    out = engine.model(torch.tensor([token_ids]), **cache, use_cache=True)
-    logits, tokens = [out.logits[0, -1]], [int(out.logits[0, -1].argmax())]
-    while len(tokens) < steps:
-        out = engine.model(torch.tensor([[tokens[-1]]]), **cache, use_cache=True)
-        logits.append(out.logits[0, -1])
-        tokens.append(int(out.logits[0, -1].argmax()))
-    return tokens, torch.stack(logits)
+def greedy_full(engine: HFEngine, token_ids: tuple[int, ...], answer: list[int]) -> tuple[list[int], torch.Tensor]:
+    """What transformers alone answers, greedy, as far as it agrees with an answer, and one token more; and the logits.
+
+    One pass without any cache reads the prompt and the answer. The likeliest tokens after the prompt and after each of
+    the answer's tokens are those that it would have given one by one, up to the first that the answer does not have.
+    """
+    ids = torch.tensor([[*token_ids, *answer]])
+    logits = engine.model(ids, use_cache=False, logits_to_keep=len(answer) + 1).logits[0]
+    return logits.argmax(-1).tolist(), logits
 
 
 @torch.no_grad()
 def forced(engine: HFEngine, tail: tuple[int, ...], cache: object, tokens: list[int]) -> torch.Tensor:
     """The logits of the same tokens over a cache."""
-    fed = torch.tensor([[*tail, *tokens[:-1]]])
+    fed = torch.tensor([[*tail, *tokens]])
     return engine.model(fed, **cache_argument(engine.model, copy.deepcopy(cache))).logits[0, len(tail) - 1 :]
 
 
@@ -69,9 +68,10 @@ def test_exact_answers_are_token_identical_on_fifty_prompts(smollm2_engine: HFEn
         cache = engine.build_kv_cache(topic)
         for question in ASKED:
             prompt = engine.build_prompt(question, cache)
-            expected, logits = greedy_full(engine, prompt.token_ids, steps)
-            largest = max(largest, float((logits - forced(engine, prompt.tail_ids, cache, expected)).abs().max()))
-            assert generated(engine, prompt, steps, cache) == before_eos(engine, expected), (topic[:40], question)
+            answer = generated(engine, prompt, steps, cache)
+            expected, logits = greedy_full(engine, prompt.token_ids, answer)
+            assert answer == before_eos(engine, expected[:steps]), (topic[:40], question)
+            largest = max(largest, float((logits - forced(engine, prompt.tail_ids, cache, answer)).abs().max()))
             prompts += 1
     assert prompts >= 50
     assert largest <= 1e-3
@@ -83,13 +83,14 @@ def test_two_turns_of_chat_are_token_identical(smollm2_engine: HFEngine, topics:
         messages = [{"role": "system", "content": topic}, *as_messages("What is this about?")]
         for follow_up in ("Say it in one sentence.", None):
             prompt = engine.build_prompt(messages)
-            expected, _ = greedy_full(engine, prompt.token_ids, 12)
             known, _ = engine.prefixes.match(prompt.token_ids)
-            assert generated(engine, prompt, 12) == before_eos(engine, expected)
+            tokens = generated(engine, prompt, 12)
+            expected, _ = greedy_full(engine, prompt.token_ids, tokens)
+            assert tokens == before_eos(engine, expected[:12])
             if follow_up is None:
                 assert known > len(engine.template.encode(topic))  # the first turn was not read again
                 break
-            answer = engine.tokenizer.decode(before_eos(engine, expected))
+            answer = engine.tokenizer.decode(tokens)
             messages = [*messages, {"role": "assistant", "content": answer}, *as_messages(follow_up)]
 
 
@@ -102,12 +103,11 @@ def test_exact_merges_are_token_identical_and_full_recompute_is_a_prefill(
     for strategy in ("exact", "full"):
         context = memory.merge([item.id for item in items], ASKED[0], strategy=strategy)  # type: ignore[arg-type]
         ids = (*context.token_ids.tolist(), *context.tail_ids.tolist())
-        expected, logits = greedy_full(smollm2_engine, ids, 12)
-        over_cache = forced(smollm2_engine, tuple(context.tail_ids.tolist()), context.cache, expected)
+        answer = generated(smollm2_engine, smollm2_engine.build_prompt(None, context), 12, context)
+        expected, logits = greedy_full(smollm2_engine, ids, answer)
+        assert answer == before_eos(smollm2_engine, expected[:12])
+        over_cache = forced(smollm2_engine, tuple(context.tail_ids.tolist()), context.cache, answer)
         assert float((logits - over_cache).abs().max()) <= 1e-3
-        assert generated(smollm2_engine, smollm2_engine.build_prompt(None, context), 12, context) == before_eos(
-            smollm2_engine, expected
-        )
 
 
 @torch.no_grad()
