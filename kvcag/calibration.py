@@ -31,14 +31,12 @@ from kvcag.cache.attention import rotations
 from kvcag.cache.layers import (
     LayerKV,
     Layers,
-    cache_argument,
     concat,
-    count,
     cut,
     generation_cache,
     kinds_of,
     layers_of,
-    position_argument,
+    run,
     states_of,
 )
 from kvcag.cache.merge import STATE_STRATEGIES, DriftSums, Part, UsualDrift, merge
@@ -293,10 +291,7 @@ class _Probe:
     def _run(self, cache: Any, token_ids: Sequence[int]) -> torch.Tensor:
         """Continue the cache with a few tokens; return the logits of each, fp32 `(tokens, vocabulary)`."""
         with self.engine.exclusive() as model:
-            ids = torch.tensor([list(token_ids)], device=self.engine.device)
-            given = {**cache_argument(model, cache), **position_argument(model, cache, len(token_ids))}
-            logits: torch.Tensor = model(input_ids=ids, use_cache=True, **given).logits
-        count(cache, len(token_ids))
+            logits: torch.Tensor = run(model, torch.tensor(token_ids), cache).logits
         return logits[0].float()
 
 

@@ -207,7 +207,7 @@ def _recurrent(config: Any, name: str) -> tuple[list[bool], int, int]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from kvcag.cache.layers import Layers, cache_argument, count, generation_cache, kinds_of_config, layers_of, nbytes
+    from kvcag.cache.layers import Layers, generation_cache, kinds_of_config, layers_of, nbytes, run
 
     kinds = kinds_of_config(config)
     if not kinds:
@@ -219,8 +219,7 @@ def _recurrent(config: Any, name: str) -> tuple[list[bool], int, int]:
     with torch.device("meta"), torch.no_grad():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         cache = generation_cache([], 1, kinds)
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=True, **cache_argument(model, cache))
-    count(cache, 1)
+        run(model, torch.zeros(1, dtype=torch.long), cache)
     states = layers_of(cache).states
     assert states is not None
     delta = [t for row in states.tensors for t in row[len(row) // 2 :] if t is not None and t.ndim == 4]

@@ -15,7 +15,6 @@ a rotation is refused, so an untested architecture is either handled correctly o
 
 from __future__ import annotations
 
-import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -37,7 +36,6 @@ from kvcag.cache.layers import (
     LayerKV,
     Layers,
     RowsCache,
-    cache_argument,
     check_cacheable,
     contiguous_copy,
     decoder_of,
@@ -46,6 +44,7 @@ from kvcag.cache.layers import (
     kernels_for,
     kinds_of,
     layers_of,
+    run,
     scatter_cache,
     shifted,
 )
@@ -192,28 +191,14 @@ def attend(
         reader: called in each layer. Its `EnoughError` ends the pass without an error.
     """
     with suppress(EnoughError), by_position(model, positions, reader):
-        decoder = decoder_of(model)
-        decoder(
-            input_ids=token_ids[None].to(device_of(model)),
-            position_ids=positions[None].to(device_of(model)),
-            use_cache=True,
-            **cache_argument(decoder, cache),
-        )
+        run(decoder_of(model), token_ids, cache, positions)
 
 
 @torch.no_grad()
 def predict(model: PreTrainedModel, token_ids: torch.Tensor, positions: torch.Tensor, cache: Cache) -> torch.Tensor:
     """Run `attend`, and return the logits of the last token, `(1, vocabulary)`."""
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    device = device_of(model)
     with by_position(model, positions):
-        logits: torch.Tensor = model(
-            input_ids=token_ids[None].to(device),
-            position_ids=positions[None].to(device),
-            use_cache=True,
-            **last,
-            **cache_argument(model, cache),
-        ).logits
+        logits: torch.Tensor = run(model, token_ids, cache, positions, last=True).logits
     return logits[:, -1]
 
 
@@ -751,14 +736,7 @@ def _probe(model: PreTrainedModel) -> list[Rotation]:
 
 def _encode(model: PreTrainedModel, ids: torch.Tensor, offset: int) -> list[LayerKV]:
     cache = generation_cache([], len(ids), kinds_of(model))
-    positions = torch.arange(offset, offset + len(ids))
-    decoder = decoder_of(model)
-    decoder(
-        input_ids=ids[None].to(device_of(model)),
-        position_ids=positions[None].to(device_of(model)),
-        use_cache=True,
-        **cache_argument(decoder, cache),
-    )
+    run(decoder_of(model), ids, cache, torch.arange(offset, offset + len(ids)))
     return layers_of(cache)
 
 

@@ -248,28 +248,47 @@ def cache_argument(module: torch.nn.Module, cache: Cache) -> dict[str, Cache]:
 
     transformers 5.24 renamed `past_key_values` to `cache`, warns about the old name, and removes it in 5.40.
     """
-    return {_cache_name(type(module).forward): cache}
+    return {"cache" if _takes(module, "cache") else "past_key_values": cache}
 
 
-def position_argument(module: torch.nn.Module, cache: Cache, new: int) -> dict[str, torch.Tensor]:
-    """Return `position_ids` for `new` tokens over `cache`, for models with recurrent layers that take them; else `{}`.
+def run(
+    module: torch.nn.Module,
+    token_ids: torch.Tensor,
+    cache: Cache,
+    positions: torch.Tensor | None = None,
+    *,
+    last: bool = False,
+) -> Any:
+    """Run tokens through a model or its decoder, over a cache, which grows by them. Returns the module's output.
 
-    Some of these models (Bamba) would count positions from 0 over a cache.
+    Args:
+        module: the model or its decoder.
+        token_ids: int64 `(seq_len,)`, on any device.
+        cache: the keys, values and states of the tokens before.
+        positions: the tokens' positions, int64 `(seq_len,)`. None: they follow those in the cache.
+        last: compute the logits of the last token alone, if the model can.
     """
-    if not isinstance(cache, _RecurrentCache) or not _takes_positions(type(module).forward):
-        return {}
-    device = device_of(cast("PreTrainedModel", module))
-    return {"position_ids": torch.arange(cache.tokens, cache.tokens + new, device=device)[None]}
+    device, new = device_of(cast("PreTrainedModel", module)), len(token_ids)
+    given: dict[str, Any] = cache_argument(module, cache)
+    if positions is None and isinstance(cache, _RecurrentCache) and _takes(module, "position_ids"):
+        positions = torch.arange(cache.tokens, cache.tokens + new)  # some models (Bamba) would count from 0
+    if positions is not None:
+        given["position_ids"] = positions[None].to(device)
+    if last and _takes(module, "logits_to_keep"):
+        given["logits_to_keep"] = 1
+    output = module(input_ids=token_ids[None].to(device), use_cache=True, **given)
+    if isinstance(cache, _RecurrentCache):
+        cache.tokens += new
+    return output
+
+
+def _takes(module: torch.nn.Module, argument: str) -> bool:
+    return argument in _arguments(type(module).forward)
 
 
 @functools.cache
-def _takes_positions(forward: Callable[..., Any]) -> bool:
-    return "position_ids" in inspect.signature(forward).parameters
-
-
-@functools.cache
-def _cache_name(forward: Callable[..., Any]) -> str:
-    return "cache" if "cache" in inspect.signature(forward).parameters else "past_key_values"
+def _arguments(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
 
 
 def layers_of(cache: Cache) -> Layers:
@@ -715,7 +734,7 @@ class _AppendLayer(DynamicLayer):
 
 
 class _RecurrentCache(_PausingCache):
-    """The cache of a model with recurrent layers. `count` counts its tokens, since a state does not tell their number.
+    """The cache of a model with recurrent layers. `run` counts its tokens, since a state does not tell their number.
 
     Args:
         kinds: the model's layers.
@@ -763,12 +782,6 @@ class _RecurrentCache(_PausingCache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of tokens that were read."""
         return self.tokens
-
-
-def count(cache: Cache, tokens: int) -> None:
-    """Record that a pass of `tokens` tokens over `cache` is complete."""
-    if isinstance(cache, _RecurrentCache):
-        cache.tokens += tokens
 
 
 def row_of(cache: Cache, layer_idx: int) -> tuple[torch.Tensor | None, ...]:

@@ -34,10 +34,8 @@ from kvcag.cache.layers import (
     Layers,
     States,
     as_layers,
-    cache_argument,
     cache_of,
     concat,
-    count,
     cut,
     decoder_of,
     device_of,
@@ -46,7 +44,7 @@ from kvcag.cache.layers import (
     kinds_of,
     layers_of,
     length_of,
-    position_argument,
+    run,
     scatter_cache,
     sent,
     states_of,
@@ -255,13 +253,10 @@ def _run_through(model: PreTrainedModel, layers: Layers, parts: Sequence[Part], 
 
 def _read(model: PreTrainedModel, layers: Layers, states: States | None, ids: torch.Tensor, start: int) -> States:
     """Prefill tokens after the first `start` tokens of `layers`, write their keys and values, and return the states."""
-    decoder = decoder_of(model)
     before = [Layers(cut(layers, 0, start), states, start)] if start else []
     cache = generation_cache(before, len(ids), kinds_of(model))
     for chunk in torch.split(ids, _READ):
-        given = {**cache_argument(decoder, cache), **position_argument(decoder, cache, len(chunk))}
-        decoder(input_ids=chunk[None].to(device_of(model)), use_cache=True, **given)
-        count(cache, len(chunk))
+        run(decoder_of(model), chunk, cache)
     read = layers_of(cache)
     for kv, new in zip(layers, cut(read, start), strict=True):
         for old, right in zip(kv, new, strict=True):

@@ -19,15 +19,12 @@ from transformers.cache_utils import Cache
 from kvcag.cache.layers import (
     BETWEEN_LAYERS,
     States,
-    cache_argument,
-    count,
     decoder_of,
-    device_of,
     generation_cache,
     kinds_of,
     lone_cache,
-    position_argument,
     row_of,
+    run,
 )
 from kvcag.errors import UnsupportedModelError
 
@@ -219,22 +216,17 @@ def _measure(model: PreTrainedModel) -> dict[int, Form]:
     decoder = decoder_of(model)
     kinds = kinds_of(model)
     cache = generation_cache([], 2 * _TOKENS, kinds)
-    ids = (torch.arange(2 * _TOKENS, device=device_of(model)) * 7919 + 11) % decoder.config.vocab_size
+    ids = (torch.arange(2 * _TOKENS) * 7919 + 11) % decoder.config.vocab_size
     found: dict[int, Form] = {}
 
     def note(call: _LayerCall) -> None:
         found[call.layer_idx] = call.form()
 
-    def run(part: torch.Tensor) -> None:
-        given = {**cache_argument(decoder, cache), **position_argument(decoder, cache, len(part))}
-        decoder(input_ids=part[None], use_cache=True, **given)
-        count(cache, len(part))
-
-    run(ids[:_TOKENS])
+    run(decoder, ids[:_TOKENS], cache)
     keeps = {index for index, (_, states) in enumerate(kinds) if states and _recurs(row_of(cache, index))}
     simple = {index for index in keeps if len(row_of(cache, index)) == 2}
     with _watching(model, cache, simple, note):
-        run(ids[_TOKENS:])
+        run(decoder, ids[_TOKENS:], cache)
     return {index: found.get(index, "unknown") for index in keeps}
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import threading
@@ -41,7 +40,6 @@ from kvcag.cache.layers import (
     cache_of,
     check_cacheable,
     contiguous_copy,
-    count,
     crop,
     cut,
     decoder_of,
@@ -51,7 +49,7 @@ from kvcag.cache.layers import (
     latent_shape,
     layers_of,
     nbytes,
-    position_argument,
+    run,
 )
 from kvcag.cache.merge import MergeHistory, Passes
 from kvcag.cache.prefix_cache import InFlight, PrefixCache
@@ -185,8 +183,6 @@ class HFEngine(Engine):
         self._chunk_tokens, self._longest_chunk = _FIRST_CHUNK, _LONGEST_CHUNK
         self._state_distance = 0  # see `_fill`; 0 until the size of the states is known
         self._cuda_graphs = cuda_graphs
-        arguments = inspect.signature(model.forward).parameters
-        self._takes_logits_to_keep = "logits_to_keep" in arguments
 
     def _begin(self, prefix_cache_bytes: int) -> None:
         """Make empty caches of recent contexts, and new locks. A forked process calls this again."""
@@ -846,8 +842,6 @@ class HFEngine(Engine):
         _LOG.warning("%s runs without CUDA graphs: %s", type(self.model).__name__, why)
 
     def _uncaptured(self, token_ids: Sequence[int] | torch.Tensor, cache: Cache) -> torch.Tensor:
-        last: dict[str, Any] = {"logits_to_keep": 1} if self._takes_logits_to_keep else {}
-        ids = torch.as_tensor(token_ids, device=self.device)[None]
         past = cache.get_seq_length()
         step = self._step_over([cache]) if len(token_ids) == 1 and past else None
         stepped = None if step is None else step([int(token_ids[0])], [cast("GenerationCache", cache)])
@@ -857,10 +851,7 @@ class HFEngine(Engine):
             crop(cache, past)
         began = time.thread_time()
         with self._attention(past, len(token_ids)):
-            model = self.model
-            given = {**last, **cache_argument(model, cache), **position_argument(model, cache, len(token_ids))}
-            logits: torch.Tensor = model(input_ids=ids, use_cache=True, **given).logits
-        count(cache, len(token_ids))
+            logits: torch.Tensor = run(self.model, torch.as_tensor(token_ids), cache, last=True).logits
         self._fit_chunk(len(token_ids), time.thread_time() - began)
         if step is not None and stepped is not None:
             step.compare(stepped, logits[:, -1])
