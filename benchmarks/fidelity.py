@@ -73,11 +73,13 @@ class Row:
 
     strategy: str
     ratio: float
+    in_context: bool = False
     figures: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
-        return self.strategy if self.strategy in RATIOLESS else f"{self.strategy} {self.ratio:.0%}"
+        name = self.strategy if self.strategy in RATIOLESS else f"{self.strategy} {self.ratio:.0%}"
+        return f"{name}, in context" if self.in_context else name
 
     def add(self, **figures: float) -> None:
         for name, figure in figures.items():
@@ -87,7 +89,8 @@ class Row:
         kl = self.figures["kl"]
         found = {name: summary_of(name, self.figures[name]) for name in MEASURES if name in self.figures}
         spread = statistics.stdev(kl) / len(kl) ** 0.5 if len(kl) > 1 else None
-        return {"strategy": self.strategy, "ratio": self.ratio, "kl_standard_error": spread, **found}
+        how = {"name": self.name, "strategy": self.strategy, "ratio": self.ratio, "in_context": self.in_context}
+        return {**how, "kl_standard_error": spread, **found}
 
     def merge(self, memory: KVCacheMemory, ids: list[str], question: str) -> MergedContext:
         if self.strategy in PUBLISHED:
@@ -206,17 +209,19 @@ def answers(model: Any, caches: Sequence[Any], firsts: Sequence[torch.Tensor]) -
     return answered
 
 
-def measure(memory: KVCacheMemory, question: Question, rows: list[Row], *, peaks: bool, in_context: bool) -> int:
-    """Add one question's figures to each row. Returns the tokens of its context."""
+def measure(memory: KVCacheMemory, question: Question, rows: list[Row], *, peaks: bool) -> int:
+    """Add one question's figures to each row; those in context come last. Returns the tokens of its context."""
     engine = memory.engine
     model, device = engine.model, engine.model.device
     documents = [f"Passage: {text}\n\n" for text in question.documents]
     before = {
         text: [f"Passage: {near}\n\n"] * bool(near) for text, near in zip(documents, question.before, strict=True)
     }
-    ids = memory.add(documents, context=before.__getitem__ if in_context else None)
+    ids = memory.add(documents)
     whole, caches, firsts = None, [], []
     for row in rows:
+        if row.in_context:
+            memory.add(documents, context=before.__getitem__)
 
         def first_token(row: Row = row) -> Any:
             context = row.merge(memory, ids, question.prompt)
@@ -277,7 +282,18 @@ def against_reference(answer: str, references: Sequence[str]) -> dict[str, float
     }
 
 
-def describe(memory: KVCacheMemory, options: argparse.Namespace, tokens: list[int], rows: list[Row]) -> dict[str, Any]:
+def resumed(memory: KVCacheMemory, result: dict[str, Any], rows: list[Row]) -> list[float]:
+    """Give each row what an earlier run measured. Returns the mean length of its contexts, once a question."""
+    if result["learned_drift"] != memory.drift:
+        raise SystemExit("what the earlier run learned is not in KVCAG_CACHE any more: begin anew, without --resume")
+    for row in rows:
+        row.figures = result["by_question"][row.name]
+    return [result["context_tokens"]] * result["questions"]
+
+
+def describe(
+    memory: KVCacheMemory, options: argparse.Namespace, tokens: list[float], rows: list[Row]
+) -> dict[str, Any]:
     return {
         "set": options.set,
         "model": memory.engine.fingerprint.model_name.rsplit("/", 1)[-1],
@@ -285,7 +301,6 @@ def describe(memory: KVCacheMemory, options: argparse.Namespace, tokens: list[in
         "machine": options.machine,
         "documents": options.docs,
         "words": options.words,
-        "in_context": options.in_context,
         "learned_drift": memory.drift,
         "questions": len(tokens),
         "first_question": options.skip,
@@ -299,11 +314,10 @@ def markdown(result: dict[str, Any]) -> str:
     shown = [name for name in MEASURES if any(name in row for row in result["rows"])]
     cells = []
     for row in result["rows"]:
-        name = row["strategy"] if row["strategy"] in RATIOLESS else f"{row['strategy']} {row['ratio']:.0%}"
         spread = row["kl_standard_error"]
         kl = f"{abs(row['kl']):.3f}" + (f" ± {spread:.3f}" if spread is not None else "")
         rest = ["–" if name not in row else f"{row[name]:.2f}" for name in shown if name != "kl"]
-        cells.append([name, kl, *rest])
+        cells.append([row["name"], kl, *rest])
     return table(["", *(MEASURES[name] for name in shown)], cells)
 
 
@@ -320,12 +334,13 @@ def main() -> None:
     parser.add_argument(
         "--model", default=None, help="a hub id or a folder; default: the embedded SmolLM2-135M-Instruct"
     )
-    parser.add_argument("--in-context", action="store_true", help="encode each document behind what stands before it")
+    parser.add_argument("--in-context", action="store_true", help="measure ours with documents encoded in context, too")
     parser.add_argument("--learn", action="store_true", help="learn a drift from documents of questions not measured")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--memory", action="store_true", help="measure peak memory too, in a second merge")
     parser.add_argument("--plot", nargs="+", type=Path, help="measure nothing: plot these figures into --out")
+    parser.add_argument("--resume", action="store_true", help="go on where the run that wrote --out was cut off")
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the figures; a plot goes beside it")
     options = parser.parse_args()
     from fidelity_plot import plot
@@ -335,10 +350,12 @@ def main() -> None:
         return
     engine = HFEngine.from_pretrained(options.model or embedded_model(), options.dtype, options.device)
     options.machine = machine(engine.model.device)
-    memory = KVCacheMemory(engine, instruction=HEAD)
+    memory = KVCacheMemory(engine, instruction=HEAD, namespace="fidelity")
     rows = [
-        Row(strategy, ratio)
+        Row(strategy, ratio, in_context)
+        for in_context in ([False, True] if options.in_context else [False])
         for strategy in options.strategy
+        if strategy in OURS or not in_context
         for ratio in ([0.0] if strategy in RATIOLESS else options.ratio)
     ]
     if options.set == "musique":
@@ -347,14 +364,18 @@ def main() -> None:
         questions = {"reference": reference, "faq": faq}[options.set](options.docs, options.words)
     others = [*questions[: options.skip], *questions[options.skip + options.limit :]]
     questions = questions[options.skip : options.skip + options.limit]
-    if options.learn:
-        memory.learn([f"Passage: {text}\n\n" for question in others for text in question.documents])
+    tokens: list[float] = []
+    if options.resume:
+        tokens = resumed(memory, json.loads(options.out.read_text()), rows)
+    else:
+        memory.delete_all()  # what an earlier run learned
+        if options.learn:
+            memory.learn([f"Passage: {text}\n\n" for question in others for text in question.documents])
     options.out.parent.mkdir(parents=True, exist_ok=True)
     once = [Row("rotate", 0.0), Row("query", 0.1)]  # what is learned once a model
-    measure(memory, questions[0], once, peaks=False, in_context=False)
-    tokens = []
-    for number, question in enumerate(questions, 1):
-        tokens.append(measure(memory, question, rows, peaks=options.memory, in_context=options.in_context))
+    measure(memory, questions[0], once, peaks=False)
+    for number, question in enumerate(questions[len(tokens) :], len(tokens) + 1):
+        tokens.append(measure(memory, question, rows, peaks=options.memory))
         result = describe(memory, options, tokens, rows)
         options.out.write_text(json.dumps(result, indent=1) + "\n")  # what is measured is kept, whatever comes
         print(f"question {number} of {len(questions)}: {tokens[-1]} tokens", file=sys.stderr)

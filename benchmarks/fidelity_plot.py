@@ -40,7 +40,8 @@ def plot(results: list[dict[str, Any]], out: Path) -> None:
 
 
 def panel(axes: plt.Axes, result: dict[str, Any]) -> None:
-    rows = [row for row in result["rows"] if row["strategy"] != "full"]  # equal to a full prefill: no point on a log
+    shown = [row for row in result["rows"] if not row.get("in_context")]
+    rows = [row for row in shown if row["strategy"] != "full"]  # equal to a full prefill: no point on a log
     nothing = next((row for row in rows if row["strategy"] == "rotate"), None)
     for strategy in dict.fromkeys(row["strategy"] for row in rows if row is not nothing):
         points = [row for row in rows if row["strategy"] == strategy]

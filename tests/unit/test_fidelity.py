@@ -57,6 +57,52 @@ def test_it_measures_whole_answers_beside_what_others_published(
     assert out.with_suffix(".png").stat().st_size > 10_000
 
 
+def test_a_run_that_was_cut_off_goes_on_with_the_drift_that_it_learned(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("KVCAG_CACHE", str(tmp_path))
+    tiny_model().save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    questions = [
+        {
+            "question": "Who?",
+            "answers": ["Ada"],
+            "ctxs": [{"text": f"{name} {number} is here."} for name in ("Ada", "Eve")],
+        }
+        for number in range(8)
+    ]
+    (tmp_path / "data.json").write_text(json.dumps(questions))
+    out = tmp_path / "figures.json"
+    given = ["--data", str(tmp_path / "data.json"), "--docs", "2", "--ratio", "0.2", "--learn", "--in-context"]
+    place = ["--model", str(tmp_path / "model"), "--device", "cpu", "--strategy", "rotate", "query", "--out", str(out)]
+
+    def run(*more: str) -> dict[str, Any]:
+        monkeypatch.setattr("sys.argv", ["fidelity.py", *given, *place, *more])
+        script.main()
+        made: dict[str, Any] = json.loads(out.read_text())
+        return made
+
+    before = run("--limit", "2")
+    assert [row["name"] for row in before["rows"]] == [
+        "rotate",
+        "query 20%",
+        "rotate, in context",
+        "query 20%, in context",
+    ]
+    assert before["rows"][2]["recomputed"] > before["rows"][0]["recomputed"] == 0  # its first document
+    after = run("--limit", "3", "--resume")
+    assert after["questions"] == 3
+    assert after["learned_drift"] == before["learned_drift"] != ""
+    for name, figures in before["by_question"].items():
+        assert after["by_question"][name]["kl"][:2] == figures["kl"]
+        assert len(after["by_question"][name]["kl"]) == 3
+    without = [word for word in given if word != "--learn"]
+    monkeypatch.setattr("sys.argv", ["fidelity.py", *without, *place, "--limit", "1"])
+    script.main()
+    assert json.loads(out.read_text())["learned_drift"] == ""
+
+
 def test_answers_are_compared_as_others_do(script: Any) -> None:
     assert script.f1([1, 2, 3], [1, 2, 4]) == pytest.approx(2 / 3)
     assert script.f1([], []) == 1.0
