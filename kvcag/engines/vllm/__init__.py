@@ -1,1 +1,1 @@
-"""A vLLM server as an engine."""
+"""The engine over a vLLM server."""

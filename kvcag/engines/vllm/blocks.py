@@ -1,4 +1,4 @@
-"""What a vLLM server's connector needs beside vLLM: spans of prompts, keys of pieces, layouts of blocks, placing."""
+"""The parts of the vLLM connector that do not need vLLM: fields of requests, ids of pieces, block layouts, moving."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from kvcag.errors import InvalidInputError, TokenMismatchError, UnsupportedModel
 from kvcag.fingerprint import ModelFingerprint
 
 FIELD = "kvcag"
-"""The field of `kv_transfer_params` that is ours."""
+"""The field of `kv_transfer_params` for kvcag's connector."""
 
-# --- what a request asks for -----------------------------------------------------------------------------------
+# --- fields of a request ---------------------------------------------------------------------------------------
 
 _MERGED = "kvcag-merged."
 _Edge: TypeAlias = Annotated[int, Field(strict=True, ge=0)]
@@ -32,17 +32,19 @@ Span: TypeAlias = tuple[_Edge, _Edge]
 
 
 class Asked(BaseModel):
-    """What a request says in `kv_transfer_params["kvcag"]`. A span is `[start, stop)`, in tokens of the prompt.
+    """The fields of `kv_transfer_params["kvcag"]` in a request. A span is `[start, stop)`, in tokens of the prompt.
 
     Attributes:
-        merge: the instruction and its documents: spans that begin at 0, each where the one before ends. They are
-            loaded, moved to where they stand, and written into the server's blocks. The salt must be `merged_salt`.
-        endings: what follows the tokens of each span of `merge` where it is kept, and not in this prompt; or nothing.
-        keep: spans to be kept as documents of their own, as they are computed in this prompt.
-        learn: documents by which the server learns how keys are rotated and what documents usually drift by: the
-            prompt holds them one behind another, and each was kept behind what stands before the first.
-        has: ids of items; the answer names those that are missing.
-        forget: delete everything that the namespace has in the store.
+        merge: spans of the instruction and of each document, adjacent and from 0 on. The connector loads them from the
+            store, moves them to their positions, and writes them into the server's blocks. The salt must be
+            `merged_salt`.
+        endings: for each span of `merge`, the tokens that the stored document has after the span's tokens, but this
+            prompt does not. Empty if no document has any.
+        keep: spans to store as documents, with the keys and values that this prompt computes.
+        learn: spans of passages from which the connector learns the rotation of keys and the usual drift. They are
+            adjacent in this prompt, and each was stored before, encoded after the tokens before the first passage.
+        has: ids of items; the response names those that are missing.
+        forget: delete the namespace from the store.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -56,10 +58,10 @@ class Asked(BaseModel):
 
     @classmethod
     def of(cls, params: Mapping[str, Any] | None, tokens: int) -> Asked | None:
-        """What a request for a prompt of `tokens` asks for; None for nothing of ours.
+        """Read the fields of a request for a prompt of `tokens` tokens; None if it has none for the connector.
 
         Raises:
-            InvalidInputError: it cannot be read, or a span is empty, out of order, or not within the prompt.
+            InvalidInputError: a field cannot be read, or a span is empty, out of order, or not within the prompt.
         """
         if not params or params.get(FIELD) is None:
             return None
@@ -69,7 +71,7 @@ class Asked(BaseModel):
             raise InvalidInputError(f"kv_transfer_params[{FIELD!r}] cannot be read: {error}") from None
         if any(spans and spans[-1][1] > tokens for spans in (asked.merge, asked.keep, asked.learn)):
             raise InvalidInputError(
-                f"a span of kv_transfer_params[{FIELD!r}] ends behind the prompt of {tokens} tokens"
+                f"a span of kv_transfer_params[{FIELD!r}] ends after the end of the prompt of {tokens} tokens"
             )
         return asked
 
@@ -78,20 +80,20 @@ class Asked(BaseModel):
         for spans in (self.merge, self.keep, self.learn):
             edges = [edge for span in spans for edge in span]
             if any(start >= stop for start, stop in spans) or edges != sorted(edges):
-                raise ValueError("spans must hold tokens, and stand in order")
+                raise ValueError("spans must not be empty, and must be in order")
         stops = [0, *(stop for _, stop in self.merge)]
         if any(start != before for (start, _), before in zip(self.merge, stops, strict=False)):
-            raise ValueError("the spans of merge must begin at 0, each where the one before ends")
+            raise ValueError("the spans of merge must be adjacent, from 0 on")
         if self.endings and len(self.endings) != len(self.merge):
             raise ValueError("there must be an ending for each span of merge, or none")
         return self
 
 
 def merged_salt(context_ids: Sequence[int], salt: str | None) -> str:
-    """The salt of a request that merges: the server's blocks of it serve the same context alone.
+    """Return the salt of a request that merges, so that only requests for the same context reuse its blocks.
 
-    A server believes that equal tokens under equal salts have equal keys and values. Merged ones are an approximation,
-    so they have a salt that no other request has.
+    A server assumes that equal tokens under equal salts have equal keys and values. Merged ones are approximate, so
+    they get a salt of their own.
 
     Args:
         context_ids: the tokens of instruction and documents.
@@ -102,7 +104,7 @@ def merged_salt(context_ids: Sequence[int], salt: str | None) -> str:
 
 
 def space_of(salt: str | None) -> tuple[str, bool]:
-    """The namespace of the store that a salt stands for, and whether it is a `merged_salt`."""
+    """Return the salt of the namespace, and whether `salt` is a `merged_salt`."""
     if salt is None or not salt.startswith(_MERGED):
         return salt or "", False
     return salt.removeprefix(_MERGED).partition(".")[2], True
@@ -110,7 +112,7 @@ def space_of(salt: str | None) -> tuple[str, bool]:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """An item of the store, and the tokens `start` to `stop` of a prompt that it begins with."""
+    """The id of an item, and the tokens `start` to `stop` of a prompt, with which the item begins."""
 
     id: str
     start: int
@@ -118,7 +120,7 @@ class Piece:
 
 
 def prefix_pieces(model_digest: str, token_ids: Sequence[int], size: int) -> list[Piece]:
-    """A prompt's beginning in pieces of `size` tokens; the id of each says all tokens up to its end. O(tokens)."""
+    """Divide the beginning of a prompt into pieces of `size` tokens. Each id depends on all tokens up to its end."""
     so_far, pieces = hashlib.sha256(model_digest.encode()), []
     for start in range(0, len(token_ids) - size + 1, size):
         so_far.update(array("I", token_ids[start : start + size]).tobytes())
@@ -130,21 +132,21 @@ def prefix_pieces(model_digest: str, token_ids: Sequence[int], size: int) -> lis
 
 
 class BlockLayout(ABC):
-    """How an attention backend keeps keys and values in its blocks, `(blocks, kv_heads, block_size, 2 * head_dim)`."""
+    """The layout of an attention backend's blocks, `(blocks, kv_heads, block_size, 2 * head_dim)`."""
 
     backend: ClassVar[str]
 
     @abstractmethod
     def read(self, cache: torch.Tensor, block_ids: torch.Tensor) -> LayerKV:
-        """The keys and values of whole blocks, `(1, kv_heads, blocks * block_size, head_dim)` each."""
+        """Return the keys and values of whole blocks, `(1, kv_heads, blocks * block_size, head_dim)` each."""
 
     @abstractmethod
     def write(self, cache: torch.Tensor, block_ids: torch.Tensor, kv: LayerKV) -> None:
-        """Write the keys and values of whole blocks, as `read` gives them."""
+        """Write the keys and values of whole blocks, in the shape that `read` returns."""
 
 
 class FlashAttentionLayout(BlockLayout):
-    """Each token's key and value side by side."""
+    """The layout of FlashAttention: each token's key, then its value."""
 
     backend = "FLASH_ATTN"
 
@@ -162,19 +164,19 @@ class FlashAttentionLayout(BlockLayout):
 
 
 class CPUAttentionLayout(BlockLayout):
-    """Keys in the first half of a block and values in the second, each in an order of the processor's.
+    """The layout of vLLM's CPU attention: the keys of a block, then its values, in an order that depends on the CPU.
 
-    AVX-512 wants the keys of a block transposed, AMX and NEON want other orders. The order is measured: numbered keys
-    and values are put through the server's own writer, and it is noted where each number came to lie.
+    With AVX-512, the keys of a block are transposed; AMX and NEON have other orders. The order is measured: the
+    server's own function writes numbered keys and values, and the place of each number is recorded.
 
     Args:
         put: writes keys and values, `(block_size, 1, head_dim)` each, into a block `(1, 1, block_size, 2 * head_dim)`.
-        block_size: tokens of a block.
-        head_dim: of a key, and of a value.
-        dtype: of the cache.
+        block_size: the number of tokens in a block.
+        head_dim: numbers per key, and per value.
+        dtype: the cache's dtype.
 
     Raises:
-        UnsupportedModelError: a key or a value does not come to lie in its block once.
+        UnsupportedModelError: a number is not in the block exactly once.
     """
 
     backend = "CPU_ATTN"
@@ -188,15 +190,16 @@ class CPUAttentionLayout(BlockLayout):
     ) -> None:
         size = block_size * head_dim
         numbers, lay = torch.arange(1, 2 * size + 1), torch.zeros(2 * size, dtype=torch.long)
-        for shift in (0, 7, 14, 21):  # digits that bfloat16 holds exactly
+        for shift in (0, 7, 14, 21):  # 7-bit digits, which bfloat16 represents exactly
             digits = ((numbers >> shift) & 127).to(dtype)
             block = torch.zeros(1, 1, block_size, 2 * head_dim, dtype=dtype)
             put(digits[:size].view(block_size, 1, head_dim), digits[size:].view(block_size, 1, head_dim), block)
             lay += block.flatten().long() << shift
         if not torch.equal(lay.sort().values, numbers):
             raise UnsupportedModelError(
-                f"the server's CPU attention does not keep its keys and values ({dtype}, blocks of {block_size}, heads "
-                f"of {head_dim}) one by one in their block, so they cannot be loaded. Use another --block-size."
+                f"the server's CPU attention does not store each number of its keys and values ({dtype}, blocks of "
+                f"{block_size}, heads of {head_dim}) once in their block, so blocks cannot be loaded. Use another "
+                "--block-size."
             )
         self._comes_from = lay - 1
         self._goes_to = self._comes_from.argsort()
@@ -216,7 +219,7 @@ class CPUAttentionLayout(BlockLayout):
         cache[block_ids] = flat.view(len(block_ids), heads, size, both)
 
 
-# --- what is learned of a model --------------------------------------------------------------------------------
+# --- the rotation and the usual drift of a model ---------------------------------------------------------------
 
 _TOLERANCE = {torch.float32: 1e-3}
 _MOST_DRIFT = 0.7
@@ -224,7 +227,7 @@ _MOST_DRIFT = 0.7
 
 @dataclass(frozen=True, slots=True)
 class Learned:
-    """How a server's model rotates its keys, layer by layer, and what its documents usually drift by."""
+    """The rotation of each layer of a server's model, and the usual drift of documents."""
 
     rotated: list[Rotation]
     drift: UsualDrift
@@ -238,13 +241,20 @@ class Learned:
         together: Sequence[LayerKV],
         together_at: torch.Tensor,
     ) -> Learned:
-        """From the same tokens behind the instruction alone, and behind other documents too: see `UsualDrift`.
+        """Learn from two encodings of the same tokens: after the instruction only, and after other documents too.
 
-        The first layer's keys depend on nothing but token and position, so a rotation that moves them is the model's.
-        In the other layers, they also drift.
+        The first layer's keys depend only on token and position, so the rotation that maps one encoding onto the other
+        is exact there. In the other layers, the keys also drift.
+
+        Args:
+            candidates: the possible rotations.
+            alone: as for `UsualDrift.between`; so are the other arguments.
+            alone_at: the positions of `alone`.
+            together: keys and values of the second encoding.
+            together_at: the positions of `together`.
 
         Raises:
-            UnsupportedModelError: no candidate moves the keys.
+            UnsupportedModelError: no candidate fits.
         """
         found = []
         for index, (old, new) in enumerate(zip(alone, together, strict=True)):
@@ -252,14 +262,14 @@ class Learned:
             best = min(errors, key=errors.__getitem__)
             if errors[best] > (_MOST_DRIFT if index else _TOLERANCE.get(old[0].dtype, 0.1)):
                 raise UnsupportedModelError(
-                    f"the keys of layer {index} cannot be moved to another position: moved ones are off by "
-                    f"{errors[best]:.0%}. The server merges nothing with this model; exact prefixes are kept."
+                    f"the keys of layer {index} cannot be moved to another position: moved keys are off by "
+                    f"{errors[best]:.0%}. The server does not merge with this model, and reuses exact prefixes."
                 )
             found.append(best)
         return cls(found, UsualDrift.between(found, alone, alone_at, together, together_at))
 
     def to_item(self, id: str, candidates: Sequence[Rotation], fingerprint: ModelFingerprint) -> KVCacheItem:
-        """As an item of one token."""
+        """Convert to an item of one token, for the store."""
         halves = (layer.chunk(2, dim=-1) for layer in self.drift.layers)
         layers = [(keys[None, :, None].contiguous(), values[None, :, None].contiguous()) for keys, values in halves]
         return KVCacheItem(
@@ -272,13 +282,13 @@ class Learned:
 
     @classmethod
     def of_item(cls, item: KVCacheItem, candidates: Sequence[Rotation]) -> Learned:
-        """What `to_item` made."""
+        """Convert the result of `to_item` back."""
         drift = [torch.cat(kv, dim=-1)[0, :, 0].float() for kv in layers_of(item.memory)]
         return cls([candidates[index] for index in item.metadata["rotations"]], UsualDrift(drift))
 
 
 def candidates_of(frequencies: torch.Tensor, *, interleaved: bool) -> list[Rotation]:
-    """How a layer may rotate: not at all, or with these frequencies `(rotary_dim / 2,)`, as the server's model says."""
+    """Return the possible rotations of a layer: none, or with the model's frequencies, `(rotary_dim / 2,)`."""
     module = torch.nn.Module()
     module.register_buffer("inv_freq", frequencies.float())
     return [UNROTATED, Rotation(module, "inv_freq", interleaved)]
@@ -287,7 +297,7 @@ def candidates_of(frequencies: torch.Tensor, *, interleaved: bool) -> list[Rotat
 def _moved_error(
     rotated: Sequence[Rotation], old: LayerKV, new: LayerKV, start: torch.Tensor, end: torch.Tensor
 ) -> float:
-    """The relative error of the median token's key."""
+    """Rotate keys from `start` to `end`, and return the relative error of the median token's key."""
     [(keys, values)] = contiguous_copy([old])
     PositionShift(rotated, start, end).turn(0, (keys, values))
     off, size = ((each.float().square().sum(dim=(0, 1, 3))) for each in (keys - new[0], new[0]))
@@ -303,23 +313,23 @@ def placed(
     fingerprint: ModelFingerprint,
     learned: Callable[[], Learned],
 ) -> Iterator[tuple[int, int, Layers]]:
-    """Loaded pieces, moved to where they stand in a prompt, as far as they lie in `start` to `stop`.
+    """Load pieces from the store and move them to their positions in a prompt, for the tokens `start` to `stop`.
 
     Args:
-        pieces: in the order in which they stand in the prompt.
-        token_ids: the prompt.
-        start: the first token that is wanted.
-        stop: the token after the last one.
+        pieces: the pieces, in the order of the prompt.
+        token_ids: the tokens of the prompt.
+        start: the first wanted token.
+        stop: the end of the wanted tokens.
         get: reads an item from the store.
-        fingerprint: of the server's model.
-        learned: of this model; asked for where a piece is not exact.
+        fingerprint: the fingerprint of the server's model.
+        learned: returns the model's rotations and usual drift. Called only if a piece is not exact.
 
     Yields:
-        The first token, the one after the last, and keys and values `(1, kv_heads, tokens, head_dim)` a layer.
+        The first token, the end, and keys and values, `(1, kv_heads, tokens, head_dim)` per layer.
 
     Raises:
         StoreError: the store failed.
-        CacheMismatchError: an item is missing, or holds other tokens, or another model made it.
+        CacheMismatchError: an item is missing, has other tokens, or was made by another model.
     """
     for piece in pieces:
         first, last = max(piece.start, start), min(piece.stop, stop)
@@ -329,9 +339,9 @@ def placed(
         if item is None or item.fingerprint is None or not fingerprint.matches(item.fingerprint):
             raise TokenMismatchError(f"{piece.id} is not in the store, or another model made it")
         if item.token_ids.tolist()[: piece.stop - piece.start] != list(token_ids[piece.start : piece.stop]):
-            raise TokenMismatchError(f"{piece.id} holds other tokens than the prompt")
+            raise TokenMismatchError(f"{piece.id} has other tokens than the prompt")
         layers = cut(layers_of(item.memory), first - piece.start, last - piece.start)
-        is_prefix = piece.id.startswith("kv:prefix:")  # whose id says all that stands before it
+        is_prefix = piece.id.startswith("kv:prefix:")  # its id depends on all tokens before it
         if not is_prefix and item.prefix_digest != ids_digest(token_ids[: piece.start]):
             layers, known = contiguous_copy(layers), learned()
             stood = item.base_position + torch.arange(first - piece.start, last - piece.start)

@@ -1,4 +1,4 @@
-"""Requests to one OpenAI-compatible server: retries, limits and typed errors."""
+"""HTTP requests to one OpenAI-compatible server, with retries, limits and typed errors."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ _ABSENT = {404, 405, 501}
 _LONGEST_PAUSE, _METRICS_TIMEOUT = 20.0, 5.0  # seconds
 _LARGEST_LINE, _LARGEST_BODY = 1 << 20, 64 << 20  # bytes
 _SPARE_EVENTS = 16
-"""Events of an answer beside one for each token: the finish reason, the usage, empty ones."""
+"""The number of events that an answer may have besides one per token: the finish reason, the usage, empty events."""
 _CONTEXT_LENGTH = re.compile(r"maximum context length is (\d{1,9})")
 _PROMPT_LENGTH = re.compile(r"contains (?:at least )?(\d{1,9}) input tokens|requested (\d{1,9}) tokens")
 _START_TIME = re.compile(rb"^process_start_time_seconds (\d+(?:\.\d+)?(?:e\+?\d+)?)$", re.MULTILINE)
 
-# --- what a server sends ---------------------------------------------------------------------------------------
+# --- responses of a server -------------------------------------------------------------------------------------
 
 Count: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 40)]
 
@@ -58,13 +58,13 @@ class Choice(BaseModel):
 
 
 class CachedTokens(BaseModel):
-    """Which tokens of a prompt were cached."""
+    """How many tokens of a prompt were cached."""
 
     cached_tokens: Count | None = None
 
 
 class Counts(BaseModel):
-    """Tokens of an answer."""
+    """Counts of tokens."""
 
     completion_tokens: Count | None = None
     prompt_tokens_details: CachedTokens | None = None
@@ -79,7 +79,7 @@ class Event(BaseModel):
 
 
 class Card(BaseModel):
-    """What `/v1/models` says about a model."""
+    """A model's entry in `/v1/models`."""
 
     id: str
     owned_by: str | None = None
@@ -87,19 +87,19 @@ class Card(BaseModel):
 
 
 class Cards(BaseModel):
-    """The answer of `/v1/models`."""
+    """The response of `/v1/models`."""
 
     data: list[Card] | None = None
 
 
 class Tokens(BaseModel):
-    """The answer of `/tokenize`."""
+    """The response of `/tokenize`."""
 
     tokens: list[Annotated[int, Field(ge=0, lt=1 << 31)]]
 
 
 class Text(BaseModel):
-    """The answer of `/detokenize`."""
+    """The response of `/detokenize`."""
 
     prompt: str
 
@@ -134,8 +134,7 @@ class HTTPClient:
         self.root = str(url.copy_with(userinfo=b"") if url.userinfo else base_url).rstrip("/").removesuffix("/v1")
         if api_key and not (api_key.isascii() and api_key.isprintable()):
             raise InvalidInputError(
-                "api_key holds a character that an HTTP header cannot hold, such as a line break at its end. Pass the "
-                "key without it."
+                "api_key has a character that an HTTP header cannot have, such as a line break at its end. Remove it."
             )
         login = f"Basic {base64.b64encode(url.userinfo).decode()}" if url.userinfo else None
         self._headers = {"Authorization": value} if (value := f"Bearer {api_key}" if api_key else login) else {}
@@ -156,16 +155,16 @@ class HTTPClient:
             self._client.close()
 
     def json(self, kind: type[M], path: str, body: Mapping[str, Any] | None = None) -> M | None:
-        """Send a POST request, or a GET request without a body, and return the answer.
+        """Send a POST request, or a GET request without a body, and return the response.
 
         Returns:
-            The answer, or None if the server does not have this path.
+            The response; None if the server does not have this path.
 
         Raises:
             ServerUnavailableError: the server cannot be reached or is overloaded.
-            ServerTimeoutError: the answer was not there after `timeout` seconds.
-            ContextLengthError, InvalidInputError, ServerError: the server refused the request, or the answer is not of
-                this kind.
+            ServerTimeoutError: the response did not come within `timeout` seconds.
+            ContextLengthError, InvalidInputError, ServerError: the server refused the request, or the response is not
+                of this kind.
         """
 
         def attempt(until: float) -> M:
@@ -183,8 +182,9 @@ class HTTPClient:
     def events(self, path: str, body: Mapping[str, Any]) -> Generator[Event, None, None]:
         """Send a POST request and yield the server-sent events of the answer. Closing the generator ends the request.
 
-        It ends early where a server sends more events than `max_tokens` explains. A request that failed after its first
-        event is not repeated. Raises the same errors as `json`; `ServerTimeoutError` also after `deadline` seconds.
+        The stream is cut if the server sends more events than `max_tokens` allows. A request that failed after its
+        first event is not repeated. Raises the errors of `json`, and `ServerTimeoutError` also after `deadline`
+        seconds.
         """
 
         def attempt(until: float) -> tuple[list[Event], Generator[Event, None, None]]:
@@ -197,16 +197,16 @@ class HTTPClient:
             yield from rest
 
     def start_time(self) -> float | None:
-        """When the server process started, in seconds since 1970. None if the server does not publish it."""
+        """Return when the server process started, in seconds since 1970; None if the server does not publish it."""
         found = _START_TIME.search(self._metrics())
         return float(found[1]) if found else None
 
     def counts_transfers(self) -> bool:
-        """Whether the server's metrics count tokens from a KV connector. vLLM's do, with a connector or without."""
+        """Whether the server's metrics have a count of tokens from a KV connector, as those of vLLM always have."""
         return b"vllm:external_prefix_cache_queries" in self._metrics()
 
     def _metrics(self) -> bytes:
-        """The server's `/metrics`; empty if it does not publish them."""
+        """Return the server's `/metrics`; empty if it does not publish them."""
         limit, url = _Limit(float("inf"), _METRICS_TIMEOUT), f"{self.root}/metrics"
         try:
             with self._client.stream("GET", url, headers=self._headers, timeout=_METRICS_TIMEOUT) as response:
@@ -215,10 +215,10 @@ class HTTPClient:
             return b""
 
     def _retry(self, attempt: Callable[[float], T]) -> T:
-        """Repeat what fails because the server is down, starting or overloaded; a cancelled reader ends the pauses.
+        """Repeat an attempt that fails because the server is down, starting or overloaded. A cancellation ends a pause.
 
-        Each attempt is given the time at which all of them must have ended. `httpx.HTTPTransport(retries=…)` repeats
-        only connections, and its pauses cannot be cancelled.
+        Each attempt gets the time by which all attempts must end. `httpx.HTTPTransport(retries=…)` is not used: it
+        repeats only connections, and its pauses cannot be cancelled.
         """
         left, wait, until = self._max_retries, self._retry_wait, time.monotonic() + self._deadline
         while True:
@@ -238,7 +238,7 @@ class HTTPClient:
             limit = _Limit(until, self._timeout)
             for line in self._lines(response, limit):
                 field, _, data = line.partition(b":")
-                if field != b"data":  # comments keep a connection alive, blank lines end an event
+                if field != b"data":  # a comment, which keeps the connection alive, or the end of an event
                     continue
                 if data.strip() == b"[DONE]":
                     return
@@ -256,7 +256,7 @@ class HTTPClient:
                 raise httpx.RemoteProtocolError("the answer ended without a finish reason")
 
     def _lines(self, response: httpx.Response, limit: _Limit) -> Iterator[bytes]:
-        """The lines of an event stream. `iter_lines` would also break at U+2028 within JSON, and holds any length."""
+        """Yield the lines of an event stream. `iter_lines` has no size limit, and also splits at U+2028 in JSON."""
         line = bytearray()
         for piece in self._pieces(response, limit):
             *whole, rest = piece.split(b"\n")
@@ -269,15 +269,15 @@ class HTTPClient:
         yield bytes(line)
 
     def _pieces(self, response: httpx.Response, limit: _Limit, most: float = float("inf")) -> Iterator[bytes]:
-        """The bytes of a response as they arrive, within a time and a size."""
+        """Yield the bytes of a response as they arrive, within limits of time and size."""
         for piece in response.iter_bytes():
             most -= len(piece)
             if most < 0:
                 raise ServerError(str(response.url), response.status_code, "with more bytes than such an answer has")
             if time.monotonic() > limit.at:
                 raise ServerTimeoutError(
-                    f"{self.root} took too long: it sends something and its answer does not get on. Check its load, "
-                    "or raise timeout= (between two tokens) or deadline= (for a whole answer)."
+                    f"{self.root} took too long: it sends data, but no further token of the answer. Check its load, or "
+                    "raise timeout= (between two tokens) or deadline= (for a whole answer)."
                 )
             yield piece
 
@@ -287,12 +287,12 @@ class HTTPClient:
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False, include_input=False)[0]
             where = ".".join(map(str, first["loc"]))
-            what = f"what is not JSON of a {kind.__name__}: {where} {first['msg']}"
+            what = f"with JSON that is not a {kind.__name__}: {where} {first['msg']}"
             raise ServerError(self.root + path, 200, self._without_secrets(what)) from None
 
     @contextmanager
     def _open(self, path: str, body: Mapping[str, Any] | None) -> Iterator[httpx.Response]:
-        """A successful response. Within the block, every error of httpx becomes an error of kvcag."""
+        """Yields a successful response. Within it, every error of httpx becomes an error of kvcag."""
         if self._closed:
             raise EngineError(f"the engine of {self.root} was closed. Make a new one.")
         method, url = "GET" if body is None else "POST", self.root + path
@@ -312,25 +312,25 @@ class HTTPClient:
                 f"timed out waiting for {self.root} ({type(silent).__name__}). It may be reading a long prompt or "
                 "answering others first: raise timeout=, or check its load."
             ) from silent
-        except httpx.LocalProtocolError:  # its message holds the header that cannot be sent
+        except httpx.LocalProtocolError:  # not chained: its message has the header, which may be a secret
             raise EngineError(f"the request to {self.root} cannot be sent. Check the headers of client=.") from None
         except httpx.TransportError as broken:
             self._count_interruption()
             raise ServerUnavailableError(
-                f"the connection to {self.root} broke: {broken}. The server stopped while it answered. Ask again when "
+                f"the connection to {self.root} broke: {broken}. The server stopped during the answer. Ask again when "
                 "it is back."
             ) from broken
-        except (httpx.HTTPError, httpx.StreamError, RuntimeError) as other:  # cannot be decoded; the client was closed
+        except (httpx.HTTPError, httpx.StreamError, RuntimeError) as other:  # undecodable data, or a closed client
             raise EngineError(f"the request to {self.root} failed ({type(other).__name__}: {other}).") from other
 
     def _count_interruption(self) -> None:
-        if not cancellation().cancelled:  # a cancelled request was broken off by this side
+        if not cancellation().cancelled:  # else this side ended the request
             self.interruptions += 1
 
     def _refusal(self, path: str, status: int, said: bytes, pause: str = "") -> KVCAGError:
-        """The error for an answer that is not a success."""
+        """Return the error for an unsuccessful response."""
         url, detail = self.root + path, self._without_secrets(said.decode(errors="replace"))
-        with suppress(ValueError, RecursionError):  # OpenAI's shape, an older one of vLLM, FastAPI's, or plain text
+        with suppress(ValueError, RecursionError):  # the form of OpenAI, old vLLM or FastAPI; or plain text
             answer = json.loads(detail)
             inner = answer.get("error", answer) if isinstance(answer, dict) else answer
             detail = str((inner.get("message") or inner.get("detail") or inner) if isinstance(inner, dict) else inner)
@@ -349,21 +349,21 @@ class HTTPClient:
         return busy
 
     def _without_secrets(self, text: str) -> str:
-        """A server may repeat a key that it refuses."""
+        """Hide secrets in a text of the server, which may quote a refused key."""
         for secret in self._secrets:
             text = text.replace(secret, "[hidden]")
         return text
 
 
 class _Limit:
-    """The time at which a request ends: that of the whole, or some seconds after what it waits for began."""
+    """The time at which a request must end: its deadline, or `seconds` after the last event."""
 
     def __init__(self, until: float, seconds: float) -> None:
         self._until, self._seconds = until, seconds
         self.extend()
 
     def extend(self) -> None:
-        """Restart the clock: an event has come."""
+        """Start the `seconds` again, after an event."""
         self.at = min(self._until, time.monotonic() + self._seconds)
 
 

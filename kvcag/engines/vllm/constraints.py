@@ -1,4 +1,4 @@
-"""Constraints as fields of a request to a server, which enforces some of them."""
+"""Converts constraints to fields of a request, and finds out which constraints a server enforces."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from kvcag.errors import (
 )
 
 ConstraintSupport: TypeAlias = Literal["lark", "structured_outputs", "response_format", "none"]
-"""What a server can enforce: any grammar; JSON schemas, regular expressions and choices; JSON schemas; nothing."""
+"""The constraints that a server enforces: `lark`: any grammar; `structured_outputs`: JSON schemas, regular expressions
+and choices; `response_format`: JSON schemas; `none`."""
 
 _GUIDANCE = "%llguidance {}\n"
 """Only llguidance accepts this first line. vLLM's other backends accept some Lark too and enforce less of it; vLLM
@@ -33,9 +34,9 @@ uses llguidance if its first choice refuses a grammar."""
 
 
 def constraint_support(complete: Callable[[Mapping[str, Any]], str]) -> ConstraintSupport:
-    """Find out what a server enforces, by asking for answers that a model gives only if it is forced to.
+    """Find out what a server enforces, by requests for an answer that a model gives only if it is forced to.
 
-    A server ignores fields that it does not know: a constraint that it does not enforce would go unnoticed.
+    A server ignores unknown fields, so nothing would show that a constraint is not enforced.
 
     Args:
         complete: returns a short greedy answer to a request with the given fields.
@@ -56,15 +57,15 @@ def constraint_support(complete: Callable[[Mapping[str, Any]], str]) -> Constrai
 
 
 def server_constraint(constraint: Any, support: ConstraintSupport, thinking: bool) -> ServerConstraint:
-    """A constraint as fields of a request. vLLM compiles the same llguidance grammar as `HFEngine`.
+    """Convert a constraint to fields of a request. vLLM compiles the same llguidance grammar as `HFEngine`.
 
     Args:
-        constraint: as `Engine.stream` takes it.
+        constraint: as for `Engine.stream`.
         support: what the server enforces.
         thinking: the answer begins within a thinking block.
 
     Raises:
-        ConstraintError: it is not a constraint, is malformed, or the server cannot enforce it.
+        ConstraintError: the value is not a constraint or malformed, or the server cannot enforce it.
     """
     if isinstance(constraint, ServerConstraint):
         return constraint
@@ -90,7 +91,7 @@ def server_constraint(constraint: Any, support: ConstraintSupport, thinking: boo
 
 
 def _without_lark(constraint: JsonSchema | Regex | Choices | Grammar) -> dict[str, Any]:
-    """A constraint as vLLM's `structured_outputs` without Lark; empty for a grammar."""
+    """Convert a constraint to vLLM's `structured_outputs` without Lark; empty for a grammar."""
     if isinstance(constraint, Grammar):
         return {}
     if isinstance(constraint, Regex):

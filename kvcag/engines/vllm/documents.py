@@ -1,4 +1,4 @@
-"""Documents on a server that has the connector: encoded there once, put together there in any order."""
+"""Documents on a server with the connector, which encodes them once and merges them in any order."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Ids = Sequence[int]
 
 
 class Said(BaseModel):
-    """What the connector says of a request: see `KVCAGConnector.request_finished`."""
+    """The connector's fields in a response: see `KVCAGConnector.request_finished`."""
 
     model: str
     learned: bool
@@ -28,36 +28,36 @@ class Said(BaseModel):
 
 
 class Transfer(BaseModel):
-    """The answer's `kv_transfer_params`."""
+    """The response's `kv_transfer_params`."""
 
     kvcag: Said | None = None
 
 
 class Completed(BaseModel):
-    """An answer that is not streamed."""
+    """A response that is not streamed."""
 
     kv_transfer_params: Transfer | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """How a prompt is sent: its salt, and the spans of its documents."""
+    """The fields of a request that merges: its salt and its `kv_transfer_params`."""
 
     salt: str
     params: dict[str, Any]
 
 
 class ServedDocuments:
-    """The documents that this engine had a server keep. Safe to use from several threads.
+    """The documents that this engine sent to a server's store. Safe to use from several threads.
 
     Args:
         http: the server.
-        body: the body of a request for one token behind a prompt of a namespace.
-        salt_of: the salt of a namespace.
+        body: returns the body of a request for one token after a prompt of a namespace.
+        salt_of: returns the salt of a namespace.
     """
 
     MOST = 1 << 16
-    """Documents that are remembered; of others the server is asked."""
+    """The most documents that are remembered. For others, the server is asked whether it has them."""
 
     def __init__(
         self, http: HTTPClient, body: Callable[[Ids, str], dict[str, Any]], salt_of: Callable[[str], str | None]
@@ -67,10 +67,10 @@ class ServedDocuments:
         self.forget()
 
     def forget(self, namespace: str | None = None) -> None:
-        """Ask the server again; of one namespace, or of all and whether it has the connector."""
+        """Drop the facts about a namespace; None means all facts, including whether the server has the connector."""
         with self._lock:
             if namespace is None:
-                self._model: str | None = None  # what the connector calls the model; empty without a connector
+                self._model: str | None = None  # the digest of the connector's model; empty without a connector
                 self._kept: OrderedDict[tuple[str, str], None] = OrderedDict()
                 self._learned: dict[str, bool] = {}
                 return
@@ -79,7 +79,7 @@ class ServedDocuments:
             self._learned.pop(namespace, None)
 
     def erase(self, namespace: str) -> None:
-        """Have the connector delete all that it keeps of a namespace."""
+        """Let the connector delete a namespace from its store."""
         with self._lock:
             if self._model:
                 self._ask([0], namespace, forget=True)
@@ -87,7 +87,7 @@ class ServedDocuments:
 
     @property
     def is_available(self) -> bool:
-        """Whether the server has the connector. Asked once, by a request for one token to a server that may have it."""
+        """Whether the server has the connector. Found out once, by a request for one token if it is a vLLM server."""
         with self._lock:
             if self._model is None:
                 said = self._ask([0], "", has=[]) if self._http.counts_transfers() else None
@@ -95,7 +95,7 @@ class ServedDocuments:
             return bool(self._model)
 
     def has_learned(self, namespace: str) -> bool:
-        """Whether documents can be put together: the connector has learned what they usually drift by."""
+        """Whether the connector can merge documents, because it has learned their usual drift."""
         with self._lock:
             if not self._learned.get(namespace):
                 said = self._ask([0], namespace, has=[])
@@ -103,7 +103,7 @@ class ServedDocuments:
             return self._learned[namespace]
 
     def learn(self, head_ids: Ids, passages: Sequence[Ids], namespace: str) -> bool:
-        """Have the connector learn from passages, alone and together; whether it did."""
+        """Let the connector learn the usual drift from passages. Returns whether it did."""
         with self._lock:
             for passage in passages:
                 self.keep(head_ids, passage, namespace)
@@ -112,21 +112,21 @@ class ServedDocuments:
             return self.has_learned(namespace)
 
     def keep(self, head_ids: Ids, token_ids: Ids, namespace: str) -> None:
-        """Have the server encode a document behind `head_ids`, and keep both."""
+        """Let the server encode a document after `head_ids`, and store both."""
         spans = [[0, len(head_ids)]] * bool(head_ids) + _spans(len(head_ids), [token_ids])
         self._ask([*head_ids, *token_ids], namespace, keep=spans)
         self._remember(namespace, head_ids, token_ids)
 
     def holds(self, token_ids: Ids, namespace: str) -> bool:
-        """Whether a document with all that stands before it was kept."""
+        """Whether this engine stored a document; `token_ids` are its tokens, after those before it."""
         with self._lock:
             return (namespace, ids_digest(token_ids)) in self._kept
 
     def merging(self, prompt: Prompt, namespace: str) -> tuple[Served, int]:
-        """How a prompt with documents is sent, and how many of its tokens were encoded for that.
+        """Return the fields of a request that merges, and how many tokens were encoded for it.
 
-        What the server does not keep is encoded, each document behind the instruction. Documents behind a text that
-        stands between two are read in place.
+        Documents that the server's store lacks are encoded first, each after the instruction. If there is other text
+        between two documents, those after the text are not merged, but read in place.
         """
         head = prompt.head_ids
         count = 1 + next((at for at, ids in enumerate(prompt.between_ids) if ids), len(prompt.document_ids))
@@ -151,7 +151,7 @@ class ServedDocuments:
         return Served(salt, {FIELD: {"merge": spans, "endings": endings if any(endings) else []}}), encoded
 
     def missed(self, prompt: Prompt, namespace: str) -> None:
-        """The server had less of these documents than expected: ask it again."""
+        """Forget that the server has these documents, after it reused fewer tokens of them than expected."""
         with self._lock:
             for ids in prompt.kept_ids:
                 self._kept.pop((namespace, ids_digest((*prompt.head_ids, *ids))), None)
@@ -170,7 +170,7 @@ class ServedDocuments:
 
 
 def _spans(start: int, texts: Sequence[Ids]) -> list[list[int]]:
-    """The spans of texts that stand one behind another."""
+    """Return the spans of adjacent texts, from `start` on."""
     edges = [start]
     for ids in texts:
         edges.append(edges[-1] + len(ids))

@@ -61,53 +61,54 @@ if TYPE_CHECKING:
 DocumentOrder: TypeAlias = Literal["given", "canonical", "frequent"]
 
 _OPENAI_STOPS = 4
-"""The most stop strings that OpenAI's API accepts. This side looks for all of them."""
+"""The most stop strings that OpenAI's API accepts. The engine itself looks for all of them."""
 _SHOULD_HIT = 256
-"""A server that reports cached tokens reports some for a prompt that shares this many with the prompt before."""
+"""If a prompt shares this many tokens with the previous one, a server that reports cached tokens must report some."""
 
 
 class VLLMEngine(Engine):
     """Answers from a vLLM server, whose prefix cache keeps the keys and values.
 
-    Prompts are sent as token ids: instruction first, documents in order, question last. The server reuses what begins
-    like an earlier prompt; nothing is merged. Making an engine needs no server; the first use does. Safe to use from
-    several threads. Close it, or use it in a `with` block.
+    Prompts are sent as token ids: instruction first, documents in order, question last. The server reuses the longest
+    cached prefix. It merges documents only with kvcag's connector (`merge_documents`). Making an engine needs no
+    server; the first use does. Safe to use from several threads. Close it, or use it in a `with` block.
 
     ```python
     engine = VLLMEngine("http://127.0.0.1:8000/v1", tokenizer="Qwen/Qwen3-8B")
     llm = ChatKVCAG(engine=engine)
     ```
 
-    Any server with OpenAI's `/v1/completions` works. A `ServerWarning` tells once what the server lacks.
+    Any server with OpenAI's `/v1/completions` works. A `ServerWarning` says once which feature the server lacks.
 
     Args:
         base_url: the URL of the API, with or without `/v1`.
         model: the model's name on the server; by default the only model of the server.
-        tokenizer: a hub id, a folder or a tokenizer. It must be the server's and is compared with it once. None uses
-            vLLM's `/tokenize`, at one request for each text that was not used lately.
+        tokenizer: a hub id, a folder or a tokenizer. It must be the server's, and is compared with it once. None uses
+            vLLM's `/tokenize`, with one request per text that was not used recently.
         api_key: sent as a bearer token.
-        context_length: the most tokens of prompt and answer together; by default what the server says.
+        context_length: the most tokens of prompt and answer together; by default the server's own limit.
         document_order: `"given"` keeps the order. `"canonical"` sorts documents by their content, so that the same
             documents in any order make the same prompt. `"frequent"` puts the most frequent documents first, so that
-            more prompts begin alike. Use the last two only for documents that may stand in any order and that end with
-            a separator, as the documents of the adapters do.
-        merge_documents: use the server's `KVCAGConnector`, if it has one, for documents in any order. The engine finds
-            out by itself. With False, documents are read in order.
-        salt_secret: a secret of this application. The cache salts of namespaces are made from it, so that another
-            client of the server cannot make them, and this application shares no cached prompts with others.
+            more prompts share a prefix. Use the last two only for documents whose order does not matter and that end
+            with a separator, as the documents of the adapters do.
+        merge_documents: use the server's `KVCAGConnector` to merge documents in any order. The engine detects the
+            connector. With False, documents are read in order.
+        salt_secret: a secret of this application. The cache salts of namespaces are made from it, so that other
+            clients of the server cannot make them and share no cached prompts with this application.
         template_variables: passed to the chat template, for example `{"enable_thinking": False}`.
-        defaults: settings of calls that give no others, for example `{"temperature": 0.7}`.
+        defaults: settings for calls that do not give them, for example `{"temperature": 0.7}`.
         timeout: seconds to wait for the first token, and between two tokens.
-        deadline: seconds after which a whole answer must be there, with all repetitions of its request.
+        deadline: the most seconds for a whole answer, including all repetitions of its request.
         connect_timeout: seconds to wait for a connection.
         max_retries: how often to repeat a request that failed before its answer began.
         retry_wait: seconds before the first repetition. Each pause is twice as long as the one before.
-        client: your own `httpx.Client`, for certificates, proxies or headers. Its timeouts apply, and closing the
-            engine does not close it.
+        client: your own `httpx.Client`, for certificates, proxies or headers. Its timeouts apply. Closing the engine
+            does not close this client.
 
     Raises:
         MissingExtraError: the extra `vllm` is not installed.
-        InvalidInputError: `base_url` is not a URL, or a default is unknown or out of range.
+        InvalidInputError: `base_url` is not a URL, `document_order` is unknown, or `defaults` has an unknown name or a
+            value out of range.
     """
 
     item_type = VLLMKVCacheItem
@@ -153,7 +154,7 @@ class VLLMEngine(Engine):
         self._documents = ServedDocuments(self._http, self._body_of_one, lambda name: cache_salt(salt_secret, name))
         self._unlearned: set[str] = set()  # namespaces whose documents the server cannot merge
         self._warnings = WarnOnce()
-        self._server_lock = threading.RLock()  # of what is known about the server, until it restarts
+        self._server_lock = threading.RLock()  # guards the facts about the server, which change with its restart
         self._known_card: Card | None = None
         self._support: ConstraintSupport | None = None
         self._tokens_checked = False
@@ -161,7 +162,7 @@ class VLLMEngine(Engine):
         self._preloads = Preloads(self._http, self._send, self._forget_server, self._warnings)
 
     def close(self) -> None:
-        """Close the connections. A thread that sends contexts again ends within five seconds."""
+        """Close the connections. Waits at most five seconds for the thread that sends contexts again."""
         self._preloads.close()
         self._http.close()
 
@@ -171,7 +172,7 @@ class VLLMEngine(Engine):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # --- what it is --------------------------------------------------------------------------------------------
+    # --- the model ---------------------------------------------------------------------------------------------
 
     @property
     def model_name(self) -> str:
@@ -180,7 +181,7 @@ class VLLMEngine(Engine):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the prompts: the given one, or the server's."""
+        """The tokenizer of the prompts: the one that was passed, or the server's."""
         given = self._given_tokenizer
         if given is None:
             return cast("PreTrainedTokenizerBase", ServerTokenizer(self._http, self.model_name))
@@ -195,7 +196,10 @@ class VLLMEngine(Engine):
 
     @cached_property
     def fingerprint(self) -> ModelFingerprint:
-        """The model's name, and its token ids of a text and of a chat. A server does not show its weights."""
+        """The fingerprint: the model's name, and digests of its token ids for a text and for a chat.
+
+        A server does not show its weights.
+        """
         return ModelFingerprint(
             model_name=self.model_name,
             architecture=type(self).__name__,
@@ -212,8 +216,8 @@ class VLLMEngine(Engine):
         length = self._context_length or self._card.max_model_len
         if length is None:
             self._warnings.once(
-                f"{self._http.root} does not say how long its context is, so only the server can refuse a prompt that "
-                "is too long. Pass context_length=."
+                f"{self._http.root} does not report its context length, so a prompt that is too long is not refused "
+                "before it is sent. Pass context_length=."
             )
         return length or 1 << 30
 
@@ -224,7 +228,7 @@ class VLLMEngine(Engine):
             timeout: seconds to wait while the server starts.
 
         Raises:
-            ServerUnavailableError: the server is not ready in time.
+            ServerUnavailableError: the server is not ready after `timeout` seconds.
             InvalidInputError: the server does not serve the model, or has another tokenizer.
         """
         until = time.monotonic() + timeout
@@ -246,32 +250,42 @@ class VLLMEngine(Engine):
     def build_vllm_kv_cache(
         self, prompt: str | Sequence[str] | Sequence[Message], *, namespace: str = ""
     ) -> ContextPrompt:
-        """Have the server encode a context, to be continued by `generate`.
+        """Let the server encode a context that `generate` continues.
 
         Args:
-            prompt: a str becomes the system turn; a list of str is joined into one by blank lines; chat messages are
-                taken as they are, as closed turns.
+            prompt: a str, or a list of str, which is joined by blank lines, becomes the system turn; chat messages
+                become complete turns.
             namespace: see `stream`.
 
         Returns:
-            The prompt that was sent: a str that knows its `token_ids`.
+            The prompt that was sent, a str with the attribute `token_ids`.
 
         Raises:
-            EmptyPromptError: there is nothing to encode.
+            EmptyPromptError: the prompt is empty.
             ContextLengthError: the context leaves no room for an answer.
+            EngineError: the server failed.
         """
         token_ids, messages = context_ids(self.template, prompt)
         self.preload(Prompt(token_ids, (), ()), namespace=namespace)
         return self.prompt_of(token_ids, messages)
 
     def preload(self, prompt: Prompt | ContextPrompt, *, namespace: str = "") -> Usage:
-        """Have the server encode a prompt, and generate one token. Prompts that begin with it are answered faster.
+        """Let the server encode a prompt and generate one token, so that prompts with this prefix are answered faster.
 
-        When the server restarts, the prompt is sent again.
+        The prompt is sent again after the server restarted.
+
+        Args:
+            prompt: the prompt, or a context from `build_vllm_kv_cache`.
+            namespace: see `stream`.
+
+        Returns:
+            The usage of the request.
 
         Raises:
             EmptyPromptError: the prompt has no tokens.
             ContextLengthError: the prompt leaves no room for an answer.
+            FingerprintMismatchError: the context was made with another model.
+            EngineError: the server failed.
         """
         if isinstance(prompt, ContextPrompt):
             self._check_model(prompt.fingerprint)
@@ -282,19 +296,19 @@ class VLLMEngine(Engine):
         return usage
 
     def known_prefix(self, token_ids: Sequence[int], namespace: str = "") -> int:
-        """How many tokens at the beginning were preloaded by this engine."""
+        """Return the length of the longest prefix that this engine preloaded."""
         return min(self._preloads.longest(token_ids, namespace), len(token_ids))
 
     def still_holds(self, token_ids: Sequence[int], namespace: str = "") -> bool:
-        """Whether this engine had the server encode these tokens."""
+        """Whether this engine sent these tokens to the server to encode them."""
         if self._documents.holds(token_ids, namespace):
             return True
         return self.known_prefix(token_ids, namespace) == len(token_ids)
 
     def encode_item(self, head_ids: Sequence[int], token_ids: Sequence[int], *, namespace: str = "") -> VLLMKVCacheItem:
-        """Have the server encode a document behind `head_ids`.
+        """Let the server encode a document after `head_ids`. See `Engine.encode_item`.
 
-        With the connector it keeps the document for any order, else for prompts where it is the first document.
+        With the connector, the server can reuse the document at any place; else only as the first document.
         """
         whole = (*head_ids, *token_ids)
         if self._merges and self._documents.is_available:
@@ -311,7 +325,7 @@ class VLLMEngine(Engine):
         )
 
     def exact_context(self, context_ids: Sequence[int], tail_ids: Sequence[int], namespace: str = "") -> MergedContext:
-        """Instruction and documents as the prompt of the server, in order."""
+        """Return instruction and documents, in order, as a prompt for the server. See `Engine.exact_context`."""
         size, sent = len(context_ids), self.known_prefix(context_ids, namespace)
         return ServedContext(
             cache=DynamicCache(),
@@ -323,54 +337,53 @@ class VLLMEngine(Engine):
         )
 
     def forget(self, namespace: str = "") -> None:
-        """Do not preload a namespace's prompts again, and have the connector delete what it keeps of the namespace.
+        """Do not preload a namespace's prompts again, and let the connector delete the namespace from its store.
 
-        The server keeps its blocks until it needs the room.
+        The server's own prefix cache drops the blocks when it needs the memory.
         """
         self._preloads.forget(namespace)
         self._documents.erase(namespace)
 
     def serves_merged(self, strategy: str, namespace: str = "") -> bool:
-        """Whether the server has the connector, and the strategy lets it merge. A server that is down does not.
+        """Whether the server merges documents by this strategy: it has the connector. False if the server is down.
 
         Raises:
-            UnsupportedModelError: the strategy recomputes tokens, which no server does.
+            UnsupportedModelError: the server has the connector, but the strategy recomputes tokens.
         """
         try:
             if strategy == "exact" or not self._merges or not self._documents.is_available:
                 return False
-        except EngineError:  # the answer says it
+        except EngineError:  # the request for the answer reports the error
             return False
         if strategy not in ("auto", "rotate"):
             raise UnsupportedModelError(
-                f"the server cannot merge by {strategy!r}: it computes a prompt's tokens from one position on, and "
-                "recomputing some of those before it needs the model in this process. Use 'rotate', 'exact' or 'auto', "
-                "or an HFEngine."
+                f"the server cannot merge by {strategy!r}, because a server cannot recompute single tokens in the "
+                "middle of a prompt. Use 'rotate', 'exact' or 'auto', or an HFEngine."
             )
         return namespace not in self._unlearned
 
     def learn_drift(self, head_ids: Sequence[int], passages: Sequence[Sequence[int]], namespace: str = "") -> None:
-        """Have the connector learn what documents of this model usually drift by, if it has not."""
+        """Let the connector learn the usual drift of documents, unless it already has. See `Engine.learn_drift`."""
         if self._documents.has_learned(namespace) or self._documents.learn(head_ids, passages, namespace):
             return
         self._unlearned.add(namespace)
         self._warnings.once(f"{self._http.root} cannot merge documents, so it reads them in order. Its log says why.")
 
     def prompt_of(self, token_ids: Sequence[int], messages: list[dict[str, Any]] | None = None) -> ContextPrompt:
-        """Tokens as the text of a prompt that knows them."""
+        """Return tokens as a `ContextPrompt`. See `Engine.prompt_of`."""
         text = self.tokenizer.decode(list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False)
         return ContextPrompt.of(str(text), token_ids, self.fingerprint, messages)
 
     # --- answering ---------------------------------------------------------------------------------------------
 
     def constrain(self, constraint: ConstraintLike, max_new_tokens: int, thinking: bool = False) -> ServerConstraint:
-        """A constraint as fields of a request. The first call asks the server what it enforces.
+        """Convert a constraint to fields of a request. The first call asks the server what it can enforce.
 
-        The server compiles the constraint, so a malformed one raises when the answer is read. An answer that reaches
-        `max_new_tokens` is cut.
+        The server compiles the constraint, so a malformed one raises an error when the answer is read. An answer that
+        reaches `max_new_tokens` is cut.
 
         Raises:
-            ConstraintError: it is not a constraint, or the server cannot enforce it.
+            ConstraintError: the value is not a constraint, or the server cannot enforce it.
         """
         with self._server_lock:
             if self._support is None:
@@ -391,17 +404,17 @@ class VLLMEngine(Engine):
         """Answer a prompt; see `Engine.stream`. Closing the stream closes the request.
 
         Args:
-            prompt: sent as a whole; the server reuses the beginning that it has cached.
+            prompt: sent as a whole; the server reuses the longest prefix that it has cached.
             sampling: the settings.
             past_key_values: a context that the prompt begins with, from `build_vllm_kv_cache` or `KVCacheMemory`.
-            constraint: what the answer must be.
+            constraint: the form of the answer.
             namespace: becomes the server's `cache_salt`: only prompts of the same namespace share cached tokens.
-            started: what times count from (`time.perf_counter()`).
-            accept_merged: the documents may be put together by the server's connector.
+            started: the time from which `Usage` counts (`time.perf_counter()`).
+            accept_merged: the server's connector may merge the documents.
 
         Raises:
-            UnsupportedModelError: the context holds keys and values, which a server cannot receive.
-            ServerUnavailableError, ServerTimeoutError, ServerError: the server is down, silent, or refuses.
+            UnsupportedModelError: the context has keys and values, which a server cannot receive.
+            ServerUnavailableError, ServerTimeoutError, ServerError: the server is down, does not respond, or refuses.
         """
         started = started or time.perf_counter()
         if not prompt.token_ids:
@@ -423,7 +436,7 @@ class VLLMEngine(Engine):
         started: float,
         merged: bool = False,
     ) -> Generator[Chunk, None, None]:
-        """The answer as text, a chunk for each event. The last chunk has the finish reason and the usage."""
+        """Yield the answer as text, one chunk per event. The last chunk has the finish reason and the usage."""
         self._check_tokens()
         body, encoded = self._body(prompt, sampling, namespace, fields), 0
         if merged:
@@ -431,7 +444,7 @@ class VLLMEngine(Engine):
             body |= {"cache_salt": served.salt, "kv_transfer_params": served.params}
         thinking = ThinkingFilter(prompt.thinking, strips=sampling.strip_thinking)
         stop = StopStrings(sampling.stop)
-        finish: FinishReason = "length"  # where the server sends more than was asked for
+        finish: FinishReason = "length"  # the reason if the server sends more tokens than `max_tokens`
         counted = Counts()
         first_at, pieces = 0.0, 0
         try:
@@ -480,10 +493,10 @@ class VLLMEngine(Engine):
         yield Chunk(rest, (), "stop" if stop.found else finish, usage, thinking.take())
 
     def _body(self, prompt: Prompt, sampling: Sampling, namespace: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """The body of a `/v1/completions` request.
+        """Return the body of a `/v1/completions` request.
 
-        A vLLM server is sent every setting, since it would otherwise use the model's own defaults, which an `HFEngine`
-        does not use. Other servers are sent only given settings, since some refuse fields that they do not know.
+        A vLLM server gets every setting, since it would else use the model's own defaults, which `HFEngine` does not
+        use. Other servers get only the given settings, since some refuse unknown fields.
         """
         is_vllm = self._card.owned_by == "vllm"
         settings = ("top_p", "top_k", "min_p", "repetition_penalty", "seed")
@@ -500,7 +513,7 @@ class VLLMEngine(Engine):
             **neutral,
             **given,
         }
-        if sampling.stop and not sampling.strip_thinking:  # a server would also stop within the thinking
+        if sampling.stop and not sampling.strip_thinking:  # the server would also stop inside the thinking
             body["stop"] = list(sampling.stop if is_vllm else sampling.stop[:_OPENAI_STOPS])
         salt = cache_salt(self._salt_secret, namespace)
         if salt is not None and is_vllm:
@@ -508,13 +521,13 @@ class VLLMEngine(Engine):
         elif namespace and not is_vllm:
             self._warnings.once(
                 f"{self._http.root} is not a vLLM server and has no cache salts: namespaces share cached prompts, and "
-                "the time of an answer shows whether another namespace asked before. Use a server for each namespace, "
-                "or switch its prefix cache off."
+                "the time of an answer reveals whether another namespace sent the same prompt. Use one server per "
+                "namespace, or switch its prefix cache off."
             )
         return body
 
     def _body_of_one(self, token_ids: Sequence[int], namespace: str) -> dict[str, Any]:
-        """The body of a request for one token, which is not streamed."""
+        """Return the body of a request for one token, which is not streamed."""
         body = self._body(Prompt(tuple(token_ids), (), ()), Sampling(max_new_tokens=1), namespace, {})
         return {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
 
@@ -526,11 +539,11 @@ class VLLMEngine(Engine):
         prompt, sampling = self.template.prompt(as_messages("Hello.")), Sampling(max_new_tokens=24)
         return Answer.of(self._answer(prompt, sampling, "", fields, time.perf_counter())).text
 
-    # --- what is known about the server ------------------------------------------------------------------------
+    # --- facts about the server --------------------------------------------------------------------------------
 
     @property
     def _card(self) -> Card:
-        """What the server's `/v1/models` says about the model."""
+        """The model's entry in the server's `/v1/models`."""
         with self._server_lock:
             if self._known_card is None:
                 self._known_card = self._read_card()
@@ -546,7 +559,7 @@ class VLLMEngine(Engine):
         return cards.get(self._model) or next(iter(cards.values()), Card(id=self._model))
 
     def _forget_server(self) -> None:
-        """Ask again at the next use: another server may run at the same address."""
+        """Drop the facts about the server, to read them again at the next use: another server may run there now."""
         with self._server_lock:
             self._known_card, self._support, self._tokens_checked = None, None, False
             self._unlearned.clear()
@@ -559,12 +572,12 @@ class VLLMEngine(Engine):
             if not check_tokens(self._http, self.model_name, self.template):
                 self._warnings.once(
                     f"{self._http.root} has no /tokenize, so the tokenizer could not be compared with the server's. "
-                    "With another tokenizer every answer would be to another text."
+                    "Make sure that it is the same: another tokenizer's token ids would be another text to the server."
                 )
             self._tokens_checked = True
 
     def _check_hits(self, token_ids: tuple[int, ...], namespace: str, cached: int | None) -> None:
-        """Look for signs of a restart, and warn about a server that had cached tokens and does not report them."""
+        """Look for signs of a restart, and warn if the server does not report cached tokens that it must have."""
         self._preloads.check(token_ids, namespace, cached)
         beginning = (namespace, token_ids[:_SHOULD_HIT])
         if cached is None and len(token_ids) > _SHOULD_HIT and beginning == self._last_beginning:
@@ -577,8 +590,8 @@ class VLLMEngine(Engine):
     def _check_context(self, context: Cache | MergedContext | ContextPrompt, prompt: Prompt) -> None:
         if not isinstance(context, ServedContext | ContextPrompt):
             raise UnsupportedModelError(
-                f"a server cannot receive a {type(context).__name__}: it keeps its own keys and values. Pass a context "
-                "from build_vllm_kv_cache or from a KVCacheMemory over this engine, or the whole prompt."
+                f"a server cannot receive a {type(context).__name__}, because it has its own keys and values. Pass a "
+                "context from build_vllm_kv_cache or from a KVCacheMemory over this engine, or the whole prompt."
             )
         self._check_model(context.fingerprint)
         held = tuple(context.token_ids.tolist())
@@ -591,7 +604,7 @@ class VLLMEngine(Engine):
 
 
 def _merge_report(context: int, found: int, encoded: int) -> MergeReport:
-    """Of `context` tokens, of which the server had `found`, after `encoded` of them were encoded for this answer."""
+    """Return the report for `context` tokens, of which the server reused `found` after encoding `encoded` documents."""
     paid = min(context, context - found + encoded)
     return MergeReport(
         "merged" if found else "encoded", "rotate" if found else "exact", context, context - paid, 0, paid
@@ -599,9 +612,9 @@ def _merge_report(context: int, found: int, encoded: int) -> MergeReport:
 
 
 def cache_salt(secret: str, namespace: str) -> str | None:
-    """The salt of a namespace: HMAC-SHA256 of its name under the secret. None without secret and namespace.
+    """Return the salt of a namespace, HMAC-SHA256 of its name under the secret; None without secret and namespace.
 
-    vLLM hashes the salt with every block, so namespaces share no cached tokens, and the time of an answer tells
+    vLLM hashes the salt with every block, so namespaces share no cached tokens, and the time of an answer reveals
     nothing about other namespaces.
     """
     if not secret and not namespace:
@@ -618,17 +631,17 @@ def _finish_reason(choice: Choice) -> FinishReason | None:
 
 
 class DocumentSorter:
-    """Sorts the documents of prompts, so that more prompts begin alike. Safe to use from several threads.
+    """Sorts the documents of prompts, so that more prompts share a prefix. Safe to use from several threads.
 
     Args:
-        order: see `VLLMEngine`. `"frequent"` compares counts by their power of two, so that the order seldom changes.
+        order: see `VLLMEngine`. `"frequent"` rounds counts to powers of two, so that the order seldom changes.
 
     Raises:
         InvalidInputError: the order is unknown.
     """
 
     MOST = 1 << 16
-    """Documents that are counted; the least recently used are dropped first."""
+    """The most documents that are counted; the least recently used are dropped first."""
 
     def __init__(self, order: DocumentOrder) -> None:
         if order not in ("given", "canonical", "frequent"):
@@ -638,9 +651,9 @@ class DocumentSorter:
         self._lock = threading.Lock()
 
     def arrange(self, prompt: Prompt, *, count: bool = False) -> Prompt:
-        """The prompt with sorted documents. `count` says that it is a question, whose documents are counted.
+        """Return the prompt with sorted documents. With `count`, count its documents, as for a question.
 
-        Documents between which something was said stay where they are.
+        Documents with other text between them are not sorted.
         """
         if self.order == "given" or not prompt.document_ids or any(prompt.between_ids):
             return prompt

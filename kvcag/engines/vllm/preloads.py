@@ -1,4 +1,4 @@
-"""Contexts that were sent ahead to a server, sent again after it restarted."""
+"""Sends preloaded contexts again after the server restarted."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from kvcag.errors import KVCAGError, WarnOnce
 class Preloads:
     """Remembers preloaded contexts, and sends them again after the server restarted.
 
-    The server's start time shows a restart. It is read when the server was out of reach, or when it has fewer cached
-    tokens of a context than expected. A thread that lives only that long sends the contexts one by one.
+    A restart is detected by the server's start time, which is read after the server was unreachable, or had fewer
+    cached tokens of a context than expected. A temporary thread then sends the contexts one by one.
 
     Args:
         http: the server.
@@ -27,9 +27,9 @@ class Preloads:
     """
 
     MOST = 1024
-    """Contexts that are remembered; the least recently used are dropped first."""
+    """The most contexts that are remembered; the least recently used are dropped first."""
     SHORTFALL = 512
-    """Tokens of a context that may be missing without a sign of a restart: a server caches whole blocks."""
+    """More missing tokens than this are a sign of a restart. Fewer are normal, since a server caches whole blocks."""
     CLOSING_SECONDS = 5.0
     """How long `close` waits for the thread. Connecting, and waiting for response headers, cannot be interrupted."""
 
@@ -42,14 +42,14 @@ class Preloads:
     ) -> None:
         self._http, self._send, self._restarted, self._warnings = http, send, restarted, warnings
         self._sent: OrderedDict[tuple[str, bytes], None] = OrderedDict()  # the least recently used first
-        self._start_times: set[float] = set()  # of every process seen: there may be several behind one address
+        self._start_times: set[float] = set()  # of every process seen, since one address may have several
         self._interruptions = 0
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._closing = Cancellation()
 
     def add(self, token_ids: Sequence[int], namespace: str) -> None:
-        """Remember a context that was sent."""
+        """Remember a context that was sent to the server."""
         if not self._start_times and (started := self._http.start_time()):
             self._start_times.add(started)
         with self._lock:
@@ -60,13 +60,13 @@ class Preloads:
                 self._sent.popitem(last=False)
 
     def forget(self, namespace: str) -> None:
-        """Send no context of a namespace again."""
+        """Drop the contexts of a namespace, so that they are not sent again."""
         with self._lock:
             for key in [key for key in self._sent if key[0] == namespace]:
                 del self._sent[key]
 
     def longest(self, token_ids: Sequence[int], namespace: str) -> int:
-        """The tokens of the longest context that a prompt begins with."""
+        """Return the length of the longest remembered context that a prompt begins with."""
         packed = _packed(token_ids)
         with self._lock:
             found = [key for key in self._sent if key[0] == namespace and packed.startswith(key[1])]
@@ -79,8 +79,8 @@ class Preloads:
 
         Args:
             token_ids: the prompt.
-            namespace: of the prompt.
-            cached: how many of its tokens the server had cached; None if the server does not say.
+            namespace: the prompt's namespace.
+            cached: how many of its tokens the server had cached; None if the server does not report it.
         """
         interrupted = self._http.interruptions != self._interruptions
         self._interruptions = self._http.interruptions
@@ -89,7 +89,7 @@ class Preloads:
             if not (interrupted or short) or self._closing.cancelled or not self._sent or self._thread is not None:
                 return
             thread = threading.Thread(target=self._resend, args=(interrupted,), name="kvcag-preloads", daemon=True)
-            thread.start()  # if it cannot start, the next answer tries again
+            thread.start()  # before `_thread` is set: if it cannot start, the next answer tries again
             self._thread = thread
 
     def close(self) -> None:
@@ -101,7 +101,7 @@ class Preloads:
             thread.join(self.CLOSING_SECONDS)
 
     def _resend(self, interrupted: bool) -> None:
-        CANCELLATION.set(self._closing)  # of this thread alone
+        CANCELLATION.set(self._closing)  # in this thread only
         try:
             if not self._was_restarted(interrupted):
                 return
@@ -114,14 +114,14 @@ class Preloads:
                 self._send(array("I", packed).tolist(), namespace)
         except KVCAGError as failed:
             if not self._closing.cancelled:
-                with suppress(Warning):  # where warnings are errors, this thread has no caller to catch one
+                with suppress(Warning):  # if warnings are errors, no caller could catch one
                     self._warnings.once(f"a context could not be sent again after a restart: {failed}")
         finally:
             with self._lock:
                 self._thread = None
 
     def _was_restarted(self, interrupted: bool) -> bool:
-        """Without a start time, every interruption counts as a restart."""
+        """Whether the server was restarted. Without a start time, every interruption counts as a restart."""
         started = self._http.start_time()
         if started is None:
             return interrupted

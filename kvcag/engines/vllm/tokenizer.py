@@ -19,19 +19,19 @@ PROBE: list[Message] = [
     {"role": "user", "content": "Ünïcode 12,345.67 naïve\n\n\tdef f(x): return x**2  # 日本語 🙂"},
     {"role": "assistant", "content": "It's done."},
 ]
-"""A chat that different tokenizers and chat templates turn into different tokens."""
+"""A chat for which different tokenizers and chat templates give different tokens."""
 
 _REMEMBERED = 4096
-"""Texts whose tokens are remembered; the least recently used are dropped first."""
+"""The most texts whose tokens are cached; the least recently used are dropped first."""
 
 _SPECIAL = re.compile(r"<\|[^|<>\s]{1,40}\|>|</?s>|<(?:bos|eos|start_of_turn|end_of_turn)>|\[/?[A-Z_]{3,20}\]")
-"""What special tokens of the known model families look like. The server checks each that is found."""
+"""Matches special tokens of the known model families. Each match is checked with the server."""
 
 
 class ServerTokenizer:
-    """The part of a Hugging Face tokenizer that prompts need, over vLLM's `/tokenize` and `/detokenize`.
+    """The methods of a Hugging Face tokenizer that prompts need, over vLLM's `/tokenize` and `/detokenize`.
 
-    Each text that is not among the last 4,096 costs one request.
+    Each text that is not among the last 4,096 takes one request.
 
     Args:
         http: the server.
@@ -48,11 +48,11 @@ class ServerTokenizer:
         self._encode("x", special=False)
 
     def __call__(self, text: str, add_special_tokens: bool = True, **_: Any) -> dict[str, list[int]]:
-        """The text's token ids, as `{"input_ids": […]}`."""
+        """Return the text's token ids, as `{"input_ids": […]}`."""
         return {"input_ids": list(self._encode(text, add_special_tokens))}
 
     def decode(self, token_ids: Sequence[int], **_: Any) -> str:
-        """The text of tokens, with special tokens."""
+        """Return the text of tokens, including special tokens."""
         return self._request(Text, "/detokenize", tokens=list(token_ids)).prompt if token_ids else ""
 
     def apply_chat_template(
@@ -64,10 +64,10 @@ class ServerTokenizer:
         add_generation_prompt: bool = False,
         **variables: Any,
     ) -> str:
-        """Messages as the server's template writes them.
+        """Render messages with the server's template.
 
         Raises:
-            TemplateError: the template refuses them.
+            TemplateError: the template refuses the messages.
         """
         body: dict[str, Any] = {"messages": list(conversation), "add_generation_prompt": add_generation_prompt}
         body |= {"tools": list(tools)} if tools else {}
@@ -81,7 +81,7 @@ class ServerTokenizer:
 
     @cached_property
     def chat_template(self) -> str | None:
-        """A turn as the server's template writes it, in place of the source; None if the server has no template."""
+        """A rendered turn, in place of the template's source; None if the server has no template."""
         try:
             return self.apply_chat_template([{"role": "user", "content": "x"}], add_generation_prompt=True)
         except TemplateError:
@@ -89,13 +89,13 @@ class ServerTokenizer:
 
     @cached_property
     def bos_token_id(self) -> int | None:
-        """The token that the tokenizer puts before a text; None if it puts none."""
+        """The token that the tokenizer adds before a text; None if it adds none."""
         plain, special = self._encode("x", special=False), self._encode("x", special=True)
         return special[0] if special != plain and special[1 : 1 + len(plain)] == plain else None
 
     @cached_property
     def added_tokens_encoder(self) -> dict[str, int]:
-        """The special tokens that the chat template writes, and their ids."""
+        """Special token → id, for those that the chat template writes."""
         function = {"name": "f", "description": "", "parameters": {"type": "object", "properties": {}}}
         call = {"type": "function", "id": "probe0000", "function": {"name": "f", "arguments": {}}}
         shown = self.chat_template or ""
@@ -137,7 +137,7 @@ class ServerTokenizer:
 
 
 def check_tokens(http: HTTPClient, model: str, template: ChatTemplate) -> bool:
-    """Compare a local tokenizer with the server's: other token ids would be another text and raise no error.
+    """Compare a local tokenizer with the server's. Without this, other token ids would be another text, unnoticed.
 
     Returns:
         False if the server has no `/tokenize`, so that nothing was compared.
