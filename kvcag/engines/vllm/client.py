@@ -287,7 +287,7 @@ class HTTPClient:
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False, include_input=False)[0]
             where = ".".join(map(str, first["loc"]))
-            what = f"with JSON that is not a {kind.__name__}: {where} {first['msg']}"
+            what = f"not JSON of the form {kind.__name__}: {where} {first['msg']}"
             raise ServerError(self.root + path, 200, self._without_secrets(what)) from None
 
     @contextmanager
