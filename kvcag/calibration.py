@@ -155,7 +155,7 @@ def calibrate(
         engine: the model.
         documents: at least two; each probe is a random choice of them.
         questions: asked in turn; without them each probe asks about the beginning of one of its documents.
-        instruction: the text that will stand before the documents.
+        instruction: the text before the documents.
         probes: how many contexts to try.
         documents_per_probe: how many documents a context has.
         tokens: how many greedy tokens of the full prefill are compared.
@@ -173,7 +173,7 @@ def calibrate(
     """
     texts = [_ended(text) for text in documents if text.strip()]
     if len(texts) < 2:
-        raise InvalidInputError(f"calibrate needs at least two documents to put together, not {len(texts)}")
+        raise InvalidInputError(f"calibrate needs at least two non-empty documents; there are {len(texts)}. Pass more.")
     if candidates is None:
         candidates = [one for one in CANDIDATES if not engine.is_recurrent or one[0] in STATE_STRATEGIES]
     draw = random.Random(seed)

@@ -173,7 +173,7 @@ def with_kept_history(
         parts.append(Part(ids, concat(run.pieces), run.stood, is_exact=False, is_alone=False))
         at = run.end
     start = _Start(token_ids[: recent.length], concat(recent.pieces), is_exact=not recent.is_merged)
-    reason = f"{moved:,} tokens of the conversation were moved to where they stand now"
+    reason = f"{moved:,} tokens of the conversation were moved to their new positions"
     if context is not None:
         start = start.paid(context.report.recomputed_tokens, context.report.encoded_tokens)
         reason = "; ".join(filter(None, [context.report.reason, reason]))
@@ -535,7 +535,7 @@ class DocumentCache:
         try:
             return self._holds(head_ids, token_ids, behind)
         except StoreError as error:
-            self.warn("documents are encoded, and may not be kept", error)
+            self.warn("documents are encoded, and may not be stored", error)
             return False
 
     def containing(self, head_ids: Ids, documents: Mapping[str, Read]) -> set[str]:
@@ -544,7 +544,7 @@ class DocumentCache:
             kept = self.store.containing(documents)
             return {key for key in kept if self._fits(key, head_ids, documents[key].token_ids, documents[key].behind)}
         except StoreError as error:
-            self.warn("documents are encoded, and may not be kept", error)
+            self.warn("documents are encoded, and may not be stored", error)
             return set()
 
     def _holds(self, head_ids: Ids, token_ids: Ids, behind: Behind = None) -> bool:
@@ -650,7 +650,7 @@ class DocumentCache:
                 try:
                     self.put(item)
                 except StoreError as full:
-                    trouble.append(("a document was encoded and not kept", full))
+                    trouble.append(("a document was encoded but not stored", full))
         for what, error in trouble[:1]:
             self.warn(what, error)
         return item, True
@@ -672,7 +672,7 @@ class DocumentCache:
             is_known = self._recall(model, key, token_ids)
         except (StoreError, FingerprintMismatchError, InvalidInputError) as damaged:
             is_known = False
-            self.warn("reading an instruction again", damaged)
+            self.warn("encoding an instruction again", damaged)
         yield
         try:
             with holding(self._lock_of(key)):
@@ -680,7 +680,7 @@ class DocumentCache:
                     self._store_instruction(model, key, token_ids)
                     self.instructions.add(key)
         except StoreError as full:
-            self.warn("an instruction was read and not kept", full)
+            self.warn("an instruction was encoded but not stored", full)
 
     def _recall(self, model: HFEngine, key: str, token_ids: Ids) -> bool:
         """Load an instruction from the store unless it is a recent context. Returns whether the store has it."""
@@ -784,7 +784,7 @@ class DocumentCache:
             readable = (item.manifest for item in self.store.listing() if item.manifest is not None)
             made_by = [found.fingerprint for found in islice(readable, 8) if found.fingerprint]
         except StoreError as gone:
-            self.warn("documents are encoded, and may not be kept", gone)
+            self.warn("documents are encoded, and may not be stored", gone)
             return
         if made_by and not any(own.matches(other) for other in made_by):
             warnings.warn(

@@ -154,7 +154,7 @@ def sync(documents: DocumentCache, head_ids: Ids, corpus: Iterable[Read], name: 
                 texts[item.manifest.id] = item.manifest.records.composed_text_memory.strip()
     except StoreError as gone_store:
         failed[documents.store.place] = str(gone_store)
-        documents.warn("documents are encoded, and may not be kept", gone_store)
+        documents.warn("documents are encoded, and may not be stored", gone_store)
 
     def label(key: str, names: list[str]) -> None:
         try:

@@ -875,15 +875,15 @@ def check_cacheable(model: PreTrainedModel) -> None:
     module = sys.modules[type(model).__module__]
     if beside := [key for key, each in vars(module).items() if _is_cache_of(each, module.__name__)]:
         raise UnsupportedModelError(
-            f"{name} keeps its past in its own cache class ({beside[0]}), which kvcag cannot store. Use another model."
+            f"{name} has its own cache class ({beside[0]}), which kvcag cannot store. Use another model."
         )
     recurrent = bool(kinds_of(model))
     if recurrent and not _CONTINUES:
         raise UnsupportedModelError(f"{name} has recurrent layers, which need transformers 5.24 or newer. Upgrade it.")
     if getattr(model, "_is_stateful", False) and not recurrent:
         raise UnsupportedModelError(
-            f"{name} keeps a state that transformers does not put into a DynamicCache, so it cannot be kept or "
-            "continued. Use another model."
+            f"{name} has a recurrent state that transformers does not put into a DynamicCache, so kvcag cannot store "
+            "it. Use another model."
         )
 
 

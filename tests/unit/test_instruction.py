@@ -159,7 +159,7 @@ def test_a_disk_store_with_it_verifies_and_counts_its_bytes(tmp_path: Path) -> N
 def test_a_budget_evicts_it_as_it_does_documents(tmp_path: Path) -> None:
     small = DiskStore(tmp_path, 60_000)
     memory = KVCacheMemory(fresh(), small, INSTRUCTION)
-    with pytest.warns(CacheWarning, match="an instruction was read and not kept"):
+    with pytest.warns(CacheWarning, match="an instruction was encoded but not stored"):
         memory.add(["It has a cat."])
     assert memory.ask("When?", max_new_tokens=1).text is not None
     assert instructions(small) == []
@@ -289,5 +289,5 @@ def test_one_that_is_damaged_is_read_again_with_a_warning(tmp_path: Path) -> Non
     file.write_bytes(file.read_bytes()[:-40])
     assert [damaged for damaged, _ in verify(tmp_path).damaged] == [file]
     memory = KVCacheMemory(fresh(), tmp_path, INSTRUCTION)
-    with pytest.warns(UserWarning, match="reading an instruction again"):
+    with pytest.warns(UserWarning, match="encoding an instruction again"):
         memory.add(["It lends maps."])
