@@ -173,7 +173,7 @@ def calibrate(
     """
     texts = [_ended(text) for text in documents if text.strip()]
     if len(texts) < 2:
-        raise InvalidInputError(f"calibrate needs at least two non-empty documents; there are {len(texts)}. Pass more.")
+        raise InvalidInputError(f"calibrate needs at least two documents with text; there are {len(texts)}. Pass more.")
     if candidates is None:
         candidates = [one for one in CANDIDATES if not engine.is_recurrent or one[0] in STATE_STRATEGIES]
     draw = random.Random(seed)

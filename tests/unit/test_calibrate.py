@@ -118,7 +118,7 @@ def test_auto_merges_by_query_where_nothing_was_measured(tiny_engine: HFEngine) 
 
 
 def test_too_little_to_put_together_is_refused(tiny_engine: HFEngine) -> None:
-    with pytest.raises(InvalidInputError, match="at least two documents"):
+    with pytest.raises(InvalidInputError, match="at least two documents with text"):
         calibrate(tiny_engine, ["one", "  "])
     with pytest.raises(ContextLengthError):
         calibrate(HFEngine(tiny_model(max_position_embeddings=64), byte_tokenizer()), TEXTS)

@@ -93,7 +93,7 @@ def test_a_store_on_a_read_only_file_system_is_read_and_not_written(kvcag: Kvcag
         assert kvcag("inspect", id, "--store", mounted).code == 0
         assert kvcag("ask", "Who?", "--store", mounted, "--id", id, "--max-new-tokens", 1).code == 0
         whole = kvcag("ask", "Who?", "--store", mounted, "--strategy", "exact", "--max-new-tokens", 1)
-        assert (whole.code, "not kept" in whole.err) == (0, True)
+        assert (whole.code, "not stored" in whole.err) == (0, True)
         for refused in (["rm", id], ["encode", "README.md"]):
             write(kvcag.folder / "README.md", "New.")
             done = kvcag(*refused, "--store", mounted)

@@ -223,7 +223,7 @@ def test_sync_clears_away_what_an_earlier_process_kept(tiny_engine: HFEngine, tm
 
 def test_what_came_back_after_its_deletion_can_be_purged(cube: MemoryCube) -> None:
     cube.encode()
-    with pytest.raises(InvalidInputError, match="Delete the text by its id"):
+    with pytest.raises(InvalidInputError, match=r"the cube holds this text\. Call delete"):
         cube.purge(ALICE.memory)
     cube.delete("alice")
     system = {"role": "system", "content": [Document(f"{ALICE.memory}\n\n")]}

@@ -253,7 +253,7 @@ def test_a_damaged_dump_is_named_and_the_cube_is_as_it_was(
 def test_a_dump_that_lost_all_its_caches_is_damaged(dumped: Path) -> None:
     for path in current(dumped).rglob("*.safetensors"):
         path.unlink()
-    with pytest.raises(CorruptItemError, match=r"cube.json names it"):
+    with pytest.raises(CorruptItemError, match=r"cube\.json names this file"):
         read_dump(dumped)
 
 

@@ -74,7 +74,7 @@ def test_a_kv_memory_is_taken_as_well(tiny_engine: HFEngine) -> None:
 
 
 def test_what_a_memory_brings_is_not_given_twice(cube: MemoryCube) -> None:
-    with pytest.raises(ValueError, match="leave store out"):
+    with pytest.raises(ValueError, match="Leave out store"):
         ChatKVCAG(memory=cube, store=MemoryStore())
     with pytest.raises(ValueError, match="a MemoryCube or a KVCacheMemory, not a str"):
         ChatKVCAG(memory="cube/")

@@ -37,7 +37,7 @@ def test_an_llm_answers_with_the_cubes_memory(cube: MemoryCube) -> None:
     assert KVCacheLLM(memory=cube).memory is cube.memory
     memory = KVCacheMemory(cube.memory.engine)
     assert KVCacheLLM(memory=memory).memory is memory
-    with pytest.raises(InvalidInputError, match="leave store out"):
+    with pytest.raises(InvalidInputError, match="Leave out store"):
         KVCacheLLM(memory=cube, store=MemoryStore())
 
 

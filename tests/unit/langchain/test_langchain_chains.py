@@ -81,7 +81,8 @@ def test_the_report_says_where_the_tokens_are_others(smollm_like: ChatKVCAG) -> 
     chain = create_cag_documents_chain(smollm_like, prompt, output_parser=Identity())
     merged = chain.invoke({"context": DOCUMENTS, "input": "How tall?"}).response_metadata["kvcag"]
     assert (
-        "1 place between documents tokenised otherwise than in the joined text: let each document" in merged["reason"]
+        "1 place between documents tokenised otherwise than in the joined text: begin and end each document"
+        in merged["reason"]
     )
     chain = create_cag_documents_chain(smollm_like.bind(merge_strategy="exact"), prompt, output_parser=Identity())
     exact = chain.invoke({"context": DOCUMENTS, "input": "?"}).response_metadata["kvcag"]

@@ -109,5 +109,5 @@ def test_what_the_guide_says_of_init_chat_model_and_of_the_length_of_an_answer()
     init = pytest.importorskip("langchain.chat_models").init_chat_model
     with pytest.raises(ValueError, match="kvcag"):
         init("SmolLM2", model_provider="kvcag")
-    assert '`init_chat_model` and `create_agent("provider:model")` know a\nfixed list of providers' in page
+    assert '`init_chat_model` and `create_agent("provider:model")` have a fixed list of providers' in page
     assert f"at most {DEFAULT_MAX_NEW_TOKENS} tokens" in page
