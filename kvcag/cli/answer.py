@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from kvcag.engines.hf import HFEngine
     from kvcag.memory import KVCacheMemory
 
-_MAX_NEW_TOKENS = "Generate at most this many tokens. Default: 512, or what fits."
+_MAX_NEW_TOKENS = "Generate at most this many tokens. Default: 512, or as many as fit into the model's context."
 _TEMPERATURE = "Sample at this temperature; 0 is greedy."
 
-_QUESTION = "Files or folders to answer from, if any, and the question; - reads the question from stdin."
-_K = "Answer from this many items at most. Default: 4 of PATH, or all of a store."
+_QUESTION = "Files or folders to answer from (optional), then the question. The question - is read from stdin."
+_K = "Answer from at most this many items. Default: 4 items of PATH; without PATH, all items of the store."
 _TAKEN = 4
 
 _HELP = """/reset   forget the conversation; the documents stay
@@ -39,12 +39,14 @@ _HELP = """/reset   forget the conversation; the documents stay
 
 @dataclass(frozen=True, slots=True)
 class Answering:
-    """Options of `ask` and `chat`: what to answer from, and how."""
+    """Options of `ask` and `chat`: the items to answer from, and how to answer."""
 
     model: Model = None
     store: Store = None
     namespace: Namespace = ""
-    id: Annotated[list[str] | None, typer.Option(metavar="ID", help="Answer from this item only; repeatable.")] = None
+    id: Annotated[
+        list[str] | None, typer.Option(metavar="ID", help="Answer from this item; repeatable. Default: all items.")
+    ] = None
     source: Source = None
     strategy: StrategyOption = "auto"
     ratio: Ratio = 0.2
@@ -60,12 +62,12 @@ def ask(
     options: Answering,
     k: Annotated[int | None, typer.Option("--k", min=1, help=_K)] = None,
 ) -> None:
-    """Answer a question from files, from the items of a store, or from chosen ones.
+    """Answer a question from files, or from items of a store.
 
-    Files that are new or changed are encoded first, as by `kvcag encode`. Of more than --k items, those whose words fit
-    the question best are taken (BM25), and stderr names their files. The items are merged. With --strategy exact the
-    model reads the whole store once as one context and keeps that context in the store; later questions reuse it. The
-    answer is on stdout; stderr shows what was reused.
+    New and changed files are encoded first, as by `kvcag encode`. If there are more than --k items, those whose words
+    fit the question best are used (BM25), and stderr names their files. The items' caches are merged. With --strategy
+    exact, the model encodes the whole store once as one context and stores that context; later questions reuse it. The
+    answer is printed on stdout; stderr shows how many tokens were reused.
 
     For example:
 
@@ -78,7 +80,7 @@ def ask(
     *paths, question = words
     question = sys.stdin.read() if question == "-" else question
     if not question.strip():
-        raise EmptyPromptError("the question is empty: there is nothing to answer")
+        raise EmptyPromptError("the question is empty: type a question")
     corpus = corpus_of(paths, options) if paths else open_corpus(options)
     fitting = corpus.fitting(question, k or (_TAKEN if paths else len(corpus.entries)))
     text, usage = fitting.answer([{"role": "user", "content": question}])
@@ -97,10 +99,10 @@ def ask(
 
 @common.takes(Answering)
 def chat(options: Answering) -> None:
-    r"""Talk about the items of a store, or about chosen ones. Each turn prefills its own tokens only.
+    r"""Chat about items of a store. Each turn prefills only its own tokens.
 
-    Ctrl-C cancels an answer and removes its turn; a second Ctrl-C, or Ctrl-D, leaves. Lines from a pipe are turns:
-    with --json each answer is one line of JSON.
+    Ctrl-C cancels an answer and removes its turn. A second Ctrl-C, or Ctrl-D, ends the chat. From a pipe, each line is
+    a turn. With --json, each answer is one line of JSON.
 
     For example:
 
@@ -122,14 +124,14 @@ def chat(options: Answering) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Corpus:
-    """The items of a store to answer from.
+    """The items to answer from.
 
     Attributes:
         memory: the model and the store.
         entries: the items, in the order in which the model reads them.
-        options: how to answer. Strategy `exact` keeps the context of a whole store in the store, and `auto` uses that
-            context if it is there.
-        is_part: there are more items in the store.
+        options: how to answer. Strategy `exact` stores the context of the whole store, and `auto` uses that context if
+            it is stored.
+        is_part: whether the store has more items.
     """
 
     memory: KVCacheMemory
@@ -138,14 +140,14 @@ class Corpus:
     is_part: bool = False
 
     def fitting(self, question: str, count: int) -> Corpus:
-        """The items whose words fit a question best, by BM25, in their own order; all, if there are no more."""
+        """The `count` items whose words fit a question best (BM25), in their present order. All, if there are fewer."""
         if len(self.entries) <= count:
             return self
         places = fitting([entry.text for entry in self.entries], question, count)
         return replace(self, entries=[self.entries[place] for place in places], is_part=True)
 
     def gain(self, usage: Usage) -> str:
-        """How much faster the first word came than by reading the items, whose encoding was timed when it was done."""
+        """The time to the first word, and the speed-up over encoding the items, whose metadata has their times."""
         context = usage.context
         assert context is not None
         first = f"{usage.ttft_s:.2f} s to the first word"
@@ -161,7 +163,7 @@ class Corpus:
         """Answer the last message of a conversation. Without `--json`, print the answer as it is generated.
 
         Raises:
-            InvalidInputError: items and conversation exceed the model's context.
+            InvalidInputError: the items and the conversation exceed the model's context.
         """
         started = time.perf_counter()
         engine, options = self.memory.engine, self.options
@@ -172,8 +174,8 @@ class Corpus:
         except ContextLengthError as long:
             what = "with the question" if len(conversation) == 1 else "with the conversation"
             raise InvalidInputError(
-                f"{common.counted(len(self.entries), 'item')} {what} are {long.prompt_tokens:,} tokens, and "
-                f"the model's context is {long.limit:,}: choose fewer with --id or --source."
+                f"{common.counted(len(self.entries), 'item')} {what} have {long.prompt_tokens:,} tokens, but the "
+                f"model's context is {long.limit:,}. Choose fewer items with --id or --source."
             ) from long
         engine.check_fits(len(prompt.token_ids), sampling.max_new_tokens)
         is_new = False
@@ -203,7 +205,7 @@ class Corpus:
         return self.memory.engine.template.prompt(messages)
 
     def _prefers(self, whole: Prompt) -> bool:
-        """Whether `auto` answers from the context of the whole store: it is kept, or `auto` would not merge."""
+        """Whether `auto` uses the context of the whole store: if it is stored, or if `auto` would not merge."""
         from kvcag.calibration import calibration_of
 
         engine = cast("HFEngine", self.memory.engine)
@@ -215,14 +217,14 @@ class Corpus:
         return not engine.is_mergeable or (engine.is_recurrent and calibration_of(engine) is None)
 
     def _keep(self, whole: Prompt) -> bool:
-        """Keep the whole store as one document. Return whether it was encoded; the context it replaces is deleted."""
+        """Store the context of the whole store, and delete the earlier one. Return whether it had to be encoded."""
         from kvcag.cli.entries import CONTEXT_OF, made_by, read_entries
         from kvcag.stores.base import MADE_OF
 
         memory, tokens = self.memory, whole.document_ids[0]
         if memory.documents.contains(whole.head_ids, tokens):
             return False
-        common.say(f"reading {common.counted(len(self.entries), 'item')}, {len(tokens):,} tokens, as one context")
+        common.say(f"encoding {common.counted(len(self.entries), 'item')} as one context of {len(tokens):,} tokens")
         sources = [entry.manifest.metadata.get("source") for entry in self.entries]
         made_of = {
             CONTEXT_OF: [entry.id for entry in self.entries],
@@ -230,14 +232,14 @@ class Corpus:
             "source": list(dict.fromkeys(source for source in sources if isinstance(source, str))),
         }
         item, is_new = memory.documents.find_or_encode(whole.head_ids, tokens, whole.documents[0], made_of)
-        if memory.store.contains(item.id):  # else the store cannot be written
+        if memory.store.contains(item.id):  # False if the store could not be written
             old = [each for each in read_entries(memory.store)[0] if each.members and each.id != item.id]
             memory.store.delete(each.id for each in old if made_by(memory.engine, each.manifest))
         return is_new
 
 
 def _as_encoded(usage: Usage) -> Usage:
-    """Usage of an answer whose context was encoded and kept just before."""
+    """The usage of an answer whose context was encoded and stored just before it."""
     context = usage.context
     assert context is not None
     tokens = context.context_tokens
@@ -247,13 +249,13 @@ def _as_encoded(usage: Usage) -> Usage:
 
 
 def corpus_of(paths: list[str], options: Answering) -> Corpus:
-    """Encode what is new or changed of some files, and take their items.
+    """Encode new and changed files, and return the items of all the files.
 
     Raises:
-        InvalidInputError: there is no such file, or nothing to read in it.
+        InvalidInputError: a file does not exist or has no text.
     """
     if options.id or options.source:
-        raise InvalidInputError("pass either PATH or --id and --source, not both")
+        raise InvalidInputError("PATH cannot be combined with --id or --source: pass one of them")
     from kvcag.cli.encode import Encoding, bring
     from kvcag.cli.entries import read_entries
     from kvcag.cli.files import read_texts
@@ -273,7 +275,7 @@ def open_corpus(options: Answering) -> Corpus:
     """Choose items of a store, then load the model.
 
     Raises:
-        UnknownItemError: no item has such an id.
+        UnknownItemError: no item has a given id.
         FingerprintMismatchError: another model made the items.
     """
     from kvcag.cli.entries import choose, find, made_by, open_existing, read_entries
@@ -287,33 +289,33 @@ def open_corpus(options: Answering) -> Corpus:
     if not chosen or opened is None:
         what = "no item has this source" if entries else "there are no items"
         place = options.store or common.default_store()
-        common.say(f"{what} in {place}. `kvcag ls` lists items; `kvcag encode PATH` adds some.")
+        common.say(f"{what} in {place}. `kvcag ls` lists items; `kvcag encode PATH` adds items.")
         raise typer.Exit(common.NEGATIVE)
     engine = common.load_engine(options.model)
     own = [entry for entry in chosen if made_by(engine, entry.manifest)]
     if not own or (options.id and len(own) < len(chosen)):
         other = next(entry for entry in chosen if entry not in own)
         found = other.manifest.fingerprint
-        differences = engine.fingerprint.differences(found) if found else ["it names no model"]
+        differences = engine.fingerprint.differences(found) if found else ["the item has no fingerprint"]
         raise FingerprintMismatchError(f"item {other.short} ({found.model_name if found else '?'})", differences)
     if len(own) < len(chosen):
         common.say(f"{common.counted(len(chosen) - len(own), 'item')} of other models left out")
     from kvcag.memory import KVCacheMemory
 
-    # A conversation of any length stays among the recent contexts, merged and exact.
+    # Room for a conversation of any length among the recent contexts, both merged and exact.
     room = 2 * engine.context_length * engine.bytes_per_token
     engine.prefixes.max_bytes = max(engine.prefixes.max_bytes, room)
     return Corpus(KVCacheMemory(engine, opened, options.instruction, namespace=options.namespace), own, options)
 
 
 def _place(entry: Entry) -> tuple[str, int, str]:
-    """Sort files by name and the parts of a file by number, so that the context does not depend on when."""
+    """A sort key: by file name, then by part number, so that the context does not depend on encoding times."""
     metadata = entry.manifest.metadata
     return str(metadata.get("source", "")), int(metadata.get("part", 0)), entry.id
 
 
 class _Conversation:
-    """Reads turns and answers them: a list of messages, to which a turn is added when its answer is complete."""
+    """Reads turns and answers them. A turn is added to the messages when its answer is complete."""
 
     def __init__(self, corpus: Corpus) -> None:
         self.corpus = corpus
@@ -340,7 +342,7 @@ class _Conversation:
                     raise
                 interrupted = True
                 common.echo(err=True)
-                common.say("cancelled; Ctrl-C again, or Ctrl-D, leaves")
+                common.say("cancelled; press Ctrl-C again, or Ctrl-D, to leave")
 
     def _command(self, name: str) -> None:
         if name == "/reset":
@@ -359,7 +361,7 @@ class _Conversation:
         asked: list[Message] = [*self.messages, {"role": "user", "content": question}]
         try:
             text, usage = self.corpus.answer(asked)
-        except (InvalidInputError, PromptError) as refused:  # most often the prompt is too long
+        except (InvalidInputError, PromptError) as refused:  # usually because the prompt is too long
             if not sys.stdin.isatty():
                 raise
             common.say(f"{refused} /reset forgets the conversation." if self.messages else str(refused))
@@ -375,7 +377,7 @@ class _Conversation:
         self.is_uncalibrated = usage.context is not None and "not calibrated" in usage.context.reason
 
     def _read_line(self) -> str | None:
-        """Return a line without surrounding blanks, or None at the end of the input."""
+        """Return a line without surrounding white space, or None at the end of the input."""
         if not sys.stdin.isatty():
             line = sys.stdin.readline()
             return line.strip() if line else None
@@ -389,7 +391,7 @@ class _Conversation:
 
 
 def _figures(usage: Usage) -> dict[str, object]:
-    """Return usage for JSON. Counts are tokens, times are seconds."""
+    """Return the usage for JSON. Counts are in tokens, times in seconds."""
     figures = asdict(usage)
     return {"context": figures.pop("context"), "usage": figures}
 

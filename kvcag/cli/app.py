@@ -1,4 +1,4 @@
-"""The commands of the command line. Each module imports torch only when its command runs."""
+"""All commands of the command line. A command imports torch only when it runs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from kvcag.cli.store import import_memos, inspect, ls, purge, rm, verify
 app = typer.Typer(
     name="kvcag",
     cls=Commands,
-    epilog="Exit codes: 0 done; 1 damaged, missing, of another model or not confirmed; 2 wrong arguments; 3 failed; "
-    "130 interrupted.",
+    epilog="Exit codes: 0 done; 1 an item is damaged, missing or of another model, or you did not confirm; 2 wrong "
+    "arguments; 3 failed; 130 interrupted.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

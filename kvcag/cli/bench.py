@@ -1,4 +1,4 @@
-"""`kvcag bench`: measures the time to first token with caches and without."""
+"""`kvcag bench`: measures the time to first token with and without caches."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 _QUESTION = "Which of the statements described above transfers control, and what happens to the local variables then?"
 _DOCUMENTS = 4
-"""Documents of a merged context."""
+"""The number of documents in a merged context."""
 
 _WAYS = {"full_s": "full prefill", "memory_s": "cached", "disk_s": "from disk", "merged_s": "merged"}
 _REPORT = (
-    "Run benchmarks/report.py of a checkout instead, which compares other libraries. Takes --model, --tokens and "
-    "--repeat; 40 minutes on two cores without --tokens."
+    "Run benchmarks/report.py of a checkout instead, which also measures other libraries. Can be combined with --model, "
+    "--tokens and --repeat. Takes 40 minutes on two cores without --tokens."
 )
 
 
@@ -40,19 +40,22 @@ def bench(
     corpus: CorpusOption = None,
     tokens: Annotated[
         list[int] | None,
-        typer.Option("--tokens", min=32, help="Measure contexts of this length; repeatable. Default: 512, 1024, 2048."),
+        typer.Option(
+            "--tokens", min=32, help="Measure contexts of this many tokens; repeatable. Default: 512, 1024, 2048."
+        ),
     ] = None,
     repeat: Annotated[
-        int | None, typer.Option(min=1, help="Take medians of this many rounds. Default: 3; 5 for --report.")
+        int | None, typer.Option(min=1, help="Take medians of this many rounds. Default: 3, or 5 with --report.")
     ] = None,
     ratio: Ratio = 0.2,
     report: Annotated[bool, typer.Option("--report", help=_REPORT)] = False,
     as_json: Json = False,
 ) -> None:
-    """Measure the time to first token for contexts of several lengths, in four ways.
+    """Measure the time to first token with and without caches, for contexts of several lengths.
 
-    full prefill: the model reads the context. cached: its cache is in memory. from disk: its cache is in a store.
-    merged: four documents, encoded one by one, are merged, and --ratio of their tokens are recomputed.
+    The columns are: full prefill: the model encodes the whole context. cached: the context's cache is in memory. from
+    disk: the cache is in a store on disk. merged: the caches of four documents are merged, and the share --ratio of
+    their tokens is recomputed.
 
     For example:
 
@@ -100,7 +103,7 @@ def bench(
 
 
 def _measure(engine: HFEngine, texts: Sequence[str], tokens: int, repeat: int, ratio: float) -> dict[str, Any]:
-    """Return medians, in seconds, for a context of about `tokens` tokens."""
+    """Return the medians in seconds for a context of about `tokens` tokens."""
     from kvcag.engines.base import Sampling
     from kvcag.memory import KVCacheMemory, insert_documents
 
@@ -117,7 +120,7 @@ def _measure(engine: HFEngine, texts: Sequence[str], tokens: int, repeat: int, r
 
     with tempfile.TemporaryDirectory() as folder:
         disk = KVCacheMemory(engine, folder, INSTRUCTION)
-        whole = memory.extract("".join(documents))  # one document behind its instruction: exact without a merge
+        whole = memory.extract("".join(documents))  # one document after its instruction: exact without a merge
         disk.add(whole)
         seconds = _medians(
             repeat,
@@ -132,7 +135,7 @@ def _measure(engine: HFEngine, texts: Sequence[str], tokens: int, repeat: int, r
 
 
 def _medians(repeat: int, ways: dict[str, Callable[[], None]]) -> dict[str, float]:
-    """Time all ways in turn, so that other load affects them alike. The first round warms up and does not count."""
+    """Time all ways in turn, so that other load affects them equally. The first round warms up and is not counted."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(repeat + 1):
         for name, way in ways.items():
@@ -143,7 +146,7 @@ def _medians(repeat: int, ways: dict[str, Callable[[], None]]) -> dict[str, floa
 
 
 def _documents(engine: HFEngine, texts: Sequence[str], tokens: int) -> list[str]:
-    """Return texts of about `tokens` tokens together."""
+    """Return four texts that have about `tokens` tokens together."""
     ids = list(engine.template.encode("\n\n".join(texts)))
     ids = (ids * (1 + tokens // max(1, len(ids))))[:tokens]
     step = -(-len(ids) // _DOCUMENTS)
@@ -151,7 +154,7 @@ def _documents(engine: HFEngine, texts: Sequence[str], tokens: int) -> list[str]
 
 
 def _machine(engine: HFEngine) -> dict[str, Any]:
-    """Return the model, the machine and the versions, for the record."""
+    """Return the model, the machine and the versions that the figures belong to."""
     import torch
     import transformers
 
@@ -171,15 +174,15 @@ def _run_report(model: str | None, tokens: list[int] | None, repeat: int | None)
     """Run benchmarks/report.py of the working directory or of kvcag's checkout, and return its exit code.
 
     Raises:
-        InvalidInputError: there is no such file.
+        InvalidInputError: there is no such script.
     """
     scripts = [root / "benchmarks" / "report.py" for root in (Path.cwd(), Path(kvcag.__file__).resolve().parents[1])]
     script = next(filter(Path.is_file, scripts), None)
     if script is None:
         raise InvalidInputError(
-            "--report needs a checkout of the repository, with benchmarks/report.py. Run it there, or leave --report "
-            "out."
+            "--report needs a checkout of the repository, with benchmarks/report.py. Run the command there, or leave "
+            "--report out."
         )
     arguments = [*(["--model", model] if model else []), *(["--repeat", str(repeat)] if repeat else [])]
-    arguments += ["--context", *map(str, tokens)] if tokens else []  # else it measures its own lengths
+    arguments += ["--context", *map(str, tokens)] if tokens else []  # without, the script has its own lengths
     return subprocess.call([sys.executable, str(script), *arguments])

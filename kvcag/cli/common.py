@@ -37,15 +37,15 @@ if TYPE_CHECKING:
 # --- exit codes ---------------------------------------------------------------------------------------------------
 
 NEGATIVE = 1
-"""Something is damaged, missing, of another model, or was not confirmed."""
+"""An item is damaged, missing or of another model, or the user did not confirm."""
 USAGE = 2
 """The arguments are wrong."""
 FAILED = 3
-"""The disk, the network, a missing extra or the model prevented it."""
+"""The disk, the network or the model failed, or an optional dependency is missing."""
 INTERRUPTED = 130
 """Ctrl-C."""
 CLOSED_PIPE = 141
-"""The reader of stdout closed it."""
+"""The program that reads stdout closed the pipe."""
 
 _USAGE_ERRORS = (InvalidInputError, errors.PromptError)
 _FAILURES = (
@@ -84,11 +84,11 @@ class Commands(TyperGroup):
 
 
 _running: ContextVar[Any] = ContextVar("_running")
-"""The context of the command that runs: what was typed."""
+"""The typer context of the running command, with the arguments that were typed."""
 
 
 class Command(TyperCommand):
-    """A command that `then` knows of while it runs. Its help has the width of the screen, and not of the source."""
+    """A command that `then` can find while it runs. Its help fills the width of the screen."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
         super().__init__(*args, **settings)
@@ -117,7 +117,7 @@ def say(line: str) -> None:
 
 
 def _message(error: KVCAGError) -> str:
-    """Return the error's message; its advice names options in place of arguments of the library."""
+    """Return the error's message, with advice that names the command's options instead of the library's arguments."""
     if isinstance(error, errors.UnknownItemError):
         return f"there is no item {', '.join(map(repr, error.ids))} in this store. `kvcag ls` lists the items."
     if isinstance(error, errors.ContextLengthError):
@@ -146,41 +146,41 @@ Strategy: TypeAlias = Literal["auto", "exact", "rotate", "anchor", "deviation", 
 
 
 def _shared(name: str, short: str | None, help: str, metavar: str) -> Any:
-    """Return an option that an environment variable sets, too: `KVCAG_` and its name."""
+    """Return an option that the environment variable `KVCAG_<NAME>` also sets."""
     names = [f"--{name}", *([f"-{short}"] if short else [])]
     return typer.Option(*names, envvar=f"KVCAG_{name.upper()}", metavar=metavar, help=help)
 
 
-_MODEL = "Load this hub id or folder. Default: the embedded SmolLM2-135M-Instruct."
+_MODEL = "Load this Hugging Face hub id or folder. Default: the embedded SmolLM2-135M-Instruct."
 _STORE = (
-    "Keep caches in this folder, or at an address that fsspec knows, such as s3://bucket/kv. Default: a folder in your "
-    "user's cache folder; `kvcag ls` shows it."
+    "Store caches in this folder, or at an address that fsspec supports, such as s3://bucket/kv. Default: a folder in "
+    "your user's cache folder; `kvcag ls` shows it."
 )
-_NAMESPACE = "Use the items of this namespace. Namespaces share nothing."
+_NAMESPACE = "Use the items of this namespace. Namespaces share no items. Default: the unnamed namespace."
 _STRATEGY = (
-    "Put documents together this way. exact: as one context. auto: exact where that context is cached, else what "
-    "`kvcag doctor` measured, or 'query'."
+    "Combine documents with this strategy. exact: encode them together as one context. auto: use that context if it is "
+    "cached, otherwise the strategy that `kvcag doctor` recommended, otherwise query."
 )
-_SOURCE = "Choose items by file, folder, glob or source; repeatable."
+_SOURCE = "Use only items from this file, folder, glob or source; repeatable. Default: all items."
 _CORPUS = "Read these files, folders or globs; repeatable. Default: twelve topics of Python's manual."
 
 Model = Annotated[str | None, _shared("model", "m", _MODEL, "NAME")]
 Store = Annotated[str | None, _shared("store", "s", _STORE, "PLACE")]
 Namespace = Annotated[str, _shared("namespace", "n", _NAMESPACE, "NAME")]
 Instruction = Annotated[str, _shared("instruction", None, "Put this instruction before the documents.", "TEXT")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and everything else on stderr.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and messages on stderr.")]
 Source = Annotated[list[str] | None, typer.Option("--source", metavar="PATTERN", help=_SOURCE)]
 StrategyOption = Annotated[Strategy, typer.Option("--strategy", help=_STRATEGY)]
-Ratio = Annotated[float, typer.Option("--ratio", min=0, max=1, help="Recompute this share of tokens in a merge.")]
+Ratio = Annotated[float, typer.Option("--ratio", min=0, max=1, help="Recompute this share of merged tokens, 0 to 1.")]
 CorpusOption = Annotated[list[str] | None, typer.Option("--corpus", help=_CORPUS)]
 
 
 ENCODING_S = "encoding_s"
-"""Metadata of an item: seconds that encoding it took."""
+"""A metadata field of an item: how long encoding it took, in seconds."""
 
 
 def takes(options: type[Any]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Let a command take the fields of a dataclass as options. It is called with the dataclass as `options`."""
+    """Add the fields of a dataclass to a command as options. The command gets an instance of it as `options`."""
     hints = get_type_hints(options, include_extras=True)
     shared = [
         Parameter(each.name, Parameter.KEYWORD_ONLY, default=each.default, annotation=hints[each.name])
@@ -211,7 +211,7 @@ def default_store() -> Path:
 
 
 def resolve(model: str | None) -> tuple[str, str]:
-    """Return a model's name and where to load it from. The embedded model is fetched if it is missing."""
+    """Return a model's name and the name or folder to load it from. Downloads the embedded model if it is missing."""
     console = stderr()
     with console.status("importing torch and transformers"):
         import transformers
@@ -222,7 +222,11 @@ def resolve(model: str | None) -> tuple[str, str]:
 
 
 def load_engine(model: str | None, **settings: Any) -> HFEngine:
-    """Load a model and its tokenizer. Raises as `loading`."""
+    """Load a model and its tokenizer.
+
+    Raises:
+        InvalidInputError: the model does not exist, or transformers cannot load it.
+    """
     name, folder = resolve(model)
     with loading(name):
         from kvcag.engines.hf import HFEngine
@@ -235,7 +239,7 @@ def loading(name: str) -> Iterator[None]:
     """Show that a model is being loaded.
 
     Raises:
-        InvalidInputError: there is no such model, or transformers cannot load it.
+        InvalidInputError: the model does not exist, or transformers cannot load it.
     """
     try:
         with stderr().status(f"loading {name}"):
@@ -245,7 +249,7 @@ def loading(name: str) -> Iterator[None]:
     except (OSError, ValueError) as refused:
         reason = next(iter(str(refused).strip().splitlines()), type(refused).__name__)
         raise InvalidInputError(
-            f"the model {name!r} could not be loaded: {reason} Pass a folder that save_pretrained wrote, or a hub id."
+            f"the model {name!r} could not be loaded: {reason} Pass a hub id, or a folder that save_pretrained wrote."
         ) from refused
 
 
@@ -254,25 +258,25 @@ def loading(name: str) -> Iterator[None]:
 
 _CONTROL = [*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000)]
 _ESCAPED = {code: f"\\u{code:04x}" for code in _CONTROL if chr(code) not in "\n\t"}
-"""Control characters, what turns the direction of a line round, and halves of characters."""
+"""Control characters, characters that change the text direction, and surrogates."""
 
 
 def plain(text: str) -> str:
-    """Return a text that a terminal shows and does not obey: control characters become their escapes."""
+    """Replace control characters by escapes, so that a terminal shows them instead of executing them."""
     return text.replace("\r\n", "\n").translate(_ESCAPED)
 
 
 _WIDE = 240
-"""Columns of a pipe or a file."""
+"""The width of a pipe or a file, in columns."""
 
 
 def terminal_width(stream: Any) -> int | None:
-    """Return the width of a terminal, and None for a pipe or a file."""
+    """Return the width of a terminal in columns; None for a pipe or a file."""
     return shutil.get_terminal_size().columns if stream.isatty() else None
 
 
 def echo(line: str = "", *, err: bool = False) -> None:
-    """Print a line, as `plain` returns it. A terminal's lines are broken between words."""
+    """Print a line, with `plain` applied. On a terminal, long lines are broken between words."""
     width = terminal_width(sys.stderr if err else sys.stdout)
     if width is not None:
         line = "\n".join(
@@ -282,18 +286,18 @@ def echo(line: str = "", *, err: bool = False) -> None:
 
 
 class Flow:
-    """Writes an answer piece by piece, on stdout or stderr. A terminal's lines are broken between words.
+    """Writes an answer piece by piece, on stdout or stderr. On a terminal, long lines are broken between words.
 
-    A word waits only while it still fits into its line and may grow. A wide character (Chinese, Japanese, Korean) is a
-    word of its own.
+    The last word is held back while it fits into its line, since the next piece may make it longer. A wide character
+    (Chinese, Japanese, Korean) counts as a word.
     """
 
     def __init__(self, *, err: bool = False) -> None:
         self._stream = sys.stderr if err else sys.stdout
         self.width = terminal_width(self._stream)
-        self._at = 0  # columns written of this line
-        self._word = ""  # what waits
-        self._may_break = False  # nothing of this word is written yet
+        self._at = 0  # columns written in this line
+        self._word = ""  # the text that is held back
+        self._may_break = False  # no part of this word is written yet
 
     def write(self, text: str) -> None:
         """Write a piece."""
@@ -302,7 +306,7 @@ class Flow:
         self._stream.flush()
 
     def end(self) -> None:
-        """Write what waits, and end the line."""
+        """Write the text that is held back, and end the line."""
         self.write("\n")
 
     def _broken(self, text: str, width: int) -> str:
@@ -332,11 +336,11 @@ class Flow:
 
 
 _CARRIED = ("model", "store", "namespace", "instruction", "strategy", "ratio", "split", "context")
-"""Options with which the next command works over the same items in the same way."""
+"""Options that a suggested command takes over, so that it works on the same items in the same way."""
 
 
 def then(command: str) -> None:
-    """Say on stderr which command may be of use next. It gets the options that were typed and that it takes, too."""
+    """Suggest the next command on stderr, with those typed options that the next command also has."""
     running = _running.get()
     takes = {option.name for option in running.parent.command.commands[command.split()[0]].params}
     for option in running.command.params:
@@ -347,22 +351,22 @@ def then(command: str) -> None:
 
 
 ASK = 'ask "Your question?"'
-"""The command that is of use after most others."""
+"""The command that most other commands suggest."""
 
 
 def paths(given: Sequence[str] | None, option: str = "") -> str:
-    """Return paths as they are typed behind a command, each behind an option if there is one: ` --source notes/`."""
+    """Return paths as arguments of a command line, each after `option` if that is given: ` --source notes/`."""
     return "".join(f" {option} {shlex.quote(path)}".replace("  ", " ") for path in given or ())
 
 
 def faster(full_s: float, cached_s: float) -> str:
-    """Return `31 × faster`, `1.4 × faster` or `no faster`."""
+    """Return the speed-up as text: `31 × faster`, `1.4 × faster` or `no faster`."""
     times = full_s / cached_s
     return f"{times:.{0 if times >= 9.95 else 1}f} × faster" if times >= 1.05 else "no faster"
 
 
 class _Console(Console):
-    """Prints `plain` text, with colours only on a terminal, and without cutting paths in a pipe or a file."""
+    """Prints `plain` text. Uses colours on a terminal only, and does not truncate paths in a pipe or a file."""
 
     def __init__(self, *, stderr: bool) -> None:
         width = terminal_width(sys.stderr if stderr else sys.stdout) or _WIDE
@@ -387,7 +391,7 @@ def stderr() -> Console:
 
 
 def emit(value: object, *, indent: int | None = 2) -> None:
-    """Print one JSON document on stdout; with `indent=None` on one line."""
+    """Print a JSON document on stdout. With `indent=None`, print it on one line."""
     sys.stdout.write(json.dumps(value, indent=indent, ensure_ascii=False, default=str).translate(_ESCAPED) + "\n")
     sys.stdout.flush()
 
@@ -396,8 +400,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
     """Return a table without borders.
 
     Args:
-        columns: the headings; the cells below one that begins with `>` end at the right.
-        rows: the cells, shown with `str`; None is an empty cell.
+        columns: the headings. A heading that begins with `>` makes a right-aligned column.
+        rows: the cells, printed with `str`. None makes an empty cell.
     """
     made = Table(box=None, pad_edge=False, header_style="bold")
     shown = [["" if cell is None else plain(str(cell)) for cell in row] for row in rows]
@@ -407,7 +411,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
     room = (terminal_width(sys.stdout) or _WIDE) - (sum(widths) - longest) - 2 * (len(widths) - 1)
     for heading, name, width in zip(columns, names, widths, strict=True):
         justify: Any = "right" if heading.startswith(">") else "left"
-        most = max(room, 8) if width == longest else width  # where there is little room, the longest column is cut
+        most = max(room, 8) if width == longest else width  # if the table is too wide, truncate its longest column
         made.add_column(name, justify=justify, no_wrap=True, overflow="ellipsis", max_width=most)
     for row in shown:
         made.add_row(*row)
@@ -416,7 +420,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
 
 @contextmanager
 def progress(doing: str, total: int, unit: str) -> Iterator[Any]:
-    """Show a progress bar on stderr if that is a terminal. Yields `advance(amount, next_item)`."""
+    """Show a progress bar if stderr is a terminal. Yields a function `advance(amount, next_item)`."""
     console = stderr()
     if not console.is_terminal:
         yield lambda amount=0, next_item="": None
@@ -431,7 +435,7 @@ def progress(doing: str, total: int, unit: str) -> Iterator[Any]:
 
 
 def size(count: int) -> str:
-    """Return bytes as text, in powers of 1000."""
+    """Return a number of bytes as text, with units in powers of 1000."""
     amount = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if amount < 1000:
@@ -441,7 +445,7 @@ def size(count: int) -> str:
 
 
 UNITS = {"w": 604_800, "d": 86_400, "h": 3600, "m": 60, "s": 1}
-"""Seconds."""
+"""The length of each unit of time, in seconds."""
 
 
 def age(timestamp: float) -> str:

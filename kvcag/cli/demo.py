@@ -1,4 +1,4 @@
-"""`kvcag demo`: a race between a model that reads everything and the same model with caches."""
+"""`kvcag demo`: a race between a model with a full prefill and the same model with caches."""
 
 from __future__ import annotations
 
@@ -24,22 +24,25 @@ if TYPE_CHECKING:
 
 _SIDES = "reads everything", "from the cache"
 _TWO_COLUMNS = 80
-"""Columns of a terminal from which on both sides stand side by side."""
+"""The minimum width of a terminal, in columns, that shows both answers side by side."""
 
 
 def demo(
     model: Model = None,
     corpus: CorpusOption = None,
-    question: Annotated[list[str] | None, typer.Option("--question", help="Ask this question; repeatable.")] = None,
+    question: Annotated[
+        list[str] | None,
+        typer.Option("--question", help="Ask this question; repeatable. Default: questions that suit the corpus."),
+    ] = None,
     strategy: StrategyOption = "exact",
     ratio: Ratio = 0.2,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Generate at most this many tokens.")] = 48,
     as_json: Json = False,
 ) -> None:
-    """Race a model that reads everything against the same model with caches: the same questions, tokens and decoding.
+    """Race a model that reads all documents per question against the same model with caches.
 
-    Encodes a corpus once. Then one side answers each question, and the other after it: each has the machine to itself
-    while its clock runs. A terminal of 80 columns shows both side by side.
+    The command encodes a corpus once. Then both sides answer each question with the same tokens and decoding, one after
+    the other, so that neither slows the other down. A terminal of at least 80 columns shows both side by side.
 
     For example:
 
@@ -107,7 +110,7 @@ def _verdict(row: Comparison) -> str:
 
 @contextmanager
 def _watched(console: Console, sides: Sequence[Runner]) -> Iterator[OnPiece]:
-    """Show the race: side by side, with running clocks, in a terminal that can; else one side after the other."""
+    """Show both answers: side by side with running clocks if the terminal can, otherwise one after the other."""
     if console.is_terminal and not console.no_color and not console.is_dumb_terminal and console.width >= _TWO_COLUMNS:
         with Live(_Race(sides), console=console, refresh_per_second=10):
             yield lambda side, chunk: None
@@ -128,7 +131,7 @@ def _watched(console: Console, sides: Sequence[Runner]) -> Iterator[OnPiece]:
 
 @dataclass(frozen=True, slots=True)
 class _Race:
-    """Both sides, side by side. Drawn again and again, it reads their clocks each time."""
+    """A table of both answers, side by side. Each time it is drawn, it reads the clocks again."""
 
     sides: Sequence[Runner]
 

@@ -1,4 +1,4 @@
-"""`kvcag doctor`: measures what merging costs in accuracy and saves in time."""
+"""`kvcag doctor`: measures how much accuracy merging costs, and how much time it saves."""
 
 from __future__ import annotations
 
@@ -11,25 +11,30 @@ from kvcag.cli import common
 from kvcag.cli.common import CorpusOption, Json, Model
 from kvcag.errors import InvalidInputError
 
-_QUESTIONS = "Ask the questions in this file, one a line; best are ten real ones. Default: about the documents."
-_PROBES = "Compare on this many contexts. Default: one for each question, at most 10; 4 without questions."
+_QUESTIONS = (
+    "Ask the questions in this file, one per line; ten real questions are best. Default: questions made from the "
+    "documents."
+)
+_PROBES = "Compare on this many contexts. Default: one per question, at most 10; 4 without --questions."
 _ITEMS = 4
-"""Documents of a context, as many as `kvcag ask PATH` takes."""
+"""The number of documents in a context: as many as `kvcag ask PATH` uses by default."""
 
 
 def doctor(
     model: Model = None,
     corpus: CorpusOption = None,
     questions: Annotated[Path | None, typer.Option(metavar="FILE", help=_QUESTIONS)] = None,
-    instruction: Annotated[str | None, typer.Option(help="Put this instruction before the documents.")] = None,
+    instruction: Annotated[
+        str | None, typer.Option(help="Put this instruction before the documents. Default: none.")
+    ] = None,
     probes: Annotated[int | None, typer.Option(min=1, help=_PROBES)] = None,
     max_kl: Annotated[float, typer.Option(min=0, help="Allow this KL divergence, in nats per token.")] = 0.05,
     as_json: Json = False,
 ) -> None:
-    """Compare merge strategies with a full prefill, recommend one, and keep the result for --strategy auto.
+    """Compare merge strategies with a full prefill, recommend one, and save the result for --strategy auto.
 
-    A context holds four documents: with --questions, those whose words fit the question best, as `kvcag ask` takes
-    them; without, some drawn at random.
+    Each context has four documents: with --questions, those whose words fit the question best, as in `kvcag ask`;
+    without, documents chosen at random.
 
     Exits with 1 if no strategy is both accurate enough and cheaper than a full prefill, or if the model's caches cannot
     be merged.
@@ -50,7 +55,7 @@ def doctor(
     if probes is None:
         probes = min(len(asked), 10) or 4
     if len(documents) < 2:
-        raise InvalidInputError("one document cannot be merged with others: give --corpus at least two.")
+        raise InvalidInputError("the corpus has only one document, and merging needs two: give --corpus at least two.")
     engine = common.load_engine(model)
     from kvcag.calibration import calibrate
 

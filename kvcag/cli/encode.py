@@ -1,4 +1,4 @@
-"""`kvcag encode` and `kvcag sync`: files into a store."""
+"""`kvcag encode` and `kvcag sync`: encode files into a store."""
 
 from __future__ import annotations
 
@@ -22,9 +22,15 @@ if TYPE_CHECKING:
     from kvcag.stores.files import Manifest
     from kvcag.sync import SyncDiff
 
-_SPLIT = "Cut files into items of at most this many tokens."
-_CONTEXT = "Encode each item behind the one before it in its file: merged answers are more faithful."
-_SHARD = "Encode this part of the corpus only: 3/64 is the third of 64. Every part may run anywhere, and again."
+_SPLIT = "Cut files into items of at most this many tokens. Default: one item per file."
+_CONTEXT = (
+    "Encode each item after the previous item of its file, which makes merged answers more faithful. Default: encode "
+    "each item alone."
+)
+_SHARD = (
+    "Encode only this part of the corpus: 3/64 is the third of 64 parts. Any machine may encode any part, also twice. "
+    "Default: everything."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +46,13 @@ class Encoding:
     as_json: Json = False
 
     def open(self) -> KVStore:
-        """Open the store, or make one."""
+        """Open the store. Creates a missing folder."""
         from kvcag.cli.entries import open_store
 
         return open_store(self.store, self.namespace)
 
     def memory(self, store: KVStore) -> KVCacheMemory:
-        """Load the model. Open the store first: opening a store fails at once, loading a model takes seconds."""
+        """Load the model. Call `open` first: a store that fails does so at once, while loading takes seconds."""
         engine = common.load_engine(self.model)
         from kvcag.memory import KVCacheMemory
 
@@ -59,12 +65,12 @@ def encode(
     options: Encoding,
     shard: Annotated[str | None, typer.Option("--shard", metavar="I/N", help=_SHARD)] = None,
 ) -> None:
-    """Encode files and keep their caches, one item per file. Items that are in the store are not encoded again.
+    """Encode files and store their caches, one item per file. Items that are stored already are not encoded again.
 
-    In folders, .txt, .text, .md, .markdown, .rst and .jsonl files are read; with the extra `files`, .pdf, .html and
-    .docx, too. Each line of a .jsonl file is an item: an object with a string "text". An interrupted run keeps its
-    finished items; run the command again to continue.
-    With --shard, many machines encode one corpus into one store; they need no coordinator.
+    In folders, .txt, .text, .md, .markdown, .rst and .jsonl files are read; with the extra `files`, also .pdf, .html
+    and .docx. Each line of a .jsonl file is an item: an object with a string "text". If a run is interrupted, its
+    finished items stay stored; run the command again to continue.
+    With --shard, many machines can encode one corpus into one store, without a coordinator.
 
     For example:
 
@@ -79,7 +85,7 @@ def encode(
     from kvcag.cli.files import Shard, read_texts
 
     if shard and options.context:
-        raise InvalidInputError("pass either --shard or --context: what stands before an item may be in another shard.")
+        raise InvalidInputError("pass either --shard or --context: the previous item may be in another shard.")
     reading = read_texts(paths, shard=Shard.parse(shard) if shard else None)
     memory = options.memory(options.open())
     diff = _diff(memory, reading, options.split, context=options.context)
@@ -93,11 +99,11 @@ def encode(
 def sync(
     path: Annotated[str, typer.Argument(metavar="PATH", help="A file or a folder.")],
     options: Encoding,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change, and change nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the changes without making them.")] = False,
 ) -> None:
-    """Update the items of a file or folder: encode new and changed texts, keep the others, delete removed ones.
+    """Update the items of a file or folder: encode new and changed texts, and delete the items of removed ones.
 
-    Only items that this model made of this path are deleted.
+    Only items that this model made from this path are deleted.
 
     For example:
 
@@ -130,7 +136,7 @@ def sync(
 
 
 def bring(memory: KVCacheMemory, reading: Reading, kept: Sequence[Entry]) -> tuple[dict[str, Any], int]:
-    """Encode what is new or changed of some texts. A long one is cut, unless it is kept whole or in other parts.
+    """Encode new and changed texts. Cuts a long text, unless it is stored as one item or in other parts.
 
     Args:
         memory: the model and the store.
@@ -138,7 +144,7 @@ def bring(memory: KVCacheMemory, reading: Reading, kept: Sequence[Entry]) -> tup
         kept: the items of the store.
 
     Returns:
-        The items by id, and how many were encoded.
+        The items by id, and the number of items that were encoded.
     """
     diff = _diff(memory, reading, None, cut_long=True, kept=kept)
     return diff.wanted, _encode(memory, diff)[0]
@@ -147,7 +153,11 @@ def bring(memory: KVCacheMemory, reading: Reading, kept: Sequence[Entry]) -> tup
 def _pieces(
     memory: KVCacheMemory, text: Text, limit: int | None, cut_long: bool, kept: Mapping[str, Sequence[Text]]
 ) -> list[Text]:
-    """A text as items: as `limit` says, else as it is kept, else whole, or in parts if it is long and may be cut."""
+    """Divide a text into items.
+
+    With a `limit`, cut by it. Otherwise divide the text as it is stored already. A text that is not stored is one item;
+    if it is long and `cut_long` is True, cut it.
+    """
     from kvcag.chat_template import segment
     from kvcag.cli.files import split
 
@@ -176,7 +186,7 @@ def _pieces(
 
 
 def _parts_of(memory: KVCacheMemory, entries: Sequence[Entry]) -> dict[str, list[Text]]:
-    """Source → the parts in which a file is kept, in order, where all of them are there."""
+    """By source, the stored parts of a file in order. Files with missing parts are left out."""
     from kvcag.cli.entries import made_by
     from kvcag.cli.files import Text
 
@@ -203,7 +213,11 @@ def _diff(
     cut_long: bool = False,
     kept: Sequence[Entry] = (),
 ) -> SyncDiff:
-    """Compare the texts with the store. A text that does not fit is refused before anything is encoded."""
+    """Compare the texts with the store.
+
+    Raises:
+        InvalidInputError: a text exceeds the model's context. Nothing was encoded.
+    """
     from kvcag.chat_template import segment
     from kvcag.contexts import Read
     from kvcag.sync import diff, in_context
@@ -219,7 +233,7 @@ def _diff(
             token_ids = template.encode_text(segment(piece.text))
             if len(token_ids) > room:
                 raise InvalidInputError(
-                    f"{piece.metadata['source']}: {len(token_ids):,} tokens, and the model's context holds {room:,} "
+                    f"{piece.metadata['source']} has {len(token_ids):,} tokens, but the model's context holds {room:,} "
                     f"after the instruction. Cut it with --split {max(16, room // 8)}."
                 )
             read.append(Read(token_ids, piece.text, piece.metadata))
@@ -227,7 +241,7 @@ def _diff(
 
 
 def _encode(memory: KVCacheMemory, diff: SyncDiff) -> tuple[int, int]:
-    """Encode and keep new texts; return how many they are, and their tokens."""
+    """Encode and store new texts. Returns the number of encoded items and of their tokens."""
     from kvcag.contexts import with_names
 
     documents, head_ids = memory.documents, memory.engine.template.instruction_ids(memory.instruction)
@@ -250,19 +264,19 @@ def _encode(memory: KVCacheMemory, diff: SyncDiff) -> tuple[int, int]:
                 advance(len(token_ids))
     except KeyboardInterrupt:
         kept, new = sum(map(documents.store.contains, diff.new)), common.counted(len(diff.new), "item")
-        common.say(f"{kept} of {new} encoded and kept; run the command again to continue.")
+        common.say(f"{kept} of {new} encoded and stored; run the command again to continue.")
         raise
     return encoded, tokens
 
 
 def _made_here(memory: KVCacheMemory, path: str, unreadable: set[str]) -> Callable[[Manifest], bool]:
-    """Return a test for items of this path and model, but not of files that cannot be read today."""
+    """Return a predicate for items of this path and model. It is False for files that cannot be read now."""
     from kvcag.cli.entries import comes_from, made_by
     from kvcag.stores.base import MADE_OF
 
     def made_here(manifest: Manifest) -> bool:
         if MADE_OF in manifest.metadata or manifest.metadata.get("source") in unreadable:
-            return False  # a context is deleted with the items that it holds
+            return False  # `with_contexts` deletes a context together with its items
         return made_by(memory.engine, manifest) and comes_from(manifest, path)
 
     return made_here
@@ -283,7 +297,7 @@ def _report(
     place = getattr(store, "path", None) or getattr(store, "url", None)
     if isinstance(store, DiskStore) and store.evictions:
         room = common.size(store.max_bytes or 0)
-        common.say(f"{common.counted(store.evictions, 'item')} evicted: the store holds {room}.")
+        common.say(f"{common.counted(store.evictions, 'item')} evicted: the store's budget is {room}.")
     if options.as_json:
         skipped = [{"path": path, "reason": reason} for path, reason in reading.skipped]
         common.emit({**facts, "store": place, "ids": list(diff.wanted), "skipped": skipped})

@@ -1,4 +1,4 @@
-"""Lists and finds the items of a store, from their manifests. Loads no tensors and no model."""
+"""Lists and finds the items of a store by their manifests. Loads no tensors and no model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kvcag.engines.base import Engine
 
 CONTEXT_OF = "context_of"
-"""Metadata of the context of a whole store: the ids of its items."""
+"""A metadata field of the context of a whole store: the ids of the store's items."""
 
 _PREFIX = "kv:sha256:"
 
@@ -32,8 +32,8 @@ class Entry:
     """One item of a store, without its tensors.
 
     Attributes:
-        manifest: what the store knows of it.
-        bytes: the size of its file or object.
+        manifest: the item's manifest.
+        bytes: the size of the item's file or object in bytes.
     """
 
     manifest: Manifest
@@ -41,7 +41,7 @@ class Entry:
 
     @property
     def id(self) -> str:
-        """The whole id."""
+        """The full id."""
         return self.manifest.id
 
     @property
@@ -56,17 +56,17 @@ class Entry:
 
     @property
     def is_document(self) -> bool:
-        """It is no instruction, and no context of several texts by `kvcag ask` or `KVCacheMemory.create_context`."""
+        """False for an instruction, and for a context of several texts (`kvcag ask`, `KVCacheMemory.create_context`)."""
         return MADE_OF not in self.manifest.metadata and not is_instruction(self.id)
 
     @property
     def members(self) -> list[str]:
-        """The ids of the items of a whole store's context; empty for other items."""
+        """For the context of a whole store, the ids of the store's items; empty for other items."""
         return list(self.manifest.metadata.get(CONTEXT_OF, []))
 
     @property
     def source(self) -> str:
-        """Where the text came from, for tables; empty if the metadata does not say."""
+        """The source of the text, for tables; empty if the metadata has none."""
         if is_instruction(self.id):
             return "(instruction)"
         if self.members:
@@ -79,17 +79,17 @@ class Entry:
 
     @property
     def model(self) -> str:
-        """The name of the model that made it."""
+        """The name of the model that made the item."""
         made_by = self.manifest.fingerprint
         return Path(made_by.model_name).name if made_by else ""
 
     @property
     def encoded_at(self) -> float:
-        """When it was encoded, in seconds since 1970."""
+        """The time of encoding, in seconds since 1970."""
         return self.manifest.records.timestamp.timestamp()
 
     def cells(self) -> list[object]:
-        """Return what `ls` prints."""
+        """Return the cells of `ls`."""
         return [
             self.short,
             self.source,
@@ -99,7 +99,7 @@ class Entry:
         ]
 
     def row(self) -> dict[str, object]:
-        """Return what `ls --json` prints."""
+        """Return the object of `ls --json`."""
         return {
             "id": self.id,
             "source": self.manifest.metadata.get("source", self.source),
@@ -113,7 +113,7 @@ class Entry:
 
 
 def open_store(place: str | None, namespace: str) -> DiskStore | FsspecStore:
-    """Open the store in a folder or at an address, or make one."""
+    """Open the store in a folder or at an address. Creates a missing folder."""
     store = open_at(place or common.default_store(), namespace)
     assert isinstance(store, DiskStore | FsspecStore)
     return store
@@ -130,7 +130,8 @@ def open_existing(place: str | None, namespace: str) -> DiskStore | FsspecStore 
     folder = Path(place or common.default_store())
     if place is not None and not folder.is_dir():
         raise InvalidInputError(
-            f"{folder}: no such folder. Name the store's with --store, or make one: kvcag encode PATH --store {folder}"
+            f"{folder}: no such folder. Pass the store's folder with --store, or create it: "
+            f"kvcag encode PATH --store {folder}"
         )
     return open_store(place, namespace) if (folder / Names(namespace).space).is_dir() else None
 
@@ -149,7 +150,7 @@ def read_entries(store: KVStore | None) -> tuple[list[Entry], int]:
 
 
 def find_one(store: DiskStore | FsspecStore | None, id: str) -> Entry:
-    """Find an item by its id or a unique beginning of it. Reads the manifests of those alone that begin so.
+    """Find an item by its id or a unique beginning of the id. Reads only the manifests of matching items.
 
     Raises:
         UnknownItemError, InvalidInputError: as `find`.
@@ -170,8 +171,8 @@ def find(entries: Sequence[Entry], ids: Iterable[str]) -> list[Entry]:
     """Find items by ids or by unique beginnings of ids.
 
     Raises:
-        UnknownItemError: no item's id begins so.
-        InvalidInputError: several items' ids begin so.
+        UnknownItemError: no item's id begins with a given beginning.
+        InvalidInputError: several items' ids begin with a given beginning.
     """
     found: dict[str, Entry] = {}
     missing: list[str] = []
@@ -180,7 +181,7 @@ def find(entries: Sequence[Entry], ids: Iterable[str]) -> list[Entry]:
         matching = [entry for entry in matching if entry.id == wanted] or matching
         if len(matching) > 1:
             some = ", ".join(entry.short for entry in matching[:3])
-            raise InvalidInputError(f"{len(matching)} ids begin with {wanted!r} ({some}, …): give more of it.")
+            raise InvalidInputError(f"{len(matching)} ids begin with {wanted!r} ({some}, …): type more of the id.")
         if matching:
             found[matching[0].id] = matching[0]
         else:
@@ -221,7 +222,7 @@ def made_by(engine: Engine, manifest: Manifest) -> bool:
 
 
 def with_contexts(entries: Iterable[Entry], deleted: Iterable[Entry]) -> list[Entry]:
-    """Return `deleted` and the contexts that hold their texts."""
+    """Return `deleted`, and the contexts that contain their texts."""
     gone = {entry.id: entry for entry in deleted}
     texts = {entry.text for entry in gone.values()}
     contexts = {entry.id: entry for entry in entries if not texts.isdisjoint(entry.manifest.metadata.get(MADE_OF, []))}
@@ -229,7 +230,7 @@ def with_contexts(entries: Iterable[Entry], deleted: Iterable[Entry]) -> list[En
 
 
 def seconds_of(age: str) -> float:
-    """Return `90s`, `30m`, `12h`, `7d` or `4w` in seconds.
+    """Return an age such as `90s`, `30m`, `12h`, `7d` or `4w` in seconds.
 
     Raises:
         InvalidInputError: the age has another form.

@@ -20,13 +20,13 @@ from kvcag.demo.corpus import Topic, python_topics
 from kvcag.errors import EmptyPromptError, InvalidInputError, MissingExtraError
 
 SUFFIXES = (".jsonl", ".markdown", ".md", ".rst", ".text", ".txt")
-"""The files that are read in folders. A named file is read whatever its suffix, if it is text."""
+"""The suffixes of files that are read in folders. A file that is named itself may have any suffix, if it is text."""
 
 _CUTS = (r"\n[ \t]*\n\s*", r"\n", r"[.!?]\s+", r"\s+")
-"""Where a text is cut: after blank lines, lines, sentences, words."""
+"""Patterns after which a text may be cut: blank lines, lines, sentences, words."""
 
 _CONVERTED = (".docx", ".htm", ".html", ".pdf")
-"""The files whose text libraries of the extra `files` read."""
+"""The suffixes of files that the libraries of the extra `files` read."""
 
 _CONVERT = (".doc", ".epub", ".odt", ".rtf")
 
@@ -46,13 +46,13 @@ class Text:
 
 @dataclass(slots=True)
 class Reading:
-    """The texts of some paths.
+    """The result of reading some paths.
 
     Attributes:
-        texts: in the order of their files.
+        texts: the texts, in the order of their files.
         skipped: files and folders without a text, and lines that cannot be read, each with the reason.
-        unreadable: the sources of files that are not empty and were skipped, whole or in part.
-        others: the number of files in folders that are of other kinds, by their suffix.
+        unreadable: the sources of non-empty files that were skipped, completely or in part.
+        others: the number of files of other kinds in the folders, by suffix.
     """
 
     texts: list[Text] = field(default_factory=list)
@@ -63,14 +63,14 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One of several parts of a corpus: the files, and the lines of .jsonl files, whose bytes have this remainder.
+    """One of several parts of a corpus, chosen by a hash of each file, or of each line of a .jsonl file.
 
-    It depends on the bytes alone, so that every machine computes the same parts from the same files, whatever their
-    paths; and two files with the same bytes are in one part.
+    The parts depend on the bytes only, not on paths, so every machine computes the same parts from the same files. Two
+    files with the same bytes are in the same part.
 
     Attributes:
-        number: from 1 to `count`.
-        count: how many parts there are.
+        number: the number of this part, from 1 to `count`.
+        count: the number of parts.
     """
 
     number: int = 1
@@ -78,10 +78,10 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """`3/64`.
+        """Parse a text such as `3/64`.
 
         Raises:
-            InvalidInputError: it has another form, or the number is not from 1 to the count.
+            InvalidInputError: the text has another form, or the number is not from 1 to the count.
         """
         found = re.fullmatch(r"(\d+)/(\d+)", text.strip())
         number, count = (int(found[1]), int(found[2])) if found else (0, 0)
@@ -95,18 +95,18 @@ class Shard:
 
 
 def read_texts(paths: Iterable[str], *, may_be_empty: bool = False, shard: Shard | None = None) -> Reading:
-    """Read files, folders and globs; each file once. Says on stderr what it skips.
+    """Read files, folders and globs; each file once. Prints skipped files on stderr.
 
-    Folders are read recursively and sorted, without hidden files.
+    Folders are read recursively, in sorted order, without hidden files.
 
     Args:
         paths: the files, folders and globs.
-        may_be_empty: return no texts where there are none.
+        may_be_empty: return an empty result if there are no texts, instead of raising.
         shard: read this part only.
 
     Raises:
-        InvalidInputError: a path is missing, or a named file is blank, is not text or must be converted first; or
-            there is no text, unless `may_be_empty`.
+        InvalidInputError: a path is missing; a named file is blank, is not text or must be converted first; or there
+            is no text and `may_be_empty` is False.
     """
     reading, seen = Reading(), set[str]()
     shard = shard or Shard()
@@ -140,14 +140,14 @@ def read_texts(paths: Iterable[str], *, may_be_empty: bool = False, shard: Shard
 
 
 def read_corpus(paths: Sequence[str] | None) -> list[Topic]:
-    """Read the texts of `--corpus`, or topics of Python's manual if it is not given. Raises as `read_texts`."""
+    """Read the texts of `--corpus`; by default, topics of Python's manual. Raises the errors of `read_texts`."""
     if not paths:
         return python_topics()
     return [Topic(text.metadata["title"], text.text) for text in read_texts(paths).texts]
 
 
 def fitting(texts: Sequence[str], question: str, count: int) -> list[int]:
-    """The places of the texts whose words fit a question best, by BM25, ascending."""
+    """The indices, ascending, of the `count` texts whose words fit a question best (BM25)."""
     from rank_bm25 import BM25Plus  # type: ignore[import-untyped]  # it has no stubs
 
     def words(text: str) -> list[str]:
@@ -162,7 +162,7 @@ def split(text: Text, limit: int, count: Callable[[str], int]) -> list[Text]:
 
     Args:
         text: the text to cut.
-        limit: the most tokens of a part.
+        limit: the maximum number of tokens of a part.
         count: returns the number of tokens of a str.
     """
     parts, filled = [""], 0
@@ -180,7 +180,7 @@ def split(text: Text, limit: int, count: Callable[[str], int]) -> list[Text]:
 
 
 def _cut(text: str, limit: int, count: Callable[[str], int], cuts: Sequence[str]) -> Iterator[str]:
-    """Yield consecutive pieces of a text, cut at the first kind of separator that makes them short enough."""
+    """Yield consecutive pieces of a text, cut after the first kind of separator that makes them short enough."""
     if not cuts or count(text) <= limit:
         yield text
         return
@@ -189,7 +189,7 @@ def _cut(text: str, limit: int, count: Callable[[str], int], cuts: Sequence[str]
 
 
 def _files(path: str, reading: Reading) -> Iterator[tuple[Path, bool]]:
-    """Yield the files of a path, and whether the path names them one by one."""
+    """Yield the files of a path, and whether the path is the file itself."""
     expanded = os.path.expanduser(path)
     if os.path.exists(expanded) and not os.path.isdir(expanded):
         yield Path(expanded), True
@@ -218,10 +218,10 @@ def _below(folder: Path, reading: Reading) -> Iterator[Path]:
 
 
 def _texts(file: Path, source: str, shard: Shard, reading: Reading) -> list[Text]:
-    """The texts of a file. Lines of a .jsonl file that cannot be read are added to what `reading` skipped.
+    """The texts of a file. Unreadable lines of a .jsonl file are added to `reading.skipped`.
 
     Raises:
-        InvalidInputError: nothing in it can be read.
+        InvalidInputError: no text in the file can be read.
     """
     if file.suffix.lower() in _CONVERT:
         raise InvalidInputError(f"{file}: {file.suffix} files are not read. Convert it to text or Markdown first.")
@@ -238,7 +238,7 @@ def _texts(file: Path, source: str, shard: Shard, reading: Reading) -> list[Text
 
 
 def _lines(file: Path, source: str, shard: Shard, reading: Reading) -> list[Text]:
-    """The texts of the lines of a .jsonl file that are in a shard. A line that cannot be read is left out."""
+    """The texts of those lines of a .jsonl file that are in a shard. Unreadable lines are left out."""
     texts: list[Text] = []
     refused: list[InvalidInputError] = []
     empty = True
@@ -262,7 +262,7 @@ def _lines(file: Path, source: str, shard: Shard, reading: Reading) -> list[Text
     if refused and not texts:
         raise refused[0]
     if refused:
-        reading.unreadable.add(source)  # its old items stay
+        reading.unreadable.add(source)  # so that `sync` does not delete the old items of this file
     reading.skipped += [(str(file), str(error)) for error in refused]
     return texts
 
@@ -275,11 +275,11 @@ def _content(file: Path) -> bytes:
 
 
 def _converted(content: bytes, file: Path) -> str:
-    """The text of a PDF, and HTML or DOCX as Markdown, without pictures, scripts and addresses of links.
+    """The text of a PDF, or HTML or DOCX as Markdown. Leaves out pictures, scripts and the addresses of links.
 
     Raises:
         MissingExtraError: the libraries are not installed.
-        InvalidInputError: they cannot read it.
+        InvalidInputError: the libraries cannot read the file.
     """
     kind = file.suffix.lower()
     try:
@@ -299,7 +299,7 @@ def _converted(content: bytes, file: Path) -> str:
         return re.sub(r"\n{3,}", "\n\n", MarkdownConverter(strip=["a"], heading_style="ATX").convert_soup(page))
     except ModuleNotFoundError as missing:
         raise MissingExtraError(f"{file} (a {kind} file)", "files") from missing
-    except Exception as error:  # each library has exceptions of its own, and so has each kind of damage
+    except Exception as error:  # each library raises its own exceptions for damaged files
         raise InvalidInputError(f"{file}: cannot be read as {kind}: {type(error).__name__}: {error!s:.200}") from error
 
 
@@ -316,7 +316,7 @@ def _decoded(content: bytes, place: str) -> str:
 
 
 def _parse_line(line: bytes, place: str, default_title: str) -> tuple[str, str]:
-    """Return title and text of a line of a .jsonl file: an object with a str `text` and, optionally, a str `title`."""
+    """Return the title and the text of a .jsonl line: an object with a str `text` and, optionally, a str `title`."""
     try:
         record = json.loads(line.decode())
     except UnicodeDecodeError as error:

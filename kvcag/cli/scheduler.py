@@ -1,4 +1,4 @@
-"""`kvcag scheduler`."""
+"""`kvcag scheduler`: shows the decisions of a CacheScheduler."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from kvcag.cli.common import Json
 
 def scheduler(
     path: Annotated[Path, typer.Argument(help="The state file of a CacheScheduler: its argument `state`.")],
-    text: Annotated[str | None, typer.Argument(help="A text, or the id of its cache.")] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Show so many texts, those with the latest decisions.")] = 50,
+    text: Annotated[str | None, typer.Argument(help="A text, or the id of its cache. Default: all texts.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Show at most this many texts, with the latest decisions.")] = 50,
     as_json: Json = False,
 ) -> None:
     """Show a CacheScheduler's last decision about each text, or explain why one text is or is not cached.
 
     The scheduler may be running. With --json, each text is one line, the oldest decision first. Exits with 1 if the
-    text is not known. For example:
+    text is unknown. For example:
 
         kvcag scheduler scheduler.sqlite "The library opens at nine on weekdays."
 

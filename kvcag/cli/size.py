@@ -21,17 +21,23 @@ def size(
     instruction: Annotated[
         int, typer.Option("--instruction-tokens", min=0, help="Size an instruction of this many tokens, stored once.")
     ] = 0,
-    dtype: Annotated[str, typer.Option(help="Use float32, float16 or bfloat16; auto is the checkpoint's.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Use float32, float16 or bfloat16; auto is the checkpoint's dtype.")
+    ] = "auto",
     prefill: Annotated[
-        float | None, typer.Option("--prefill-tokens-per-s", help="Assume this speed of encoding.")
+        float | None,
+        typer.Option("--prefill-tokens-per-s", help="Assume this speed of encoding, in tokens per second."),
     ] = None,
     load: Annotated[
-        float | None, typer.Option("--load-bytes-per-s", help="Assume this speed of the store, such as 3e9.")
+        float | None,
+        typer.Option("--load-bytes-per-s", help="Assume this speed of the store, in bytes per second, such as 3e9."),
     ] = None,
-    latency: Annotated[float, typer.Option("--latency-ms", min=0, help="Assume this latency of the store.")] = 0.0,
+    latency: Annotated[
+        float, typer.Option("--latency-ms", min=0, help="Assume this latency of the store, in milliseconds.")
+    ] = 0.0,
     as_json: Json = False,
 ) -> None:
-    """Compute the bytes of keys and values, and when loading is faster than encoding. Loads no weights.
+    """Compute the size of caches, and whether loading them is faster than encoding. Loads no weights.
 
     For example:
 
@@ -45,7 +51,7 @@ def size(
     per_token = {"kept": geometry.bytes_per_token(dtype), "int8": geometry.bytes_per_token(dtype, int8=True)}
     stored_as, states = geometry.check_dtype(dtype), geometry.state_bytes + geometry.map_bytes
     totals = {name: (size * tokens + states) * documents for name, size in per_token.items()}
-    if instruction >= WORTH_STORING:  # shorter ones are not stored, nor are any as int8
+    if instruction >= WORTH_STORING:  # a shorter instruction is not stored; with int8, none is stored
         totals["kept"] += per_token["kept"] * instruction + states
     even = {}
     if prefill is not None and load is not None:
@@ -94,7 +100,7 @@ def size(
             f"encoded in context: where a document comes first, it is computed again in {again:,.1f} ms, and takes "
             f"{more} more while it is a recent context"
         )
-    common.then("encode PATH" if prefill else "bench")  # which measures what this one assumes
+    common.then("encode PATH" if prefill else "bench")  # `bench` measures the speeds that this command assumes
 
 
 def _finite(figures: dict[str, object]) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""`kvcag ls`, `inspect`, `rm`, `purge`, `verify` and `import-memos`: the items of a store."""
+"""`kvcag ls`, `inspect`, `rm`, `purge`, `verify` and `import-memos`: show and manage the items of a store."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from kvcag.stores.base import DeletionReport
 
 _EXCERPT = 400
-_AGE = "Choose items encoded longer ago than 90s, 30m, 12h, 7d or 4w."
-_DUMP = "A store, or a folder that KVCacheMemory.dump wrote. Default: --store."
+_AGE = "Use only items that were encoded longer ago than this: 90s, 30m, 12h, 7d or 4w, for example. Default: any age."
+_DUMP = "The folder of a store, or a folder that KVCacheMemory.dump wrote. Default: --store."
 
 
 @dataclass(frozen=True, slots=True)
 class Choosing:
-    """Options of `ls` and `rm`: which items of which store."""
+    """Options of `ls` and `rm`: the store, and filters of its items."""
 
     store: Store = None
     namespace: Namespace = ""
@@ -39,10 +39,10 @@ def ls(
     options: Choosing,
     sort: Annotated[
         Literal["age", "bytes", "source", "tokens"],
-        typer.Option("--sort", help="Sort: newest first, largest first, or by name."),
+        typer.Option("--sort", help="Sort by age (newest first), bytes or tokens (largest first), or source."),
     ] = "age",
 ) -> None:
-    """List items: id, source, tokens, bytes, age.
+    """List the items of a store: id, source, number of tokens, size and age.
 
     For example:
 
@@ -75,13 +75,13 @@ def ls(
     if not entries:
         common.say(f"there are no items yet{_elsewhere(folder, options.namespace)}.")
     if unreadable:
-        common.say(f"{common.counted(unreadable, 'file')} cannot be read: `kvcag verify` names damaged files.")
+        common.say(f"{common.counted(unreadable, 'file')} cannot be read: `kvcag verify` lists damaged files.")
     if not options.as_json:
         common.then(f"inspect {chosen[0].short}" if chosen else "ls" if entries else "encode PATH")
 
 
 def _elsewhere(place: str, namespace: str) -> str:
-    """Say how many other namespaces there are. Their folders do not show their names."""
+    """Say how many other namespaces the folder has. Their names are unknown, since folder names are hashes."""
     from kvcag.stores.files import Names
 
     own = Names(namespace).space
@@ -90,12 +90,12 @@ def _elsewhere(place: str, namespace: str) -> str:
 
 
 def inspect(
-    id: Annotated[str, typer.Argument(help="An id, or a unique beginning of one.")],
+    id: Annotated[str, typer.Argument(help="The id of an item, or a unique beginning of it.")],
     store: Store = None,
     namespace: Namespace = "",
     as_json: Json = False,
 ) -> None:
-    """Show one item: its model, shape, dtype, records and text. Compares every checksum.
+    """Show one item: its model, shape, dtype, records and text. Verifies all checksums.
 
     Exits with 1 if the item is missing or damaged.
 
@@ -110,7 +110,7 @@ def inspect(
     opened = open_existing(store, namespace)
     entry = find_one(opened, id)
     assert opened is not None  # it has this entry
-    opened.get(entry.id)  # compares every checksum
+    opened.get(entry.id)  # verifies all checksums, and raises if one differs
     manifest, made_by = entry.manifest, entry.manifest.fingerprint
     _, kv_heads, head_dim = made_by.geometry.split("x") if made_by else ("", "?", "?")
     shown = {
@@ -150,7 +150,7 @@ def rm(
     everything: Annotated[bool, typer.Option("--all", help="Delete every item of this namespace.")] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
 ) -> None:
-    """Delete items, and the contexts that hold them. Asks first if more items would be deleted than you named.
+    """Delete items, and the contexts that contain them. Asks first if it would delete more items than you named.
 
     For example:
 
@@ -190,11 +190,11 @@ def rm(
 
 
 def _say_failed(report: DeletionReport, unread: int = 0, exit_code: int = common.NEGATIVE) -> None:
-    """Name what could not be deleted, and exit if there is something."""
+    """Print each item that could not be deleted, and exit if there is one."""
     for what, why in report.failed.items():
         common.say(f"{what} was not deleted: {why}")
     if unread:
-        common.say(f"{common.counted(unread, 'file')} cannot be read and may hold the text: `kvcag verify` names them.")
+        common.say(f"{common.counted(unread, 'file')} cannot be read and may hold the text: `kvcag verify` lists them.")
     if report.failed or unread:
         raise typer.Exit(exit_code if report.failed else common.NEGATIVE)
 
@@ -204,17 +204,21 @@ def purge(
     store: Store = None,
     namespace: Namespace = "",
     dump: Annotated[
-        list[str] | None, typer.Option("--dump", metavar="FOLDER", help="Delete it from this dump too; repeatable.")
+        list[str] | None,
+        typer.Option(
+            "--dump", metavar="FOLDER", help="Also delete the text from this dump; repeatable. Default: none."
+        ),
     ] = None,
     scheduler: Annotated[
-        str | None, typer.Option("--scheduler", metavar="FILE", help="Delete it from this scheduler's state too.")
+        str | None,
+        typer.Option("--scheduler", metavar="FILE", help="Also delete the text from this state file. Default: none."),
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Delete everything made from a text: its items, larger ones that contain it, and what dumps hold.
+    """Delete everything made from a text: its items, larger items that contain it, and its copies in dumps.
 
-    An item that cannot be read or deleted is named, and the others are deleted. Exits with 1 if there was one, or if
-    nothing was found.
+    If an item cannot be read or deleted, the command prints its name and deletes the others. Exits with 1 in that case,
+    and if nothing was found.
 
     For example:
 
@@ -270,13 +274,13 @@ def verify(
     path: Annotated[Path | None, typer.Argument(exists=True, help=_DUMP, show_default=False)] = None,
     store: Store = None,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Delete damaged items and what killed writers left.")
+        bool, typer.Option("--repair", help="Delete damaged items and the leftovers of killed writers.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Read every item below a folder and compare every byte with its checksum.
+    """Read every item below a folder, and compare all bytes with their checksums.
 
-    Says which files --repair deletes, and exits with 1 if there are some. Other programs' files are left alone.
+    Lists the files that --repair would delete, and exits with 1 if there are any. Never deletes other programs' files.
 
     For example:
 
@@ -291,7 +295,7 @@ def verify(
         raise InvalidInputError(f"{store}: verify reads folders. Every item of a remote is verified when it is used.")
     folder = path or Path(store or common.default_store())
     if path is None and not folder.exists() and store is not None:
-        raise InvalidInputError(f"{store}: no such folder. Name the store's with --store.")
+        raise InvalidInputError(f"{store}: no such folder. Pass the store's folder with --store.")
     report = check(folder, repair=repair) if folder.exists() else VerifyReport()
     if as_json:
         common.emit({"path": folder, "clean": report.clean, "repaired": repair, **asdict(report)})
@@ -324,13 +328,15 @@ def import_memos(
     ],
     out: Annotated[Path, typer.Option("--out", file_okay=False, help="Write a folder for KVCacheMemory.load.")],
     model: Model = None,
-    instruction: Annotated[str | None, typer.Option(help="Put this instruction before the documents.")] = None,
+    instruction: Annotated[
+        str | None, typer.Option(help="Put this instruction before the documents. Default: none.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Convert a dump of MemOS, without running code that it may contain.
+    """Convert a dump of MemOS to a kvcag dump, without running code that the file may contain.
 
-    Keeps ids, metadata and texts, and encodes the texts again: a dump names neither the model nor the tokens of its
-    caches.
+    Keeps ids, metadata and texts, and encodes the texts again, since a MemOS dump does not record the model or the
+    tokens of its caches.
 
     For example:
 

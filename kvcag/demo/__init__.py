@@ -1,1 +1,1 @@
-"""The embedded model, a corpus that is part of Python, and the demonstration of both."""
+"""The embedded model, a corpus that is part of Python, and a demonstration with both."""

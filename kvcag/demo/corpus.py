@@ -1,4 +1,4 @@
-"""The demonstration's corpus: topics of Python's language reference, which every CPython contains."""
+"""The demonstration's corpus: topics of Python's language reference, which is part of every CPython."""
 
 import pydoc_data.topics
 from collections.abc import Iterable
@@ -20,8 +20,8 @@ DEFAULT_TOPICS = (
     "nonlocal",
     "power",
 )
-"""Twelve topics of every CPython since 3.10, about 2,100 tokens. `DEFAULT_QUESTIONS` ask about the last ones, where a
-small model finds the answers."""
+"""Twelve topics that every CPython since 3.10 has: about 2,100 tokens. `DEFAULT_QUESTIONS` ask about the last topics,
+since a small model answers best from the end of its context."""
 
 DEFAULT_QUESTIONS = (
     "What happens when 0.0 is raised to a negative power?",
@@ -29,7 +29,7 @@ DEFAULT_QUESTIONS = (
     "What does an imaginary literal yield?",
     'What is the "while" statement used for?',
 )
-"""Questions that a model of 135M parameters answers from the default topics."""
+"""Questions that a model of 135M parameters can answer from the default topics."""
 
 GENERAL_QUESTIONS = (
     "What is this text about? Answer in one sentence.",
@@ -44,8 +44,8 @@ class Topic:
     """One text of a corpus.
 
     Attributes:
-        title: its name: a topic's, a file's, or the title in a JSON object.
-        text: never blank.
+        title: the name of the topic or the file, or the title in a JSON object.
+        text: the text, which is never blank.
     """
 
     title: str
@@ -53,10 +53,10 @@ class Topic:
 
 
 def python_topics(names: Iterable[str] = DEFAULT_TOPICS) -> list[Topic]:
-    """Return topics of the running Python's language reference (`pydoc_data.topics`), in the order given.
+    """Return topics of the running Python's language reference (`pydoc_data.topics`), in the given order.
 
     Raises:
-        InvalidInputError: this Python has no topic of that name.
+        InvalidInputError: this Python has no topic with a given name.
     """
     topics: dict[str, str] = pydoc_data.topics.topics
     names = list(names)

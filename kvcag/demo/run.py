@@ -1,4 +1,4 @@
-"""Races an answer from caches against one that reads everything: one corpus, one model, one process."""
+"""Compares answers from caches with answers after a full prefill: one corpus, one model, one process."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ OnPiece: TypeAlias = "Callable[[Runner, Chunk], None]"
 
 @dataclass(slots=True)
 class Runner:
-    """One side of the race, with a clock of its own that runs only while this side answers.
+    """One side of the race, with its own clock, which runs only while this side answers.
 
     Attributes:
-        name: for people.
-        text: what it has said so far.
-        first_s: seconds until its first word, or until its end if it says nothing; None before.
-        total_s: seconds until its end; None before.
+        name: the name that is shown.
+        text: the answer so far.
+        first_s: time to the first word in seconds; for an empty answer, time to its end. None before that.
+        total_s: time to the end of the answer in seconds; None before that.
     """
 
     name: str
@@ -39,13 +39,13 @@ class Runner:
 
     @property
     def clock_s(self) -> float:
-        """Seconds since its turn began, until it ended; 0 before."""
+        """Seconds since the turn of this side began, until it ended; 0 before the turn."""
         if self._started is None:
             return 0.0
         return time.perf_counter() - self._started if self.total_s is None else self.total_s
 
     def run(self, chunks: Iterator[Chunk], on_piece: OnPiece) -> Answer:
-        """Take a turn: read an answer whose making begins when its first piece is asked for."""
+        """Take a turn: start the clock, and read the answer. Reading the first chunk starts the model."""
         self._started = time.perf_counter()
         pieces = []
         for chunk in chunks:
@@ -61,7 +61,7 @@ class Runner:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One question, answered twice, one answer after the other. Counts are tokens; times are seconds.
+    """One question and its two answers, given one after the other. Counts are in tokens, times in seconds.
 
     Attributes:
         question: the question.
@@ -69,11 +69,11 @@ class Comparison:
         answer_full: the answer from a full prefill of the same tokens.
         ttft_full_s: time to the first word without caches.
         ttft_cached_s: time to the first word from the caches, merging included.
-        context_tokens: tokens of instruction and documents.
-        encoded_tokens: those encoded for this question.
-        reused_tokens: those taken from caches unchanged.
-        recomputed_tokens: those computed again by the merge.
-        same_answer: whether the two answers are the same text.
+        context_tokens: tokens of the instruction and the documents.
+        encoded_tokens: context tokens that were encoded for this question.
+        reused_tokens: context tokens that were taken from caches unchanged.
+        recomputed_tokens: context tokens that the merge recomputed.
+        same_answer: whether both answers have the same text.
     """
 
     question: str
@@ -89,20 +89,20 @@ class Comparison:
 
     @property
     def speedup(self) -> float:
-        """Time to the first word without caches, over the time with them."""
+        """The time to the first word without caches, divided by the time with caches."""
         return self.ttft_full_s / self.ttft_cached_s
 
 
 class Demonstration:
-    """A model and a corpus, cached and not cached.
+    """A model and a corpus, with and without caches.
 
     Args:
-        model: a hub id or a folder.
+        model: a Hugging Face hub id or a folder.
         documents: the corpus, in the order in which the model reads it.
-        strategy: `"exact"` encodes the corpus as one context. The others encode its documents one by one and put them
-            together for each question, as `KVCacheMemory.merge` does.
-        ratio: the recompute ratio of a merge, in [0, 1].
-        max_new_tokens: the most tokens of an answer.
+        strategy: `"exact"` encodes the corpus as one context. The other strategies encode its documents one by one, and
+            merge them for each question, as `KVCacheMemory.merge` does.
+        ratio: the recompute ratio of a merge, 0 to 1.
+        max_new_tokens: the maximum number of tokens in an answer.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Demonstration:
         self.memory = KVCacheMemory(self.cached, instruction=INSTRUCTION)
 
     def check(self, questions: Sequence[str]) -> None:
-        """Check that every question and its answer fit, before anything is encoded.
+        """Check that each question and its answer fit into the model's context. Call it before `encode`.
 
         Raises:
             ContextLengthError: corpus, question and answer exceed the model's context.
@@ -136,7 +136,7 @@ class Demonstration:
             self.cached.check_fits(len(self._prompt(question).token_ids), self.sampling.max_new_tokens)
 
     def encode(self) -> Iterator[int]:
-        """Encode the corpus. Yields the number of tokens of each document after it was encoded."""
+        """Encode the corpus. After each document, yields the document's number of tokens."""
         prompt = self._prompt("?")
         context = list(prompt.head_ids)
         for text, token_ids in zip(self.texts, prompt.document_ids, strict=True):
@@ -149,19 +149,19 @@ class Demonstration:
 
     @property
     def cache_bytes(self) -> int:
-        """Bytes of the corpus's keys and values."""
+        """The size of the corpus's keys and values in bytes."""
         return self.corpus_tokens * self.cached.bytes_per_token
 
     def ask(self, question: str, full: Runner, cached: Runner, on_piece: OnPiece) -> Comparison:
-        """Answer a question by a full prefill, then from the caches: the same model, tokens and decoding.
+        """Answer a question after a full prefill, then from the caches, with the same model, tokens and decoding.
 
-        Each side has the machine to itself while its clock runs: at the same time, each would slow the other down.
+        The sides run one after the other, since they would slow each other down.
 
         Args:
             question: the question.
-            full: reads everything.
-            cached: answers from the caches.
-            on_piece: called after each piece of an answer, with the side that said it.
+            full: the side with a full prefill.
+            cached: the side that answers from the caches.
+            on_piece: called after each chunk of an answer, with the side and the chunk.
         """
         read = full.run(self._read(question), on_piece)
         recalled = cached.run(self._recall(question), on_piece)

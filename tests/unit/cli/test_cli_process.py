@@ -82,7 +82,7 @@ def test_control_c_cancels_a_turn_and_a_second_one_leaves(kvcag: Kvcag) -> None:
     chat.type("Who?\n")
     chat.wait_for(r"Who\?\r\n.")  # the answer has begun
     chat.type("\x03")
-    chat.wait_for("cancelled; Ctrl-C again, or Ctrl-D, leaves.*> ")
+    chat.wait_for("cancelled; press Ctrl-C again, or Ctrl-D, to leave.*> ")
     chat.type("/undo\n")
     chat.wait_for("there is no turn to remove.*> ")  # as if it was never asked
     chat.type("/what\n")
