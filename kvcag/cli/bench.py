@@ -29,8 +29,8 @@ _DOCUMENTS = 4
 
 _WAYS = {"full_s": "full prefill", "memory_s": "cached", "disk_s": "from disk", "merged_s": "merged"}
 _REPORT = (
-    "Run benchmarks/report.py of a checkout instead, which also measures other libraries. Can be combined with --model, "
-    "--tokens and --repeat. Takes 40 minutes on two cores without --tokens."
+    "Run benchmarks/report.py of a checkout instead, which also measures other libraries. Can be combined with "
+    "--model, --tokens and --repeat. Takes 40 minutes on two cores without --tokens."
 )
 
 

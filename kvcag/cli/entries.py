@@ -56,7 +56,7 @@ class Entry:
 
     @property
     def is_document(self) -> bool:
-        """False for an instruction, and for a context of several texts (`kvcag ask`, `KVCacheMemory.create_context`)."""
+        """False for an instruction, and for a context of `kvcag ask` or `KVCacheMemory.create_context`."""
         return MADE_OF not in self.manifest.metadata and not is_instruction(self.id)
 
     @property

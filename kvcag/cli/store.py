@@ -205,13 +205,11 @@ def purge(
     namespace: Namespace = "",
     dump: Annotated[
         list[str] | None,
-        typer.Option(
-            "--dump", metavar="FOLDER", help="Also delete the text from this dump; repeatable. Default: none."
-        ),
+        typer.Option("--dump", metavar="FOLDER", help="Also delete the text from this dump; repeatable."),
     ] = None,
     scheduler: Annotated[
         str | None,
-        typer.Option("--scheduler", metavar="FILE", help="Also delete the text from this state file. Default: none."),
+        typer.Option("--scheduler", metavar="FILE", help="Also delete the text from this state file."),
     ] = None,
     as_json: Json = False,
 ) -> None:

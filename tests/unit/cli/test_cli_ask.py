@@ -147,7 +147,7 @@ def test_more_than_the_model_holds_is_refused_with_what_to_do(kvcag: Kvcag, note
         kvcag("encode", write(kvcag.folder / f"{number}.txt", f"{number} " * 400))
     done = kvcag("ask", "Who?")
     assert done.code == 2
-    assert "5 items with the question are" in done.err
+    assert "5 items with the question have" in done.err
     assert "--id or --source" in done.err
     assert kvcag("ask", "Who?", "--source", "notes", "--max-new-tokens", 1).code == 0
     assert kvcag("ask", "Who?", "--source", "notes", "--max-new-tokens", 9000).code == 2

