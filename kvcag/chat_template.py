@@ -447,6 +447,11 @@ class ChatTemplate:
     ) -> str:
         """Render messages as one text for `encode`, with breaks inside control tokens of users, tools and documents.
 
+        Args:
+            messages: the conversation.
+            tools: tool definitions, for templates that show tools.
+            add_generation_prompt: open the assistant's turn.
+
         Raises:
             ChatTemplateError: the template refuses the messages, also after consecutive messages of a role are joined.
         """

@@ -39,9 +39,15 @@ class _LLMConfig(BaseModel):
 
 
 class HFLLMConfig(_LLMConfig):
-    """A Hugging Face model, and the sampling settings of its answers. `do_sample=False` decodes greedily.
+    """A Hugging Face model, and the sampling settings of its answers.
 
-    `add_generation_prompt` is accepted because MemOS's configurations have it, and must be true.
+    Attributes:
+        model_name_or_path: a hub id or a folder.
+        temperature: as in `Sampling`; so are `top_p` and `top_k`.
+        max_tokens: `max_new_tokens` of `Sampling`.
+        remove_think_prefix: `strip_thinking` of `Sampling`.
+        do_sample: False decodes greedily.
+        add_generation_prompt: must be true; accepted because MemOS's configurations have it.
     """
 
     do_sample: bool = False
@@ -59,7 +65,13 @@ class HFLLMConfig(_LLMConfig):
 
 
 class VLLMLLMConfig(_LLMConfig):
-    """A model on a vLLM server, and the sampling settings of its answers. `temperature=0` decodes greedily."""
+    """A model on a vLLM server, and the sampling settings of its answers, as in `HFLLMConfig`.
+
+    Attributes:
+        api_base: the URL of the server's API.
+        api_key: sent as a bearer token; empty: none is sent.
+        temperature: 0 decodes greedily.
+    """
 
     api_base: str = "http://localhost:8088/v1"
     api_key: str = ""
@@ -82,7 +94,12 @@ class VLLMLLMConfig(_LLMConfig):
 
 
 class ExtractorLLM(BaseModel):
-    """The engine that encodes and answers. `huggingface_singleton` shares one engine among equal configurations."""
+    """The engine that encodes and answers.
+
+    Attributes:
+        backend: `huggingface_singleton` shares one engine among equal configurations.
+        config: the model; a `VLLMLLMConfig` with the backend `vllm`, else a `HFLLMConfig`.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -108,7 +125,13 @@ class ExtractorLLM(BaseModel):
 
 
 class KVCacheMemoryConfig(BaseModel):
-    """MemOS's configuration of a `KVCacheMemory`, with one more field, `instruction`."""
+    """MemOS's configuration of a `KVCacheMemory`, with one more field, `instruction`.
+
+    Attributes:
+        extractor_llm: the engine.
+        memory_filename: the name of the manifest that `dump` writes, without a folder.
+        instruction: as for `KVCacheMemory`.
+    """
 
     model_config = ConfigDict(extra="forbid")
 

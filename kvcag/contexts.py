@@ -592,8 +592,8 @@ class DocumentCache:
         if context and (not self.engine.merges or cast("HFEngine", self.engine).is_recurrent):
             what = "a model with recurrent layers" if self.engine.merges else "a server"
             raise UnsupportedModelError(
-                f"{what} encodes a document again after other tokens than those before it at first, so context is of "
-                "no use. Leave context out: documents are then encoded after the instruction only."
+                f"{what} can reuse a document only after the same tokens as when it was encoded, so context is of no "
+                "use. Leave context out: documents are then encoded after the instruction only."
             )
 
     def check_item(self, item: object) -> None:

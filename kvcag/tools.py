@@ -355,7 +355,7 @@ def tool_spec(
     offered = tuple(Tool.of(tool) for tool in tools or ())
     names = [tool.name for tool in offered]
     if len(set(names)) < len(names):
-        raise InvalidInputError(f"two tools have the same name: {', '.join(names)}")
+        raise InvalidInputError(f"two tools have the same name: {', '.join(names)}. Rename one of them.")
     if choice not in ("auto", "any", "required", "none", *names):
         raise InvalidInputError(f"tool choice {choice!r} is not auto, any, none or one of: {', '.join(names)}")
     if not offered or choice == "none":

@@ -218,7 +218,7 @@ class Engine(ABC):
         raise self._cannot("turn a context into a prompt")
 
     def serves_merged(self, strategy: str, namespace: str = "") -> bool:
-        """Whether the server of this engine merges documents by this strategy.
+        """Whether the server of this engine merges documents by this strategy (`MergeStrategy`).
 
         Raises:
             UnsupportedModelError: the server merges documents, but not by this strategy.
@@ -323,6 +323,10 @@ class Engine(ABC):
     def check_fits(self, prompt_tokens: int, max_new_tokens: int | None) -> int:
         """Return how many tokens may be generated.
 
+        Args:
+            prompt_tokens: the length of the prompt.
+            max_new_tokens: the wanted number of tokens. None: 512, or as many as fit.
+
         Raises:
             ContextLengthError: the prompt and `max_new_tokens` exceed the model's context.
         """
@@ -379,6 +383,10 @@ class Engine(ABC):
         past_key_values: Cache | MergedContext | ContextPrompt | None = None,
     ) -> Prompt:
         """Return the whole prompt for `stream`, including the context's tokens.
+
+        Args:
+            messages: as for `generate`.
+            past_key_values: as for `generate`.
 
         Raises:
             TokenMismatchError: the context has no `token_ids`.

@@ -697,6 +697,10 @@ class HFEngine(Engine):
         If the device has too little memory for a pass, this and later passes are split into shorter ones. If this
         fails too, the cache is restored to its state before the pass.
 
+        Args:
+            token_ids: as for `forward`.
+            cache: as for `forward`.
+
         Raises:
             DeviceMemoryError: the device has too little memory.
         """
