@@ -10,7 +10,6 @@ import json
 import os
 import random
 import statistics
-import threading
 import time
 import uuid
 import warnings
@@ -311,7 +310,7 @@ def usual_drift_of(engine: HFEngine) -> UsualDrift | None:
     The drift is learned once per model, by encoding about 2,300 tokens of `PASSAGES`, and saved for later processes.
     Returns None for a model whose context is too short for two passages.
     """
-    with _learning:
+    with engine.learning:
         digest, known = engine.fingerprint.digest, _drifts.setdefault(engine, {})
         if digest not in known:
             known[digest] = _usual_drift(engine)
@@ -319,7 +318,6 @@ def usual_drift_of(engine: HFEngine) -> UsualDrift | None:
 
 
 _drifts: WeakKeyDictionary[HFEngine, dict[str, UsualDrift | None]] = WeakKeyDictionary()
-_learning = threading.RLock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,7 +345,7 @@ def learned_drift_of(engine: HFEngine, namespace: str) -> LearnedDrift | None:
     """
     file = _learned_file(engine, namespace)
     stamp = _stamp(file)
-    with _learning:
+    with engine.learning:
         known, key = _learned.setdefault(engine, {}), (engine.fingerprint.digest, namespace)
         changed = key in known and known[key][0] != stamp
         if changed or key not in known:
@@ -425,7 +423,7 @@ def learn_drift(
     about = {"documents": json.dumps(used), "tokens": str(sums.tokens)}
     try:
         write_learned(file, save(tensors, about))
-        with _learning:
+        with engine.learning:
             _learned.setdefault(engine, {}).pop(key, None)  # the next use reads the file, with its stamp
     except StoreUnavailableError as error:
         warnings.warn(
@@ -434,7 +432,7 @@ def learn_drift(
             CacheWarning,
             stacklevel=3,
         )
-        with _learning:
+        with engine.learning:
             _learned.setdefault(engine, {})[key] = _stamp(file), learned
     if claim is not None:  # checked after writing the file, because a purge deletes the claim first, then the file
         try:
@@ -517,7 +515,7 @@ def forget_drift(engine: HFEngine, namespace: str, documents: Collection[str] | 
         with unavailable(file):
             file.unlink(missing_ok=True)
     finally:
-        with _learning:
+        with engine.learning:
             _learned.setdefault(engine, {})[engine.fingerprint.digest, namespace] = _stamp(file), None
 
 

@@ -193,6 +193,7 @@ class HFEngine(Engine):
         self._idle = IdleWork()
         self._notices = WarnOnce()
         self._fingerprint_lock = threading.Lock()
+        self.learning = threading.RLock()  # while a drift is learned or read
         self._steps = Steps(self.exclusive, self.predict, self._together, _MOST_TOGETHER)
 
     @classmethod
