@@ -319,7 +319,8 @@ class KVCacheMemory:
             context: as for `add`.
 
         Raises:
-            PromptError: as for `stream`.
+            ChatTemplateError: the chat template cannot render the messages.
+            ContextLengthError: a document does not fit into the model's context.
             UnsupportedModelError: as for `add`.
         """
         self.documents.check_context(context)
@@ -617,6 +618,7 @@ class KVCacheMemory:
         Raises:
             InvalidInputError: an unknown setting, or a value out of range.
             UnknownItemError: an id is not in the memory.
+            ChatTemplateError: the chat template cannot render the messages.
             ContextLengthError: the prompt and the answer exceed the model's context. Nothing was encoded.
             ConstraintError: the constraint cannot be used, or does not fit the budget. Nothing was encoded.
         """

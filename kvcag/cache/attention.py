@@ -55,8 +55,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _NAME, OVER_SDPA = "kvcag", "kvcag_sdpa"
-"""The names of kvcag's attention function: `OVER_SDPA` if the model's own implementation is `sdpa`, else `_NAME`. Under
-`OVER_SDPA`, another program's pass over the model at the same time gets `sdpa`; under `_NAME` such a pass fails."""
+"""The names of kvcag's attention function: `OVER_SDPA` if the model's own implementation is `sdpa`, else `_NAME`. If
+other code runs the model at the same time, it gets `sdpa` under `OVER_SDPA`, and an error under `_NAME`."""
 
 _BLOCK = {"cpu": 64, "cuda": 1024}
 """The number of queries that attend as one block, to the keys up to the last query's position. The block's mask takes
