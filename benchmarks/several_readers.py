@@ -1,11 +1,12 @@
 """Several processes over one store: is anything stale, torn or lost, and what do local tiers save?
 
-    python benchmarks/several_readers.py DIRECTORY [--minutes 15] [--store directory]
-    python benchmarks/several_readers.py DIRECTORY [--minutes 15] --store bucket
+    python benchmarks/several_readers.py DIRECTORY [--minutes 15 | --answers 120] [--store directory]
+    python benchmarks/several_readers.py DIRECTORY [--minutes 15 | --answers 120] --store bucket
 
 Four processes answer, each with a local tier in front of the shared store (two in memory, two on disk), one encodes new
 versions of documents, and one deletes. One of the four is killed every 20 seconds and started again over what its local
-tier holds. The store is a directory, or a server on 127.0.0.1 that speaks S3. Each process logs what it did, with its
+tier holds; where the length is a number of answers, one is killed halfway. The store is a directory, or a server on
+127.0.0.1 that speaks S3. Each process logs what it did, with its
 begin and end. Afterwards every look-up is compared with what was put and deleted around it:
 
 - stale: an answer, a look-up or a listing found what was deleted, or a version that was replaced, before it began;
@@ -49,6 +50,8 @@ LOCAL_BYTES = 3 << 20
 """Of a local tier: about as many bytes as half of the documents take, so that it evicts."""
 NOT_DELETED = [f"Page {number} of the handbook. " + f"It is about {number}. " * 6 for number in range(6)]
 """Texts that readers are given with a question. Whoever needs one first encodes it, and it stays."""
+
+STARTED_BY = os.getpid()
 
 torch.set_num_threads(1)  # before any fork
 
@@ -109,15 +112,20 @@ class Documents:
         return [key for keys in self.versions.values() for key in keys[:-1]]
 
 
+def is_over(folder: Path) -> bool:
+    """Whether the run has ended, or who started it is gone."""
+    return (folder / "over").exists() or os.getppid() != STARTED_BY
+
+
 def memory_over(store: KVStore) -> KVCacheMemory:
     return KVCacheMemory(HFEngine(tiny_model(), byte_tokenizer()), store, "Use the documents.")
 
 
-def encode(store: KVStore, folder: Path, stop: float, dice: random.Random) -> None:
+def encode(store: KVStore, folder: Path, dice: random.Random) -> None:
     """Publish a document, a new version of one, or other metadata for the current one."""
     memory, journal = memory_over(store), Journal(folder / "encoder.log")
     known, count, revision = Documents(Journal(journal.path)), Counter[int](), 0
-    while time.monotonic() < stop:
+    while not is_over(folder):
         known.read()
         slot, revision = dice.randrange(SLOTS), revision + 1
         began, metadata = time.monotonic(), {"source": f"slot {slot}", "revision": revision}
@@ -143,11 +151,11 @@ class _Text:
     metadata: dict[str, Any]
 
 
-def delete(store: KVStore, folder: Path, stop: float, dice: random.Random) -> None:
+def delete(store: KVStore, folder: Path, dice: random.Random) -> None:
     """Delete versions that were replaced, and sometimes all of a document by its source."""
     memory, journal = memory_over(store), Journal(folder / "deleter.log")
     known, deleted = Documents(Journal(folder / "encoder.log")), set[str]()
-    while time.monotonic() < stop:
+    while not is_over(folder):
         time.sleep(dice.uniform(0.3, 1.2))
         known.read()
         began = time.monotonic()
@@ -164,7 +172,7 @@ def delete(store: KVStore, folder: Path, stop: float, dice: random.Random) -> No
             deleted.update(chosen)
 
 
-def answer(store: KVStore, folder: Path, name: str, stop: float, dice: random.Random) -> None:
+def answer(store: KVStore, folder: Path, name: str, dice: random.Random) -> None:
     """Ask by ids, by handles and with texts, look items up, and list the store. Log what was found."""
     reader = Reader(
         memory_over(store), Journal(folder / f"{name}.log"), Documents(Journal(folder / "encoder.log")), dice
@@ -176,7 +184,7 @@ def answer(store: KVStore, folder: Path, name: str, stop: float, dice: random.Ra
         reader.ask_with_texts: 2,
         reader.list_all: 1,
     }
-    while time.monotonic() < stop:
+    while not is_over(folder):
         time.sleep(dice.uniform(0.05, 0.35))
         if not reader.known.read().texts:
             continue
@@ -316,11 +324,33 @@ def bucket() -> Iterator[dict[str, str]]:
         os.close(writing)
 
 
-def run(folder: Path, minutes: float, place: str) -> dict[str, Any]:
+@dataclass
+class Run:
+    """How far a run is. It takes `minutes` or, unless `answers` is 0, so many answers and a tenth as many deletions."""
+
+    folder: Path
+    minutes: float
+    answers: int
+    began: float = field(default_factory=time.monotonic)
+    made: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        names = ["deleter", *(f"reader-{number}" for number in range(READERS))]
+        self.journals = [Journal(self.folder / f"{name}.log") for name in names]
+        self.kills = 1 if self.answers else max(round(60 * self.minutes / KILLED_EVERY), 1)
+
+    def done(self) -> float:
+        """The share of it that is over."""
+        if not self.answers:
+            return (time.monotonic() - self.began) / (60 * self.minutes)
+        self.made.update(event["what"] for journal in self.journals for event in journal.new())
+        return min(self.made["answer"], 10 * self.made["delete"]) / self.answers
+
+
+def run(folder: Path, minutes: float, answers: int, place: str) -> dict[str, Any]:
     """Traffic over a store, and what it shows."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    stop = time.monotonic() + 60 * minutes
 
     def shared() -> KVStore:
         return FsspecStore("s3://bucket/kv") if place == "bucket" else DiskStore(folder / "shared")
@@ -329,25 +359,29 @@ def run(folder: Path, minutes: float, place: str) -> dict[str, Any]:
         def work() -> None:
             disk = DiskStore(folder / f"local-{number}", LOCAL_BYTES) if number >= READERS // 2 else None
             store = TieredStore([disk or MemoryStore(LOCAL_BYTES), shared()])
-            answer(store, folder, f"reader-{number}", stop, random.Random(seed))
+            answer(store, folder, f"reader-{number}", random.Random(seed))
 
         return in_child(work)
 
+    progress = Run(folder, minutes, answers)
     processes = [
-        in_child(lambda: encode(shared(), folder, stop, random.Random(1))),
-        in_child(lambda: delete(shared(), folder, stop, random.Random(2))),
+        in_child(lambda: encode(shared(), folder, random.Random(1))),
+        in_child(lambda: delete(shared(), folder, random.Random(2))),
         *(start_reader(number, 100 + number) for number in range(READERS)),
     ]
     killed, dice = 0, random.Random(3)
-    while time.monotonic() < stop - KILLED_EVERY / 2:
-        time.sleep(min(KILLED_EVERY, max(stop - time.monotonic() - KILLED_EVERY / 4, 0)))
-        number = dice.randrange(READERS)
-        os.kill(processes[2 + number], signal.SIGKILL)
-        os.waitpid(processes[2 + number], 0)
-        killed += 1
-        processes[2 + number] = start_reader(number, 1000 + killed)
+    while (done := progress.done()) < 1:
+        if done >= (killed + 0.5) / progress.kills:
+            number = dice.randrange(READERS)
+            os.kill(processes[2 + number], signal.SIGKILL)
+            os.waitpid(processes[2 + number], 0)
+            killed += 1
+            processes[2 + number] = start_reader(number, 1000 + killed)
+        time.sleep(0.1)
+    (folder / "over").touch()
     failed = sum(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) != 0 for process in processes)
-    return {"store": place, "minutes": minutes, "killed": killed, "failed processes": failed, **judge(folder)}
+    took = round((time.monotonic() - progress.began) / 60, 2)
+    return {"store": place, "minutes": took, "killed": killed, "failed processes": failed, **judge(folder)}
 
 
 # --- what the logs show -------------------------------------------------------------------------------------------
@@ -423,7 +457,9 @@ def is_sound(found: dict[str, Any]) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path, help="is emptied first")
-    parser.add_argument("--minutes", type=float, default=15)
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=float, default=15)
+    length.add_argument("--answers", type=int, default=0, help="end after so many, however long they take")
     parser.add_argument("--store", choices=["directory", "bucket"], default="directory")
     parser.add_argument(
         "--results", action="store_true", help=f"write {RESULTS.name}, beside the other store's figures"
@@ -432,9 +468,9 @@ def main() -> None:
     if arguments.store == "bucket":
         with bucket() as environment:
             os.environ.update(environment)
-            found = run(arguments.directory, arguments.minutes, "bucket")
+            found = run(arguments.directory, arguments.minutes, arguments.answers, "bucket")
     else:
-        found = run(arguments.directory, arguments.minutes, "directory")
+        found = run(arguments.directory, arguments.minutes, arguments.answers, "directory")
     print(json.dumps(found, indent=2))
     if arguments.results:
         kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
