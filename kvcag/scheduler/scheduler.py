@@ -1,4 +1,4 @@
-"""CacheScheduler: watches what is retrieved and asked, and encodes hot texts while the model is idle."""
+"""CacheScheduler: counts retrievals and questions, and encodes hot texts while the model is idle."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from kvcag.scheduler.store import Policy, ScheduledStore, gdsf, logger
 from kvcag.scheduler.texts import Texts, TextStats, digest_of
 
 _MARGIN = 1.25
-"""How many times more a text must be worth than each cache that it evicts, to be encoded ahead. Without a margin, two
-texts that are used equally often would evict each other forever."""
+"""A text is encoded ahead only if it is worth this many times more than each cache that it evicts. Without a margin,
+two texts that are used equally often would evict each other forever."""
 _TRIES = 8
-"""Texts that are not worth their room before a pass ends: those that follow are worth less."""
+"""A pass ends after this many texts that are not worth their bytes, since all further texts are worth less."""
 _SCORED_AT_ONCE = 512
 _HOT = 2
-"""Uses after which a text is encoded ahead: most texts are used once."""
+"""The number of uses after which a text is encoded ahead. Most texts are used only once."""
 _REMEMBERED = 100_000
-"""Texts that are counted. The coldest ones without a cache are forgotten."""
+"""The maximum number of counted texts. Above it, the coldest texts without a cache are forgotten."""
 
 
 class PassReport(NamedTuple):
-    """The result of one pass: the ids of the caches."""
+    """The result of one pass: the ids of the caches that it encoded, evicted and dropped as outdated."""
 
     promoted: list[str]
     demoted: list[str]
@@ -50,7 +50,7 @@ class PassReport(NamedTuple):
 
 
 def identity_of(document: object) -> str | None:
-    """A document's own id, or None: LangChain's `Document.id`, LlamaIndex's `node_id`."""
+    """A document's own id (LangChain's `Document.id`, LlamaIndex's `node_id`); None if it has none."""
     found = getattr(document, "id", None) or getattr(document, "node_id", None)
     return found if isinstance(found, str) and found else None
 
@@ -58,11 +58,11 @@ def identity_of(document: object) -> str | None:
 class CacheScheduler:
     """Encodes hot texts ahead of questions, and keeps a memory's caches within a byte budget.
 
-    It counts which texts are retrieved (`observe`, called by LangChain's and LlamaIndex's handlers) and which are asked
-    (it watches the memory's prompts). A background thread encodes hot texts while no question is being answered.
-    The memory's store is replaced by one with the budget; `close` restores it. Thread-safe.
+    The scheduler counts which texts are retrieved (LangChain's and LlamaIndex's handlers call `observe`) and which
+    texts stand in the memory's prompts. A background thread encodes hot texts while no question is being answered. The
+    scheduler replaces the memory's store by one with the budget, and `close` restores the store. Thread-safe.
 
-    Decisions are logged by `logging`, as `kvcag.scheduler`; `why` explains the last one about a text.
+    The logger `kvcag.scheduler` logs all decisions; `why` explains the last decision about a text.
 
     ```python
     scheduler = CacheScheduler(llm.memory(), budget_bytes=2 << 30, state="scheduler.sqlite")
@@ -71,18 +71,19 @@ class CacheScheduler:
 
     Args:
         memory: the memory whose caches are scheduled.
-        budget_bytes: the most that keys and values may take.
-        policy: what a cache is worth per byte.
-        state: a SQLite file that keeps counters and texts over a restart. None keeps them in memory.
-        every_s: seconds after which a pass runs although nothing was asked. None starts no thread: only `run_once`
+        budget_bytes: the budget for keys and values, in bytes.
+        policy: computes the worth of a cache per byte.
+        state: a SQLite file that stores counters and texts across restarts. None: they are in memory only.
+        every_s: the time between passes, in seconds, if no question comes. None starts no thread: only `run_once`
             makes passes.
-        quiet_s: seconds without a question before encoding ahead starts or goes on.
-        identity: what identifies a document. Another text with the same identity replaces it, and its cache is deleted.
+        quiet_s: the time without a question, in seconds, before encoding ahead starts or continues.
+        identity: returns the identity of a document. If a document with another text but the same identity is observed,
+            the new text replaces the old one, and the old text's cache is deleted.
 
     Raises:
         InvalidInputError: the budget is not positive, or the memory already has a scheduler.
         SchedulerStateError: `state` is damaged, in use by another scheduler, or not a scheduler's database.
-        UnsupportedModelError: the memory's engine does not give out its caches.
+        UnsupportedModelError: the memory's engine does not give access to its caches.
     """
 
     def __init__(
@@ -102,8 +103,8 @@ class CacheScheduler:
             raise InvalidInputError("the memory already has a scheduler: close that one first")
         if not memory.engine.merges:
             raise UnsupportedModelError(
-                f"{type(memory.engine).__name__} does not give out its caches, so there is nothing to schedule: use an "
-                "HFEngine."
+                f"{type(memory.engine).__name__} does not give access to its caches, so they cannot be scheduled. Use "
+                "an HFEngine."
             )
         self.memory, self.every_s, self.identity = memory, every_s, identity
         self._engine = cast("HFEngine", memory.engine)
@@ -115,7 +116,7 @@ class CacheScheduler:
         self._tidy(reconcile=True)
         memory.store = self._store
         memory.watchers.append(self._asked)
-        atexit.register(self.close)  # before the interpreter shuts down what the thread needs
+        atexit.register(self.close)  # stop the thread before the interpreter shuts down modules that the thread needs
         self._thread = threading.Thread(target=self._work, name="kvcag-scheduler", daemon=True)
         if every_s is not None:
             self._thread.start()
@@ -123,14 +124,14 @@ class CacheScheduler:
     # --- watching ----------------------------------------------------------------------------------------------
 
     def observe(self, documents: object) -> None:
-        """Count what a retriever found. Takes microseconds and never waits.
+        """Count the documents that a retriever found. Takes microseconds and never waits.
 
         Args:
-            documents: one or several of what `KVCacheMemory.from_textual_memory` takes: str, LangChain `Document`,
-                LlamaIndex node.
+            documents: one or several documents as `KVCacheMemory.from_textual_memory` takes them: a str, a LangChain
+                `Document` or a LlamaIndex node.
 
         Raises:
-            InvalidInputError: one of them has no text. None was counted.
+            InvalidInputError: a document has no text. No document was counted.
         """
         self.step_aside()
         read = [(*text_and_metadata(document), self.identity(document)) for document in documents_of(documents)]
@@ -140,7 +141,7 @@ class CacheScheduler:
         self._wake.set()
 
     def step_aside(self) -> None:
-        """Announce a question: encoding ahead pauses at once. LangChain's and LlamaIndex's handlers call this."""
+        """Pause encoding ahead at once, because a question comes. LangChain's and LlamaIndex's handlers call this."""
         self._engine.lock.announce(self._quiet_s)
 
     def _asked(self, prompt: Prompt) -> None:
@@ -151,25 +152,25 @@ class CacheScheduler:
     # --- on demand ---------------------------------------------------------------------------------------------
 
     def run_once(self) -> PassReport:
-        """Make one pass now: delete the caches of changed texts and what is over the budget, and encode the hot ones.
+        """Make one pass now: delete the caches of changed texts and those over the budget, and encode hot texts.
 
-        Questions go first here too. It returns when everything is encoded.
+        Questions still go first. Returns when everything is encoded.
         """
         with self._pass():
             demoted, dropped = self._tidy(reconcile=True)
             return PassReport(self._promote_hot(), demoted, dropped)
 
     def promote(self, texts: object) -> list[str]:
-        """Encode texts now, whatever they are worth, and return the ids of their caches.
+        """Encode texts now, regardless of their worth, and return the ids of their caches.
 
         Args:
-            texts: one or several of what `observe` takes, or ids of caches that were deleted since.
+            texts: one or several documents, as for `observe`, or ids of deleted caches.
 
         Raises:
             ContextLengthError: a text is longer than the model's context.
             EmptyPromptError: a text is empty.
             StoreFullError: a text's cache is larger than the budget.
-            UnknownItemError: no text is known that had a cache with this id.
+            UnknownItemError: no known text had a cache with this id.
         """
         promoted = []
         with self._pass():
@@ -179,15 +180,18 @@ class CacheScheduler:
                 if _is_key(text):
                     raise UnknownItemError([text])
                 if not text.strip():
-                    raise EmptyPromptError("a text is empty: there is nothing to encode")
+                    raise EmptyPromptError("a text is empty: leave it out")
                 promoted.append(self._encode(digest, text, "on demand", force=True))
         return [key for key in promoted if key is not None]
 
     def demote(self, texts: object) -> list[str]:
-        """Delete caches and return their ids. The texts stay known; what is not cached is ignored.
+        """Delete caches, and return their ids. The texts stay known. Texts without a cache are ignored.
 
         Args:
             texts: one or several texts, or ids of caches.
+
+        Raises:
+            InvalidInputError: the scheduler is closed.
         """
         self._check_open()
         digests = {self._find(document)[1] for document in documents_of(texts)}
@@ -198,13 +202,13 @@ class CacheScheduler:
     # --- looking -----------------------------------------------------------------------------------------------
 
     def why(self, text: object) -> TextStats:
-        """Explain why a text is or is not cached. `str()` of it is a sentence.
+        """Explain why a text is or is not cached. `str()` of the result is a sentence.
 
         Args:
-            text: what `observe` takes, or the id of a cache.
+            text: a document as for `observe`, or the id of a cache.
 
         Raises:
-            UnknownItemError: the text was never retrieved, asked or encoded, or it was forgotten.
+            UnknownItemError: the text was never retrieved, asked or encoded, or was forgotten.
         """
         given, digest = self._find(text)
         if digest not in self._texts.known:
@@ -212,15 +216,15 @@ class CacheScheduler:
         return replace(self._texts.stats(digest))
 
     def metrics(self) -> dict[str, float]:
-        """The figures by name.
+        """The scheduler's metrics by name.
 
-        Now: `documents` (texts that are counted), `caches`, `cached_bytes` (with those of stored instructions),
-        `budget_bytes`.
+        Present values: `documents` (number of counted texts), `caches`, `cached_bytes` (including stored instructions)
+        and `budget_bytes`.
 
-        Since this object was made: `retrieved` and `asked` (texts that retrievers found and that stood in prompts);
-        `reused_tokens` (tokens of documents that were found in the store), `encoded_tokens` (tokens that were encoded
-        for a question) and `hit_rate`, the first as a share of both; and for each action in `TextStats.action`, how
-        often it was decided. Passes that failed count as `failed`, too.
+        Counts since this object was made: `retrieved` (texts that retrievers found), `asked` (texts in prompts),
+        `reused_tokens` (tokens of documents found in the store), `encoded_tokens` (tokens encoded for a question) and
+        `hit_rate`, which is reused_tokens / (reused_tokens + encoded_tokens). Also the number of decisions of each kind
+        (`TextStats.action`); `failed` also counts failed passes.
         """
         with self._store.lock:
             entries, totals = list(self._store.entries.values()), dict(self._texts.totals)
@@ -237,7 +241,7 @@ class CacheScheduler:
     # --- ending ------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Stop the thread within one layer's time, save the counters, and restore the memory's own store."""
+        """Stop the thread within the time of one layer, save the counters, and restore the memory's own store."""
         self._stop.cancel()
         self._wake.set()
         atexit.unregister(self.close)
@@ -263,18 +267,18 @@ class CacheScheduler:
     # --- passes ------------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        """The thread: a pass after every question, and every `every_s` seconds."""
+        """Run the thread: make a pass after every question, and every `every_s` seconds."""
         while not self._stop.cancelled:
             self._wake.wait(self.every_s)
             self._wake.clear()
             try:
                 with self._pass():
-                    self._texts.save()  # before a wait that may be long
+                    self._texts.save()  # now, since the following wait may be long
                     self._wait_until_idle()  # the question is answered first
                     self._tidy(reconcile=time.monotonic() - self._reconciled_at >= (self.every_s or 0.0))
                     self._promote_hot()
             except Exception:
-                if self._stop.sleep(0.0):  # closed meanwhile
+                if self._stop.sleep(0.0):  # the scheduler was closed meanwhile
                     return
                 logger.exception("a pass of the scheduler failed and will be tried again")
                 self._texts.add("failed", 1)
@@ -282,7 +286,7 @@ class CacheScheduler:
 
     @contextmanager
     def _pass(self) -> Iterator[None]:
-        """One pass at a time; its decisions are saved."""
+        """Run one pass at a time, and save its decisions."""
         with self._passing:
             self._check_open()
             outer = CANCELLATION.set(self._stop)
@@ -299,7 +303,7 @@ class CacheScheduler:
             raise InvalidInputError("the scheduler is closed: make another one")
 
     def _wait_until_idle(self) -> None:
-        """Wait until no question is being answered or on its way.
+        """Wait until no question is being answered or announced.
 
         Raises:
             Cancelled: the scheduler was closed.
@@ -308,10 +312,10 @@ class CacheScheduler:
             self._stop.check()
 
     def _tidy(self, *, reconcile: bool) -> tuple[list[str], list[str]]:
-        """Delete what changed and what is over the budget. Returns the demoted and the dropped ids.
+        """Delete caches of changed texts and caches over the budget. Returns the ids of the demoted and dropped caches.
 
         Args:
-            reconcile: look into the store first, which may take long.
+            reconcile: first compare the entries with the store, which may take long.
         """
         with self._store.lock:
             if reconcile:
@@ -326,7 +330,7 @@ class CacheScheduler:
     # --- encoding ahead ----------------------------------------------------------------------------------------
 
     def _promote_hot(self) -> list[str]:
-        """Encode what is worth more than what it evicts, the most worth first. Returns the ids of the caches."""
+        """Encode texts that are worth more than what they evict, in order of worth. Returns the ids of the caches."""
         promoted: list[str] = []
         tries = _TRIES
         for _, digest in self._candidates():
@@ -341,9 +345,9 @@ class CacheScheduler:
         return promoted
 
     def _candidates(self) -> list[tuple[float, str]]:
-        """Worth and digest of the texts that are hot and not cached, the most worth first.
+        """The worth and the digest of hot texts that are not cached, in descending order of worth.
 
-        A text that prompts show in another form than retrievers do is left out until it has stood in a prompt.
+        If prompts render texts in another form than retrievers return them, a text is left out until a prompt had it.
         """
         found: list[tuple[float, str]] = []
         cached = self._cached()
@@ -357,7 +361,7 @@ class CacheScheduler:
         return sorted(found, reverse=True)
 
     def _encode(self, digest: str, text: str, reason: str, *, force: bool) -> str | None:
-        """Encode a text as it will stand in prompts, and store it. Returns its id, or None if it was not stored."""
+        """Encode a text as prompts render it, and store it. Returns the cache's id, or None if it was not stored."""
         stats, head_ids = self._texts.stats(digest), self._texts.head_ids
         ending = SEPARATOR if head_ids is None else self._texts.ending or ""
         if not stats.asked and not text.endswith(ending):
@@ -376,21 +380,21 @@ class CacheScheduler:
             return None
         self._wait_until_idle()
         with self.memory.documents.keeping(token_ids, text):
-            if not force and digest not in self._texts.known:  # it was deleted before this work could be told
+            if not force and digest not in self._texts.known:  # the text was deleted before `keeping` began
                 return None
             try:
                 with self._engine.in_background():
                     item = self.memory.documents.encode(head_ids, token_ids, text)
             except ContextLengthError as error:
-                self._store.note("failed", entry, str(error))  # it is not tried again
+                self._store.note("failed", entry, str(error))  # `_candidates` leaves out failed texts
                 if force:
                     raise
                 return None
-            self._wait_until_idle()  # a question that has come meanwhile does not wait for the disk
+            self._wait_until_idle()  # a question that came meanwhile must not wait for the disk
             return key if self._store.keep(cast("KVCacheItem", item), "promoted", reason, force=force) else None
 
     def _find(self, document: object) -> tuple[str, str]:
-        """A text or a cache's id as it was given, and the digest of the text, as prompts show it; empty if unknown."""
+        """The given text or id, and the digest of the text as prompts render it; empty for an unknown id."""
         text = text_and_metadata(document)[0]
         if (entry := self._store.entries.get(text)) is not None:
             return text, entry.digest

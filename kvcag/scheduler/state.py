@@ -18,13 +18,13 @@ _CREATE = f"BEGIN; CREATE TABLE texts(digest TEXT PRIMARY KEY, stats TEXT); PRAG
 
 
 class StateFile:
-    """Rows by the digest of their text. One process writes; others may read (`read_rows`).
+    """Stores a row for each text, by the text's digest. One process writes; others may read (`read_rows`).
 
     Args:
-        path: created if it is missing, readable by this user alone.
+        path: the file. If it is missing, it is created, readable only by this user.
 
     Raises:
-        SchedulerStateError: the file is damaged, in use by another scheduler, or not a scheduler's.
+        SchedulerStateError: the file is damaged, in use by another scheduler, or not a scheduler's database.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -49,23 +49,23 @@ class StateFile:
             raise
 
     def rows(self) -> dict[str, Any]:
-        """Every row."""
+        """All rows, by digest."""
         with _typed(self.path):
             return _rows(self._db)
 
     def write(self, rows: Mapping[str, object], gone: set[str]) -> None:
-        """Replace some rows and delete others, in one transaction. Call it from one thread at a time."""
+        """Replace `rows` and delete the rows with the digests `gone`, in one transaction. Not thread-safe."""
         replaced = [(digest, json.dumps(row)) for digest, row in rows.items()]
         with _typed(self.path):
             with self._db:
                 self._db.execute("BEGIN IMMEDIATE")
                 self._db.executemany("REPLACE INTO texts VALUES (?, ?)", replaced)
                 self._db.executemany("DELETE FROM texts WHERE digest = ?", [(digest,) for digest in gone])
-            if gone:  # no copy stays in the write-ahead log
+            if gone:  # a deleted text must not remain in the write-ahead log
                 self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def close(self) -> None:
-        """Let another scheduler open the file."""
+        """Close the file, so that another scheduler can open it."""
         self._connections.close()
 
     def _connect(self, path: str, timeout: float) -> sqlite3.Connection:
@@ -74,15 +74,15 @@ class StateFile:
 
 
 def read_rows(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The rows of a file that a scheduler may be writing.
+    """The rows of a state file, by digest. A scheduler may be writing the file meanwhile.
 
     Raises:
-        InvalidInputError: there is no such file.
-        SchedulerStateError: it is not a scheduler's, or damaged.
+        InvalidInputError: the file does not exist.
+        SchedulerStateError: the file is damaged, or not a scheduler's database.
     """
     name = os.fspath(path)
     if not Path(path).is_file():
-        raise InvalidInputError(f"there is no file {name}: pass the path that CacheScheduler has as state=")
+        raise InvalidInputError(f"there is no file {name}: pass the path that was given to CacheScheduler as state=")
     uri = f"{Path(path).absolute().as_uri()}?mode=ro"
     with _typed(name), contextlib.closing(sqlite3.connect(uri, uri=True)) as db:
         return {} if _is_new(db, name) else _rows(db)
@@ -93,10 +93,10 @@ def _rows(db: sqlite3.Connection) -> dict[str, Any]:
 
 
 def _is_new(db: sqlite3.Connection, path: str) -> bool:
-    """Whether the file is empty.
+    """Whether the database is new and empty.
 
     Raises:
-        SchedulerStateError: it is damaged, of another release, or another program's.
+        SchedulerStateError: the file is damaged, of another release, or of another program.
     """
     [(sound,)] = db.execute("PRAGMA quick_check(1)")
     if sound != "ok":
@@ -107,14 +107,14 @@ def _is_new(db: sqlite3.Connection, path: str) -> bool:
         raise SchedulerStateError(path, "is another program's database. Choose another path.")
     if version not in (0, _VERSION):
         raise SchedulerStateError(
-            path, f"has version {version}, and this release reads {_VERSION}: upgrade kvcag, or choose another path."
+            path, f"has version {version}, but this release reads {_VERSION}: upgrade kvcag, or choose another path."
         )
     return not version
 
 
 @contextlib.contextmanager
 def _typed(path: str) -> Iterator[None]:
-    """Turn SQLite's errors into a `SchedulerStateError` that says what to do."""
+    """Turn SQLite's errors into a `SchedulerStateError` with advice."""
     try:
         yield
     except sqlite3.Error as error:
@@ -122,5 +122,5 @@ def _typed(path: str) -> Iterator[None]:
         if "locked" in str(error) or "busy" in str(error):
             reason = "is in use by another scheduler, or locked by another program. Close that, or choose another path."
         elif "malformed" in str(error) or "not a database" in str(error):
-            reason = f"is damaged ({error}). Delete it and its -wal and -shm files: it holds counters, and no caches."
+            reason = f"is damaged ({error}). Delete it and its -wal and -shm files: they hold counters, but no caches."
         raise SchedulerStateError(path, reason) from error

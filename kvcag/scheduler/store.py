@@ -1,4 +1,4 @@
-"""A store that keeps within a byte budget the caches that are worth most."""
+"""A store with a byte budget, which evicts the caches that are worth least."""
 
 from __future__ import annotations
 
@@ -24,29 +24,30 @@ _ATTENTION_TOKENS = 8192
 """The length in tokens at which attention costs as much as the rest of a prefill."""
 
 Policy: TypeAlias = Callable[[TextStats, int, int, float], float]
-"""`(stats, tokens, size in bytes, now in rounds)` → the worth of a cache per byte. The least worth leaves first."""
+"""A function of `(stats, tokens, size in bytes, now in rounds)` that returns the worth of a cache per byte. The cache
+that is worth least is evicted first."""
 
 
 def gdsf(stats: TextStats, tokens: int, size: int, now: float) -> float:
     """Prefill tokens saved per round and byte: frequency × cost / size. The default policy.
 
-    After GreedyDual-Size-Frequency (Cherkasova 1998), with frequencies that fade (`TextStats.rate`). A long text is
-    worth more per token than a short one, since attention is quadratic.
+    After GreedyDual-Size-Frequency (Cherkasova 1998), with frequencies that decay (`TextStats.rate`). A long text is
+    worth more per token than a short one, since the cost of attention is quadratic.
     """
     return stats.rate(now) * tokens * (1 + tokens / _ATTENTION_TOKENS) / max(size, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Cached:
-    """A stored cache, or one that may be stored.
+    """A cache that is stored, or that may be stored.
 
     Attributes:
-        key: its item's id, the content key of its tokens.
-        digest: of its text, from `digest_of`; empty for an instruction.
-        tokens: its length.
-        bytes: of its keys and values.
-        managed: False for an item that the caller added under an id or handle of their own. It counts towards the
-            budget and is never evicted.
+        key: the id of its item, made from its token ids.
+        digest: the `digest_of` its text; empty for an instruction.
+        tokens: its number of tokens.
+        bytes: the size of its keys and values in bytes.
+        managed: False for an item that the caller added with their own id or handle. Such an item counts towards the
+            budget, but is never evicted.
     """
 
     key: str
@@ -65,16 +66,19 @@ def room_for(
     margin: float = 1.0,
     force: bool = False,
 ) -> list[Cached] | None:
-    """The caches to evict for a new one, the least worth first. None: it does not fit, or is not worth it.
+    """The caches to evict for a new cache, in ascending order of worth.
+
+    Returns None if the new cache does not fit, or is worth less than the caches that it would evict.
 
     Args:
-        new: the new cache; it replaces one with the same key. None: what to evict so that the rest fits the budget.
-        stored: all caches that are stored.
-        budget_bytes: the most that keys and values may take together.
-        worth: what a cache is worth per byte, stored or not.
-        margin: how many times more the new one must be worth than each cache that it evicts. A text that is asked for
-            once evicts nothing that is asked for often (TinyLFU: Einziger, Friedman and Manes 2017).
-        force: accept it whatever it is worth.
+        new: the new cache, which replaces a stored cache with the same key. None: only bring the stored caches within
+            the budget.
+        stored: all stored caches.
+        budget_bytes: the budget for all keys and values, in bytes.
+        worth: returns the worth of a cache per byte.
+        margin: the new cache must be worth this many times more than each cache that it evicts, so that a text that is
+            used once does not evict texts that are used often (TinyLFU: Einziger, Friedman and Manes 2017).
+        force: accept the new cache regardless of its worth.
     """
     others = [entry for entry in stored if new is None or entry.key != new.key]
     over = sum(entry.bytes for entry in others) + (new.bytes if new else 0) - budget_bytes
@@ -84,7 +88,7 @@ def room_for(
             if over > 0:
                 leaving.append(entry)
                 over -= entry.bytes
-        for entry in reversed(leaving):  # one of the last may be so large that an earlier one can stay
+        for entry in reversed(leaving):  # the last evicted cache may be so large that an earlier one can stay
             if over + entry.bytes <= 0:
                 leaving.remove(entry)
                 over += entry.bytes
@@ -94,20 +98,20 @@ def room_for(
 
 
 class ScheduledStore(KVStore):
-    """A store within a byte budget: an item enters if it is worth its bytes, and what it evicts is deleted.
+    """Wraps a store with a byte budget: it stores an item only if the item is worth its bytes.
 
-    The text of a cache is saved before the cache is deleted, so no text is lost. An item with an id of its own, and a
-    context with a handle, always enters and is never evicted. So does an instruction, if it fits.
+    The text of a cache is saved before the cache is evicted, so no text is lost. An item with the caller's own id, and
+    a context with a handle, is always stored and never evicted. So is an instruction, if it fits.
 
     Args:
-        inner: where items live.
-        budget_bytes: the most that keys and values may take together.
-        policy: what a cache is worth.
-        texts: how often their texts are used, and what was decided about them.
-        engine: the model; items of another model are not counted and stay as they are.
+        inner: the store that holds the items.
+        budget_bytes: the budget for all keys and values, in bytes.
+        policy: computes the worth of a cache per byte.
+        texts: the counts of the texts' uses, and the decisions about them.
+        engine: the model. Items of other models are neither counted nor changed.
 
     Attributes:
-        entries: the caches that are stored, by their ids.
+        entries: the stored caches, by their ids.
         lock: held while entries change.
     """
 
@@ -118,27 +122,33 @@ class ScheduledStore(KVStore):
         self._policy, self._texts, self._engine = policy, texts, engine
 
     def get(self, key: str) -> KVCacheItem | None:
-        """The item, or None."""
+        """The item with this id, or None. Counts its tokens as reused."""
         item = self.inner.get(key)
         if item is not None:
             self._texts.add("reused_tokens", len(item.token_ids))
         return item
 
     def put(self, item: KVCacheItem) -> None:
-        """Store an item, if it is worth its bytes.
+        """Store an item if it is worth its bytes.
 
         Raises:
-            StoreFullError: it has an id or a handle of its own, and does not fit beside others like it.
+            StoreFullError: the item has the caller's own id or handle, and does not fit beside other such items.
         """
         self._texts.add("encoded_tokens", len(item.token_ids))
         self.keep(item, "kept", "encoded for a question")
 
     def keep(self, item: KVCacheItem, action: str, reason: str, *, force: bool = False) -> bool:
-        """Store an item and note why. Returns whether it was stored.
+        """Store an item if it is worth its bytes, and record the decision. Returns whether it was stored.
+
+        Args:
+            item: the item.
+            action: the decision to record if the item is stored.
+            reason: the reason of the decision.
+            force: store the item regardless of its worth.
 
         Raises:
-            StoreFullError: `force` is set or the item is protected, and it does not fit.
-            SchedulerStateError: it evicts caches whose texts cannot be saved. Nothing was changed.
+            StoreFullError: `force` is True or the item is never evicted, and it does not fit.
+            SchedulerStateError: the texts of evicted caches cannot be saved. Nothing was changed.
         """
         entry = self.entry(item.id, _digest_of(item), len(item.token_ids), item)
         with self.lock:
@@ -155,7 +165,7 @@ class ScheduledStore(KVStore):
             return True
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Delete items, for the caller."""
+        """Delete items by id."""
         with self.lock:
             listed = list(keys)
             entries = [self.entries[key] for key in listed if key in self.entries]
@@ -168,7 +178,7 @@ class ScheduledStore(KVStore):
 
     @property
     def is_exact(self) -> bool:
-        """Whether the inner store is."""
+        """Whether the inner store is exact."""
         return self.inner.is_exact
 
     @property
@@ -182,21 +192,21 @@ class ScheduledStore(KVStore):
         return self.inner.places
 
     def erase(self, keys: Iterable[str]) -> DeletionReport:
-        """Delete items, and every trace of their texts, so that they are not encoded again."""
+        """Delete items and every trace of their texts, so that the texts are not encoded again."""
         listed = list(keys)
         with self.lock:
             self._texts.purge(set(), {self.entries[key].digest for key in listed if key in self.entries})
             return self._gone(self.inner.erase(listed))
 
     def erase_where(self, chosen: Callable[[Described], bool], *, unreadable: bool = False) -> DeletionReport:
-        """Delete items, and every trace of their texts, so that they are not encoded again."""
+        """Delete items and every trace of their texts, so that the texts are not encoded again."""
         with self.lock:
             return self._gone(self.inner.erase_where(chosen, unreadable=unreadable))
 
     def purge(self, source: str) -> DeletionReport:
-        """Delete every cache that was made from one text, and every trace of the text."""
+        """Delete every cache made from one text, and every trace of the text."""
         with self.lock:
-            digests = self._texts.purge({source})  # first: a text that is encoded ahead is looked up once more
+            digests = self._texts.purge({source})  # first, since encoding ahead checks that the text is still known
             keys = [entry.key for entry in self.entries.values() if entry.digest in digests]
             return super().purge(source) + self._gone(self.inner.erase(keys))
 
@@ -207,7 +217,7 @@ class ScheduledStore(KVStore):
             return super().clear()
 
     def deletions(self) -> Hashable:
-        """Those of the inner store."""
+        """The `deletions` of the inner store."""
         return self.inner.deletions()
 
     def _moment(self) -> Hashable:
@@ -227,7 +237,7 @@ class ScheduledStore(KVStore):
         return report
 
     def contains(self, key: str) -> bool:
-        """Whether the inner store holds it."""
+        """Whether the inner store contains the item."""
         return self.inner.contains(key)
 
     def containing(self, keys: Iterable[str]) -> set[str]:
@@ -259,19 +269,19 @@ class ScheduledStore(KVStore):
         self.inner.close()
 
     def entry(self, key: str, digest: str, tokens: int, made: KVCacheItem | Manifest | None = None) -> Cached:
-        """The entry of a cache of so many tokens; of `made`, or of a text that may be encoded."""
+        """The entry of a cache with this many tokens: of the item `made`, or (None) of a text that may be encoded."""
         managed = made is None or (key.startswith("kv:sha256:") and not is_context(made.metadata))
         return Cached(key, digest, tokens, tokens * self._engine.bytes_per_token, managed)
 
     def worth(self, entry: Cached) -> float:
-        """What a cache is worth per byte now, stored or not."""
+        """The worth of a cache per byte now, whether or not it is stored."""
         return self._policy(self._texts.stats(entry.digest), entry.tokens, entry.bytes, self._texts.now)
 
     def room_for(self, new: Cached | None, *, margin: float = 1.0, force: bool = False) -> list[Cached] | None:
-        """The function `room_for`, with the entries.
+        """Call the function `room_for` with this store's entries, budget and worth.
 
         Raises:
-            StoreFullError: `force` is set, and the cache does not fit beside the protected ones.
+            StoreFullError: `force` is True, and the cache does not fit beside the caches that are never evicted.
         """
         with self.lock:
             stored = list(self.entries.values())
@@ -282,7 +292,7 @@ class ScheduledStore(KVStore):
         return leaving
 
     def evict(self, entries: Iterable[Cached], action: str, reason: str) -> list[str]:
-        """Delete caches, after their texts are saved. Returns their keys."""
+        """Save the texts of caches, then delete the caches. Returns their keys."""
         listed = list(entries)
         keys = [entry.key for entry in listed]
         if listed:
@@ -296,7 +306,7 @@ class ScheduledStore(KVStore):
         return keys
 
     def reconcile(self) -> None:
-        """Bring the working set in step with what is in the inner store."""
+        """Update the entries to the present contents of the inner store, which other processes may change."""
         with self.lock:
             stored = set(self.inner.keys())
             for key in self.entries.keys() - stored:
@@ -304,7 +314,7 @@ class ScheduledStore(KVStore):
             for key in stored - self.entries.keys():
                 try:
                     manifest = self.inner.manifest(key)
-                except StoreError:  # a damaged file; the next question that needs it encodes it again
+                except StoreError:  # a damaged file: the next question that needs the text encodes it again
                     continue
                 made_by = manifest.fingerprint if manifest else None
                 if manifest is None or made_by is None or not self._engine.fingerprint.matches(made_by):
@@ -316,10 +326,10 @@ class ScheduledStore(KVStore):
                     self.note("found", entry, "it was in the store")
 
     def note(self, action: str, entry: Cached, reason: str) -> None:
-        """Log, count and remember a decision about a cache.
+        """Log, count and record a decision about a cache.
 
-        An id is a hash of the text, by which a reader of the log could test whether a text was here. The log has a
-        salted hash of it, which is the same within one run.
+        The log has a salted hash of the id, which is the same within one run. An id is a hash of the text: with it, a
+        reader of the log could test whether a text was used here.
         """
         name = hmac.digest(_SALT, entry.key.encode(), "sha256").hex()[:12]
         logger.info("%s %s (%d tokens): %s", action, name, entry.tokens, reason)
@@ -333,5 +343,5 @@ class ScheduledStore(KVStore):
 
 
 def _digest_of(made: KVCacheItem | Manifest) -> str:
-    """Empty for an instruction: it is none of the texts that are counted."""
+    """The digest of an item's text; empty for an instruction, which is not counted as a text."""
     return "" if is_instruction(made.id) else digest_of(made.records.composed_text_memory)

@@ -1,4 +1,4 @@
-"""How often each text is retrieved and asked, and what was decided about it."""
+"""Counts of each text's uses, and the last decision about the text."""
 
 from __future__ import annotations
 
@@ -22,45 +22,45 @@ from kvcag.stores.base import says, sources_of
 _FAST, _SLOW = 3.0, 20.0
 """Half-lives of the two averages of a text's uses, in rounds."""
 _MIN_ROUND = 20
-"""The fewest uses in a round, so that the first questions do not count as many rounds."""
+"""The minimum number of uses in a round, so that the first questions do not count as many rounds."""
 _FOUND = 256
 _FOUND_S = 60.0
-"""A text that stands in a prompt this soon after a retriever found it counts as one use."""
+"""If a text stands in a prompt within this time after a retriever found it, both together count as one use."""
 _COUNTED = ("retrieved", "asked", "reused_tokens", "encoded_tokens")
 _DECIDED = ("promoted", "kept", "found", "passed", "demoted", "dropped", "gone", "failed")
 _PROMPT = "prompt"
-"""The row of the state that says how the last prompt looked."""
+"""The key of the row that records the form of the last prompt."""
 
 
 def digest_of(text: str) -> str:
-    """SHA-256, in hex, of a text without the white space around it."""
+    """The SHA-256, in hex, of a text without surrounding white space."""
     return hashlib.sha256(text.strip().encode()).hexdigest()
 
 
 @dataclass(slots=True)
 class TextStats:
-    """What is known of a text. `str()` of it is a sentence that explains why the text is or is not cached.
+    """Statistics of a text, and the last decision about it. `str()` explains why the text is or is not cached.
 
-    Moments are counted in rounds: a round is as many uses as there are known texts. So nothing ages while no questions
+    Time is counted in rounds: a round is as many uses as there are known texts. So nothing ages while no questions
     come, and a round means the same for a hundred texts as for a hundred thousand.
 
     Attributes:
-        tokens: its length; estimated until it has stood in a prompt.
-        text: as it stands in prompts if `asked`, else as a retriever found it.
-        count: how often it was retrieved or asked.
-        fast: uses, of which half are forgotten every 3 rounds.
-        slow: uses, of which half are forgotten every 20 rounds.
-        last: the moment of the last use.
-        asked: whether it has stood in a prompt.
-        id: the id of its cache; empty if it never had one.
+        tokens: the number of tokens; an estimate until the text stood in a prompt.
+        text: the text as prompts render it if `asked` is True; otherwise as a retriever found it.
+        count: the number of uses: retrievals and questions.
+        fast: a count of uses that halves every 3 rounds.
+        slow: a count of uses that halves every 20 rounds.
+        last: the time of the last use, in rounds.
+        asked: whether the text stood in a prompt.
+        id: the id of the text's cache; empty if it never had one.
         action: the last decision: `promoted` (encoded ahead), `kept` (encoded for a question and stored), `found`
             (already in the store), `passed` (not stored), `demoted` (its cache was deleted), `dropped` (its text
             changed, or the caller deleted it), `gone` (the store evicted it), `failed` (encoding or storing it failed),
-            `seen` (nothing yet).
-        reason: why.
-        at: when, in seconds since the epoch; 0 for `seen`.
-        sources: what its documents' metadata name as their sources, for `purge`.
-        identities: which documents have this text.
+            `seen` (no decision yet).
+        reason: the reason of the decision.
+        at: the time of the decision, in seconds since the epoch; 0 for `seen`.
+        sources: the sources that the metadata of its documents name, for `purge`.
+        identities: the identities of the documents with this text.
     """
 
     tokens: int = 0
@@ -79,7 +79,7 @@ class TextStats:
 
     @property
     def is_cached(self) -> bool:
-        """Whether its cache is stored."""
+        """Whether the text's cache is stored."""
         return self.action in ("promoted", "kept", "found")
 
     def __str__(self) -> str:
@@ -88,7 +88,7 @@ class TextStats:
         return f"{'cached' if self.is_cached else 'not cached'}: {self.action}{when}; {self.reason}; {uses}"
 
     def add_use(self, now: float) -> None:
-        """Count a use at the moment `now`."""
+        """Count a use at the time `now`, in rounds."""
         since = now - self.last
         self.count += 1
         self.fast = self.fast * 2 ** (-since / _FAST) + 1
@@ -96,13 +96,13 @@ class TextStats:
         self.last = now
 
     def rate(self, now: float) -> float:
-        """Expected uses per round: the mean of a quick and a steady average, as load averages are."""
+        """Expected uses per round: the mean of a fast and a slow moving average, like load averages."""
         since = now - self.last
         return math.log(2) / 2 * (self.fast * 2 ** (-since / _FAST) / _FAST + self.slow * 2 ** (-since / _SLOW) / _SLOW)
 
 
 class _Found(NamedTuple):
-    """A text that a retriever found, and that may stand in a prompt soon."""
+    """A text that a retriever found and that may soon stand in a prompt. `at` is in seconds (`time.monotonic`)."""
 
     digest: str
     text: str
@@ -110,24 +110,24 @@ class _Found(NamedTuple):
 
 
 class Texts:
-    """The texts that are retrieved and asked, counted in memory.
+    """Counts in memory which texts are retrieved and asked.
 
-    Counting takes microseconds and touches no disk; `save` writes what changed, in one transaction. Thread-safe.
+    Counting takes microseconds and does not use the disk; `save` writes all changes in one transaction. Thread-safe.
 
     Args:
-        path: the file in which they are saved. None: they are not saved.
+        path: the file for the counts. None: they are not saved.
         model: the digest of the model's fingerprint. Token ids of another model are not loaded.
 
     Attributes:
-        known: digest → stats.
-        totals: what was counted and decided since this object was made, by its name in `CacheScheduler.metrics`.
-        shown_as: the digest of a text as retrievers find it → its digest as prompts show it, where the two differ.
-        head_ids: the tokens before the documents in the last prompt; None until a prompt was seen.
-        ending: what prompts add to the end of a retrieved text; None if they show retrieved texts in another form.
-        now: the current moment, in rounds.
+        known: the stats of each text, by digest.
+        totals: counts and decisions since this object was made, by their names in `CacheScheduler.metrics`.
+        shown_as: the digest of a text as prompts render it, by its digest as retrievers find it, if the two differ.
+        head_ids: the token ids before the documents in the last prompt; None before the first prompt.
+        ending: the text that prompts add to the end of a retrieved text; None if they change retrieved texts otherwise.
+        now: the current time, in rounds.
 
     Raises:
-        SchedulerStateError: the file is damaged, in use by another scheduler, or not a scheduler's.
+        SchedulerStateError: the file is damaged, in use by another scheduler, or not a scheduler's database.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, model: str) -> None:
@@ -148,13 +148,13 @@ class Texts:
             self._load(self._state.rows())
 
     def stats(self, digest: str) -> TextStats:
-        """The stats of a text; empty ones if it is unknown."""
+        """The stats of a text; new, empty stats if the text is unknown."""
         return self.known.get(digest) or TextStats()
 
     # --- counting ----------------------------------------------------------------------------------------------
 
     def add(self, name: str, amount: int) -> None:
-        """Raise a total."""
+        """Add an amount to a total."""
         with self.lock:
             self.totals[name] += amount
 
@@ -162,9 +162,9 @@ class Texts:
         """Count a text that a retriever found.
 
         Args:
-            text: as it was found.
-            identity: what identifies the document. Another text with the same identity replaces this one.
-            metadata: the document's; the sources that it names are remembered for `purge`.
+            text: the text as the retriever found it.
+            identity: the identity of the document. A later text with the same identity replaces this text.
+            metadata: the metadata of the document. The sources that it names are remembered for `purge`.
         """
         with self.lock:
             found = digest_of(text)
@@ -177,8 +177,8 @@ class Texts:
             self.totals["retrieved"] += 1
 
     def asked(self, prompt: Prompt) -> None:
-        """Count the documents of a prompt, and learn from it how prompts show what retrievers find."""
-        if not prompt.documents:  # token ids alone say nothing of the texts
+        """Count the documents of a prompt, and learn from it how prompts render retrieved texts."""
+        if not prompt.documents:  # a prompt of token ids alone has no texts to count
             return
         with self.lock:
             self.totals["asked"] += len(prompt.documents)
@@ -208,7 +208,7 @@ class Texts:
                 self._fresh |= {digest, _PROMPT}
 
     def encoded(self, text: str, tokens: int, id: str, sources: Iterable[str]) -> None:
-        """Remember a text that has a cache. This does not count as a use."""
+        """Remember a text that has a cache. Does not count as a use."""
         with self.lock:
             digest = digest_of(text)
             stats = self.known.setdefault(digest, TextStats(tokens, text, last=self.now))
@@ -218,7 +218,7 @@ class Texts:
             self._fresh.add(digest)
 
     def decide(self, digest: str, action: str, reason: str) -> None:
-        """Count a decision, and note it where the text is known."""
+        """Count a decision, and record it in the text's stats if the text is known."""
         with self.lock:
             self.totals[action] += 1
             stats = self.known.get(digest)
@@ -248,7 +248,10 @@ class Texts:
         self.known[digest].identities.append(identity)
 
     def _take(self, digest: str, within: str = "") -> _Found | None:
-        """What a retriever found a moment ago: a text by its digest, or one within another. Its use was counted."""
+        """Remove and return a text that a retriever found recently: by its digest, or if it is part of `within`.
+
+        Its use was counted already when it was retrieved.
+        """
         earliest = time.monotonic() - _FOUND_S
         for found in self._found:
             if found.at >= earliest and (found.digest == digest or found.text.strip() in within):
@@ -257,7 +260,7 @@ class Texts:
         return None
 
     def _replace_within(self, digest: str, text: str) -> bool:
-        """Let `text` take over the uses and identities of a retrieved text that it contains. Whether it has one."""
+        """If `text` contains a retrieved text, take over the uses and identities of that text, and return True."""
         found = self._take(digest, within=text)
         if found is None:
             return False
@@ -278,7 +281,7 @@ class Texts:
     # --- forgetting --------------------------------------------------------------------------------------------
 
     def forget(self, digests: Iterable[str]) -> None:
-        """Forget texts; the next `save` deletes them from the file."""
+        """Forget texts. The next `save` deletes them from the file."""
         with self.lock:
             gone = set(digests)
             for digest in gone & self.known.keys():
@@ -289,15 +292,20 @@ class Texts:
             self._fresh |= gone
 
     def forget_coldest(self, remember: int, cached: set[str]) -> None:
-        """Forget the texts that were not used for longest until `remember` are left; never one in `cached`."""
+        """Forget the least recently used texts until `remember` are left. Never forgets a text in `cached`."""
         with self.lock:
             if (excess := len(self.known) - remember) > 0:
                 self.forget(sorted(self.known.keys() - cached, key=lambda digest: self.known[digest].last)[:excess])
 
     def purge(self, sources: set[str], digests: Iterable[str] = ()) -> set[str]:
-        """Forget the texts that are one of `sources` or name one as their source, and `digests`. No trace stays.
+        """Forget texts and every trace of them, also in the file, and return their digests.
 
-        Returns the digests of all of them.
+        Args:
+            sources: forget texts that equal or contain one of these, or whose documents name one as their source.
+            digests: also forget the texts with these digests.
+
+        Raises:
+            SchedulerStateError: the file cannot be written.
         """
         with self._saving:
             with self.lock:
@@ -315,10 +323,10 @@ class Texts:
     # --- the file ----------------------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write what changed.
+        """Write all changes to the file.
 
         Raises:
-            SchedulerStateError: it cannot be written. The next `save` writes it.
+            SchedulerStateError: the file cannot be written. The next `save` tries again.
         """
         with self._saving:  # from reading to writing: otherwise a text that is purged in between would come back
             with self.lock:
@@ -336,7 +344,7 @@ class Texts:
                 raise
 
     def close(self) -> None:
-        """Let another scheduler open the file."""
+        """Close the file, so that another scheduler can open it."""
         with self._saving:
             if self._state is not None:
                 self._state.close()
@@ -352,11 +360,11 @@ class Texts:
 
 
 def read_texts(path: str | os.PathLike[str]) -> list[TextStats]:
-    """The texts in a scheduler's state, those with the latest decisions last. The scheduler may be running.
+    """The texts in a scheduler's state file, in order of their last decisions. The scheduler may be running.
 
     Raises:
-        InvalidInputError: there is no such file.
-        SchedulerStateError: it is not a scheduler's, or damaged.
+        InvalidInputError: the file does not exist.
+        SchedulerStateError: the file is damaged, or not a scheduler's database.
     """
     texts = [TextStats(**row) for digest, row in read_rows(path).items() if digest != _PROMPT]
     return sorted(texts, key=lambda stats: stats.at)
