@@ -241,7 +241,7 @@ class ScheduledStore(KVStore):
         return self.inner.contains(key)
 
     def containing(self, keys: Iterable[str]) -> set[str]:
-        """Those that the inner store holds."""
+        """The ids, among `keys`, of items that the inner store contains."""
         return self.inner.containing(keys)
 
     def keys(self) -> Iterator[str]:
@@ -249,7 +249,7 @@ class ScheduledStore(KVStore):
         return self.inner.keys()
 
     def listing(self) -> Iterator[Listed]:
-        """The inner store's items."""
+        """The items of the inner store."""
         return self.inner.listing()
 
     def manifest(self, key: str) -> Manifest | None:

@@ -467,7 +467,7 @@ def test_refusals(memory: KVCacheMemory, scheduler: CacheScheduler) -> None:
         scheduler_of(memory)
     with pytest.raises(InvalidInputError, match="more than 0"):
         scheduler_of(KVCacheMemory(memory.engine), 0)
-    with pytest.raises(UnsupportedModelError, match="use an HFEngine"):
+    with pytest.raises(UnsupportedModelError, match="Use an HFEngine"):
         CacheScheduler(KVCacheMemory(EchoEngine()), 1000)
     with pytest.raises(UnknownItemError):
         scheduler.promote("kv:sha256:unknown")
