@@ -1,7 +1,7 @@
 """Several processes over one store: is anything stale, torn or lost, and what do local tiers save?
 
-    python benchmarks/several_readers.py DIRECTORY [--minutes 15 | --answers 120] [--store directory]
-    python benchmarks/several_readers.py DIRECTORY [--minutes 15 | --answers 120] --store bucket
+    python benchmarks/several_readers.py DIRECTORY [--minutes 15 | --answers 80] [--store directory]
+    python benchmarks/several_readers.py DIRECTORY [--minutes 15 | --answers 80] --store bucket
 
 Four processes answer, each with a local tier in front of the shared store (two in memory, two on disk), one encodes new
 versions of documents, and one deletes. One of the four is killed every 20 seconds and started again over what its local

@@ -27,27 +27,29 @@ FRESH = """
 import json, sys, warnings
 from tests.forwards import forward_lengths
 from kvcag import HFEngine, MemoryCube
-model, folder, dtype, strategy, question = sys.argv[1:]
-engine = HFEngine.from_pretrained(model, dtype=dtype, device="cpu")
-with warnings.catch_warnings(record=True) as said, forward_lengths(engine.model) as lengths:
-    warnings.simplefilter("always")
-    cube = MemoryCube.from_dir(folder, engine, strategy=strategy)
-    loading = list(lengths)
-    answer = cube.ask(question, max_new_tokens=28)
-report = answer.report
-print(json.dumps({
-    "answer": answer.text, "side": answer.side, "encoded": answer.encoded, "mode": report.mode,
-    "context": report.context_tokens, "encoded_tokens": report.encoded_tokens, "recomputed": report.recomputed_tokens,
-    "prompt": answer.usage.prompt_tokens, "loading": loading, "first": lengths[len(loading)],
-    "warnings": [[type(w.message).__name__, str(w.message)] for w in said],
-}))
+model, folder, question, strategy, *dtypes = sys.argv[1:]
+for dtype in dtypes:
+    engine = HFEngine.from_pretrained(model, dtype=dtype, device="cpu")
+    with warnings.catch_warnings(record=True) as said, forward_lengths(engine.model) as lengths:
+        warnings.simplefilter("always")
+        cube = MemoryCube.from_dir(folder, engine, strategy=strategy)
+        loading = list(lengths)
+        answer = cube.ask(question, max_new_tokens=28)
+    report = answer.report
+    print(json.dumps({
+        "answer": answer.text, "side": answer.side, "encoded": answer.encoded, "mode": report.mode,
+        "context": report.context_tokens, "encoded_tokens": report.encoded_tokens,
+        "recomputed": report.recomputed_tokens, "prompt": answer.usage.prompt_tokens,
+        "loading": loading, "first": lengths[len(loading)],
+        "warnings": [[type(w.message).__name__, str(w.message)] for w in said],
+    }))
 """
 
 
-def asked_elsewhere(model: Path, folder: Path, dtype: str, strategy: str) -> dict[str, Any]:
-    """What a process that knows nothing but the folder answers."""
+def asked_elsewhere(model: Path, folder: Path, strategy: str, *dtypes: str) -> list[dict[str, Any]]:
+    """What a process that knows nothing but the folder answers, with a model of each dtype."""
     done = subprocess.run(
-        [sys.executable, "-c", FRESH, str(model), str(folder), dtype, strategy, QUESTION],
+        [sys.executable, "-c", FRESH, str(model), str(folder), QUESTION, strategy, *dtypes],
         cwd=ROOT,  # where the script finds `tests`
         capture_output=True,
         text=True,
@@ -55,8 +57,7 @@ def asked_elsewhere(model: Path, folder: Path, dtype: str, strategy: str) -> dic
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer
+    return [json.loads(line) for line in done.stdout.splitlines()[-len(dtypes) :]]
 
 
 def test_a_cube_moves_to_a_fresh_process(smollm2_engine: HFEngine, smollm2_path: Path, tmp_path: Path) -> None:
@@ -68,19 +69,18 @@ def test_a_cube_moves_to_a_fresh_process(smollm2_engine: HFEngine, smollm2_path:
     cube.dump(tmp_path / "dump")
     moved = (tmp_path / "dump").rename(tmp_path / "elsewhere")
 
-    exact = asked_elsewhere(smollm2_path, moved, "float32", "exact")
+    [exact] = asked_elsewhere(smollm2_path, moved, "exact", "float32")
     assert (exact["side"], exact["mode"], exact["encoded"]) == ("prefix", "prefix", [])
     assert (exact["encoded_tokens"], exact["recomputed"], exact["warnings"]) == (0, 0, [])
     assert exact["loading"] == []
     assert exact["first"] == exact["prompt"] - exact["context"]  # the tail, and nothing before it
     assert exact["answer"] == here.text  # token for token
 
-    merged = asked_elsewhere(smollm2_path, moved, "float32", "query")
+    merged, other = asked_elsewhere(smollm2_path, moved, "query", "float32", "bfloat16")
     assert (merged["side"], merged["encoded_tokens"], merged["warnings"]) == ("merged", 0, [])
     assert 0 < merged["recomputed"] <= 0.2 * merged["context"]
     assert "Ottokar Lund" in merged["answer"]
 
-    other = asked_elsewhere(smollm2_path, moved, "bfloat16", "query")
     assert [kind for kind, _ in other["warnings"]] == ["CacheWarning"]
     assert "dtype: float32, not bfloat16" in other["warnings"][0][1]
     assert (other["side"], sorted(other["encoded"])) == ("encoded", sorted(TEXTS))

@@ -173,18 +173,16 @@ SCRIPT = Path(__file__).parents[2] / "benchmarks" / "several_readers.py"
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 @pytest.mark.parametrize("store", ["directory", "bucket"])
-def test_a_hundred_and_twenty_answers_beside_deletions_show_nothing_stale_torn_or_lost(
-    store: str, tmp_path: Path
-) -> None:
+def test_eighty_answers_beside_deletions_show_nothing_stale_torn_or_lost(store: str, tmp_path: Path) -> None:
     if store == "bucket":
         pytest.importorskip("s3fs")
     root = SCRIPT.parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), str(tmp_path / "kv"), "--answers", "120", "--store", store]
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "kv"), "--answers", "80", "--store", store]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=220)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     assert found["reads"] > 50
-    assert found["answers"] >= 120
-    assert found["deletes"] >= 12
+    assert found["answers"] >= 80
+    assert found["deletes"] >= 8
     assert found["killed"] == 1
