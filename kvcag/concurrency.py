@@ -159,7 +159,7 @@ class Cancellation:
 
     @contextmanager
     def waking(self, wake: Callable[[], None]) -> Iterator[None]:
-        """Within it, `cancel` calls `wake`, in the reader's thread. If the reader has left already, call it now."""
+        """Within the block, `cancel` calls `wake` in the reader's thread. If the reader has left already, call it now."""
         with self._lock:
             gone = self._cancelled.is_set()
             if not gone:
@@ -250,7 +250,7 @@ class ModelLock:
 
     @contextmanager
     def acquire(self, *, background: bool = False) -> Iterator[None]:
-        """Within it, only this thread uses the model. A thread that holds the model may acquire it again.
+        """Within the block, only this thread uses the model. A thread that holds the model may acquire it again.
 
         Args:
             background: wait until no answer wants the model, and give it up between two layers when an answer does.

@@ -181,7 +181,8 @@ def with_kept_history(
 
 
 _WORTH_MOVING = 256
-"""A history is moved only if at least this many tokens, and half of the unread ones, can be moved. Reading is exact."""
+"""A history is moved only if at least this many tokens, and half of those that the model would read, can be moved.
+Otherwise the model reads them, which is exact."""
 
 _LEAST_QUESTION = 32
 """How many tokens at the end of a prompt are always read. `query` chooses tokens by their attention."""
@@ -210,10 +211,17 @@ def is_stored_whole(documents: DocumentCache, prompt: Prompt) -> bool:
 def context_of_items(
     documents: DocumentCache, head_ids: Ids, items: Sequence[Item], tail_ids: Ids, settings: MergeSettings
 ) -> MergedContext:
-    """Instruction and items as one context, for the question in `tail_ids`. Arguments as for `context_of_prompt`.
+    """Return instruction and items as one context for a question.
+
+    Args:
+        documents: has the engine and the namespace.
+        head_ids: the tokens of the instruction.
+        items: the items, in the order of the context.
+        tail_ids: the tokens of the question.
+        settings: how to merge.
 
     Raises:
-        InvalidInputError: an item that this engine did not make.
+        InvalidInputError: an item is not of the engine's type, or has no fingerprint.
         FingerprintMismatchError: another model made an item.
     """
     engine, namespace = documents.engine, documents.namespace
@@ -600,8 +608,8 @@ class DocumentCache:
         """Refuse an item that the engine did not make.
 
         Raises:
-            InvalidInputError: it is not an item of the engine's type, or it does not say which model made it.
-            FingerprintMismatchError: another model made it.
+            InvalidInputError: the item is not of the engine's type, or has no fingerprint.
+            FingerprintMismatchError: another model made the item.
         """
         engine = self.engine
         if not isinstance(item, engine.item_type):
@@ -709,7 +717,7 @@ class DocumentCache:
     def keeping(
         self, token_ids: Ids, text: str, metadata: Mapping[str, Any] | None = None
     ) -> AbstractContextManager[None]:
-        """Within it, a document is encoded and put. If it is deleted in the meantime, `put` does not store it."""
+        """Within the block, a document is encoded and put. If it is deleted meanwhile, `put` does not store it."""
         records = KVCacheRecords(text_memories=[text], composed_text_memory=text)
         metadata = {"source_text": text, **(metadata or {})}
         item = EncodedItem(id=self.key(token_ids), records=records, metadata=metadata)

@@ -204,7 +204,7 @@ def predict(model: PreTrainedModel, token_ids: torch.Tensor, positions: torch.Te
 
 @contextmanager
 def by_position(model: PreTrainedModel, positions: torch.Tensor, reader: Reader | None = None) -> Iterator[None]:
-    """Within it, a forward pass of `model` over a cache attends by position.
+    """Within the block, a forward pass of `model` over a cache attends by position.
 
     The pass's tokens are at `positions` (int64 `(seq_len,)`, ascending), and the keys that the cache returns, including
     new ones, at 0, 1, 2, …. `check_mergeable` must accept the model: it then uses transformers' `AttentionInterface`
@@ -242,7 +242,7 @@ def by_row(model: PreTrainedModel, caches: Sequence[Cache]) -> Iterator[RowsCach
 
 @contextmanager
 def _ours(decoder: torch.nn.Module) -> Iterator[str]:
-    """Within it, the decoder uses kvcag's attention function. Several passes may run at the same time.
+    """Within the block, the decoder uses kvcag's attention function. Several passes may run at the same time.
 
     Yields the name of the decoder's own implementation, which is restored after the last of them.
     """

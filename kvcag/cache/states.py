@@ -68,7 +68,7 @@ def check_affine(model: PreTrainedModel) -> None:
 
 @contextmanager
 def recording(model: PreTrainedModel, cache: Cache) -> Iterator[Callable[[int], Maps]]:
-    """Within it, forward passes over `cache` measure `M` for all tokens that they read.
+    """Within the block, forward passes over `cache` measure `M` for all tokens that they read.
 
     Yields a function that takes the number of these tokens and returns the maps of the recurrent layers.
 
@@ -238,7 +238,7 @@ def _recurs(row: Row) -> bool:
 def _watching(
     model: PreTrainedModel, cache: Cache, indices: set[int], note: Callable[[_LayerCall], None]
 ) -> Iterator[None]:
-    """Within it, `note` is called after each of these layers' passes over `cache`, but not over other caches."""
+    """Within the block, `note` is called after each of these layers' passes over `cache`, but not over other caches."""
     before: dict[int, Row] = {}
 
     def is_ours(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -255,7 +255,7 @@ class Engine(ABC):
         """Drop the recent contexts of a namespace."""
 
     def begun(self, namespace: str = "") -> AbstractContextManager[None]:
-        """Within it, an answer is prepared. If the namespace is forgotten in the meantime, nothing of it is cached."""
+        """Within the block, an answer is prepared. If the namespace is forgotten meanwhile, nothing of it is cached."""
         return nullcontext()
 
     def _cannot(self, what: str) -> UnsupportedModelError:

@@ -212,7 +212,7 @@ def _product_of(module: nn.Module) -> Rows:
 
 
 class _WithoutOneDNN:
-    """Within it, PyTorch does not use oneDNN. Several threads may enter it; the last one to leave restores the setting.
+    """Within the block, PyTorch does not use oneDNN. Of several threads, the last one to leave restores the setting.
 
     The setting belongs to the process: it makes products of several rows in other threads slower, but not wrong. So it
     is used only around linear layers, and never while another pass of the engine runs.

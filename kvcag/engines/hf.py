@@ -384,7 +384,7 @@ class HFEngine(Engine):
         Within `in_background`, it waits until no answer needs the model.
 
         Raises:
-            DeviceMemoryError: the device had too little memory within it.
+            DeviceMemoryError: the device had too little memory within the block.
         """
         with _memory_errors(), self.lock.acquire(background=_IN_BACKGROUND.get()), torch.no_grad():
             token = BETWEEN_LAYERS.set(self.lock.pause if self._attends_by_sdpa else cancellation().check)
@@ -485,7 +485,7 @@ class HFEngine(Engine):
 
     @contextmanager
     def in_background(self) -> Iterator[None]:
-        """Within it, this thread waits whenever an answer needs the model."""
+        """Within the block, this thread waits whenever an answer needs the model."""
         token = _IN_BACKGROUND.set(True)
         try:
             yield
@@ -547,7 +547,7 @@ class HFEngine(Engine):
 
     @contextmanager
     def begun(self, namespace: str = "") -> Iterator[None]:
-        """Within it, an answer is prepared. If the namespace is forgotten in the meantime, nothing of it is cached."""
+        """Within the block, an answer is prepared. If the namespace is forgotten meanwhile, nothing of it is cached."""
         token = _BEGUN.set(_Begun(self, namespace, self.prefixes.epoch(namespace)))
         try:
             yield

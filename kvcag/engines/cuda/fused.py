@@ -27,7 +27,7 @@ _ROPE = "apply_rotary_pos_emb"
 
 @contextmanager
 def fused(model: PreTrainedModel) -> Iterator[None]:
-    """Within it, `model` runs with the kernels of this module wherever they compute the same.
+    """Within the block, `model` runs with the kernels of this module wherever they compute the same.
 
     The caller must hold the model (`HFEngine.exclusive`).
     """

@@ -329,7 +329,7 @@ class _Pass:
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
-        """Within it, the model computes with kvcag's kernels, from this pass's inputs."""
+        """Within the block, the model computes with kvcag's kernels, from this pass's inputs."""
         with _attending(self._model), fused(self._model):
             token = inputs.set(self._inputs)
             try:
@@ -526,7 +526,7 @@ class _NeverWaiting(TorchDispatchMode):
 
 @contextmanager
 def _attending(model: PreTrainedModel) -> Iterator[None]:
-    """Within it, the model attends by `kvcag.engines.cuda.attention`."""
+    """Within the block, the model attends by `kvcag.engines.cuda.attention`."""
     config = decoder_of(model).config
     own = config._attn_implementation
     config._attn_implementation = NAME

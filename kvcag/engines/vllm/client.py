@@ -292,7 +292,7 @@ class HTTPClient:
 
     @contextmanager
     def _open(self, path: str, body: Mapping[str, Any] | None) -> Iterator[httpx.Response]:
-        """Yields a successful response. Within it, every error of httpx becomes an error of kvcag."""
+        """Yields a successful response. Within the block, every error of httpx becomes an error of kvcag."""
         if self._closed:
             raise EngineError(f"the engine of {self.root} was closed. Make a new one.")
         method, url = "GET" if body is None else "POST", self.root + path
