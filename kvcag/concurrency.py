@@ -159,7 +159,7 @@ class Cancellation:
 
     @contextmanager
     def waking(self, wake: Callable[[], None]) -> Iterator[None]:
-        """Within the block, `cancel` calls `wake` in the reader's thread. If the reader has left already, call it now."""
+        """Within the block, `cancel` calls `wake` in the reader's thread. Calls it at once if the reader has left."""
         with self._lock:
             gone = self._cancelled.is_set()
             if not gone:
