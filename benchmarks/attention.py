@@ -1,14 +1,14 @@
-"""What it costs to go on over a cache: transformers' own attention beside ours (kvcag/cache/attention.py), in one run.
+"""Compares transformers' attention over a cache with kvcag's (kvcag/cache/attention.py), in one run.
 
     python benchmarks/attention.py [--repeat 5] [--out benchmarks/results/attention.json]
 
 Two cases, in turns, medians of `--repeat`:
 
-- a prompt of 2,130 tokens of which the first 14, 60 or 1,000 are in the cache (0: all are read, without a mask). Before
-  ours, a known beginning that was short made a prompt slower than an unknown one;
+- a prompt of 2,130 tokens, of which the first 14, 60 or 1,000 are in the cache (0: all are read, without a mask). With
+  transformers' attention, a short cached prefix made a prompt slower than no cache;
 - a question of 60 tokens over 500 to 8,000 tokens.
 
-Both write the same keys and values, but for rounding; the largest difference is in the result.
+Both write the same keys and values, except for rounding; the result contains the largest difference.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a constraint costs: the time to compile a schema, and the time per token beside the model's own step.
+"""Measures the time to compile a schema, and the time of a constraint per token, compared with the model's step.
 
     python benchmarks/constraint.py [--tokens 100] [--out benchmarks/results/constraint.json]
 

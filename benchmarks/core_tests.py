@@ -1,10 +1,10 @@
-"""LlamaIndex core's own tests with our LLM in MockLLM's place.
+"""Runs LlamaIndex core's tests with kvcag's LLM in place of MockLLM.
 
     python benchmarks/core_tests.py CHECKOUT [FOLDER …]
 
 CHECKOUT is the folder `llama-index-core` of a checkout of LlamaIndex. Its tests of LLMs, synthesizers, chat engines,
-memory and ingestion run twice: as they are, and with a `KVCacheLLM` over an `EchoEngine` in the place of every
-`MockLLM`. Prints what fails with ours alone.
+memory and ingestion run twice: unchanged, and with a `KVCacheLLM` over an `EchoEngine` in place of every
+`MockLLM`. Prints the tests that fail only with `KVCacheLLM`.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
-"""Two cores, no GPU: kvcag in fp32, bf16 and with int8 weights, beside llama.cpp, over known contexts; and merging.
+"""Compares kvcag (fp32, bf16, int8 weights) with llama.cpp over cached contexts on two CPU cores; measures merging.
 
     python benchmarks/cpu.py --llama VENV/bin/python --out benchmarks/results/cpu.json
 
 `VENV` is an environment with llama-cpp-python (`pip install llama-cpp-python` compiles for ten minutes). Both run
-SmolLM2-135M over the same tokens: llama.cpp the wheel's own Q4_1 file, kvcag the fp32 weights that were made of it.
-For each context, in one run, in turns:
+SmolLM2-135M over the same tokens: llama.cpp uses the wheel's Q4_1 file, kvcag the fp32 weights made from this file.
+Measures for each context, in one run, in turns:
 
-- `cold_s`: the context is read, as nothing of it is known;
-- `first_s`: from a question to its first token over the known context (`HFEngine.stream`);
-- `step_s`: the median time from a token to the next, and `floor_s`: the bytes of weights and cache over the bandwidth;
+- `cold_s`: the time to read the context without a cache;
+- `first_s`: from a question to its first token over the cached context (`HFEngine.stream`);
+- `step_s`: the median time from a token to the next, and `floor_s`: bytes of weights and cache / memory bandwidth;
 - `old_step_s` in fp32: the model's own modules and attention, which repeats keys once for each query head.
 
-With `--merging`, `query` over eight documents, against a full prefill of the same prompt, both to the first token
-(`KVCacheMemory`). What stands in `--out` already, of other contexts, stays.
+With `--merging`, also measures `query` over eight documents and a full prefill of the same prompt, both to the first
+token (`KVCacheMemory`). Results of other contexts in `--out` stay.
 """
 
 from __future__ import annotations

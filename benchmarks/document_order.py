@@ -1,9 +1,9 @@
-"""Which share of documents a server finds cached at the beginning of its prompts, by the order they are sent in.
+"""Measures the share of documents that a server finds cached at the beginning of prompts, for each document order.
 
     python benchmarks/document_order.py
 
-Questions retrieve a few of many documents, by Zipf's law; what is popular drifts. A document counts as found where it
-and all before it began an earlier prompt, which is what an automatic prefix cache without a limit would reuse.
+Questions retrieve a few of many documents, by Zipf's law; the popular documents change over time. A document counts as
+found if an earlier prompt began with the same documents up to this one. A prefix cache without a limit would reuse it.
 """
 
 from __future__ import annotations

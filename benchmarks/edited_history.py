@@ -1,4 +1,4 @@
-"""What an agent pays when its history is edited: messages that stay are moved, beside a full prefill at each edit.
+"""Measures an agent whose history is edited: moving the remaining messages, compared with reading them again.
 
     python benchmarks/edited_history.py --data FILE [--runs 3] [--out benchmarks/results/edited_history.json]
 
@@ -8,8 +8,8 @@ LangChain's `ClearToolUsesEdit` clears all results but the last three. `moved` a
 both runs have the same history; each step's answer has 16 tokens.
 
 KL is KL(full prefill ‖ moved), in nats per token, over the 24 greedy tokens of the full prefill, for each answer after
-an edit. `by strategy` is the same for the two answers right behind the edits, with moved tokens recomputed as `query`
-chooses, and the seconds of making the context. FILE is MuSiQue (`ctxs[].text`, `question`). SmolLM2 in fp32.
+an edit. `by strategy` is the same for the two answers directly after the edits, with moved tokens recomputed as `query`
+chooses, and the seconds to make the context. FILE is MuSiQue (`ctxs[].text`, `question`). SmolLM2 in fp32.
 """
 
 from __future__ import annotations

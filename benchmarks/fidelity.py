@@ -1,11 +1,11 @@
-"""How far each merging strategy is from a full prefill, and what it costs, beside what others published.
+"""Measures the error and the cost of each merging strategy, compared with a full prefill and with published methods.
 
     python benchmarks/fidelity.py --set musique --data musique.json --docs 5 --words 120 --skip 50 --limit 20 \
         --ratio 0.1 0.15 0.2 0.4 --out benchmarks/results/fidelity/musique.json
     python benchmarks/fidelity.py --set faq --out benchmarks/results/fidelity/faq.json
     python benchmarks/fidelity.py --plot benchmarks/results/fidelity/{musique,reference,faq}.json --out docs/img/kl.png
 
-Each question of a set (`question_sets.py`) has documents. They are kept one by one and merged through
+Each question of a set (`question_sets.py`) has documents. They are encoded one by one and merged through
 `KVCacheMemory.merge`, or by a published strategy (`published.py`). The reference is a full prefill of the same token
 ids in the same run, and its greedy answer of up to 32 tokens.
 

@@ -1,4 +1,4 @@
-"""KL over the share of the context that is recomputed: one panel a set of questions, ours in one colour."""
+"""Plots KL over the share of the context that is recomputed: one panel per set of questions, kvcag in one colour."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stranger's first minutes, timed: three ways from nothing to a right answer, each in an environment of its own.
+"""Measures a newcomer's first minutes: three ways to a first right answer, each in a new environment.
 
     python benchmarks/first_minutes.py                  # writes benchmarks/results/first-minutes.json
 

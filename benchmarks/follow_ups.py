@@ -1,4 +1,4 @@
-"""What turns of a chat, and steps of an agent, over documents take, beside the same without caches of documents.
+"""Measures turns of a chat and steps of an agent over documents, with and without caches of documents.
 
     PYTHONPATH=. python benchmarks/follow_ups.py --data FILE [--turns 5] [--repeat 5] [--out FILE]
 

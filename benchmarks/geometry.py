@@ -1,4 +1,4 @@
-"""What is timed: the embedded model, or a geometry with random weights made on the device; and texts of a length."""
+"""Makes the models of the benchmarks (the small model, or a geometry with random weights), and texts of a given length."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a GPU makes of a decode step and of the first token over a known context, against floors and against others.
+"""Measures decoding steps and first tokens over a cached context on a GPU, compared with lower bounds and transformers.
 
     PYTHONPATH=. python benchmarks/gpu.py --out benchmarks/results/gpu-h100.json      # nine minutes on one H100
 

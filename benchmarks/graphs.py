@@ -1,7 +1,8 @@
-"""A forward pass without its launches: what a faster engine needs.
+"""A forward pass without kernel launches, to measure what a faster engine can gain.
 
-A static cache, a CUDA graph, and the heads that share a KV head as its queries. Not what kvcag does: it says how much
-of the distance to the floor lies where. A graph is captured for one number of new tokens over one length of context.
+It uses a static cache, a CUDA graph, and the heads that share a KV head as its queries. kvcag does not run this code:
+it shows which parts cause the distance to the lower bound. A graph is captured for one number of new tokens over one
+length of context.
 """
 
 from __future__ import annotations

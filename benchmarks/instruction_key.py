@@ -1,12 +1,12 @@
-"""What it costs to merge documents that were encoded behind another instruction than the question's.
+"""Measures the error of merging documents that were encoded after another instruction than the question's.
 
     python benchmarks/instruction_key.py --data musique.json --out benchmarks/results/instruction-key.json
 
 The protocol is that of `fidelity.py`: the same head, documents and question, and as the reference a full prefill of the
-same token ids. Only what stood before each document while it was encoded differs: the same instruction, none, another
-short one, or another long one. Behind the same instruction the first document is exact and is not recomputed. Behind
-another it is moved and recomputed like the rest. `short, first same` tells the two effects apart: the first document
-was encoded behind the same instruction, the others behind the short one.
+same token ids. Only the instruction before each document while it was encoded differs: the same, none, another
+short one, or another long one. After the same instruction the first document is exact and is not recomputed. After
+another it is moved and recomputed like the rest. `short, first same` separates the two effects: the first document
+was encoded after the same instruction, the others after the short one.
 
 `extra` is KL minus KL of `same`, question by question, with the standard error of its mean.
 """

@@ -1,14 +1,13 @@
-"""Does keeping caches as int8 change answers? Measured in decode, on the embedded model in bfloat16.
+"""Measures how caches stored as int8 change answers, during decoding, with the small model in bfloat16.
 
     python benchmarks/int8.py [--questions 20] [--tokens 512]
 
-For each context: prefill it, keep the cache as a file of ours would, once in bfloat16 and once as int8, and from each
-decode the same 24 tokens one by one (those that the bfloat16 cache gives greedily). The figure is KL(bfloat16 || int8)
-in nats per token. In one pass over the whole text the cache would never be read, and the figure be zero.
+For each context: prefill it, store the cache as a kvcag file would, once in bfloat16 and once as int8, and decode the
+same 24 tokens one by one from each (the greedy tokens of the bfloat16 cache). The figure is KL(bfloat16 || int8)
+in nats per token. A single pass over the whole text would not read the cache, so the figure would be zero.
 
-It is measured with the arithmetic in float32, where only the caches differ, and in bfloat16, where the last bit of any
-number moves every logit: so beside it stands the same figure for a bfloat16 cache whose last bits were drawn at random.
-Writes benchmarks/results/int8.json.
+With float32 arithmetic only the caches differ. With bfloat16 arithmetic the last bit of a number changes every logit,
+so the script also measures a bfloat16 cache with random last bits. Writes benchmarks/results/int8.json.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     python benchmarks/langchain_rag.py [--tokens 24] [--out benchmarks/results]
 
 Every system is the same `create_retrieval_chain` over the same BM25 retriever, prompt, questions, weights (fp32, one
-copy in memory) and token budget; greedy. Questions go round: the first to every system, then the second, so that what
-else the machine does meets all alike. Retrieval is checked to be identical. The systems:
+copy in memory) and token budget; greedy. Each question goes to every system before the next question, so that other
+load on the machine affects all in the same way. The script checks that retrieval is identical. The systems:
 
 - rag: `ChatHuggingFace` over a pipeline, and `create_stuff_documents_chain`;
 - swap: `ChatKVCAG` in its place, nothing else changed: exact prefixes;
@@ -12,8 +12,8 @@ else the machine does meets all alike. Retrieval is checked to be identical. The
 - corpus: `ChatKVCAG` bound to a context of all documents, in one order: nothing is read again.
 
 The retriever returns all twelve documents, best first, so that each system answers from the same text. TTFT is from
-the call to the first piece of the answer. The floor is the bare model's forward pass over the question alone, behind
-a cache that is ready.
+the call to the first piece of the answer. The floor is the bare model's forward pass over only the question, with a
+cache that is ready.
 """
 
 from __future__ import annotations

@@ -2,15 +2,15 @@
 
     python benchmarks/llama_index_rag.py --data musique.json [--questions 10] [--words 120] [--top-k 4] [--model DIR]
 
-RAG is `HuggingFaceLLM` (llama-index-llms-huggingface) behind core's own synthesizer; CAG is `KVCacheLLM` behind
-`CAGSynthesizer`, its documents encoded once while they are ingested, and is asked twice: merged (`query`), and with
-everything recomputed (`full`), which is a full prefill of the same ids: where that differs from RAG, the prompts' white
-space and seams do, not the caches. Every question goes to all of them in turn. Reported for each: exact match and F1
+RAG is `HuggingFaceLLM` (llama-index-llms-huggingface) with LlamaIndex's synthesizer. CAG is `KVCacheLLM` with
+`CAGSynthesizer`; its documents are encoded once during ingestion. CAG answers twice: merged (`query`), and with
+everything recomputed (`full`), which is a full prefill of the same ids. If `full` differs from RAG, the reason is the
+white space of the prompts, not the caches. Every question goes to all of them in turn. Reported for each: exact match and F1
 against the reference answers, agreement with the others, time to first token, total time, and tokens that went through
 the model. `--data` is a list of MuSiQue questions with `question`, `answers` and
 `ctxs[].text` (Trivedi et al., 2022).
 
-`HuggingFaceLLM` gives out a word when the next one begins: its first text comes a token or two after its first token.
+`HuggingFaceLLM` returns a word when the next word begins: its first text comes a token or two after its first token.
 """
 
 from __future__ import annotations

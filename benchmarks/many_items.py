@@ -1,10 +1,10 @@
-"""What a directory of a million small items costs: opened, listed, looked up, and synced with its corpus.
+"""Measures a directory of a million small items: opening, listing, look-ups, and sync with its corpus.
 
     python benchmarks/many_items.py DIRECTORY [--items 1000000]
 
 The files are written here without the model and without fsync, each as `put` would write it: the manifest of one item
-with another id and another text. Then another process opens the store and does what users do, cold in memory and warm
-in the page cache. Writes benchmarks/results/many_items.json and prints a table; the files stay for another run.
+with another id and another text. Then another process opens the store and runs typical operations, with an empty
+process memory and a warm page cache. Writes benchmarks/results/many_items.json and prints a table; the files stay for another run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What every benchmark measures with: the machine, times, medians, and the floors under them."""
+"""Shared by all benchmarks: a description of the machine, times, medians, and lower bounds."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Does a namespace's first question come sooner where another namespace has asked about the same text? It must not.
+"""Checks that a namespace's first answer is not faster after another namespace asked about the same text.
 
     python benchmarks/namespaces.py [--rounds 7] [--out benchmarks/results/namespaces.json]
 
 One engine and one directory. In each round one namespace asks about three documents. Then a second namespace asks
-about the same ones, a third about others of the same length, and the first once more, to show what a hit is.
+about the same documents, a third about other documents of the same length, and the first again, to show a hit.
 """
 
 from __future__ import annotations

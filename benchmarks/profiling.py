@@ -1,4 +1,4 @@
-"""Where the time to the first token and a decode step go, against their floors, on a CPU or an accelerator.
+"""Measures the parts of a first token and a decoding step, with lower bounds ("floors"), on a CPU or an accelerator.
 
     python benchmarks/profiling.py --out benchmarks/results/profile-cpu                       # the embedded model, fp32
     PYTHONPATH=. python benchmarks/profiling.py --geometry qwen3-8b --device cuda --context 2048 6064 32768 --out DIR
@@ -10,12 +10,12 @@ For each length of context, medians of `--repeat` rounds in which all take turns
 - exact: `engine.stream` to its first token over a cache of the context; the model's forward pass over a ready cache
   (bare); `generate` over a deep copy of a ready cache;
 - rotate, query: `KVCacheMemory.merge` of eight documents and the first token;
-- step: one more token: through `engine.stream`; the model alone over a `DynamicCache`; and what a faster engine would
-  do (benchmarks/graphs.py): a static cache, and on CUDA a graph.
+- step: one more token: through `engine.stream`; only the model over a `DynamicCache`; and a faster engine
+  (benchmarks/graphs.py): a static cache, and on CUDA a graph.
 
-Then where it goes: own time of each part (spans; on CUDA that is the host's time, and the device is waited for where
-the token is chosen), and on CUDA how long kernels ran and how many there were (torch.profiler). The floor of a pass is
-the longer of operations over the rate of a large matrix product and bytes over the bandwidth of memory, both measured
+Then the time of each part (spans; on CUDA this is the host's time, and it includes waiting for the device when a token
+is chosen), and on CUDA the number and time of kernels (torch.profiler). The floor of a pass is the larger of two times:
+its operations / the rate of a large matrix product, and its bytes / the memory bandwidth. Both rates are measured
 first.
 """
 

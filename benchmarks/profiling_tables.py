@@ -1,4 +1,4 @@
-"""A profile's figures as Markdown."""
+"""Writes a profile's figures as Markdown."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""How others choose the tokens to recompute, over the same cached documents as ours.
+"""Published ways to choose the tokens to recompute, over the same cached documents as kvcag's strategies.
 
-EPIC (ICML'25), CacheBlend (EuroSys'25) and ProphetKV (ICML'26), from their papers: the choice and the recompute, no
-drift correction. Their documents are encoded behind the instruction as ours are, which serves them better than
-encoding them alone, as the papers do.
+EPIC (ICML'25), CacheBlend (EuroSys'25) and ProphetKV (ICML'26) choose and recompute as in their papers, without
+drift correction. The documents are encoded after the instruction, as for kvcag. This helps these methods: the papers
+encode documents alone.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Questions with the documents that a retriever finds for them: three sets of different kinds.
 
-`musique`: questions over several passages of Wikipedia, from a JSON file. `reference`: what the functions of Python's
-own reference do. `faq`: the FAQs of Debian packages that are on this machine. The last two are made from what the
-machine has: a text splitter cuts the sources into chunks, and BM25 finds each question's chunks, best first.
+`musique`: questions over several passages of Wikipedia, from a JSON file. `reference`: questions about the functions in
+Python's reference. `faq`: the FAQs of Debian packages on this machine. The last two are made from files on the
+machine: a text splitter cuts the sources into chunks, and BM25 finds each question's chunks, best first.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The race of the README as an animated picture, from the report's figures: the first word with caches and without.
+"""Draws the README's animated picture from the report's figures: the first word with caches and without.
 
     python benchmarks/race.py [--tokens 4114] [--out docs/img/race.svg]
 

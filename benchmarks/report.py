@@ -1,15 +1,15 @@
-"""kvcag beside what people would use instead: one run, everything in turns, a report with tables and plots.
+"""Compares kvcag with other systems in one run, in turns, and writes a report with tables and plots.
 
     make bench                                   # this, and the profile (benchmarks/profiling.py) after it
     python benchmarks/report.py [--context 128 512 1024 2048 4096 8000] [--repeat 5] [--out benchmarks/results/report]
 
-For each length of context, eight documents are given to each system (benchmarks/peers/), which reads them beforehand as
-far as it can; then questions go round, each to every system before the next one, `--repeat` of them, so that whatever
-else the machine does meets all alike. Greedy, 32 tokens an answer, end-of-sequence tokens ignored. Figures are medians;
-agreement is the share of an answer's tokens up to the first that differs from the full prefill's, as a mean.
+For each length of context, each system (benchmarks/peers/) gets eight documents and reads them in advance if it can.
+Then each of the `--repeat` questions goes to every system before the next question, so that other load on the machine
+affects all systems in the same way. Answers are greedy with 32 tokens; end-of-sequence tokens are ignored. Figures are
+medians; agreement is the mean share of an answer's tokens before the first difference from the full prefill's answer.
 
 Writes report.json, report.md and plots to `--out`, and the plots to docs/img/ for docs/benchmarks.md.
-A run that is cut keeps the lengths that it measured; with `--add` the next one goes on from there.
+If a run is interrupted, the measured lengths are saved; with `--add` the next run continues.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The report's figures as plots: at most five series each, ours in one colour, legible on light and dark pages."""
+"""Plots the report's figures: at most five series each, kvcag in one colour, legible on light and dark pages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report's figures as Markdown. Sections are marked: docs/benchmarks.md shows each where its text speaks of it."""
+"""Writes the report's figures as Markdown, in marked sections that docs/benchmarks.md includes."""
 
 from __future__ import annotations
 

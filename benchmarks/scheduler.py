@@ -9,7 +9,7 @@ Counters, worth and choice are the scheduler's own. A text that is not stored is
 the store. LRU and LFU accept every text, and LFU never forgets a count. "Next use known" knows the future and evicts
 the text that is asked for again the latest: no policy can do better.
 
-`ttft` asks the same questions in turns: beside a scheduler that always has other documents to encode, and while it may
+`ttft` asks the same questions in turns: with a scheduler that always has other documents to encode, and while it must
 not encode. All documents of a question are stored, so only the tail and a fifth of their tokens are computed, and any
 delay shows. Times run from before the retrieval is reported to the first token. `cpu` is this process's CPU time in
 between, including the scheduler's thread; other programs on the machine change it little.

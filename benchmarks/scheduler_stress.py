@@ -1,4 +1,4 @@
-"""kill -9 while a `CacheScheduler` promotes, demotes and answers: is anything lost that was there before?
+"""Kills a process while a `CacheScheduler` promotes, demotes and answers, and checks that nothing was lost.
 
     python benchmarks/scheduler_stress.py DIR --moments 200
 

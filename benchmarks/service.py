@@ -1,4 +1,4 @@
-"""How long one client waits for the others of a service.
+"""Measures how long one client of a service waits for other clients.
 
     PYTHONPATH=. python benchmarks/service.py [--repeat 5] [--out FILE]
 

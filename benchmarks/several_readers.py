@@ -1,16 +1,15 @@
-"""Several processes over one store: is anything stale, torn or lost, and what do local tiers save?
+"""Tests several processes with one store for stale, torn and lost items, and measures what local tiers save.
 
     python benchmarks/several_readers.py DIRECTORY [--minutes 15 | --answers 80] [--store directory]
     python benchmarks/several_readers.py DIRECTORY [--minutes 15 | --answers 80] --store bucket
 
 Four processes answer, each with a local tier in front of the shared store (two in memory, two on disk), one encodes new
-versions of documents, and one deletes. One of the four is killed every 20 seconds and started again over what its local
-tier holds; where the length is a number of answers, one is killed halfway. The store is a directory, or a server on
-127.0.0.1 that speaks S3. Each process logs what it did, with its
-begin and end. Afterwards every look-up is compared with what was put and deleted around it:
+versions of documents, and one deletes. One of the four is killed every 20 seconds and started again with its local
+tier; with --answers, one is killed halfway. The store is a directory, or an S3 server on 127.0.0.1. Each process logs
+its operations, with their begin and end. Afterwards every look-up is compared with the puts and deletions at that time:
 
-- stale: an answer, a look-up or a listing found what was deleted, or a version that was replaced, before it began;
-- lost: it did not find what was put before it began and what nobody deleted;
+- stale: an answer, a look-up or a listing found an item that was deleted or replaced before it began;
+- lost: it did not find an item that was put before it began and not deleted;
 - torn: keys and values are not those of the text.
 
 Exits with 1 if there is any, and with --results writes the figures to benchmarks/results/several_readers.json.

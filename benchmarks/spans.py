@@ -1,4 +1,4 @@
-"""Where time goes: own time of nested spans, put around the parts of the engine and of the model from outside."""
+"""Measures the time of parts of the engine and the model with nested spans, each without its inner spans."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a store costs beside plain safetensors, in one run: write, open, read, checksums, int8.
+"""Compares a store with plain safetensors, in one run: write, open, read, checksums, int8.
 
     python benchmarks/store.py [--megabytes 100] [--directory DIR]
 

@@ -1,10 +1,10 @@
-"""What DiskStore promises when processes die, race and multiply.
+"""Tests DiskStore's guarantees when processes are killed, write at the same time, and store many items.
 
     python benchmarks/store_stress.py kill DIR --moments 200      kill -9 a writer at random moments
     python benchmarks/store_stress.py race DIR --seconds 60       8 processes, 64 threads, the same 50 keys
     python benchmarks/store_stress.py many DIR --items 10000      open, list, look up
 
-Exits with 1 where a promise is broken. The test suite runs a short form of each.
+Exits with 1 if a guarantee does not hold. The test suite runs a short form of each.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""From how many tokens on an instruction is worth a file: reading it, writing it, and taking it from a store.
+"""Measures from which length on storing an instruction saves time: reading it, writing it, and loading it.
 
     python benchmarks/stored_instruction.py --out benchmarks/results/stored_instruction.json
 
 Medians in milliseconds, each without recent contexts, as after a restart. `read` is the prefill, `write` is
-what the first process pays for the file, and `take` is what a restarted process pays in place of `read`.
+the first process's time to write the file, and `take` is the time of a restarted process to load it instead of `read`.
 """
 
 from __future__ import annotations

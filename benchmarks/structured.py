@@ -1,4 +1,4 @@
-"""Do random schemas hold on the real model, and do a conversation's turns answer as full prefills do?
+"""Checks that random schemas hold with a real model, and that a conversation's turns answer as full prefills do.
 
     python benchmarks/structured.py [--schemas 200] [--budget 3 40] [--turns 10] [--out FILE]
 

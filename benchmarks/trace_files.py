@@ -1,4 +1,4 @@
-"""How many source files of kvcag a question enters on its way.
+"""Counts the source files of kvcag that a question uses.
 
     python benchmarks/trace_files.py
 

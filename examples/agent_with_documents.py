@@ -1,10 +1,10 @@
-"""An agent whose memory is documents: every step answers from them, and its checkpoints never hold them.
+"""An agent that answers from documents in every step; its checkpoints do not contain the documents.
 
     python examples/agent_with_documents.py [MODEL]
 
-The corpus is encoded once and reused by every step of every conversation. Tools are as ever; what is written as a call
-follows the tool's schema. A model of 135M parameters does not know when to call, so a second middleware tells it to; a
-larger one needs none. Needs `pip install "kvcag[agents,demo]"`.
+The corpus is encoded once and reused by every step of every conversation. Tools work as usual, and the arguments of a
+tool call follow the tool's schema. A model with 135M parameters does not know when to call a tool, so a second
+middleware forces the call; a larger model does not need this. Needs `pip install "kvcag[agents,demo]"`.
 """
 
 from __future__ import annotations

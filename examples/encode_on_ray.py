@@ -1,9 +1,9 @@
-"""Encode a corpus with Ray Data: one engine an actor, all caches in one store.
+"""Encode a corpus with Ray Data: one engine per actor, all caches in one store.
 
     python examples/encode_on_ray.py corpus/*.jsonl --store s3://bucket/kv --model Qwen/Qwen3-0.6B --actors 8 --gpus 1
 
-Each line of the files is an object with a string "text". What the store has is not encoded again, so a job that failed
-or was stopped is run again as it is. `pip install 'ray[data]'`; Ray's own documentation says how to start a cluster.
+Each line of the files is an object with a string "text". Items in the store are not encoded again, so you can run a
+failed job again with the same command. Needs `pip install 'ray[data]'`; see Ray's documentation to start a cluster.
 """
 
 from __future__ import annotations

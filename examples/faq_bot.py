@@ -2,8 +2,8 @@
 
     python examples/faq_bot.py [MODEL]
 
-Entries are kept one by one in a folder, so a new entry costs itself alone and an old one is never read again: run this
-twice, and the second run encodes nothing. Needs `pip install "kvcag[demo]"`.
+The cache of each entry is stored in a folder, so only new entries are encoded. If you run this twice, the second run
+encodes nothing. Needs `pip install "kvcag[demo]"`.
 """
 
 from __future__ import annotations

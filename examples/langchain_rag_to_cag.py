@@ -2,8 +2,8 @@
 
     python examples/langchain_rag_to_cag.py
 
-The lines that differ are marked with `# <-`: the model, and the chain that puts documents into the prompt. Retriever,
-prompt and everything around them stay as they are. Needs
+Lines marked with `# <-` differ: the model, and the chain that puts documents into the prompt. Retriever,
+prompt and the other code stay. Needs
 `pip install "kvcag[langchain,demo]" langchain-classic langchain-huggingface`.
 """
 

@@ -2,8 +2,8 @@
 
     python examples/llama_index_rag_to_cag.py
 
-The lines that differ are marked with `# <-`: the model, and one argument. Retriever and everything around it stay as
-they are. Needs `pip install "kvcag[llama-index,demo]" llama-index-llms-huggingface llama-index-retrievers-bm25`.
+Lines marked with `# <-` differ: the model, and one argument. Retriever and the other code stay.
+Needs `pip install "kvcag[llama-index,demo]" llama-index-llms-huggingface llama-index-retrievers-bm25`.
 """
 
 from __future__ import annotations

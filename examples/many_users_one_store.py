@@ -1,9 +1,9 @@
-"""Many users over one store and one model: each finds what is theirs, and a request to delete deletes it.
+"""Many users with one store and one model: each user finds only their own items, and can have them deleted.
 
     python examples/many_users_one_store.py [MODEL]
 
-A namespace decides which files and which recent contexts in memory are a user's. With a salt, the folder does not tell
-which texts are kept, or whose. Needs `pip install "kvcag[demo]"`.
+A namespace separates a user's files and recent contexts. With a salt, the folder does not reveal which texts it
+holds, or for whom. Needs `pip install "kvcag[demo]"`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main(model: str, folder: str | Path) -> dict[str, list[int]]:
             tokens = ask(memory, NOTES[user], "When is the appointment?")[1]
             encoded.setdefault(user, []).append(tokens)
 
-    # The shared note was encoded for each: nobody can tell from the time it takes what others keep.
+    # The shared note was encoded for each user, so the time of an answer does not reveal another user's notes.
     print(f"Ann's items: {len(list(memories['ann'].store.keys()))}, Bob's: {len(list(memories['bob'].store.keys()))}")
     deleted = memories["ann"].purge(NOTES["ann"][1] + "\n\n")
     print(f"Ann asks to be forgotten: {len(deleted.ids)} item deleted, Bob's notes are as they were")

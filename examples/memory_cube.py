@@ -1,9 +1,9 @@
-"""A memory cube: notes and the caches made from them, edited, asked and moved together.
+"""A memory cube: edit notes, ask about them, and move them with their caches.
 
     python examples/memory_cube.py [MODEL]
 
-Each note is encoded once. An edit deletes the cache of that note only. A dump holds texts and caches, so that elsewhere
-the model reads only the first question. Needs `pip install "kvcag[demo]"`.
+Each note is encoded once. An edit deletes the cache of that note only. A dump contains texts and caches, so on another
+machine the model reads only the question. Needs `pip install "kvcag[demo]"`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""A conversation over documents: each turn prefills what was said and nothing else.
+"""A conversation over documents: each turn prefills only its own tokens.
 
     python examples/multi_turn_chat.py [MODEL]
 
-A conversation is a list of messages. The engine keeps recent contexts, so a turn can be taken back, and a conversation
-can go on in two directions without being read again. `kvcag chat` is this with a prompt. Needs `pip install
-"kvcag[demo]"`.
+A conversation is a list of messages. The engine holds recent contexts, so you can take back a turn, or continue a
+conversation in two ways, and the model does not read the earlier messages again. `kvcag chat` does the same in the
+terminal. Needs `pip install "kvcag[demo]"`.
 """
 
 from __future__ import annotations

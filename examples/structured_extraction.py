@@ -1,9 +1,9 @@
-"""Many facts from one document: it is read once, and each schema is filled from its cache.
+"""Extract many facts from one document: the model reads it once, and fills each schema from its cache.
 
     python examples/structured_extraction.py [MODEL]
 
-A grammar admits nothing but valid JSON of the schema, and closes within the budget, so even a small model's answer can
-be parsed; whether the facts are right is the model's affair. Needs `pip install "kvcag[demo,structured]"`.
+A grammar allows only valid JSON of the schema and ends within the token budget, so even a small model's answer can
+be parsed. kvcag does not check whether the facts are right. Needs `pip install "kvcag[demo,structured]"`.
 """
 
 from __future__ import annotations

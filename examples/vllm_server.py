@@ -1,11 +1,11 @@
-"""From one process to a vLLM server: the same LangChain and LlamaIndex code, and one line that differs.
+"""From one process to a vLLM server: the same LangChain and LlamaIndex code, with one different line.
 
     python examples/vllm_server.py                              # the model in this process
     python examples/vllm_server.py http://127.0.0.1:8000/v1     # the same model on a server
-    vllm serve MODEL --enable-prompt-tokens-details             # that server; docs/vllm.md says more
+    vllm serve MODEL --enable-prompt-tokens-details             # starts the server; see docs/vllm.md
 
-A corpus is read once, by the model or by the server, and each question reads only itself. What the second question
-finds cached is in the usage of either framework. Needs `pip install "kvcag[langchain,llama-index,vllm,demo]"`.
+The model or the server reads a corpus once, and then only the questions. The usage in both frameworks shows the cached
+tokens of the second question. Needs `pip install "kvcag[langchain,llama-index,vllm,demo]"`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kvcag.engines.base import Engine
 from kvcag.langchain import ChatKVCAG
 from kvcag.llama_index import CAGQueryEngine, KVCacheLLM
 
-TOPICS = ["break", "pass", "while", "imaginary", "del", "lists", "nonlocal", "power"]  # some 1,400 tokens
+TOPICS = ["break", "pass", "while", "imaginary", "del", "lists", "nonlocal", "power"]  # about 1,400 tokens
 TEXTS = [topic.text for topic in python_topics(TOPICS)]
 INSTRUCTION = "Answer the question using only the passages below."
 QUESTIONS = ["What happens when 0.0 is raised to a negative power?", 'What is the "while" statement used for?']
@@ -73,7 +73,7 @@ def main(url: str | None, model: str) -> dict[str, list[dict]]:
     if url is None:
         engine: Engine = HFEngine.from_pretrained(model)
     else:
-        engine = VLLMEngine(url, tokenizer=model)  # <- the line that differs
+        engine = VLLMEngine(url, tokenizer=model)  # <- the different line
     answers = {"LangChain": ask_langchain(engine), "LlamaIndex": ask_llama_index(engine)}
     for framework, given in answers.items():
         print(framework)

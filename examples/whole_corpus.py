@@ -1,10 +1,10 @@
-"""Whole-corpus CAG: everything is read once, in one piece, and there is no retriever to miss anything.
+"""Whole-corpus CAG: the model reads the whole corpus once, as one context, without a retriever.
 
     python examples/whole_corpus.py [MODEL]
 
-The corpus has an id that says what is in it. Its caches are kept in a folder, so that another process (the second half
-of this script stands for one) answers from it at once, token for token as if it had read everything. `kvcag encode`
-and `kvcag ask` are this in the shell. Needs `pip install "kvcag[demo]"`.
+The corpus has an id that is a hash of its content. Its caches are stored in a folder. So another process (here the
+second half of this script) answers from them at once, with the same tokens as after a full prefill. `kvcag encode`
+and `kvcag ask` do the same in the shell. Needs `pip install "kvcag[demo]"`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main(model: str, folder: str | Path) -> list[tuple[str, Usage]]:
     answers = [answer(memory, corpus, question) for question in QUESTIONS]
 
     print("Another process, with nothing but the folder and the id:")
-    engine = HFEngine(engine.model, engine.tokenizer)  # the weights are the same, what it remembers is nothing
+    engine = HFEngine(engine.model, engine.tokenizer)  # the same weights, without recent contexts
     memory = KVCacheMemory(engine, DiskStore(folder))
     return answers + [answer(memory, corpus, question) for question in QUESTIONS]
 

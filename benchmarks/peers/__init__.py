@@ -1,1 +1,1 @@
-"""What kvcag is compared with, each in a module of its own, and kvcag itself."""
+"""The systems that the report compares, one per module, including kvcag."""

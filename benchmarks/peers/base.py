@@ -1,4 +1,4 @@
-"""What stands side by side: something that reads documents, and answers questions about them."""
+"""The interface of a compared system: it reads documents, and answers questions about them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""kvpress, in an environment of its own with the transformers that it wants, and a full prefill there to compare with.
+"""kvpress, in a separate environment with the version of transformers that it needs, and a full prefill to compare.
 
-`make bench` makes that environment (`benchmarks/peers/kvpress.txt`). The worker is a process that stays, so that its
-questions take turns with everybody else's.
+`make bench` makes this environment (`benchmarks/peers/kvpress.txt`). The worker process keeps running, so that its
+questions take turns with those of the other systems.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Run by `compressing.py` in kvpress's environment: compresses a context to a share, and answers over what is left.
+"""Run by `compressing.py` in kvpress's environment: compresses a context to a share, and answers over the rest.
 
     python compressing_worker.py MODEL DTYPE THREADS TOKENS
 
-One JSON object a line in, one out. A ratio of 0 is `model.generate` over everything, each time.
+Reads one JSON object per line, and writes one. A ratio of 0 is `model.generate` over everything, each time.
 """
 
 from __future__ import annotations

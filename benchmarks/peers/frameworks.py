@@ -1,4 +1,4 @@
-"""What LangChain's and LlamaIndex's users have: wrappers of a Hugging Face model, which read all of it each time."""
+"""LangChain's and LlamaIndex's wrappers of a Hugging Face model, which read the whole prompt each time."""
 
 from __future__ import annotations
 

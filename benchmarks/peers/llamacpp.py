@@ -1,4 +1,4 @@
-"""llama.cpp, in an environment of its own, over the same tokens. `llamacpp_worker.py` runs there."""
+"""llama.cpp over the same tokens, in a separate environment. `llamacpp_worker.py` runs there."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     python llamacpp_worker.py MODEL.gguf THREADS CONTEXT TOKENS
 
-One JSON object a line in, one value out.
+Reads one JSON object per line, and writes one value.
 """
 
 from __future__ import annotations

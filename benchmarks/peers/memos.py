@@ -1,10 +1,10 @@
-"""MemOS's `KVCacheMemory`, done again from what its code does on current transformers, its defects included.
+"""A copy of MemOS's `KVCacheMemory` that behaves as MemOS does with current transformers, including its defects.
 
-Each document becomes a system turn of its own, opened by a sentence of MemOS's. Merging makes empty layers and assigns
-the concatenated keys and values to them. transformers 5 takes a layer that was never initialised for an empty one: its
-`get_seq_length()` is 0, and the first forward pass replaces what was assigned. So the answer is the answer without any
-document. `Mended` initialises the layers, and then shows what the idea itself gives: keys are not rotated, so every
-document claims the same positions, and every one brings its own system turn.
+Each document becomes a separate system turn that begins with MemOS's sentence. Merging makes empty layers and assigns
+the concatenated keys and values to them. transformers 5 treats a layer that was never initialised as empty: its
+`get_seq_length()` is 0, and the first forward pass replaces the assigned tensors. So the answer is the same as without
+any document. `Mended` initialises the layers, to show what the method gives without this defect: keys are not rotated,
+so all documents have the same positions, and each has its own system turn.
 """
 
 from __future__ import annotations

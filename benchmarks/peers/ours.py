@@ -1,4 +1,4 @@
-"""kvcag, through what both adapters call: `KVCacheMemory.stream`."""
+"""kvcag, through `KVCacheMemory.stream`, which both adapters call."""
 
 from __future__ import annotations
 
