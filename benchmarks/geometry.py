@@ -1,4 +1,4 @@
-"""Makes the models of the benchmarks (the small model, or a geometry with random weights), and texts of a given length."""
+"""Makes the models of the benchmarks (the small model, or a geometry with random weights), and texts of a length."""
 
 from __future__ import annotations
 

@@ -4,7 +4,8 @@
 
 The files are written here without the model and without fsync, each as `put` would write it: the manifest of one item
 with another id and another text. Then another process opens the store and runs typical operations, with an empty
-process memory and a warm page cache. Writes benchmarks/results/many_items.json and prints a table; the files stay for another run.
+process memory and a warm page cache. Writes benchmarks/results/many_items.json and prints a table; the files stay for
+another run.
 """
 
 from __future__ import annotations
