@@ -6,9 +6,9 @@ RAG is `HuggingFaceLLM` (llama-index-llms-huggingface) with LlamaIndex's synthes
 `CAGSynthesizer`; its documents are encoded once during ingestion. CAG answers twice: merged (`query`), and with
 everything recomputed (`full`), which is a full prefill of the same ids. If `full` differs from RAG, the reason is the
 white space of the prompts, not the caches. Every question goes to all of them in turn. Reported for each: exact
-match and F1 against the reference answers, agreement with the others, time to first token, total time, and tokens that went through
-the model. `--data` is a list of MuSiQue questions with `question`, `answers` and
-`ctxs[].text` (Trivedi et al., 2022).
+match and F1 against the reference answers, agreement with the others, time to first token, total time, and tokens that
+went through the model. `--data` is a list of MuSiQue questions with `question`, `answers` and `ctxs[].text`
+(Trivedi et al., 2022).
 
 `HuggingFaceLLM` returns a word when the next word begins: its first text comes a token or two after its first token.
 """
