@@ -541,7 +541,8 @@ class DocumentCache:
     def contains(self, head_ids: Ids, token_ids: Ids, behind: Behind = None) -> bool:
         """Whether a document can be used without encoding it. False, with a warning, if the store fails."""
         try:
-            return self._holds(head_ids, token_ids, behind)
+            key = self.key(token_ids)
+            return self.store.contains(key) and self._fits(key, head_ids, token_ids, behind)
         except StoreError as error:
             self.warn("documents are encoded, and may not be stored", error)
             return False
@@ -554,10 +555,6 @@ class DocumentCache:
         except StoreError as error:
             self.warn("documents are encoded, and may not be stored", error)
             return set()
-
-    def _holds(self, head_ids: Ids, token_ids: Ids, behind: Behind = None) -> bool:
-        key = self.key(token_ids)
-        return self.store.contains(key) and self._fits(key, head_ids, token_ids, behind)
 
     def _fits(self, key: str, head_ids: Ids, token_ids: Ids, behind: Behind) -> bool:
         """Whether an item in the store was encoded as needed, and a server, if there is one, still has its caches."""

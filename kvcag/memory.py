@@ -327,11 +327,14 @@ class KVCacheMemory:
         prompt = self.engine.template.prompt(messages)
         about = metadata or [{}] * len(prompt.documents)
         reads = in_context(list(map(Read, prompt.kept_ids, prompt.documents, about)), context, self.read)
+        ids = [self.documents.key(token_ids) for token_ids in prompt.kept_ids]
+        wanted = dict(zip(ids, reads, strict=True))
         with self.documents.instruction(prompt.instruction_ids):
-            for read in reads:
-                if not self.documents.contains(prompt.head_ids, read.token_ids, read.behind):
+            there = self.documents.containing(prompt.head_ids, wanted)
+            for id, read in wanted.items():
+                if id not in there:
                     self.documents.find_or_encode(prompt.head_ids, *read)
-        return [self.documents.key(token_ids) for token_ids in prompt.kept_ids]
+        return ids
 
     def sync(
         self, documents: Iterable[object], corpus: str = "default", *, context: Context | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from kvcag.core import KVCacheItem
 from kvcag.fingerprint import KVCacheRecords, ModelFingerprint
 from kvcag.stores.base import KVStore
 from kvcag.stores.files import is_instruction
+from kvcag.stores.memory import MemoryStore
 
 FINGERPRINT = ModelFingerprint(
     model_name="tiny",
@@ -100,3 +101,20 @@ class Bytes:
 
     def yield_keys(self, *, prefix: str | None = None) -> Iterator[str]:
         yield from [key for key in self.data if key.startswith(prefix or "")]
+
+
+class AskedStore(MemoryStore):
+    """Remembers of how many items it was asked, one by one or several at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[int] = []
+
+    def contains(self, key: str) -> bool:
+        self.asked.append(1)
+        return super().contains(key)
+
+    def containing(self, keys: Iterable[str]) -> set[str]:
+        wanted = list(keys)
+        self.asked.append(len(wanted))
+        return {key for key in wanted if super(AskedStore, self).contains(key)}

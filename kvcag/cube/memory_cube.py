@@ -18,6 +18,7 @@ from typing import Any, cast
 from kvcag.cache.layers import layers_of, mapped
 from kvcag.chat_template import Message, Prompt, as_messages
 from kvcag.concurrency import async_twin, iterate
+from kvcag.contexts import Read
 from kvcag.core import (
     DEFAULT_RATIO,
     MAX_KL,
@@ -518,7 +519,10 @@ class MemoryCube:
         engine, documents = self.memory.engine, self.memory.documents
         known = engine.known_prefix(prompt.context_ids, self.namespace)
         if engine.merges and known < len(prompt.context_ids):
-            return [documents.contains(prompt.head_ids, token_ids) for token_ids in prompt.kept_ids]
+            ids = [documents.key(token_ids) for token_ids in prompt.kept_ids]
+            reads = (Read(token_ids, "", {}) for token_ids in prompt.kept_ids)
+            there = documents.containing(prompt.head_ids, dict(zip(ids, reads, strict=True)))
+            return [id in there for id in ids]
         return [place.stop <= known for place in prompt.document_places]
 
     def _encode(self, texts: Sequence[TextualMemoryItem]) -> bool:

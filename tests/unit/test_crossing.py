@@ -22,7 +22,7 @@ from kvcag.llama_index import CAGMemoryBlock, CAGSynthesizer, KVCacheLLM, KVCach
 from kvcag.memory import insert_documents
 from kvcag.testing import byte_tokenizer, tiny_model
 from tests.commands import Kvcag, write
-from tests.stored import documents_in
+from tests.stored import AskedStore, documents_in
 
 TEXTS = ["The tower was completed in 1889.", "The bridge ends here.\n\nIts keeper has a dog.", "A line of its own.\n"]
 INSTRUCTION = "Answer from the notes."
@@ -234,3 +234,17 @@ def test_a_str_is_one_document(memory: KVCacheMemory) -> None:
     assert CAGMemoryBlock(documents="ab cd").documents == ["ab cd"]
     synthesizer = CAGSynthesizer(llm(memory))
     assert synthesizer.messages("?", "ab cd") == synthesizer.messages("?", ["ab cd"])
+
+
+def test_several_documents_are_looked_for_at_once() -> None:
+    """A remote store answers many requests at a time."""
+    store = AskedStore()
+    memory = KVCacheMemory(HFEngine(tiny_model(), byte_tokenizer()), store, "Read this.")
+    kept(memory)
+    assert store.asked == [len(TEXTS)]
+    cube = cube_of(memory)
+    cube.add(TEXTS)
+    cube.memory.engine.forget()
+    store.asked.clear()
+    cube.ask("What?", max_new_tokens=2)
+    assert store.asked[0] == len(TEXTS)

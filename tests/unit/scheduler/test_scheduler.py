@@ -32,6 +32,7 @@ from kvcag.stores.disk import DiskStore
 from kvcag.stores.memory import MemoryStore
 from kvcag.testing import EchoEngine, byte_tokenizer, tiny_model
 from tests.forwards import forward_lengths
+from tests.stored import AskedStore
 from tests.waits import run_together, until
 
 PER_TOKEN = 384  # bytes: 2 × 3 layers × 2 heads × 8 × 4
@@ -424,17 +425,11 @@ def test_what_the_caller_deletes_is_gone_and_logged(
 
 def test_several_documents_are_looked_for_at_once(tiny_engine: HFEngine) -> None:
     """As a remote store does, with many requests under way at a time."""
-    asked = []
-
-    class Asked(MemoryStore):
-        def containing(self, keys):
-            asked.append(sorted(keys))
-            return super().containing(keys)
-
-    memory = KVCacheMemory(tiny_engine, Asked())
+    store = AskedStore()
+    memory = KVCacheMemory(tiny_engine, store)
     with scheduler_of(memory):
         assert memory.store.containing(["a", "b"]) == set()
-    assert asked == [["a", "b"]]
+    assert store.asked == [2]
 
 
 def test_a_damaged_file_is_listed(tmp_path: Path, tiny_engine: HFEngine) -> None:
