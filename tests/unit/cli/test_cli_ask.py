@@ -57,7 +57,7 @@ def test_exact_answers_as_the_model_does_and_reads_the_store_once(kvcag: Kvcag, 
     assert warm["ids"] == notes
 
 
-def test_the_answer_is_on_stdout_and_what_was_reused_on_stderr(kvcag: Kvcag, notes: list[str]) -> None:
+def test_the_answer_is_on_stdout_and_the_reuse_on_stderr(kvcag: Kvcag, notes: list[str]) -> None:
     answer = kvcag("ask", "Who?", "--strategy", "exact", "--max-new-tokens", 8, "--json").json["answer"]
     done = kvcag("ask", "-", "--max-new-tokens", 8, input="Who?")  # auto finds the exact context
     assert done.out.strip() == answer
@@ -142,7 +142,7 @@ def test_items_of_another_model_are_refused_or_left_out(kvcag: Kvcag, notes: lis
     assert "2 items of other models left out" in done.err
 
 
-def test_more_than_the_model_holds_is_refused_with_what_to_do(kvcag: Kvcag, notes: list[str]) -> None:
+def test_items_that_exceed_the_context_are_refused_with_advice(kvcag: Kvcag, notes: list[str]) -> None:
     for number in range(3):
         kvcag("encode", write(kvcag.folder / f"{number}.txt", f"{number} " * 400))
     done = kvcag("ask", "Who?")
@@ -183,7 +183,7 @@ def ascii_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("ascii_answers")
-def test_each_turn_reads_only_what_is_new(kvcag: Kvcag, notes: list[str]) -> None:
+def test_each_turn_prefills_only_its_new_tokens(kvcag: Kvcag, notes: list[str]) -> None:
     first, second = turns(kvcag, "Who?\n\nWhere?\n", "--strategy", "exact")
     assert [first["question"], second["question"]] == ["Who?", "Where?"]
     assert first["context"]["encoded_tokens"] == 174
@@ -226,7 +226,7 @@ def test_a_chat_over_merged_items(kvcag: Kvcag, notes: list[str]) -> None:
     assert second["usage"]["cached_tokens"] >= 174 + 6
 
 
-def test_what_was_reused_is_said_per_turn(kvcag: Kvcag, notes: list[str]) -> None:
+def test_each_turn_reports_reused_tokens(kvcag: Kvcag, notes: list[str]) -> None:
     done = kvcag("chat", "--strategy", "exact", "--max-new-tokens", 6, input="Who?\nWhere?\n/context\n/what\n")
     lines = done.err.splitlines()
     assert any(line.startswith("0 of 174 context tokens reused, 174 encoded; first token after") for line in lines)
@@ -239,7 +239,7 @@ def test_a_turn_that_does_not_fit_ends_a_script_with_2(kvcag: Kvcag, notes: list
     assert kvcag("chat", "--max-new-tokens", 3000, input="Who?\n").code == 2
 
 
-def test_asking_files_encodes_what_is_new_and_names_the_files_that_fit_best(kvcag: Kvcag) -> None:
+def test_asking_files_encodes_new_files_and_names_those_that_fit_best(kvcag: Kvcag) -> None:
     for number in range(5):
         write(kvcag.folder / "many" / f"{number}.txt", f"Chapter {number} is about winter.")
     write(kvcag.folder / "many" / "keeper.txt", "The keeper of the lighthouse is called Ode.")

@@ -117,5 +117,5 @@ def test_sixty_columns_are_enough(kvcag: Kvcag, monkeypatch: pytest.MonkeyPatch)
     ("full", "cached", "said"),
     [(10.0, 0.1, "100 × faster"), (1.0, 0.1, "10 × faster"), (1.4, 1.0, "1.4 × faster"), (0.5, 1.0, "no faster")],
 )
-def test_a_gain_is_told_as_it_is(full: float, cached: float, said: str) -> None:
+def test_the_speed_up_is_reported_truthfully(full: float, cached: float, said: str) -> None:
     assert common.faster(full, cached) == said

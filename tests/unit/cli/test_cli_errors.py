@@ -81,7 +81,7 @@ def test_json_is_all_there_is_on_stdout(kvcag: Kvcag) -> None:
         json.loads(done.out)
 
 
-def test_no_colours_where_nobody_sees_them(kvcag: Kvcag) -> None:
+def test_no_colours_outside_a_terminal(kvcag: Kvcag) -> None:
     kvcag("encode", "notes")
     for arguments in (["ls"], ["inspect", "--help"], ["ask", "Who?", "--max-new-tokens", "1"]):
         done = kvcag(*arguments)
@@ -97,7 +97,7 @@ def test_bench_measures_four_ways_to_a_first_token(kvcag: Kvcag) -> None:
     assert "full prefill" in kvcag("bench", "--tokens", "64", "--repeat", "1").out
 
 
-def test_bench_runs_a_checkouts_report_with_what_it_was_given(kvcag: Kvcag) -> None:
+def test_bench_runs_a_checkouts_report_with_its_own_arguments(kvcag: Kvcag) -> None:
     write(kvcag.folder / "benchmarks" / "report.py", "import sys; print(sys.argv[1:]); sys.exit(5)")
     done = kvcag.process(
         "bench", "--report", "--tokens", "64", "--tokens", "128", "--repeat", "2", stdout=subprocess.PIPE
@@ -108,7 +108,7 @@ def test_bench_runs_a_checkouts_report_with_what_it_was_given(kvcag: Kvcag) -> N
     assert done.returncode == 5
 
 
-def test_doctor_says_what_may_be_merged(kvcag: Kvcag) -> None:
+def test_doctor_recommends_a_strategy(kvcag: Kvcag) -> None:
     for number in range(4):
         write(kvcag.folder / "corpus" / f"{number}.txt", f"{number} " * 100)
     done = kvcag("doctor", "--corpus", "corpus", "--probes", "1", "--max-kl", "1000", "--json")

@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_folder_gives_its_texts_in_order_and_says_what_it_leaves_out(folder: Path) -> None:
+def test_a_folder_gives_its_texts_in_order_and_reports_skipped_files(folder: Path) -> None:
     reading = read_texts([str(folder)])
     assert [(Path(text.metadata["source"]).name, text.text) for text in reading.texts] == [
         ("b.md", "# B"),
@@ -185,7 +185,7 @@ def test_a_shard_that_is_none_is_refused(wrong: str) -> None:
         Shard.parse(wrong)
 
 
-def test_what_is_missing_or_blank_is_refused(tmp_path: Path) -> None:
+def test_missing_and_blank_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(EmptyPromptError, match="empty"):
         read_texts([str(write(tmp_path / "blank.txt", "\n"))])
     for path, complaint in (("nowhere", "no such file or folder"), ("*.zzz", "nothing matches")):

@@ -17,7 +17,7 @@ def sources(kvcag: Kvcag, *arguments: object) -> list[str]:
     return sorted(Path(row["source"]).name for row in kvcag("ls", "--json", *arguments).json if not row["context_of"])
 
 
-def test_what_is_kept_is_not_encoded_again(kvcag: Kvcag) -> None:
+def test_stored_items_are_not_encoded_again(kvcag: Kvcag) -> None:
     first = kvcag("encode", "notes", "--json").json
     assert (first["encoded"], first["kept"]) == (2, 0)
     assert first["tokens"] == len(
@@ -48,7 +48,7 @@ def test_long_files_are_cut_and_an_uncut_one_that_does_not_fit_is_refused_before
     assert {kvcag("inspect", id, "--json").json["metadata"]["parts"] for id in parts[:2]} == {len(parts)}
 
 
-def test_sync_encodes_keeps_and_drops_and_says_so_before(kvcag: Kvcag) -> None:
+def test_sync_encodes_keeps_and_drops_and_dry_run_shows_it(kvcag: Kvcag) -> None:
     kvcag("encode", "notes")
     other = write(kvcag.folder / "other.md", "Another folder's.")
     kvcag("encode", other)
@@ -174,7 +174,7 @@ def test_a_file_whose_header_is_cut_is_counted_by_ls_and_cleared_by_verify(kvcag
     assert kvcag("encode", "notes", "--json").json["encoded"] == 1
 
 
-def test_rm_deletes_what_it_is_told_and_nothing_else(kvcag: Kvcag) -> None:
+def test_rm_deletes_the_named_items_and_nothing_else(kvcag: Kvcag) -> None:
     first, _ = kvcag("encode", "notes", "--json").json["ids"]
     assert kvcag("rm", first, "--json").json["deleted"] == [first]
     assert sources(kvcag) == ["b.txt"]

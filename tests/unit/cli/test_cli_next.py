@@ -35,7 +35,7 @@ def ready(kvcag: Kvcag) -> Kvcag:
     return kvcag
 
 
-def test_each_command_says_it_and_it_fits(ready: Kvcag) -> None:
+def test_each_command_suggests_a_next_command_that_works(ready: Kvcag) -> None:
     item = ready("ls", "--json").json[0]["id"].removeprefix("kv:sha256:")[:12]
     few = ["--max-new-tokens", 2]
     said: dict[Sequence[object], list[str]] = {
@@ -58,13 +58,13 @@ def test_each_command_says_it_and_it_fits(ready: Kvcag) -> None:
         assert following(ready(*typed)) == expected, typed
 
 
-def test_chat_says_it_when_it_is_left(ready: Kvcag) -> None:
+def test_chat_suggests_a_command_at_its_end(ready: Kvcag) -> None:
     asked = ready("chat", "--source", "notes", "--max-new-tokens", 2, input="Who?\n")
     assert following(asked) == ["doctor", "--corpus", "notes"], "merged, and nobody measured what that costs"
     assert following(ready("chat", "--strategy", "exact", "--max-new-tokens", 2, input="Who?\n")) == ["ls"]
 
 
-def test_it_carries_what_was_typed_and_the_next_command_takes(ready: Kvcag) -> None:
+def test_the_suggestion_takes_over_typed_options(ready: Kvcag) -> None:
     model = ready.environment.pop("KVCAG_MODEL")
     place = ["--store", "a folder", "--namespace", "ada"]
     done = ready("encode", "notes", "--model", model, *place, "--split", 100)
@@ -73,7 +73,7 @@ def test_it_carries_what_was_typed_and_the_next_command_takes(ready: Kvcag) -> N
     assert following(ready("rm", "--all", "--yes", *place)) == ["ls", *place]
 
 
-def test_after_a_rehearsal_comes_the_thing_itself(ready: Kvcag) -> None:
+def test_after_a_dry_run_the_real_run_is_suggested(ready: Kvcag) -> None:
     assert following(ready("sync", "notes", "--dry-run")) == ASK, "nothing would change"
     write(ready.folder / "notes" / "new.md", "New.")
     rehearsed = ready("sync", "notes", "--dry-run", "--split", 64)
@@ -99,7 +99,7 @@ def test_where_nothing_is_found_too(ready: Kvcag) -> None:
     assert following(ready("ls")) == ["encode", "PATH"]
 
 
-def test_what_only_python_can_do_next_is_said_in_python(ready: Kvcag) -> None:
+def test_a_next_step_in_python_is_suggested_as_python_code(ready: Kvcag) -> None:
     file = dump(ready.folder / "memos.pickle", {"kv_cache_memories": {"an id": written()}})
     done = ready("import-memos", file, "--out", "out")
     assert following(done)[0].startswith("KVCacheMemory(")

@@ -133,7 +133,7 @@ def test_rm_asks_a_person_and_no_means_no(kvcag: Kvcag) -> None:
         assert len(kvcag("ls", "--json").json) == left
 
 
-def test_an_interrupted_encode_keeps_what_is_done_and_goes_on(kvcag: Kvcag) -> None:
+def test_an_interrupted_encode_keeps_finished_items_and_can_be_continued(kvcag: Kvcag) -> None:
     for number in range(400):
         write(kvcag.folder / "many" / f"{number:03}.txt", f"{number} " + "word " * 300)
     process = kvcag.process("encode", "many", stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -164,7 +164,7 @@ def test_a_closed_pipe_ends_it_quietly(kvcag: Kvcag, arguments: list[str]) -> No
     assert "BrokenPipe" not in err
 
 
-def test_what_needs_no_model_loads_no_torch(kvcag: Kvcag) -> None:
+def test_commands_without_a_model_do_not_load_torch(kvcag: Kvcag) -> None:
     """Help, the version, refusals, and commands that list and delete: they take tenths of a second, and not seconds."""
     kvcag("encode", "notes")
     item, _ = kvcag("ls", "--json").json

@@ -45,7 +45,7 @@ def test_nothing_is_named_that_is_not_there() -> None:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_says_what_it_does_with_an_example(name: str) -> None:
+def test_the_help_of_every_command_has_an_example(name: str) -> None:
     command = COMMANDS[name]
     assert command.help
     if not hasattr(command, "commands"):

@@ -80,7 +80,7 @@ def test_an_answer_in_a_terminal_breaks_no_word(
     assert all(len(line.rstrip()) <= 12 or line.split() == ["verylongwordofmany"] for line in shown.splitlines())
 
 
-def test_what_has_no_spaces_is_written_as_it_comes(
+def test_text_without_spaces_is_written_at_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(common, "terminal_width", lambda stream: 12)
@@ -95,7 +95,7 @@ def test_what_has_no_spaces_is_written_as_it_comes(
     assert capsys.readouterr().out == "of\n"
 
 
-def test_an_answer_in_a_pipe_is_what_the_model_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_answer_in_a_pipe_is_not_wrapped(capsys: pytest.CaptureFixture[str]) -> None:
     flow = common.Flow()
     for piece in ("One  two ", "three\n", "f"):
         flow.write(piece)

@@ -105,7 +105,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-def test_four_processes_of_four_shards_give_what_one_gives_also_when_two_are_killed(
+def test_four_processes_of_four_shards_give_the_items_of_one_even_if_two_are_killed(
     kvcag: Kvcag, corpus: str, place: str, commands: Commands
 ) -> None:
     def start(number: int) -> tuple[int, Path]:
@@ -166,7 +166,7 @@ def test_a_shard_that_is_empty_is_no_error(kvcag: Kvcag) -> None:
     assert 0 in encoded
 
 
-def test_encoding_reads_no_manifest_of_what_the_store_holds(kvcag: Kvcag, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoding_reads_no_manifests_of_stored_items(kvcag: Kvcag, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a million items, each of many workers read all of them."""
     kvcag("encode", "notes")
     listed = []

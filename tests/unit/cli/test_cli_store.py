@@ -20,7 +20,7 @@ def run(*arguments: object) -> tuple[int, str]:
     return done.exit_code, done.output
 
 
-def test_verify_says_what_is_damaged_and_repair_clears_it(tmp_path: Path) -> None:
+def test_verify_lists_damaged_items_and_repair_deletes_them(tmp_path: Path) -> None:
     store = DiskStore(tmp_path)
     for id in "ab":
         store.put(random_item(id))

@@ -45,7 +45,7 @@ def test_escapes_of_a_stored_text_never_reach_a_terminal(kvcag: Kvcag, command: 
     assert_plain(kvcag(*command.split()))
 
 
-def test_json_says_what_is_stored(kvcag: Kvcag) -> None:
+def test_json_lists_the_stored_items(kvcag: Kvcag) -> None:
     put(kvcag)
     assert kvcag("inspect", "an", "--json").json["metadata"]["title"] == HOSTILE
 
@@ -83,7 +83,7 @@ def test_only_one_module_writes_to_the_terminal() -> None:
     assert sorted(name for name, text in rooms.items() if "typer.echo" in text) == ["app.py", "common.py"]
 
 
-def test_what_is_plain_stays() -> None:
+def test_plain_text_is_not_changed() -> None:
     for text in ("Zeile\n\tzwei", "日本語 🙂 naïve", "a|b \\ u001b"):
         assert common.plain(text) == text
         assert json.loads(json.dumps(text)) == text

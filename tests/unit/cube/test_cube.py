@@ -61,7 +61,7 @@ def test_texts_are_kept_as_they_were_given(cube: MemoryCube) -> None:
     assert cube.get("nobody") is None
 
 
-def test_a_text_without_an_id_gets_one_from_what_it_says(tiny_engine: HFEngine) -> None:
+def test_a_text_without_an_id_gets_one_from_its_words(tiny_engine: HFEngine) -> None:
     cube = MemoryCube(tiny_engine)
     first, second = cube.add(["One.", "Two."]), cube.add("One.")
     assert second == first[:1]
@@ -75,7 +75,7 @@ def test_metadata_become_json(tiny_engine: HFEngine) -> None:
 
 
 @pytest.mark.parametrize("bad", [["Fine.", " \n"], [ALICE, 7]])
-def test_what_cannot_be_read_adds_nothing(cube: MemoryCube, bad: list[Any]) -> None:
+def test_unreadable_documents_add_nothing(cube: MemoryCube, bad: list[Any]) -> None:
     with pytest.raises(InvalidInputError):
         cube.add(["New.", *bad])
     assert cube.get_all() == [ALICE, BOB]
@@ -181,7 +181,7 @@ def test_a_damaged_cache_of_a_deleted_text_goes_too(tiny_engine: HFEngine, tmp_p
     assert not file.exists()
 
 
-def test_what_a_store_could_not_delete_can_be_deleted_again(tiny_engine: HFEngine, tmp_path: Path) -> None:
+def test_a_failed_deletion_can_be_repeated(tiny_engine: HFEngine, tmp_path: Path) -> None:
     class Failing(DiskStore):
         broken = True
 
@@ -210,7 +210,7 @@ def test_sync_adds_edits_and_deletes(cube: MemoryCube) -> None:
     assert kept_texts(cube) == []
 
 
-def test_sync_clears_away_what_an_earlier_process_kept(tiny_engine: HFEngine, tmp_path: Path) -> None:
+def test_sync_deletes_caches_of_an_earlier_process(tiny_engine: HFEngine, tmp_path: Path) -> None:
     before = MemoryCube(tiny_engine, store=tmp_path)
     before.add([ALICE, BOB])
     before.encode()
@@ -221,7 +221,7 @@ def test_sync_clears_away_what_an_earlier_process_kept(tiny_engine: HFEngine, tm
     assert after.encode() == 1
 
 
-def test_what_came_back_after_its_deletion_can_be_purged(cube: MemoryCube) -> None:
+def test_a_cache_that_came_back_after_its_deletion_can_be_purged(cube: MemoryCube) -> None:
     cube.encode()
     with pytest.raises(InvalidInputError, match=r"the cube holds this text\. Call delete"):
         cube.purge(ALICE.memory)
@@ -250,7 +250,7 @@ def test_a_scheduler_forgets_with_the_cube(cube: MemoryCube, tmp_path: Path) -> 
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_answer_says_which_side_it_came_from(cube: MemoryCube) -> None:
+def test_an_answer_reports_whether_it_was_encoded_or_cached(cube: MemoryCube) -> None:
     first = cube.ask("Who has a car?", strategy="query", max_new_tokens=4)
     assert str(first) == first.text
     assert (first.side, first.encoded) == ("encoded", ("alice", "bob"))
@@ -320,7 +320,7 @@ def test_exact_is_exact_also_where_the_store_is_not(tmp_path: Path) -> None:
     assert report.recomputed_tokens + report.encoded_tokens == report.context_tokens
 
 
-def test_the_texts_stand_behind_the_head_and_before_what_is_asked() -> None:
+def test_the_texts_stand_between_the_instruction_and_the_question() -> None:
     cube = MemoryCube(EchoEngine(whole_prompt), instruction=HEAD)
     assert cube.ask("Who?").text == f"system: {HEAD}\n\n\nuser: Who?"
     cube.add([ALICE, BOB])
@@ -343,7 +343,7 @@ def test_a_cube_with_nothing_in_it_answers_without() -> None:
     assert MemoryCube(EchoEngine(whole_prompt)).ask("Who?").text == "user: Who?"
 
 
-def test_what_does_not_fit_says_what_to_do() -> None:
+def test_texts_that_do_not_fit_are_refused_with_advice() -> None:
     cube = MemoryCube(EchoEngine(context_length=120))
     cube.add([f"Note {number}: {'x' * 30}" for number in range(5)])
     with pytest.raises(CorpusLengthError, match=r"all 5 texts.*texts=…") as raised:
@@ -367,7 +367,7 @@ def test_an_engine_without_caches_cannot_encode_ahead() -> None:
         cube.encode()
 
 
-def test_a_stream_says_what_an_answer_says(cube: MemoryCube) -> None:
+def test_a_stream_gives_the_same_text_as_ask(cube: MemoryCube) -> None:
     chunks = list(cube.stream("Who?", max_new_tokens=5))
     assert "".join(chunk.text for chunk in chunks) == cube.ask("Who?", max_new_tokens=5, strategy="query").text
     assert chunks[-1].usage.context.context_tokens > 0
@@ -412,7 +412,7 @@ def test_namespaces_share_no_file_no_hit_and_no_recent_context(tiny_engine: HFEn
 
 
 @pytest.mark.skipif(os.name == "nt", reason="modes are POSIX")
-def test_what_is_kept_is_this_users_alone(tiny_engine: HFEngine, tmp_path: Path) -> None:
+def test_caches_are_separate_per_user(tiny_engine: HFEngine, tmp_path: Path) -> None:
     cube = MemoryCube(tiny_engine, store=tmp_path / "kv")
     cube.add([ALICE])
     cube.encode()
@@ -422,7 +422,7 @@ def test_what_is_kept_is_this_users_alone(tiny_engine: HFEngine, tmp_path: Path)
     assert {oct(path.stat().st_mode & 0o777) for path in paths if path.is_dir()} == {"0o700"}
 
 
-def test_questions_and_edits_at_once_leave_no_cache_of_what_is_gone(tiny_engine: HFEngine) -> None:
+def test_concurrent_questions_and_edits_leave_no_stale_cache(tiny_engine: HFEngine) -> None:
     cube = MemoryCube(tiny_engine, instruction=HEAD)
     cube.add([ALICE, BOB, CAROL])
     failures: list[BaseException] = []

@@ -145,7 +145,7 @@ def test_the_cube_of_another_namespace_is_refused(tiny_engine: HFEngine, tmp_pat
 # --- what is in a dump -----------------------------------------------------------------------------------------------
 
 
-def test_what_was_deleted_is_in_no_dump_made_later(cube: MemoryCube, dumped: Path) -> None:
+def test_a_deleted_text_is_in_no_later_dump(cube: MemoryCube, dumped: Path) -> None:
     cube.ask("Both?", strategy="exact", max_new_tokens=2)
     cube.delete("alice")
     cube.dump(dumped)
@@ -189,7 +189,7 @@ def test_other_files_of_the_folder_stay(cube: MemoryCube, tmp_path: Path) -> Non
     assert (tmp_path / "sub" / "model.safetensors").read_bytes() == b"not ours"
 
 
-def test_a_text_of_any_characters_comes_back(tiny_engine: HFEngine, tmp_path: Path) -> None:
+def test_a_text_of_any_characters_is_read_unchanged(tiny_engine: HFEngine, tmp_path: Path) -> None:
     odd = ["line\u2028two\u0085three\r\nfour", 'tab\tquote"\\', "\u00e9\U0001f600"]
     cube = MemoryCube(tiny_engine)
     cube.add(odd)

@@ -73,7 +73,7 @@ def test_a_kv_memory_is_taken_as_well(tiny_engine: HFEngine) -> None:
     assert ChatKVCAG(memory=memory).memory() is memory
 
 
-def test_what_a_memory_brings_is_not_given_twice(cube: MemoryCube) -> None:
+def test_arguments_that_a_memory_has_cannot_be_given_again(cube: MemoryCube) -> None:
     with pytest.raises(ValueError, match="Leave out store"):
         ChatKVCAG(memory=cube, store=MemoryStore())
     with pytest.raises(ValueError, match="a MemoryCube or a KVCacheMemory, not a str"):
@@ -89,7 +89,7 @@ def test_a_chat_model_with_a_cube_keeps_its_contract(cube: MemoryCube) -> None:
     assert llm.model_copy().memory() is cube.memory
 
 
-def test_an_agent_finds_what_the_cube_says_now(echo: MemoryCube) -> None:
+def test_an_agent_finds_the_cubes_present_texts(echo: MemoryCube) -> None:
     llm = ChatKVCAG(memory=echo, max_tokens=800)
     agent = create_agent(llm, system_prompt="Be brief.", middleware=[KVCAGMiddleware(memory=echo)])
     asked = {"messages": [HumanMessage("Which tower?")]}
@@ -101,7 +101,7 @@ def test_an_agent_finds_what_the_cube_says_now(echo: MemoryCube) -> None:
     assert answer == "system: Be brief.\n\nThe tower is of glass.\n\n\nuser: Which tower?"
 
 
-async def test_an_agent_retrieves_by_what_was_said_last(tiny_engine: HFEngine) -> None:
+async def test_an_agent_retrieves_by_the_last_user_message(tiny_engine: HFEngine) -> None:
     cube = MemoryCube(tiny_engine, VectorStoreTexts(InMemoryVectorStore(HashedWords()), k=1))
     cube.add([TOWER, BRIDGE])
     agent = create_agent(ChatKVCAG(memory=cube, max_tokens=4), middleware=[KVCAGMiddleware(memory=cube)])
@@ -123,7 +123,7 @@ def test_a_cube_that_keeps_texts_together_is_one_segment_for_an_agent(tiny_engin
     assert (report["mode"], report["encoded_tokens"], report["recomputed_tokens"]) == ("prefix", 0, 0)
 
 
-def test_a_deletion_reaches_what_a_chat_encoded(cube: MemoryCube) -> None:
+def test_a_deletion_reaches_caches_that_a_chat_made(cube: MemoryCube) -> None:
     llm = ChatKVCAG(memory=cube, max_tokens=2)
     llm.invoke([("system", [{"type": "text", "text": f"Title: T\n{TOWER.memory}\n\n"}, {"type": "text", "text": "x"}])])
     llm.create_context([TOWER.memory, BRIDGE.memory])

@@ -86,7 +86,7 @@ async def test_an_agents_memory_follows_the_cube(echo: MemoryCube) -> None:
         echo.edit("tower", "The tower is of glass.")
 
 
-async def test_a_block_finds_by_what_the_user_said_last(tiny_engine: HFEngine) -> None:
+async def test_a_block_searches_by_the_last_user_message(tiny_engine: HFEngine) -> None:
     cube = MemoryCube(tiny_engine, IndexTexts(VectorStoreIndex([], embed_model=Embedding())), instruction="From notes:")
     cube.add([TOWER, BRIDGE])
     block = CAGMemoryBlock(memory=cube, k=1)

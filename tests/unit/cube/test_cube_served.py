@@ -40,7 +40,7 @@ def together_ids(engine: VLLMEngine) -> tuple[int, ...]:
     return engine.template.prompt(insert_documents("Notes:", documents, [question])).context_ids
 
 
-def test_what_was_sent_ahead_is_said_to_answer(cube: MemoryCube) -> None:
+def test_a_preloaded_prompt_is_reported_as_cached(cube: MemoryCube) -> None:
     assert cube.ask("Which?", max_new_tokens=2).side == "encoded"
     assert cube.encode() == 1
     assert cube.encode() == 0
@@ -55,7 +55,7 @@ def test_both_engines_give_one_answer(cube: MemoryCube) -> None:
     assert cube.ask("Which?", max_new_tokens=12).text == here.ask("Which?", max_new_tokens=12).text
 
 
-def test_what_is_deleted_is_kept_nowhere_and_never_sent_ahead_again(cube: MemoryCube, engine: VLLMEngine) -> None:
+def test_a_deleted_text_is_stored_nowhere_and_never_preloaded_again(cube: MemoryCube, engine: VLLMEngine) -> None:
     cube.encode()
     together = together_ids(engine)
     assert engine.known_prefix(together, "mine") == len(together)

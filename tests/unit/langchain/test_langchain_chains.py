@@ -48,7 +48,7 @@ class Identity:
         return RunnablePassthrough()
 
 
-def test_the_model_reads_what_the_stuff_chain_would_give_it(echo: ChatKVCAG) -> None:
+def test_the_model_reads_the_same_prompt_as_in_the_stuff_chain(echo: ChatKVCAG) -> None:
     prompt = ChatPromptTemplate.from_messages([("system", "Use:\n\n{context}\n\nBe brief."), ("human", "{input}")])
     given = {"context": DOCUMENTS, "input": "How tall?"}
     ours = create_cag_documents_chain(echo, prompt).invoke(given)
@@ -75,7 +75,7 @@ def test_the_model_reads_the_stuff_chains_own_tokens(family: str, strategy: Any)
             assert ours.text == theirs.text
 
 
-def test_the_report_says_where_the_tokens_are_others(smollm_like: ChatKVCAG) -> None:
+def test_the_report_names_tokens_that_differ(smollm_like: ChatKVCAG) -> None:
     """A document behind `Context: ` begins with a space in the joined text's tokens."""
     prompt = ChatPromptTemplate.from_messages([("system", "Context: {context}"), ("human", "{input}")])
     chain = create_cag_documents_chain(smollm_like, prompt, output_parser=Identity())
@@ -171,7 +171,7 @@ def test_the_old_stuff_chain_reuses_exact_prefixes(llm: ChatKVCAG) -> None:
 # --- refusals and warnings
 
 
-def test_a_retriever_that_finds_nothing_is_said(llm: ChatKVCAG) -> None:
+def test_a_retriever_that_finds_nothing_causes_a_warning(llm: ChatKVCAG) -> None:
     chain = create_cag_documents_chain(llm, PROMPT)
     with pytest.warns(UserWarning, match="'context' is empty: the retriever found no documents"):
         chain.invoke({"context": [], "input": "How tall?"})
@@ -220,7 +220,7 @@ def test_a_template_that_changes_its_documents_is_refused(llm: ChatKVCAG) -> Non
 
 
 @pytest.mark.parametrize("prompt", [PROMPT, None], ids=["with the prompt", "for any prompt"])
-async def test_what_was_precomputed_is_not_encoded_again(llm: ChatKVCAG, prompt: Any, capsys: Any) -> None:
+async def test_precomputed_documents_are_not_encoded_again(llm: ChatKVCAG, prompt: Any, capsys: Any) -> None:
     ids = llm.precompute(DOCUMENTS, prompt)
     assert "encoding: 100%" in capsys.readouterr().err
     assert await llm.aprecompute(DOCUMENTS, prompt, progress=False) == ids
@@ -238,7 +238,7 @@ def test_documents_that_stand_after_the_question_cannot_be_precomputed(llm: Chat
         llm.precompute(DOCUMENTS, prompt, progress=False)
 
 
-async def test_what_cannot_be_encoded_is_left_out_and_named(llm: ChatKVCAG, capsys: Any) -> None:
+async def test_documents_that_cannot_be_encoded_are_left_out_and_named(llm: ChatKVCAG, capsys: Any) -> None:
     """One document that was too long stopped all that came behind it."""
     long = Document("far too long " * 300, metadata={"source": "long.md"})
     some = [DOCUMENTS[0], Document("  "), long, DOCUMENTS[1]]

@@ -204,7 +204,7 @@ def test_usage_and_reports_add_up_whatever_was_cached(tiny_engine: HFEngine, str
             asked = [*asked, answer, HumanMessage("and?")]
 
 
-def test_every_report_counts_what_was_encoded(llm: ChatKVCAG) -> None:
+def test_every_report_counts_encoded_tokens(llm: ChatKVCAG) -> None:
     """Without documents there were no counts."""
     cold, warm = llm.invoke("hello there"), llm.invoke("hello there")
     for answer in (cold, warm):
@@ -253,7 +253,7 @@ def test_half_of_a_surrogate_pair_in_a_setting_is_refused(llm: ChatKVCAG) -> Non
         llm.with_structured_output({"title": "A", "type": "object", "properties": {"a": {"enum": [HALF]}}}).invoke("?")
 
 
-def test_documents_in_another_order_are_found_and_said_to_be_merged(llm: ChatKVCAG) -> None:
+def test_documents_in_another_order_are_found_and_reported_as_merged(llm: ChatKVCAG) -> None:
     llm.invoke(with_docs("first document. ", "second document. "))
     again = llm.invoke(with_docs("second document. ", "first document. "))
     report = again.response_metadata["kvcag"]
@@ -320,7 +320,7 @@ def test_tenants_share_weights_and_nothing_that_was_read(
     assert read(ours.invoke(asked)) > 0
 
 
-def test_what_is_stored_never_changes_by_being_used(tiny_engine: HFEngine, tmp_path: Path) -> None:
+def test_using_a_cache_never_modifies_it(tiny_engine: HFEngine, tmp_path: Path) -> None:
     store = DiskStore(tmp_path)
     llm = ChatKVCAG(engine=tiny_engine, max_tokens=8, store=store)
     llm.invoke(with_docs("one. ", "two. "))
@@ -400,7 +400,7 @@ def test_characters_of_several_tokens_are_never_split() -> None:
     assert not any("\ufffd" in chunk for chunk in chunks)
 
 
-def test_the_budgets_end_is_said() -> None:
+def test_an_answer_that_reaches_max_tokens_reports_length() -> None:
     answer = ChatKVCAG(engine=EchoEngine(), max_tokens=4).invoke("abcdefgh")
     assert (answer.text, answer.response_metadata["finish_reason"]) == ("abcd", "length")
     assert answer.usage_metadata["output_tokens"] == 4

@@ -106,7 +106,7 @@ def test_documents_of_a_tools_artifact_are_found_by_their_content(llm: ChatKVCAG
     assert exact["is_exact"]
 
 
-def test_only_what_a_result_shows_of_its_artifact_is_a_document() -> None:
+def test_only_artifacts_whose_text_is_in_the_tool_result_are_documents() -> None:
     artifact = [Document("two"), Document("five"), Document(""), "three", Document("four")]
     text = "Source: a\nContent: two\n\nSource: b\nContent: three four"
     result = ToolMessage(text, artifact=artifact, tool_call_id="c1")

@@ -78,7 +78,7 @@ def test_plain_text_blocks_are_documents() -> None:
     assert documents([HumanMessage([plain, text("q")])]) == ["doc"]
 
 
-def test_without_marks_the_blocks_of_a_system_message_are_documents_and_what_a_human_says_is_not() -> None:
+def test_without_marks_blocks_of_a_system_message_are_documents_and_those_of_a_human_message_are_not() -> None:
     """A password in the first of two blocks was left in the store."""
     conversation = [
         SystemMessage([text("a"), "b"]),
@@ -113,7 +113,7 @@ def test_documents_that_the_chain_put_there_are_found_by_its_note() -> None:
     ],
     ids=lambda block: block["type"],
 )
-def test_what_is_no_text_is_refused_by_name(block: dict) -> None:
+def test_blocks_that_are_not_text_are_refused_by_type(block: dict) -> None:
     with pytest.raises(
         UnsupportedContentError, match=rf"human message contains a block of type '{block['type']}'.*Pass"
     ):

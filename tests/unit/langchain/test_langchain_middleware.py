@@ -58,7 +58,7 @@ async def test_the_corpus_stands_in_the_system_message(echo: ChatKVCAG) -> None:
     assert (await agent.ainvoke(asked))["messages"][-1].text == expected
 
 
-async def test_what_is_retrieved_follows_the_last_question(echo: ChatKVCAG) -> None:
+async def test_the_retriever_gets_the_last_question(echo: ChatKVCAG) -> None:
     retriever = ByWord(documents=CORPUS)
     agent = create_agent(echo, middleware=[KVCAGMiddleware(retriever=retriever)])
     first = agent.invoke({"messages": [HumanMessage("is it red?")]})["messages"]
@@ -129,7 +129,7 @@ async def test_a_wrapped_model_is_recognised(llm: ChatKVCAG, wrap: Any) -> None:
     assert again.response_metadata["kvcag"]["encoded_tokens"] == 0
 
 
-async def test_a_middleware_that_replaces_the_system_message_is_told_about(
+async def test_a_middleware_that_replaces_the_system_message_causes_a_warning(
     llm: ChatKVCAG, echo: ChatKVCAG, recwarn: pytest.WarningsRecorder
 ) -> None:
     """The documents were gone without a word."""

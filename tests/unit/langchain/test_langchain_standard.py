@@ -63,7 +63,7 @@ class TestChatKVCAGStandard(ChatModelUnitTests):
 
 
 @pytest.mark.filterwarnings("ignore:The function `load")
-def test_a_model_loads_from_what_dumps_wrote(tmp_path: Any) -> None:
+def test_a_model_loads_from_its_dump(tmp_path: Any) -> None:
     llm = ChatKVCAG(
         model="some/model", temperature=0.5, stop=["\n"], store=tmp_path, model_kwargs={"token": "secret", "a": 1}
     )
@@ -76,7 +76,7 @@ def test_a_model_loads_from_what_dumps_wrote(tmp_path: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The function `load")
-def test_a_chain_loads_from_what_dumps_wrote() -> None:
+def test_a_chain_loads_from_its_dump() -> None:
     """`DocumentsPrompt` said that it was one of LangChain's prompts."""
     prompt = ChatPromptTemplate.from_messages([("system", "Use:\n\n{context}"), ("human", "{input}")])
     llm = ChatKVCAG(model="some/model", max_tokens=3)

@@ -226,7 +226,7 @@ def test_three_methods_and_four_kinds_of_schema(llm: ChatKVCAG, method: Any, sch
 
 
 @pytest.mark.parametrize("method", ["json_schema", "function_calling", "json_mode"])
-async def test_the_raw_message_comes_along(llm: ChatKVCAG, method: Any) -> None:
+async def test_the_raw_message_is_included(llm: ChatKVCAG, method: Any) -> None:
     answer = await llm.with_structured_output(Place, method=method, include_raw=True).ainvoke("Where to?")
     assert isinstance(answer["raw"], AIMessage)
     assert isinstance(answer["parsed"], Place)
@@ -282,7 +282,7 @@ def test_structured_answers_read_from_the_cache(llm: ChatKVCAG) -> None:
         ),
     ],
 )
-def test_what_cannot_be_bound_is_refused(llm: ChatKVCAG, call: Any, problem: str) -> None:
+def test_wrong_arguments_of_bind_are_refused(llm: ChatKVCAG, call: Any, problem: str) -> None:
     with pytest.raises(InvalidInputError, match=problem):
         call(llm)
 

@@ -81,7 +81,7 @@ both = pytest.mark.parametrize(("plain", "cached"), PAIRS)
 
 
 @both
-def test_a_chat_is_what_cores_engine_would_have_said(
+def test_a_chat_gives_the_answers_of_cores_engine(
     llm: KVCacheLLM, retriever: BM25Retriever, plain: type[BaseChatEngine], cached: type[BaseChatEngine]
 ) -> None:
     ours, cores = (cls.from_defaults(retriever, llm=llm, system_prompt=SYSTEM) for cls in (cached, plain))
@@ -277,7 +277,7 @@ class SaysSo(BaseEvaluator):
         return EvaluationResult(query=query, response=response, contexts=contexts, passing=query in response)
 
 
-async def test_four_workers_say_what_one_says_and_leave_the_caches_as_they_were(tiny_engine: HFEngine) -> None:
+async def test_four_workers_give_the_result_of_one_and_do_not_change_the_caches(tiny_engine: HFEngine) -> None:
     questions = ["How tall?", "When?", "Where?", "Why?", "How tall is it?", "Who?"]
     llm = KVCacheLLM(engine=tiny_engine, max_new_tokens=4)
     engine = CAGQueryEngine.from_documents(nodes(), llm)

@@ -60,7 +60,7 @@ def test_an_llm_survives_dicts_json_and_pickles(named: KVCacheLLM) -> None:
 
 
 @pytest.mark.parametrize("settings", [{"engine": True}, {"store": True}])
-def test_what_lives_in_this_process_is_not_pickled(
+def test_loaded_objects_are_not_pickled(
     settings: dict[str, bool], tiny_engine: HFEngine, tiny_folder: Path, tmp_path: Path
 ) -> None:
     live = {"engine": tiny_engine, "store": DiskStore(tmp_path)}

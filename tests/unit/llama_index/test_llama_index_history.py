@@ -48,7 +48,7 @@ def test_a_memory_buffer_that_drops_the_oldest_messages_keeps_the_others_caches(
 
 
 @pytest.mark.parametrize("found", ["call", "acall"])
-async def test_what_a_tool_retrieves_is_found_by_its_content(llm: KVCacheLLM, found: str) -> None:
+async def test_documents_of_a_tool_are_found_by_their_content(llm: KVCacheLLM, found: str) -> None:
     retriever = BM25Retriever.from_defaults(nodes=[TextNode(text=text) for text in TEXTS], similarity_top_k=2)
     tool = CAGRetrieverTool.from_defaults(retriever, description="Finds notes.")
     output = tool.call("atlas of Norway") if found == "call" else await tool.acall("atlas of Norway")

@@ -59,7 +59,7 @@ class Ingestion:
         return {name: at for name, at in files.items() if ".instruction." not in name}
 
 
-def test_only_what_changed_is_encoded_again_and_what_is_gone_leaves_the_store(tmp_path: Path) -> None:
+def test_only_changed_texts_are_encoded_again_and_deleted_texts_leave_the_store(tmp_path: Path) -> None:
     ingestion = Ingestion(tmp_path)
     assert ingestion.run(TOWER, BRIDGE, RIVER) == sorted(document.text for document in (TOWER, BRIDGE, RIVER))
     written = ingestion.modified()
@@ -83,7 +83,7 @@ async def test_an_asynchronous_run_does_the_same(tmp_path: Path) -> None:
     assert ingestion.texts() == {BRIDGE.text}
 
 
-def test_the_first_question_finds_what_was_ingested(tmp_path: Path) -> None:
+def test_the_first_question_finds_ingested_documents(tmp_path: Path) -> None:
     ingestion = Ingestion(tmp_path)
     ingestion.run(TOWER, BRIDGE)
     llm = KVCacheLLM(engine=model(), store=tmp_path, max_new_tokens=4)
@@ -131,7 +131,7 @@ def test_collections_share_a_store_and_forget_only_their_own(tmp_path: Path) -> 
     assert one.texts() == {TOWER.text, RIVER.text}
 
 
-def test_what_others_asked_of_a_deleted_text_goes_with_it(tmp_path: Path) -> None:
+def test_caches_of_other_prompts_with_a_deleted_text_are_deleted(tmp_path: Path) -> None:
     """Another prompt uses the item that was encoded behind the first one's instruction."""
     ingestion = Ingestion(tmp_path)
     ingestion.run(TOWER, BRIDGE)
@@ -150,7 +150,7 @@ def test_nodes_go_through_unchanged_and_blank_ones_are_left_out(tmp_path: Path) 
     assert len(documents_in(llm.memory.store)) == 1
 
 
-def test_what_cannot_encode_node_by_node_is_refused() -> None:
+def test_a_synthesizer_that_cannot_encode_node_by_node_is_refused() -> None:
     llm = KVCacheLLM(engine=model())
     with pytest.raises(InvalidInputError, match="one by one"):
         KVCacheTransform(synthesizer=CAGSynthesizer(llm, exact=True))

@@ -89,7 +89,7 @@ def test_it_is_a_function_calling_llm_with_a_stable_name(llm: KVCacheLLM) -> Non
 
 
 @every_way
-async def test_every_method_says_what_the_engine_says(llm: KVCacheLLM, way: Way) -> None:
+async def test_every_method_gives_the_engines_answer(llm: KVCacheLLM, way: Way) -> None:
     assert await way(llm, "Grüße, 世界!") == "Grüße, 世界!"
 
 
@@ -247,7 +247,7 @@ async def test_asynchronous_streams_refuse_before_they_are_read(llm: KVCacheLLM)
         await llm.astream_chat(user("x"), max_new_tokens=1 << 20)
 
 
-def test_what_an_llm_cannot_be_made_from_is_refused(echo: EchoEngine) -> None:
+def test_wrong_arguments_of_an_llm_are_refused(echo: EchoEngine) -> None:
     with pytest.raises(InvalidInputError, match="no model"):
         KVCacheLLM()
     for wrong in ({"context_window": 0}, {"namespace": 3}, {"stop": "text"}, {"dtype": 7}):
@@ -373,7 +373,7 @@ async def test_the_last_response_holds_the_usage(echo: EchoEngine, way: Way) -> 
     assert counter.completion_llm_token_count == len(b"Hello")
 
 
-def test_usage_says_what_was_cached(tiny_engine: HFEngine) -> None:
+def test_usage_counts_cached_tokens(tiny_engine: HFEngine) -> None:
     llm = KVCacheLLM(engine=tiny_engine, max_new_tokens=4)
     first, second = (llm.chat(user("abc")).raw["usage"] for _ in range(2))
     assert first["prompt_tokens"] == second["prompt_tokens"]
@@ -431,7 +431,7 @@ def test_a_store_of_another_model_dtype_or_template_is_not_used_and_said_so(tmp_
 # --- what is serialised, what templates allow -------------------------------------------------------------------------
 
 
-def test_what_is_serialised_holds_settings_alone(tmp_path, tiny_engine: HFEngine) -> None:
+def test_only_settings_are_serialised(tmp_path, tiny_engine: HFEngine) -> None:
     llm = KVCacheLLM("a/model", store=tmp_path, temperature=0.5, model_kwargs={"token": "hf_secret"})
     data = json.loads(llm.to_json())
     assert "hf_secret" not in llm.to_json()

@@ -264,7 +264,7 @@ def test_answers_that_core_joins_are_read_and_not_kept(tiny_engine: HFEngine, ma
     assert documents_in(llm.memory.store) == []
 
 
-def test_what_an_index_deletes_is_purged_by_its_text(tiny_engine: HFEngine) -> None:
+def test_a_text_that_an_index_deleted_can_be_purged(tiny_engine: HFEngine) -> None:
     """As the guide says."""
     llm = KVCacheLLM(engine=tiny_engine, max_new_tokens=4)
     documents = [Document(text=text, doc_id=str(at)) for at, text in enumerate(TEXTS)]
@@ -282,7 +282,7 @@ def test_what_an_index_deletes_is_purged_by_its_text(tiny_engine: HFEngine) -> N
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-async def test_what_does_not_fit_at_once_is_read_in_rounds_and_said_so(streaming: bool) -> None:
+async def test_documents_that_do_not_fit_together_are_read_in_rounds_with_a_warning(streaming: bool) -> None:
     engine = EchoEngine(lambda prompt: "so far", context_length=2600)
     synthesizer = CAGSynthesizer(KVCacheLLM(engine=engine, max_new_tokens=100), streaming=streaming)
     found = scored([f"Document {i}. " + "word " * 60 for i in range(12)])
@@ -308,7 +308,7 @@ def test_a_document_longer_than_the_context_is_cut_and_read_whole() -> None:
     assert re.findall(r"\bw\d+\b", asked) == words
 
 
-def test_what_fits_is_read_at_once_without_a_word(llm: KVCacheLLM) -> None:
+def test_documents_that_fit_are_read_at_once_without_a_warning(llm: KVCacheLLM) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         CAGSynthesizer(llm).synthesize("How tall?", scored())

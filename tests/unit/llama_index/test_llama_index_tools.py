@@ -184,7 +184,7 @@ async def test_a_react_agent_runs() -> None:
     assert str(await agent.run("What is 20 + 3?")) == "23"
 
 
-def test_a_model_that_cannot_call_says_so() -> None:
+def test_a_model_that_cannot_call_tools_reports_it() -> None:
     llm = KVCacheLLM(engine=HFEngine(tiny_model(), byte_tokenizer(chat_template=None)))
     assert not llm.metadata.is_function_calling_model
     assert KVCacheLLM(engine=EchoEngine()).metadata.is_function_calling_model

@@ -89,9 +89,7 @@ def lru(stats: TextStats, tokens: int, size: int, now: float) -> float:
 # --- promotion --------------------------------------------------------------------------------------------------
 
 
-def test_what_was_retrieved_twice_is_encoded_before_anybody_asks(
-    memory: KVCacheMemory, scheduler: CacheScheduler
-) -> None:
+def test_a_text_retrieved_twice_is_encoded_before_a_question(memory: KVCacheMemory, scheduler: CacheScheduler) -> None:
     scheduler.observe(TEXTS[:3])
     scheduler.observe(TEXTS[1:4])
     assert len(scheduler.run_once().promoted) == 2
@@ -101,7 +99,7 @@ def test_what_was_retrieved_twice_is_encoded_before_anybody_asks(
     assert max(lengths) < 60  # a fifth of the documents, and the question
 
 
-def test_what_is_promoted_is_what_an_answer_would_have_encoded(memory: KVCacheMemory) -> None:
+def test_a_promoted_item_equals_the_item_that_an_answer_encodes(memory: KVCacheMemory) -> None:
     plain = KVCacheMemory(HFEngine(tiny_model(), byte_tokenizer()))
     expected = ask(plain, *TEXTS[:3])
     with scheduler_of(memory) as scheduler:
@@ -259,7 +257,7 @@ def test_the_cold_make_room_for_the_hot_and_not_the_other_way_round(
         assert "made room for" in scheduler.why(TEXTS[0]).reason
 
 
-def test_what_is_in_the_store_beyond_the_budget_is_demoted_at_the_start(tiny_engine: HFEngine) -> None:
+def test_items_over_the_budget_are_demoted_at_the_start(tiny_engine: HFEngine) -> None:
     store = MemoryStore()
     plain = KVCacheMemory(tiny_engine, store)
     ask(plain, *TEXTS)
@@ -271,9 +269,7 @@ def test_what_is_in_the_store_beyond_the_budget_is_demoted_at_the_start(tiny_eng
         assert held_bytes(plain) == scheduler.metrics()["cached_bytes"] <= 150 * PER_TOKEN
 
 
-def test_what_somebody_added_by_hand_is_found_under_its_id_whatever_is_hot(
-    memory: KVCacheMemory, scheduler: CacheScheduler
-) -> None:
+def test_items_with_the_callers_id_are_found_whatever_is_hot(memory: KVCacheMemory, scheduler: CacheScheduler) -> None:
     mine = memory.extract("x" * 698).model_copy(update={"id": "mine"})
     memory.add(mine)
     for _ in range(4):
@@ -378,7 +374,7 @@ def test_a_text_that_changed_drops_its_cache(
     assert scheduler.run_once().promoted == []  # what it said before is not encoded again
 
 
-def test_what_stands_for_a_text_is_the_callers_choice(memory: KVCacheMemory) -> None:
+def test_the_caller_chooses_the_identity_of_a_text(memory: KVCacheMemory) -> None:
     with scheduler_of(memory, identity=lambda document: document.metadata["source"]) as scheduler:
         for text in ("It was so.", "It is so."):
             for _ in range(2):
@@ -408,7 +404,7 @@ def test_a_purge_leaves_no_trace_of_the_text(tmp_path: Path, memory: KVCacheMemo
     assert not [file for file in tmp_path.rglob("*") if secret.encode() in file.read_bytes()]
 
 
-def test_what_the_caller_deletes_is_gone_and_logged(
+def test_a_deletion_by_the_caller_is_logged(
     memory: KVCacheMemory, scheduler: CacheScheduler, logged: pytest.LogCaptureFixture
 ) -> None:
     [key] = scheduler.promote(TEXTS[0])

@@ -110,7 +110,7 @@ def test_a_damaged_database_is_named_and_what_to_do(path: Path, what: str) -> No
     assert path.exists()  # nothing is deleted or overwritten by itself
 
 
-def test_what_is_no_scheduler_database_is_left_as_it_is(path: Path, tmp_path: Path) -> None:
+def test_a_file_of_another_program_is_not_changed(path: Path, tmp_path: Path) -> None:
     path.parent.mkdir()
     other = sqlite3.connect(path)
     other.execute("CREATE TABLE mine(a)")

@@ -35,7 +35,7 @@ def test_a_rate_is_the_number_of_uses_in_a_round() -> None:
     assert use.rate(use.last + 200) < 0.001
 
 
-def test_what_was_hot_long_ago_is_worth_less_than_what_is_asked_now() -> None:
+def test_a_formerly_hot_text_is_worth_less_than_a_text_in_use() -> None:
     once_hot, rising = used(*range(50)), used(100, 101, 102)
     assert rising.count < once_hot.count
     assert gdsf(rising, 100, 1000, 102) > gdsf(once_hot, 100, 1000, 102)
@@ -63,7 +63,7 @@ def test_the_least_worth_leaves_and_nothing_that_need_not() -> None:
         assert room_for(Cached("new", "new", 101, 101), stored, 100, worth(gdsf, uses, 7), force=force) is None
 
 
-def test_what_somebody_added_by_hand_counts_and_stays() -> None:
+def test_items_with_the_callers_id_count_and_are_never_evicted() -> None:
     stored = [Cached("mine", "mine", 60, 60, managed=False), Cached("other", "other", 40, 40)]
     new = worth(lru, {"new": used(1)}, 1)
     room = room_for(Cached("new", "new", 40, 40), stored, 100, new)

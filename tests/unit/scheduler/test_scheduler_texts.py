@@ -14,7 +14,7 @@ def count(texts: Texts, text: str) -> int:
     return texts.stats(digest_of(text)).count
 
 
-def test_what_is_retrieved_and_then_asked_is_one_use() -> None:
+def test_a_text_that_is_retrieved_and_then_asked_has_one_use() -> None:
     texts = Texts(None, "model")
     texts.retrieved("one")
     texts.retrieved("two")
@@ -33,7 +33,7 @@ def test_two_questions_at_once_are_two_uses() -> None:
     assert count(texts, "one") == 2
 
 
-def test_what_stands_after_a_text_is_learnt_from_the_prompt() -> None:
+def test_the_ending_of_a_text_is_learnt_from_the_prompt() -> None:
     texts = Texts(None, "model")
     texts.retrieved("one\n")
     texts.retrieved("two")
@@ -65,7 +65,7 @@ def test_another_text_under_the_same_identity_replaces_it() -> None:
     assert texts.known.keys() == {digest_of("new")}
 
 
-def test_nothing_ages_while_nobody_asks_and_a_round_is_as_many_uses_as_texts() -> None:
+def test_nothing_ages_without_questions_and_a_round_is_as_many_uses_as_texts() -> None:
     texts = Texts(None, "model")
     for number in range(50):
         texts.retrieved(f"text {number}")

@@ -53,7 +53,7 @@ def files(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.safetensors"))
 
 
-def test_what_is_dumped_is_loaded(dumped: tuple[KVCacheMemory, Path]) -> None:
+def test_a_dump_loads_the_same_items(dumped: tuple[KVCacheMemory, Path]) -> None:
     memory, folder = dumped
     other = KVCacheMemory(memory.engine)
     other.load(folder)
@@ -113,7 +113,7 @@ def renamed_item(path: Path) -> None:
         ("manifest", renamed_item, CorruptItemError, "checksum"),
     ],
 )
-def test_a_damaged_dump_is_named_and_the_memory_keeps_what_it_had(
+def test_a_damaged_dump_is_named_and_the_memory_is_unchanged(
     dumped: tuple[KVCacheMemory, Path], target: str, damage: Any, error: type[StoreError], says: str
 ) -> None:
     memory, folder = dumped
@@ -226,7 +226,7 @@ def test_other_files_and_facts_are_dumped_too(tmp_path: Path) -> None:
         read_dump(tmp_path, "cube.json", kind="cube")
 
 
-def test_the_next_dump_deletes_what_a_crash_left(tmp_path: Path) -> None:
+def test_the_next_dump_deletes_the_leftovers_of_a_crash(tmp_path: Path) -> None:
     write_dump(tmp_path, "ours.json", [random_item("a")])
     DiskStore(tmp_path / f"ours.json-{'0' * 32}").put(random_item("half"))
     (tmp_path / f".ours.json.{'1' * 32}.tmp").write_text("half")

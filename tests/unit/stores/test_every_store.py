@@ -33,7 +33,7 @@ def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]
         yield lambda: opened.enter_context(ways[request.param]())
 
 
-def test_what_is_got_is_what_was_put(open_store: Open) -> None:
+def test_get_returns_the_item_that_was_put(open_store: Open) -> None:
     item = random_item("kv:ü/..", metadata={"source": "a.txt"})
     open_store().put(item)
     store = open_store()
@@ -50,7 +50,7 @@ def test_what_is_got_is_what_was_put(open_store: Open) -> None:
     assert (stats.items, stats.bytes, stats.hits, stats.misses) == (1, sizes.get(type(store), in_a_file), 1, 0)
 
 
-def test_what_is_missing_is_none(open_store: Open) -> None:
+def test_a_missing_item_is_none(open_store: Open) -> None:
     store = open_store()
     assert store.get("a") is None
     assert store.manifest("a") is None

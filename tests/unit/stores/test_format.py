@@ -50,7 +50,7 @@ def file(tmp_path: Path) -> Path:
     shape=st.tuples(st.integers(0, 4), st.integers(1, 3), st.integers(1, 9), st.integers(1, 5)),
     dtype=st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]),
 )
-def test_what_is_read_is_what_was_written(
+def test_an_item_is_read_as_it_was_written(
     tmp_path: Path,
     id: str,
     metadata: dict[str, object],
@@ -90,7 +90,7 @@ def test_any_safetensors_reader_opens_it(file: Path) -> None:
         assert json.loads(other.metadata()["kvcag.manifest"])["metadata"] == {"source": "a.txt"}
 
 
-def test_views_and_shared_tensors_are_written_as_what_they_show(tmp_path: Path) -> None:
+def test_views_and_shared_tensors_are_written_by_value(tmp_path: Path) -> None:
     whole = torch.randn(1, 2, 20, 8)
     view = whole[..., 5:15, :]
     item = random_item().model_copy(
@@ -114,7 +114,7 @@ def test_only_its_owner_may_read_it(file: Path) -> None:
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
-def test_writing_into_what_was_read_changes_neither_the_file_nor_other_readers(file: Path) -> None:
+def test_writing_into_a_read_item_changes_neither_the_file_nor_other_readers(file: Path) -> None:
     before, other = file.read_bytes(), read_item(file)
     for keys, values in layers_of(read_item(file).memory):
         keys.zero_()
@@ -188,7 +188,7 @@ def test_two_files_joined_are_not_a_file() -> None:
         (b"once upon a time", "not a file of kvcag"),
     ],
 )
-def test_what_is_not_ours_is_named_and_not_loaded(tmp_path: Path, content: bytes, says: str) -> None:
+def test_foreign_files_are_named_and_not_loaded(tmp_path: Path, content: bytes, says: str) -> None:
     path = tmp_path / "foreign"
     path.write_bytes(content)
     with pytest.raises(FormatError, match=says) as raised:
@@ -286,7 +286,7 @@ def test_a_missing_file_and_a_missing_directory_are_named(tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_leaves_what_was_there(file: Path) -> None:
+def test_a_full_disk_leaves_the_earlier_file(file: Path) -> None:
     before = file.read_bytes()
     with (
         pytest.raises(StoreUnavailableError, match="disk is full"),
@@ -298,7 +298,7 @@ def test_a_full_disk_leaves_what_was_there(file: Path) -> None:
     assert os.listdir(file.parent) == [file.name]
 
 
-def test_a_write_that_fails_midway_leaves_what_was_there(file: Path) -> None:
+def test_a_write_that_fails_midway_leaves_the_earlier_file(file: Path) -> None:
     before = file.read_bytes()
     with contextlib.suppress(KeyboardInterrupt), atomic_write(file) as temporary:
         temporary.write_bytes(b"half")
@@ -318,7 +318,7 @@ def _rewrite(data: bytearray, old: bytes, new: bytes) -> None:
 # --- manifests of several files -----------------------------------------------------------------------------------
 
 
-def test_a_sealed_manifest_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_a_sealed_manifest_is_read_unchanged(tmp_path: Path) -> None:
     content = {"items": ["ü", "\ud800"], "about": {"b": 1.5, "a": None}}
     (tmp_path / "m.json").write_text(sealed("a kind", 3, content))
 
@@ -354,7 +354,7 @@ def test_each_value_of_a_sealed_manifest_is_under_its_checksum(tmp_path: Path) -
         (b'{"format": "a kind", "version": 4, "checksum": ""}', FormatError, "Upgrade kvcag"),
     ],
 )
-def test_what_is_not_a_sealed_manifest_is_refused(
+def test_files_that_are_not_sealed_manifests_are_refused(
     tmp_path: Path, data: bytes, error: type[StoreError], says: str
 ) -> None:
     path = tmp_path / "m.json"

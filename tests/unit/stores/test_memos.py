@@ -61,7 +61,7 @@ def test_a_cache_of_transformers_before_layers_is_read(tmp_path: Path) -> None:
     assert torch.equal(layers_of(item.memory)[2][1], layers[2][1])
 
 
-def test_what_is_read_can_be_written_in_our_format(tmp_path: Path) -> None:
+def test_an_imported_item_can_be_written_in_our_format(tmp_path: Path) -> None:
     (item,) = read_memos_pickle(dump(tmp_path / "dump", [written()]))
     write_item(tmp_path / "ours", item.to_item(range(10), FINGERPRINT))
 
@@ -136,7 +136,7 @@ def test_another_pickle_is_not_a_dump(tmp_path: Path, content: object) -> None:
         read_memos_pickle(dump(tmp_path / "other", content))
 
 
-def test_what_is_no_pickle_is_named(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_pickle_is_named(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hello")
     with pytest.raises(FormatError, match="not a pickle"):
         read_memos_pickle(tmp_path / "text")

@@ -40,7 +40,7 @@ def test_zeros_stay_zeros() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_what_has_no_code_is_refused(bad: float) -> None:
+def test_values_without_an_int8_code_are_refused(bad: float) -> None:
     states = torch.zeros(1, 2, 3, 4)
     states[0, 1, 2, 3] = bad
     with pytest.raises(InvalidInputError, match="quantize=None"):
@@ -61,7 +61,7 @@ def test_int8_halves_the_file_and_is_read_in_the_models_dtype(tmp_path: Path) ->
         torch.testing.assert_close(values, true_values, atol=0.03, rtol=0.01)
 
 
-def test_quantising_again_what_was_read_changes_nothing(tmp_path: Path) -> None:
+def test_quantising_a_read_item_again_changes_nothing(tmp_path: Path) -> None:
     write_item(tmp_path / "once", random_item(dtype=torch.float32), quantize="int8")
     once = read_item(tmp_path / "once")
     write_item(tmp_path / "twice", once)

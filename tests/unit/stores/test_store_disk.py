@@ -33,7 +33,7 @@ def put_in_order(store: DiskStore, *ids: str) -> None:
         time.sleep(0.01)  # the clock of a file system ticks every few milliseconds
 
 
-def test_its_repr_says_what_it_holds(store: DiskStore) -> None:
+def test_its_repr_counts_its_items(store: DiskStore) -> None:
     assert repr(store) == f"<DiskStore {store.path} 0 items, 0 bytes>"
     store.put(random_item("a"))
     assert repr(store) == f"<DiskStore {store.path} 1 item, {SIZE / 1000:.1f} kB>"
@@ -74,7 +74,7 @@ def test_the_least_recently_used_leaves_first(tmp_path: Path) -> None:
     assert store.stats().evictions == 1
 
 
-def test_what_is_pinned_stays_for_every_process(tmp_path: Path) -> None:
+def test_a_pin_holds_for_every_process(tmp_path: Path) -> None:
     store = DiskStore(tmp_path, max_bytes=2 * SIZE + SIZE // 2)
     put_in_order(store, "a")
     store.pin("a")
@@ -88,7 +88,7 @@ def test_what_is_pinned_stays_for_every_process(tmp_path: Path) -> None:
     assert other.get("a") is None
 
 
-def test_what_cannot_fit_is_refused_and_nothing_leaves_for_it(tmp_path: Path) -> None:
+def test_an_item_that_cannot_fit_is_refused_and_evicts_nothing(tmp_path: Path) -> None:
     store = DiskStore(tmp_path, max_bytes=2 * SIZE + SIZE // 2)
     put_in_order(store, "a", "b")
     with pytest.raises(StoreFullError):
@@ -122,7 +122,7 @@ def test_using_an_item_does_not_make_it_younger(tmp_path: Path) -> None:
     assert store.get("a") is None
 
 
-def test_an_eviction_leaves_what_was_put_meanwhile(store: DiskStore) -> None:
+def test_an_eviction_does_not_delete_a_file_that_was_replaced_meanwhile(store: DiskStore) -> None:
     from kvcag.stores.disk import _unlink
 
     store.put(random_item("a"))
@@ -175,7 +175,7 @@ def test_a_damaged_file_is_named_and_the_next_put_mends_it(store: DiskStore) -> 
     assert_same(store.get("a"), random_item("a"))
 
 
-def test_a_file_in_the_place_of_another_item_is_not_taken_for_it(store: DiskStore) -> None:
+def test_a_file_with_another_items_name_is_damaged(store: DiskStore) -> None:
     store.put(random_item("a"))
     path = files(store)[0]
     store.put(random_item("b"))
@@ -213,7 +213,7 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     assert str(tmp_path / "file") in str(raised.value)
 
 
-def test_what_is_in_the_way_is_a_typed_error_and_loses_nothing(store: DiskStore) -> None:
+def test_a_path_that_cannot_be_used_is_a_typed_error_and_loses_nothing(store: DiskStore) -> None:
     store.put(random_item("a"))
     path = store.file("b")
     path.mkdir(parents=True)

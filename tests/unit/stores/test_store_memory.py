@@ -33,7 +33,7 @@ def test_the_least_recently_used_leaves_first() -> None:
     assert store.stats().evictions == 1
 
 
-def test_what_is_pinned_stays() -> None:
+def test_a_pinned_item_is_not_evicted() -> None:
     store = MemoryStore(max_bytes=2 * SIZE, ttl=0.01)
     store.put(random_item("a"))
     store.pin("a")
@@ -46,7 +46,7 @@ def test_what_is_pinned_stays() -> None:
     assert store.get("a") is None
 
 
-def test_what_cannot_fit_is_refused_and_nothing_leaves_for_it() -> None:
+def test_an_item_that_cannot_fit_is_refused_and_evicts_nothing() -> None:
     store = MemoryStore(max_bytes=2 * SIZE)
     store.put(random_item("a"))
     store.put(random_item("b"))
@@ -104,12 +104,12 @@ def test_pinned_host_memory_needs_an_accelerator() -> None:
 @pytest.mark.parametrize(
     ("size", "says"), [(0, "0 bytes"), (999, "999 bytes"), (3_400_000, "3.4 MB"), (5 * 10**15, "5000.0 TB")]
 )
-def test_sizes_are_said_in_units_that_people_read(size: int, says: str) -> None:
+def test_sizes_are_printed_in_readable_units(size: int, says: str) -> None:
     assert str(StoreStats(2, size)) == f"2 items, {says}"
     assert str(StoreStats(1, size)) == f"1 item, {says}"
 
 
-def test_its_repr_says_what_it_holds() -> None:
+def test_its_repr_counts_its_items() -> None:
     store = MemoryStore()
     store.put(random_item("a"))
     assert repr(store) == "<MemoryStore 1 item, 1.9 kB>"

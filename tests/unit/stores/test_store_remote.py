@@ -248,7 +248,7 @@ def test_a_forked_child_gets_a_connection_of_its_own() -> None:
         assert store.get("a") is not None
 
 
-def test_what_another_machine_puts_after_a_listing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_item_that_another_machine_puts_after_a_listing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache of listings said for as long as it lived that the object did not exist."""
     pytest.importorskip("s3fs")
     with s3_server() as server:

@@ -31,7 +31,7 @@ def tier_of(store: TieredStore, key: str) -> int:
     return next(index for index, tier in enumerate(store.tiers) if tier.contains(key))
 
 
-def test_what_a_tier_evicts_is_in_the_next_and_comes_back_when_used(store: TieredStore) -> None:
+def test_an_evicted_item_is_in_the_next_tier_and_comes_back_when_used(store: TieredStore) -> None:
     for id in "abc":
         store.put(random_item(id))
     assert tier_of(store, "a") == 1
@@ -157,7 +157,7 @@ def test_a_tier_that_fails_is_passed_over_with_a_warning() -> None:
             store.get("b")
 
 
-def test_what_fits_nowhere_is_refused(tmp_path: Path) -> None:
+def test_an_item_that_fits_into_no_tier_is_refused(tmp_path: Path) -> None:
     with TieredStore([MemoryStore(SIZE), MemoryStore(SIZE)]) as store, pytest.raises(StoreFullError):
         store.put(random_item("a", tokens=100))
 

@@ -38,7 +38,7 @@ def temporary(store: DiskStore, id: str) -> Path:
     return store.directory / f".{store.file(id).name}.{'0' * 32}.tmp"
 
 
-def test_verify_finds_what_is_wrong_and_repair_clears_it(store: DiskStore) -> None:
+def test_verify_finds_damage_and_repair_deletes_it(store: DiskStore) -> None:
     cut(store.file("a"))
     store.file("b").write_bytes(store.file("b").read_bytes()[:100])
     temporary(store, "d").write_bytes(b"half")
@@ -89,7 +89,7 @@ def test_a_repair_touches_only_files_that_are_provably_ours(store: DiskStore) ->
     assert len(report.foreign) == 16
 
 
-def test_repair_leaves_what_a_living_writer_is_writing(store: DiskStore) -> None:
+def test_repair_does_not_touch_the_files_of_a_running_writer(store: DiskStore) -> None:
     path = store.file("new")
     path.parent.mkdir(exist_ok=True)
     with atomic_write(path, beside=store.directory) as temporary:
@@ -142,7 +142,7 @@ needs_kill = pytest.mark.skipif(os.name == "nt", reason="fork and kill are POSIX
 
 
 @needs_kill
-def test_opening_a_store_clears_what_kills_left(store: DiskStore) -> None:
+def test_opening_a_store_deletes_the_leftovers_of_killed_writers(store: DiskStore) -> None:
     """Temporary files stayed until a repair."""
     large = random_item("d", tokens=20_000)
 
@@ -161,7 +161,7 @@ def test_opening_a_store_clears_what_kills_left(store: DiskStore) -> None:
 @needs_kill
 @pytest.mark.parametrize("first", [True, False], ids=["the first dump", "a later dump"])
 @pytest.mark.parametrize("way", ["load", "store", "repair"])
-def test_opening_a_folder_clears_what_killed_dumps_left(tmp_path: Path, first: bool, way: str) -> None:
+def test_opening_a_folder_deletes_the_leftovers_of_killed_dumps(tmp_path: Path, first: bool, way: str) -> None:
     """60 kills left 231 files where 8 belong."""
     if not first:
         write_dump(tmp_path, "ours.json", [random_item("a")])
