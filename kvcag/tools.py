@@ -195,7 +195,7 @@ class ToolSpec:
     @property
     def _instruction(self) -> str:
         tools = "\n".join(json.dumps(tool.shown["function"], ensure_ascii=False) for tool in self.offered)
-        several = " Write each call on its own line." if self.parallel else ""
+        several = " Several calls stand on lines of their own." if self.parallel else ""
         return (
             f"These tools can be called:\n{tools}\nTo call one, answer with nothing but JSON: "
             f'{{"name": the tool\'s name, "arguments": {{its arguments}}}}.{several}'
