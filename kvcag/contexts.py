@@ -170,7 +170,7 @@ def with_kept_history(
     for run in runs:
         parts.append(_read_in_place(token_ids[at : run.start]))
         ids = torch.tensor(token_ids[run.start : run.end], dtype=torch.long)
-        parts.append(Part(ids, concat(run.pieces), run.stood, is_exact=False, is_alone=False))
+        parts.append(Part(ids, concat(run.pieces), run.stood, is_exact=False, is_document=False))
         at = run.end
     start = _Start(token_ids[: recent.length], concat(recent.pieces), is_exact=not recent.is_merged)
     reason = f"{moved:,} tokens of the conversation were moved to their new positions"
@@ -363,7 +363,8 @@ def _parts(
             parts.append(_read_in_place(tuple(piece.token_ids.tolist())))
             continue
         alone = ENCODED_BEHIND not in piece.metadata
-        parts.append(Part(piece.token_ids, layers, piece.base_position, exact, alone, states_of(head)))
+        states = states_of(head)
+        parts.append(Part(piece.token_ids, layers, piece.base_position, exact, is_alone=alone, states_before=states))
         start = replace(start, in_context=start.in_context + (0 if alone else len(piece.token_ids)))
     return start, parts
 
@@ -374,7 +375,7 @@ def _composes(layers: Layers, behind_the_head: bool, exact: bool) -> bool:
 
 
 def _read_in_place(token_ids: Ids) -> Part:
-    return Part(torch.tensor(token_ids, dtype=torch.long), None, 0, is_exact=False, is_alone=False)
+    return Part(torch.tensor(token_ids, dtype=torch.long), None, 0, is_exact=False, is_document=False)
 
 
 def _merged(
@@ -397,9 +398,11 @@ def _merged(
     if not start.is_exact:
         ratio *= 1 - len(start.token_ids) / len(context_ids)
     drift = learned = None  # looked up before the model's lock is taken, because they have their own lock
-    if strategy != "full" and any(part.is_alone and not part.is_exact for part in parts):
+    corrected = [part for part in parts if part.is_document and not part.is_exact]
+    if strategy != "full" and corrected:
         learned = learned_drift_of(engine, namespace)
-        if learned is None and (strategy == "rotate" or int(ratio * len(context_ids)) == 0):
+        recomputes_nothing = strategy == "rotate" or int(ratio * len(context_ids)) == 0
+        if learned is None and recomputes_nothing and any(part.is_alone for part in corrected):
             drift = usual_drift_of(engine)
     begun = [Part(torch.tensor(start.token_ids, dtype=torch.long), start.layers, 0, is_exact=True)] * bool(start.layers)
     epoch = engine.epoch(namespace)

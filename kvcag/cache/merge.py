@@ -72,7 +72,8 @@ class Part:
         base_position: the position of the first key in `layers`.
         is_exact: the keys and values equal those of a full prefill at the part's new position, so that no token is
             recomputed: the head, and the first document if it was encoded after this head.
-        is_alone: the part was encoded without the parts before it, as documents are.
+        is_document: the part was encoded without the parts before it. It gets a learned drift.
+        is_alone: it was encoded without any other document before it. It gets the usual drift.
         states_before: the states of recurrent layers after which the part was encoded; None for none.
     """
 
@@ -80,6 +81,7 @@ class Part:
     layers: Sequence[LayerKV] | None
     base_position: int
     is_exact: bool
+    is_document: bool = True
     is_alone: bool = True
     states_before: States | None = None
 
@@ -145,8 +147,8 @@ def merge(
             nothing; 1 recomputes every token that is not exact. `rotate` and `full` ignore the ratio.
         usual_drift: returns the usual drift. Called only if no token is recomputed; the drift is added to parts that
             are alone and not exact. Recomputed tokens show their own document's drift, which is better.
-        learned_drift: replaces `usual_drift`. It is added before tokens are chosen, so that recomputed tokens show the
-            drift that remains.
+        learned_drift: replaces `usual_drift`. It is added to all documents that are not exact, before tokens are
+            chosen, so that recomputed tokens show the drift that remains.
         passes: faster passes for the model's device.
 
     Raises:
@@ -165,9 +167,10 @@ def merge(
         part_of=_each(parts, list(range(len(parts)))),
         open=_each(parts, [not part.is_exact for part in parts]),
     )
-    alone = replace(layout, open=layout.open & _each(parts, [part.is_alone for part in parts]))
-    if learned_drift is not None and strategy != "full" and alone.open.any():
-        learned_drift.add_to(rotations(model), layers, alone)
+    documents = replace(layout, open=layout.open & _each(parts, [part.is_document for part in parts]))
+    alone = replace(layout, open=documents.open & _each(parts, [part.is_alone for part in parts]))
+    if learned_drift is not None and strategy != "full" and documents.open.any():
+        learned_drift.add_to(rotations(model), layers, documents)
     if kinds_of(model):
         chosen = _where(layout.open) if strategy == "full" else torch.arange(0)
         _run_through(model, layers, parts, again=strategy == "full")

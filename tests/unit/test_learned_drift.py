@@ -126,11 +126,16 @@ def test_it_is_given_under_the_recompute_too_and_to_nothing_that_is_exact(cache_
         assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(merged, prefilled, strict=True))
 
 
-def test_what_is_encoded_in_context_gets_none(cache_folder: Path) -> None:
+def test_what_is_encoded_in_context_gets_it_too(cache_folder: Path) -> None:
     memory = memory_of()
-    memory.learn(contexts=2)
     memory.add(TEXTS, context="previous")
-    assert rotated(memory).report.drift == ""
+    before = rotated(memory)
+    assert before.report.in_context_tokens > 0
+    learned = memory.learn(contexts=2)
+    after = rotated(memory)
+    assert after.report.drift == learned.digest
+    assert after.report.in_context_tokens == before.report.in_context_tokens
+    assert not equal(layers_of(after.cache), layers_of(before.cache))
 
 
 def test_it_may_be_learned_from_documents_that_are_not_kept(cache_folder: Path) -> None:
