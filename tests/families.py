@@ -77,7 +77,7 @@ OWN: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 4},
     "granitemoehybrid": {"layer_types": ["mamba", "mamba", "attention"], "mamba_expand": 2, **MAMBA},
     "jamba": {"attn_layer_period": 3, "attn_layer_offset": 2, "mamba_d_state": 8, "num_experts": 2},
-    "kimi_linear": DELTA,
+    "kimi_linear": {**DELTA, "linear_num_heads": 4, "linear_head_dim": 16},
     "lfm2": {"layer_types": ["conv", "conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention"]},
     "mamba2": {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "expand": 4},

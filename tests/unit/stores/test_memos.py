@@ -151,9 +151,10 @@ def test_a_damaged_dump_never_crashes_the_reader(tmp_path: Path) -> None:
         cut = random.random() < 0.3
         file.write_bytes(sound[:at] if cut else sound[:at] + bytes([sound[at] ^ 0x55]) + sound[at + 1 :])
         try:
-            read_memos_pickle(file)  # a flip in a tensor's values: pickles have no checksums
+            read_memos_pickle(file)
         except (FormatError, CorruptItemError):
-            assert True
+            continue
+        assert not cut, at  # a flip in a tensor's values is not seen: pickles have no checksums
 
 
 # --- what must not change anything, or take long -------------------------------------------------------------------
