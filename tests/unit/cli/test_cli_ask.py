@@ -1,4 +1,4 @@
-"""`kvcag ask` and `kvcag chat`: what they answer, what they reuse, and what they refuse."""
+"""`kvcag ask` and `kvcag chat`: answers, reuse and refusals."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ NOTES = "The lighthouse of Varn is painted green.\n\nIts keeper is called Ode.\n
 
 @pytest.fixture
 def notes(kvcag: Kvcag) -> list[str]:
-    """The ids of what is kept."""
+    """The ids of the stored items."""
     return list(kvcag("encode", "notes", "--json").json["ids"])
 
 
 @torch.no_grad()
 def uncached(folder: str, question: str, tokens: int) -> str:
-    """What the bare model says, greedy, to the prompt that stands for the whole store."""
+    """The greedy answer of the bare model to the prompt with the whole store."""
     engine = HFEngine.from_pretrained(folder)
     text = f"<|im_start|>system\n{INSTRUCTION}\n\n{NOTES}<|im_end|>\n<|im_start|>user\n{question}<|im_end|>\n"
     ids = torch.tensor([engine.template.encode(f"{text}<|im_start|>assistant\n")])
@@ -172,7 +172,7 @@ def turns(kvcag: Kvcag, said: str, *arguments: object) -> list[dict]:
 
 @pytest.fixture
 def ascii_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answers whose text stands for the tokens that the model chose: random bytes are no text."""
+    """Makes answers with a text for each token, since random bytes are not valid text."""
     letters = byte_tokenizer()("abcdefgh").input_ids
     draw = Sampler.draw
     monkeypatch.setattr(
@@ -198,7 +198,7 @@ def test_each_turn_prefills_only_its_new_tokens(kvcag: Kvcag, notes: list[str]) 
 def test_a_turn_prefills_its_own_tokens_and_no_others(
     kvcag: Kvcag, notes: list[str], strategy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counted in the model."""
+    """Counts tokens in the model's forward passes."""
     lengths: list[int] = []
     predict = HFEngine.predict
     monkeypatch.setattr(HFEngine, "predict", lambda *given: lengths.append(len(given[1])) or predict(*given))
@@ -262,7 +262,7 @@ def test_asking_files_that_are_not_there_is_refused_before_the_model_is_loaded(k
 
 
 def test_nothing_is_encoded_twice_between_encode_and_ask(kvcag: Kvcag) -> None:
-    """In whatever parts `encode` kept a file, `ask` takes it; in whatever parts `ask` kept it, `encode` does."""
+    """`ask` uses a file in the parts in which `encode` stored it, and the reverse."""
     long = " ".join(f"Sentence {number} of many." for number in range(60))
     for name, cut in (("whole", []), ("cut", ["--split", 300])):
         write(kvcag.folder / name / "a.txt", f"{name} {long}")

@@ -1,4 +1,4 @@
-"""`kvcag demo`, the race: whose clock runs when, and how it looks where there is no room for two columns."""
+"""`kvcag demo`: the clocks of both sides, and the output of a terminal without room for two columns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""At its end every command says what to do next, and that can be typed as it stands."""
+"""Every command ends with a suggested command that can be typed unchanged."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ PATIENCE = 60.0
 
 
 class Terminal:
-    """A person at a terminal: reads what is shown, types, presses Ctrl-C."""
+    """A user at a terminal: reads the screen, types, and presses Ctrl-C."""
 
     def __init__(self, kvcag: Kvcag, *arguments: object) -> None:
         own, theirs = pty.openpty()
@@ -31,7 +31,7 @@ class Terminal:
         self._fd, self.shown = own, ""
 
     def wait_for(self, pattern: str) -> None:
-        """Until it is shown; what was shown up to there is forgotten."""
+        """Wait until the pattern is shown, and forget all output up to there."""
         ends = time.monotonic() + PATIENCE
         while not (found := re.search(pattern, self.shown, flags=re.DOTALL)):
             assert time.monotonic() < ends, f"{pattern!r} was not shown: {self.shown!r}"
@@ -48,7 +48,7 @@ class Terminal:
         self.type("\x03")
 
     def leave(self) -> tuple[int, str]:
-        """The exit code, and all that was still shown."""
+        """The exit code, and the remaining output."""
         code = self.process.wait(PATIENCE)
         while select.select([self._fd], [], [], 0)[0] and (more := self._read()):
             self.shown += more
@@ -165,7 +165,7 @@ def test_a_closed_pipe_ends_it_quietly(kvcag: Kvcag, arguments: list[str]) -> No
 
 
 def test_commands_without_a_model_do_not_load_torch(kvcag: Kvcag) -> None:
-    """Help, the version, refusals, and commands that list and delete: they take tenths of a second, and not seconds."""
+    """Help, the version, refusals, and commands that list and delete: they take tenths of a second, not seconds."""
     kvcag("encode", "notes")
     item, _ = kvcag("ls", "--json").json
     names = [command.name or command.callback.__name__ for command in app.registered_commands if command.callback]

@@ -1,4 +1,4 @@
-"""docs/cli.md names every command and option that there is, and none that there is not."""
+"""docs/cli.md lists exactly the existing commands and options."""
 
 from __future__ import annotations
 

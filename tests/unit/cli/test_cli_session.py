@@ -32,7 +32,7 @@ COMMANDS: list[list[object]] = [
 
 
 def steady(text: str, folder: Path) -> str:
-    """Without what differs from run to run: times, ids and the folder."""
+    """Remove the parts that differ between runs: times, ids and the folder."""
     text = text.replace(str(folder), "~")
     text = re.sub(r"\b\d+\.\d+ s\b", "0.00 s", text)
     text = re.sub(r"\b(\d+(\.\d)? ×|no) faster", "9 × faster", text)

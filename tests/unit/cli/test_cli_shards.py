@@ -136,7 +136,7 @@ def test_four_processes_of_four_shards_give_the_items_of_one_even_if_two_are_kil
 
 
 def test_an_address_is_a_store_for_every_command(kvcag: Kvcag) -> None:
-    """In one process: `memory://` is another store in each."""
+    """Runs in one process, since `memory://` is a different store in each process."""
     from fsspec.implementations.memory import MemoryFileSystem  # type: ignore[import-untyped]
 
     place = ["--store", "memory://kvcag-cli"]
@@ -167,7 +167,7 @@ def test_a_shard_that_is_empty_is_no_error(kvcag: Kvcag) -> None:
 
 
 def test_encoding_reads_no_manifests_of_stored_items(kvcag: Kvcag, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a million items, each of many workers read all of them."""
+    """Regression: with a million items, each of many workers read all manifests."""
     kvcag("encode", "notes")
     listed = []
     for name in ("listing", "stats", "keys"):

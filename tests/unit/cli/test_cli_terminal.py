@@ -1,4 +1,4 @@
-"""What is stored, or said by a model, is shown by a terminal and not obeyed."""
+"""Control characters in stored texts and answers are shown, and not executed by the terminal."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def put(kvcag: Kvcag, id: str = "an id") -> DiskStore:
 
 
 def test_help_fills_the_lines_of_the_screen(kvcag: Kvcag) -> None:
-    """Its lines were broken where those of the source are, too."""
+    """Regression: help text was broken at the line ends of the source as well."""
     out = kvcag("ask", "--help").out
     _, description, *_ = re.split(r"\n\s*\n", out.partition("Answer a question")[2])
     lines, width = description.split("\n"), max(map(len, out.splitlines())) - 2

@@ -9,7 +9,7 @@ from tests.cube_sides import BRIDGE, TOWER
 
 @pytest.fixture
 def cube(tiny_engine: HFEngine) -> MemoryCube:
-    """Without an instruction, so that its caches are found behind any instruction."""
+    """Has no instruction, so that its caches are found after any instruction."""
     made = MemoryCube(tiny_engine, namespace="mine")
     made.add([TOWER, BRIDGE])
     made.encode()
@@ -18,7 +18,7 @@ def cube(tiny_engine: HFEngine) -> MemoryCube:
 
 @pytest.fixture
 def echo() -> MemoryCube:
-    """Answers with the prompt it was given."""
+    """Answers with the prompt."""
     made = MemoryCube(EchoEngine(whole_prompt))
     made.add([TOWER, BRIDGE])
     return made

@@ -1,4 +1,4 @@
-"""MemoryCube: texts and caches with one life, and answers that say which side they came from."""
+"""MemoryCube: caches follow texts, and answers report whether they were encoded or cached."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def cube(tiny_engine: HFEngine) -> MemoryCube:
 
 
 def kept_texts(cube: MemoryCube) -> list[str]:
-    """What every kept cache was made from."""
+    """The text of every stored cache."""
     store = cube.memory.store
     manifests = list(map(store.manifest, store.keys()))
     return sorted(manifest.records.composed_text_memory.strip("\n") for manifest in manifests if manifest)
@@ -171,7 +171,7 @@ def test_every_tier_forgets(tiny_engine: HFEngine, tmp_path: Path) -> None:
 
 
 def test_a_damaged_cache_of_a_deleted_text_goes_too(tiny_engine: HFEngine, tmp_path: Path) -> None:
-    """Its file no longer says what it was made from, and a store does not list it."""
+    """The text of a damaged file cannot be read, and a store does not list the file."""
     cube = MemoryCube(tiny_engine, store=tmp_path / "kv", instruction=HEAD)
     cube.add([ALICE])
     cube.encode()
@@ -236,7 +236,7 @@ def test_a_cache_that_came_back_after_its_deletion_can_be_purged(cube: MemoryCub
 
 
 def test_a_scheduler_forgets_with_the_cube(cube: MemoryCube, tmp_path: Path) -> None:
-    """It would have encoded the text ahead again, which was asked for so often."""
+    """Regression: the scheduler encoded a deleted text ahead again, since it had been asked for often."""
     with CacheScheduler(cube.memory, 1 << 20, state=tmp_path / "state.sqlite", every_s=None, quiet_s=0) as scheduler:
         for _ in range(4):
             cube.ask("Who?", max_new_tokens=2)

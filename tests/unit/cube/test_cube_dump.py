@@ -1,4 +1,4 @@
-"""A cube in a folder: whole or not at all, checked, refused by name, and used by the model that made it."""
+"""Dumps of a cube: atomic, verified, and used only by the model that made them."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_an_engine_without_caches_reads_the_texts(dumped: Path) -> None:
 
 
 def test_another_instruction_uses_the_same_caches(dumped: Path) -> None:
-    """Only the first text is computed again, behind that instruction."""
+    """Only the first text is encoded again, after the other instruction."""
     other = MemoryCube(fresh_engine(), instruction="Another.", strategy="rotate")
     other.load(dumped)
     answer = other.ask("Who?", max_new_tokens=2)

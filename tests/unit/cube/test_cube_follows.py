@@ -1,4 +1,4 @@
-"""Whatever happens to a cube, its caches are those of its texts and of nothing else."""
+"""After any sequence of changes, a cube has caches of its own texts only."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def prompt_of(cube: MemoryCube, text: str) -> Prompt:
 
 
 class Follows(RuleBasedStateMachine):
-    """A cube over three tiers beside a dict of what it should say."""
+    """A cube with three tiers, and a dict with the expected texts."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -28,7 +28,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def _connections_go_with_their_test() -> Iterator[None]:
-    """Core's `Memory` does not close its database, which warns when it is collected: here, and not in another test."""
+    """LlamaIndex's `Memory` does not close its database: collect it here, so that no other test gets its warning."""
     yield
     gc.collect()
 

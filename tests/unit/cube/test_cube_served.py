@@ -1,4 +1,4 @@
-"""A cube over a server that keeps keys and values itself: prompts are kept, sent ahead, and follow the texts."""
+"""A cube with a server that has the keys and values: prompts are preloaded, and follow the texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plaintext side: real vector stores, retrievers, indexes and docstores, kept in step."""
+"""The texts of a cube in real vector stores, retrievers, indexes and docstores."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ QUESTION = "Which tower is made of iron?"
 
 
 class StrictStore(InMemoryVectorStore):
-    """Refuses to add what is there and to delete what is not, as FAISS does."""
+    """Like FAISS, refuses to add existing texts and to delete missing texts."""
 
     def add_documents(self, documents: list[Document], ids: list[str] | None = None, **kwargs: Any) -> list[str]:
         if set(ids or ()) & self.store.keys():
@@ -44,7 +44,7 @@ class StrictStore(InMemoryVectorStore):
 
 
 class PlainStore(InMemoryVectorStore):
-    """Cannot say what it holds."""
+    """A vector store that cannot look up its texts."""
 
     def get_by_ids(self, ids: Sequence[str], /) -> list[Document]:
         raise NotImplementedError
@@ -177,7 +177,7 @@ def test_a_retriever_is_read_and_never_written(tiny_engine: HFEngine, side: Text
 
 
 def test_a_cube_beside_a_retriever_moves(tiny_engine: HFEngine, tmp_path: Any) -> None:
-    """What its retriever finds there cannot be written to."""
+    """The retriever's texts are read-only."""
     retriever = BM25(documents=[Document(text.memory, id=text.id) for text in (BRIDGE, HOUSE, TOWER)], k=1)
     cube = MemoryCube(tiny_engine, langchain.RetrieverTexts(retriever))
     cube.ask(QUESTION, max_new_tokens=2)
@@ -209,7 +209,7 @@ def test_a_retriever_is_built_again_only_when_texts_changed(tiny_engine: HFEngin
 
 def test_a_text_deleted_during_a_search_does_not_come_back(tiny_engine: HFEngine) -> None:
     class Slow(langchain.BuiltRetrieverTexts):
-        """Somebody deletes the best text between its being found and its being handed over."""
+        """The best text is deleted after the search found it, and before the search returns."""
 
         def search(self, question: str, k: int | None) -> list[TextualMemoryItem]:
             found = super().search(question, k)

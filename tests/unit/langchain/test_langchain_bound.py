@@ -1,4 +1,4 @@
-"""A context that is bound to a model reaches whatever is made from the model."""
+"""A context that is bound to a model reaches every runnable that is made from the model."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from tests.unit.langchain.wrapped import WRAPPED
 
 @pytest.fixture(scope="module")
 def corpus() -> tuple[ChatKVCAG, str, int]:
-    """A model, a context of it, and how many tokens a question over the context has at least."""
+    """A model, the id of a context, and the minimum number of tokens of a question with this context."""
     llm = ChatKVCAG(engine=HFEngine(tiny_model(), byte_tokenizer()), max_tokens=60)
     context = llm.create_context(["The Eiffel tower is 330 metres tall. " * 5])
     return llm, context, llm.invoke("How tall?", cached_content=context).usage_metadata["input_tokens"]
 
 
 def names(order: str) -> list[Any]:
-    """The wrappers, in parameters that say when the context is bound."""
+    """The wrappers, each with the context bound before or after wrapping."""
     return [pytest.param(wrap.values[0], order == "first", id=f"{wrap.id}, bound {order}") for wrap in WRAPPED]
 
 
@@ -33,7 +33,7 @@ def names(order: str) -> list[Any]:
 def test_a_bound_context_survives_tools_structured_output_and_agents(
     corpus: tuple[ChatKVCAG, str, int], wrap: Any, first: bool
 ) -> None:
-    """LangChain drops bound arguments: the corpus was lost without a word."""
+    """Regression: LangChain drops bound arguments, so the corpus was silently lost."""
     llm, context, size = corpus
     bound = wrap(llm.bind(cached_content=context)) if first else wrap(llm).bind(cached_content=context)
 
@@ -63,7 +63,7 @@ def test_a_bound_context_survives_tools_structured_output_and_agents(
 async def test_a_context_bound_to_structured_output_is_read(
     corpus: tuple[ChatKVCAG, str, int], include_raw: bool
 ) -> None:
-    """With `include_raw` bound arguments were lost."""
+    """Regression: with `include_raw`, bound arguments were lost."""
     llm, context, size = corpus
     schema = {"title": "Height", "type": "object", "properties": {}}
     structured = llm.with_structured_output(schema, include_raw=include_raw).bind(cached_content=context)
@@ -78,7 +78,7 @@ async def test_a_context_bound_to_structured_output_is_read(
 async def test_a_context_bound_to_a_chain_that_begins_with_our_prompt_is_said_to_be_lost(
     corpus: tuple[ChatKVCAG, str, int],
 ) -> None:
-    """LangChain hands what is bound to a chain to its first step alone."""
+    """LangChain passes arguments that are bound to a chain to its first step only."""
     llm, context, _ = corpus
     prompt = ChatPromptTemplate.from_messages([("system", "Use:\n\n{context}"), ("human", "{input}")])
     chain = create_cag_documents_chain(llm, prompt)

@@ -42,7 +42,7 @@ def smollm_like() -> ChatKVCAG:
 
 
 class Identity:
-    """An output parser that lets the message through."""
+    """An output parser that returns the message unchanged."""
 
     def __new__(cls) -> Any:
         return RunnablePassthrough()
@@ -59,7 +59,7 @@ def test_the_model_reads_the_same_prompt_as_in_the_stuff_chain(echo: ChatKVCAG) 
 @pytest.mark.parametrize("family", TRAINED)
 @pytest.mark.parametrize("strategy", ["exact", "auto", "full"])
 def test_the_model_reads_the_stuff_chains_own_tokens(family: str, strategy: Any) -> None:
-    """Documents were tokenised one by one, and the last one had a separator more."""
+    """Regression: documents were tokenised one by one, and the last one had an extra separator."""
     tokenizer = tokenizer_of(family)
     engine = HFEngine(tiny_model(vocab_size=tokenizer.vocab_size + 200, max_position_embeddings=2048), tokenizer)
     llm = ChatKVCAG(engine=engine, max_tokens=4, merge_strategy=strategy)
@@ -76,7 +76,7 @@ def test_the_model_reads_the_stuff_chains_own_tokens(family: str, strategy: Any)
 
 
 def test_the_report_names_tokens_that_differ(smollm_like: ChatKVCAG) -> None:
-    """A document behind `Context: ` begins with a space in the joined text's tokens."""
+    """A document after `Context: ` begins with a space in the tokens of the joined text."""
     prompt = ChatPromptTemplate.from_messages([("system", "Context: {context}"), ("human", "{input}")])
     chain = create_cag_documents_chain(smollm_like, prompt, output_parser=Identity())
     merged = chain.invoke({"context": DOCUMENTS, "input": "How tall?"}).response_metadata["kvcag"]
@@ -178,7 +178,7 @@ def test_a_retriever_that_finds_nothing_causes_a_warning(llm: ChatKVCAG) -> None
 
 
 def test_a_prompt_without_the_variable_is_refused(llm: ChatKVCAG) -> None:
-    """With our error; pydantic's came."""
+    """Regression: pydantic's error was raised instead of kvcag's."""
     with pytest.raises(
         InvalidInputError, match=r"^the prompt has no variable 'context' for the documents, only .'input'"
     ):
@@ -200,7 +200,7 @@ def test_a_prompt_without_the_variable_is_refused(llm: ChatKVCAG) -> None:
 def test_wrong_settings_of_a_documents_prompt_are_refused_by_an_error_of_ours(
     llm: ChatKVCAG, wrong: dict[str, Any], problem: str
 ) -> None:
-    """pydantic's error came, and a misspelt setting was ignored."""
+    """Regression: pydantic's error was raised, and a misspelt setting was ignored."""
     with pytest.raises(InvalidInputError, match=problem):
         llm.precompute(DOCUMENTS, PROMPT, progress=False, **wrong)
 
@@ -239,7 +239,7 @@ def test_documents_that_stand_after_the_question_cannot_be_precomputed(llm: Chat
 
 
 async def test_documents_that_cannot_be_encoded_are_left_out_and_named(llm: ChatKVCAG, capsys: Any) -> None:
-    """One document that was too long stopped all that came behind it."""
+    """Regression: a document that was too long stopped the encoding of all later documents."""
     long = Document("far too long " * 300, metadata={"source": "long.md"})
     some = [DOCUMENTS[0], Document("  "), long, DOCUMENTS[1]]
     ids = llm.precompute(DOCUMENTS, progress=False)
@@ -264,7 +264,7 @@ async def test_documents_that_cannot_be_encoded_are_left_out_and_named(llm: Chat
 
 
 def test_contexts_with_other_instructions_are_other_contexts(llm: ChatKVCAG) -> None:
-    """They had the same id once the instruction was left out of an item's key."""
+    """Regression: both contexts had the same id, since an item's key does not contain the instruction."""
     kept = [llm.create_context(DOCUMENTS, instruction=instruction) for instruction in ("Use:", "Read:", "")]
     assert len(set(kept)) == 3
     shown = [llm.memory().with_context(id, [{"role": "user", "content": "?"}])[0]["content"] for id in kept]
@@ -288,7 +288,7 @@ async def test_a_context_is_answered_from_exactly_and_named_by_its_content(llm: 
 
 @pytest.mark.parametrize("source", ["It is red.", "b"])
 def test_a_context_is_purged_with_any_of_its_documents(llm: ChatKVCAG, source: str) -> None:
-    """It was found by its whole text alone."""
+    """Regression: a context was found only by its whole text."""
     context, other = llm.create_context(DOCUMENTS), llm.create_context(["something else"])
     assert llm.memory().purge("no such source").ids == []
     assert llm.memory().purge(source).ids == [context]

@@ -40,7 +40,7 @@ def read(message: AIMessage) -> int:
 
 
 def essence(message: AIMessage) -> tuple[Any, ...]:
-    """What has to be the same however a model is called; times and what was cached are not."""
+    """The parts of an answer that every way of calling must share. Times and cache counts may differ."""
     usage = {name: message.usage_metadata[name] for name in ("input_tokens", "output_tokens", "total_tokens")}
     return message.text, usage, message.response_metadata["finish_reason"], message.response_metadata["model_name"]
 
@@ -140,7 +140,7 @@ def test_one_chunk_carries_usage_and_model_and_it_is_the_last(llm: ChatKVCAG) ->
 
 
 def test_a_last_message_of_the_model_is_continued(llm: ChatKVCAG) -> None:
-    """It was closed, and the model began another answer."""
+    """Regression: the message was ended, and the model began a new answer."""
     said = llm.invoke("hello").text
     asked: list[BaseMessage] = [HumanMessage("hello"), AIMessage("abc")]
     echo = ChatKVCAG(engine=EchoEngine(lambda prompt: prompt[-13:]), max_tokens=99)
@@ -205,7 +205,7 @@ def test_usage_and_reports_add_up_whatever_was_cached(tiny_engine: HFEngine, str
 
 
 def test_every_report_counts_encoded_tokens(llm: ChatKVCAG) -> None:
-    """Without documents there were no counts."""
+    """Regression: without documents, the report had no counts."""
     cold, warm = llm.invoke("hello there"), llm.invoke("hello there")
     for answer in (cold, warm):
         report, total = answer.response_metadata["kvcag"], answer.usage_metadata["input_tokens"]

@@ -1,4 +1,4 @@
-"""Histories that LangChain edits, and documents that tools find."""
+"""Histories that LangChain edits, and documents in tool results."""
 
 from __future__ import annotations
 

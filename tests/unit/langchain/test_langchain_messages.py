@@ -79,7 +79,7 @@ def test_plain_text_blocks_are_documents() -> None:
 
 
 def test_without_marks_blocks_of_a_system_message_are_documents_and_those_of_a_human_message_are_not() -> None:
-    """A password in the first of two blocks was left in the store."""
+    """Regression: a password in the first of two blocks was stored."""
     conversation = [
         SystemMessage([text("a"), "b"]),
         HumanMessage([text("c"), text("d")]),
@@ -134,7 +134,7 @@ def test_a_message_whose_documents_were_trimmed_is_read_as_it_is() -> None:
 
 
 def test_documents_stay_documents_where_runs_of_messages_are_merged() -> None:
-    """The note had their places, so a question was stored as a document, and documents were read as text."""
+    """Regression: documents were noted by index, so a question was stored and documents were read as text."""
     one = with_documents(SystemMessage(""), "Use:\n", ["one\n\n", "two"], ending="\n\n")
     other = with_documents(SystemMessage(""), "And:\n", ["three\n\n", "four"], "\nQ", ending="\n\n")
     brief = SystemMessage("Be brief.")

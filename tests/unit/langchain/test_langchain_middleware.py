@@ -132,7 +132,7 @@ async def test_a_wrapped_model_is_recognised(llm: ChatKVCAG, wrap: Any) -> None:
 async def test_a_middleware_that_replaces_the_system_message_causes_a_warning(
     llm: ChatKVCAG, echo: ChatKVCAG, recwarn: pytest.WarningsRecorder
 ) -> None:
-    """The documents were gone without a word."""
+    """Regression: the documents were silently lost."""
 
     @dynamic_prompt
     def brief(request: ModelRequest[Any]) -> str:
@@ -161,7 +161,7 @@ def test_it_takes_a_retriever_or_a_corpus(both: dict[str, Any]) -> None:
 
 
 def test_an_unknown_behavior_is_refused() -> None:
-    """It was taken for `ignore`."""
+    """Regression: an unknown behavior was treated as `ignore`."""
     wrong: Any = "warning"
     with pytest.raises(InvalidInputError, match="unsupported_model_behavior 'warning': use one of ignore, warn, raise"):
         KVCAGMiddleware(corpus=CORPUS, unsupported_model_behavior=wrong)

@@ -1,4 +1,4 @@
-"""What LangChain sees while a model answers: response cache, callbacks, events; threads, closing, the event loop."""
+"""LangChain at run time: response cache, callbacks, events, threads, closing, the event loop."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_revision_dtype_and_adapter_change_what_identifies_a_model() -> None:
 
 
 class Everything(BaseCallbackHandler):
-    """Keeps all that a tracer is given."""
+    """Stores everything that a tracer receives."""
 
     raise_error = True
 
@@ -217,7 +217,7 @@ def test_an_engine_error_reaches_the_consumer_at_once(llm: ChatKVCAG) -> None:
 
 
 def count_steps(engine: HFEngine) -> Any:
-    """A function that says how often the model has run since."""
+    """A function that returns how many times the model ran since."""
     runs: list[int] = []
     engine.model.register_forward_pre_hook(lambda *_: runs.append(1))
     return lambda: len(runs)

@@ -77,7 +77,7 @@ def test_a_model_loads_from_its_dump(tmp_path: Any) -> None:
 
 @pytest.mark.filterwarnings("ignore:The function `load")
 def test_a_chain_loads_from_its_dump() -> None:
-    """`DocumentsPrompt` said that it was one of LangChain's prompts."""
+    """Regression: the dump of a `DocumentsPrompt` named one of LangChain's prompts."""
     prompt = ChatPromptTemplate.from_messages([("system", "Use:\n\n{context}"), ("human", "{input}")])
     llm = ChatKVCAG(model="some/model", max_tokens=3)
     allowed = {"allowed_objects": [*CORE, ChatKVCAG, DocumentsPrompt], "valid_namespaces": ["kvcag"]}

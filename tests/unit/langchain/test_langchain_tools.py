@@ -31,7 +31,7 @@ class Place(BaseModel):
 
 
 class Unwritable(BaseModel):
-    """No JSON schema can say what it holds."""
+    """A type that no JSON schema can describe."""
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
     engine: HFEngine
@@ -65,7 +65,7 @@ def stay() -> str:
 
 @pytest.fixture
 def llm(tiny_engine: HFEngine) -> ChatKVCAG:
-    """Random weights: whatever is right about their answers, the grammar made it so."""
+    """A model with random weights, so that only the grammar can make its answers valid."""
     return ChatKVCAG(engine=tiny_engine, max_tokens=150, temperature=1.0, seed=3)
 
 
@@ -115,7 +115,7 @@ async def test_a_call_is_the_same_streamed_or_not_and_a_name_is_that_tool(llm: C
 
 @pytest.mark.parametrize("seed", range(3))
 async def test_arguments_stream_as_they_are_written(llm: ChatKVCAG, seed: int) -> None:
-    """They came whole, with the last chunk."""
+    """Regression: the arguments arrived complete, with the last chunk."""
     bound = llm.bind_tools([travel, stay], tool_choice="travel")
     streamed = [chunk async for chunk in bound.astream("Where to?", seed=seed)]
     whole = streamed[0].__add__(streamed[1:])
@@ -239,7 +239,7 @@ def test_json_mode_without_a_schema_is_some_object(llm: ChatKVCAG) -> None:
 
 @pytest.mark.parametrize("method", ["json_schema", "function_calling", "json_mode"])
 def test_further_arguments_of_structured_output_reach_every_call(llm: ChatKVCAG, method: Any) -> None:
-    """Those of `function_calling` were dropped."""
+    """Regression: with `function_calling`, further arguments were dropped."""
     with pytest.raises(ConstraintBudgetError):
         llm.with_structured_output(Place, method=method, max_tokens=3).invoke("Where to?")
 

@@ -1,4 +1,4 @@
-"""Ways in which LangChain wraps a chat model."""
+"""All ways in which LangChain wraps a chat model."""
 
 from __future__ import annotations
 

@@ -8,5 +8,5 @@ from kvcag.testing import EchoEngine, whole_prompt
 
 @pytest.fixture
 def llm() -> KVCacheLLM:
-    """Answers with the prompt it was given."""
+    """Answers with the prompt."""
     return KVCacheLLM(engine=EchoEngine(whole_prompt))

@@ -57,7 +57,7 @@ def retriever() -> BM25Retriever:
 
 @pytest.fixture(autouse=True)
 def _connections_go_with_their_test() -> Iterator[None]:
-    """Core's `Memory` does not close its database, which warns when it is collected: here, and not in another test."""
+    """LlamaIndex's `Memory` does not close its database: collect it here, so that no other test gets its warning."""
     yield
     gc.collect()
 
@@ -147,7 +147,7 @@ async def test_cores_simple_chat_engine_runs_on_our_llm(llm: KVCacheLLM) -> None
 
 
 def scripted(prompt: str) -> str:
-    """Chooses the second of two tools, or both where it may, asks one sub-question, and otherwise says what it read."""
+    """Chooses the second of two tools (or both), asks one sub-question, and otherwise answers with its prompt."""
     asked = last_user_message(prompt)
     if "Some choices are given below" in asked and "no more than 2" in asked:
         return json.dumps([{"choice": 1, "reason": "one"}, {"choice": 2, "reason": "two"}])
@@ -194,7 +194,7 @@ def test_sub_questions_are_answered_by_our_engines() -> None:
 
 
 class ScriptedEngine(HFEngine):
-    """Encodes documents, and says what `scripted` says."""
+    """Encodes documents, and gives the answers of `scripted`."""
 
     def stream(self, prompt: Any, sampling: Any, past_key_values: Any = None, **settings: Any) -> Any:
         return EchoEngine(scripted).stream(prompt, sampling)
@@ -207,7 +207,7 @@ def kept(llm: KVCacheLLM) -> set[str]:
 
 
 def asked_in_steps(llm: KVCacheLLM) -> None:
-    """Each step's question and answer are what the last prompt reads."""
+    """The last prompt contains the question and the answer of each step."""
     transform, inner = StepDecomposeQueryTransform(llm=llm), CAGQueryEngine.from_documents(nodes(), llm)
     steps: dict[str, Any] = {"num_steps": 2, "stop_fn": lambda step: False}
     engine = MultiStepQueryEngine(inner, transform, CAGSynthesizer(llm), index_summary="towers", **steps)
@@ -237,7 +237,7 @@ def asked_directly(llm: KVCacheLLM) -> None:
     "ask", [asked_by_sub_questions, asked_in_steps, asked_of_several, asked_of_several_asynchronously, asked_directly]
 )
 async def test_generated_text_is_not_kept_as_a_document(ask: Any) -> None:
-    """A router's answers were."""
+    """Regression: the answers that a router joins were stored as documents."""
     engine = ScriptedEngine(tiny_model(max_position_embeddings=1 << 14), byte_tokenizer())
     llm = KVCacheLLM(engine=engine, max_new_tokens=800)
     done = ask(llm)
@@ -265,7 +265,7 @@ async def test_turns_of_a_chat_are_not_kept_as_documents(
 
 
 class SaysSo(BaseEvaluator):
-    """Whether an answer holds its question."""
+    """Evaluates whether an answer contains its question."""
 
     def _get_prompts(self) -> dict:
         return {}

@@ -1,4 +1,4 @@
-"""Callbacks and instrumentation: which events come, in which order, and that each can be written down."""
+"""Callbacks and instrumentation: the events, their order, and that each event can be serialised."""
 
 import json
 from collections.abc import Iterator

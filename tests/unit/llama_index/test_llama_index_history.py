@@ -1,4 +1,4 @@
-"""Histories that LlamaIndex's memories cut, and documents that tools find."""
+"""Histories that LlamaIndex's memories cut, and documents in tool results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""KVCacheTransform: run twice over edited and deleted documents; what is gone leaves the store."""
+"""KVCacheTransform: runs again over edited and deleted documents, whose caches leave the store."""
 
 from pathlib import Path
 
@@ -43,7 +43,7 @@ class Ingestion:
         )
 
     def run(self, *documents: Document) -> list[str]:
-        """Which texts were encoded, in the order in which they are kept."""
+        """The texts that were encoded, in the order of the store."""
         before = self.texts()
         self.pipeline.run(documents=list(documents))
         return sorted(self.texts() - before)
@@ -112,7 +112,7 @@ def test_a_deleted_store_behind_an_ingestion_hit_still_answers(tmp_path: Path) -
 
 
 def test_another_model_or_template_is_another_transform(tmp_path: Path) -> None:
-    """What `IngestionCache` goes by; it holds JSON and no tensors."""
+    """`IngestionCache` compares this JSON, which has no tensors."""
     llm = KVCacheLLM(engine=model())
     other = KVCacheLLM(engine=model(seed=1))
     prompted = CAGSynthesizer(KVCacheLLM(engine=llm.engine, system_prompt="Be kind."))
@@ -132,7 +132,7 @@ def test_collections_share_a_store_and_forget_only_their_own(tmp_path: Path) -> 
 
 
 def test_caches_of_other_prompts_with_a_deleted_text_are_deleted(tmp_path: Path) -> None:
-    """Another prompt uses the item that was encoded behind the first one's instruction."""
+    """Another prompt uses the item that was encoded after the first prompt's instruction."""
     ingestion = Ingestion(tmp_path)
     ingestion.run(TOWER, BRIDGE)
     kind = KVCacheLLM(engine=ingestion.llm.engine, store=tmp_path, system_prompt="Be kind.", max_new_tokens=2)

@@ -1,4 +1,4 @@
-"""KVCacheLLM: the eight methods, their settings, usage, streams that end, and what is serialised."""
+"""KVCacheLLM: the eight methods, their settings, usage, closing of streams, and serialisation."""
 
 import asyncio
 import json
@@ -134,7 +134,7 @@ def test_a_completion_begins_with_exactly_one_bos(formatted: bool, text: str) ->
 
 @pytest.mark.parametrize("way", COMPLETION_WAYS)
 async def test_an_empty_prompt_is_an_empty_message(echo: EchoEngine, llm: KVCacheLLM, way: Way) -> None:
-    """As for core's `MockLLM`, which a stream of one empty response answers."""
+    """Like LlamaIndex's `MockLLM`, whose stream has one empty response."""
     assert await way(llm, "") == ""
     assert [token_ids for _, token_ids in echo.prompts] == [
         echo.template.prompt([{"role": "user", "content": ""}]).token_ids
@@ -296,7 +296,7 @@ async def test_the_event_loop_ticks_while_the_engine_works(way: Way) -> None:
 
 
 class Watched(EchoEngine):
-    """Counts what it gives out, and fails where it is told to."""
+    """Counts its chunks, and fails at a given chunk."""
 
     def __init__(self, fails_after: int = 1 << 30) -> None:
         super().__init__()

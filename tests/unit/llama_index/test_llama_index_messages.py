@@ -1,4 +1,4 @@
-"""What a ChatMessage becomes: roles, tool calls, and what cache points mean."""
+"""Conversion of ChatMessages: roles, tool calls and cache points."""
 
 import pytest
 from llama_index.core.base.llms.types import (

@@ -1,4 +1,4 @@
-"""CAGSynthesizer and CAGQueryEngine: what is asked, what is cached, what comes back."""
+"""CAGSynthesizer and CAGQueryEngine: prompts, caches and responses."""
 
 import re
 import warnings
@@ -86,7 +86,7 @@ def test_canonical_order_is_the_same_for_every_order_of_retrieval(llm: KVCacheLL
 
 
 def test_an_unknown_order_is_refused(llm: KVCacheLLM) -> None:
-    """It was taken for `retrieval`."""
+    """Regression: an unknown order was treated as `retrieval`."""
     wrong: Any = "canonic"
     with pytest.raises(InvalidInputError, match="order 'canonic': use one of retrieval, canonical"):
         CAGSynthesizer(llm, order=wrong)
@@ -200,7 +200,7 @@ def test_a_whole_corpus_is_one_exact_prefix_that_outlives_the_engine(tmp_path) -
 
 
 def test_text_that_changed_under_the_same_id_is_never_answered_from_a_stale_cache(tiny_llm: KVCacheLLM) -> None:
-    """A window of sentences under the same node id and hash, and metadata that is left out of the text or not."""
+    """The text differs by its window of sentences or its metadata; the node id and the hash stay the same."""
     windowed = nodes()
     for node in windowed:
         node.metadata = {"window": f"{node.text} And more."}
@@ -265,7 +265,7 @@ def test_answers_that_core_joins_are_read_and_not_kept(tiny_engine: HFEngine, ma
 
 
 def test_a_text_that_an_index_deleted_can_be_purged(tiny_engine: HFEngine) -> None:
-    """As the guide says."""
+    """Follows the guide."""
     llm = KVCacheLLM(engine=tiny_engine, max_new_tokens=4)
     documents = [Document(text=text, doc_id=str(at)) for at, text in enumerate(TEXTS)]
     index = VectorStoreIndex.from_documents(documents, embed_model=MockEmbedding(embed_dim=4))
@@ -405,7 +405,7 @@ def test_an_answer_that_does_not_fit_its_schema_is_never_an_empty_response() -> 
     ],
 )
 def test_settings_are_checked_by_the_constructor_and_when_they_are_set(wrong: dict[str, Any], llm: KVCacheLLM) -> None:
-    """By an error of ours: pydantic's came from the constructor."""
+    """Regression: the constructor raised pydantic's error instead of kvcag's."""
     [(name, value)] = wrong.items()
     before = getattr(llm, name)
     with pytest.raises(InvalidInputError, match=name):

@@ -1,4 +1,4 @@
-"""Every kind of template of LlamaIndex's documentation on prompts: the model reads what core would have it read."""
+"""The templates of LlamaIndex's documentation on prompts: the model reads the same prompt as with LlamaIndex."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_documents_keep_their_caches_in_templates_that_show_them_as_they_are(
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", AS_DOCUMENTS)
 def test_the_model_reads_cores_own_tokens(llm: KVCacheLLM, name: str, family: str) -> None:
-    """None of 18 prompts did: there was a blank line behind the documents."""
+    """Regression: 18 of 18 prompts differed by a blank line after the documents."""
     template, tokens = AS_DOCUMENTS[name], ChatTemplate(tokenizer_of(family))
     cores = llm._get_messages(template, query_str="How tall?", context_str="\n\n".join(TEXTS))
     expected = tokens.prompt(to_messages(cores)).token_ids

@@ -1,4 +1,4 @@
-"""Tools and structured output: the structure from a grammar, on models that have never seen either."""
+"""Tools and structured output: a grammar makes the structure, since the models are random."""
 
 import asyncio
 import json
@@ -50,12 +50,12 @@ class Tower(BaseModel):
 
 @pytest.fixture
 def llm(tiny_engine: HFEngine) -> KVCacheLLM:
-    """A random model: what it says has no structure but the grammar's."""
+    """A random model, whose answers have no structure except that of the grammar."""
     return KVCacheLLM(engine=tiny_engine, max_new_tokens=150)
 
 
 def calling(text: str) -> KVCacheLLM:
-    """An LLM that says this first, and then what it was told last."""
+    """An LLM that gives this answer first, and then repeats its last message."""
     said = iter([text])
     return KVCacheLLM(engine=EchoEngine(lambda prompt: next(said, "It is done.")))
 

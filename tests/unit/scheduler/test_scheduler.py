@@ -1,4 +1,4 @@
-"""CacheScheduler over a tiny model: what it keeps, what it encodes, what it lets go, and what stays written down."""
+"""CacheScheduler with a tiny model: storing, encoding, evicting and saving."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_a_working_set_on_disk_is_found_again_and_not_rebuilt(tmp_path: Path, ti
 def test_after_a_restart_the_hot_ones_are_encoded_before_the_first_question(
     tmp_path: Path, tiny_engine: HFEngine
 ) -> None:
-    """Counters, texts and the place in the prompt come back; a store in memory has forgotten its caches."""
+    """Counters, texts and the form of the prompt are loaded; a store in memory has lost its caches."""
     state = tmp_path / "scheduler.sqlite"
     memory = KVCacheMemory(tiny_engine, MemoryStore())
     with scheduler_of(memory, state=state):
@@ -282,7 +282,7 @@ def test_items_with_the_callers_id_are_found_whatever_is_hot(memory: KVCacheMemo
 
 
 def test_a_context_with_a_handle_outlives_the_process_whatever_is_hot(memory: KVCacheMemory) -> None:
-    """Its id is in bound arguments and checkpoints, and its text is in the store alone."""
+    """The context's id is in bound arguments and checkpoints, but its text is in the store only."""
     handle = memory.create_context(["The whole corpus. " * 20], "Use:")
     with scheduler_of(memory, 450):
         later = memory.create_context(["Another one."], "Use:")
@@ -420,7 +420,7 @@ def test_a_deletion_by_the_caller_is_logged(
 
 
 def test_several_documents_are_looked_for_at_once(tiny_engine: HFEngine) -> None:
-    """As a remote store does, with many requests under way at a time."""
+    """A remote store answers many requests at once."""
     store = AskedStore()
     memory = KVCacheMemory(tiny_engine, store)
     with scheduler_of(memory):

@@ -1,4 +1,4 @@
-"""What a scheduler writes down: read again after a restart, by the command line, and refused where it is damaged."""
+"""A scheduler's state file: reading after a restart and by the command line, and refusal of damaged files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What caches are worth, and the budget: pure bookkeeping."""
+"""The worth of caches and the budget, without a model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def worth(policy: Policy, uses: dict[str, TextStats], now: float) -> Callable[[C
 
 
 def test_a_rate_is_the_number_of_uses_in_a_round() -> None:
-    """Asked for twice a round, for long: both averages come to that."""
+    """Two uses per round for a long time: both averages converge to two."""
     use = used(*(moment / 2 for moment in range(400)))
     assert use.rate(use.last) == pytest.approx(2, rel=0.15)
     assert use.rate(use.last + 3) < 0.9 * use.rate(use.last)

@@ -1,4 +1,4 @@
-"""One use is counted once, however many places show it; and what stands for what is found out by looking."""
+"""Each use is counted once, and the form of texts in prompts is learnt from prompts."""
 
 from __future__ import annotations
 

@@ -160,7 +160,7 @@ def test_a_dump_takes_the_bytes_of_its_tokens(tiny_engine: HFEngine, tmp_path: P
 
 
 def test_a_dump_replaces_the_one_before_and_nothing_else(tmp_path: Path) -> None:
-    """It deleted every other safetensors file of the folder: a model's, and those of another memory's dump."""
+    """Regression: a dump deleted all other safetensors files of the folder: a model's, and those of another dump."""
     save_file({"weight": torch.zeros(3)}, tmp_path / "model.safetensors")
     DiskStore(tmp_path).put(random_item("of a store"))
     write_dump(tmp_path, "other.json", [random_item("of another memory")])
@@ -178,7 +178,7 @@ def test_a_dump_replaces_the_one_before_and_nothing_else(tmp_path: Path) -> None
 def test_a_dump_whose_folder_cannot_be_synced_keeps_what_its_manifest_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The manifest had its name, and the files that it names were deleted."""
+    """Regression: after the manifest was renamed, the files that it names were deleted."""
     write_dump(tmp_path, "ours.json", [random_item("a")])
     real = os.fsync
 

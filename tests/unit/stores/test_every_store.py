@@ -1,4 +1,4 @@
-"""What every store promises, whatever it keeps its items in."""
+"""The contract of every store, tested on all stores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Open: TypeAlias = Callable[[], KVStore]
 
 @pytest.fixture(params=["memory", "disk", "tiered", "fsspec", "bytes"])
 def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
-    """Opens a store over one place, as another process would; one in memory is always the same."""
+    """Opens a store over the same items, as another process would. A store in memory is always the same object."""
     kept, data, url = MemoryStore(), Bytes(), f"memory://{uuid.uuid4()}/kv"
     ways: dict[str, Open] = {
         "memory": lambda: kept,

@@ -326,7 +326,7 @@ def test_a_sealed_manifest_is_read_unchanged(tmp_path: Path) -> None:
 
 
 def test_a_manifest_of_version_infinity_is_damaged(tmp_path: Path) -> None:
-    """Found by fuzzing: an OverflowError."""
+    """Regression, found by fuzzing: an OverflowError."""
     (tmp_path / "m.json").write_text('{"format": "a kind", "version": Infinity, "checksum": ""}')
     with pytest.raises(CorruptItemError, match="not a manifest"):
         read_sealed(tmp_path / "m.json", "a kind", 3)

@@ -1,4 +1,4 @@
-"""Whatever a file holds, reading it gives the item that was written, or an error of ours."""
+"""Reading any file returns the item that was written, or raises an error of kvcag."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DEEP = st.sampled_from(["[", '{"a":']).map(lambda opening: opening * 60_000)
 
 
 def with_header(header: Any) -> bytes:
-    """The sound file under another header, whose checksum is right where it has one."""
+    """The sound file with another header, whose checksum is correct if it has one."""
     body = json.dumps(header, separators=(",", ":")).encode()
     head = len(body).to_bytes(8, "little") + body
     with contextlib.suppress(ValueError):

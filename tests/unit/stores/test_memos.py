@@ -177,7 +177,7 @@ SET_DEFAULTS = b"N}\x8c\x0c__defaults__K\x01\x85s\x86b"  # BUILD with (None, {"_
 
 @pytest.mark.parametrize("function", [TENSOR, "torch.storage _load_from_bytes", "_codecs encode"])
 def test_a_refused_pickle_changes_no_function_of_this_process(tmp_path: Path, function: str) -> None:
-    """BUILD set the `__defaults__` of `_rebuild_tensor_v2`, and torch.load was another function from then on."""
+    """Regression: BUILD set the `__defaults__` of `_rebuild_tensor_v2`, which changed torch.load in this process."""
     before = torch._utils._rebuild_tensor_v2.__defaults__, dict(vars(torch._utils._rebuild_tensor_v2))
     (tmp_path / "bad").write_bytes(pickled(function, SET_DEFAULTS))
     with pytest.raises(StoreError):
@@ -214,7 +214,7 @@ BOMBS = {
 
 
 def test_a_small_file_takes_little_time_and_memory(tmp_path: Path) -> None:
-    """Nine bytes took 4.3 GB, and metadata ran for 25 s."""
+    """Regression: nine bytes allocated 4.3 GB, and reading metadata took 25 s."""
     for name, bomb in BOMBS.items():
         (tmp_path / name).write_bytes(bomb)
     reader = (

@@ -187,7 +187,7 @@ def test_a_file_with_another_items_name_is_damaged(store: DiskStore) -> None:
 
 
 def test_an_access_time_in_the_future_keeps_no_item_for_ever(tmp_path: Path) -> None:
-    """It was the most recently used for as long as the future lasts."""
+    """Regression: such an item counted as the most recently used until that time was reached."""
     store = DiskStore(tmp_path, max_bytes=2 * SIZE + SIZE // 2)
     put_in_order(store, "a", "b")
     later = time.time() + 10 * 365 * 86_400

@@ -19,7 +19,7 @@ from tests.stored import Bytes, assert_same, random_item
 
 @pytest.fixture(params=["fsspec", "bytes"])
 def place(request: pytest.FixtureRequest) -> Any:
-    """Makes stores over one place."""
+    """Makes stores over the same items."""
     if request.param == "fsspec":
         url = f"memory://{uuid.uuid4()}/kv"
         return lambda **options: FsspecStore(url, **options)
@@ -96,7 +96,7 @@ def test_a_protocol_that_is_not_installed_names_the_extra() -> None:
 
 
 def test_a_mixture_of_two_puts_is_detected_and_replaced_by_the_next() -> None:
-    """A store of bytes that does not write two values in one step, and a put that dies between them."""
+    """The `ByteStore` does not write two values atomically, and a put dies between them."""
     data = Bytes()
     store = ByteKVStore(data)
     store.put(random_item("a"))
@@ -161,7 +161,7 @@ def _spoil(store: Any) -> None:
 
 
 def test_an_item_under_another_item_s_name_is_not_served(place: Any) -> None:
-    """A's bytes under B's name were answered with as B."""
+    """Regression: the bytes of item A in the object of item B were returned as B."""
     store = place()
     store._fs.pipe_file(store._path("b"), bytes(item_to_bytes(random_item("a"))))
     for read in (store.get, store.manifest):
@@ -249,7 +249,7 @@ def test_a_forked_child_gets_a_connection_of_its_own() -> None:
 
 
 def test_an_item_that_another_machine_puts_after_a_listing_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache of listings said for as long as it lived that the object did not exist."""
+    """Regression: fsspec's cache of listings hid the object."""
     pytest.importorskip("s3fs")
     with s3_server() as server:
         for name, value in server.environment.items():

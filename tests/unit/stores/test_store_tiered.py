@@ -185,7 +185,7 @@ def test_a_tiered_store_needs_a_tier() -> None:
 
 
 class SlowStore(MemoryStore):
-    """A place that gives an item, or an error, when it is told to."""
+    """A store that returns an item, or raises an error, on demand."""
 
     def __init__(self, error: Exception | None = None) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What `verify` finds, what a repair deletes and what it leaves, and what killed writers leave."""
+"""Findings of `verify`, deletions by a repair, and leftovers of killed writers."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_verify_finds_damage_and_repair_deletes_it(store: DiskStore) -> None:
 
 
 def others(folder: Path) -> None:
-    """What other programs leave in a folder: weights, downloads, temporary files, locks, links, and look-alikes."""
+    """Files of other programs: weights, downloads, temporary files, locks, links, and look-alikes."""
     ours = item_to_bytes(random_item("x"))
     for name in ("", "model", "0" * 32, "0" * 32 + "/00", "downloads"):
         below = folder / name
@@ -77,7 +77,7 @@ def others(folder: Path) -> None:
 
 
 def test_a_repair_touches_only_files_that_are_provably_ours(store: DiskStore) -> None:
-    """It deleted other programs' safetensors files, temporary files and partial downloads, in subfolders too."""
+    """Regression: a repair deleted other programs' safetensors files, temporary files and partial downloads."""
     others(store.path)
     cut(store.file("a"))
     ours = str(store.file("a").relative_to(store.path))
@@ -101,7 +101,7 @@ def test_repair_does_not_touch_the_files_of_a_running_writer(store: DiskStore) -
 
 @pytest.mark.parametrize("secret", [{}, {"namespace": "ada", "salt": b"secret"}])
 def test_verify_finds_a_file_under_another_files_key(tmp_path: Path, secret: dict[str, str | bytes]) -> None:
-    """Every byte of it matched, so it was sound, and only `get` noticed."""
+    """Regression: all bytes match their checksums, so `verify` reported the file as sound."""
     store = DiskStore(tmp_path, **secret)
     for id in "ab":
         store.put(random_item(id))
@@ -143,7 +143,7 @@ needs_kill = pytest.mark.skipif(os.name == "nt", reason="fork and kill are POSIX
 
 @needs_kill
 def test_opening_a_store_deletes_the_leftovers_of_killed_writers(store: DiskStore) -> None:
-    """Temporary files stayed until a repair."""
+    """Regression: temporary files stayed until a repair."""
     large = random_item("d", tokens=20_000)
 
     def put() -> None:
@@ -162,7 +162,7 @@ def test_opening_a_store_deletes_the_leftovers_of_killed_writers(store: DiskStor
 @pytest.mark.parametrize("first", [True, False], ids=["the first dump", "a later dump"])
 @pytest.mark.parametrize("way", ["load", "store", "repair"])
 def test_opening_a_folder_deletes_the_leftovers_of_killed_dumps(tmp_path: Path, first: bool, way: str) -> None:
-    """60 kills left 231 files where 8 belong."""
+    """Regression: 60 kills left 231 files instead of 8."""
     if not first:
         write_dump(tmp_path, "ours.json", [random_item("a")])
 
