@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _MAX_NEW_TOKENS = "Generate at most this many tokens. Default: 512, or as many as fit into the model's context."
 _TEMPERATURE = "Sample at this temperature; 0 is greedy."
 
-_QUESTION = "Files or folders to answer from (optional), then the question. The question - is read from stdin."
+_QUESTION = "Files or folders to answer from (optional), then the question. Type - to read the question from stdin."
 _K = "Answer from at most this many items. Default: 4 items of PATH; without PATH, all items of the store."
 _TAKEN = 4
 

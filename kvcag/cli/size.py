@@ -26,11 +26,17 @@ def size(
     ] = "auto",
     prefill: Annotated[
         float | None,
-        typer.Option("--prefill-tokens-per-s", help="Assume this speed of encoding, in tokens per second."),
+        typer.Option(
+            "--prefill-tokens-per-s",
+            help="Assume this speed of encoding, in tokens per second. Default: do not compare times.",
+        ),
     ] = None,
     load: Annotated[
         float | None,
-        typer.Option("--load-bytes-per-s", help="Assume this speed of the store, in bytes per second, such as 3e9."),
+        typer.Option(
+            "--load-bytes-per-s",
+            help="Assume this speed of the store, in bytes per second, such as 3e9. Default: do not compare times.",
+        ),
     ] = None,
     latency: Annotated[
         float, typer.Option("--latency-ms", min=0, help="Assume this latency of the store, in milliseconds.")

@@ -114,7 +114,7 @@ def write_dump(
                         contents.files[file] = checksum(data)
                     temporary.write_text(sealed(kind, _VERSION, contents.model_dump()), encoding="ascii")
             except BaseException:
-                if name and _directory(manifest, kind) != name:  # else the manifest was renamed before the error
+                if name and _directory(manifest, kind) != name:  # the error came before the manifest was renamed
                     shutil.rmtree(root / name, ignore_errors=True)
                 raise
             _clear(root, filename)
