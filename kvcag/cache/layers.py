@@ -662,7 +662,8 @@ class _AppendLayer(DynamicLayer):
         if not self.is_initialized:
             _initialize(self, key_states)
             self._reserve((key_states, value_states), new + self.room)
-        self._whole()
+        if self._lent is not None:
+            self._whole()
         self.make_room(new)
         end = self.length + new
         self._keys[..., self.length : end, :] = key_states

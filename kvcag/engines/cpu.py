@@ -22,7 +22,7 @@ from torch.nn.modules import module as hooks
 
 from kvcag.cache.attention import one_query
 from kvcag.cache.layers import BETWEEN_LAYERS, GenerationCache, decoder_of
-from kvcag.engines.loading import Int8Linear
+from kvcag.engines.loading import Int8Linear, joined
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,6 +60,12 @@ class Step:
             for owner in (model, decoder, decoder.layers, *decoder.layers.modules())
             for name, child in owner.named_children()
         ]
+        self._addresses = [
+            (module._parameters, name, tensor.data_ptr())
+            for module in decoder.layers.modules()
+            if type(module) is Int8Linear
+            for name, tensor in module.named_parameters()
+        ]
         passed_over = [model, decoder, *(child for _, _, child in self._children)]
         self._own = [module.__dict__ for module in passed_over]
         self._hooks = [hooks._global_forward_hooks, hooks._global_forward_pre_hooks]
@@ -77,8 +83,10 @@ class Step:
 
     @property
     def is_current(self) -> bool:
-        """Whether the model still has the same modules as when this step was made."""
-        return all(owner.get(name) is child for owner, name, child in self._children)
+        """Whether the model has the same modules, and int8 weights at the same addresses, as when this was made."""
+        return all(owner.get(name) is child for owner, name, child in self._children) and all(
+            cast("torch.Tensor", held[name]).data_ptr() == at for held, name, at in self._addresses
+        )
 
     @property
     def is_hooked(self) -> bool:
@@ -121,12 +129,15 @@ class _Layer:
     def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         self._norm, self._norm_behind = _norm_of(layer.input_layernorm), _norm_of(layer.post_attention_layernorm)
-        self._q, self._k, self._v, self._o = (_product_of(getattr(attention, name)) for name in _OF_ATTENTION)
+        self._qkv = _product_of(*(getattr(attention, name) for name in _OF_ATTENTION[:3]))
+        self._gate_up = _product_of(*(getattr(mlp, name) for name in _OF_MLP[:2]))
+        self._o, self._down = _product_of(attention.o_proj), _product_of(mlp.down_proj)
         norms = (getattr(attention, name, None) for name in ("q_norm", "k_norm"))
         self._q_norm, self._k_norm = (norm and _norm_of(norm) for norm in norms)
-        self._gate, self._up, self._down = (_product_of(getattr(mlp, name)) for name in _OF_MLP[:3])
         self._act = silu if type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation") else mlp.act_fn
         self._scaling, self._head_dim = attention.scaling, attention.head_dim
+        config = attention.config
+        self._heads = config.num_attention_heads, config.num_key_value_heads
 
     def __call__(
         self, hidden: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor], held: Sequence[Any], way: Way
@@ -140,22 +151,24 @@ class _Layer:
             way: the context in which linear layers multiply.
         """
         rows, dim = len(hidden), self._head_dim
+        heads, kv_heads = self._heads
         with way:
-            normed = self._norm(hidden)
-            q, k, v = self._q(normed).view(-1, dim), self._k(normed).view(-1, dim), self._v(normed)
+            qkv = self._qkv(self._norm(hidden)).view(rows, -1, dim)
+        qk, v = qkv.split_with_sizes((heads + kv_heads, kv_heads), 1)
         if self._q_norm is not None and self._k_norm is not None:
-            q, k = self._q_norm(q), self._k_norm(k)
+            q, k = (part.reshape(-1, dim) for part in qk.split_with_sizes(self._heads, 1))
+            qk = torch.cat([self._q_norm(q).view(rows, -1, dim), self._k_norm(k).view(rows, -1, dim)], 1)
         cos, sin = turn
-        q, k = (t.view(rows, -1, dim) for t in (q, k))
-        q, k = (torch.addcmul(t * cos, t.roll(dim // 2, -1), sin) for t in (q, k))
+        qk = torch.addcmul(qk * cos, qk.roll(dim // 2, -1), sin)
+        q, k = qk.view(rows, 1, -1, 1, dim).split_with_sizes(self._heads, 2)
         attended = []
-        for index, own in enumerate(held):
-            keys, values = own.update(k[index].view(1, -1, 1, dim), v[index].view(1, -1, 1, dim))
-            attended.append(one_query(q[index].view(1, -1, 1, dim), keys, values, self._scaling).view(1, -1))
+        for each_q, each_k, each_v, own in zip(q, k, v.view(rows, 1, -1, 1, dim), held, strict=True):
+            keys, values = own.update(each_k, each_v)
+            attended.append(one_query(each_q, keys, values, self._scaling).view(1, -1))
         with way:
             hidden = hidden + self._o(attended[0] if rows == 1 else torch.cat(attended))
-            normed = self._norm_behind(hidden)
-            return hidden + self._down(self._act(self._gate(normed)) * self._up(normed))
+            gate, up = self._gate_up(self._norm_behind(hidden)).chunk(2, -1)
+            return hidden + self._down(self._act(gate) * up)
 
 
 def _is_known(layer: Any, family: str) -> bool:
@@ -176,21 +189,31 @@ def _norm_of(norm: Any) -> Rows:
     weights: dict[str, Any] = norm._parameters
     eps = float(norm.variance_epsilon)
 
-    def normed(x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        if len(x) == 1:  # with a Python number instead of a tensor, two operations fewer
-            size = torch.linalg.vector_norm(wide).item()
-            wide = wide * (size * size / wide.shape[-1] + eps) ** -0.5
+    def norm_rows(x: torch.Tensor) -> torch.Tensor:
+        if len(x) == 1:  # with a Python number instead of a tensor, fewer operations
+            size = torch.linalg.vector_norm(x, dtype=torch.float32).item()
+            out = x * (size * size / x.shape[-1] + eps) ** -0.5
         else:
-            wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-        out: torch.Tensor = weights["weight"] * wide.to(x.dtype)
-        return out
+            wide = x.float()
+            out = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+        normed: torch.Tensor = out.mul_(weights["weight"])
+        return normed
 
-    return normed
+    return norm_rows
 
 
-def _product_of(module: nn.Module) -> Rows:
-    """Return a function that computes a linear layer. It reads the module's current weights at each call."""
+def _product_of(*modules: nn.Module) -> Rows:
+    """Return a function that computes a linear layer, or the outputs of several, concatenated.
+
+    It reads the modules' current weights at each call.
+    """
+    if len(modules) > 1:
+        whole = joined(modules)
+        if whole is None:
+            products = [_product_of(module) for module in modules]
+            return lambda x: torch.cat([product(x) for product in products], -1)
+        modules = (whole,)
+    module = modules[0]
     held: dict[str, Any] = module._parameters
     if type(module) is nn.Linear:
         product: Rows = lambda x: linear(x, held["weight"])  # noqa: E731

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -87,18 +89,24 @@ class Int8Linear(nn.Module):
     The scale has the inputs' dtype. The codes are computed from the scale after it was rounded to this dtype.
 
     Args:
-        linear: the layer to convert.
+        weight: the codes, int8 `(out_features, in_features)`.
+        scale: the scale of each output, `(out_features,)`.
+        bias: `(out_features,)`, or None.
     """
 
-    def __init__(self, linear: nn.Linear) -> None:
+    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.out_features, self.in_features = weight.shape
+        self.weight, self.scale = (nn.Parameter(each, requires_grad=False) for each in (weight, scale))
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> Int8Linear:
+        """Convert a linear layer."""
         weight = linear.weight.detach()
         scale = (weight.abs().amax(1).float() / 127).clamp(min=torch.finfo(torch.float16).tiny).to(weight.dtype)
         codes = (weight.float() / scale.float()[:, None]).round().clamp(-127, 127).to(torch.int8)
-        self.weight = nn.Parameter(codes, requires_grad=False)
-        self.scale = nn.Parameter(scale, requires_grad=False)
-        self.bias = linear.bias
+        return cls(codes, scale, linear.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply `(…, in_features)` by the weights: `(…, out_features)`."""
@@ -142,5 +150,50 @@ def quantize_weights(model: PreTrainedModel) -> None:
             f"{type(model).__name__} has no plain linear layer whose sizes are multiples of {_MULTIPLE}, so "
             "int8_weights has no effect. Load the model without it."
         )
+    alike: dict[tuple[nn.Module, int], list[Int8Linear]] = defaultdict(list)
     for module, name, linear in found:
-        setattr(module, name, Int8Linear(linear))
+        layer = Int8Linear.of(linear)
+        setattr(module, name, layer)
+        alike[module, layer.in_features].append(layer)
+    for layers in alike.values():
+        _lay_side_by_side(layers)
+
+
+_TENSORS = ("weight", "scale", "bias")
+
+
+def _lay_side_by_side(layers: Sequence[Int8Linear]) -> None:
+    """Store the tensors of several layers one after another in one memory, as `joined` needs them."""
+    for name in _TENSORS:
+        tensors = [getattr(layer, name) for layer in layers]
+        if all(tensor is not None for tensor in tensors):
+            for tensor, view in zip(
+                tensors, torch.cat(tensors).split_with_sizes([len(t) for t in tensors]), strict=True
+            ):
+                tensor.data = view
+
+
+def joined(layers: Sequence[nn.Module]) -> Int8Linear | None:
+    """Return one layer that computes the concatenated outputs of several, over the same memory.
+
+    None unless the layers have int8 weights that are stored one after another, as `quantize_weights` stores them.
+    """
+    if not all(type(layer) is Int8Linear for layer in layers):
+        return None
+    whole: list[Any] = []
+    for name in _TENSORS:
+        tensors = [getattr(layer, name) for layer in layers]
+        if all(tensor is None for tensor in tensors):
+            whole.append(None)
+        elif any(tensor is None for tensor in tensors) or not _adjoin(tensors):
+            return None
+        else:
+            first = tensors[0].detach()
+            whole.append(first.as_strided((sum(map(len, tensors)), *first.shape[1:]), first.stride()))
+    return Int8Linear(*whole)
+
+
+def _adjoin(tensors: Sequence[torch.Tensor]) -> bool:
+    ends = list(accumulate((tensor.nbytes for tensor in tensors), initial=tensors[0].data_ptr()))
+    of_one = len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+    return of_one and all(t.is_contiguous() and t.data_ptr() == at for t, at in zip(tensors, ends, strict=False))

@@ -149,6 +149,46 @@ def test_weights_are_read_where_they_are() -> None:
     torch.testing.assert_close(after, wanted(engine.model), atol=1e-5, rtol=1e-5)
 
 
+def int8_model(kind: str) -> PreTrainedModel:
+    model = model_of(kind, **FAMILIES[kind]).bfloat16()
+    quantize_weights(model)
+    return model
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_int8_weights_of_one_input_are_multiplied_at_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(int8_model(kind))
+    steps(engine)
+    assert engine._step is not None
+    assert engine._step.agrees
+    outputs: list[int] = []
+    product = torch._weight_int8pack_mm
+
+    def counted(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        outputs.append(len(weight))
+        return product(x, weight, scale)
+
+    monkeypatch.setattr(torch, "_weight_int8pack_mm", counted)
+    steps(engine, 1)
+    heads, inner = (4 + 2 + 2) * 32, 96
+    prompt, step = [512], [heads, 64, 2 * inner, 64] * 3 + [512]
+    assert outputs == prompt + step
+
+
+def test_int8_weights_that_are_replaced_later_are_used() -> None:
+    engine = engine_of(int8_model("llama"))
+    before = steps(engine)
+    layer = engine.model.model.layers[1]
+    layer.mlp.up_proj.weight = torch.nn.Parameter(layer.mlp.up_proj.weight.flip(0), requires_grad=False)
+    with torch.no_grad():
+        layer.mlp.gate_proj.scale.mul_(32)  # at the same address
+    after = steps(engine)
+    engine.__dict__["_step"] = None
+    own = steps(engine)
+    assert (after - before).float().norm() > 0.1 * own.float().norm()
+    assert (after - own).float().norm() < 0.02 * own.float().norm()
+
+
 def test_a_hook_that_is_registered_later_is_called() -> None:
     engine = engine_of(model_of("llama"))
     steps(engine)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from kvcag import HFEngine
 from kvcag.cache.layers import generation_cache
 from kvcag.engines import loading
-from kvcag.engines.loading import Int8Linear, is_quick_at_bf16
+from kvcag.engines.loading import Int8Linear, is_quick_at_bf16, joined
 from kvcag.errors import InvalidInputError, UnsupportedModelError
 from kvcag.testing import byte_tokenizer, tiny_model
 
@@ -94,6 +94,20 @@ def test_int8_weights_take_half_of_the_bytes_of_bf16(folder: Path, monkeypatch: 
     assert len(layers) == 3 * 7
     assert all(layer.weight.dtype is torch.int8 for layer in layers)
     assert type(model.lm_head) is torch.nn.Linear  # 261 outputs: the kernel would write past them
+
+
+def test_int8_weights_of_one_input_are_one_layer_without_a_copy(folder: Path) -> None:
+    model = HFEngine.from_pretrained(folder, "float32", "cpu", int8_weights=True).model
+    attention = model.model.layers[0].self_attn
+    layers = [attention.q_proj, attention.k_proj, attention.v_proj]
+    whole = joined(layers)
+    assert whole is not None
+    assert whole.weight.data_ptr() == attention.q_proj.weight.data_ptr()
+    x = torch.randn(3, whole.in_features)
+    torch.testing.assert_close(whole(x), torch.cat([layer(x) for layer in layers], -1))
+    assert joined([attention.q_proj, attention.v_proj]) is None  # k_proj is between them
+    attention.k_proj.weight.data = attention.k_proj.weight.clone()
+    assert joined(layers) is None
 
 
 def test_int8_weights_are_refused_where_they_cannot_be(folder: Path, tmp_path: Path) -> None:
