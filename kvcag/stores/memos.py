@@ -85,9 +85,8 @@ def read_memos_pickle(path: str | os.PathLike[str]) -> list[MemosItem]:
     with unavailable(path), open(path, "rb") as file, _understood(name):
         if file.peek(1)[:1] != b"\x80":
             raise FormatError(f"{name} is not a pickle. Pass a file that MemOS's KVCacheMemory.dump wrote.")
-        with mmap.mmap(
-            file.fileno(), 0, access=mmap.ACCESS_READ
-        ) as mapped:  # its `read` cannot allocate more than the file
+        # Reading a mapping cannot allocate more than the file has.
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             items = _items(_Pickle(mapped, name).load(), name)
             values = _Values(len(mapped))
         return [_item(each, values) for each in items]
