@@ -14,9 +14,8 @@ from kvcag import HFEngine
 from kvcag.demo.model import embedded_model
 from kvcag.testing import byte_tokenizer, tiny_model
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core: a thread for it, and for each process it starts
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker a core, so a thread a worker
     torch.set_num_threads(1)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A shell starts jobs in the background with Ctrl-C ignored, and the processes that tests start inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
