@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain, groupby, pairwise, takewhile, zip_longest
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -136,6 +136,10 @@ class Prompt:
         return self.context_ids + self.tail_ids
 
 
+_SHORT = 1024
+"""Characters of a text whose token ids are remembered: a call of the tokenizer takes as long as rendering a prompt."""
+
+
 class ChatTemplate:
     """A tokenizer's chat template, which accepts more messages than the template itself.
 
@@ -170,6 +174,9 @@ class ChatTemplate:
         Raises:
             InvalidInputError: the text is not Unicode: it contains half of a surrogate pair.
         """
+        return self._known_ids(text) if len(text) <= _SHORT else self._ids_of(text)
+
+    def _ids_of(self, text: str) -> tuple[int, ...]:
         check_unicode(text)
         pieces = filter(None, text.split(_BREAK))
         return tuple(
@@ -177,6 +184,11 @@ class ChatTemplate:
             for piece in pieces
             for token in self.tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
         )
+
+    @cached_property
+    def _known_ids(self) -> Callable[[str], tuple[int, ...]]:
+        """`_ids_of` what stands around documents, which is the same in each prompt, and is asked for several times."""
+        return lru_cache(maxsize=256)(self._ids_of)
 
     def encode_text(self, text: str) -> tuple[int, ...]:
         """Return the token ids of a document or other data, as they are between two lines of text.

@@ -351,14 +351,14 @@ def _parts(
         start = replace(start, token_ids=start_ids, layers=layers)
         start, found = start.paid(recomputed=len(start_ids) - max(known, len(head_ids))), found[1:]
     head = engine.prefill(head_ids, namespace=namespace)[0] if engine.is_recurrent and head_ids else []
-    parts = []
+    parts, device = [], engine.device
     for index, piece in enumerate(found):
         if isinstance(piece, tuple):
             parts.append(_read_in_place(piece))
             continue
         assert isinstance(piece, KVCacheItem)
         exact = index == 0 and start.is_exact and piece.is_exact and piece.prefix_digest == digest
-        layers = _beside(start.layers, layers_of(piece.memory), engine.device)
+        layers = _beside(start.layers, layers_of(piece.memory), device)
         if engine.is_recurrent and not _composes(layers, exact or piece.prefix_digest == ids_digest(head_ids), exact):
             parts.append(_read_in_place(tuple(piece.token_ids.tolist())))
             continue
@@ -442,7 +442,7 @@ def _merged(
         in_context_tokens=start.in_context,
         drift=learned.digest if learned else "",
     )
-    return engine.context_of(merged.layers, context_ids, tail_ids, report, merged.read)
+    return engine.context_of(merged.layers, merged.layout.token_ids, tail_ids, report, merged.read)
 
 
 def _refined(
@@ -474,7 +474,7 @@ def _refined(
     reused = len(context_ids) - recomputed
     reason = "merged for an earlier question, refined for this one"
     report = MergeReport("merged", "query", len(context_ids), reused, recomputed, 0, reason)
-    return engine.context_of(refined.layers, context_ids, tail_ids, report, refined.read)
+    return engine.context_of(refined.layers, refined.layout.token_ids, tail_ids, report, refined.read)
 
 
 def _beginning(item: Item, length: int) -> Item:

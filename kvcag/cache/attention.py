@@ -34,19 +34,17 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from kvcag.cache.layers import (
     BETWEEN_LAYERS,
     LayerKV,
-    Layers,
     RowsCache,
+    Turn,
     check_cacheable,
     contiguous_copy,
     decoder_of,
     device_of,
     generation_cache,
-    kernels_for,
     kinds_of,
     layers_of,
     run,
     scatter_cache,
-    shifted,
 )
 from kvcag.cache.states import check_affine
 from kvcag.errors import UnsupportedModelError
@@ -654,26 +652,18 @@ class PositionShift:
             self._angles[known] = cos.to(device), sin.to(device)
         return self._angles[known]
 
-    def turn_all(self, layers: Layers, first: int = 0) -> None:
-        """`turn` the tokens of all layers from `first` on; on an NVIDIA GPU, one kernel per kind of rotation."""
-        groups: dict[Rotation, list[int]] = {}
-        for index, rotation in enumerate(self._rotations[: len(layers)]):
-            groups.setdefault(rotation, []).append(index)
-        for rotation, indices in groups.items():
-            if rotation.module is None:
-                continue
-            rows = layers.rows
-            if rows is not None:
-                rows = shifted(rows, first, layers)[[2 * index + rotation.of_values for index in indices]]
-            kernels = kernels_for(rows)
-            if kernels is not None:
-                like = layers[0][0]
-                cos, sin = self.angles(rotation, like.device)
-                kernels.turn(rows, like, cos, sin, start=rotation.start, interleaved=rotation.interleaved)
-            else:
-                for index in indices:
-                    keys, values = layers[index]
-                    self.turn(index, (keys[..., first:, :], values[..., first:, :]))
+
+def turns_of(rotated: Sequence[Rotation]) -> list[Turn] | None:
+    """Group layers that rotate keys alike, for `kvcag.cache.layers.moved`. None if a layer rotates values instead."""
+    groups: dict[Rotation, list[int]] = {}
+    for index, rotation in enumerate(rotated):
+        groups.setdefault(rotation, []).append(index)
+    if any(rotation.of_values for rotation in groups):
+        return None
+    return [
+        Turn(indices, None if way.module is None else way.frequencies, way.start, way.interleaved)
+        for way, indices in groups.items()
+    ]
 
 
 def _check_configuration(model: PreTrainedModel) -> None:

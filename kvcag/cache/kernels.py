@@ -1,6 +1,6 @@
-"""Triton kernels for NVIDIA GPUs that copy keys, re-rotate them and add the drift, in one launch for all layers.
+"""A Triton kernel for NVIDIA GPUs that copies keys and values, re-rotates keys and adds a drift, for all layers.
 
-This module needs Triton and is imported only with CUDA. Each kernel reads the addresses of the layers' tensors from a
+This module needs Triton and is imported only with CUDA. The kernel reads the addresses of the layers' tensors from a
 table, so that one launch serves all layers. Launches dominate the cost: with a few PyTorch kernels for each of 36
 layers, the work took 5 ms for 2,000 tokens on an H100.
 """
@@ -16,171 +16,118 @@ import triton
 import triton.language as tl
 
 if TYPE_CHECKING:
-    from kvcag.cache.layers import Layers
+    from kvcag.cache.layers import Layers, Move
 
 
-def fill(whole: torch.Tensor, parts: Sequence[Layers]) -> bool:
-    """Copy the parts one after another into `whole` with one kernel. Returns False if the kernel does not support them.
+def fill(to: Layers, parts: Sequence[Layers], move: Move | None = None) -> bool:
+    """Copy the keys and values of each part, one part after another, to the beginning of `to`.
 
     PyTorch would launch one kernel per tensor if there are gaps between heads.
 
     Args:
-        whole: `(tensors, 1, kv_heads, capacity, head_dim)`, contiguous.
-        parts: each has as many tensors as `whole`, `(1, kv_heads, seq_len, head_dim)`.
+        to: keys and values of each layer, `(1, kv_heads, capacity, head_dim)`.
+        parts: keys and values of each layer, `(1, kv_heads, seq_len, head_dim)`.
+        move: how keys and values change on the way. By default they do not change.
+
+    Returns:
+        False if the kernel does not support these layers; then nothing was copied.
     """
-    item, (heads, _, dim) = whole.element_size(), whole.shape[2:]
-    tables, to, longest = [], whole.data_ptr() + np.arange(len(whole)) * whole.stride(0) * item, 0
-    for part in parts:
-        rows, like = part.rows, part[0][0]
-        fits = rows is not None and len(rows) == len(whole) and (rows[:, 2:] == (heads, dim)).all()
-        if dim * item % 8 or not fits or (like.dtype, like.device) != (whole.dtype, whole.device):
+    rows, like, layers = to.rows, to[0][0], len(to)
+    if rows is None or not (rows[:, 1:] == rows[0, 1:]).all():
+        return False
+    item, (between, heads, dim) = like.element_size(), rows[0, 1:].tolist()
+    starts = np.cumsum([0, *(part.tokens for part in parts)])
+    from_to = np.empty((layers, len(parts), 7), dtype=np.int64)
+    for index, part in enumerate(parts):
+        own, first = part.rows, part[0][0]
+        if own is None or (own[:, 2:] != rows[:, 2:]).any() or (first.dtype, first.device) != (like.dtype, like.device):
             return False
-        assert rows is not None
-        words = part.tokens * dim * item // 8
-        tables.append(np.stack([rows[:, 0], rows[:, 1] * item, to, np.full(len(rows), words)], axis=1))
-        to, longest = to + part.tokens * dim * item, max(longest, words)
-    table = _sent(np.concatenate(tables), whole.device)
-    _fill[(triton.cdiv(longest, 1024), heads, len(table))](table, whole.stride(2) * item, SIZE=1024, num_warps=4)
+        from_to[:, index, :4] = (own[:, :2] * (1, item)).reshape(layers, 4)
+        from_to[:, index, 4:6] = (rows[:, 0] + starts[index] * dim * item).reshape(layers, 2)
+    from_to[..., 6] = np.arange(layers)[:, None]
+    stood, gives = (starts[:-1], np.zeros(len(parts))) if move is None else (move.stood, move.gives)
+    of_parts = np.array([starts[:-1], np.diff(starts), stood, gives], dtype=np.int64).T
+    change = like if move is None or move.change is None else move.change
+    turns = [(list(range(layers)), None, 0, False)] if move is None else move.turns
+    for indices, frequencies, start, interleaved in turns:
+        table = np.concatenate([of_parts.reshape(-1), from_to[indices].reshape(-1)])
+        half = 0 if frequencies is None else len(frequencies)
+        _place[(triton.cdiv(int(of_parts[:, 1].max()), 32), heads, len(indices) * len(parts))](
+            _sent(table, like.device), len(parts), like, between,
+            like if frequencies is None else frequencies, change, start,
+            DIM=dim, SIZE=triton.next_power_of_2(dim), HALF=half, HALF_SIZE=triton.next_power_of_2(max(half, 1)),
+            INTERLEAVED=interleaved, GIVEN=change is not like, ROWS=32, num_warps=4,
+        )  # fmt: skip
     return True
 
 
-def turn(
-    rows: np.ndarray, like: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, start: int, interleaved: bool
-) -> None:
-    """Rotate pairs of components in fp32 and in place, as `kvcag.cache.attention.Rotation.turn` does.
-
-    Args:
-        rows: rows of `Layers.rows`, one per layer, with equal numbers and sizes of heads.
-        like: a tensor with the layers' dtype and device.
-        cos: fp32 `(seq_len, rotary_dim / 2)`; so is `sin`.
-        sin: as `cos`.
-        start: the first rotated component.
-        interleaved: components are paired (0, 1), …; else (0, rotary_dim / 2), ….
-    """
-    (tokens, half), (heads, dim) = cos.shape, rows[0, 2:].tolist()
-    _turn[(triton.cdiv(tokens, 32), heads, len(rows))](
-        _sent(rows[:, :2], like.device), cos.contiguous(), sin.contiguous(), like, tokens, start,
-        DIM=dim, HALF=half, SIZE=triton.next_power_of_2(half), ROWS=32, INTERLEAVED=interleaved, num_warps=4,
-    )  # fmt: skip
-
-
-def add(rows: np.ndarray, like: torch.Tensor, positions: torch.Tensor, change: torch.Tensor) -> None:
-    """Add the same vector to each of the tokens at `positions`, in place.
-
-    Args:
-        rows: as for `turn`.
-        like: as for `turn`.
-        positions: int64 `(tokens,)`.
-        change: fp32 `(layers, kv_heads, head_dim)`.
-    """
-    heads, dim = rows[0, 2:].tolist()
-    _add[(triton.cdiv(len(positions), 32), heads, len(rows))](
-        _sent(rows[:, :2], like.device), positions, change.contiguous(), change, change, like, len(positions),
-        DIM=dim, SIZE=triton.next_power_of_2(dim), HALF=1, ROWS=32, TURNED=False, INTERLEAVED=False, num_warps=4,
-    )  # fmt: skip
-
-
-def add_turned(
-    rows: np.ndarray,
-    like: torch.Tensor,
-    positions: torch.Tensor,
-    change: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    *,
-    interleaved: bool,
-) -> None:
-    """`add` with `change` rotated to each token's position first. All components of a head are rotated.
-
-    Args:
-        rows: as for `add`.
-        like: as for `add`.
-        positions: as for `add`.
-        change: as for `add`.
-        cos: the rotation from position 0, fp32 `(len(positions), head_dim / 2)`; so is `sin`.
-        sin: as `cos`.
-        interleaved: as for `turn`.
-    """
-    heads, dim = rows[0, 2:].tolist()
-    _add[(triton.cdiv(len(positions), 32), heads, len(rows))](
-        _sent(rows[:, :2], like.device), positions, change.contiguous(), cos.contiguous(), sin.contiguous(), like,
-        len(positions),
-        DIM=dim, SIZE=triton.next_power_of_2(dim // 2), HALF=dim // 2, ROWS=32, TURNED=True, INTERLEAVED=interleaved,
-        num_warps=4,
-    )  # fmt: skip
-
-
-def _sent(rows: np.ndarray, device: torch.device) -> torch.Tensor:
+def _sent(numbers: np.ndarray, device: torch.device) -> torch.Tensor:
     """Copy integers to the device without waiting for the copy."""
-    here = torch.from_numpy(np.ascontiguousarray(rows))
+    here = torch.from_numpy(numbers)
     return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here
 
 
 @triton.jit
-def _fill(table, stride, SIZE: tl.constexpr):
-    """A row of `table`: source address, bytes between two heads, target address, and 8-byte words per head."""
-    head, row = tl.program_id(1), table + 4 * tl.program_id(2)
-    source = (tl.load(row) + head * tl.load(row + 1)).to(tl.pointer_type(tl.int64))
-    target = (tl.load(row + 2) + head.to(tl.int64) * stride).to(tl.pointer_type(tl.int64))
-    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
-    there = at < tl.load(row + 3)
-    tl.store(target + at, tl.load(source + at, mask=there), mask=there)
+def _turned(angle):
+    """Compute cosine and sine, in fp32, of fp64 angles of thousands of turns, which are reduced to one turn first."""
+    angle = (angle - tl.floor(angle * 0.15915494309189535 + 0.5) * 6.283185307179586).to(tl.float32)
+    return tl.cos(angle), tl.sin(angle)
 
 
 @triton.jit
-def _turn(
-    table, cos, sin, like, tokens, start,
-    DIM: tl.constexpr, HALF: tl.constexpr, SIZE: tl.constexpr, ROWS: tl.constexpr, INTERLEAVED: tl.constexpr,
+def _place(
+    table, parts, like, between_heads, frequencies, change, first,
+    DIM: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, HALF_SIZE: tl.constexpr, INTERLEAVED: tl.constexpr,
+    GIVEN: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    head, layer = tl.program_id(1), tl.program_id(2)
-    base = tl.load(table + 2 * layer).to(tl.pointer_type(like.dtype.element_ty))
-    base += head * tl.load(table + 2 * layer + 1)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    d = tl.arange(0, SIZE)
-    there = (row < tokens)[:, None] & (d < HALF)[None, :]
-    if INTERLEAVED:
-        a = row[:, None] * DIM + start + 2 * d[None, :]
-        b = a + 1
-    else:
-        a = row[:, None] * DIM + start + d[None, :]
-        b = a + HALF
-    x = tl.load(base + a, mask=there).to(tl.float32)
-    y = tl.load(base + b, mask=there).to(tl.float32)
-    c = tl.load(cos + row[:, None] * HALF + d[None, :], mask=there)
-    s = tl.load(sin + row[:, None] * HALF + d[None, :], mask=there)
-    tl.store(base + a, (x * c - y * s).to(like.dtype.element_ty), mask=there)
-    tl.store(base + b, (y * c + x * s).to(like.dtype.element_ty), mask=there)
+    """Copy some tokens of one head of a part.
 
-
-@triton.jit
-def _add(
-    table, positions, change, cos, sin, like, tokens,
-    DIM: tl.constexpr, SIZE: tl.constexpr, HALF: tl.constexpr, ROWS: tl.constexpr,
-    TURNED: tl.constexpr, INTERLEAVED: tl.constexpr,
-):  # fmt: skip
-    head, layer, heads = tl.program_id(1), tl.program_id(2), tl.num_programs(1)
-    base = tl.load(table + 2 * layer).to(tl.pointer_type(like.dtype.element_ty))
-    base += head * tl.load(table + 2 * layer + 1)
+    The table begins with four numbers per part: its new first position, its number of tokens, its old first position,
+    and whether the change is added. Then it has seven numbers per layer and part: the address of the keys, the bytes
+    between two heads, the same two of the values, the new addresses of keys and values, and the layer's number.
+    """
+    head, which, dtype = tl.program_id(1), tl.program_id(2), like.dtype.element_ty
+    part, way = table + 4 * (which % parts), table + 4 * parts + 7 * which
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    real = row < tokens
-    to = tl.load(positions + row, mask=real, other=0)[:, None] * DIM
-    change += (layer * heads + head) * DIM
-    d = tl.arange(0, SIZE)
-    if TURNED:
-        there = real[:, None] & (d < HALF)[None, :]
+    d, real = tl.arange(0, SIZE), row < tl.load(part + 1)
+    there = real[:, None] & (d < DIM)[None, :]
+    at = row[:, None] * DIM + d[None, :]
+    gives = tl.load(part + 3).to(tl.float32)
+    change += (tl.load(way + 6) * tl.num_programs(1) + head) * (2 * DIM)
+    from_keys = (tl.load(way) + head * tl.load(way + 1)).to(tl.pointer_type(dtype))
+    from_values = (tl.load(way + 2) + head * tl.load(way + 3)).to(tl.pointer_type(dtype))
+    keys = tl.load(way + 4).to(tl.pointer_type(dtype)) + head.to(tl.int64) * between_heads
+    values = tl.load(way + 5).to(tl.pointer_type(dtype)) + head.to(tl.int64) * between_heads
+    v = tl.load(from_values + at, mask=there)
+    if GIVEN:
+        more = gives * tl.load(change + DIM + d, mask=d < DIM, other=0.0)
+        v = (v.to(tl.float32) + more[None, :]).to(dtype)
+    tl.store(values + at, v, mask=there)
+    if 2 * HALF < DIM:
+        straight = there & ((d < first) | (d >= first + 2 * HALF))[None, :]
+        k = tl.load(from_keys + at, mask=straight)
+        if GIVEN:
+            more = gives * tl.load(change + d, mask=d < DIM, other=0.0)
+            k = (k.to(tl.float32) + more[None, :]).to(dtype)
+        tl.store(keys + at, k, mask=straight)
+    if HALF > 0:
+        d = tl.arange(0, HALF_SIZE)
+        pair = real[:, None] & (d < HALF)[None, :]
         if INTERLEAVED:
-            first, second = 2 * d, 2 * d + 1
+            a, b = first + 2 * d, first + 2 * d + 1
         else:
-            first, second = d, d + HALF
-        x = tl.load(change + first, mask=d < HALF)[None, :]
-        y = tl.load(change + second, mask=d < HALF)[None, :]
-        c = tl.load(cos + row[:, None] * HALF + d[None, :], mask=there)
-        s = tl.load(sin + row[:, None] * HALF + d[None, :], mask=there)
-        a, b = base + to + first[None, :], base + to + second[None, :]
-        tl.store(a, (tl.load(a, mask=there).to(tl.float32) + x * c - y * s).to(like.dtype.element_ty), mask=there)
-        tl.store(b, (tl.load(b, mask=there).to(tl.float32) + y * c + x * s).to(like.dtype.element_ty), mask=there)
-    else:
-        there = real[:, None] & (d < DIM)[None, :]
-        at = base + to + d[None, :]
-        x = tl.load(change + d, mask=d < DIM)[None, :]
-        tl.store(at, (tl.load(at, mask=there).to(tl.float32) + x).to(like.dtype.element_ty), mask=there)
+            a, b = first + d, first + d + HALF
+        f = tl.load(frequencies + d, mask=d < HALF, other=0.0)[None, :]
+        now = ((tl.load(part) + row).to(tl.float32)[:, None] * f).to(tl.float64)
+        was = ((tl.load(part + 2) + row).to(tl.float32)[:, None] * f).to(tl.float64)
+        cos, sin = _turned(now - was)
+        x = tl.load(from_keys + row[:, None] * DIM + a[None, :], mask=pair).to(tl.float32)
+        y = tl.load(from_keys + row[:, None] * DIM + b[None, :], mask=pair).to(tl.float32)
+        x, y = x * cos - y * sin, y * cos + x * sin
+        if GIVEN:
+            cos, sin = _turned(now)
+            more_x = gives * tl.load(change + a, mask=d < HALF, other=0.0)[None, :]
+            more_y = gives * tl.load(change + b, mask=d < HALF, other=0.0)[None, :]
+            x, y = x + more_x * cos - more_y * sin, y + more_y * cos + more_x * sin
+        tl.store(keys + row[:, None] * DIM + a[None, :], x.to(dtype), mask=pair)
+        tl.store(keys + row[:, None] * DIM + b[None, :], y.to(dtype), mask=pair)

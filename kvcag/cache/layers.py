@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -100,6 +100,10 @@ class Layers(list[LayerKV]):
         super().__init__(layers)
         self.states = states
         self.tokens = self[0][0].shape[-2] if len(self) else tokens
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out `rows`, since a copy has other addresses."""
+        return {"states": self.states, "tokens": self.tokens}
 
     def __bool__(self) -> bool:
         """Whether there are tokens, also for a model without attention layers, whose list is empty."""
@@ -188,7 +192,30 @@ def _is_plain(layer: Any) -> bool:
     return isinstance(layer, (_Linear, _Dummy)) or type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
 
 
-class ContextCache(DynamicCache):
+class _CacheOfLayers(DynamicCache):
+    """A cache that has the `Layers` it was made of, with their cached `rows`."""
+
+    held = Layers()
+
+    def take(self, layers: Iterable[LayerKV]) -> None:
+        """Hold layers, without copying them."""
+        self.held = as_layers(layers)
+        for keys, values in self.held:
+            layer = DynamicLayer()
+            _initialize(layer, keys)
+            layer.keys, layer.values = keys, values
+            self.layers.append(layer)
+
+    def still_holds(self) -> bool:
+        """Whether the cache is unchanged since it was made: nothing was generated into it or cut from it."""
+        layers = cast("list[DynamicLayer]", self.layers)
+        same = (
+            one.keys is keys and one.values is values for one, (keys, values) in zip(layers, self.held, strict=False)
+        )
+        return len(self.held) == len(layers) and all(same)
+
+
+class ContextCache(_CacheOfLayers):
     """A `DynamicCache` with its tokens and the fingerprint of its model.
 
     Attributes:
@@ -224,7 +251,7 @@ class ContextCache(DynamicCache):
             is_exact: the keys and values equal those of a full prefill.
         """
         cache = cls()
-        cache.layers.extend(cache_of(layers).layers)
+        cache.take(layers)
         cache.token_ids, cache.fingerprint = token_ids, fingerprint
         cache.messages, cache.is_exact = messages, is_exact
         return cache
@@ -236,8 +263,8 @@ def device_of(model: PreTrainedModel) -> torch.device:
     With accelerate's CPU or disk offload, the first weights may be on another device or on `meta`, also in a decoder
     that has no hook itself, as after `accelerate.cpu_offload`.
     """
-    if not hasattr(model, "_hf_hook") and model.device.type != "meta":
-        return model.device
+    if not hasattr(model, "_hf_hook") and (device := model.device).type != "meta":
+        return device
     hooks = (getattr(module, "_hf_hook", None) for module in model.modules())
     devices = (getattr(hook, "execution_device", None) for hook in hooks)
     return torch.device(next((device for device in devices if device is not None), model.device))
@@ -328,27 +355,8 @@ def cache_of(layers: Iterable[LayerKV]) -> DynamicCache:
         kept = list(layers)
         return _RecurrentCache(states.kinds, length_of(cast("Layers", layers)), kept, states)
     cache = _CacheOfLayers()
-    cache.held = as_layers(layers)
-    for keys, values in cache.held:
-        layer = DynamicLayer()
-        _initialize(layer, keys)
-        layer.keys, layer.values = keys, values
-        cache.layers.append(layer)
+    cache.take(layers)
     return cache
-
-
-class _CacheOfLayers(DynamicCache):
-    """A cache that has the `Layers` it was made of, with their cached `rows`."""
-
-    held = Layers()
-
-    def still_holds(self) -> bool:
-        """Whether the cache is unchanged since it was made: nothing was generated into it or cut from it."""
-        layers = cast("list[DynamicLayer]", self.layers)
-        same = (
-            one.keys is keys and one.values is values for one, (keys, values) in zip(layers, self.held, strict=False)
-        )
-        return len(self.held) == len(layers) and all(same)
 
 
 def _initialize(layer: DynamicLayer, like: torch.Tensor) -> None:
@@ -416,9 +424,54 @@ def concat(parts: Sequence[Sequence[LayerKV]], room: int = 0) -> Layers:
 
     The states are those of the last part.
     """
-    states = states_of(parts[-1]) if parts else None
-    length = sum(map(length_of, parts)) + room
-    return Layers(_filled(parts, room, zeroed=room > 0), states and replace(states.restored(), maps=()), length)
+    if not parts:
+        return Layers(tokens=room)
+    joined, states = _buffers(parts[0], sum(map(length_of, parts)), room), states_of(parts[-1])
+    _copy(parts, joined)
+    joined.states = states and replace(states.restored(), maps=())
+    return joined
+
+
+class Turn(NamedTuple):
+    """How some layers rotate their keys (`kvcag.cache.attention.Rotation`).
+
+    Attributes:
+        layers: the layers' numbers.
+        frequencies: fp32 `(rotary_dim / 2,)`; None if the layers do not rotate keys.
+        start: the first rotated component.
+        interleaved: how components are paired.
+    """
+
+    layers: list[int]
+    frequencies: torch.Tensor | None
+    start: int
+    interleaved: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """How parts change when they are concatenated.
+
+    Attributes:
+        stood: the position at which each part's first token was encoded.
+        turns: how keys are re-rotated to their new positions. Each layer is in one `Turn`.
+        change: a drift, fp32 `(layers, kv_heads, 2 * head_dim)`: of the key, as at position 0, and of the value.
+        gives: for each part, whether `change` is added to its tokens.
+    """
+
+    stood: Sequence[int]
+    turns: Sequence[Turn]
+    change: torch.Tensor | None
+    gives: Sequence[bool]
+
+
+def moved(parts: Sequence[Layers], room: int, move: Move) -> Layers | None:
+    """`concat` with re-rotated and changed parts, by one kernel. None if no kernel supports these layers."""
+    kernels = kernels_for(parts[0].rows)
+    if kernels is None or any(states_of(part) for part in parts):
+        return None
+    joined = _buffers(parts[0], sum(map(length_of, parts)), room)
+    return joined if kernels.fill(joined, parts, move) else None
 
 
 def nbytes(layers: Iterable[LayerKV]) -> int:
@@ -445,23 +498,19 @@ def generation_cache(
     """
     lengths = [length_of(part) for part in parts]
     if kinds:
+        joined = _buffers(parts[0] if parts else (), sum(lengths), room, zeroed=False)
+        _copy(parts, joined)
         states = states_of(parts[-1]) if parts else None
-        return _RecurrentCache(kinds, sum(lengths), _filled(parts, room), states, room=room, copied=True)
-    cache = GenerationCache()
+        return _RecurrentCache(kinds, sum(lengths), joined, states, room=room, copied=True)
     longest = max(range(len(parts)), key=lengths.__getitem__, default=0)
     if not lent or not parts or lengths[longest] < _WORTH_LENDING or not readable(parts[longest]):
         longest = len(parts)
     copied = [part for index, part in enumerate(parts) if index != longest]
-    if longest == len(parts):
-        for layers, buffers in zip(zip(*parts, strict=True), _filled(parts, room), strict=True):
-            cache.layers.append(_AppendLayer(room, buffers, sum(keys.shape[-2] for keys, _ in layers)))
-    else:
-        start, length = sum(lengths[:longest]), sum(lengths) - lengths[longest]
-        for layer, buffers in zip(parts[longest], _filled(copied, room, like=parts[longest]), strict=True):
-            cache.layers.append(_AppendLayer(room, buffers, length, _Lent(layer, start)))
-    if not cache.layers:  # transformers makes each layer at its first update
-        cache.layer_class_to_replicate = cast("Any", functools.partial(_AppendLayer, room))
-    return cache
+    like = parts[longest] if longest < len(parts) else parts[0] if parts else ()
+    buffers = _buffers(like, sum(map(length_of, copied)), room, zeroed=False)
+    _copy(copied, buffers)
+    loan = _Loan(as_layers(like), sum(lengths[:longest])) if longest < len(parts) else None
+    return GenerationCache(room, _Unmade(room, buffers, sum(lengths), loan) if len(buffers) else None)
 
 
 _WORTH_LENDING = 256
@@ -492,42 +541,45 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def _filled(
-    parts: Sequence[Sequence[LayerKV]], room: int, *, like: Sequence[LayerKV] = (), zeroed: bool = False
-) -> list[LayerKV]:
-    """Make buffers for each layer: `parts`, one after another, and room for `room` more tokens.
+def _buffers(like: Sequence[LayerKV], tokens: int, room: int, *, zeroed: bool = True) -> Layers:
+    """Make buffers for `tokens` tokens of each layer and for `room` more, which are zeros if `zeroed`.
 
-    If all layers have one shape, their buffers are views of one tensor, which few calls fill. On a GPU, the calls
-    dominate the cost of copying 72 tensors.
-
-    Args:
-        parts: keys and values to copy.
-        room: the number of further tokens.
-        like: layers with the buffers' heads, sizes and dtypes; by default the first part.
-        zeroed: fill the room with zeros.
+    `like` has the buffers' heads, sizes and dtypes. If all layers have one shape, their buffers are views of one
+    tensor, which few calls fill. On a GPU, the calls dominate the cost of copying 72 tensors.
     """
-    like, *parts = map(as_layers, (like or (parts[0] if parts else ()), *parts))
-    length, tensors = sum(map(length_of, parts)), [tensor for kv in like for tensor in kv]
+    tensors = [tensor for kv in like for tensor in kv]
     if not tensors:
-        return []
-    shapes = [(*tensor.shape[:-2], length + room, tensor.shape[-1]) for tensor in tensors]
-    kernels, whole = kernels_for(like.rows), None
-    if kernels is not None or len({(*t.shape, t.dtype, t.device) for t in tensors}) == 1:
+        return Layers(tokens=tokens + room)
+    shapes = [(*tensor.shape[:-2], tokens + room, tensor.shape[-1]) for tensor in tensors]
+    known, rows = like.rows if isinstance(like, Layers) else None, None
+    if kernels_for(known) is not None or len({(*t.shape, t.dtype, t.device) for t in tensors}) == 1:
         whole = tensors[0].new_empty((len(shapes), *shapes[0]))
-        buffers = list(whole.unbind())
+        buffers, spare = list(whole.unbind()), [whole]
+        if known is not None:
+            addresses = whole.data_ptr() + np.arange(len(whole)) * (whole.stride(0) * whole.element_size())
+            rows = np.column_stack([addresses, np.full(len(whole), whole.stride(2)), known[:, 2:]])
     else:
-        buffers = [tensor.new_empty(shape) for tensor, shape in zip(tensors, shapes, strict=True)]
-    for spare in (buffers if whole is None else [whole]) if zeroed else ():
-        spare[..., length:, :].zero_()
-    parts = [part for part in parts if length_of(part)]
-    if parts and (kernels is None or whole is None or not kernels.fill(whole, parts)):
-        start = 0
-        for part in parts:
-            end = start + length_of(part)
-            to = [buffer[..., start:end, :] for buffer in buffers]
-            torch._foreach_copy_(to, [tensor for kv in part for tensor in kv])
-            start = end
-    return list(zip(buffers[::2], buffers[1::2], strict=True))
+        buffers = spare = [t.new_empty(shape) for t, shape in zip(tensors, shapes, strict=True)]
+    for each in spare if zeroed and room else ():
+        each[..., tokens:, :].zero_()
+    made = Layers(zip(buffers[::2], buffers[1::2], strict=True))
+    if rows is not None:
+        made.rows = rows
+    return made
+
+
+def _copy(parts: Sequence[Sequence[LayerKV]], to: Layers) -> None:
+    """Copy parts, one after another, to the beginning of the buffers `to`."""
+    kept = [as_layers(part) for part in parts if length_of(part)]
+    kernels = kernels_for(to.rows) if kept else None
+    if kernels is not None and kernels.fill(to, kept):
+        return
+    buffers, start = [tensor for kv in to for tensor in kv], 0
+    for part in kept:
+        end = start + length_of(part)
+        target = [buffer[..., start:end, :] for buffer in buffers]
+        torch._foreach_copy_(target, [tensor for kv in part for tensor in kv])
+        start = end
 
 
 BETWEEN_LAYERS: ContextVar[Callable[[], None] | None] = ContextVar("kvcag_between_layers", default=None)
@@ -543,11 +595,85 @@ class _PausingCache(DynamicCache):
         return super().update(*args, **kwargs)
 
 
+@dataclass(frozen=True, slots=True)
+class _Loan:
+    """Keys and values of another cache that a generation reads without a copy, and the position of the first token."""
+
+    layers: Layers
+    start: int
+
+    @property
+    def length(self) -> int:
+        return length_of(self.layers)
+
+
+@dataclass(slots=True)
+class _Unmade:
+    """The state of a `GenerationCache` whose layers are not made yet.
+
+    Captured passes need only addresses, and to make 36 layers takes 0.5 ms.
+    """
+
+    room: int
+    buffers: Layers
+    length: int
+    loan: _Loan | None
+    _table: np.ndarray | None = None
+
+    @property
+    def own(self) -> int:
+        """Tokens in the buffers."""
+        return self.length - (self.loan.length if self.loan else 0)
+
+    def table(self, new: int) -> np.ndarray | None:
+        """Return `GenerationCache.addresses`; None if the layers have to be made first."""
+        rows = self.buffers.rows
+        if rows is None or self.own + new > length_of(self.buffers):
+            return None
+        if self._table is None:
+            self._table = np.zeros((len(self.buffers), 8), dtype=np.int64)
+            self._table[:, :3] = addresses_in(rows)
+            if self.loan is not None:
+                lent = self.loan.layers.rows
+                assert lent is not None  # `readable` said so
+                self._table[:, 3:6] = addresses_in(lent)
+                self._table[:, 6:] = self.loan.start, self.loan.length
+        return self._table
+
+    def make(self) -> list[_AppendLayer]:
+        """Make the layers."""
+        loan = self.loan
+        lent = [None] * len(self.buffers) if loan is None else [_Lent(kv, loan.start) for kv in loan.layers]
+        return [_AppendLayer(self.room, kv, self.own, each) for kv, each in zip(self.buffers, lent, strict=True)]
+
+
+def addresses_in(rows: np.ndarray) -> np.ndarray:
+    """Return the addresses of each layer's keys and values, and the tokens between two heads: int64 `(layers, 3)`."""
+    keys, values = rows[::2], rows[1::2]
+    return np.column_stack([keys[:, 0], values[:, 0], keys[:, 1] // keys[:, 3]])
+
+
 class GenerationCache(_PausingCache):
     """The cache of one generation: see `generation_cache`."""
 
-    layers: list[_AppendLayer]  # type: ignore[assignment]
     _known: tuple[int, int, np.ndarray] | None = None
+
+    def __init__(self, room: int, unmade: _Unmade | None) -> None:
+        super().__init__()
+        self._unmade = unmade
+        if unmade is None:  # transformers makes a layer when the model first writes to it
+            self.layer_class_to_replicate = cast("Any", functools.partial(_AppendLayer, room))
+
+    @property  # type: ignore[override]
+    def layers(self) -> list[_AppendLayer]:
+        """The layers. They are made at the first access."""
+        if self._unmade is not None:
+            self._layers, self._unmade = self._unmade.make(), None
+        return self._layers
+
+    @layers.setter
+    def layers(self, layers: list[_AppendLayer]) -> None:
+        self._layers, self._unmade = layers, None
 
     def addresses(self, new: int) -> np.ndarray | None:
         """Return the addresses of the layers for kernels, with room for `new` more tokens: int64 `(layers, 8)`.
@@ -556,6 +682,8 @@ class GenerationCache(_PausingCache):
         numbers of the lent part; and the lent part's first position and length. None if the cache is empty. After
         writing tokens to these addresses, call `advance`.
         """
+        if self._unmade is not None and (table := self._unmade.table(new)) is not None:
+            return table
         if not self.layers or not self.layers[0].is_initialized:
             return None
         changes = sum([layer.changes for layer in self.layers])
@@ -572,11 +700,18 @@ class GenerationCache(_PausingCache):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the keys and values."""
-        return self.layers[0].shape()[2]
+        """Of the keys and values."""
+        return self._unmade.buffers[0][0].dtype if self._unmade is not None else self.layers[0].shape()[2]
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens that are held."""
+        return self._unmade.length if self._unmade is not None else super().get_seq_length(layer_idx)
 
     def advance(self, new: int) -> None:
-        """Count `new` more tokens, which a kernel wrote to the `addresses`."""
+        """Count `new` more tokens as held, which were written where `addresses` says."""
+        if self._unmade is not None:
+            self._unmade.length += new
+            return
         for layer in self.layers:
             layer.length += new
 
@@ -587,7 +722,7 @@ class GenerationCache(_PausingCache):
 
 @dataclass(frozen=True, slots=True)
 class _Lent:
-    """Keys and values of another cache, `(1, kv_heads, seq_len, head_dim)`, and their position in this cache."""
+    """One layer of a loan, `(1, kv_heads, seq_len, head_dim)` each, and the position of its first token."""
 
     kv: LayerKV
     start: int

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from kvcag.cache.attention import (
+    UNROTATED,
     Call,
     EnoughError,
     PositionShift,
@@ -28,10 +29,12 @@ from kvcag.cache.attention import (
     check_mergeable,
     predict,
     rotations,
+    turns_of,
 )
 from kvcag.cache.layers import (
     LayerKV,
     Layers,
+    Move,
     States,
     as_layers,
     cache_of,
@@ -40,10 +43,10 @@ from kvcag.cache.layers import (
     decoder_of,
     device_of,
     generation_cache,
-    kernels_for,
     kinds_of,
     layers_of,
     length_of,
+    moved,
     run,
     scatter_cache,
     sent,
@@ -160,17 +163,20 @@ def merge(
         check_merge(model, strategy)
     length = sum(len(part.token_ids) for part in parts)
     room = 0 if kinds_of(model) or strategy == "rotate" or len(tail_ids) > _LONGEST_TAIL else len(tail_ids)
-    placed, read = _place(model, parts, room), None
-    layers = cut(placed, 0, length)
     layout = Layout(
         token_ids=torch.cat([part.token_ids for part in parts]),
         part_of=_each(parts, list(range(len(parts)))),
         open=_each(parts, [not part.is_exact for part in parts]),
     )
-    documents = replace(layout, open=layout.open & _each(parts, [part.is_document for part in parts]))
-    alone = replace(layout, open=documents.open & _each(parts, [part.is_alone for part in parts]))
-    if learned_drift is not None and strategy != "full" and documents.open.any():
-        learned_drift.add_to(rotations(model), layers, documents)
+    every = learned_drift is not None
+    gives = [part.is_document and not part.is_exact and (every or part.is_alone) for part in parts]
+    drift = None
+    if strategy != "full" and any(give and len(part.token_ids) for give, part in zip(gives, parts, strict=True)):
+        drift = learned_drift
+        if drift is None and usual_drift is not None and not _budget(layout, strategy, ratio):
+            drift = usual_drift()
+    placed, read = _place(model, parts, layout, room, drift, gives), None
+    layers = cut(placed, 0, length)
     if kinds_of(model):
         chosen = _where(layout.open) if strategy == "full" else torch.arange(0)
         _run_through(model, layers, parts, again=strategy == "full")
@@ -179,10 +185,6 @@ def merge(
         if len(missing):
             recompute(model, layers, layout, missing, correct=False)
         chosen, read = _answer(model, placed, layout, tail_ids, strategy, ratio, passes)
-    if not len(chosen) and learned_drift is None and usual_drift is not None and alone.open.any():
-        drift = usual_drift()
-        if drift is not None:
-            drift.add_to(rotations(model), layers, alone)
     still_open = layout.open.clone()
     still_open[chosen] = False
     return Merged(layers, chosen, replace(layout, open=still_open), read)
@@ -392,24 +394,44 @@ def _check(parts: Sequence[Part], strategy: str, ratio: float) -> None:
             )
 
 
-def _place(model: PreTrainedModel, parts: Sequence[Part], room: int) -> Layers:
-    """Copy all parts, one after another, to new memory with room for `room` more tokens, and re-rotate their keys."""
+def _place(
+    model: PreTrainedModel,
+    parts: Sequence[Part],
+    layout: Layout,
+    room: int,
+    drift: UsualDrift | None,
+    gives: Sequence[bool],
+) -> Layers:
+    """Copy all parts, one after another, to new memory with room for `room` more tokens, and re-rotate their keys.
+
+    `drift` is added to the parts for which `gives` is true.
+    """
+    gives = [drift is not None and give for give, part in zip(gives, parts, strict=True) if len(part.token_ids)]
     parts = [part for part in parts if len(part.token_ids)]
     like = next(part.layers for part in parts if part.layers is not None)
-    held = [zeros_like(like, len(part.token_ids)) if part.layers is None else part.layers for part in parts]
-    layers = concat(held, room)
+    held = [zeros_like(like, len(part.token_ids)) if part.layers is None else as_layers(part.layers) for part in parts]
     starts = accumulate((len(part.token_ids) for part in parts), initial=0)
-    bases = [start if part.layers is None else part.base_position for start, part in zip(starts, parts, strict=False)]
-    stood = np.concatenate([base + np.arange(len(part.token_ids)) for base, part in zip(bases, parts, strict=True)])
-    moved = np.flatnonzero(stood != np.arange(len(stood)))
-    if len(moved):  # the head and the first document often keep their positions, and must not change by a bit
-        first = int(moved[0])
+    stood = [start if part.layers is None else part.base_position for start, part in zip(starts, parts, strict=False)]
+    rotated = rotations(model)[: len(like)] if any(not part.is_exact for part in parts) else None
+    turns = turns_of(rotated or [UNROTATED] * len(like))
+    if turns is not None and (drift is None or drift.slopes is None):
+        change = drift.stacked(like[0][0].device) if drift is not None else None
+        if (layers := moved(held, room, Move(stood, turns, change, gives))) is not None:
+            return layers
+    layers = concat(held, room)
+    at = np.concatenate([base + np.arange(len(part.token_ids)) for base, part in zip(stood, parts, strict=True)])
+    elsewhere = np.flatnonzero(at != np.arange(len(at)))
+    if len(elsewhere) and rotated:  # the head and the first document often keep their positions: no bit changes
+        first = int(elsewhere[0])
         move = PositionShift(
-            rotations(model),
-            sent(torch.from_numpy(stood[first:]), device_of(model)),
-            torch.arange(first, len(stood), device=device_of(model)),
+            rotated,
+            sent(torch.from_numpy(at[first:]), device_of(model)),
+            torch.arange(first, len(at), device=device_of(model)),
         )
-        move.turn_all(cut(layers, 0, len(stood)), first)
+        for index, (keys, values) in enumerate(layers):
+            move.turn(index, (keys[..., first : len(at), :], values[..., first : len(at), :]))
+    if drift is not None:
+        drift.add_to(rotated or [], cut(layers, 0, len(at)), replace(layout, open=_each(parts, gives)))
     return layers
 
 
@@ -456,14 +478,9 @@ def select(
     Returns:
         Positions, ascending, int64 `(chosen,)`.
     """
-    candidates = _where(layout.open)
-    budget = min(int(ratio * len(layout.token_ids)), len(candidates))
-    if strategy == "full" or (ratio == 1 and strategy != "rotate"):
-        return candidates
-    if strategy == "rotate" or budget == 0:
-        return candidates[:0]
-    if budget == len(candidates):
-        return candidates
+    candidates, budget = _where(layout.open), _budget(layout, strategy, ratio)
+    if budget in (0, len(candidates)):
+        return candidates[:budget]
     scores = None
     if passes and strategy == "query" and len(tail_ids):
         scores = passes.scores(as_layers(layers), len(layout.token_ids), tail_ids)
@@ -471,6 +488,14 @@ def select(
         scores = _SCORES[strategy](model, layers, layout, tail_ids)
     best = scores[candidates.to(scores.device)].argsort(descending=True, stable=True)[:budget]
     return candidates[best.sort().values.cpu()]
+
+
+def _budget(layout: Layout, strategy: MergeStrategy, ratio: float) -> int:
+    """Return the number of tokens to recompute."""
+    if strategy == "rotate":
+        return 0
+    candidates = int(np.count_nonzero(layout.open.numpy()))
+    return candidates if strategy == "full" else min(int(ratio * len(layout.token_ids)), candidates)
 
 
 def anchor(model: PreTrainedModel, layers: Sequence[LayerKV], layout: Layout, tail_ids: torch.Tensor) -> torch.Tensor:
@@ -623,7 +648,7 @@ estimated from are those that change most."""
 RIDGE = 0.4
 """The share of a token's estimated deviation from the mean drift that is added. A share of 1 is worse than none."""
 
-_SHRINK = 4.0
+SHRINK = 4.0
 """Each document's mean is shrunk as if the document had this many more tokens, with the mean of all documents."""
 
 PENALTY = 1.0
@@ -794,9 +819,7 @@ class UsualDrift:
         """Add the drift to every open token of `layers`, in place."""
         if len(layers) == 0:  # all layers of the model are recurrent
             return
-        open_tokens, device = _where(layout.open), layers[0][0].device
-        if not self.slopes and self._added_at_once(rotated, layers, open_tokens):
-            return
+        device = layers[0][0].device
         for positions in _blocks(layout.open, torch.zeros_like(layout.open), layout.part_of, device):
             self._give(layers, _Tokens.at(rotated, layout, positions.to(device), has_gaps=device.type != "cpu"))
 
@@ -815,24 +838,11 @@ class UsualDrift:
                 change = offset.repeat(1, len(tokens.positions), 1)
             tokens.give(index, held, change[None])
 
-    def _added_at_once(self, rotated: Sequence[Rotation], layers: Sequence[LayerKV], positions: torch.Tensor) -> bool:
-        """Add the drift with one kernel for all keys and one for all values. Returns False if no kernel supports it."""
-        ways, (like, _) = set(rotated), layers[0]
-        rows = as_layers(layers).rows
-        kernels = kernels_for(rows)
-        if kernels is None or rows is None or len(ways) > 1 or not (whole := ways.pop()).turns_all_of(like.shape[-1]):
-            return False
-        device = like.device
-        positions = sent(positions, device)
+    def stacked(self, device: torch.device) -> torch.Tensor:
+        """Return `layers` as one tensor on a device. It is made once per device."""
         if device not in self._stacked:
             self._stacked[device] = torch.stack(self.layers).to(device)
-        offsets = self._stacked[device]
-        cos, sin = whole.angles(torch.zeros_like(positions), positions)
-        keys, values = rows[::2], rows[1::2]
-        change = offsets[..., : like.shape[-1]]
-        kernels.add_turned(keys, like, positions, change, cos, sin, interleaved=whole.interleaved)
-        kernels.add(values, like, positions, offsets[..., like.shape[-1] :])
-        return True
+        return self._stacked[device]
 
 
 class DriftSums:
@@ -937,4 +947,4 @@ def _without_gaps(numbers: torch.Tensor) -> slice | torch.Tensor:
 def averages(part_of: torch.Tensor, parts: int) -> torch.Tensor:
     """Return a matrix, fp32 `(parts, tokens)`, that computes each part's mean, shrunk towards the overall mean."""
     member = (torch.arange(parts, device=part_of.device)[:, None] == part_of).float()
-    return (member + _SHRINK / len(part_of)) / (member.sum(1, keepdim=True) + _SHRINK)
+    return (member + SHRINK / len(part_of)) / (member.sum(1, keepdim=True) + SHRINK)

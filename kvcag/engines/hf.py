@@ -518,7 +518,7 @@ class HFEngine(Engine):
     def context_of(
         self,
         layers: Sequence[LayerKV],
-        context_ids: Sequence[int],
+        context_ids: Sequence[int] | torch.Tensor,
         tail_ids: Sequence[int],
         report: MergeReport,
         read: ReadTail | None = None,
@@ -526,7 +526,7 @@ class HFEngine(Engine):
         """Make a context from its keys and values, `layers`, without copying them."""
         return MergedContext(
             cache=cache_of(layers),
-            token_ids=torch.tensor(context_ids, dtype=torch.long),
+            token_ids=torch.as_tensor(context_ids, dtype=torch.long),
             tail_ids=torch.tensor(tail_ids, dtype=torch.long),
             report=report,
             fingerprint=self.fingerprint,

@@ -1,6 +1,6 @@
 """The drift correction of a merge (`kvcag.cache.merge.DriftCorrection`) within a captured pass.
 
-It computes the same sums and the same ridge regression in nine kernels per layer. Six are Triton kernels of this
+It computes the same sums and the same ridge regression in ten kernels per layer. Eight are Triton kernels of this
 module, which read and write the cache, centre and multiply features, and solve the regression by conjugate gradients.
 The kernels read from the device what changes between questions: the number of chosen tokens, and the corrected tokens.
 """
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from kvcag.cache.layers import sent
-from kvcag.cache.merge import MEAN, PENALTY, RIDGE, Layout, averages
+from kvcag.cache.merge import MEAN, PENALTY, RIDGE, SHRINK, Layout
 
 PARTS = 64
 """The most parts of a merge, head included, that a captured pass supports."""
@@ -29,19 +29,16 @@ class Correction:
     """The inputs of the correction within a pass of `size` tokens, on the device.
 
     Attributes:
-        given: int64 `(5,)`: the number of chosen tokens, which come first in the pass; the number of corrected tokens;
-            and three addresses: of the positions of the corrected tokens, int64; of the part of each token of the
-            context, int64; and of memory for the features of the corrected tokens, `(kv_heads, corrected, features)`
-            in the cache's dtype.
-        averages: fp32 `(PARTS, size)`, see `kvcag.cache.merge.averages`; 0 for tokens that were not chosen.
-        part_of: the part of each token of the pass, int64 `(size,)`.
+        given: int64 `(6 + PARTS + size,)`: the number of chosen tokens, which come first in the pass; the number of
+            corrected tokens; three addresses: of the positions of the corrected tokens, int64; of the part of each
+            token of the context, int64; and of memory for the features of the corrected tokens, `(kv_heads, corrected,
+            features)` in the cache's dtype; where each part's chosen tokens begin, `PARTS + 1` numbers; and the part
+            of each chosen token.
         frequencies: RoPE's frequencies in each layer, fp32 `(head_dim / 2,)`.
         interleaved: how components are paired (`kvcag.cache.attention.Rotation`).
     """
 
     given: torch.Tensor
-    averages: torch.Tensor
-    part_of: torch.Tensor
     frequencies: list[torch.Tensor]
     interleaved: bool
     _held: tuple[torch.Tensor, ...] = ()
@@ -50,9 +47,7 @@ class Correction:
     def of(cls, size: int, frequencies: list[torch.Tensor], device: torch.device, *, interleaved: bool) -> Correction:
         """Make the inputs for passes of `size` tokens. No token is chosen yet."""
         return cls(
-            torch.zeros(5, dtype=torch.long, device=device),
-            torch.zeros(PARTS, size, device=device),
-            torch.zeros(size, dtype=torch.long, device=device),
+            torch.zeros(6 + PARTS + size, dtype=torch.long, device=device),
             frequencies,
             interleaved,
         )
@@ -69,15 +64,14 @@ class Correction:
         device, count = self.given.device, len(positions)
         rest, part_of, chosen = layout.open.numpy().copy(), layout.part_of.numpy(), positions.numpy()
         rest[chosen] = False
-        where, parts = np.flatnonzero(rest), int(part_of[-1]) + 1
-        lists = sent(torch.from_numpy(np.concatenate([where, part_of, part_of[chosen]])), device)
-        at, every, of_chosen = lists.split([len(where), len(part_of), count])
+        where = np.flatnonzero(rest)
+        lists = sent(torch.from_numpy(np.concatenate([where, part_of])), device)
+        at, every = lists.split([len(where), len(part_of)])
         memory = torch.empty(len(where) * features, dtype=dtype, device=device)
-        given = [count, len(where), at.data_ptr(), every.data_ptr(), memory.data_ptr()]
-        self.given.copy_(torch.tensor(given).pin_memory(), non_blocking=True)
-        self.averages.zero_()
-        self.averages[:parts, :count] = averages(of_chosen, parts)
-        self.part_of[:count] = of_chosen
+        begin = np.searchsorted(part_of[chosen], np.arange(PARTS + 1))
+        numbers = [count, len(where), at.data_ptr(), every.data_ptr(), memory.data_ptr()]
+        given = torch.from_numpy(np.concatenate([numbers, begin, part_of[chosen]]))
+        self.given[: len(given)].copy_(given.pin_memory(), non_blocking=True)
         self._held = (lists, memory)  # keeps the memory alive, since the kernels have only its addresses
 
     def correct(
@@ -106,13 +100,24 @@ class Correction:
             key, value, entry, positions, self.given, frequencies, both, size,
             key.stride(1), key.stride(2), value.stride(1), value.stride(2), ROWS=16, **shape, num_warps=4,
         )  # fmt: skip
-        means = self.averages @ both
-        products = torch.empty(key.shape[1], wide, 2 * wide, device=key.device)
+        sums, means = torch.empty(2, key.shape[1], PARTS, 2 * wide, device=key.device)
+        tile = min(128, triton.next_power_of_2(wide))
+        columns = triton.cdiv(2 * wide, tile)
+        _sums[(PARTS, columns, key.shape[1])](
+            both, self.given, sums, size, COLUMNS=2 * wide, TILE=tile, ROWS=32, PARTS=PARTS, num_warps=4
+        )
+        _means[(columns, key.shape[1])](
+            sums, self.given, means, SHRINK, COLUMNS=2 * wide, TILE=tile, PARTS=PARTS, num_warps=4
+        )
         tile, exact = 64 if wide > 32 else 32, key.dtype == torch.float32
-        _gram[(triton.cdiv(wide, tile), triton.cdiv(2 * wide, tile), key.shape[1])](
-            both, means, self.part_of, self.given, products, size,
-            WIDE=wide, TILE=tile, ROWS=32, PARTS=PARTS, PRECISION="tf32x3" if exact else "tf32", num_warps=4,
+        tiles = triton.cdiv(wide, tile), triton.cdiv(2 * wide, tile)
+        splits = 1 if size <= 1024 else 4
+        products = torch.empty(splits, key.shape[1], wide, 2 * wide, device=key.device)
+        _gram[(tiles[0] * tiles[1], splits, key.shape[1])](
+            both, means, self.given, products, size, WIDE=wide, TILE=tile, ROWS=32, PARTS=PARTS, SPLITS=splits,
+            PRECISION="tf32x3" if exact else "tf32", num_warps=4,
         )  # fmt: skip
+        products = products[0] if splits == 1 else products.sum(0)
         slope = solve(products, self.given, exact=exact)
         offset = torch.baddbmm(means[..., wide:], means[..., :wide], slope, beta=MEAN, alpha=-1)
         slope, tile = slope.to(key.dtype), 32 if exact else 64
@@ -208,22 +213,55 @@ def _features(
 
 
 @triton.jit
-def _gram(
-    both, means, part_of, given, products, size,
-    WIDE: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr,
+def _sums(
+    both, given, sums, size,
+    COLUMNS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Compute a tile of `products` (see `solve`) over the chosen tokens of one head."""
-    head = tl.program_id(2)
-    count = tl.load(given)
-    i = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    """Compute the sum of features and drift over the chosen tokens of one part, for one head."""
+    part, head = tl.program_id(0), tl.program_id(2)
     j = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    end = tl.load(given + 6 + part)
+    total = tl.zeros([TILE], tl.float32)
+    for start in range(tl.load(given + 5 + part), end, ROWS):
+        row = start + tl.arange(0, ROWS)
+        there = (row < end)[:, None] & (j < COLUMNS)[None, :]
+        total += tl.sum(tl.load(both + (head * size + row)[:, None] * COLUMNS + j[None, :], mask=there, other=0.0), 0)
+    tl.store(sums + (head * PARTS + part) * COLUMNS + j, total, mask=j < COLUMNS)
+
+
+@triton.jit
+def _means(sums, given, means, shrink, COLUMNS: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr):
+    """Compute each part's mean, shrunk towards the mean of all parts, as `kvcag.cache.merge.averages` does."""
+    part, head = tl.arange(0, PARTS), tl.program_id(1)
+    j = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    count = tl.maximum(tl.load(given), 1).to(tl.float32)
+    of_part = (tl.load(given + 6 + part) - tl.load(given + 5 + part)).to(tl.float32)
+    at = (head * PARTS + part)[:, None] * COLUMNS + j[None, :]
+    there = (j < COLUMNS)[None, :]
+    sums_ = tl.load(sums + at, mask=there, other=0.0)
+    mean = (sums_ + (shrink / count) * tl.sum(sums_, 0)[None, :]) / (of_part + shrink)[:, None]
+    tl.store(means + at, mean, mask=there)
+
+
+@triton.jit
+def _gram(
+    both, means, given, products, size,
+    WIDE: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compute a tile of `products` (see `solve`) over a share of the chosen tokens of one head."""
+    split, head = tl.program_id(1), tl.program_id(2)
+    count = tl.load(given)
+    columns: tl.constexpr = (2 * WIDE + TILE - 1) // TILE
+    i = (tl.program_id(0) // columns) * TILE + tl.arange(0, TILE)
+    j = (tl.program_id(0) % columns) * TILE + tl.arange(0, TILE)
     both += head * size * (2 * WIDE)
     means += head * PARTS * (2 * WIDE)
     total = tl.zeros([TILE, TILE], tl.float32)
-    for start in range(0, count, ROWS):
+    for start in range(split * ROWS, count, SPLITS * ROWS):
         row = start + tl.arange(0, ROWS)
         real = row < count
-        mean = tl.load(part_of + row, mask=real, other=0)[:, None] * (2 * WIDE)
+        mean = tl.load(given + 6 + PARTS + row, mask=real, other=0)[:, None] * (2 * WIDE)
         left, right = real[:, None] & (i < WIDE)[None, :], real[:, None] & (j < 2 * WIDE)[None, :]
         at = row[:, None] * (2 * WIDE)
         x = tl.load(both + at + i[None, :], mask=left, other=0.0)
@@ -231,7 +269,7 @@ def _gram(
         y = tl.load(both + at + j[None, :], mask=right, other=0.0)
         y -= tl.load(means + mean + j[None, :], mask=right, other=0.0)
         total = tl.dot(tl.trans(x), y, total, input_precision=PRECISION)
-    to = products + head * WIDE * (2 * WIDE) + i[:, None] * (2 * WIDE) + j[None, :]
+    to = products + (split * tl.num_programs(2) + head) * WIDE * (2 * WIDE) + i[:, None] * (2 * WIDE) + j[None, :]
     tl.store(to, total, mask=(i < WIDE)[:, None] & (j < 2 * WIDE)[None, :])
 
 

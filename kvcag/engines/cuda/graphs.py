@@ -27,6 +27,7 @@ from kvcag.cache.layers import (
     BETWEEN_LAYERS,
     GenerationCache,
     Layers,
+    addresses_in,
     cache_argument,
     cache_of,
     crop,
@@ -427,9 +428,8 @@ class _Recomputing(_Pass):
 def _table_of(layers: Layers) -> np.ndarray:
     """Return the table of `GenerationCache.addresses` for layers without lent parts."""
     assert layers.rows is not None  # `readable` was true
-    keys, values = layers.rows[::2], layers.rows[1::2]
     table = np.zeros((len(layers), 8), dtype=np.int64)
-    table[:, 0], table[:, 1], table[:, 2] = keys[:, 0], values[:, 0], keys[:, 1] // keys[:, 3]
+    table[:, :3] = addresses_in(layers.rows)
     return table
 
 
