@@ -86,7 +86,8 @@ def _place(
     and whether the change is added. Then it has seven numbers per layer and part: the address of the keys, the bytes
     between two heads, the same two of the values, the new addresses of keys and values, and the layer's number.
     """
-    head, which, dtype = tl.program_id(1), tl.program_id(2), like.dtype.element_ty
+    head, which = tl.program_id(1), tl.program_id(2)
+    dtype = like.dtype.element_ty
     part, way = table + 4 * (which % parts), table + 4 * parts + 7 * which
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d, real = tl.arange(0, SIZE), row < tl.load(part + 1)
