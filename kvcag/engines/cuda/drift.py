@@ -1,6 +1,6 @@
 """The drift correction of a merge (`kvcag.cache.merge.DriftCorrection`) within a captured pass.
 
-It computes the same sums and the same ridge regression in ten kernels per layer. Eight are Triton kernels of this
+It computes the same sums and the same ridge regression in eleven kernels per layer. Nine are Triton kernels of this
 module, which read and write the cache, centre and multiply features, and solve the regression by conjugate gradients.
 The kernels read from the device what changes between questions: the number of chosen tokens, and the corrected tokens.
 """
@@ -109,18 +109,21 @@ class Correction:
         _means[(columns, key.shape[1])](
             sums, self.given, means, SHRINK, COLUMNS=2 * wide, TILE=tile, PARTS=PARTS, num_warps=4
         )
-        tile, exact = 64 if wide > 32 else 32, key.dtype == torch.float32
-        tiles = triton.cdiv(wide, tile), triton.cdiv(2 * wide, tile)
-        splits = 1 if size <= 1024 else 4
-        products = torch.empty(splits, key.shape[1], wide, 2 * wide, device=key.device)
-        _gram[(tiles[0] * tiles[1], splits, key.shape[1])](
-            both, means, self.given, products, size, WIDE=wide, TILE=tile, ROWS=32, PARTS=PARTS, SPLITS=splits,
-            PRECISION="tf32x3" if exact else "tf32", num_warps=4,
+        _centre[(triton.cdiv(size, 4), key.shape[1])](
+            both, self.given, means, size, COLUMNS=2 * wide, SIZE=triton.next_power_of_2(2 * wide), PARTS=PARTS,
+            ROWS=4, num_warps=4,
         )  # fmt: skip
-        products = products[0] if splits == 1 else products.sum(0)
+        exact = key.dtype == torch.float32
+        tile = 32 if wide <= 32 else 64 if exact or size <= 1024 else 128
+        products = torch.empty(key.shape[1], wide, 2 * wide, device=key.device)
+        _gram[(triton.cdiv(wide, tile), triton.cdiv(2 * wide, tile), key.shape[1])](
+            both, self.given, products, size, WIDE=wide, TILE=tile, ROWS=32,
+            PRECISION="tf32x3" if exact else "tf32", num_warps=8 if tile == 128 else 4,
+        )  # fmt: skip
+        tile = 32 if exact else 64
         slope = solve(products, self.given, exact=exact)
         offset = torch.baddbmm(means[..., wide:], means[..., :wide], slope, beta=MEAN, alpha=-1)
-        slope, tile = slope.to(key.dtype), 32 if exact else 64
+        slope = slope.to(key.dtype)
         _collect[256, key.shape[1]](key, entry, self.given, frequencies, ROWS=16, **shape, num_warps=4)
         for of_keys in (True, False):
             _give[128, key.shape[1]](
@@ -221,12 +224,12 @@ def _sums(
     part, head = tl.program_id(0), tl.program_id(2)
     j = tl.program_id(1) * TILE + tl.arange(0, TILE)
     end = tl.load(given + 6 + part)
-    total = tl.zeros([TILE], tl.float32)
+    total = tl.zeros([ROWS, TILE], tl.float32)
     for start in range(tl.load(given + 5 + part), end, ROWS):
         row = start + tl.arange(0, ROWS)
         there = (row < end)[:, None] & (j < COLUMNS)[None, :]
-        total += tl.sum(tl.load(both + (head * size + row)[:, None] * COLUMNS + j[None, :], mask=there, other=0.0), 0)
-    tl.store(sums + (head * PARTS + part) * COLUMNS + j, total, mask=j < COLUMNS)
+        total += tl.load(both + (head * size + row)[:, None] * COLUMNS + j[None, :], mask=there, other=0.0)
+    tl.store(sums + (head * PARTS + part) * COLUMNS + j, tl.sum(total, 0), mask=j < COLUMNS)
 
 
 @triton.jit
@@ -244,32 +247,40 @@ def _means(sums, given, means, shrink, COLUMNS: tl.constexpr, TILE: tl.constexpr
 
 
 @triton.jit
-def _gram(
-    both, means, given, products, size,
-    WIDE: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, SPLITS: tl.constexpr,
-    PRECISION: tl.constexpr,
+def _centre(
+    both, given, means, size,
+    COLUMNS: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Compute a tile of `products` (see `solve`) over a share of the chosen tokens of one head."""
-    split, head = tl.program_id(1), tl.program_id(2)
+    """Subtract from each chosen token's features and drift the mean of its part."""
+    head = tl.program_id(1)
+    row, j = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, SIZE)
+    real = row < tl.load(given)
+    there = real[:, None] & (j < COLUMNS)[None, :]
+    part = tl.load(given + 6 + PARTS + row, mask=real, other=0)
+    at = both + (head * size + row)[:, None] * COLUMNS + j[None, :]
+    mean = tl.load(means + (head * PARTS + part)[:, None] * COLUMNS + j[None, :], mask=there, other=0.0)
+    tl.store(at, tl.load(at, mask=there, other=0.0) - mean, mask=there)
+
+
+@triton.jit
+def _gram(
+    both, given, products, size,
+    WIDE: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compute a tile of `products` (see `solve`) over the chosen tokens of one head, whose features are centred."""
+    head = tl.program_id(2)
     count = tl.load(given)
-    columns: tl.constexpr = (2 * WIDE + TILE - 1) // TILE
-    i = (tl.program_id(0) // columns) * TILE + tl.arange(0, TILE)
-    j = (tl.program_id(0) % columns) * TILE + tl.arange(0, TILE)
+    i = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    j = tl.program_id(1) * TILE + tl.arange(0, TILE)
     both += head * size * (2 * WIDE)
-    means += head * PARTS * (2 * WIDE)
     total = tl.zeros([TILE, TILE], tl.float32)
-    for start in range(split * ROWS, count, SPLITS * ROWS):
+    for start in range(0, count, ROWS):
         row = start + tl.arange(0, ROWS)
-        real = row < count
-        mean = tl.load(given + 6 + PARTS + row, mask=real, other=0)[:, None] * (2 * WIDE)
-        left, right = real[:, None] & (i < WIDE)[None, :], real[:, None] & (j < 2 * WIDE)[None, :]
-        at = row[:, None] * (2 * WIDE)
-        x = tl.load(both + at + i[None, :], mask=left, other=0.0)
-        x -= tl.load(means + mean + i[None, :], mask=left, other=0.0)
-        y = tl.load(both + at + j[None, :], mask=right, other=0.0)
-        y -= tl.load(means + mean + j[None, :], mask=right, other=0.0)
+        at, real = both + row[:, None] * (2 * WIDE), (row < count)[:, None]
+        x = tl.load(at + i[None, :], mask=real & (i < WIDE)[None, :], other=0.0)
+        y = tl.load(at + j[None, :], mask=real & (j < 2 * WIDE)[None, :], other=0.0)
         total = tl.dot(tl.trans(x), y, total, input_precision=PRECISION)
-    to = products + (split * tl.num_programs(2) + head) * WIDE * (2 * WIDE) + i[:, None] * (2 * WIDE) + j[None, :]
+    to = products + head * WIDE * (2 * WIDE) + i[:, None] * (2 * WIDE) + j[None, :]
     tl.store(to, total, mask=(i < WIDE)[:, None] & (j < 2 * WIDE)[None, :])
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -25,30 +25,38 @@ _ROPE = "apply_rotary_pos_emb"
 """The function of transformers' modeling files that rotates queries and keys."""
 
 
-@contextmanager
-def fused(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block, `model` runs with the kernels of this module wherever they compute the same.
+class Fused:
+    """The modules of a model that a kernel of this file replaces, compared with it once."""
 
-    The caller must hold the model (`HFEngine.exclusive`).
-    """
-    kinds: dict[type, Callable[..., torch.Tensor] | None] = {}
-    with ExitStack() as undo:
+    def __init__(self, model: PreTrainedModel) -> None:
+        kinds: dict[type, Callable[..., torch.Tensor] | None] = {}
+        self._modules: list[tuple[torch.nn.Module, Callable[..., torch.Tensor]]] = []
         for module in model.modules():
             if "forward" in module.__dict__:  # another library has hooked into it
                 continue
             kind = type(module)
             if kind not in kinds:
                 kinds[kind] = _replacement(module)
-            forward = kinds[kind]
-            if forward is not None:
-                module.forward = MethodType(forward, module)
+            if (forward := kinds[kind]) is not None:
+                self._modules.append((module, MethodType(forward, module)))
+        files = ((sys.modules[name], getattr(sys.modules.get(name), _ROPE, None)) for name in _files_of(kinds))
+        self._rotaries = [(file, own) for file, own in files if own is not None and _same_rope(own, model)]
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Within the block, the model runs with the kernels. The caller must hold the model (`HFEngine.exclusive`)."""
+        with ExitStack() as undo:
+            for module, forward in self._modules:
+                module.forward = forward
                 undo.callback(module.__dict__.pop, "forward")
-        for name in {kind.__module__ for kind in kinds}:
-            original = getattr(sys.modules.get(name), _ROPE, None)
-            if original is not None and _same_rope(original, model):
-                setattr(sys.modules[name], _ROPE, _rotary_before(original))
-                undo.callback(setattr, sys.modules[name], _ROPE, original)
-        yield
+            for file, own in self._rotaries:
+                setattr(file, _ROPE, _rotary_before(own))
+                undo.callback(setattr, file, _ROPE, own)
+            yield
+
+
+def _files_of(kinds: Iterable[type]) -> set[str]:
+    return {kind.__module__ for kind in kinds if kind.__module__ in sys.modules}
 
 
 def _replacement(module: Any) -> Callable[..., torch.Tensor] | None:

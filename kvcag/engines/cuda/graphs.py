@@ -40,7 +40,7 @@ from kvcag.cache.merge import Layout
 from kvcag.core import ReadTail
 from kvcag.engines.cuda.attention import NAME, Inputs, append, inputs
 from kvcag.engines.cuda.drift import PARTS, Correction
-from kvcag.engines.cuda.fused import fused
+from kvcag.engines.cuda.fused import Fused
 from kvcag.engines.decode import Arriving, Prediction
 from kvcag.errors import UnsupportedModelError
 
@@ -98,6 +98,7 @@ class Graphs:
         if not attends_to_its_own(model):
             raise UnsupportedModelError("its layers do not attend to the keys and values that they cache")
         self._model = model
+        self._fused = Fused(model)
         self._device = devices.pop()
         self._passes: dict[tuple[int, int], _Pass] = {}
         self._merging: dict[tuple[str, int], _Pass] = {}
@@ -162,7 +163,7 @@ class Graphs:
         caches: Sequence[GenerationCache],
     ) -> list[Prediction]:
         if (sequences, size) not in self._passes:
-            self._passes[sequences, size] = _Pass(self._model, sequences, size, self._shapes, self._pool)
+            self._passes[sequences, size] = _Pass(self._model, self._fused, sequences, size, self._shapes, self._pool)
         predictions = self._passes[sequences, size](token_ids, caches)
         for tokens, cache in zip(token_ids, caches, strict=True):
             cache.advance(len(tokens))
@@ -178,7 +179,7 @@ class Graphs:
             return None
         size = CHOOSING[bisect_left(CHOOSING, len(tail_ids))]
         if ("choose", size) not in self._merging:
-            self._merging["choose", size] = _Choosing(self._model, 1, size, self._shapes, self._pool)
+            self._merging["choose", size] = _Choosing(self._model, self._fused, 1, size, self._shapes, self._pool)
         choosing = cast("_Choosing", self._merging["choose", size])
         found = torch.zeros(max(heads for heads, _ in self._shapes), length, device=self._device)
         choosing.address.copy_(torch.tensor([found.data_ptr()]).pin_memory(), non_blocking=True)
@@ -216,7 +217,7 @@ class Graphs:
         ]
         interleaved = any(each.interleaved for each in self._rotations)
         correction = Correction.of(size, frequencies, self._device, interleaved=interleaved)
-        return _Recomputing(self._model, size, self._shapes, self._pool, correction, captured=captured)
+        return _Recomputing(self._model, self._fused, size, self._shapes, self._pool, correction, captured=captured)
 
     def _takes_merged(self, layers: Layers) -> bool:
         """Whether each layer rotates whole keys or none, and the kernels can read these layers in place."""
@@ -296,6 +297,7 @@ class _Pass:
     def __init__(
         self,
         model: PreTrainedModel,
+        fused: Fused,
         sequences: int,
         size: int,
         shapes: Sequence[tuple[int, int]],
@@ -304,7 +306,7 @@ class _Pass:
         cache: Cache | None = None,
         captured: bool = True,
     ) -> None:
-        self._model, self._sequences, self._size = model, sequences, size
+        self._model, self._fused, self._sequences, self._size = model, fused, sequences, size
         self._device = model.device
         layers, self._places = len(shapes), sequences * size
         self._given = torch.zeros((8 * layers + 2 * size) * sequences, dtype=torch.long, device=self._device)
@@ -331,7 +333,7 @@ class _Pass:
     @contextmanager
     def _ready(self) -> Iterator[None]:
         """Within the block, the model computes with kvcag's kernels, from this pass's inputs."""
-        with _attending(self._model), fused(self._model):
+        with _attending(self._model), self._fused.running():
             token = inputs.set(self._inputs)
             try:
                 yield
@@ -414,6 +416,7 @@ class _Recomputing(_Pass):
     def __init__(
         self,
         model: PreTrainedModel,
+        fused: Fused,
         size: int,
         shapes: Sequence[tuple[int, int]],
         pool: Any,
@@ -422,7 +425,7 @@ class _Recomputing(_Pass):
         captured: bool,
     ) -> None:
         self.correction = correction
-        super().__init__(model, 1, size, shapes, pool, cache=_Corrector(correction), captured=captured)
+        super().__init__(model, fused, 1, size, shapes, pool, cache=_Corrector(correction), captured=captured)
 
 
 def _table_of(layers: Layers) -> np.ndarray:
