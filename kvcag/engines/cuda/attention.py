@@ -212,7 +212,8 @@ def score(
     """
     _, heads, tokens, head_dim = query.shape
     padded = max(16, triton.next_power_of_2(head_dim))
-    _score[(64, kv_heads)](
+    keys = 32 if padded > 128 else 64 if query.dtype == torch.float32 else 128
+    _score[(132, kv_heads)](
         query,
         entry,
         positions,
@@ -228,11 +229,11 @@ def score(
         DIM=head_dim,
         PADDED=padded,
         ROWS=64 if padded <= 128 else 32,
-        KEYS=64 if padded <= 128 else 32,
+        KEYS=keys,
         WINDOWED=window is not None,
         CAPPED=softcap is not None,
         num_warps=4,
-        num_stages=3,
+        num_stages=2,
     )
 
 

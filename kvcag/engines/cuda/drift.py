@@ -1,6 +1,6 @@
 """The drift correction of a merge (`kvcag.cache.merge.DriftCorrection`) within a captured pass.
 
-It computes the same sums and the same ridge regression in eleven kernels per layer. Nine are Triton kernels of this
+It computes the same sums and the same ridge regression in eleven kernels per layer. Eight are Triton kernels of this
 module, which read and write the cache, centre and multiply features, and solve the regression by conjugate gradients.
 The kernels read from the device what changes between questions: the number of chosen tokens, and the corrected tokens.
 """
@@ -109,22 +109,18 @@ class Correction:
         _means[(columns, key.shape[1])](
             sums, self.given, means, SHRINK, COLUMNS=2 * wide, TILE=tile, PARTS=PARTS, num_warps=4
         )
+        exact, centred = key.dtype == torch.float32, torch.empty_like(both, dtype=key.dtype)
         _centre[(triton.cdiv(size, 4), key.shape[1])](
-            both, self.given, means, size, COLUMNS=2 * wide, SIZE=triton.next_power_of_2(2 * wide), PARTS=PARTS,
-            ROWS=4, num_warps=4,
+            both, self.given, means, centred, size, COLUMNS=2 * wide, SIZE=triton.next_power_of_2(2 * wide),
+            PARTS=PARTS, ROWS=4, num_warps=4,
         )  # fmt: skip
-        exact = key.dtype == torch.float32
-        tile = 32 if wide <= 32 else 64 if exact or size <= 1024 else 128
-        products = torch.empty(key.shape[1], wide, 2 * wide, device=key.device)
-        _gram[(triton.cdiv(wide, tile), triton.cdiv(2 * wide, tile), key.shape[1])](
-            both, self.given, products, size, WIDE=wide, TILE=tile, ROWS=32,
-            PRECISION="tf32x3" if exact else "tf32", num_warps=8 if tile == 128 else 4,
-        )  # fmt: skip
+        left = centred[..., :wide].mT  # the rounding of half precision averages out over the tokens
+        products = left @ centred if exact else torch.bmm(left, centred, out_dtype=torch.float32)
         tile = 32 if exact else 64
         slope = solve(products, self.given, exact=exact)
         offset = torch.baddbmm(means[..., wide:], means[..., :wide], slope, beta=MEAN, alpha=-1)
         slope = slope.to(key.dtype)
-        _collect[256, key.shape[1]](key, entry, self.given, frequencies, ROWS=16, **shape, num_warps=4)
+        _collect[1024, key.shape[1]](key, entry, self.given, frequencies, ROWS=16, **shape, num_warps=4)
         for of_keys in (True, False):
             _give[128, key.shape[1]](
                 key, entry, self.given, frequencies, slope, offset,
@@ -248,40 +244,19 @@ def _means(sums, given, means, shrink, COLUMNS: tl.constexpr, TILE: tl.constexpr
 
 @triton.jit
 def _centre(
-    both, given, means, size,
+    both, given, means, centred, size,
     COLUMNS: tl.constexpr, SIZE: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Subtract from each chosen token's features and drift the mean of its part."""
+    """Subtract from each chosen token's features and drift the mean of its part. Of other tokens, write zeros."""
     head = tl.program_id(1)
     row, j = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, SIZE)
     real = row < tl.load(given)
     there = real[:, None] & (j < COLUMNS)[None, :]
     part = tl.load(given + 6 + PARTS + row, mask=real, other=0)
-    at = both + (head * size + row)[:, None] * COLUMNS + j[None, :]
+    at = (head * size + row)[:, None] * COLUMNS + j[None, :]
     mean = tl.load(means + (head * PARTS + part)[:, None] * COLUMNS + j[None, :], mask=there, other=0.0)
-    tl.store(at, tl.load(at, mask=there, other=0.0) - mean, mask=there)
-
-
-@triton.jit
-def _gram(
-    both, given, products, size,
-    WIDE: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Compute a tile of `products` (see `solve`) over the chosen tokens of one head, whose features are centred."""
-    head = tl.program_id(2)
-    count = tl.load(given)
-    i = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    j = tl.program_id(1) * TILE + tl.arange(0, TILE)
-    both += head * size * (2 * WIDE)
-    total = tl.zeros([TILE, TILE], tl.float32)
-    for start in range(0, count, ROWS):
-        row = start + tl.arange(0, ROWS)
-        at, real = both + row[:, None] * (2 * WIDE), (row < count)[:, None]
-        x = tl.load(at + i[None, :], mask=real & (i < WIDE)[None, :], other=0.0)
-        y = tl.load(at + j[None, :], mask=real & (j < 2 * WIDE)[None, :], other=0.0)
-        total = tl.dot(tl.trans(x), y, total, input_precision=PRECISION)
-    to = products + head * WIDE * (2 * WIDE) + i[:, None] * (2 * WIDE) + j[None, :]
-    tl.store(to, total, mask=(i < WIDE)[:, None] & (j < 2 * WIDE)[None, :])
+    left = tl.load(both + at, mask=there, other=0.0) - mean
+    tl.store(centred + at, left.to(centred.dtype.element_ty), mask=(row < size)[:, None] & (j < COLUMNS)[None, :])
 
 
 @triton.jit
