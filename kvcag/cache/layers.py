@@ -570,7 +570,7 @@ def _buffers(like: Sequence[LayerKV], tokens: int, room: int, *, zeroed: bool = 
 
 def _copy(parts: Sequence[Sequence[LayerKV]], to: Layers) -> None:
     """Copy parts, one after another, to the beginning of the buffers `to`."""
-    kept = [as_layers(part) for part in parts if length_of(part)]
+    kept = [as_layers(part) for part in parts if len(to) and length_of(part)]
     kernels = kernels_for(to.rows) if kept else None
     if kernels is not None and kernels.fill(to, kept):
         return

@@ -414,7 +414,7 @@ def _place(
     stood = [start if part.layers is None else part.base_position for start, part in zip(starts, parts, strict=False)]
     rotated = rotations(model)[: len(like)] if any(not part.is_exact for part in parts) else None
     turns = turns_of(rotated or [UNROTATED] * len(like))
-    if turns is not None and (drift is None or drift.slopes is None):
+    if len(like) and turns is not None and (drift is None or drift.slopes is None):
         change = drift.stacked(like[0][0].device) if drift is not None else None
         if (layers := moved(held, room, Move(stood, turns, change, gives))) is not None:
             return layers
