@@ -3,6 +3,7 @@
     python benchmarks/fidelity.py --set musique --data musique.json --docs 5 --words 120 --skip 50 --limit 20 \
         --ratio 0.1 0.15 0.2 0.4 --out benchmarks/results/fidelity/musique.json
     python benchmarks/fidelity.py --set faq --out benchmarks/results/fidelity/faq.json
+    python benchmarks/fidelity.py --data musique.json --docs 20 --words 260 --strategy rotate query --out ttft-8000.json
     python benchmarks/fidelity.py --plot benchmarks/results/fidelity/{musique,reference,faq}.json --out docs/img/kl.png
 
 Each question of a set (`question_sets.py`) has documents. They are encoded one by one and merged through
