@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from geometry import GEOMETRIES, HEAD, endless, random_engine
 from measuring import Ceilings, Work, machine, median_seconds, ms, seconds, synchronize, table
-from profiling import Case
+from profiling import QUESTION, Case, new_question
 from transformers import DynamicCache
 
 from kvcag import HFEngine, KVCacheMemory, Sampling
@@ -46,11 +46,8 @@ STEPS = 64
 
 
 def stream(case: Case, engine: HFEngine) -> Iterator[Any]:
-    prompt = engine.build_prompt(QUESTION, case.cache)
+    prompt = engine.build_prompt(new_question(), case.cache)
     return engine.stream(prompt, Sampling(max_new_tokens=STEPS + 1), case.cache)
-
-
-QUESTION = "Which of the statements described above transfers control, and what happens to the local variables then?"
 
 
 def step_seconds(case: Case, engine: HFEngine) -> float:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import statistics
 import sys
@@ -51,6 +52,12 @@ from kvcag.chat_template import as_messages
 DOCUMENTS = 8
 STEPS = 16
 QUESTION = "Which of the statements described above transfers control, and what happens to the local variables then?"
+_numbers = itertools.count()
+
+
+def new_question() -> str:
+    """A question of the same length that was not asked before."""
+    return f"{next(_numbers):05d}{QUESTION[5:]}"
 
 
 @dataclass
@@ -92,10 +99,10 @@ class Case:
         return generation_cache([layers_of(self.cache)], room=self.tail.shape[1] + STEPS + 1)
 
     def exact(self) -> Iterator[Any]:
-        return self.engine.stream(self.engine.build_prompt(QUESTION, self.cache), self.sampling, self.cache)
+        return self.engine.stream(self.engine.build_prompt(new_question(), self.cache), self.sampling, self.cache)
 
     def merged(self, strategy: str, ratio: float = 0.1) -> Iterator[Any]:
-        context = self.memory.merge(self.memory.store.keys(), QUESTION, strategy=strategy, ratio=ratio)  # type: ignore[arg-type]
+        context = self.memory.merge(self.memory.store.keys(), new_question(), strategy=strategy, ratio=ratio)  # type: ignore[arg-type]
         return self.engine.stream(self.engine.build_prompt(None, context), self.sampling, context)
 
 
