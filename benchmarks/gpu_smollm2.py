@@ -41,7 +41,7 @@ ASKED = [
     "Name one keyword.",
     "Is there an example?",
 ]
-TOKENS = 24
+TOKENS = 16
 
 
 def engines(path: str, dtype: torch.dtype) -> dict[str, HFEngine]:
