@@ -1,6 +1,6 @@
 """Measure on a GPU, with the embedded model, whether captured passes answer as the model's own passes do.
 
-    python benchmarks/gpu_smollm2.py --out benchmarks/results/gpu-smollm2.json      # two minutes on one H100
+    python benchmarks/gpu_smollm2.py --out benchmarks/results/gpu-smollm2.json
 
 Fifty prompts: five questions about each of ten documents of Python's reference, each among two other documents.
 
