@@ -197,14 +197,10 @@ class _CacheOfLayers(DynamicCache):
 
     held = Layers()
 
-    def take(self, layers: Iterable[LayerKV]) -> None:
-        """Hold layers, without copying them."""
-        self.held = as_layers(layers)
-        for keys, values in self.held:
-            layer = DynamicLayer()
-            _initialize(layer, keys)
-            layer.keys, layer.values = keys, values
-            self.layers.append(layer)
+    def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append keys and values. The former tensors are not needed any more, so they are not held."""
+        self.held = Layers()
+        return super().update(*args, **kwargs)
 
     def still_holds(self) -> bool:
         """Whether the cache is unchanged since it was made: nothing was generated into it or cut from it."""
@@ -251,7 +247,10 @@ class ContextCache(_CacheOfLayers):
             is_exact: the keys and values equal those of a full prefill.
         """
         cache = cls()
-        cache.take(layers)
+        layers = as_layers(layers)
+        cache.layers.extend(cache_of(layers).layers)
+        if states_of(layers) is None:
+            cache.held = layers
         cache.token_ids, cache.fingerprint = token_ids, fingerprint
         cache.messages, cache.is_exact = messages, is_exact
         return cache
@@ -355,7 +354,12 @@ def cache_of(layers: Iterable[LayerKV]) -> DynamicCache:
         kept = list(layers)
         return _RecurrentCache(states.kinds, length_of(cast("Layers", layers)), kept, states)
     cache = _CacheOfLayers()
-    cache.take(layers)
+    cache.held = as_layers(layers)
+    for keys, values in cache.held:
+        layer = DynamicLayer()
+        _initialize(layer, keys)
+        layer.keys, layer.values = keys, values
+        cache.layers.append(layer)
     return cache
 
 

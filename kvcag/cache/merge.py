@@ -43,6 +43,7 @@ from kvcag.cache.layers import (
     decoder_of,
     device_of,
     generation_cache,
+    kernels_for,
     kinds_of,
     layers_of,
     length_of,
@@ -414,7 +415,8 @@ def _place(
     stood = [start if part.layers is None else part.base_position for start, part in zip(starts, parts, strict=False)]
     rotated = rotations(model)[: len(like)] if any(not part.is_exact for part in parts) else None
     turns = turns_of(rotated or [UNROTATED] * len(like))
-    if len(like) and turns is not None and (drift is None or drift.slopes is None):
+    has_kernel = len(like) > 0 and turns is not None and kernels_for(as_layers(like).rows) is not None
+    if has_kernel and turns is not None and (drift is None or drift.slopes is None):
         change = drift.stacked(like[0][0].device) if drift is not None else None
         if (layers := moved(held, room, Move(stood, turns, change, gives))) is not None:
             return layers
@@ -841,7 +843,7 @@ class UsualDrift:
     def stacked(self, device: torch.device) -> torch.Tensor:
         """Return `layers` as one tensor on a device. It is made once per device."""
         if device not in self._stacked:
-            self._stacked[device] = torch.stack(self.layers).to(device)
+            self._stacked[device] = torch.stack([each.to(device) for each in self.layers])
         return self._stacked[device]
 
 

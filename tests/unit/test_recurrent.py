@@ -226,3 +226,9 @@ def test_whatever_is_edited_in_a_conversation_the_answer_is_a_full_prefills(mode
         ]
         assert answers[0] == answers[1]
         said += [{"role": "user", "content": "and?"}, {"role": "assistant", "content": answers[0] or "-"}]
+
+
+def test_a_context_has_the_layers_of_its_model(model: PreTrainedModel) -> None:
+    """Regression: it had the attention layers alone, so a later layer's keys were at another layer's index."""
+    context = engine_of(model).build_kv_cache("The library opens at nine.")
+    assert len(context.layers) == model.config.get_text_config(decoder=True).num_hidden_layers

@@ -172,3 +172,11 @@ def test_rotate_through_the_memory_uses_it_and_query_does_not(cache_folder):
 def test_passages_are_about_as_long_as_is_read_of_them():
     assert len(PASSAGES) == 10
     assert all(90 <= len(text.split()) <= 130 for text in PASSAGES)
+
+
+def test_without_a_kernel_the_layers_drifts_are_not_joined(monkeypatch):
+    """Regression: joining them failed for models whose layers have heads of different sizes, such as Gemma 4."""
+    asked = []
+    monkeypatch.setattr(UsualDrift, "stacked", lambda self, device: asked.append(device))
+    merge(MODEL, parts_of(MODEL, HEAD, DOCUMENTS), TAIL, strategy="rotate", usual_drift=learned_from_these_documents)
+    assert not asked

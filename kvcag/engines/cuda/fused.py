@@ -47,6 +47,8 @@ class Fused:
         """Within the block, the model runs with the kernels. The caller must hold the model (`HFEngine.exclusive`)."""
         with ExitStack() as undo:
             for module, forward in self._modules:
+                if "forward" in module.__dict__:  # hooked since
+                    continue
                 module.forward = forward
                 undo.callback(module.__dict__.pop, "forward")
             for file, own in self._rotaries:
