@@ -2,13 +2,14 @@
 
     python benchmarks/gpu_smollm2.py --out benchmarks/results/gpu-smollm2.json
 
-Fifty prompts: five questions about each of ten documents of Python's reference, each among two other documents.
+There are fifty prompts: five about each of ten documents of Python's reference, each with the two documents after it.
 
-- fp32: the greedy tokens of both engines, for exact and merged contexts, constrained and stopped answers, and questions
-  that are asked together; and how far the logits over `strategy="full"` are from those of one pass over the prompt.
+- fp32: on how many prompts both engines give the same greedy tokens, for exact and merged contexts, for constrained and
+  stopped answers, and for questions that are asked together.
+- fp32: how far the logits over `strategy="full"` are from those of one pass, for one question about each document.
 - bf16: the relative error of the logits between both engines, for each token of an answer, and the share of tokens on
-  which they agree where the likeliest token leads by more than 0.1.
-- seconds of the first question after loading, in a process without compiled kernels, and in a second process.
+  which they agree if the likeliest token leads by more than 0.1.
+- The seconds of the first question after loading, in a process without compiled kernels, and in a second process.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from kvcag.core import MergedContext
 from kvcag.demo.corpus import python_topics
 from kvcag.engines.constrain import Regex
 
-HEAD = "Answer from the documents."
+HEAD = "Use these passages only."
 ASKED = [
-    "What is this about?",
-    "Which statement is described first?",
-    "What happens when it fails?",
-    "Name one keyword.",
-    "Is there an example?",
+    "What is {} for?",
+    "How is {} written?",
+    "What can go wrong with {}?",
+    "Give an example of {}.",
+    "Who uses {}?",
 ]
 TOKENS = 16
 
@@ -50,9 +51,10 @@ def engines(path: str, dtype: torch.dtype) -> dict[str, HFEngine]:
 
 
 def prompts() -> list[tuple[list[str], str]]:
-    """Three documents, and a question."""
-    texts = [topic.text[:1200] for topic in python_topics()[:12]]
-    return [(texts[i : i + 3], question) for i in range(10) for question in ASKED]
+    """Three documents, and a question about the first."""
+    topics = python_topics()[:12]
+    texts = [topic.text[:1200] for topic in topics]
+    return [(texts[i : i + 3], asked.format(topics[i].title)) for i in range(10) for asked in ASKED]
 
 
 def tokens_of(memory: KVCacheMemory, ids: list[str], question: str, **how: Any) -> list[int]:
@@ -78,7 +80,8 @@ def same_answers(both: dict[str, HFEngine]) -> dict[str, str]:
                 found[kind].setdefault(name, []).append(tokens_of(memory, ids, question, **how))
         for documents, _ in prompts()[:: len(ASKED)]:
             ids = [memory.add(document)[0] for document in documents]
-            answers = memory.ask_all(ASKED, ids, strategy="exact", max_new_tokens=TOKENS)
+            questions = [question for others, question in prompts() if others == documents]
+            answers = memory.ask_all(questions, ids, strategy="exact", max_new_tokens=TOKENS)
             found["batched"].setdefault(name, []).extend(str(answer) for answer in answers)
     return {
         kind: f"{sum(a == b for a, b in zip(each['captured'], each['plain'], strict=True))}/{len(each['plain'])}"
@@ -100,7 +103,7 @@ def error(got: torch.Tensor, right: torch.Tensor) -> float:
 def full_error(engine: HFEngine) -> float:
     """The largest relative error of the logits over a context that was recomputed as a whole."""
     memory, worst = KVCacheMemory(engine, instruction=HEAD), 0.0
-    for documents, question in prompts()[:10]:
+    for documents, question in prompts()[:: len(ASKED)]:
         context = memory.merge([memory.add(document)[0] for document in documents], question, strategy="full")
         if context.read is not None:
             logits = context.read.logits
@@ -184,13 +187,13 @@ def main() -> None:
     result: dict[str, Any] = {"machine": machine(torch.device("cuda")), "model": Path(path).name}
     both = engines(path, torch.float32)
     half = partial(engines, path, torch.bfloat16)
-    with tempfile.TemporaryDirectory() as kernels:
+    with tempfile.TemporaryDirectory() as folder:
         parts = {
             "fp32: same tokens": lambda: same_answers(both),
             "fp32: full, largest error": lambda: {name: full_error(engine) for name, engine in both.items()},
             "bf16: logits": lambda: bf16_error(half()),
             "first question, s": lambda: {
-                f"{how}, {when} process": first_question(path, how, kernels)
+                f"{how}, {when} process": first_question(path, how, f"{folder}/{how}")
                 for how in ("plain", "captured")
                 for when in ("first", "second")
             },

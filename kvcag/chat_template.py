@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import chain, groupby, pairwise, takewhile, zip_longest
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -136,10 +136,6 @@ class Prompt:
         return self.context_ids + self.tail_ids
 
 
-_SHORT = 1024
-"""Characters of a text whose token ids are remembered: a call of the tokenizer takes as long as rendering a prompt."""
-
-
 class ChatTemplate:
     """A tokenizer's chat template, which accepts more messages than the template itself.
 
@@ -174,9 +170,6 @@ class ChatTemplate:
         Raises:
             InvalidInputError: the text is not Unicode: it contains half of a surrogate pair.
         """
-        return self._known_ids(text) if len(text) <= _SHORT else self._ids_of(text)
-
-    def _ids_of(self, text: str) -> tuple[int, ...]:
         check_unicode(text)
         pieces = filter(None, text.split(_BREAK))
         return tuple(
@@ -184,11 +177,6 @@ class ChatTemplate:
             for piece in pieces
             for token in self.tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
         )
-
-    @cached_property
-    def _known_ids(self) -> Callable[[str], tuple[int, ...]]:
-        """`_ids_of` what stands around documents, which is the same in each prompt, and is asked for several times."""
-        return lru_cache(maxsize=256)(self._ids_of)
 
     def encode_text(self, text: str) -> tuple[int, ...]:
         """Return the token ids of a document or other data, as they are between two lines of text.
@@ -340,10 +328,12 @@ class ChatTemplate:
         if roles[0] != "system":
             opening = self.render([*system, _ANYTHING], tools=tools) if system or tools else ""
             instruction = common_length(head_ids, bos + self.encode(opening))
-        made = Prompt(head_ids, (), self.encode(texts[-1]), thinking, instruction_length=instruction)
+        made = Prompt(head_ids, (), (), thinking, instruction_length=instruction)
         documents = list(chain.from_iterable(groups))
         if seams != "none" or len(documents) == 1:
             made = self._with_documents(made, texts, groups, whole=seams != "endings")
+        else:
+            made = replace(made, tail_ids=self.encode(texts[-1]))
         if seams == "none":
             shown = self._render_open(joined, tools, add_generation_prompt)
             token_ids = bos + self.encode(shown)
@@ -382,7 +372,7 @@ class ChatTemplate:
             closes = number < len(groups) and _closes(behind)
             kept = [f"{document}{document.ending}" for document in group]
             ids = [self.encode_text(text) for text in kept]
-            behind_ids, ending = self._between(behind, opens=False, closes=closes), tuple[int, ...]()
+            behind_ids, ending = None, tuple[int, ...]()
             if whole:
                 last = group[-1]
                 rest = self._between(self._as_data(last) + behind, opens=_opens(last), closes=closes)
@@ -390,6 +380,8 @@ class ChatTemplate:
                     ids[-1], ending, behind_ids = rest[:shared], ids[-1][shared:], rest[shared:]
                 else:
                     kept[-1], ids[-1] = str(last), self.encode_text(last)
+            if behind_ids is None:
+                behind_ids = self._between(behind, opens=False, closes=closes)
             within = [()] * (len(group) - 1)
             prompt = replace(
                 prompt,

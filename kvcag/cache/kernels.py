@@ -55,7 +55,7 @@ def fill(to: Layers, parts: Sequence[Layers], move: Move | None = None) -> bool:
         half, turns = 0, like
         if frequencies is not None:
             half = len(frequencies)
-            turns = torch.empty(int(starts[-1]), 4, half, device=like.device)
+            turns = torch.empty(int(starts[-1]), 4 if given else 2, half, device=like.device)
             _angles[(blocks, len(parts))](
                 table, frequencies, turns, HALF=half, HALF_SIZE=triton.next_power_of_2(half), GIVEN=given, ROWS=32
             )
@@ -87,8 +87,8 @@ def _angles(
 ):  # fmt: skip
     """Compute cosine and sine of the turn of a part's keys, and of the change's turn, which begins at position 0.
 
-    `turns` is fp32 `(tokens, 4, HALF)`. As in `kvcag.cache.attention.Rotation.angles`, angles are rounded to fp32 as
-    the model rounds them, and their difference is taken in fp64.
+    `turns` is fp32 `(tokens, 4 if GIVEN else 2, HALF)`. As in `kvcag.cache.attention.Rotation.angles`, angles are
+    rounded to fp32 as the model rounds them, and their difference is taken in fp64.
     """
     part = table + 4 * tl.program_id(1)
     row, d = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, HALF_SIZE)
@@ -97,7 +97,7 @@ def _angles(
     position = tl.load(part) + row
     now = (position.to(tl.float32)[:, None] * f).to(tl.float64)
     was = ((tl.load(part + 2) + row).to(tl.float32)[:, None] * f).to(tl.float64)
-    to = turns + position[:, None] * (4 * HALF) + d[None, :]
+    to = turns + position[:, None] * ((4 if GIVEN else 2) * HALF) + d[None, :]
     cos, sin = _turned(now - was)
     tl.store(to, cos, mask=there)
     tl.store(to + HALF, sin, mask=there)
@@ -153,7 +153,7 @@ def _place(
             a, b = first + e, first + e + HALF
         x = tl.load(from_keys + row[:, None] * DIM + a[None, :], mask=pair).to(tl.float32)
         y = tl.load(from_keys + row[:, None] * DIM + b[None, :], mask=pair).to(tl.float32)
-        angle = turns + (tl.load(part) + row)[:, None] * (4 * HALF) + e[None, :]
+        angle = turns + (tl.load(part) + row)[:, None] * ((4 if GIVEN else 2) * HALF) + e[None, :]
         cos, sin = tl.load(angle, mask=pair), tl.load(angle + HALF, mask=pair)
         x, y = x * cos - y * sin, y * cos + x * sin
         if GIVEN:

@@ -102,7 +102,7 @@ class Layers(list[LayerKV]):
         self.tokens = self[0][0].shape[-2] if len(self) else tokens
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out `rows`, since a copy has other addresses."""
+        """Leave out what is cached, since a copy has other addresses."""
         return {"states": self.states, "tokens": self.tokens}
 
     def __bool__(self) -> bool:
@@ -470,9 +470,9 @@ class Move:
 
 
 def moved(parts: Sequence[Layers], room: int, move: Move) -> Layers | None:
-    """`concat` with re-rotated and changed parts, by one kernel. None if no kernel supports these layers."""
+    """`concat` without states, of re-rotated and changed parts, by a kernel. None if no kernel supports the layers."""
     kernels = kernels_for(parts[0].rows)
-    if kernels is None or any(states_of(part) for part in parts):
+    if kernels is None:
         return None
     joined = _buffers(parts[0], sum(map(length_of, parts)), room)
     return joined if kernels.fill(joined, parts, move) else None
@@ -500,12 +500,14 @@ def generation_cache(
         lent: do not copy the longest part. Captured CUDA graphs read it in place, once for all generations over it;
             other code copies it before the first use.
     """
-    lengths = [length_of(part) for part in parts]
     if kinds:
-        joined = _buffers(parts[0] if parts else (), sum(lengths), room, zeroed=False)
+        tokens = sum(map(length_of, parts))
+        joined = _buffers(parts[0] if parts else (), tokens, room, zeroed=False)
         _copy(parts, joined)
         states = states_of(parts[-1]) if parts else None
-        return _RecurrentCache(kinds, sum(lengths), joined, states, room=room, copied=True)
+        return _RecurrentCache(kinds, tokens, joined, states, room=room, copied=True)
+    parts = [part for part in parts if length_of(part)]
+    lengths = [length_of(part) for part in parts]
     longest = max(range(len(parts)), key=lengths.__getitem__, default=0)
     if not lent or not parts or lengths[longest] < _WORTH_LENDING or not readable(parts[longest]):
         longest = len(parts)

@@ -415,11 +415,28 @@ def _place(
     stood = [start if part.layers is None else part.base_position for start, part in zip(starts, parts, strict=False)]
     rotated = rotations(model)[: len(like)] if any(not part.is_exact for part in parts) else None
     turns = turns_of(rotated or [UNROTATED] * len(like))
-    has_kernel = len(like) > 0 and turns is not None and kernels_for(as_layers(like).rows) is not None
-    if has_kernel and turns is not None and (drift is None or drift.slopes is None):
-        change = drift.stacked(like[0][0].device) if drift is not None else None
-        if (layers := moved(held, room, Move(stood, turns, change, gives))) is not None:
-            return layers
+    layers, change = None, None
+    if len(like) and turns is not None and kernels_for(as_layers(like).rows) is not None:
+        if drift is not None and drift.slopes is None:
+            change = drift.stacked(like[0][0].device)
+        layers = moved(held, room, Move(stood, turns, change, gives))
+    if layers is None:
+        layers = _turned(held, room, stood, parts, rotated, device_of(model))
+        change = None
+    if drift is not None and change is None:
+        drift.add_to(rotated or [], cut(layers, 0, len(layout.part_of)), replace(layout, open=_each(parts, gives)))
+    return layers
+
+
+def _turned(
+    held: Sequence[Layers],
+    room: int,
+    stood: Sequence[int],
+    parts: Sequence[Part],
+    rotated: list[Rotation] | None,
+    device: torch.device,
+) -> Layers:
+    """Concatenate parts, and re-rotate their keys layer by layer."""
     layers = concat(held, room)
     at = np.concatenate([base + np.arange(len(part.token_ids)) for base, part in zip(stood, parts, strict=True)])
     elsewhere = np.flatnonzero(at != np.arange(len(at)))
@@ -427,13 +444,11 @@ def _place(
         first = int(elsewhere[0])
         move = PositionShift(
             rotated,
-            sent(torch.from_numpy(at[first:]), device_of(model)),
-            torch.arange(first, len(at), device=device_of(model)),
+            sent(torch.from_numpy(at[first:]), device),
+            torch.arange(first, len(at), device=device),
         )
         for index, (keys, values) in enumerate(layers):
             move.turn(index, (keys[..., first : len(at), :], values[..., first : len(at), :]))
-    if drift is not None:
-        drift.add_to(rotated or [], cut(layers, 0, len(at)), replace(layout, open=_each(parts, gives)))
     return layers
 
 

@@ -408,7 +408,7 @@ class InFlight:
             mine.running.release()
 
     def _worth_waiting_for(self, mine: _Prefill, known: int, register: bool) -> _Prefill | None:
-        """Return an earlier prefill to wait for. If there is none, register `mine`."""
+        """Return an earlier prefill to wait for. If no prefill is worth it, register `mine`, and return None."""
         with self._lock:
             for other in self._prefills:
                 saved = agreeing(other.token_ids, mine.token_ids) - known if other.namespace == mine.namespace else 0

@@ -863,7 +863,7 @@ class HFEngine(Engine):
         return logits[:, -1]
 
     def _step_over(self, caches: Sequence[Cache]) -> Step | None:
-        """Return the model's `Step` on a CPU; None if there is none for it, or its logits differ from the model's."""
+        """Return the model's `Step` on a CPU; None if it has no `Step`, or if its logits differ from the model's."""
         step = self._step
         if step is not None and not step.is_current:  # adapters were loaded or unloaded
             del self._step

@@ -165,12 +165,10 @@ _TENSORS = ("weight", "scale", "bias")
 def _lay_side_by_side(layers: Sequence[Int8Linear]) -> None:
     """Store the tensors of several layers one after another in one memory, as `joined` needs them."""
     for name in _TENSORS:
-        tensors = [getattr(layer, name) for layer in layers]
-        if all(tensor is not None for tensor in tensors):
-            for tensor, view in zip(
-                tensors, torch.cat(tensors).split_with_sizes([len(t) for t in tensors]), strict=True
-            ):
-                tensor.data = view
+        tensors = [tensor for layer in layers if (tensor := getattr(layer, name)) is not None]
+        whole = torch.cat(tensors) if tensors else torch.empty(0)
+        for tensor, view in zip(tensors, whole.split_with_sizes([len(t) for t in tensors]), strict=True):
+            tensor.data = view
 
 
 def joined(layers: Sequence[nn.Module]) -> Int8Linear | None:

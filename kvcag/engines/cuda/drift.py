@@ -1,8 +1,8 @@
 """The drift correction of a merge (`kvcag.cache.merge.DriftCorrection`) within a captured pass.
 
-It computes the same sums and the same ridge regression in eleven kernels per layer. Eight are Triton kernels of this
-module, which read and write the cache, centre and multiply features, and solve the regression by conjugate gradients.
-The kernels read from the device what changes between questions: the number of chosen tokens, and the corrected tokens.
+It computes the same sums and the same ridge regression in about a dozen kernels per layer. Eight are Triton kernels of
+this module, which read and write the cache, centre features, and solve the regression by conjugate gradients. The
+kernels read from the device what changes between questions: the number of chosen tokens, and the corrected tokens.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def _files_of(kinds: Iterable[type]) -> set[str]:
 
 
 def _replacement(module: Any) -> Callable[..., torch.Tensor] | None:
-    """Return a forward function with a kernel that computes the same as the module's own; None if there is none."""
+    """Return a forward function with a kernel that computes the same as the module's own; None if no kernel does."""
     candidates: list[Callable[..., torch.Tensor]] = []
     width = 0
     if type(module).__name__.endswith("RMSNorm") and isinstance(getattr(module, "weight", None), torch.Tensor):
@@ -106,7 +106,7 @@ def _rotary_before(original: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function that calls `apply_rotary` if whole heads are rotated, and else the model's own function."""
 
     def turn(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *rest: Any, **named: Any) -> Any:
-        plain = not rest and not named and q.ndim == 4 and cos.ndim == 3 and cos.shape[-1] == q.shape[-1]
+        plain = q.is_cuda and not rest and not named and q.ndim == 4 and cos.ndim == 3 and cos.shape[-1] == q.shape[-1]
         return apply_rotary(q, k, cos, sin) if plain else original(q, k, cos, sin, *rest, **named)
 
     return turn

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from kvcag import HFEngine
 from kvcag.cache.layers import generation_cache
 from kvcag.engines import loading
-from kvcag.engines.loading import Int8Linear, is_quick_at_bf16, joined
+from kvcag.engines.loading import Int8Linear, is_quick_at_bf16, joined, quantize_weights
 from kvcag.errors import InvalidInputError, UnsupportedModelError
 from kvcag.testing import byte_tokenizer, tiny_model
 
@@ -108,6 +108,20 @@ def test_int8_weights_of_one_input_are_one_layer_without_a_copy(folder: Path) ->
     assert joined([attention.q_proj, attention.v_proj]) is None  # k_proj is between them
     attention.k_proj.weight.data = attention.k_proj.weight.clone()
     assert joined(layers) is None
+
+
+def test_int8_weights_beside_a_layer_without_bias_are_one_layer_too() -> None:
+    """Regression: in Qwen2, the output projection has as many inputs as q, k and v, but no bias."""
+    model = tiny_model("qwen2", hidden_size=128, num_attention_heads=4, head_dim=32, num_key_value_heads=2)
+    quantize_weights(model)
+    attention = model.model.layers[0].self_attn
+    layers = [attention.q_proj, attention.k_proj, attention.v_proj]
+    assert attention.o_proj.in_features == attention.q_proj.in_features
+    assert attention.q_proj.bias is not None
+    whole = joined(layers)
+    assert whole is not None
+    x = torch.randn(3, whole.in_features)
+    torch.testing.assert_close(whole(x), torch.cat([layer(x) for layer in layers], -1))
 
 
 def test_int8_weights_are_refused_where_they_cannot_be(folder: Path, tmp_path: Path) -> None:
