@@ -114,7 +114,10 @@ class _Requests(BaseHTTPRequestHandler):
         self._answer(200, b"<DeleteResult/>")
 
     def _body(self) -> bytes:
-        data = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        size = int(self.headers.get("Content-Length", 0))
+        data = self.rfile.read(size)
+        if len(data) < size:  # the client was killed: S3 stores no object then
+            raise ConnectionResetError(f"{len(data)} of {size} bytes of {self.path} arrived")
         if "aws-chunked" not in self.headers.get("Content-Encoding", ""):
             return data
         whole = b""

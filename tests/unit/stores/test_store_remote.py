@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -259,3 +260,14 @@ def test_an_item_that_another_machine_puts_after_a_listing_is_found(monkeypatch:
             there.put(random_item(id))
             assert here.get(id) is not None
             assert id in list(here.keys())
+
+
+def test_our_bucket_stores_no_object_of_a_writer_that_was_killed() -> None:
+    """As S3. It stored what had arrived, so an item of a killed process counted as stored, but was damaged."""
+    with s3_server() as server:
+        address = server.server_address[:2]
+        with socket.create_connection(address, timeout=5) as writer:
+            writer.sendall(b"PUT /bucket/kv/cut HTTP/1.1\r\nHost: bucket\r\nContent-Length: 100\r\n\r\nhalf of it")
+            writer.shutdown(socket.SHUT_WR)
+            assert writer.recv(100) == b""  # the server has closed the connection, without an answer
+        assert server.objects == {}
